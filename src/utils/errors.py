@@ -1,0 +1,35 @@
+"""The error vocabulary: one class per thing that can be wrong, so that callers catch exactly what they can handle."""
+
+from __future__ import annotations
+
+
+class WhisperASRError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class ConfigError(WhisperASRError):
+    """The configuration is wrong; the message lists every problem found."""
+
+
+class DataError(WhisperASRError):
+    """A data set, manifest or label cannot be used."""
+
+
+class AudioError(DataError):
+    """A recording cannot be decoded or holds no usable signal."""
+
+
+class DeviceError(WhisperASRError):
+    """The requested device or precision is not available on this machine."""
+
+
+class ModelError(WhisperASRError):
+    """Weights, processor or audio context do not fit what was asked."""
+
+
+class MissingDependencyError(WhisperASRError):
+    """An optional package is absent; the message holds the line that installs it."""
+
+
+class CheckpointError(WhisperASRError):
+    """A checkpoint is absent, incomplete or damaged."""

@@ -1,0 +1,91 @@
+"""Seed, device and precision: each choice comes with its reason, which is logged and saved with the run."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from src.utils.errors import DeviceError
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class PrecisionChoice:
+    """The dtype of matrix products in training (master weights stay float32), and why."""
+
+    precision: Precision
+    reason: str
+
+
+def set_seed(seed: int) -> int:
+    """Seed Python, NumPy and torch; return the seed."""
+    random.seed(seed)
+    np.random.seed(seed)  # libraries that we call draw from the global state
+    torch.manual_seed(seed)
+    return seed
+
+
+def get_device(name: str = "auto") -> torch.device:
+    """Resolve a device.
+
+    Args:
+        name: "auto" (CUDA, else Apple's MPS, else CPU), or what torch takes: "cpu", "cuda", "cuda:1", "mps".
+    Raises: DeviceError: the named device is not on this machine; only "auto" may choose the CPU.
+    """
+    if name == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        logger.info("device: %s (%s)", chosen, _why(chosen))
+        return torch.device(chosen)
+    try:
+        device = torch.device(name)
+    except RuntimeError as err:
+        raise DeviceError(f"device {name!r} is unknown to torch; use auto, cpu, cuda or cuda:N") from err
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise DeviceError(
+                f"device {name!r} was asked for, but torch sees no CUDA device. In Colab: Runtime > Change runtime "
+                "type > GPU. Elsewhere: check nvidia-smi, or set device: auto"
+            )
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise DeviceError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("device 'mps' was asked for, but this machine has none; set device: auto")
+    return device
+
+
+def choose_precision(precision: str, device: torch.device) -> PrecisionChoice:
+    """Resolve "auto" for a device, or check what was asked.
+
+    Raises: DeviceError: the device cannot compute in the asked precision.
+    """
+    if precision == "auto":
+        if device.type != "cuda":
+            return PrecisionChoice("float32", f"{device.type} gains nothing from 16 bits in training")
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return PrecisionChoice("bfloat16", f"{torch.cuda.get_device_name(device)} computes bfloat16")
+        return PrecisionChoice("float16", f"{torch.cuda.get_device_name(device)} has no bfloat16; losses are scaled")
+    if (
+        precision == "bfloat16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise DeviceError(f"{torch.cuda.get_device_name(device)} has no bfloat16; set precision: auto or float16")
+    if precision == "float16" and device.type != "cuda":
+        raise DeviceError(f"float16 training needs a CUDA device, this is {device.type}; set precision: auto")
+    if precision not in ("float32", "bfloat16", "float16"):
+        raise DeviceError(f"precision {precision!r} is unknown; use auto, float32, bfloat16 or float16")
+    return PrecisionChoice(precision, "asked for")  # type: ignore[arg-type]
+
+
+def _why(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return "no CUDA device" if device == "cpu" else "no CUDA device, Apple GPU present"

@@ -1,0 +1,63 @@
+"""Shared by all tests: real weights and real speech, loaded once."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests use what packages ship
+
+import numpy as np
+import pytest
+
+from src.data.audio import load_audio
+from src.data.sources import SAMPLE_CLIP, Utterance, load_utterances
+from src.utils.config import Config, DataConfig, load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """Defaults, writing into the test's own folder."""
+    return load_config(
+        None,
+        overrides={
+            "device": "cpu",
+            "paths": {"runs_dir": str(tmp_path / "runs"), "checkpoints_dir": str(tmp_path / "checkpoints")},
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def jfk() -> np.ndarray:
+    return load_audio(SAMPLE_CLIP)
+
+
+@pytest.fixture(scope="session")
+def sample() -> list[Utterance]:
+    return load_utterances(DataConfig())
+
+
+@pytest.fixture(scope="session")
+def _tiny_en() -> tuple[Any, Any]:
+    from src.models.whisper_model import WhisperModelManager
+
+    return WhisperModelManager(load_config(None, overrides={"device": "cpu"})).initialize_model("tiny.en")
+
+
+@pytest.fixture
+def tiny_en(_tiny_en: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Stock whisper-tiny.en as a fresh copy, so that a test may train it, and its processor."""
+    model, processor = _tiny_en
+    return copy.deepcopy(model), processor
+
+
+@pytest.fixture(scope="session")
+def base() -> tuple[Any, Any]:
+    """Stock multilingual whisper-base; do not change it."""
+    from src.models.whisper_model import WhisperModelManager
+
+    return WhisperModelManager(load_config(None, overrides={"device": "cpu"})).initialize_model("base")

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from src.utils.config import Config, load_config
+from src.utils.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += leaf_fields(kind, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+@pytest.mark.parametrize("profile", ["demo", "balanced", "production"])
+def test_the_shipped_file_is_valid_under_every_profile(profile: str) -> None:
+    assert load_config(ROOT / "config.yaml", profile=profile).profile == profile
+
+
+def test_profile_overrides_the_file_and_overrides_override_the_profile() -> None:
+    path = ROOT / "config.yaml"
+    assert load_config(path).model.variant == "base"
+    assert load_config(path, profile="demo").model.variant == "tiny.en"
+    config = load_config(path, profile="demo", overrides={"model.variant": "small", "training": {"epochs": 9}})
+    assert (config.model.variant, config.training.epochs, config.training.batch_size) == ("small", 9, 8)
+
+
+def test_every_problem_is_listed_at_once_with_the_nearest_key(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "sed: 1\nmodel: {variant: tinny}\ntraining: {epoch: 3, batch_size: many}\n"
+        "data: {source: folder}\nprofiles: {fast: {training: {learning_rat: 1}}}\nprofile: fst\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    for part in (
+        "sed: unknown key; did you mean 'seed'?",
+        "'tinny'; did you mean 'tiny'?",
+        "training.epoch: unknown key; did you mean 'epochs'?",
+        "training.batch_size: Input should be a valid integer",
+        "data: source 'folder' needs data.path",
+        "profiles.fast.training.learning_rat: unknown key; did you mean 'learning_rate'?",
+        "unknown profile 'fst'; did you mean 'fast'?",
+    ):
+        assert part in message
+    assert message.count("did you mean 'seed'") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ({"model": {"variant": "tiny.en", "language": "de"}}, "English only"),
+        ({"model": {"variant": "tiny.en", "task": "translate"}}, "cannot translate"),
+        ({"data": {"source": "sample", "path": "somewhere"}}, "takes no data.path"),
+        ({"data": {"min_duration_sec": 9, "max_duration_sec": 3}}, "below max_duration_sec"),
+    ],
+)
+def test_contradictions_are_refused(overrides: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_config(None, overrides=overrides)
+
+
+def test_absent_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml: no such file"):
+        load_config(tmp_path / "absent.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("model: [")
+    with pytest.raises(ConfigError, match=r"broken\.yaml: not valid YAML"):
+        load_config(broken)
+
+
+def test_a_saved_configuration_loads_to_the_same(tmp_path: Path) -> None:
+    config = load_config(ROOT / "config.yaml", profile="demo")
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(config.to_yaml())
+    assert load_config(saved) == config.model_copy(update={"profile": None})
+    assert config.to_yaml().startswith("# profile: demo\n")
+
+
+def test_configuration_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(None).seed = 1  # type: ignore[misc]
+
+
+def test_every_key_is_in_the_shipped_file_with_a_comment() -> None:
+    text = (ROOT / "config.yaml").read_text().split("\nprofiles:")[0]
+    tree = yaml.safe_load(text)
+    for dotted in leaf_fields():
+        branch = tree
+        for part in dotted.split("."):
+            assert part in branch, f"{dotted} is not in config.yaml"
+            branch = branch[part]
+        leaf = dotted.rsplit(".", 1)[-1]
+        assert re.search(rf"^\s*{leaf}:.*(#|\n)", text, re.M)
+
+
+def test_every_key_is_read_somewhere_in_src() -> None:
+    code = "\n".join(p.read_text() for p in (ROOT / "src").rglob("*.py") if p.name != "config.py")
+    unread = [name for name in leaf_fields() if not re.search(rf"\.{name.rsplit('.', 1)[-1]}\b", code)]
+    assert unread == ["profile"], unread  # the profile's name is read by load_config itself
