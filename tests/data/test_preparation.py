@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from src.data.preparation import prepare_datasets
+from src.utils.config import Config, load_config
+from src.utils.errors import AudioError, DataError
+
+
+def write_folder(path: Path, rows: list[tuple[str, str, str]], *, header: str = "file_name,text,speaker") -> Path:
+    path.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    lines = [header]
+    for name, text, speaker in rows:
+        if not (path / name).exists() and "absent" not in name:
+            sf.write(path / name, 0.1 * rng.standard_normal(16_000).astype(np.float32), 16_000)
+        lines.append(f"{name},{text},{speaker}")
+    (path / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def folder_config(path: Path, **data: object) -> Config:
+    return load_config(None, overrides={"data": {"source": "folder", "path": str(path), **data}})
+
+
+def ids(part: list) -> list[str]:
+    return [u.id for u in part]
+
+
+def test_given_splits_are_honoured_and_durations_measured() -> None:
+    splits = prepare_datasets(load_config(None))
+    assert [len(splits.train), len(splits.validation), len(splits.test)] == [360, 40, 100]
+    assert splits.shared_speakers == ()
+    assert splits.label_case == "sentence"
+    assert splits.train[0].text == "So similar yet so different."
+    assert splits.train[0].duration_sec == pytest.approx(3.735, abs=0.05)
+
+
+def test_caps_take_the_same_clips_each_time_and_never_the_head(caplog: pytest.LogCaptureFixture) -> None:
+    config = load_config(None, overrides={"data": {"max_train": 20, "max_validation": 5, "max_test": 10_000}})
+    with caplog.at_level("INFO"):
+        first, second = prepare_datasets(config), prepare_datasets(config)
+    assert ids(first.train) == ids(second.train)
+    assert len(first.train) == 20
+    assert len({u.speaker for u in first.train}) > 10
+    assert len(first.test) == 100
+    assert "10000 asked for, 100 exist" in caplog.text
+
+
+def test_missing_splits_are_cut_by_speaker(tmp_path: Path) -> None:
+    rows = [(f"{i}.wav", f"text {i}", f"s{i % 6}") for i in range(36)]
+    splits = prepare_datasets(folder_config(write_folder(tmp_path / "d", rows)))
+    parts = [splits.train, splits.validation, splits.test]
+    assert sum(map(len, parts)) == 36
+    speakers = [{u.speaker for u in part} for part in parts]
+    assert all(speakers)
+    assert sum(map(len, speakers)) == 6
+    assert splits.shared_speakers == ()
+
+
+def test_one_speaker_cannot_be_split(tmp_path: Path) -> None:
+    rows = [(f"{i}.wav", "text", "s1") for i in range(9)]
+    with pytest.raises(DataError, match="1 speaker"):
+        prepare_datasets(folder_config(write_folder(tmp_path / "d", rows)))
+
+
+def test_shared_speakers_and_texts_are_reported(tmp_path: Path) -> None:
+    path = write_folder(tmp_path / "d", [("a.wav", "same", "s1"), ("b.wav", "same", "s1"), ("c.wav", "other", "s2")])
+    lines = ["file_name,text,speaker,split", "a.wav,same,s1,train", "b.wav,same,s1,test", "c.wav,other,s2,dev"]
+    (path / "metadata.csv").write_text("\n".join(lines))
+    splits = prepare_datasets(folder_config(path))
+    assert splits.shared_speakers == ("s1",)
+    assert splits.shared_texts == 1
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Path:
+    rows = [(f"{i}.wav", f"text {i}", f"s{i % 6}") for i in range(30)]
+    path = write_folder(tmp_path / "d", [*rows, ("absent.wav", "gone", "s1"), ("silent.wav", "nothing", "s2")])
+    sf.write(path / "silent.wav", np.zeros(16_000), 16_000)
+    with (path / "metadata.csv").open("a") as file:
+        file.write("3b.wav,,s3\n")
+    return path
+
+
+def test_the_first_bad_recording_stops_and_is_named_with_its_line(faulty: Path) -> None:
+    with pytest.raises(DataError, match=r"absent\.wav|silent\.wav|3b\.wav") as caught:
+        prepare_datasets(folder_config(faulty))
+    assert "of the manifest" in str(caught.value)
+    assert 'on_error to "skip"' in str(caught.value)
+
+
+def test_skip_counts_every_bad_recording_with_its_reason(faulty: Path) -> None:
+    splits = prepare_datasets(folder_config(faulty, on_error="skip"))
+    reasons = {row.id: row.reason for row in splits.skipped}
+    assert set(reasons) == {"absent.wav", "silent.wav", "3b.wav"}
+    assert "no such file" in reasons["absent.wav"]
+    assert "silent" in reasons["silent.wav"]
+    assert "transcript is empty" in reasons["3b.wav"]
+    assert sum(map(len, (splits.train, splits.validation, splits.test))) == 30
+
+
+def test_too_many_skipped_is_an_error(faulty: Path) -> None:
+    with pytest.raises(DataError, match="3 of 33"):
+        prepare_datasets(folder_config(faulty, on_error="skip", max_skip_fraction=0.05))
+
+
+def test_audio_errors_are_data_errors() -> None:
+    assert issubclass(AudioError, DataError)
