@@ -1,0 +1,119 @@
+"""Whisper whose encoder takes audio at its own length, 0.1 to 30 s, instead of always 30 s.
+
+The position table is sliced, nothing else changes: state-dict keys are those of stock Whisper, and at 3,000 frames the
+outputs are the stock ones. A model must be trained for short context, else its decoder does not know when to stop
+(measured 2026-11-24 on two CPU cores, tiny.en, 100 SpeechOcean762 clips: stock weights at own length give WER 6.3).
+So a checkpoint says in its config which it can do, `audio_context: "full" | "dynamic"`, and the encoder enforces it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import WhisperConfig, WhisperForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from src.utils.errors import ModelError
+
+AudioContext = Literal["full", "dynamic"]
+MIN_FRAMES = 10  # 0.1 s
+
+
+class DynamicWhisperEncoder(WhisperEncoder):  # type: ignore[misc]
+    """Whisper's encoder over 10 to 3,000 mel frames."""
+
+    @merge_with_config_defaults  # type: ignore[untyped-decorator]
+    @capture_outputs  # type: ignore[untyped-decorator]
+    def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
+        """Encode.
+
+        Args:
+            input_features: (B, mels, frames), frames even and in 10..3,000.
+            attention_mask: ignored, as in stock Whisper: the model knows silence.
+        Returns: `last_hidden_state` (B, frames // 2, d_model).
+        Raises: ModelError: frames out of range, odd, or fewer than 3,000 for a model of full context.
+        """
+        self._check_frames(input_features.shape[-1])
+        hidden = nn.functional.gelu(self.conv1(input_features))  # (B, d_model, frames)
+        hidden = nn.functional.gelu(self.conv2(hidden)).permute(0, 2, 1)  # (B, frames // 2, d_model)
+        hidden = hidden + self.embed_positions.weight[: hidden.shape[1]]
+        hidden = nn.functional.dropout(hidden, p=self.dropout, training=self.training)
+        for layer in self.layers:
+            if self.training and self.layerdrop > 0 and float(torch.rand([])) < self.layerdrop:
+                continue
+            hidden = layer(hidden, None, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.layer_norm(hidden))
+
+    def _check_frames(self, frames: int) -> None:
+        full = 2 * self.config.max_source_positions  # 3_000
+        if frames > full or frames < MIN_FRAMES or frames % 2:
+            raise ModelError(
+                f"{frames} mel frames: an even number from {MIN_FRAMES} (0.1 s) to {full} (30 s) is needed; "
+                "cut longer audio first (BatchInference does), pad shorter audio with silence"
+            )
+        if frames != full and get_audio_context(self.config) == "full":
+            raise ModelError(
+                f"this checkpoint has audio_context 'full': it takes 30 s ({full} frames), got {frames} frames. Pad "
+                "the audio to 30 s, or train it at its own length: WhisperTrainer with model.audio_context: dynamic"
+            )
+
+
+class DynamicWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
+    """`WhisperForConditionalGeneration` with an encoder for any length up to 30 s.
+
+    Forward, loss and `generate` (greedy, beam, timestamps, token timestamps) work as in transformers; a saved folder
+    loads in the stock class and in `pipeline("automatic-speech-recognition")`.
+    """
+
+    def __init__(self, config: WhisperConfig) -> None:
+        super().__init__(config)
+        self.model.encoder = DynamicWhisperEncoder(config)
+        self.post_init()
+
+    @property
+    def audio_context(self) -> AudioContext:
+        """What the weights can do: "full" (30 s only) or "dynamic" (0.1 to 30 s)."""
+        return get_audio_context(self.config)
+
+    @audio_context.setter
+    def audio_context(self, value: AudioContext) -> None:
+        if value not in ("full", "dynamic"):
+            raise ModelError(f"audio_context is 'full' or 'dynamic', got {value!r}")
+        self.config.audio_context = value
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save as transformers does, under the stock class's name: every tool then finds an architecture it knows."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.config.architectures = [WhisperForConditionalGeneration.__name__]
+        self.config.save_pretrained(save_directory)
+
+    def _get_input_segment(
+        self,
+        input_features: Tensor | None,
+        seek: Tensor,
+        seek_num_frames: Tensor,
+        num_segment_frames: int,
+        cur_bsz: int,
+        batch_idx_map: list[int],
+    ) -> Tensor | None:
+        """`generate` cuts windows here and pads them to 30 s; at dynamic context they keep their length."""
+        if input_features is not None and self.audio_context == "dynamic":
+            longest = int(max(seek_num_frames[batch_idx_map[row]] for row in range(cur_bsz)))
+            num_segment_frames = max(longest + longest % 2, MIN_FRAMES)
+        return cast(
+            "Tensor | None",
+            super()._get_input_segment(
+                input_features, seek, seek_num_frames, num_segment_frames, cur_bsz, batch_idx_map
+            ),
+        )
+
+
+def get_audio_context(config: WhisperConfig) -> AudioContext:
+    """Read a checkpoint's context; stock checkpoints do not have the key and are "full"."""
+    return cast("AudioContext", getattr(config, "audio_context", "full"))
