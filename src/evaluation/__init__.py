@@ -1,0 +1,21 @@
+"""From text to numbers, tables and pictures."""
+
+from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
+from src.evaluation.metrics import MetricsCalculator
+from src.evaluation.report import comparison_table, describe_comparison, summarize_run
+from src.evaluation.streaming import evaluate_stream, make_stream
+from src.evaluation.visualization import EvaluationVisualizer, TrainingVisualizer, save_figure
+
+__all__ = [
+    "EvaluationResult",
+    "EvaluationVisualizer",
+    "MetricsCalculator",
+    "ModelEvaluator",
+    "TrainingVisualizer",
+    "comparison_table",
+    "describe_comparison",
+    "evaluate_stream",
+    "make_stream",
+    "save_figure",
+    "summarize_run",
+]

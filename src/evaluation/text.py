@@ -1,0 +1,56 @@
+"""Text normalisers, named and versioned: a rate without its normaliser's name means nothing.
+
+Two stand side by side in every report, because they disagree: Whisper's own joins digit words and reads `BOB'S` as
+`bob is`; the plain one changes case and punctuation only.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from functools import cache
+
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+from src.utils.config import did_you_mean
+from src.utils.english_spelling import load_english_spelling
+from src.utils.errors import ConfigError
+
+PLAIN = "plain-v1"
+WHISPER_ENGLISH = "whisper-english-v1"
+WHISPER_BASIC = "whisper-basic-v1"
+NORMALIZERS = (PLAIN, WHISPER_ENGLISH, WHISPER_BASIC)
+Normalizer = Callable[[str], str]
+
+_APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'"})
+_LOOSE_APOSTROPHE = re.compile(r"(?<!\w)'|'(?!\w)")
+
+
+@cache
+def get_normalizer(name: str) -> Normalizer:
+    """Return a normaliser by name.
+
+    Raises: ConfigError: unknown name.
+    """
+    if name == PLAIN:
+        return normalize_plain
+    if name == WHISPER_ENGLISH:
+        english: Normalizer = EnglishTextNormalizer(dict(load_english_spelling()))
+        return english
+    if name == WHISPER_BASIC:
+        basic: Normalizer = BasicTextNormalizer()
+        return lambda text: " ".join(basic(text).split())
+    raise ConfigError(f"unknown normaliser {name!r}{did_you_mean(name, NORMALIZERS)}; known: {', '.join(NORMALIZERS)}")
+
+
+def whisper_normalizer_for(language: str | None) -> str:
+    """Return the name of Whisper's normaliser for a language; None means English."""
+    return WHISPER_ENGLISH if language in (None, "en") else WHISPER_BASIC
+
+
+def normalize_plain(text: str) -> str:
+    """Lower case, punctuation and symbols to spaces ("well-known" has two words), apostrophes inside words kept."""
+    text = unicodedata.normalize("NFKC", text).lower().translate(_APOSTROPHES)
+    spaced = "".join(c if c == "'" or unicodedata.category(c)[0] not in "PS" else " " for c in text)
+    return " ".join(_LOOSE_APOSTROPHE.sub(" ", spaced).split())
