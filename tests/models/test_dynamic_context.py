@@ -108,4 +108,5 @@ def test_generate_works_at_any_length(tiny_en: tuple[Any, Any], jfk: np.ndarray,
     ):
         output = model.generate(mel, max_new_tokens=24, **options)
         assert output is not None
-    assert set(seen) == {mel.shape[-1] // 2}, "generate padded the audio"
+    # with timestamps generate may seek on and decode what is left, never more than there is
+    assert seen[0] == max(seen) == mel.shape[-1] // 2, "generate padded the audio"
