@@ -95,7 +95,7 @@ def test_at_30_s_all_outputs_equal_stock_whisper(tiny_en: tuple[Any, Any], jfk: 
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.1, 0.5, 3.0, 11.0, 29.98])
 def test_generate_works_at_any_length(tiny_en: tuple[Any, Any], jfk: np.ndarray, seconds: float) -> None:
-    model, processor = tiny_en
+    model, _ = tiny_en
     model.audio_context = "dynamic"
     mel = features(jfk, max(1_600, round(seconds * 16_000 / 320) * 320))
     seen: list[int] = []

@@ -1,0 +1,293 @@
+"""The oracle is CTranslate2 itself, running the source of each conversion in float32."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ctranslate2
+import numpy as np
+import pytest
+import torch
+from ctranslate2.converters import TransformersConverter
+from safetensors.torch import load_file
+from transformers import (
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
+    pipeline,
+)
+
+from src.data.audio import load_audio
+from src.data.sources import Utterance
+from src.models.ct2_converter import convert_ct2_to_hf
+from src.models.ct2_format import read_ct2_model
+from src.models.packaged_weights import PACKAGED_MODELS, assemble_packaged_model
+from src.models.processor import build_processor, save_processor
+from src.utils.errors import ModelError
+
+MULTILINGUAL_PROMPT = {"language": "en", "task": "transcribe"}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A CTranslate2 folder and what became of it."""
+
+    ct2_dir: Path
+    hf_dir: Path
+    options: dict[str, str]
+
+    def processor(self) -> Any:
+        processor = WhisperProcessor.from_pretrained(self.hf_dir)
+        processor.tokenizer.set_prefix_tokens(**self.options)
+        return processor
+
+    def model(self) -> Any:
+        return WhisperForConditionalGeneration.from_pretrained(self.hf_dir).eval()
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Converted]:
+    made: dict[str, Converted] = {}
+
+    def convert(variant: str) -> Converted:
+        if variant not in made:
+            folder = tmp_path_factory.mktemp(variant)
+            (folder / "ct2").mkdir()
+            assemble_packaged_model(PACKAGED_MODELS[variant], folder / "ct2")
+            convert_ct2_to_hf(folder / "ct2", folder / "hf")
+            made[variant] = Converted(folder / "ct2", folder / "hf", {} if ".en" in variant else MULTILINGUAL_PROMPT)
+        return made[variant]
+
+    return convert
+
+
+@pytest.fixture(scope="module")
+def clips(jfk: np.ndarray, sample: list[Utterance]) -> list[np.ndarray]:
+    return [jfk, *(load_audio(u.audio) for u in sample[:4])]
+
+
+def greedy_ct2(folder: Path, features: np.ndarray, prompt: list[int], compute_type: str) -> Any:
+    engine = ctranslate2.models.Whisper(str(folder), device="cpu", compute_type=compute_type, intra_threads=1)
+    mel = ctranslate2.StorageView.from_array(features)
+    return engine.generate(mel, [prompt] * len(features), beam_size=1, return_logits_vocab=True)
+
+
+def greedy_hf(model: Any, features: np.ndarray, options: dict[str, str]) -> list[list[int]]:
+    ended = model.generation_config.eos_token_id
+    rows = model.generate(torch.from_numpy(features), num_beams=1, **options).tolist()
+    return [[token for token in row if token < ended] for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "num_clips"), [("tiny.en", 5), ("base", 3)])
+def test_text_and_every_log_probability_equal_ctranslate2_running_the_source(
+    converted: Callable[[str], Converted], clips: list[np.ndarray], variant: str, num_clips: int
+) -> None:
+    case = converted(variant)
+    processor, model = case.processor(), case.model()
+    prompt = processor.tokenizer.prefix_tokens
+    features = processor.feature_extractor(clips[:num_clips], sampling_rate=16_000, return_tensors="np").input_features
+    results = greedy_ct2(case.ct2_dir, features, prompt, "float32")
+    assert greedy_hf(model, features[:1], case.options) == [results[0].sequences_ids[0]]
+
+    for row, result in enumerate(results):
+        theirs = torch.from_numpy(np.stack([np.asarray(step).reshape(-1) for step in result.logits[0]]))  # (L, vocab)
+        with torch.no_grad():
+            decoder_input = torch.tensor([prompt + result.sequences_ids[0]])
+            ours = model(torch.from_numpy(features[row : row + 1]), decoder_input_ids=decoder_input).logits[0]
+        ours = ours[len(prompt) - 1 :]
+        suppressed = theirs < -1e9  # CTranslate2 has applied the suppressed ids: the same for ours
+        assert len(ours) == len(theirs)
+        assert set(suppressed.all(0).nonzero().flatten().tolist()) >= set(model.generation_config.suppress_tokens)
+        ours = ours.masked_fill(suppressed, -torch.inf).log_softmax(-1)
+        assert (ours - theirs.log_softmax(-1))[~suppressed].abs().max() < 1e-3
+        assert ours.argmax(-1).tolist() == [*result.sequences_ids[0], processor.tokenizer.eos_token_id]  # so is greedy
+
+
+@pytest.mark.parametrize(("variant", "start", "is_multilingual"), [("tiny.en", 50257, False), ("base", 50258, True)])
+def test_generation_config_is_that_of_the_hub(
+    converted: Callable[[str], Converted], variant: str, start: int, is_multilingual: bool
+) -> None:
+    case = converted(variant)
+    config = json.loads((case.hf_dir / "generation_config.json").read_text())
+    ct2_config = json.loads((case.ct2_dir / "config.json").read_text())
+    assert config["alignment_heads"] == ct2_config["alignment_heads"]
+    assert config["suppress_tokens"] == ct2_config["suppress_ids"]
+    assert config["begin_suppress_tokens"] == ct2_config["suppress_ids_begin"]
+    assert config["decoder_start_token_id"] == start
+    assert config["no_timestamps_token_id"] == start + 105
+    assert config["prev_sot_token_id"] == start + 103
+    assert config["eos_token_id"] == config["pad_token_id"] == start - 1
+    assert (config["max_length"], config["max_initial_timestamp_index"]) == (448, 50)
+    assert config["is_multilingual"] is is_multilingual
+    assert "forced_decoder_ids" not in config
+    if is_multilingual:
+        assert config["task_to_id"] == {"translate": 50358, "transcribe": 50359}
+        assert sorted(config["lang_to_id"].values()) == ct2_config["lang_ids"]
+        assert config["lang_to_id"]["<|en|>"] == 50259
+        assert config["lang_to_id"]["<|zh|>"] == 50260
+
+
+@pytest.mark.parametrize(("variant", "first_timestamp"), [("tiny.en", 50363), ("base", 50364)])
+def test_tokenizer_is_complete(converted: Callable[[str], Converted], variant: str, first_timestamp: int) -> None:
+    tokenizer = converted(variant).processor().tokenizer
+    assert isinstance(tokenizer, WhisperTokenizer)
+    assert {tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token} == {"<|endoftext|>"}
+    assert tokenizer.convert_tokens_to_ids(["<|0.00|>", "<|30.00|>"]) == [first_timestamp, first_timestamp + 1500]
+    assert tokenizer.timestamp_ids()[50] == first_timestamp + 50
+    assert tokenizer.all_special_ids[-1] + 1 == first_timestamp  # where transformers expects the timestamps
+    assert tokenizer("hello").input_ids == [
+        *tokenizer.prefix_tokens,
+        *tokenizer.encode("hello", add_special_tokens=False),
+        tokenizer.eos_token_id,
+    ]
+    assert tokenizer.get_prompt_ids("names")[0] == tokenizer.convert_tokens_to_ids("<|startofprev|>")
+    ids = [*tokenizer.prefix_tokens, first_timestamp, *tokenizer.encode(" Hi.", add_special_tokens=False)]
+    assert tokenizer.batch_decode([[*ids, tokenizer.eos_token_id]], skip_special_tokens=True) == [" Hi."]
+    assert "<|0.00|>" in tokenizer.decode(ids, decode_with_timestamps=True)
+    assert tokenizer.normalize("Mr. Colour won't pay $20") == "mister color will not pay $20"
+
+
+def test_multilingual_prefix_follows_language_and_task(converted: Callable[[str], Converted]) -> None:
+    tokenizer = converted("base").processor().tokenizer
+    tokenizer.set_prefix_tokens(language="german", task="translate")
+    names = ["<|startoftranscript|>", "<|de|>", "<|translate|>", "<|notimestamps|>"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer.prefix_tokens) == names
+
+
+@pytest.mark.slow
+def test_pipeline_transcribes_with_timestamps(converted: Callable[[str], Converted], jfk: np.ndarray) -> None:
+    recognizer = pipeline("automatic-speech-recognition", model=str(converted("tiny.en").hf_dir))
+    sentence = recognizer(jfk.copy(), return_timestamps=True)
+    assert "ask not what your country can do for you" in sentence["text"]
+    assert sentence["chunks"][-1]["timestamp"][1] == pytest.approx(10.5, abs=1)
+    words = recognizer(jfk.copy(), return_timestamps="word")["chunks"]  # needs the alignment heads
+    assert len(words) == 22
+    assert words[0]["text"] == " And"
+
+
+@pytest.mark.slow
+def test_float32_round_trip_is_bit_equal(converted: Callable[[str], Converted], tmp_path: Path) -> None:
+    source = converted("tiny.en").hf_dir
+    to_ct2(source, tmp_path / "ct2", "float32")
+    convert_ct2_to_hf(tmp_path / "ct2", tmp_path / "hf")
+    assert_same_weights(source, tmp_path / "hf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("quantization", "levels"), [("int8", 127), ("int16", 1024)])
+def test_integer_weights_come_back_within_half_a_step_and_give_the_same_text(
+    converted: Callable[[str], Converted], jfk: np.ndarray, tmp_path: Path, quantization: str, levels: int
+) -> None:
+    case = converted("tiny.en")
+    to_ct2(case.hf_dir, tmp_path / "ct2", quantization)
+    convert_ct2_to_hf(tmp_path / "ct2", tmp_path / "hf")
+    before, after = load_file(case.hf_dir / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        quantised = weight.ndim > 1 and "embed_positions" not in name
+        row_peak = weight.flatten(1).abs().amax(1) if quantization == "int8" and quantised else weight.abs().max()
+        step = row_peak.reshape(-1, *[1] * (weight.ndim - 1)) / levels if quantised else torch.zeros(())
+        if quantization == "int16" and quantised:  # one scale for q, k and v together
+            step = step * 4
+        assert ((after[name] - weight).abs() <= 0.5 * step * 1.001).all(), name
+
+    processor = case.processor()
+    features = processor.feature_extractor(jfk, sampling_rate=16_000, return_tensors="np").input_features
+    back = WhisperForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    theirs = greedy_ct2(tmp_path / "ct2", features, processor.tokenizer.prefix_tokens, "float32")
+    assert greedy_hf(back, features, {}) == [theirs[0].sequences_ids[0]]
+
+
+@pytest.mark.parametrize("quantization", ["float32", "bfloat16"])
+def test_model_with_128_mel_bins_comes_back(
+    converted: Callable[[str], Converted], tmp_path: Path, quantization: str
+) -> None:
+    processor = build_processor(converted("base").ct2_dir / "tokenizer.json", num_mel_bins=128, vocab_size=51865)
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        num_mel_bins=128, d_model=32, encoder_layers=3, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=40, vocab_size=51865,
+        pad_token_id=50257, bos_token_id=50257, eos_token_id=50257, decoder_start_token_id=50258,
+    )  # fmt: skip
+    model = WhisperForConditionalGeneration(config)
+    if quantization == "bfloat16":
+        model = model.bfloat16().float()
+    model.save_pretrained(tmp_path / "source")
+    save_processor(processor, tmp_path / "source")
+    to_ct2(tmp_path / "source", tmp_path / "ct2", quantization)
+    convert_ct2_to_hf(tmp_path / "ct2", tmp_path / "hf")
+    assert_same_weights(tmp_path / "source", tmp_path / "hf")
+    back = WhisperConfig.from_pretrained(tmp_path / "hf")
+    for key in ("num_mel_bins", "encoder_layers", "decoder_layers", "encoder_attention_heads",
+                "decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim", "vocab_size"):  # fmt: skip
+        assert getattr(back, key) == getattr(config, key), key
+    assert WhisperProcessor.from_pretrained(tmp_path / "hf").feature_extractor.feature_size == 128
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 3, 30, 5_000, -1])
+def test_truncated_model_is_refused_by_name(
+    converted: Callable[[str], Converted], tmp_path: Path, kept_bytes: int
+) -> None:
+    source = copy_ct2(converted("tiny.en"), tmp_path)
+    whole = (source / "model.bin").read_bytes()
+    (source / "model.bin").write_bytes(whole[:kept_bytes])
+    with pytest.raises(ModelError, match=r"model\.bin"):
+        convert_ct2_to_hf(source, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n" * 100, struct.pack("<IH", 6, 4) + b"\xff\xfe\xfd\0" * 50])
+def test_file_that_is_no_model_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.bin").write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.bin"):
+        read_ct2_model(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize("absent", ["model.bin", "config.json", "tokenizer.json"])
+def test_absent_file_is_named(converted: Callable[[str], Converted], tmp_path: Path, absent: str) -> None:
+    source = copy_ct2(converted("tiny.en"), tmp_path)
+    (source / absent).unlink()
+    with pytest.raises(ModelError, match=absent):
+        convert_ct2_to_hf(source, tmp_path / "hf")
+
+
+def test_tokenizer_of_another_variant_is_refused(converted: Callable[[str], Converted], tmp_path: Path) -> None:
+    source = copy_ct2(converted("tiny.en"), tmp_path)
+    shutil.copy(converted("base").ct2_dir / "tokenizer.json", source / "tokenizer.json")
+    with pytest.raises(ModelError, match="51865 tokens, but the model has 51864"):
+        convert_ct2_to_hf(source, tmp_path / "hf")
+
+
+def test_output_folder_with_something_in_it_is_left_alone(
+    converted: Callable[[str], Converted], tmp_path: Path
+) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="hf"):
+        convert_ct2_to_hf(converted("tiny.en").ct2_dir, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert (tmp_path / "hf" / "notes.txt").read_text() == "mine"
+
+
+def copy_ct2(case: Converted, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(case.ct2_dir, tmp_path / "copy"))
+
+
+def to_ct2(hf_dir: Path, ct2_dir: Path, quantization: str) -> None:
+    TransformersConverter(str(hf_dir), copy_files=["tokenizer.json"]).convert(str(ct2_dir), quantization=quantization)
+
+
+def assert_same_weights(one_dir: Path, other_dir: Path) -> None:
+    one = WhisperForConditionalGeneration.from_pretrained(one_dir).state_dict()
+    other = WhisperForConditionalGeneration.from_pretrained(other_dir).state_dict()
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name

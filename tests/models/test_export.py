@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+from src.models import export
+from src.models.ct2_converter import convert_ct2_to_hf
+from src.models.dynamic_context import DynamicWhisper
+from src.models.export import export_ctranslate2, export_huggingface
+from src.utils.errors import ModelError
+
+
+@pytest.mark.slow
+def test_huggingface_export_loads_in_stock_classes_and_replaces_an_older_one(
+    tiny_en: tuple[Any, Any], tmp_path: Path
+) -> None:
+    model, processor = tiny_en
+    model.audio_context = "dynamic"
+    model.train()
+    for bias in (0.0, 0.5):
+        model.model.decoder.layer_norm.bias.data.add_(bias)
+        assert export_huggingface(model, processor, tmp_path / "out") == tmp_path / "out"
+        reloaded = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out")
+        assert torch.equal(reloaded.model.decoder.layer_norm.bias, model.model.decoder.layer_norm.bias)
+    assert model.training
+    assert DynamicWhisper.from_pretrained(tmp_path / "out").audio_context == "dynamic"
+    assert WhisperProcessor.from_pretrained(tmp_path / "out").tokenizer.normalize("colour") == "color"
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()  # faster-whisper and transformers 4 need it
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_model_that_changes_on_the_way_is_not_saved(
+    tiny_en: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = tiny_en
+    save = export._save
+
+    def save_something_else(model: Any, processor: Any, folder: Path) -> None:
+        save(model, processor, folder)
+        model.model.encoder.conv1.bias.data.add_(1)
+
+    monkeypatch.setattr(export, "_save", save_something_else)
+    with pytest.raises(ModelError, match=r"1 weights differ after reloading: model\.encoder\.conv1\.bias"):
+        export_huggingface(model, processor, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_is_no_export_is_left_alone(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="choose another output folder"):
+        export_huggingface(*tiny_en, tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_wrapped_model_is_refused(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="merge_and_unload"):
+        export_huggingface(nn.Sequential(tiny_en[0]), tiny_en[1], tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["int8", "float16"])
+def test_ctranslate2_export_is_complete_and_gives_the_text(
+    tiny_en: tuple[Any, Any], tmp_path: Path, quantization: str, jfk: np.ndarray
+) -> None:
+    model, processor = tiny_en
+    out = export_ctranslate2(
+        model, tmp_path / "out", processor=processor, quantization=quantization, verify_clips=[jfk, jfk[: 16_000 * 4]]
+    )
+    assert {path.name for path in out.iterdir()} == {
+        "config.json",
+        "model.bin",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "vocabulary.json",
+    }
+    assert json.loads((out / "config.json").read_text())["audio_context"] == "full"
+
+
+@pytest.mark.slow
+def test_dynamic_context_survives_export_and_conversion_back(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
+    model, processor = tiny_en
+    model.audio_context = "dynamic"
+    export_ctranslate2(model, tmp_path / "ct2", processor=processor, quantization="float32")
+    back = DynamicWhisper.from_pretrained(convert_ct2_to_hf(tmp_path / "ct2", tmp_path / "hf"))
+    assert back.audio_context == "dynamic"
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in back.state_dict().items())
+
+
+@pytest.mark.slow
+def test_multilingual_export_detects_the_language(base: tuple[Any, Any], tmp_path: Path, jfk: np.ndarray) -> None:
+    model, processor = base
+    export_ctranslate2(model, tmp_path / "out", processor=processor, verify_clips=[jfk[: 16_000 * 5]])
+    assert len(json.loads((tmp_path / "out" / "config.json").read_text())["lang_ids"]) == 99
+
+
+@pytest.mark.slow
+def test_export_that_says_something_else_is_removed(
+    tiny_en: tuple[Any, Any], tmp_path: Path, jfk: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = tiny_en
+    load_model = export.TransformersConverter.load_model
+
+    def load_damaged(self: Any, *args: Any, **options: Any) -> Any:
+        loaded = load_model(self, *args, **options)
+        loaded.model.decoder.layers[0].fc1.weight.data.zero_()
+        return loaded
+
+    monkeypatch.setattr(export.TransformersConverter, "load_model", load_damaged)
+    with pytest.raises(ModelError, match="of the words, allowed are 20%, so it was not saved"):
+        export_ctranslate2(model, tmp_path / "out", processor=processor, verify_clips=[jfk])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_quantization_and_absent_processor_are_refused(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="unknown quantization 'int4'; known: int8"):
+        export_ctranslate2(tmp_path, tmp_path / "out", quantization="int4")
+    with pytest.raises(ModelError, match="processor="):
+        export_ctranslate2(tiny_en[0], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "rate"),
+    [
+        (["a b c d"], ["a b c d"], 0.0),
+        (["a b c d"], ["a b x d e"], 0.5),
+        (["", "a b"], ["", "a b"], 0.0),
+        ([""], [""], 0.0),
+        ([""], ["a"], 1.0),
+    ],
+)
+def test_word_mismatch_counts_edits_over_the_words_of_the_source(
+    expected: list[str], found: list[str], rate: float
+) -> None:
+    assert export._word_mismatch(expected, found) == rate
