@@ -9,7 +9,7 @@ from src.evaluation.metrics import MetricsCalculator, error_rate, sum_counts, wo
 from src.evaluation.text import PLAIN
 from src.utils.errors import DataError
 
-WORDS = "the a cat dog sat ran on under mat hat big red".split()
+WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "hat", "big", "red"]
 
 
 def corpus(n: int, seed: int = 0, error: float = 0.3) -> tuple[list[str], list[str]]:

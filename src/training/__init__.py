@@ -1,0 +1,5 @@
+"""The training loop."""
+
+from src.training.trainer import WhisperTrainer
+
+__all__ = ["WhisperTrainer"]

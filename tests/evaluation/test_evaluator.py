@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from src.data.dataset import create_loader
+from src.data.preparation import check_utterance
+from src.data.sources import Utterance
+from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
+from src.inference import decoding
+from src.utils.config import Config
+from src.utils.errors import DataError
+from src.utils.tracking import ExperimentLogger
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def clips(sample: list[Utterance]) -> list[Utterance]:
+    return [check_utterance(u, Config().data) for u in sample[400:500:16]]
+
+
+@pytest.fixture
+def result(tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config) -> EvaluationResult:
+    model, processor = tiny_en
+    return ModelEvaluator(model, processor, config).evaluate_dataset(
+        create_loader(clips, processor, config), name="stock"
+    )
+
+
+def test_result_is_an_object_and_a_read_only_mapping(result: EvaluationResult, clips: list[Utterance]) -> None:
+    assert result["wer"] == result.wer
+    assert dict(result)["cer"] == result.cer
+    assert "rows" not in result
+    assert result.n == len(result.rows) == len(clips)
+    assert result.wer_low <= result.wer <= result.wer_high
+    assert {row.id for row in result.rows} == {u.id for u in clips}
+    assert result.rtf == pytest.approx(result.compute_sec / result.audio_sec)
+    with pytest.raises(TypeError):
+        result["wer"] = 0  # type: ignore[index]
+    with pytest.raises(KeyError):
+        result["word_error_rate"]
+
+
+def test_rows_add_up_to_the_rates(result: EvaluationResult) -> None:
+    errors = sum(r.substitutions + r.deletions + r.insertions for r in result.rows)
+    assert result.wer == pytest.approx(errors / sum(r.reference_words for r in result.rows))
+    assert result.reference_words == sum(r.reference_words for r in result.rows)
+
+
+def test_loss_is_the_token_weighted_mean_of_single_clips(
+    tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config, result: EvaluationResult
+) -> None:
+    model, processor = tiny_en
+    total, tokens = 0.0, 0
+    for batch in create_loader(
+        clips, processor, config.model_copy(update={"inference": config.inference.model_copy(update={"batch_size": 1})})
+    ):
+        with torch.no_grad():
+            encoded = decoding.encode(model, [batch["audio"][0]], 0.5)
+            logits = model(encoder_outputs=encoded, decoder_input_ids=batch["decoder_input_ids"]).logits
+        mask = batch["labels"] != -100
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch["labels"].flatten().clamp(min=0), reduction="none"
+        )
+        total += float(losses[mask.flatten()].sum())
+        tokens += int(mask.sum())
+    assert result.loss == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_a_failing_model_is_an_error_and_never_a_zero(
+    tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = tiny_en
+    loader = create_loader(clips, processor, config)
+    monkeypatch.setattr(
+        model.model.decoder, "forward", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("CUDA error"))
+    )
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        ModelEvaluator(model, processor, config).evaluate_dataset(loader)
+
+
+def test_nothing_to_measure_is_an_error(tiny_en: tuple[Any, Any], config: Config) -> None:
+    with pytest.raises(DataError, match="no clip"):
+        ModelEvaluator(*tiny_en, config).evaluate_dataset([])
+
+
+def test_training_mode_is_restored(tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config) -> None:
+    model, processor = tiny_en
+    model.train()
+    ModelEvaluator(model, processor, config).evaluate_dataset(create_loader(clips[:2], processor, config))
+    assert model.training
+
+
+def test_samples_are_spread_over_the_set_and_worst_first(
+    tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config
+) -> None:
+    model, processor = tiny_en
+    loader = create_loader(clips, processor, config)
+    table = ModelEvaluator(model, processor, config).evaluate_with_samples(loader, num_samples=3)
+    assert set(table["id"]) == {clips[0].id, clips[len(clips) // 2].id, clips[-1].id}
+    assert list(table["wer"]) == sorted(table["wer"], reverse=True)
+
+
+def test_results_are_saved_for_tables_and_pictures(result: EvaluationResult, config: Config) -> None:
+    with ExperimentLogger(config, run_id="r") as experiment:
+        result.save(experiment)
+    rows = [json.loads(line) for line in Path(experiment.predictions_path).read_text().splitlines()]
+    assert [row["id"] for row in rows] == [row.id for row in result.rows]
+    assert all(row["model"] == "stock" for row in rows)
+    (event,) = [json.loads(line) for line in Path(experiment.metrics_path).read_text().splitlines()]
+    assert event["wer"] == result.wer
+    assert math.isclose(event["rtf"], result.rtf)
+
+
+def test_a_model_compared_with_itself_shows_no_difference(
+    tiny_en: tuple[Any, Any], result: EvaluationResult, config: Config
+) -> None:
+    comparison = ModelEvaluator(*tiny_en, config).compare(result, result)
+    assert (comparison.difference, comparison.verdict) == (0.0, "no difference shown")

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from src.evaluation.report import (
+    NOT_MEASURED,
+    comparison_table,
+    describe_comparison,
+    load_metrics,
+    load_predictions,
+    summarize_run,
+)
+from src.evaluation.visualization import EvaluationVisualizer, TrainingVisualizer, save_figure
+from src.utils.errors import DataError
+
+RATES = {
+    "n": 40, "normalizer": "whisper-english-v1", "cer": 0.2, "cer_plain": 0.2, "loss": 0.9, "rtf": 0.06,
+    "confidence": 0.95, "blocks": "speaker", "num_blocks": 8, "audio_context": "dynamic",
+}  # fmt: skip
+
+
+def evaluation(name: str, wer: float) -> dict[str, Any]:
+    plain = {"wer_plain": wer + 0.01, "wer_plain_low": wer - 0.04, "wer_plain_high": wer + 0.06}
+    return {
+        "event": "evaluation",
+        "name": name,
+        **RATES,
+        "wer": wer,
+        "wer_low": wer - 0.05,
+        "wer_high": wer + 0.05,
+        **plain,
+    }
+
+
+def prediction(model: str, i: int, errors: int) -> dict[str, Any]:
+    hypothesis = " ".join(["the"] * (4 - errors) + ["x"] * errors)
+    return {
+        "model": model, "id": f"u{i}", "speaker": f"s{i % 8}", "duration_sec": 1.0 + i % 9,
+        "reference": "the the the the",
+        "hypothesis": hypothesis, "substitutions": errors, "deletions": 0, "insertions": 0, "reference_words": 4,
+        "avg_logprob": -0.2, "latency_sec": 0.1,
+    }  # fmt: skip
+
+
+def epoch(number: int, wer: float | None, best: bool) -> dict[str, Any]:
+    return {
+        "event": "epoch", "epoch": number, "train_loss": 1 / number, "val_loss": 1.2 / number, "val_wer": wer,
+        "val_cer": None if wer is None else wer / 2, "learning_rate": 1e-5, "is_best": best,
+    }  # fmt: skip
+
+
+def steps(n: int) -> list[dict[str, Any]]:
+    return [
+        {"event": "train_step", "step": i + 1, "epoch": 1 + 2 * i // n, "loss": 2 / (1 + i / 9), "samples_per_sec": 3.0}
+        for i in range(n)
+    ]
+
+
+def write(run_dir: Path, metrics: list[dict[str, Any]], predictions: list[dict[str, Any]] | None = None) -> Path:
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    if predictions is not None:
+        (run_dir / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in predictions))
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    metrics = [
+        *steps(90), epoch(1, 0.33, True), epoch(2, 0.27, True), evaluation("stock", 0.37), evaluation("tuned", 0.27),
+        {"event": "streaming", "clips": 25, "audio_sec": 100.0, "wer": 0.3, "offline_wer": 0.28, "rtf": 0.3,
+         "longest_update_sec": 0.5},
+    ]  # fmt: skip
+    predictions = [prediction("stock", i, 2) for i in range(40)] + [prediction("tuned", i, i % 2) for i in range(40)]
+    return write(tmp_path / "run", metrics, predictions)
+
+
+def test_summary_is_read_back_from_the_runs_files(run_dir: Path) -> None:
+    summary = summarize_run(run_dir)
+    assert summary.figures() == {"stock_wer": 0.37, "tuned_wer": 0.27, "streaming_wer": 0.3, "rtf": 0.06}
+    assert summary.comparison is not None
+    assert summary.comparison.verdict == "better"
+    text = summary.to_text()
+    for part in ("0.370 [0.320, 0.420]", "0.270 [0.220, 0.320]", "the tuned model is better", "WER 0.300", "RTF 0.30"):
+        assert part in text
+
+
+def test_a_worse_model_is_called_worse(tmp_path: Path) -> None:
+    rows = [prediction("stock", i, i % 2) for i in range(40)] + [prediction("tuned", i, 3) for i in range(40)]
+    summary = summarize_run(write(tmp_path / "r", [evaluation("stock", 0.1), evaluation("tuned", 0.7)], rows))
+    assert summary.comparison is not None
+    assert "keep the stock model" in describe_comparison(summary.comparison)
+
+
+def test_what_was_not_measured_is_said_and_never_zero(tmp_path: Path) -> None:
+    row = evaluation("stock", 0.37) | {"rtf": None, "wer_low": None, "wer_high": None}
+    table = comparison_table({"stock": row})
+    assert table.loc["stock", "RTF"] == NOT_MEASURED
+    assert table.loc["stock", "WER"] == "0.370"
+    figures = summarize_run(write(tmp_path / "r", [row])).figures()
+    assert figures["tuned_wer"] is None
+
+
+def test_a_repeated_evaluation_replaces_the_first(run_dir: Path) -> None:
+    with (run_dir / "predictions.jsonl").open("a") as file:
+        file.write(json.dumps(prediction("tuned", 3, 4)) + "\n")
+    rows = load_predictions(run_dir)["tuned"]
+    assert len(rows) == 40
+    assert next(row for row in rows if row.id == "u3").substitutions == 4
+
+
+def test_absent_and_damaged_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"metrics\.jsonl: no such file"):
+        load_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"event": "epoch"}\n{"event": "tra')
+    with pytest.raises(DataError, match="line 2: not JSON"):
+        load_metrics(tmp_path)
+
+
+def test_training_analysis_has_four_panels_and_is_saved_twice(run_dir: Path, tmp_path: Path) -> None:
+    figure = TrainingVisualizer(run_dir).training_analysis()
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "Loss", "Word error rate", "Character error rate", "Summary",
+    ]  # fmt: skip
+    png, svg = save_figure(figure, tmp_path / "figures", "training_analysis")
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in svg.read_text()
+    assert len(TrainingVisualizer(run_dir)._epochs) == 2
+
+
+@pytest.mark.parametrize("rows", [[epoch(1, 0.3, True)], [epoch(1, 0.3, True), epoch(2, None, False)]])
+def test_one_epoch_or_a_missing_value_draws(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    figure = TrainingVisualizer(write(tmp_path / "r", rows)).training_analysis()
+    save_figure(figure, tmp_path, "one")
+
+
+def test_comparison_and_duration_draw(run_dir: Path, tmp_path: Path) -> None:
+    visualizer = EvaluationVisualizer(run_dir)
+    bars = visualizer.stock_against_tuned()
+    assert [label.get_text() for label in bars.axes[0].get_xticklabels()] == ["stock", "tuned"]
+    save_figure(bars, tmp_path, "bars")
+    save_figure(visualizer.wer_by_duration(), tmp_path, "duration")
+
+
+def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "r", steps(3))
+    with pytest.raises(DataError, match="no finished epoch"):
+        TrainingVisualizer(path)
+    with pytest.raises(DataError, match="nothing was evaluated"):
+        EvaluationVisualizer(path)

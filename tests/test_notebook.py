@@ -1,0 +1,103 @@
+"""The notebook keeps its rules, and runs from the first cell to the last in a real kernel."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "whisper_asr_colab.ipynb"
+REPOSITORY = "https://github.com/jimmy00415/COMP3057_Project"
+FORBIDDEN = (ast.FunctionDef, ast.ClassDef, ast.Try, ast.For, ast.While, ast.BinOp)
+
+
+@pytest.fixture(scope="module")
+def notebook() -> Any:
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+@pytest.fixture(scope="module")
+def code_cells(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_it_is_valid_small_and_stripped(notebook: Any, code_cells: list[Any]) -> None:
+    nbformat.validate(notebook)
+    assert len(code_cells) <= 30
+    assert NOTEBOOK.stat().st_size < 60_000
+    assert all(not cell.outputs and cell.execution_count is None for cell in code_cells)
+    assert "widgets" not in notebook.metadata
+
+
+def test_cells_are_thin(code_cells: list[Any]) -> None:
+    for cell in code_cells:
+        lines = [line for line in cell.source.splitlines() if line.strip() and not line.strip().startswith("#")]
+        assert len(lines) <= 15, cell.source
+        for node in ast.walk(ast.parse(cell.source)):
+            path_join = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)  # folder / "name"
+            assert path_join or not isinstance(node, FORBIDDEN), cell.source
+
+
+def test_no_name_is_used_for_two_things(code_cells: list[Any]) -> None:
+    bound: dict[str, int] = {}
+    for index, cell in enumerate(code_cells):
+        for node in ast.parse(cell.source).body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            for name in (n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)):
+                assert bound.setdefault(name, index) == index, f"{name} is bound in two cells"
+
+
+def test_badge_and_set_up_point_to_the_published_repository(notebook: Any, code_cells: list[Any]) -> None:
+    badge = f"{REPOSITORY.replace('https://github.com', '')}/blob/main/{NOTEBOOK.name}"
+    assert badge in notebook.cells[0].source
+    set_up = next(cell.source for cell in code_cells if "git" in cell.source and "clone" in cell.source)
+    assert re.search(rf'REPOSITORY = "{REPOSITORY}"  #@param', set_up)
+    assert re.search(r'BRANCH = "main"  #@param', set_up)
+    assert "check=True" in set_up
+
+
+def test_set_up_clones_a_fork_into_a_fresh_runtime_and_not_into_a_checkout(
+    code_cells: list[Any], tmp_path: Path
+) -> None:
+    """Run the cell alone, as a script, against a small repository that stands for a fork."""
+    fork = tmp_path / "fork.git"
+    (fork / "src" / "utils").mkdir(parents=True)
+    (fork / "src" / "utils" / "config.py").write_text("")
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for arguments in (["init", "-q", "-b", "main"], ["add", "."], [*identity, "commit", "-qm", "fork"]):
+        subprocess.run(["git", *arguments], cwd=fork, check=True)
+    set_up = next(cell.source for cell in code_cells if "clone" in cell.source)
+    script = set_up.replace(REPOSITORY, fork.as_uri()) + "\nprint(Path.cwd())"
+    runtime = tmp_path / "content"
+    runtime.mkdir()
+    for folder in (runtime, runtime, runtime / "fork"):  # first time, restarted runtime, inside the checkout
+        done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == str(runtime / "fork")
+    assert sorted(p.name for p in runtime.iterdir()) == ["fork"]
+
+
+@pytest.mark.slow
+def test_run_all_with_the_demo_profile_ends_green(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/run_demo.py", "--quick", "--runs-dir", str(tmp_path), "--run-id", "quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    figures = json.loads(done.stdout.strip().splitlines()[-1])
+    assert set(figures) == {"stock_wer", "tuned_wer", "streaming_wer", "rtf"}
+    assert all(isinstance(value, float) and value > 0 for value in figures.values())
+    run_dir = tmp_path / "quick"
+    for name in (
+        "notebook.html", "config.yaml", "env.json", "metrics.jsonl", "predictions.jsonl",
+        "figures/training_analysis.png",
+        "figures/stock_against_tuned.svg", "checkpoints/best_model_hf/model.safetensors", "ctranslate2_int8/model.bin",
+    ):  # fmt: skip
+        assert (run_dir / name).stat().st_size > 0, name
+    assert not (run_dir / "notebook.ipynb").exists()
