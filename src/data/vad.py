@@ -1,0 +1,307 @@
+"""Where speech is: silero-vad's bundled weights, over whole recordings and over live audio.
+
+silero's own iterator keeps its recurrent state inside the model, so that two streams on one model disturb each other.
+Here the weights are shared and each stream owns its state. Whole recordings go through the same stream, so that batch
+and live agree by construction; the rule is silero's `get_speech_timestamps` (equal to it, tested).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import soxr
+import torch
+from torch import Tensor
+
+from src.data.audio import SAMPLE_RATE, Waveform
+from src.utils.config import VADConfig
+from src.utils.errors import AudioError, MissingDependencyError, ModelError
+
+WINDOW_SAMPLES = 512  # 32 ms: the only window that the 16 kHz model takes
+CONTEXT_SAMPLES = 64  # of the window before, prepended
+STATE_SHAPE = (2, 1, 128)  # hidden and cell of the LSTM
+HYSTERESIS = 0.15  # speech ends below threshold - 0.15, silero's value
+MIN_END_THRESHOLD = 0.01
+
+
+@dataclass(frozen=True)
+class SpeechSegment:
+    """A stretch of speech, in seconds from the start of the recording."""
+
+    start_sec: float
+    end_sec: float
+
+    @property
+    def duration_sec(self) -> float:
+        """Length in seconds."""
+        return self.end_sec - self.start_sec
+
+
+@dataclass(frozen=True)
+class VADEvent:
+    """Speech began or ended.
+
+    Attributes:
+        kind: "start" is reported once `min_speech_sec` of speech is certain, "end" after `min_silence_sec` of silence.
+        time_sec: where it happened, without padding.
+        detected_sec: how much audio had been heard when it was reported.
+    """
+
+    kind: Literal["start", "end"]
+    time_sec: float
+    detected_sec: float
+
+
+class VoiceActivityDetector:
+    """Finds speech.
+
+    Args:
+        config: threshold and durations; the defaults of `VADConfig` if None.
+    Raises: MissingDependencyError: silero-vad is not installed. ModelError: its weights cannot be used.
+    """
+
+    def __init__(self, config: VADConfig | None = None) -> None:
+        self.config = config or VADConfig()
+        self._network = _load_network()
+
+    def speech_segments(self, audio: Waveform, sample_rate: int = SAMPLE_RATE) -> list[SpeechSegment]:
+        """Find all speech in a recording.
+
+        Args:
+            audio: (T,) float32 in [-1, 1].
+            sample_rate: of `audio`, Hz; it is resampled to 16 kHz here.
+        Returns: segments in order, padded by `pad_sec` without overlap, in seconds at any rate; none for silence.
+        Raises: AudioError: not one channel of finite samples, or a rate that is not positive.
+        """
+        if sample_rate <= 0:
+            raise AudioError(f"sample rate {sample_rate} Hz; pass the rate of the recording, for example 16000")
+        check_waveform(audio)
+        duration_sec = len(audio) / sample_rate
+        if sample_rate != SAMPLE_RATE and len(audio):
+            audio = soxr.resample(audio, sample_rate, SAMPLE_RATE, quality="HQ")
+        stream = self.stream()
+        events = stream.feed(audio) + stream.finish()
+        times = [event.time_sec for event in events]
+        return _pad(times[::2], times[1::2], self.config.pad_sec, duration_sec)
+
+    def stream(self) -> VADStream:
+        """Start a stream with a state of its own."""
+        return VADStream(self._network, self.config)
+
+
+class VADStream:
+    """Speech detection on audio that arrives in pieces; any piece sizes give the same events.
+
+    Attributes:
+        in_speech: whether a "start" was reported whose "end" was not.
+        probability: of speech in the newest window, in [0, 1].
+    """
+
+    def __init__(self, network: Any, config: VADConfig) -> None:
+        self._network = network
+        self._threshold = config.threshold
+        self._end_threshold = max(config.threshold - HYSTERESIS, MIN_END_THRESHOLD)
+        self._min_silence = config.min_silence_sec * SAMPLE_RATE
+        self._min_speech = config.min_speech_sec * SAMPLE_RATE
+        self._state: Tensor = torch.zeros(STATE_SHAPE)
+        self._context: Tensor = torch.zeros(CONTEXT_SAMPLES)
+        self._rest: Waveform = np.zeros(0, dtype=np.float32)  # less than a window
+        self._heard = 0  # samples in whole windows
+        self._start: int | None = None  # sample at which the current speech began
+        self._silence: int | None = None  # sample at which its current silence began
+        self.in_speech = False
+        self.probability = 0.0
+
+    def feed(self, samples: Waveform) -> list[VADEvent]:
+        """Hear more audio.
+
+        Args:
+            samples: (T,) float32, 16 kHz, any T.
+        Returns: events in order; "start" and "end" alternate.
+        Raises: AudioError: not one channel of finite samples.
+        """
+        check_waveform(samples)
+        pending = np.concatenate([self._rest, samples])
+        whole = len(pending) // WINDOW_SAMPLES * WINDOW_SAMPLES
+        self._rest = pending[whole:].copy()
+        events: list[VADEvent] = []
+        with _one_thread():
+            for at in range(0, whole, WINDOW_SAMPLES):
+                self.probability = self._speech_probability(pending[at : at + WINDOW_SAMPLES])
+                events += self._advance()
+        return events
+
+    def finish(self) -> list[VADEvent]:
+        """Hear the last incomplete window and close what is open; the stream takes no more audio after it."""
+        total = self._heard + len(self._rest)
+        events = []
+        if len(self._rest):
+            events = self.feed(np.zeros(WINDOW_SAMPLES - len(self._rest), dtype=np.float32))
+        if self._start is not None and (self.in_speech or total - self._start > self._min_speech):
+            if not self.in_speech:
+                events.append(self._event("start", self._start))
+            events.append(self._event("end", total))
+        self._start, self.in_speech = None, False
+        return events
+
+    @torch.inference_mode()
+    def _speech_probability(self, window: Waveform) -> float:
+        joined = torch.cat([self._context, torch.from_numpy(np.ascontiguousarray(window))])  # (576,)
+        probability, self._state = self._network(joined[None], self._state)  # (1, 1), (2, 1, 128)
+        self._context = joined[-CONTEXT_SAMPLES:]
+        return float(probability)
+
+    def _advance(self) -> list[VADEvent]:
+        """silero's rule for one window: begin at the threshold, end after enough windows below the lower one."""
+        at = self._heard
+        self._heard += WINDOW_SAMPLES
+        if self.probability >= self._threshold:
+            self._silence = None
+            if self._start is None:
+                self._start = at
+        elif self._start is not None and self.probability < self._end_threshold and self._silence is None:
+            self._silence = at
+        if self._start is None:
+            return []
+        events = []
+        certain = (self._heard if self._silence is None else self._silence) - self._start
+        if not self.in_speech and certain > self._min_speech:
+            self.in_speech = True
+            events.append(self._event("start", self._start))
+        below = self.probability < self._end_threshold
+        if below and self._silence is not None and at - self._silence >= self._min_silence:
+            if self.in_speech:
+                events.append(self._event("end", self._silence))
+            self._start = self._silence = None
+            self.in_speech = False
+        return events
+
+    def _event(self, kind: Literal["start", "end"], sample: int) -> VADEvent:
+        return VADEvent(kind, sample / SAMPLE_RATE, self._heard / SAMPLE_RATE)
+
+
+class SpeechTimeline:
+    """Which parts of a live stream are speech, in absolute time.
+
+    Args:
+        detector: None takes everything for speech, because the caller asked for no detection.
+
+    Attributes:
+        end_sec: where speech last ended; 0 before.
+    """
+
+    def __init__(self, detector: VoiceActivityDetector | None) -> None:
+        self._detector = detector
+        self._stream = detector.stream() if detector is not None else None
+        self._stream_from_sec = 0.0
+        self._heard = 0  # samples
+        self._starts: list[float] = []
+        self._ends: list[float] = []  # one shorter while speech goes on
+        self.end_sec = 0.0
+
+    def hear(self, samples: Waveform) -> list[VADEvent]:
+        """Hear (T,) float32 at 16 kHz; return events in order."""
+        self._heard += len(samples)
+        now_sec = self._heard / SAMPLE_RATE
+        if self._stream is not None:
+            return self._note(self._stream.feed(samples))
+        return (
+            []
+            if len(self._starts) > len(self._ends)
+            else self._note([VADEvent("start", now_sec - len(samples) / SAMPLE_RATE, now_sec)])
+        )
+
+    def finish(self) -> list[VADEvent]:
+        """Close speech that is open; what is heard afterwards is judged afresh."""
+        now_sec = self._heard / SAMPLE_RATE
+        if self._detector is None or self._stream is None:
+            return self._note([VADEvent("end", now_sec, now_sec)] if len(self._starts) > len(self._ends) else [])
+        events = self._note(self._stream.finish())
+        self._stream, self._stream_from_sec = self._detector.stream(), now_sec
+        return events
+
+    def touches(self, start_sec: float, end_sec: float, *, slack_sec: float) -> bool:
+        """Whether a stretch of time lies at most `slack_sec` away from speech."""
+        ends = [*self._ends, float("inf")]
+        return any(
+            start_sec <= end + slack_sec and end_sec >= start - slack_sec
+            for start, end in zip(self._starts, ends, strict=False)
+        )
+
+    def discard_before(self, sec: float) -> None:
+        """Forget speech that ended before a time."""
+        old = sum(end < sec for end in self._ends)
+        del self._starts[:old], self._ends[:old]
+
+    def _note(self, events: list[VADEvent]) -> list[VADEvent]:
+        offset = self._stream_from_sec
+        shifted = [VADEvent(e.kind, e.time_sec + offset, e.detected_sec + offset) for e in events]
+        for event in shifted:
+            if event.kind == "start":
+                self._starts.append(event.time_sec)
+            else:
+                self._ends.append(event.time_sec)
+                self.end_sec = event.time_sec
+        return shifted
+
+
+def check_waveform(samples: Waveform) -> None:
+    """Raise AudioError unless `samples` is (T,) floating point and finite."""
+    if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
+        raise AudioError(
+            f"audio of shape {samples.shape} and type {samples.dtype}: (T,) float32 in [-1, 1] is needed; "
+            "mix the channels, and divide int16 samples by 32768"
+        )
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{int((~np.isfinite(samples)).sum())} NaN or infinite samples; check the source of the audio")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run on one thread: handing a 32 ms window to a second costs more than its arithmetic. Restores the number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@cache
+def _load_network() -> Any:
+    """Return the scripted function (window with context (1, 576), state) -> (probability (1, 1), state)."""
+    with _one_thread():  # silero's import sets torch's threads to one, for the whole process
+        return _import_network()
+
+
+def _import_network() -> Any:
+    try:
+        from silero_vad import load_silero_vad
+    except ImportError as err:
+        raise MissingDependencyError(
+            "speech detection needs silero-vad, which is not installed: pip install 'silero-vad>=6.2'"
+        ) from err
+    try:
+        network = load_silero_vad(onnx=False)._model
+        network(torch.zeros(1, CONTEXT_SAMPLES + WINDOW_SAMPLES), torch.zeros(STATE_SHAPE))
+    except (RuntimeError, OSError, ValueError, TypeError, AttributeError) as err:
+        raise ModelError(
+            f"silero-vad is installed, but its weights cannot be used ({err}); "
+            "install it again: pip install --force-reinstall --no-deps 'silero-vad>=6.2,<7'"
+        ) from err
+    return network
+
+
+def _pad(starts: list[float], ends: list[float], pad_sec: float, duration_sec: float) -> list[SpeechSegment]:
+    """Widen segments; two that would overlap meet half-way."""
+    segments = []
+    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        before = pad_sec if i == 0 else min(pad_sec, (start - ends[i - 1]) / 2)
+        after = pad_sec if i == len(ends) - 1 else min(pad_sec, (starts[i + 1] - end) / 2)
+        segments.append(SpeechSegment(max(0.0, start - before), min(duration_sec, end + after)))
+    return segments

@@ -1,0 +1,173 @@
+"""Which words are final: hypotheses over a moving window of audio in, an append-only transcript out. Pure.
+
+LocalAgreement-2 (Liu et al. 2020; Macháček et al. 2023): what two successive hypotheses begin with alike is
+committed. Each hypothesis begins with words that are committed already, perhaps spelt otherwise. whisper_streaming
+drops them by time and then by an n-gram match of at most five words; here one alignment decides, whose cost counts both
+differing words and words on the wrong side of the last committed time, so that neither a re-spelt word nor a shifted
+time commits a word twice.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from src.inference.alignment import Word
+
+TIME_SLACK_SEC = 0.2  # how far word times move between hypotheses
+EDIT_COST = 2  # against 1 for a word at the wrong time: text is the better witness
+LOOP_MAX_NGRAM = 4  # words
+LOOP_MIN_COPIES = 3
+LOOP_MIN_WORDS = 12  # people say "no, no, no, no"; nobody says twelve words of it
+MAX_WORDS_PER_SEC = 8.0  # of a repetition; fast speech has 4 to 5
+
+
+@dataclass(frozen=True)
+class CommitResult:
+    """What one update decided.
+
+    Attributes:
+        committed: words that became final now, in absolute time, after all committed before.
+        partial: the rest of the newest hypothesis; may change or vanish.
+    """
+
+    committed: tuple[Word, ...]
+    partial: tuple[Word, ...]
+
+
+class CommitPolicy(Protocol):
+    """Decides which words of a hypothesis are final. Nothing committed is ever retracted, and times never decrease."""
+
+    def update(self, words: Sequence[Word], *, audio_end_sec: float) -> CommitResult:
+        """Take the hypothesis for all audio held, in absolute times, and the time at which that audio ends."""
+
+    def flush(self, words: Sequence[Word]) -> CommitResult:
+        """Commit all of a hypothesis, because its audio is complete."""
+
+    def discard_before(self, sec: float) -> None:
+        """Learn that audio before this time left the buffer: hypotheses begin after it."""
+
+
+class LocalAgreement:
+    """LocalAgreement-2: commits the longest common beginning of the last two hypotheses.
+
+    Words are compared without case and punctuation; the newer spelling and times are taken.
+    """
+
+    def __init__(self) -> None:
+        self._committed: list[Word] = []  # those whose audio is still held, and a few before
+        self._held_from_sec = 0.0
+        self._last_end_sec = 0.0
+        self._previous: tuple[str, ...] = ()  # keys of the last hypothesis after what is committed
+
+    def update(self, words: Sequence[Word], *, audio_end_sec: float) -> CommitResult:
+        """Commit what this hypothesis and the last one agree on.
+
+        Args:
+            words: the hypothesis for all audio held, absolute times.
+            audio_end_sec: end of that audio; words are clipped to it.
+        Returns: words new in the transcript, and the tail.
+        """
+        new = self._new_words(words)
+        keys = tuple(word_key(word) for word in new)
+        agreed = 0
+        while agreed < min(len(keys), len(self._previous)) and keys[agreed] == self._previous[agreed]:
+            agreed += 1
+        self._previous = keys[agreed:]
+        return CommitResult(self._commit(new[:agreed], audio_end_sec), new[agreed:])
+
+    def flush(self, words: Sequence[Word]) -> CommitResult:
+        """Commit every word of a hypothesis; loops are dropped."""
+        self._previous = ()
+        return CommitResult(self._commit(self._new_words(words)), ())
+
+    def discard_before(self, sec: float) -> None:
+        """Stop expecting committed words that ended before `sec` in coming hypotheses."""
+        self._held_from_sec = max(self._held_from_sec, sec)
+        held = sum(word.end_sec > self._held_from_sec for word in self._committed)
+        self._committed = self._committed[-max(held, LOOP_MIN_WORDS) :]  # the few before: loops cross the cut
+
+    def _new_words(self, words: Sequence[Word]) -> tuple[Word, ...]:
+        """Return the words after the committed ones, less loops.
+
+        The cut k minimises 2 x edit distance(committed words held, words[:k]) + words whose middle lies on the wrong
+        side of the last committed time by more than `TIME_SLACK_SEC`; of equals, the cut nearest to that time.
+        """
+        words = _without_loops((), words)  # what is committed has none: aligned first, they would shift the cut
+        expected = [word_key(word) for word in self._committed if word.end_sec > self._held_from_sec]
+        middles = [(word.start_sec + word.end_sec) / 2 for word in words]
+        late = [middle > self._last_end_sec + TIME_SLACK_SEC for middle in middles]
+        early = [middle < self._last_end_sec - TIME_SLACK_SEC for middle in middles]
+        by_time = sum(middle < self._last_end_sec for middle in middles)
+        distances = _prefix_distances(expected, [word_key(word) for word in words])
+        costs = [EDIT_COST * distance + sum(late[:k]) + sum(early[k:]) for k, distance in enumerate(distances)]
+        cut = min(range(len(costs)), key=lambda k: (costs[k], abs(k - by_time)))
+        return _without_loops(self._committed[-LOOP_MIN_WORDS:], words[cut:])
+
+    def _commit(self, words: Sequence[Word], audio_end_sec: float = float("inf")) -> tuple[Word, ...]:
+        committed = []
+        for word in words:
+            start = max(word.start_sec, self._last_end_sec)
+            end = max(min(word.end_sec, audio_end_sec), start)
+            committed.append(replace(word, start_sec=start, end_sec=end))
+            self._last_end_sec = end
+        self._committed += committed
+        return tuple(committed)
+
+
+POLICIES: Mapping[str, Callable[[], CommitPolicy]] = {"local_agreement": LocalAgreement}  # by `streaming.policy`
+
+
+def word_key(word: Word) -> str:
+    """Return a word without case and punctuation; the text itself where nothing else is in it."""
+    key = "".join(c for c in word.text.casefold() if not unicodedata.category(c).startswith(("P", "S")))
+    return key or word.text
+
+
+def find_loop(words: Sequence[Word], *, beyond: int = 0) -> range | None:
+    """Find a repetition that no speaker makes.
+
+    A loop is an n-gram (n from 1 to 4 words) said at least three times in a row that spans at least 12 words, or goes
+    by at more than 8 words a second: the decoder runs on while the audio does not.
+
+    Args:
+        beyond: only loops that reach past this index count.
+    Returns: the indices of the second and later copies of the earliest loop, with a copy cut off at the end; or None.
+    """
+    keys = [word_key(word) for word in words]
+    for start in range(len(keys)):
+        for n in range(1, LOOP_MAX_NGRAM + 1):
+            gram = keys[start : start + n]
+            stop = start + n
+            while keys[stop : stop + n] == gram:
+                stop += n
+            looping = stop - start >= LOOP_MIN_COPIES * n and stop > beyond
+            if looping and _implausible(words[start:stop]):
+                cut_off = len(keys) - stop < n and keys[stop:] == gram[: len(keys) - stop]
+                return range(start + n, len(keys) if cut_off else stop)
+    return None
+
+
+def _without_loops(before: Sequence[Word], new: Sequence[Word]) -> tuple[Word, ...]:
+    """Drop from `new` the copies of loops, which may have begun in `before`: what follows a loop is kept."""
+    kept = list(new)
+    while (loop := find_loop([*before, *kept], beyond=len(before))) is not None:
+        del kept[max(0, loop.start - len(before)) : loop.stop - len(before)]
+    return tuple(kept)
+
+
+def _implausible(repetition: Sequence[Word]) -> bool:
+    duration_sec = repetition[-1].end_sec - repetition[0].start_sec
+    return len(repetition) >= LOOP_MIN_WORDS or len(repetition) > MAX_WORDS_PER_SEC * duration_sec
+
+
+def _prefix_distances(expected: Sequence[str], found: Sequence[str]) -> list[int]:
+    """Return the edit distance of `expected` to every beginning of `found`, the empty one first."""
+    row = list(range(len(found) + 1))
+    for i, wanted in enumerate(expected, start=1):
+        above, row = row, [i]
+        for j, word in enumerate(found, start=1):
+            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (wanted != word)))
+    return row
