@@ -3,13 +3,15 @@
     WER = sum(S + D + I) / sum(N) over the corpus; CER likewise over characters.
 
 An empty reference has N = 0 and its insertions count: a hallucination on silence is an error. Clips of one speaker are
-not independent, so intervals resample speakers (Bisani & Ney, ICASSP 2004, with speakers as blocks).
+not independent, so intervals resample speakers (Bisani & Ney, ICASSP 2004, with speakers as blocks). Where there are
+not two known speakers, clips are resampled: the interval then speaks of this voice's next clips, not of other voices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import jiwer
 import numpy as np
@@ -20,6 +22,8 @@ from src.utils.errors import DataError
 
 _CHUNK_CELLS = 5_000_000  # resampled cells held at once: 40 MB
 FloatArray = NDArray[np.float64]
+Blocks = Literal["speaker", "clip"]
+Verdict = Literal["better", "no difference shown", "worse"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,9 @@ class ErrorRates:
         n: rows.
         normalizer: of `wer`, `cer` and the counts; the `_plain` rates use "plain-v1".
         wer, cer: fractions; WER may exceed 1.
-        wer_low, wer_high: bootstrap percentile interval; nan with fewer than two blocks.
-        blocks: what was resampled, "speaker" or "clip", and how many there are.
+        wer_low, wer_high: bootstrap percentile interval; nan where there is one clip only.
+        blocks, num_blocks: what was resampled, and how many there are. Under about ten the interval is too narrow.
+        confidence, bootstrap_samples, bootstrap_seed: how, so that it can be drawn again.
     """
 
     n: int
@@ -63,9 +68,11 @@ class ErrorRates:
     deletions: int
     insertions: int
     reference_words: int
-    blocks: str
+    blocks: Blocks
     num_blocks: int
     confidence: float
+    bootstrap_samples: int
+    bootstrap_seed: int
 
 
 @dataclass(frozen=True)
@@ -73,24 +80,65 @@ class PairedComparison:
     """Difference in WER, second minus first, on the same rows; negative is better.
 
     Attributes:
-        low, high: paired bootstrap interval of the difference.
-        verdict: "better", "worse", or "no difference shown" where the interval holds zero.
+        low, high: paired bootstrap interval of the difference; nan where there is one clip only.
+        verdict: "better" or "worse" where the interval leaves zero out, else "no difference shown".
+        blocks, num_blocks: what was resampled, and how many there are.
     """
 
     difference: float
     low: float
     high: float
-    verdict: str
+    verdict: Verdict
+    blocks: Blocks
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are drawn.
+
+    Attributes:
+        samples: resamples.
+        confidence: of the percentile interval.
+        seed: of the resampling.
+    """
+
+    samples: int = 2000
+    confidence: float = 0.95
+    seed: int = 0
+
+    def interval(self, errors: FloatArray, words: FloatArray, block_ids: NDArray[np.int64]) -> tuple[float, float]:
+        """Return the interval of sum(errors) / sum(words) when blocks are drawn with replacement.
+
+        Args:
+            errors, words: (n,) a row; errors may be differences of two systems.
+            block_ids: (n,) in 0..blocks - 1.
+        Returns: low, high; nan with fewer than two blocks. A draw without a word has no rate and is left out.
+        """
+        count = int(block_ids.max()) + 1
+        if count < 2:
+            return float("nan"), float("nan")
+        block_errors = np.bincount(block_ids, errors, minlength=count)
+        block_words = np.bincount(block_ids, words, minlength=count)
+        rng = np.random.default_rng(self.seed)
+        step = max(1, _CHUNK_CELLS // count)
+        rates = []
+        for at in range(0, self.samples, step):
+            drawn = rng.integers(0, count, size=(min(step, self.samples - at), count))
+            denominator = block_words[drawn].sum(axis=1)
+            spoken = denominator > 0
+            rates.append(block_errors[drawn].sum(axis=1)[spoken] / denominator[spoken])
+        tail = 100 * (1 - self.confidence) / 2
+        low, high = np.percentile(np.concatenate(rates), [tail, 100 - tail])
+        return float(low), float(high)
 
 
 class MetricsCalculator:
     """Rates with intervals.
 
     Args:
-        language: chooses Whisper's normaliser; None means English.
-        bootstrap_samples: resamples.
-        confidence: of the intervals.
-        seed: of the resampling.
+        language: chooses Whisper's normaliser; None means English, for models that know no other language.
+        bootstrap_samples, confidence, seed: as in `Bootstrap`.
     """
 
     def __init__(
@@ -102,9 +150,7 @@ class MetricsCalculator:
         seed: int = 0,
     ) -> None:
         self.normalizer = whisper_normalizer_for(language)
-        self._samples = bootstrap_samples
-        self._confidence = confidence
-        self._seed = seed
+        self.bootstrap = Bootstrap(bootstrap_samples, confidence, seed)
 
     def compute(
         self, references: Sequence[str], hypotheses: Sequence[str], groups: Sequence[str | None] | None = None
@@ -118,18 +164,19 @@ class MetricsCalculator:
         """
         words = word_counts(references, hypotheses, self.normalizer)
         plain = word_counts(references, hypotheses, PLAIN)
-        blocks = _block_ids(groups, len(references))
-        low, high = self._interval(words, blocks)
-        plain_low, plain_high = self._interval(plain, blocks)
+        block_ids, blocks = _find_blocks(groups, len(references))
+        wer, wer_plain = error_rate(words), error_rate(plain)  # first: no words, no interval
+        low, high = self.bootstrap.interval(_errors(words), _words(words), block_ids)
+        plain_low, plain_high = self.bootstrap.interval(_errors(plain), _words(plain), block_ids)
         total = sum_counts(words)
         return ErrorRates(
             n=len(references),
             normalizer=self.normalizer,
-            wer=error_rate(words),
+            wer=wer,
             wer_low=low,
             wer_high=high,
             cer=error_rate(character_counts(references, hypotheses, self.normalizer)),
-            wer_plain=error_rate(plain),
+            wer_plain=wer_plain,
             wer_plain_low=plain_low,
             wer_plain_high=plain_high,
             cer_plain=error_rate(character_counts(references, hypotheses, PLAIN)),
@@ -137,9 +184,11 @@ class MetricsCalculator:
             deletions=total.deletions,
             insertions=total.insertions,
             reference_words=total.reference,
-            blocks="speaker" if groups is not None and any(g is not None for g in groups) else "clip",
-            num_blocks=int(blocks.max()) + 1,
-            confidence=self._confidence,
+            blocks=blocks,
+            num_blocks=int(block_ids.max()) + 1,
+            confidence=self.bootstrap.confidence,
+            bootstrap_samples=self.bootstrap.samples,
+            bootstrap_seed=self.bootstrap.seed,
         )
 
     def compare(
@@ -155,47 +204,49 @@ class MetricsCalculator:
         """
         a = word_counts(references, first, self.normalizer)
         b = word_counts(references, second, self.normalizer)
-        blocks = _block_ids(groups, len(references))
-        errors = np.array([[x.errors, y.errors] for x, y in zip(a, b, strict=True)], dtype=float)  # (n, 2)
-        drawn = self._resample(errors, np.array([x.reference for x in a], dtype=float), blocks)  # (samples, 2)
-        low, high = _percentiles(drawn[:, 1] - drawn[:, 0], self._confidence)
-        verdict = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
-        return PairedComparison(error_rate(b) - error_rate(a), low, high, verdict)
+        return compare_counts(a, b, groups, self.bootstrap)
 
-    def _interval(self, counts: Sequence[EditCounts], blocks: NDArray[np.int64]) -> tuple[float, float]:
-        if blocks.max() == 0:
-            return float("nan"), float("nan")
-        errors = np.array([[c.errors] for c in counts], dtype=float)
-        drawn = self._resample(errors, np.array([c.reference for c in counts], dtype=float), blocks)
-        return _percentiles(drawn[:, 0], self._confidence)
 
-    def _resample(self, errors: FloatArray, words: FloatArray, blocks: NDArray[np.int64]) -> FloatArray:
-        """Draw blocks with replacement: errors (n, k), words (n,) -> rates (samples, k)."""
-        count = int(blocks.max()) + 1
-        block_errors = np.stack([np.bincount(blocks, column, minlength=count) for column in errors.T], axis=1)
-        block_words = np.bincount(blocks, words, minlength=count)
-        rng = np.random.default_rng(self._seed)
-        rates = []
-        step = max(1, _CHUNK_CELLS // count)
-        for at in range(0, self._samples, step):
-            drawn = rng.integers(0, count, size=(min(step, self._samples - at), count))
-            drawn_words = block_words[drawn].sum(axis=1)
-            denominator = np.where(drawn_words > 0, drawn_words, np.nan)  # only empty references were drawn: no rate
-            rates.append(np.stack([e[drawn].sum(axis=1) / denominator for e in block_errors.T], axis=1))
-        return np.concatenate(rates)
+def compare_counts(
+    first: Sequence[EditCounts],
+    second: Sequence[EditCounts],
+    groups: Sequence[str | None] | None = None,
+    bootstrap: Bootstrap | None = None,
+) -> PairedComparison:
+    """Compare two systems by the counts of their rows, which must be of the same references in the same order.
+
+    Raises: DataError: the references differ, or hold no word.
+    """
+    if [a.reference for a in first] != [b.reference for b in second]:
+        raise DataError("the two systems have other references; compare them on the same rows, in the same order")
+    difference = error_rate(second) - error_rate(first)
+    block_ids, blocks = _find_blocks(groups, len(first))
+    low, high = (bootstrap or Bootstrap()).interval(_errors(second) - _errors(first), _words(first), block_ids)
+    verdict: Verdict = "better" if high < 0 else "worse" if low > 0 else "no difference shown"  # nan: neither
+    return PairedComparison(difference, low, high, verdict, blocks, int(block_ids.max()) + 1)
+
+
+def rate_interval(
+    counts: Sequence[EditCounts], groups: Sequence[str | None] | None, bootstrap: Bootstrap
+) -> tuple[float, float]:
+    """Return the interval of `error_rate(counts)`; nan where there is one row only."""
+    return bootstrap.interval(_errors(counts), _words(counts), _find_blocks(groups, len(counts))[0])
 
 
 def word_counts(references: Sequence[str], hypotheses: Sequence[str], normalizer: str) -> list[EditCounts]:
     """Count word edits a row.
 
-    Raises: DataError: no rows, different lengths, or no word in any reference.
+    Raises: DataError: no rows, or different lengths.
     """
     normalize = get_normalizer(normalizer)
     return _edit_counts([normalize(r) for r in references], [normalize(h) for h in hypotheses], by_word=True)
 
 
 def character_counts(references: Sequence[str], hypotheses: Sequence[str], normalizer: str) -> list[EditCounts]:
-    """Count character edits a row, spaces included."""
+    """Count character edits a row, spaces included; `EditCounts.reference` is in characters.
+
+    Raises: DataError: no rows, or different lengths.
+    """
     normalize = get_normalizer(normalizer)
     return _edit_counts([normalize(r) for r in references], [normalize(h) for h in hypotheses], by_word=False)
 
@@ -211,8 +262,16 @@ def sum_counts(counts: Sequence[EditCounts]) -> EditCounts:
 
 
 def error_rate(counts: Sequence[EditCounts]) -> float:
-    """Return sum(S + D + I) / sum(N)."""
+    """Return sum(S + D + I) / sum(N).
+
+    Raises: DataError: no word in any reference: there is no rate, neither 0 nor 1.
+    """
     total = sum_counts(counts)
+    if not total.reference:
+        raise DataError(
+            f"none of the {len(counts)} references has a word left after normalising, so no rate is defined; "
+            "measure on rows with a transcript"
+        )
     return total.errors / total.reference
 
 
@@ -221,13 +280,13 @@ def _edit_counts(references: list[str], hypotheses: list[str], *, by_word: bool)
         raise DataError(f"{len(references)} references but {len(hypotheses)} hypotheses; every row needs both")
     if not references:
         raise DataError("no rows: there is nothing to measure")
-    if not any(references):
-        raise DataError(f"none of the {len(references)} references has a word, so no rate is defined")
-    spoken = [i for i, reference in enumerate(references) if reference]
-    process = jiwer.process_words if by_word else jiwer.process_characters
-    output = process([references[i] for i in spoken], [hypotheses[i] for i in spoken])
     sizes = [len(h.split()) if by_word else len(h) for h in hypotheses]
     counts = [EditCounts(0, 0, size, 0) for size in sizes]  # of an empty reference: all insertions
+    spoken = [i for i, reference in enumerate(references) if reference]
+    if not spoken:
+        return counts
+    process = jiwer.process_words if by_word else jiwer.process_characters
+    output = process([references[i] for i in spoken], [hypotheses[i] for i in spoken])
     for i, reference, alignment in zip(spoken, output.references, output.alignments, strict=True):
         edits = {"substitute": 0, "delete": 0, "insert": 0, "equal": 0}
         for chunk in alignment:
@@ -236,16 +295,19 @@ def _edit_counts(references: list[str], hypotheses: list[str], *, by_word: bool)
     return counts
 
 
-def _block_ids(groups: Sequence[str | None] | None, n: int) -> NDArray[np.int64]:
-    if groups is None:
-        return np.arange(n)
-    if len(groups) != n:
+def _errors(counts: Sequence[EditCounts]) -> FloatArray:
+    return np.array([c.errors for c in counts], dtype=float)  # (n,)
+
+
+def _words(counts: Sequence[EditCounts]) -> FloatArray:
+    return np.array([c.reference for c in counts], dtype=float)  # (n,)
+
+
+def _find_blocks(groups: Sequence[str | None] | None, n: int) -> tuple[NDArray[np.int64], Blocks]:
+    """Number the rows by what is resampled: speakers where two are known, else clips."""
+    if groups is not None and len(groups) != n:
         raise DataError(f"{n} rows but {len(groups)} groups; every row needs one, or None")
+    if groups is None or len({group for group in groups if group is not None}) < 2:
+        return np.arange(n), "clip"
     names = [f"row {i}" if group is None else f"group {group}" for i, group in enumerate(groups)]
-    return np.unique(names, return_inverse=True)[1].astype(np.int64)
-
-
-def _percentiles(rates: FloatArray, confidence: float) -> tuple[float, float]:
-    tail = 100 * (1 - confidence) / 2
-    low, high = np.nanpercentile(rates, [tail, 100 - tail])
-    return float(low), float(high)
+    return np.unique(names, return_inverse=True)[1].astype(np.int64), "speaker"

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from src.evaluation.evaluator import Prediction, compare_predictions
-from src.evaluation.metrics import MetricsCalculator, PairedComparison
-from src.evaluation.text import WHISPER_ENGLISH
+from src.evaluation.evaluator import EvaluationResult, Prediction, compare_predictions
+from src.evaluation.metrics import Bootstrap, PairedComparison
 from src.utils.errors import DataError
 
 NOT_MEASURED = "not measured"
+STOCK, TUNED = "stock", "tuned"
+FEW_BLOCKS = 10  # below it a percentile interval is clearly too narrow
+Row = Mapping[str, Any]
+PredictionsByModel = Mapping[str, Sequence[Prediction]]
 
 
 @dataclass(frozen=True)
@@ -25,19 +28,23 @@ class RunSummary:
 
     Attributes:
         run_dir: where it is.
+        epochs: one row an epoch, of the last training.
         evaluations: last row of each evaluation by name ("stock", "tuned").
+        predictions: rows by model.
         streaming: last streaming row, or None.
         comparison: tuned against stock on the same clips, or None where one is missing.
     """
 
     run_dir: Path
-    evaluations: Mapping[str, Mapping[str, Any]]
-    streaming: Mapping[str, Any] | None
+    epochs: Sequence[Row]
+    evaluations: Mapping[str, Row]
+    predictions: PredictionsByModel
+    streaming: Row | None
     comparison: PairedComparison | None
 
     def figures(self) -> dict[str, float | None]:
         """Return the headline figures; None where something was not measured."""
-        stock, tuned = self.evaluations.get("stock", {}), self.evaluations.get("tuned", {})
+        stock, tuned = self.evaluations.get(STOCK, {}), self.evaluations.get(TUNED, {})
         streaming = self.streaming or {}
         return {
             "stock_wer": _rounded(stock.get("wer")),
@@ -47,91 +54,209 @@ class RunSummary:
         }
 
     def to_text(self) -> str:
-        """Return tables, verdict and places as plain text."""
-        parts = [comparison_table(self.evaluations).to_string()] if self.evaluations else ["nothing was evaluated"]
-        if self.comparison is not None:
-            parts.append(describe_comparison(self.comparison))
+        """Return tables, verdict and places as plain text, which is valid Markdown too."""
+        parts = [_describe_training(self.epochs)]
+        parts.append(
+            format_comparison(self.evaluations, self.predictions) if self.evaluations else "nothing was evaluated"
+        )
         if self.streaming is not None:
-            parts.append(
-                "streaming, {clips} clips in {audio_sec:.0f} s: WER {wer:.3f}, the same clips one by one "
-                "{offline_wer:.3f}; RTF {rtf:.2f}, longest update {longest_update_sec:.2f} s".format(**self.streaming)
-            )
+            parts.append(_describe_streaming(self.streaming))
         parts.append("\n".join(f"{name:<18} {path}" for name, path in _places(self.run_dir) if path.exists()))
-        return "\n\n".join(parts)
+        return "\n\n".join(part for part in parts if part)
 
 
-def comparison_table(results: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Return one row a model: WER with interval under both normalisers, CER, loss, RTF.
+def comparison_table(results: Mapping[str, Row], predictions: PredictionsByModel | None = None) -> pd.DataFrame:
+    """Return one row a model for reading, the stock model first, the others with their change against it.
 
     Args:
         results: by name; `EvaluationResult`s or rows of metrics.jsonl.
+        predictions: by name, for the verdict; taken from the `EvaluationResult`s by default.
+    Raises: DataError: no result, or results of different clips.
     """
-    table = pd.DataFrame(
-        {
-            name: {
-                "WER": _interval(row, "wer"),
-                "WER plain": _interval(row, "wer_plain"),
-                "CER": _number(row.get("cer"), 3),
-                "loss": _number(row.get("loss"), 3),
-                "RTF": _number(row.get("rtf"), 3),
-                "audio context": row.get("audio_context", NOT_MEASURED),
-                "clips": row.get("n", NOT_MEASURED),
-            }
-            for name, row in results.items()
-        }
-    )
-    return table.T
+    if not results:
+        raise DataError("comparison_table: no result given; evaluate a model first")
+    stock, *others = stock_first(results)
+    rows: dict[str, dict[str, str]] = {name: _measures(results[name]) for name in (stock, *others)}
+    for name in others:
+        comparison = _compare(stock, name, results, predictions or {})
+        rows[name]["WER change"] = _change(results[stock].get("wer"), results[name].get("wer"))
+        rows[name]["CER change"] = _change(results[stock].get("cer"), results[name].get("cer"))
+        rows[name]["verdict"] = NOT_MEASURED if comparison is None else comparison.verdict
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("")
 
 
-def describe_comparison(comparison: PairedComparison) -> str:
+def format_comparison(results: Mapping[str, Row], predictions: PredictionsByModel | None = None) -> str:
+    """Return `comparison_table` as aligned Markdown, a model a column, then what it means in a sentence a model.
+
+    Raises: DataError: as `comparison_table`.
+    """
+    table = comparison_table(results, predictions).T.reset_index(names="")
+    cells = [[str(cell) for cell in row] for row in (table.columns, *table.to_numpy().tolist())]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    stock, *others = stock_first(results)
+    compared = {name: _compare(stock, name, results, predictions or {}) for name in others}
+    said = [describe_comparison(c, tuned=name, stock=stock) for name, c in compared.items() if c is not None]
+    return "\n".join([*lines, *([""] if said else []), *said])
+
+
+def describe_comparison(comparison: PairedComparison, *, tuned: str = TUNED, stock: str = STOCK) -> str:
     """Return the verdict on the tuned model in one sentence, with the advice that follows."""
-    low, high = 100 * comparison.low, 100 * comparison.high
-    interval = f"WER {100 * comparison.difference:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    blocks = f"{comparison.num_blocks} {comparison.blocks}{'s' if comparison.num_blocks > 1 else ''}"
+    if math.isnan(comparison.low):
+        interval = f"no interval from {blocks}"
+    else:
+        interval = f"[{100 * comparison.low:+.1f}, {100 * comparison.high:+.1f}] over {blocks}"
     advice = {
-        "better": "the tuned model is better than the stock one",
-        "worse": "the tuned model is WORSE: keep the stock model",
-        "no difference shown": "no difference shown: keep the stock model, or measure on more speakers",
+        "better": f"the {tuned} model is better than the {stock} one",
+        "worse": f"the {tuned} model is WORSE: keep the {stock} model",
+        "no difference shown": f"no difference shown: keep the {stock} model, or measure on more speakers",
     }[comparison.verdict]
-    return f"tuned against stock: {interval}; {advice}"
+    few = "" if comparison.num_blocks >= FEW_BLOCKS else "; so few that the interval is too narrow"
+    return f"{tuned} against {stock}: WER {100 * comparison.difference:+.1f} points {interval}{few}; {advice}"
 
 
-def summarize_run(run_dir: Path) -> RunSummary:
+def summarize_run(run_dir: str | Path) -> RunSummary:
     """Read a run's files.
 
-    Raises: DataError: the folder has no metrics, or a line of them is damaged.
+    Raises: DataError: the folder has no metrics, a line of them is damaged, or the models saw different clips.
     """
     rows = load_metrics(run_dir)
-    evaluations = {row["name"]: row for row in rows if row["event"] == "evaluation"}
+    evaluations = latest_evaluations(rows)
     streaming = [row for row in rows if row["event"] == "streaming"]
     predictions = load_predictions(run_dir)
-    comparison = None
-    if {"stock", "tuned"} <= set(predictions) and "tuned" in evaluations:
-        tuned = evaluations["tuned"]
-        language = "en" if tuned["normalizer"] == WHISPER_ENGLISH else "other"
-        calculator = MetricsCalculator(language, confidence=tuned["confidence"])
-        comparison = compare_predictions(predictions["stock"], predictions["tuned"], calculator)
-    return RunSummary(run_dir, evaluations, streaming[-1] if streaming else None, comparison)
+    comparison = _compare(STOCK, TUNED, evaluations, predictions) if {STOCK, TUNED} <= set(evaluations) else None
+    _, epochs = last_training(rows)
+    return RunSummary(Path(run_dir), epochs, evaluations, predictions, streaming[-1] if streaming else None, comparison)
 
 
-def load_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl.
+def load_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl, given the run's folder or the file.
 
-    Raises: DataError: absent, or a line that is not JSON, by number.
+    Raises: DataError: absent, or a line that is not a JSON object with an event, by number.
     """
-    return _read_jsonl(Path(run_dir) / "metrics.jsonl")
+    return _read_jsonl(_file_in(run_dir, "metrics.jsonl"), key="event")
 
 
-def load_predictions(run_dir: Path) -> dict[str, list[Prediction]]:
-    """Read predictions.jsonl: rows by model; the last row of a clip counts, so that a repeated evaluation replaces."""
-    path = Path(run_dir) / "predictions.jsonl"
+def load_predictions(path: str | Path) -> dict[str, list[Prediction]]:
+    """Read predictions.jsonl, given the run's folder or the file: rows by model, the last one of a clip.
+
+    Returns: nothing where a folder has no such file: rates can be shown without it, a verdict cannot be given.
+    Raises: DataError: a line that is not a prediction, by number.
+    """
+    file = _file_in(path, "predictions.jsonl")
+    if file != Path(path) and not file.exists():
+        return {}
     models: dict[str, dict[str, Prediction]] = {}
-    for row in _read_jsonl(path) if path.exists() else []:
+    for number, row in enumerate(_read_jsonl(file, key="model"), start=1):
         model = row.pop("model")
-        models.setdefault(model, {})[row["id"]] = Prediction(**row)
+        try:
+            prediction = Prediction(**{**row, "avg_logprob": _nan_if_none(row.get("avg_logprob"))})
+        except TypeError as err:
+            raise DataError(f"{file}, line {number}: not a prediction ({err}); evaluate this model again") from err
+        models.setdefault(model, {})[prediction.id] = prediction
     return {model: list(rows.values()) for model, rows in models.items()}
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+def latest_evaluations(rows: Sequence[Row]) -> dict[str, Row]:
+    """Return the last evaluation of each name: measuring again replaces."""
+    return {row["name"]: row for row in rows if row["event"] == "evaluation"}
+
+
+def last_training(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Return the train_step and epoch rows of the last training in a run's metrics.
+
+    A training that starts anew in the same run (a cell run twice) logs its epochs again: they replace the older ones.
+    """
+    steps: list[Row] = []
+    epochs: list[Row] = []
+    for row in rows:
+        if row["event"] not in ("train_step", "epoch"):
+            continue
+        finished = epochs[-1]["epoch"] if epochs else 0
+        current = math.ceil(row["epoch"])
+        if current <= finished:
+            steps = [step for step in steps if math.ceil(step["epoch"]) < current]
+            epochs = [epoch for epoch in epochs if epoch["epoch"] < current]
+        (steps if row["event"] == "train_step" else epochs).append(row)
+    return steps, epochs
+
+
+def best_epoch(epochs: Sequence[Row]) -> Row | None:
+    """Return the epoch whose weights were kept, or None where no epoch had a WER."""
+    best = [row for row in epochs if row["is_best"]]
+    return best[-1] if best else None
+
+
+def bootstrap_of(row: Row) -> Bootstrap:
+    """Return how an evaluation's intervals were drawn, so that others of the run are drawn alike."""
+    keys = {"samples": "bootstrap_samples", "confidence": "confidence", "seed": "bootstrap_seed"}
+    return Bootstrap(**{name: row[key] for name, key in keys.items() if key in row})
+
+
+def stock_first(names: Iterable[str]) -> list[str]:
+    """Order models for reading: the stock model first, the others as they come."""
+    return sorted(names, key=lambda name: name != STOCK)
+
+
+_MEASURES = {
+    "WER": "wer",
+    "WER plain": "wer_plain",
+    "CER": "cer",
+    "CER plain": "cer_plain",
+    "loss": "loss",
+    "RTF": "rtf",
+}
+
+
+def _measures(row: Row) -> dict[str, str]:
+    measures = {label: _with_interval(row, key) for label, key in _MEASURES.items()}
+    measures["audio context"] = row.get("audio_context", NOT_MEASURED)
+    measures["normaliser"] = row.get("normalizer", NOT_MEASURED)
+    measures["clips"] = str(row.get("n", NOT_MEASURED))
+    measures["interval over"] = f"{row['num_blocks']} {row['blocks']}s" if "num_blocks" in row else NOT_MEASURED
+    return measures
+
+
+def _compare(
+    stock: str, name: str, results: Mapping[str, Row], predictions: PredictionsByModel
+) -> PairedComparison | None:
+    rows = [_rows_of(model, results[model], predictions) for model in (stock, name)]
+    if not all(rows):
+        return None
+    return compare_predictions(rows[0], rows[1], bootstrap_of(results[name]))
+
+
+def _rows_of(name: str, result: Row, predictions: PredictionsByModel) -> Sequence[Prediction]:
+    return result.rows if isinstance(result, EvaluationResult) else predictions.get(name, ())
+
+
+def _describe_training(epochs: Sequence[Row]) -> str:
+    if not epochs:
+        return ""
+    best = best_epoch(epochs)
+    if best is None:
+        return f"training: {len(epochs)} epochs, none with a validation WER"
+    return (
+        f"training: {len(epochs)} epochs; validation WER {_number(epochs[0]['val_wer'])} after the first, "
+        f"{_number(best['val_wer'])} after epoch {best['epoch']}, which was kept"
+    )
+
+
+def _describe_streaming(row: Row) -> str:
+    return (
+        f"streaming, {row['clips']} clips in {_number(row['audio_sec'], 0)} s: WER {_number(row['wer'])}, the same "
+        f"clips one by one {_number(row['offline_wer'])}; RTF {_number(row['rtf'], 2)}, longest update "
+        f"{_number(row['longest_update_sec'], 2)} s"
+    )
+
+
+def _file_in(path: str | Path, name: str) -> Path:
+    return Path(path) / name if Path(path).is_dir() else Path(path)
+
+
+def _read_jsonl(path: Path, *, key: str) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as err:
@@ -139,9 +264,12 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError as err:
             raise DataError(f"{path}, line {number}: not JSON ({err}); if a crash cut it, remove the line") from err
+        if not isinstance(row, dict) or key not in row:
+            raise DataError(f"{path}, line {number}: no {key!r}; this is not a row of a run, remove the line")
+        rows.append(row)
     return rows
 
 
@@ -156,15 +284,26 @@ def _places(run_dir: Path) -> list[tuple[str, Path]]:
     ]
 
 
-def _interval(row: Mapping[str, Any], key: str) -> str:
-    if row.get(key) is None or row.get(f"{key}_low") is None:
-        return _number(row.get(key), 3)
-    return f"{row[key]:.3f} [{row[f'{key}_low']:.3f}, {row[f'{key}_high']:.3f}]"
+def _with_interval(row: Row, key: str) -> str:
+    low, high = (_number(row.get(f"{key}_{end}")) for end in ("low", "high"))
+    value = _number(row.get(key))
+    return value if NOT_MEASURED in (value, low, high) else f"{value} [{low}, {high}]"
 
 
-def _number(value: Any, digits: int) -> str:
+def _change(before: float | None, after: float | None) -> str:
+    """Relative change in percent; empty where there is none to tell."""
+    if NOT_MEASURED in (_number(before), _number(after)) or not before or after is None:
+        return ""
+    return f"{100 * (after - before) / before:+.1f} %"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
     return NOT_MEASURED if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _rounded(value: Any) -> float | None:
-    return None if value is None else round(float(value), 4)
+def _nan_if_none(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else round(float(value), 4)
