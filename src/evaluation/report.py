@@ -236,10 +236,11 @@ def _describe_training(epochs: Sequence[Row]) -> str:
     if not epochs:
         return ""
     best = best_epoch(epochs)
+    number = f"{len(epochs)} epoch{'s' * (len(epochs) != 1)}"
     if best is None:
-        return f"training: {len(epochs)} epochs, none with a validation WER"
+        return f"training: {number}, none with a validation WER"
     return (
-        f"training: {len(epochs)} epochs; validation WER {_number(epochs[0]['val_wer'])} after the first, "
+        f"training: {number}; validation WER {_number(epochs[0]['val_wer'])} after the first, "
         f"{_number(best['val_wer'])} after epoch {best['epoch']}, which was kept"
     )
 

@@ -102,8 +102,9 @@ class TrainingVisualizer:
         return figure
 
     def _draw_loss(self, axes: Axes) -> None:
+        places = self._step_positions()
         axes.plot(
-            self._step_positions(), [_gap(row["loss"]) for row in self._steps],
+            places, [_gap(row["loss"]) for row in self._steps],
             color=BLUE, alpha=0.3, linewidth=1, label="each update",
         )  # fmt: skip
         epochs = [row["epoch"] for row in self._epochs]
@@ -112,10 +113,10 @@ class TrainingVisualizer:
         if self._best is not None:
             number = self._best["epoch"]
             axes.axvline(number, color=GREY, linestyle=":", label=f"best epoch by WER: {number}", zorder=0)
-        axes.set(title="Loss", xlabel="epoch", ylabel="nats a token", xlim=(0, max(epochs) + 0.25))
+        axes.set(title="Loss", xlabel="epoch", ylabel="nats a token", xlim=(0, max([*epochs, *places]) + 0.1))
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(fontsize=9, framealpha=0.9, edgecolor="none")
 
     def _step_positions(self) -> list[float]:
         """Place updates evenly within their epoch; the one that is not finished yet by the longest epoch so far."""
@@ -141,13 +142,15 @@ class TrainingVisualizer:
         top = max((value for _, value in measured), default=0.0)
         axes.set(title=title, xlabel="epoch", ylabel=f"{key.upper()}, validation", ylim=(0, 1.25 * top or 1))
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
     def _draw_summary(self, axes: Axes) -> None:
         first, best = self._epochs[0], self._best or self._epochs[-1]
         names = (("loss", "val_loss"), ("WER", "val_wer"), ("CER", "val_cer"))
         cells = [["validation", f"epoch {first['epoch']}", f"epoch {best['epoch']}", "change"]]
         cells += [_change_row(label, first.get(key), best.get(key)) for label, key in names]
+        if best is first:
+            cells = [[*row[:2], "", ""] for row in cells]
         heads = [0]
         stock, tuned = self._evaluations.get(STOCK), self._evaluations.get(TUNED)
         if stock and tuned:
@@ -167,7 +170,7 @@ class TrainingVisualizer:
             cell.set_edgecolor("#BBBBBB")
             if row in heads:
                 cell.set_text_props(weight="bold")
-        axes.text(0.5, 0.02, self._note(), ha="center", color=GREY, fontsize=9, transform=axes.transAxes)
+        axes.text(0.5, 0.9 - height, self._note(), ha="center", color=GREY, fontsize=9, transform=axes.transAxes)
 
     def _note(self) -> str:
         speeds = sorted(row["samples_per_sec"] for row in self._steps if row.get("samples_per_sec"))
@@ -204,11 +207,12 @@ class EvaluationVisualizer:
                 self._draw_bars(axes, names, key)
                 axes.set_title(title)
             figure.axes[0].set_ylabel("WER, test set")
-            figure.supxlabel(
-                f"{first['n']} clips; {first['confidence']:.0%} bootstrap intervals over "
-                f"{first['num_blocks']} {first['blocks']}s",
-                fontsize=9, color=GREY,
-            )  # fmt: skip
+            caption = f"{first['n']} clip{'s' * (first['n'] != 1)}"
+            if first.get("wer_low") is not None:
+                caption += (
+                    f"; {first['confidence']:.0%} bootstrap intervals over {first['num_blocks']} {first['blocks']}s"
+                )
+            figure.supxlabel(caption, fontsize=9, color=GREY)
         return figure
 
     def wer_by_duration(self, edges_sec: Sequence[float] = (0, 2, 4, 6, 8, 12, 30)) -> Figure:

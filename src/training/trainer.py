@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,8 @@ class WhisperTrainer:
         )  # fmt: skip
         if is_best:
             self.best_epoch = epoch
-            export_huggingface(self.model, self.processor, self.best_model_dir)
+            with _stock_forward(self.model):
+                export_huggingface(self.model, self.processor, self.best_model_dir)
 
     def _restore_best(self) -> None:
         """Put the best epoch's weights back into the model, where the last epoch is not the best."""
@@ -213,6 +215,17 @@ class WhisperTrainer:
         missing, unexpected = self.model.load_state_dict(state, strict=False)
         assert not unexpected and all(name == "proj_out.weight" for name in missing)  # tied to the embedding
         logger.info("the model now holds the weights of epoch %d, the best by WER", self.best_epoch)
+
+
+@contextmanager
+def _stock_forward(model: DynamicWhisper) -> Iterator[None]:
+    """Lift Accelerate's 16-bit autocast off a model: an export is verified in the precision that it is saved in."""
+    autocast_forward = model.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if autocast_forward is not None:
+            model.forward = autocast_forward
 
 
 def _windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from src.data.dataset import create_loader
 from src.data.preparation import check_utterance
 from src.data.sources import Utterance
-from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
+from src.evaluation.evaluator import EvaluationResult, ModelEvaluator, compare_predictions
+from src.evaluation.report import load_predictions
 from src.inference import decoding
 from src.utils.config import Config
 from src.utils.errors import DataError
@@ -25,9 +27,10 @@ def clips(sample: list[Utterance]) -> list[Utterance]:
     return [check_utterance(u, Config().data) for u in sample[400:500:16]]
 
 
-@pytest.fixture
-def result(tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config) -> EvaluationResult:
-    model, processor = tiny_en
+@pytest.fixture(scope="module")
+def result(_tiny_en: tuple[Any, Any], clips: list[Utterance]) -> EvaluationResult:
+    model, processor = _tiny_en
+    config = Config(device="cpu")
     return ModelEvaluator(model, processor, config).evaluate_dataset(
         create_loader(clips, processor, config), name="stock"
     )
@@ -90,11 +93,29 @@ def test_nothing_to_measure_is_an_error(tiny_en: tuple[Any, Any], config: Config
         ModelEvaluator(*tiny_en, config).evaluate_dataset([])
 
 
-def test_training_mode_is_restored(tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config) -> None:
+def test_modes_are_restored_module_by_module(
+    tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, processor = tiny_en
     model.train()
-    ModelEvaluator(model, processor, config).evaluate_dataset(create_loader(clips[:2], processor, config))
-    assert model.training
+    model.model.encoder.eval()  # as with a frozen encoder
+    before = [module.training for module in model.modules()]
+    loader = create_loader(clips[:2], processor, config)
+    ModelEvaluator(model, processor, config).evaluate_dataset(loader)
+    assert [module.training for module in model.modules()] == before
+    monkeypatch.setattr("src.evaluation.evaluator.decode", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ModelEvaluator(model, processor, config).evaluate_dataset(loader)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_audio_is_encoded_once(tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config) -> None:
+    model, processor = tiny_en
+    seen: list[int] = []
+    model.model.encoder.register_forward_hook(lambda *a: seen.append(1))
+    loader = create_loader(clips[:2], processor, config)
+    ModelEvaluator(model, processor, config).evaluate_dataset(loader)
+    assert len(seen) == len(loader)
 
 
 def test_samples_are_spread_over_the_set_and_worst_first(
@@ -123,3 +144,39 @@ def test_a_model_compared_with_itself_shows_no_difference(
 ) -> None:
     comparison = ModelEvaluator(*tiny_en, config).compare(result, result)
     assert (comparison.difference, comparison.verdict) == (0.0, "no difference shown")
+
+
+def test_measuring_again_replaces_the_rows_of_that_model_only(result: EvaluationResult, tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    result.write_predictions(path)
+    dataclasses.replace(result, name="tuned").write_predictions(path)
+    fewer = dataclasses.replace(result, rows=(dataclasses.replace(result.rows[0], avg_logprob=math.nan),))
+    fewer.write_predictions(path)
+    assert "NaN" not in path.read_text()
+    models = load_predictions(path)
+    assert {name: len(rows) for name, rows in models.items()} == {"tuned": result.n, "stock": 1}
+    assert tuple(models["tuned"]) == result.rows
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_other_clips_other_references_and_repeated_ids_cannot_be_compared(result: EvaluationResult) -> None:
+    rows = result.rows
+    changed = (dataclasses.replace(rows[0], reference="something else"), *rows[1:])
+    for other, reason in ((rows[1:], "different clips"), ((*rows, rows[0]), "unique"), (changed, "references of 1")):
+        with pytest.raises(DataError, match=reason):
+            compare_predictions(rows, other)
+
+
+def test_order_of_the_clips_does_not_matter_to_a_comparison(result: EvaluationResult) -> None:
+    assert compare_predictions(result.rows, result.rows[::-1]).difference == 0.0
+
+
+def test_silence_alone_can_be_looked_at_but_has_no_rate(
+    tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config
+) -> None:
+    model, processor = tiny_en
+    loader = create_loader([dataclasses.replace(clips[0], text="")], processor, config)
+    evaluator = ModelEvaluator(model, processor, config)
+    assert math.isnan(evaluator.evaluate_with_samples(loader)["wer"][0])
+    with pytest.raises(DataError, match="no rate is defined"):
+        evaluator.evaluate_dataset(loader)

@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from src.evaluation.metrics import MetricsCalculator, error_rate, sum_counts, word_counts
+from src.evaluation.metrics import (
+    Bootstrap,
+    EditCounts,
+    MetricsCalculator,
+    compare_counts,
+    error_rate,
+    rate_interval,
+    sum_counts,
+    word_counts,
+)
 from src.evaluation.text import PLAIN
 from src.utils.errors import DataError
 
@@ -121,3 +130,65 @@ def test_what_cannot_be_measured_is_an_error(
 ) -> None:
     with pytest.raises(DataError, match=reason):
         MetricsCalculator().compute(references, hypotheses, groups)
+
+
+def test_one_clip_proves_nothing_about_two_systems() -> None:
+    comparison = MetricsCalculator().compare(["the cat"], ["a dog"], ["the cat"])
+    assert (comparison.difference, comparison.verdict) == (-1.0, "no difference shown")
+    assert np.isnan(comparison.low)
+
+
+@pytest.mark.parametrize("speakers", [["anna"] * 50, [None] * 50, ["anna"] * 25 + [None] * 25])
+def test_clips_are_resampled_where_no_two_speakers_are_known(speakers: list[str | None]) -> None:
+    rates = MetricsCalculator().compute(*corpus(50), speakers)
+    assert (rates.blocks, rates.num_blocks) == ("clip", 50)
+    assert rates.wer_low < rates.wer < rates.wer_high
+
+
+def test_clips_without_a_speaker_are_blocks_of_their_own() -> None:
+    rates = MetricsCalculator().compute(*corpus(5), ["a", "a", "b", None, None])
+    assert (rates.blocks, rates.num_blocks) == ("speaker", 4)
+
+
+def test_draws_without_a_word_leave_the_interval_finite() -> None:
+    rates = MetricsCalculator().compute(["the cat", "", ""], ["the dog", "you", ""])
+    assert np.isfinite([rates.wer_low, rates.wer_high]).all()
+
+
+def test_interval_by_speaker_is_that_of_scipy_over_speakers() -> None:
+    counts = word_counts(*corpus(200), PLAIN)
+    speakers = np.arange(200) // 10
+    errors = np.bincount(speakers, [c.errors for c in counts])
+    words = np.bincount(speakers, [c.reference for c in counts])
+    expected = scipy.stats.bootstrap(
+        (errors, words), lambda e, w, axis: e.sum(axis) / w.sum(axis), paired=True, vectorized=True,
+        n_resamples=9999, method="percentile", rng=np.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    low, high = rate_interval(counts, [f"s{i}" for i in speakers], Bootstrap(samples=9999))
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.005)
+
+
+def test_paired_interval_is_that_of_scipy() -> None:
+    references, first = corpus(150, error=0.5)
+    a = word_counts(references, first, PLAIN)
+    b = [EditCounts(c.substitutions // 2, c.deletions, c.insertions, c.reference) for c in a]
+    gain = np.array([y.errors - x.errors for x, y in zip(a, b, strict=True)])
+    words = np.array([c.reference for c in a])
+    expected = scipy.stats.bootstrap(
+        (gain, words), lambda g, w, axis: g.sum(axis) / w.sum(axis), paired=True, vectorized=True,
+        n_resamples=9999, method="percentile", rng=np.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    comparison = compare_counts(a, b, bootstrap=Bootstrap(samples=9999))
+    assert comparison.difference == pytest.approx(error_rate(b) - error_rate(a))
+    assert (comparison.low, comparison.high) == pytest.approx((expected.low, expected.high), abs=0.005)
+
+
+def test_other_references_cannot_be_compared() -> None:
+    with pytest.raises(DataError, match="other references"):
+        compare_counts([EditCounts(0, 0, 0, 3)], [EditCounts(0, 0, 0, 4)])
+
+
+def test_the_seed_decides_the_interval() -> None:
+    rows = corpus(40)
+    assert MetricsCalculator(seed=1).compute(*rows) == MetricsCalculator(seed=1).compute(*rows)
+    assert MetricsCalculator(seed=1).compute(*rows).wer_low != MetricsCalculator(seed=2).compute(*rows).wer_low

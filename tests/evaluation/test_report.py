@@ -10,11 +10,12 @@ from src.evaluation.report import (
     NOT_MEASURED,
     comparison_table,
     describe_comparison,
+    format_comparison,
+    last_training,
     load_metrics,
     load_predictions,
     summarize_run,
 )
-from src.evaluation.visualization import EvaluationVisualizer, TrainingVisualizer, save_figure
 from src.utils.errors import DataError
 
 RATES = {
@@ -121,34 +122,50 @@ def test_absent_and_damaged_files_are_named(tmp_path: Path) -> None:
         load_metrics(tmp_path)
 
 
-def test_training_analysis_has_four_panels_and_is_saved_twice(run_dir: Path, tmp_path: Path) -> None:
-    figure = TrainingVisualizer(run_dir).training_analysis()
-    assert [axes.get_title(loc="left") for axes in figure.axes] == [
-        "Loss", "Word error rate", "Character error rate", "Summary",
-    ]  # fmt: skip
-    png, svg = save_figure(figure, tmp_path / "figures", "training_analysis")
-    assert png.read_bytes()[:4] == b"\x89PNG"
-    assert "<svg" in svg.read_text()
-    assert len(TrainingVisualizer(run_dir)._epochs) == 2
+def test_table_puts_stock_first_with_change_and_verdict(run_dir: Path) -> None:
+    summary = summarize_run(run_dir)
+    shuffled = dict(reversed(list(summary.evaluations.items())))
+    table = comparison_table(shuffled, summary.predictions)
+    assert list(table.index) == ["stock", "tuned"]
+    assert list(table["verdict"]) == ["", "better"]
+    assert table.loc["tuned", "WER change"] == "-27.0 %"
+    assert comparison_table(shuffled).loc["tuned", "verdict"] == NOT_MEASURED
 
 
-@pytest.mark.parametrize("rows", [[epoch(1, 0.3, True)], [epoch(1, 0.3, True), epoch(2, None, False)]])
-def test_one_epoch_or_a_missing_value_draws(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
-    figure = TrainingVisualizer(write(tmp_path / "r", rows)).training_analysis()
-    save_figure(figure, tmp_path, "one")
+def test_text_has_a_model_a_column_and_the_advice(run_dir: Path) -> None:
+    summary = summarize_run(run_dir)
+    lines = format_comparison(summary.evaluations, summary.predictions).splitlines()
+    assert lines[0].split() == ["|", "|", "stock", "|", "tuned", "|"]
+    assert len({len(line) for line in lines if line.startswith("|")}) == 1
+    assert lines[-1].startswith("tuned against stock: WER -37.5 points [")
 
 
-def test_comparison_and_duration_draw(run_dir: Path, tmp_path: Path) -> None:
-    visualizer = EvaluationVisualizer(run_dir)
-    bars = visualizer.stock_against_tuned()
-    assert [label.get_text() for label in bars.axes[0].get_xticklabels()] == ["stock", "tuned"]
-    save_figure(bars, tmp_path, "bars")
-    save_figure(visualizer.wer_by_duration(), tmp_path, "duration")
+def test_few_speakers_are_called_few(run_dir: Path) -> None:
+    comparison = summarize_run(run_dir).comparison
+    assert comparison is not None
+    assert "over 8 speakers; so few that the interval is too narrow" in describe_comparison(comparison)
 
 
-def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
-    path = write(tmp_path / "r", steps(3))
-    with pytest.raises(DataError, match="no finished epoch"):
-        TrainingVisualizer(path)
-    with pytest.raises(DataError, match="nothing was evaluated"):
-        EvaluationVisualizer(path)
+def test_rates_without_predictions_make_a_table_without_a_verdict(run_dir: Path) -> None:
+    (run_dir / "predictions.jsonl").unlink()
+    summary = summarize_run(run_dir)
+    assert summary.comparison is None
+    assert NOT_MEASURED in summary.to_text()
+
+
+def test_a_row_that_is_no_prediction_is_named(run_dir: Path) -> None:
+    (run_dir / "predictions.jsonl").write_text('{"model": "stock", "id": "u1"}\n')
+    with pytest.raises(DataError, match=r"predictions\.jsonl, line 1: not a prediction"):
+        load_predictions(run_dir)
+
+
+def test_a_training_started_again_replaces_the_older_one() -> None:
+    again = [*steps(4), epoch(1, 0.5, True), epoch(2, 0.4, True), *steps(2), epoch(1, 0.3, True)]
+    step_rows, epoch_rows = last_training(again)
+    assert [row["val_wer"] for row in epoch_rows] == [0.3]
+    assert len(step_rows) == 2
+
+
+def test_resumed_training_goes_on_with_its_epochs() -> None:
+    _, epoch_rows = last_training([epoch(1, 0.5, True), epoch(2, 0.4, True), epoch(2, 0.3, True), epoch(3, 0.2, True)])
+    assert [row["val_wer"] for row in epoch_rows] == [0.5, 0.3, 0.2]

@@ -82,6 +82,7 @@ def test_every_clip_of_an_epoch_is_stepped_and_the_schedule_counts_updates(
     trainer._loss_sum = spy  # type: ignore[method-assign]
     trainer.train(num_epochs=1)
     assert sorted(seen) == sorted(u.id for u in clips)
+    assert trainer._train_loader.batch_sampler._epoch == 1  # each epoch has its own order
     rows = [json.loads(line) for line in trainer.experiment.metrics_path.read_text().splitlines()]
     updates = [row for row in rows if row["event"] == "train_step"]
     assert len(updates) == 3  # 7 batches in windows of 3
@@ -153,6 +154,16 @@ def test_a_loss_that_is_not_finite_stops_with_the_clips_ids(
         trainer.model.model.encoder.conv1.weight.fill_(float("nan"))
     with pytest.raises(DataError, match=clips[0].id):
         trainer.train(num_epochs=1)
+
+
+def test_16_bit_training_keeps_float32_weights_and_a_verified_export(
+    tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config
+) -> None:
+    trainer = make(tiny_en, clips[:4], config.model_copy(update={"precision": "bfloat16"}))
+    trainer.train(num_epochs=1)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert "forward" in trainer.model.__dict__  # autocast is still on
+    assert (trainer.best_model_dir / "model.safetensors").exists()
 
 
 def test_clips_get_pauses_of_random_length_and_the_full_context_when_asked(

@@ -1,0 +1,165 @@
+"""Pictures are drawn from files alone, whatever is missing in them, and without pyplot."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+
+from src.evaluation import visualization
+from src.evaluation.visualization import EvaluationVisualizer, TrainingVisualizer, save_figure
+from src.utils.errors import DataError
+
+RATES = {
+    "n": 40, "normalizer": "whisper-english-v1", "cer": 0.2, "cer_plain": 0.2, "loss": 0.9, "rtf": 0.06,
+    "confidence": 0.95, "blocks": "speaker", "num_blocks": 8, "audio_context": "dynamic",
+}  # fmt: skip
+
+
+def evaluation(name: str, wer: float) -> dict[str, Any]:
+    plain = {"wer_plain": wer + 0.01, "wer_plain_low": wer - 0.04, "wer_plain_high": wer + 0.06}
+    return {
+        "event": "evaluation",
+        "name": name,
+        **RATES,
+        "wer": wer,
+        "wer_low": wer - 0.05,
+        "wer_high": wer + 0.05,
+        **plain,
+    }
+
+
+def prediction(model: str, i: int, errors: int) -> dict[str, Any]:
+    hypothesis = " ".join(["the"] * (4 - errors) + ["x"] * errors)
+    return {
+        "model": model, "id": f"u{i}", "speaker": f"s{i % 8}", "duration_sec": 1.0 + i % 9,
+        "reference": "the the the the",
+        "hypothesis": hypothesis, "substitutions": errors, "deletions": 0, "insertions": 0, "reference_words": 4,
+        "avg_logprob": -0.2, "latency_sec": 0.1,
+    }  # fmt: skip
+
+
+def epoch(number: int, wer: float | None, best: bool) -> dict[str, Any]:
+    return {
+        "event": "epoch", "epoch": number, "train_loss": 1 / number, "val_loss": 1.2 / number, "val_wer": wer,
+        "val_cer": None if wer is None else wer / 2, "learning_rate": 1e-5, "is_best": best,
+    }  # fmt: skip
+
+
+def steps(n: int) -> list[dict[str, Any]]:
+    return [
+        {"event": "train_step", "step": i + 1, "epoch": 1 + 2 * i // n, "loss": 2 / (1 + i / 9), "samples_per_sec": 3.0}
+        for i in range(n)
+    ]
+
+
+def write(run_dir: Path, metrics: list[dict[str, Any]], predictions: list[dict[str, Any]] | None = None) -> Path:
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    if predictions is not None:
+        (run_dir / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in predictions))
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    metrics = [
+        *steps(90), epoch(1, 0.33, True), epoch(2, 0.27, True), evaluation("stock", 0.37), evaluation("tuned", 0.27),
+        {"event": "streaming", "clips": 25, "audio_sec": 100.0, "wer": 0.3, "offline_wer": 0.28, "rtf": 0.3,
+         "longest_update_sec": 0.5},
+    ]  # fmt: skip
+    predictions = [prediction("stock", i, 2) for i in range(40)] + [prediction("tuned", i, i % 2) for i in range(40)]
+    return write(tmp_path / "run", metrics, predictions)
+
+
+@pytest.fixture(autouse=True)
+def no_warning_and_no_global_change() -> Iterator[None]:
+    """A missing glyph or a label that does not fit is a warning in matplotlib."""
+    before = dict(matplotlib.rcParams)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_training_analysis_has_four_panels_and_is_saved_twice(run_dir: Path, tmp_path: Path) -> None:
+    figure = TrainingVisualizer(run_dir).training_analysis()
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "Loss", "Word error rate", "Character error rate", "Summary",
+    ]  # fmt: skip
+    png, svg = save_figure(figure, tmp_path / "figures", "training_analysis")
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in svg.read_text()
+    assert len(TrainingVisualizer(run_dir)._epochs) == 2
+
+
+@pytest.mark.parametrize("rows", [[epoch(1, 0.3, True)], [epoch(1, 0.3, True), epoch(2, None, False)]])
+def test_one_epoch_or_a_missing_value_draws(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    figure = TrainingVisualizer(write(tmp_path / "r", rows)).training_analysis()
+    save_figure(figure, tmp_path, "one")
+
+
+def test_comparison_and_duration_draw(run_dir: Path, tmp_path: Path) -> None:
+    visualizer = EvaluationVisualizer(run_dir)
+    bars = visualizer.stock_against_tuned()
+    assert [label.get_text() for label in bars.axes[0].get_xticklabels()] == ["stock", "tuned"]
+    save_figure(bars, tmp_path, "bars")
+    save_figure(visualizer.wer_by_duration(), tmp_path, "duration")
+
+
+def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "r", steps(3))
+    with pytest.raises(DataError, match="no finished epoch"):
+        TrainingVisualizer(path)
+    with pytest.raises(DataError, match="nothing was evaluated"):
+        EvaluationVisualizer(path)
+
+
+def test_figures_show_as_pictures_in_a_notebook_without_pyplot(run_dir: Path) -> None:
+    figure = TrainingVisualizer(run_dir).training_analysis()
+    assert figure._repr_png_()[:4] == b"\x89PNG"  # type: ignore[attr-defined]
+    source = Path(visualization.__file__).read_text()
+    assert "import pyplot" not in source
+    assert "matplotlib.pyplot" not in source
+
+
+def test_the_same_run_gives_the_same_files(run_dir: Path, tmp_path: Path) -> None:
+    files = [save_figure(TrainingVisualizer(run_dir).training_analysis(), tmp_path / name, "training") for name in "ab"]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+
+
+def test_a_value_that_is_missing_is_a_gap_and_said(tmp_path: Path) -> None:
+    rows = [*steps(6)[:3], epoch(1, None, False)]
+    figure = TrainingVisualizer(write(tmp_path / "r", rows)).training_analysis()
+    assert [text.get_text() for text in figure.axes[1].texts] == ["not measured"]
+    save_figure(figure, tmp_path, "gap")
+    row = evaluation("stock", 0.4) | {"wer": None, "wer_low": None, "wer_high": None}
+    bars = EvaluationVisualizer(write(tmp_path / "r", [row])).stock_against_tuned()
+    assert [text.get_text() for text in bars.axes[0].texts] == ["not measured"]
+    assert len(bars.axes[0].patches) == 0
+    assert len(bars.axes[1].patches) == 1
+
+
+def test_bars_have_the_heights_of_the_rates(run_dir: Path) -> None:
+    bars = EvaluationVisualizer(run_dir).stock_against_tuned()
+    heights = [patch.get_height() for patch in bars.axes[0].patches]  # type: ignore[attr-defined]
+    assert heights == pytest.approx([0.37, 0.27])
+    assert bars.axes[0].get_ylim()[0] == 0
+
+
+def test_every_clip_falls_into_one_range_of_lengths(run_dir: Path) -> None:
+    figure = EvaluationVisualizer(run_dir).wer_by_duration((0, 2, 4, 9, 20, 30))
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert [label.split("\n")[0] for label in labels] == ["0 to 2 s", "2 to 4 s", "4 to 9 s"]
+    assert sum(int(label.split("\n")[1].split()[0]) for label in labels) == 40
+
+
+def test_no_prediction_has_no_picture_by_length(tmp_path: Path) -> None:
+    visualizer = EvaluationVisualizer(write(tmp_path / "r", [evaluation("stock", 0.4)]))
+    with pytest.raises(DataError, match="no prediction"):
+        visualizer.wer_by_duration()
