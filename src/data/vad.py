@@ -227,16 +227,20 @@ class SpeechTimeline:
 
     def touches(self, start_sec: float, end_sec: float, *, slack_sec: float) -> bool:
         """Whether a stretch of time lies at most `slack_sec` away from speech."""
-        ends = [*self._ends, float("inf")]
-        return any(
-            start_sec <= end + slack_sec and end_sec >= start - slack_sec
-            for start, end in zip(self._starts, ends, strict=False)
-        )
+        return any(start_sec <= end + slack_sec and end_sec >= start - slack_sec for start, end in self._spans())
+
+    def speech_sec(self, start_sec: float, end_sec: float) -> float:
+        """How much speech lies between two times, seconds."""
+        return sum(max(0.0, min(end, end_sec) - max(start, start_sec)) for start, end in self._spans())
 
     def discard_before(self, sec: float) -> None:
         """Forget speech that ended before a time."""
         old = sum(end < sec for end in self._ends)
         del self._starts[:old], self._ends[:old]
+
+    def _spans(self) -> list[tuple[float, float]]:
+        ends = self._ends if len(self._ends) == len(self._starts) else [*self._ends, float("inf")]
+        return list(zip(self._starts, ends, strict=True))
 
     def _note(self, events: list[VADEvent]) -> list[VADEvent]:
         offset = self._stream_from_sec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,3 +62,30 @@ class StreamingResult:
     longest_update_sec: float
     updates: int
     overruns: int = 0
+
+    @classmethod
+    def from_events(
+        cls, events: Sequence[Event], *, audio_sec: float, compute_sec: float, longest_update_sec: float, updates: int
+    ) -> StreamingResult:
+        """Gather all events of a session; `rtf` is nan where there was no audio."""
+        words = tuple(
+            EmittedWord(word, event.audio_sec, event.emitted_at)
+            for event in events
+            if event.kind == "commit"
+            for word in event.words
+        )
+        return cls(
+            text=join_words([emitted.word for emitted in words]),
+            events=tuple(events),
+            words=words,
+            audio_sec=audio_sec,
+            compute_sec=compute_sec,
+            rtf=compute_sec / audio_sec if audio_sec else float("nan"),
+            longest_update_sec=longest_update_sec,
+            updates=updates,
+        )
+
+
+def join_words(words: Sequence[Word]) -> str:
+    """Return the words as text, with spaces between them."""
+    return " ".join(word.text for word in words)

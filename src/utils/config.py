@@ -146,7 +146,7 @@ class StreamingConfig(_Section):
     policy: Literal["local_agreement"] = "local_agreement"
     min_chunk_sec: float = Field(0.8, ge=0.1, le=5)
     buffer_sec: float = Field(12.0, ge=2, le=MAX_AUDIO_SEC - 1)
-    max_prompt_tokens: int = Field(48, ge=0, le=223)
+    max_prompt_tokens: int = Field(0, ge=0, le=223)
 
 
 class Config(_Section):

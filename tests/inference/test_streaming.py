@@ -95,7 +95,9 @@ def session(
     decoder: Callable[..., Any], *, detector: Any = None, clock: Callable[[], float] = lambda: 0.0, **streaming: Any
 ) -> StreamingASR:
     config = load_config(None, overrides={"streaming": streaming})
-    return StreamingASR(None, PROCESSOR, vad=detector, config=config, clock=clock, decode_fn=decoder)
+    return StreamingASR(
+        None, PROCESSOR, vad=detector, config=config, context_silence_sec=2.0, clock=clock, decode_fn=decoder
+    )
 
 
 def feed_in_pieces(asr: StreamingASR, audio: Waveform, cuts: Sequence[int]) -> list[Event]:
@@ -157,6 +159,32 @@ def test_a_pause_makes_the_words_final_and_the_audio_before_it_stays_as_context(
     assert {begin for begin, _ in decoder.calls} == {0.0}
 
 
+def test_a_model_of_single_sentences_starts_afresh_after_a_pause_and_loses_no_word() -> None:
+    decoder = ScriptedDecoder(talk((0.0, 3.2), (4.4, 7.0)))
+    model = SimpleNamespace(config=SimpleNamespace(audio_context="dynamic"))
+    asr = StreamingASR(
+        model, PROCESSOR, vad=ScriptedDetector((0.0, 3.2), (4.4, 7.0)), clock=lambda: 0.0, decode_fn=decoder
+    )
+    feed_in_pieces(asr, clock_audio(8.0), [])
+    assert decoder.calls[-1][0] == pytest.approx(4.0, abs=0.15)
+    assert asr.transcript == text_of(decoder.script)
+
+
+def test_speech_after_an_early_end_of_the_text_is_decoded_by_itself() -> None:
+    script = talk((0.0, 3.2), (3.6, 8.0))
+
+    class StopsAtPauses(ScriptedDecoder):
+        def __call__(self, *args: Any) -> list[DecodingResult]:
+            (result,) = super().__call__(*args)
+            words = result.words or ()
+            gaps = (i for i in range(1, len(words)) if words[i].start_sec - words[i - 1].end_sec > 0.3)
+            return [DecodingResult("", (), 0.0, words[: next(gaps, len(words))])]
+
+    asr = session(StopsAtPauses(script), detector=ScriptedDetector((0.0, 8.0)))
+    feed_in_pieces(asr, clock_audio(9.0), [])
+    assert asr.transcript == text_of(script)
+
+
 def test_a_silence_above_two_seconds_drops_the_audio_and_its_text_becomes_the_prompt() -> None:
     decoder = ScriptedDecoder(talk((0.0, 3.2), (6.0, 8.0)))
     asr = session(decoder, detector=ScriptedDetector((0.0, 3.2), (6.0, 8.0)), max_prompt_tokens=3)
@@ -216,7 +244,7 @@ def test_a_loop_is_decoded_again_without_the_prompt_and_never_committed() -> Non
             return [result]
 
     decoder = LoopsWithPrompt(script)
-    asr = session(decoder, buffer_sec=4)
+    asr = session(decoder, buffer_sec=4, max_prompt_tokens=48)
     feed_in_pieces(asr, clock_audio(12.0), [])
     assert any(decoder.prompts)
     assert asr.transcript == text_of(script)
