@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,67 +16,7 @@ from src.evaluation.report import (
     summarize_run,
 )
 from src.utils.errors import DataError
-
-RATES = {
-    "n": 40, "normalizer": "whisper-english-v1", "cer": 0.2, "cer_plain": 0.2, "loss": 0.9, "rtf": 0.06,
-    "confidence": 0.95, "blocks": "speaker", "num_blocks": 8, "audio_context": "dynamic",
-}  # fmt: skip
-
-
-def evaluation(name: str, wer: float) -> dict[str, Any]:
-    plain = {"wer_plain": wer + 0.01, "wer_plain_low": wer - 0.04, "wer_plain_high": wer + 0.06}
-    return {
-        "event": "evaluation",
-        "name": name,
-        **RATES,
-        "wer": wer,
-        "wer_low": wer - 0.05,
-        "wer_high": wer + 0.05,
-        **plain,
-    }
-
-
-def prediction(model: str, i: int, errors: int) -> dict[str, Any]:
-    hypothesis = " ".join(["the"] * (4 - errors) + ["x"] * errors)
-    return {
-        "model": model, "id": f"u{i}", "speaker": f"s{i % 8}", "duration_sec": 1.0 + i % 9,
-        "reference": "the the the the",
-        "hypothesis": hypothesis, "substitutions": errors, "deletions": 0, "insertions": 0, "reference_words": 4,
-        "avg_logprob": -0.2, "latency_sec": 0.1,
-    }  # fmt: skip
-
-
-def epoch(number: int, wer: float | None, best: bool) -> dict[str, Any]:
-    return {
-        "event": "epoch", "epoch": number, "train_loss": 1 / number, "val_loss": 1.2 / number, "val_wer": wer,
-        "val_cer": None if wer is None else wer / 2, "learning_rate": 1e-5, "is_best": best,
-    }  # fmt: skip
-
-
-def steps(n: int) -> list[dict[str, Any]]:
-    return [
-        {"event": "train_step", "step": i + 1, "epoch": 1 + 2 * i // n, "loss": 2 / (1 + i / 9), "samples_per_sec": 3.0}
-        for i in range(n)
-    ]
-
-
-def write(run_dir: Path, metrics: list[dict[str, Any]], predictions: list[dict[str, Any]] | None = None) -> Path:
-    run_dir.mkdir(exist_ok=True)
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
-    if predictions is not None:
-        (run_dir / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in predictions))
-    return run_dir
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    metrics = [
-        *steps(90), epoch(1, 0.33, True), epoch(2, 0.27, True), evaluation("stock", 0.37), evaluation("tuned", 0.27),
-        {"event": "streaming", "clips": 25, "audio_sec": 100.0, "wer": 0.3, "offline_wer": 0.28, "rtf": 0.3,
-         "longest_update_sec": 0.5},
-    ]  # fmt: skip
-    predictions = [prediction("stock", i, 2) for i in range(40)] + [prediction("tuned", i, i % 2) for i in range(40)]
-    return write(tmp_path / "run", metrics, predictions)
+from tests.evaluation.run_files import epoch, evaluation, prediction, steps, write
 
 
 def test_summary_is_read_back_from_the_runs_files(run_dir: Path) -> None:
