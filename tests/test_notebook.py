@@ -102,5 +102,5 @@ def test_run_all_with_the_demo_profile_ends_green(tmp_path: Path) -> None:
         assert (run_dir / name).stat().st_size > 0, name
     assert not (run_dir / "notebook.ipynb").exists()
     page = (run_dir / "notebook.html").read_text()
-    assert page.count("data:image/png;base64") == 2, "the pictures are not shown"
+    assert page.count('src="data:image/png;base64') == 2, "the pictures are not shown"
     assert page.count("<audio") == 2

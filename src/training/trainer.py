@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
 from src.data.audio import SAMPLE_RATE
-from src.data.dataset import LengthBatchSampler
 from src.data.features import CONTEXT_SAMPLES
 from src.data.labels import IGNORE_INDEX
 from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
@@ -83,6 +83,7 @@ class WhisperTrainer:
         model.audio_context = config.model.audio_context
         set_seed(config.seed)
         self._generator = torch.Generator().manual_seed(config.seed)
+        AcceleratorState._reset_state()  # else a second trainer of another precision in the same session is refused
         self._accelerator = Accelerator(
             mixed_precision=_MIXED_PRECISION[choice.precision], cpu=next(model.parameters()).device.type == "cpu"
         )
@@ -121,9 +122,7 @@ class WhisperTrainer:
 
     def _train_epoch(self, epoch: int, schedule: Any, bar: tqdm[Any]) -> float:
         """Return the epoch's loss in nats a token: sums over sums, every batch stepped."""
-        sampler = getattr(self._train_loader, "batch_sampler", None)
-        if isinstance(sampler, LengthBatchSampler):
-            sampler.set_epoch(epoch)
+        self._train_loader.set_epoch(epoch - 1)  # reaches the batch sampler; each epoch has its own order
         self._wrapped.train()
         loss_sum, token_sum = 0.0, 0
         for window in _windows(self._train_loader, self.config.training.gradient_accumulation_steps):

@@ -82,12 +82,20 @@ def test_every_clip_of_an_epoch_is_stepped_and_the_schedule_counts_updates(
     trainer._loss_sum = spy  # type: ignore[method-assign]
     trainer.train(num_epochs=1)
     assert sorted(seen) == sorted(u.id for u in clips)
-    assert trainer._train_loader.batch_sampler._epoch == 1  # each epoch has its own order
     rows = [json.loads(line) for line in trainer.experiment.metrics_path.read_text().splitlines()]
     updates = [row for row in rows if row["event"] == "train_step"]
     assert len(updates) == 3  # 7 batches in windows of 3
     assert max(row["learning_rate"] for row in updates) == pytest.approx(3.75e-5)
     assert updates[-1]["learning_rate"] < 3.75e-5
+
+
+def test_each_epoch_has_its_own_order(tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config) -> None:
+    trainer = make(tiny_en, clips, with_training(config, batch_size=2))
+    orders = []
+    for epoch in (1, 2, 1):
+        trainer._train_loader.set_epoch(epoch - 1)
+        orders.append([batch["ids"] for batch in trainer._train_loader])
+    assert orders[0] == orders[2] != orders[1]
 
 
 def test_fine_tuning_learns_saves_the_best_and_reloads_the_same(
