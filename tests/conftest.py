@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from src.data.audio import load_audio
-from src.data.sources import SAMPLE_CLIP, Utterance, load_utterances
-from src.utils.config import Config, DataConfig, load_config
+from src.data.sources import SAMPLE_CLIP, load_utterances
+from src.data.utterance import Utterance
+from src.utils.config import Config, load_config
+from src.utils.config_schema import DataConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 

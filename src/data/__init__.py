@@ -5,7 +5,8 @@ from src.data.dataset import DataCollator, LengthBatchSampler, WhisperDataset, c
 from src.data.features import LogMel
 from src.data.labels import LabelEncoder
 from src.data.preparation import DatasetSplits, prepare_datasets
-from src.data.sources import SAMPLE_CLIP, Utterance
+from src.data.sources import SAMPLE_CLIP
+from src.data.utterance import Utterance
 from src.data.vad import VoiceActivityDetector
 
 __all__ = [

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from src.data.audio import SAMPLE_RATE, load_audio
 from src.data.labels import IGNORE_INDEX, EncodedLabel, LabelEncoder
 from src.data.preparation import DatasetSplits, SkippedUtterance, enforce_skip_policy
-from src.data.sources import Utterance
+from src.data.utterance import Utterance
 from src.utils.config import Config
 from src.utils.errors import AudioError, DataError
 

@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 
 from src.data.audio import SAMPLE_RATE, load_audio
 from src.data.labels import LabelCase, apply_case, resolve_case
-from src.data.sources import SPLIT_NAMES, Utterance, load_utterances
-from src.utils.config import Config, DataConfig
+from src.data.sources import SPLIT_NAMES, load_utterances
+from src.data.utterance import Utterance
+from src.utils.config_schema import Config, DataConfig
 from src.utils.errors import AudioError, DataError
 
 logger = logging.getLogger(__name__)

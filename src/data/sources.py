@@ -9,15 +9,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from src.utils.config import DataConfig, did_you_mean
-from src.utils.errors import DataError
+from src.data.utterance import Utterance
+from src.utils.config_schema import DataConfig
+from src.utils.errors import DataError, did_you_mean
 
 SAMPLES_DIR = Path(__file__).parent / "samples"
 SAMPLE_PARQUET = SAMPLES_DIR / "speechocean762-mini.parquet"
@@ -29,29 +29,6 @@ SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 MANIFEST_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.tsv")
 MANIFEST_SUFFIXES = frozenset({".csv", ".tsv", ".jsonl"})
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """One recording with its transcript.
-
-    Attributes:
-        id: unique in its data set; it follows the utterance into every report.
-        audio: path, or the bytes of an encoded file.
-        text: transcript as the source has it.
-        speaker: None where the source does not say.
-        language: code, or None.
-        duration_sec: seconds after decoding; None until the recording has been checked.
-        meta: other columns of the source (split, age, gender, ...).
-    """
-
-    id: str
-    audio: Path | bytes
-    text: str
-    speaker: str | None = None
-    language: str | None = None
-    duration_sec: float | None = None
-    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_utterances(config: DataConfig) -> list[Utterance]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
-from src.data.sources import Utterance
+from src.data.utterance import Utterance
 from src.evaluation.evaluator import EvaluationResult
 from src.evaluation.metrics import EditCounts, ErrorRates, MetricsCalculator, error_rate
 from src.evaluation.text import WHISPER_ENGLISH

@@ -20,8 +20,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from src.models.conversion_cache import combined_sha256, convert_once
 from src.models.ct2_converter import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, convert_ct2_to_hf
 from src.models.packaged_weights import PACKAGED_MODELS, assemble_packaged_model
-from src.utils.config import VARIANTS, did_you_mean
-from src.utils.errors import ModelError
+from src.utils.config_schema import VARIANTS
+from src.utils.errors import ModelError, did_you_mean
 
 logger = logging.getLogger(__name__)
 

@@ -1,174 +1,22 @@
 """One configuration: a YAML file, a profile laid over it, overrides laid over that, checked as a whole.
 
-Defaults live in these models alone. All problems are reported at once, with the nearest valid key, because a user who
-waits for a GPU should not meet them one by one.
+Defaults live in the models of `config_schema` alone. All problems are reported at once, with the nearest valid key,
+because a user who waits for a GPU should not meet them one by one.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ValidationError
 
-from src.utils.errors import ConfigError
+from src.utils.config_schema import Config
+from src.utils.errors import ConfigError, did_you_mean
 
-Variant = Literal[
-    "tiny", "tiny.en", "base", "base.en", "small", "small.en", "medium", "medium.en", "distil", "large-v3-turbo"
-]
-VARIANTS: tuple[str, ...] = get_args(Variant)
 DEFAULT_CONFIG_PATH = Path("config.yaml")
-MAX_AUDIO_SEC = 30.0  # the length of Whisper's position table
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class PathsConfig(_Section):
-    """Folders, relative to the working directory."""
-
-    runs_dir: Path = Path("runs")
-    checkpoints_dir: Path = Path("checkpoints")
-    cache_dir: Path = Field(Path("~/.cache/whisper_asr"), validate_default=True)
-
-    @field_validator("cache_dir")
-    @classmethod
-    def _expand_home(cls, value: Path) -> Path:
-        return value.expanduser()
-
-
-class ModelConfig(_Section):
-    """Which weights, for which language, and how much audio the encoder sees."""
-
-    variant: str = "tiny.en"
-    language: str | None = None
-    task: Literal["transcribe", "translate"] = "transcribe"
-    audio_context: Literal["dynamic", "full"] = "dynamic"
-
-    @field_validator("variant")
-    @classmethod
-    def _known_variant(cls, value: str) -> str:
-        if value in VARIANTS or "/" in value or Path(value).exists():
-            return value
-        raise ValueError(
-            f"unknown variant {value!r}{did_you_mean(value, VARIANTS)}; known: {', '.join(VARIANTS)}, "
-            "or the path of a folder with a checkpoint"
-        )
-
-    @model_validator(mode="after")
-    def _language_fits_variant(self) -> ModelConfig:
-        if not self.variant.endswith(".en"):
-            return self
-        if self.language not in (None, "en"):
-            raise ValueError(
-                f"variant {self.variant!r} knows English only, language is {self.language!r}; "
-                f"use {self.variant.removesuffix('.en')!r}"
-            )
-        if self.task == "translate":
-            raise ValueError(f"variant {self.variant!r} cannot translate; use {self.variant.removesuffix('.en')!r}")
-        return self
-
-
-class DataConfig(_Section):
-    """Where utterances come from and which are allowed in."""
-
-    source: Literal["sample", "folder"] = "sample"
-    path: Path | None = None
-    max_train: int | None = Field(None, ge=1)
-    max_validation: int | None = Field(None, ge=1)
-    max_test: int | None = Field(None, ge=1)
-    validation_fraction: float = Field(0.1, gt=0, lt=0.5)
-    test_fraction: float = Field(0.1, gt=0, lt=0.5)
-    min_duration_sec: float = Field(0.1, ge=0.1)
-    max_duration_sec: float = Field(MAX_AUDIO_SEC, gt=0.1, le=MAX_AUDIO_SEC)
-    label_case: Literal["auto", "keep", "lower", "sentence"] = "auto"
-    on_error: Literal["raise", "skip"] = "raise"
-    max_skip_fraction: float = Field(0.1, ge=0, le=1)
-    num_workers: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def _path_fits_source(self) -> DataConfig:
-        if self.source == "folder" and self.path is None:
-            raise ValueError("source 'folder' needs data.path: a folder with audio, and a CSV, TSV or JSONL in it")
-        if self.source == "sample" and self.path is not None:
-            raise ValueError("source 'sample' is bundled and takes no data.path; set data.source: folder")
-        if self.min_duration_sec >= self.max_duration_sec:
-            raise ValueError("min_duration_sec must be below max_duration_sec")
-        return self
-
-
-class TrainingConfig(_Section):
-    """The loop."""
-
-    epochs: int = Field(3, ge=1)
-    batch_size: int = Field(8, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    learning_rate: float | None = Field(None, gt=0)
-    warmup_ratio: float = Field(0.1, ge=0, lt=1)
-    weight_decay: float = Field(0.01, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    full_context_prob: float = Field(0.0, ge=0, le=1)
-    max_trailing_silence_sec: float = Field(1.0, ge=0, le=5)
-
-
-class EvaluationConfig(_Section):
-    """How rates are measured."""
-
-    bootstrap_samples: int = Field(2000, ge=100)
-    confidence: float = Field(0.95, gt=0.5, lt=1)
-
-
-class InferenceConfig(_Section):
-    """Decoding of files; evaluation uses the same."""
-
-    batch_size: int = Field(16, ge=1)
-    num_beams: int = Field(1, ge=1)
-    trailing_silence_sec: float = Field(0.5, ge=0, le=5)
-    max_tokens_per_sec: float = Field(10.0, gt=0)
-
-
-class VADConfig(_Section):
-    """silero-vad."""
-
-    threshold: float = Field(0.5, gt=0, lt=1)
-    min_silence_sec: float = Field(0.5, gt=0)
-    min_speech_sec: float = Field(0.1, ge=0)
-    pad_sec: float = Field(0.1, ge=0)
-
-
-class StreamingConfig(_Section):
-    """The streaming state machine."""
-
-    policy: Literal["local_agreement"] = "local_agreement"
-    min_chunk_sec: float = Field(0.8, ge=0.1, le=5)
-    buffer_sec: float = Field(12.0, ge=2, le=MAX_AUDIO_SEC - 1)
-    max_prompt_tokens: int = Field(0, ge=0, le=223)
-
-
-class Config(_Section):
-    """The whole configuration."""
-
-    profile: str | None = None
-    seed: int = Field(42, ge=0)
-    device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    paths: PathsConfig = PathsConfig()
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    training: TrainingConfig = TrainingConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    inference: InferenceConfig = InferenceConfig()
-    vad: VADConfig = VADConfig()
-    streaming: StreamingConfig = StreamingConfig()
-
-    def to_yaml(self) -> str:
-        """Return the resolved configuration as YAML that `load_config` accepts; the profile is merged in already."""
-        tree = self.model_dump(mode="json", exclude={"profile"})
-        return f"# profile: {self.profile}\n{yaml.safe_dump(tree, sort_keys=False)}"
 
 
 def load_config(
@@ -208,12 +56,6 @@ def load_config(
         where = f" in {path}" if path is not None else ""
         raise ConfigError("\n  - ".join([f"{len(problems)} problem(s){where}:", *problems]))
     return Config.model_validate(merged)
-
-
-def did_you_mean(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """Return `"; did you mean 'x'?"` for the nearest known word, or an empty string."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

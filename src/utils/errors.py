@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 
 class WhisperASRError(Exception):
     """Base of every error that this library raises on purpose."""
@@ -33,3 +36,9 @@ class MissingDependencyError(WhisperASRError):
 
 class CheckpointError(WhisperASRError):
     """A checkpoint is absent, incomplete or damaged."""
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the nearest known word, or an empty string."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -9,7 +9,7 @@ import torch
 from src.data.dataset import DataCollator, LengthBatchSampler, WhisperDataset, create_dataloaders
 from src.data.labels import IGNORE_INDEX, EncodedLabel, LabelEncoder
 from src.data.preparation import DatasetSplits
-from src.data.sources import Utterance
+from src.data.utterance import Utterance
 from src.utils.config import Config
 from src.utils.errors import AudioError, DataError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from src.data.sources import load_utterances
-from src.utils.config import DataConfig
+from src.utils.config_schema import DataConfig
 from src.utils.errors import DataError
 
 

@@ -13,7 +13,7 @@ import torch
 from src.data import vad as vad_module
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.vad import SpeechSegment, VoiceActivityDetector
-from src.utils.config import VADConfig
+from src.utils.config_schema import VADConfig
 from src.utils.errors import AudioError, MissingDependencyError, ModelError
 
 JFK = Path(__file__).parents[2] / "src/data/samples/jfk.flac"

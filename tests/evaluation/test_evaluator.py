@@ -11,7 +11,7 @@ import torch
 
 from src.data.dataset import create_loader
 from src.data.preparation import check_utterance
-from src.data.sources import Utterance
+from src.data.utterance import Utterance
 from src.evaluation.evaluator import EvaluationResult, ModelEvaluator, compare_predictions
 from src.evaluation.report import load_predictions
 from src.inference import decoding

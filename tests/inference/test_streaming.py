@@ -20,7 +20,8 @@ from src.inference.commit import word_key
 from src.inference.decoding import DecodingOptions, DecodingResult
 from src.inference.events import Event
 from src.inference.streaming import StreamingASR
-from src.utils.config import Config, VADConfig, load_config
+from src.utils.config import Config, load_config
+from src.utils.config_schema import VADConfig
 from src.utils.errors import AudioError
 
 JFK = Path(__file__).parents[2] / "src/data/samples/jfk.flac"

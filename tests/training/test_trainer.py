@@ -11,7 +11,7 @@ from transformers import WhisperForConditionalGeneration
 
 from src.data.dataset import create_loader
 from src.data.preparation import check_utterance
-from src.data.sources import Utterance
+from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator
 from src.training.trainer import WhisperTrainer
 from src.utils.config import Config

@@ -1,0 +1,40 @@
+"""One recording with its transcript: what every source gives and every later step passes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class EncodedAudio(Protocol):
+    """An encoded recording that is read when it is needed, such as a cell of a Parquet file."""
+
+    def read(self) -> bytes:
+        """Return the bytes of the encoded file (wav, flac, opus, ...)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One recording with its transcript.
+
+    Attributes:
+        id: unique in its data set; it follows the utterance into every report.
+        audio: a path, the bytes of an encoded file, or something that reads them when asked.
+        text: transcript, as the source has it until `prepare_datasets` recases it.
+        speaker: None where the source does not say.
+        language: code, or None.
+        duration_sec: seconds after decoding; None until the recording has been checked.
+        meta: other columns of the source (split, age, gender, ...).
+    """
+
+    id: str
+    audio: Path | bytes | EncodedAudio
+    text: str
+    speaker: str | None = None
+    language: str | None = None
+    duration_sec: float | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,271 @@
+"""The configuration's sections: every key with its type, range and default, and what contradicts what.
+
+Frozen pydantic models; unknown keys are refused. `config.yaml` says each key's unit and effect.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from src.utils.errors import did_you_mean
+
+Variant = Literal[
+    "tiny", "tiny.en", "base", "base.en", "small", "small.en", "medium", "medium.en", "distil", "large-v3-turbo"
+]
+VARIANTS: tuple[str, ...] = get_args(Variant)
+MAX_AUDIO_SEC = 30.0  # the length of Whisper's position table
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class PathsConfig(_Section):
+    """Folders, relative to the working directory."""
+
+    runs_dir: Path = Path("runs")
+    checkpoints_dir: Path = Path("checkpoints")
+    cache_dir: Path = Field(Path("~/.cache/whisper_asr"), validate_default=True)
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _expand_home(cls, value: Path) -> Path:
+        return value.expanduser()
+
+
+class ModelConfig(_Section):
+    """Which weights, for which language, and how much audio the encoder sees."""
+
+    variant: str = "tiny.en"
+    language: str | None = None
+    task: Literal["transcribe", "translate"] = "transcribe"
+    audio_context: Literal["dynamic", "full"] = "dynamic"
+
+    @field_validator("variant")
+    @classmethod
+    def _known_variant(cls, value: str) -> str:
+        if value in VARIANTS or "/" in value or Path(value).exists():
+            return value
+        raise ValueError(
+            f"unknown variant {value!r}{did_you_mean(value, VARIANTS)}; known: {', '.join(VARIANTS)}, "
+            "or the path of a folder with a checkpoint"
+        )
+
+    @model_validator(mode="after")
+    def _language_fits_variant(self) -> Self:
+        if not self.variant.endswith(".en"):
+            return self
+        if self.language not in (None, "en"):
+            raise ValueError(
+                f"variant {self.variant!r} knows English only, language is {self.language!r}; "
+                f"use {self.variant.removesuffix('.en')!r}"
+            )
+        if self.task == "translate":
+            raise ValueError(f"variant {self.variant!r} cannot translate; use {self.variant.removesuffix('.en')!r}")
+        return self
+
+
+SourceName = Literal["sample", "folder", "minds14", "librispeech", "speechocean762", "common_voice", "parquet", "hub"]
+HUB_SOURCES = frozenset({"minds14", "librispeech", "speechocean762", "hub"})
+PATH_SOURCES = frozenset({"folder", "common_voice", "parquet"})
+
+
+class HubConfig(_Section):
+    """A data set on the Hugging Face Hub; for a named corpus, what to take instead of its defaults."""
+
+    id: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    train_split: str | None = None
+    validation_split: str | None = None
+    test_split: str | None = None
+    audio_column: str | None = None
+    text_column: str | None = None
+
+
+class DataConfig(_Section):
+    """Where utterances come from and which are allowed in."""
+
+    source: SourceName = "sample"
+    sources: tuple[SourceName, ...] = ()
+    path: Path | None = None
+    hub: HubConfig = HubConfig()
+    max_train: int | None = Field(None, ge=1)
+    max_validation: int | None = Field(None, ge=1)
+    max_test: int | None = Field(None, ge=1)
+    validation_fraction: float = Field(0.1, gt=0, lt=0.5)
+    test_fraction: float = Field(0.1, gt=0, lt=0.5)
+    min_duration_sec: float = Field(0.1, ge=0.1)
+    max_duration_sec: float = Field(MAX_AUDIO_SEC, gt=0.1, le=MAX_AUDIO_SEC)
+    label_case: Literal["auto", "keep", "lower", "sentence"] = "auto"
+    on_error: Literal["raise", "skip"] = "raise"
+    max_skip_fraction: float = Field(0.1, ge=0, le=1)
+    num_workers: int | Literal["auto"] = "auto"
+    cache_decoded: bool = False
+
+    @property
+    def chosen_sources(self) -> tuple[SourceName, ...]:
+        """The sources in the order in which they are tried: `sources`, or `source` alone."""
+        return self.sources or (self.source,)
+
+    @field_validator("num_workers")
+    @classmethod
+    def _workers_not_negative(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 0:
+            raise ValueError(f"num_workers is {value}; give 0 or more, or auto")
+        return value
+
+    @model_validator(mode="after")
+    def _options_fit_sources(self) -> Self:
+        chosen = self.chosen_sources
+        if len(set(chosen)) != len(chosen):
+            raise ValueError("data.sources names a source twice; each can be tried once")
+        needing_path = [name for name in chosen if name in PATH_SOURCES]
+        if len(needing_path) > 1:
+            raise ValueError(f"data.sources has {' and '.join(needing_path)}, but there is one data.path; keep one")
+        if needing_path and self.path is None:
+            wanted = {
+                "folder": "a folder with audio, and a CSV, TSV or JSONL in it",
+                "common_voice": "an extracted archive, the folder with clips/ and train.tsv",
+                "parquet": "a Parquet file or a folder of them",
+            }
+            raise ValueError(f"source {needing_path[0]!r} needs data.path: {wanted[needing_path[0]]}")
+        if self.path is not None and not needing_path:
+            raise ValueError(
+                f"source {chosen[0]!r} takes no data.path; set data.source: folder, parquet or common_voice"
+            )
+        self._check_hub(chosen)
+        if self.min_duration_sec >= self.max_duration_sec:
+            raise ValueError("min_duration_sec must be below max_duration_sec")
+        return self
+
+    def _check_hub(self, chosen: tuple[SourceName, ...]) -> None:
+        on_hub = [name for name in chosen if name in HUB_SOURCES]
+        if "hub" in on_hub and self.hub.id is None:
+            raise ValueError("source 'hub' needs data.hub.id, for example 'google/fleurs'")
+        if self.hub != HubConfig() and len(on_hub) != 1:
+            raise ValueError(
+                f"data.hub describes one data set, but the sources {', '.join(chosen)} have {len(on_hub)} on the Hub"
+            )
+
+
+class CompositionConfig(_Section):
+    """What training examples are made of, beyond one clip with its text."""
+
+    no_speech_fraction: float = Field(0.0, ge=0, le=0.2)
+    concatenate_prob: float = Field(0.0, ge=0, le=1)
+    max_concatenated_sec: float = Field(MAX_AUDIO_SEC, gt=1, le=MAX_AUDIO_SEC)
+    timestamp_prob: float = Field(0.0, ge=0, le=1)
+    previous_text_prob: float = Field(0.0, ge=0, le=1)
+
+
+class SpecAugmentConfig(_Section):
+    """Masks on the log-mel spectrogram (Park et al. 2019), over real frames only."""
+
+    time_masks: int = Field(2, ge=0)
+    max_time_mask_fraction: float = Field(0.05, ge=0, le=0.5)
+    frequency_masks: int = Field(2, ge=0)
+    max_frequency_mask_bins: int = Field(10, ge=0)
+
+
+class AugmentationConfig(_Section):
+    """Changes of the training audio, drawn anew for each clip and epoch; each is off at probability 0."""
+
+    enabled: bool = True
+    speed_factors: tuple[float, ...] = (0.9, 1.0, 1.1)
+    pitch_prob: float = Field(0.2, ge=0, le=1)
+    max_pitch_semitones: float = Field(2.0, ge=0, le=4)
+    noise_prob: float = Field(0.2, ge=0, le=1)
+    noise_dir: Path | None = None
+    min_snr_db: float = 5.0
+    max_snr_db: float = 25.0
+    max_gain_db: float = Field(6.0, ge=0, le=20)
+    room_prob: float = Field(0.0, ge=0, le=1)
+    codec_prob: float = Field(0.0, ge=0, le=1)
+    spec_augment_prob: float = Field(0.5, ge=0, le=1)
+    spec_augment: SpecAugmentConfig = SpecAugmentConfig()
+
+    @model_validator(mode="after")
+    def _ranges_are_ordered(self) -> Self:
+        if self.min_snr_db > self.max_snr_db:
+            raise ValueError("min_snr_db must not exceed max_snr_db")
+        if not self.speed_factors or not all(0.5 <= factor <= 2 for factor in self.speed_factors):
+            raise ValueError("speed_factors needs factors from 0.5 to 2; [1.0] leaves the speed alone")
+        return self
+
+
+class TrainingConfig(_Section):
+    """The loop."""
+
+    epochs: int = Field(3, ge=1)
+    batch_size: int = Field(8, ge=1)
+    batch_seconds: float | None = Field(None, gt=0)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float | None = Field(None, gt=0)
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    full_context_prob: float = Field(0.0, ge=0, le=1)
+    max_trailing_silence_sec: float = Field(1.0, ge=0, le=5)
+
+
+class EvaluationConfig(_Section):
+    """How rates are measured."""
+
+    bootstrap_samples: int = Field(2000, ge=100)
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+
+class InferenceConfig(_Section):
+    """Decoding of files; evaluation uses the same."""
+
+    batch_size: int = Field(16, ge=1)
+    num_beams: int = Field(1, ge=1)
+    trailing_silence_sec: float = Field(0.5, ge=0, le=5)
+    max_tokens_per_sec: float = Field(10.0, gt=0)
+
+
+class VADConfig(_Section):
+    """silero-vad."""
+
+    threshold: float = Field(0.5, gt=0, lt=1)
+    min_silence_sec: float = Field(0.5, gt=0)
+    min_speech_sec: float = Field(0.1, ge=0)
+    pad_sec: float = Field(0.1, ge=0)
+
+
+class StreamingConfig(_Section):
+    """The streaming state machine."""
+
+    policy: Literal["local_agreement"] = "local_agreement"
+    min_chunk_sec: float = Field(0.8, ge=0.1, le=5)
+    buffer_sec: float = Field(12.0, ge=2, le=MAX_AUDIO_SEC - 1)
+    max_prompt_tokens: int = Field(0, ge=0, le=223)
+
+
+class Config(_Section):
+    """The whole configuration."""
+
+    profile: str | None = None
+    seed: int = Field(42, ge=0)
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    paths: PathsConfig = PathsConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    composition: CompositionConfig = CompositionConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    inference: InferenceConfig = InferenceConfig()
+    vad: VADConfig = VADConfig()
+    streaming: StreamingConfig = StreamingConfig()
+
+    def to_yaml(self) -> str:
+        """Return the resolved configuration as YAML that `load_config` accepts; the profile is merged in already."""
+        tree = self.model_dump(mode="json", exclude={"profile"})
+        return f"# profile: {self.profile}\n{yaml.safe_dump(tree, sort_keys=False)}"
