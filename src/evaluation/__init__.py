@@ -4,7 +4,7 @@ from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
 from src.evaluation.metrics import MetricsCalculator
 from src.evaluation.report import comparison_table, describe_comparison, summarize_run
 from src.evaluation.streaming import evaluate_stream, make_stream
-from src.evaluation.visualization import EvaluationVisualizer, TrainingVisualizer, save_figure
+from src.evaluation.visualization import EvaluationVisualizer, TrainingVisualizer
 
 __all__ = [
     "EvaluationResult",
@@ -16,6 +16,5 @@ __all__ = [
     "describe_comparison",
     "evaluate_stream",
     "make_stream",
-    "save_figure",
     "summarize_run",
 ]

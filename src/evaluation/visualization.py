@@ -1,12 +1,7 @@
-"""Pictures of a run, drawn from its files alone.
-
-Okabe-Ito colours (safe for colour-blind readers) on an opaque white ground, so that they read the same in light and
-dark notebooks. Only figure objects are used: no pyplot, no global state, nothing at import.
-"""
+"""Pictures of a run, drawn from its files alone."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Sequence
@@ -34,44 +29,9 @@ from src.evaluation.report import (
     stock_first,
 )
 from src.utils.errors import DataError
+from src.utils.figures import BLUE, FIGURE_STYLE, GREEN, GREY, ORANGE, NotebookFigure
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
 MODEL_STYLES = ((GREY, "s"), (BLUE, "o"), (ORANGE, "^"), (GREEN, "D"))  # the stock model first
-_STYLE: dict[str, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.25,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "svg.hashsalt": "whisper",  # the same picture gives the same file
-}
-
-
-class NotebookFigure(Figure):
-    """A figure that a notebook shows as a picture: without pyplot, a plain `Figure` shows as its name only."""
-
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        with matplotlib.rc_context(_STYLE):
-            self.savefig(buffer, format="png", dpi=100)
-        return buffer.getvalue()
-
-
-def save_figure(figure: Figure, folder: str | Path, name: str) -> tuple[Path, Path]:
-    """Write PNG (150 dpi) and SVG; return both paths."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(png, dpi=150)
-        figure.savefig(svg, metadata={"Date": None})
-    return png, svg
 
 
 class TrainingVisualizer:
@@ -92,7 +52,7 @@ class TrainingVisualizer:
 
     def training_analysis(self) -> Figure:
         """Draw loss with the best epoch marked, WER, CER, and a table with relative changes."""
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(FIGURE_STYLE):
             figure = NotebookFigure(figsize=(10, 6.4), layout="constrained")
             axes = figure.subplots(2, 2)
             self._draw_loss(axes[0, 0])
@@ -201,7 +161,7 @@ class EvaluationVisualizer:
         names = stock_first(self._evaluations)
         first = self._evaluations[names[0]]
         panels = [("wer", str(first["normalizer"])), ("wer_plain", "plain-v1")]
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(FIGURE_STYLE):
             figure = NotebookFigure(figsize=(8, 3.6), layout="constrained")
             for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
                 self._draw_bars(axes, names, key)
@@ -230,7 +190,7 @@ class EvaluationVisualizer:
             raise DataError(
                 f"{self._run_dir}: no prediction of {edges_sec[0]:g} to {edges_sec[-1]:g} s; evaluate first"
             )
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(FIGURE_STYLE):
             figure = NotebookFigure(figsize=(8, 3.6), layout="constrained")
             axes = figure.subplots()
             for index, (name, (color, marker)) in enumerate(zip(names, itertools.cycle(MODEL_STYLES))):

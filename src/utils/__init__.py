@@ -2,6 +2,7 @@
 
 from src.utils.colab import copy_verified, in_colab, mount_drive
 from src.utils.config import Config, load_config
+from src.utils.figures import save_figure
 from src.utils.logging_config import setup_logging
 from src.utils.runtime import get_device, set_seed
 from src.utils.tracking import ExperimentLogger
@@ -16,6 +17,7 @@ __all__ = [
     "in_colab",
     "load_config",
     "mount_drive",
+    "save_figure",
     "set_seed",
     "setup_logging",
 ]

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ValidationError
 from src.utils.config_schema import Config
 from src.utils.errors import ConfigError, did_you_mean
 
+__all__ = ["DEFAULT_CONFIG_PATH", "Config", "load_config"]
+
 DEFAULT_CONFIG_PATH = Path("config.yaml")
 
 

@@ -11,8 +11,9 @@ import matplotlib
 import pytest
 
 from src.evaluation import visualization
-from src.evaluation.visualization import EvaluationVisualizer, TrainingVisualizer, save_figure
+from src.evaluation.visualization import EvaluationVisualizer, TrainingVisualizer
 from src.utils.errors import DataError
+from src.utils.figures import save_figure
 from tests.evaluation.run_files import epoch, evaluation, steps, write
 
 
