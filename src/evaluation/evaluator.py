@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from src.evaluation.metrics import (
 )
 from src.inference.decoding import DecodingOptions, decode, encode
 from src.models.dynamic_context import get_audio_context
+from src.utils.atomic import write_text_atomic
 from src.utils.config import Config
 from src.utils.errors import DataError
 from src.utils.tracking import ExperimentLogger
@@ -123,10 +123,7 @@ class EvaluationResult(ErrorRates, Mapping[str, Any]):
         for row in self.rows:
             values = {key: None if value != value else value for key, value in asdict(row).items()}  # nan is not JSON
             lines.append(json.dumps({"model": self.name, **values}, ensure_ascii=False, allow_nan=False))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        partial.replace(path)
+        write_text_atomic(path, "".join(f"{line}\n" for line in lines))
 
 
 @dataclass(frozen=True)

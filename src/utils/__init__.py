@@ -2,6 +2,7 @@
 
 from src.utils.colab import copy_verified, in_colab, mount_drive
 from src.utils.config import Config, load_config
+from src.utils.data_versions import DataVersionManager
 from src.utils.figures import save_figure
 from src.utils.logging_config import setup_logging
 from src.utils.runtime import get_device, set_seed
@@ -10,6 +11,7 @@ from src.utils.versioning import get_git_revision
 
 __all__ = [
     "Config",
+    "DataVersionManager",
     "ExperimentLogger",
     "copy_verified",
     "get_device",

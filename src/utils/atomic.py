@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, so that a crash or a second process never meets half of one."""
+"""Files and folders that appear whole or not at all, so that a crash or a second process never meets half of one."""
 
 from __future__ import annotations
 
@@ -38,8 +38,32 @@ def atomic_folder(output_dir: Path, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(partial)
 
 
-def _hidden_name(folder: Path, suffix: str) -> Path:
-    return folder.parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.{suffix}"
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a UTF-8 file, which is replaced as a whole or stays as it was; line ends are kept as they are.
+
+    Raises: OSError: the folder cannot be made or written.
+    """
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """Write a file, which is replaced as a whole or stays as it was.
+
+    Readers in other processes find the old one or the new one; after a power cut it may be either, or empty.
+
+    Raises: OSError: the folder cannot be made or written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _hidden_name(path, "partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _hidden_name(path: Path, suffix: str) -> Path:
+    return path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.{suffix}"
 
 
 def _refuse_taken(output_dir: Path, replace: bool) -> None:

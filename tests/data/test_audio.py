@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 from pathlib import Path
 
 import av
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from src.data.audio import SAMPLE_RATE, load_audio, to_mono_16k
+from src.data import audio as audio_module
+from src.data.audio import SAMPLE_RATE, decode, load_audio, read_encoded, to_mono_16k
 from src.data.sources import SAMPLE_CLIP
 from src.utils.errors import AudioError
 
@@ -110,6 +112,163 @@ def test_truncated_flac_is_refused(tmp_path: Path) -> None:
     path.write_bytes(SAMPLE_CLIP.read_bytes()[:400_000])
     with pytest.raises(AudioError, match=r"cut\.flac"):
         load_audio(path)
+
+
+def encoded(samples: np.ndarray, rate: int, kind: str, subtype: str | None = None) -> bytes:
+    buffer = io.BytesIO()
+    sf.write(buffer, samples, rate, format=kind, subtype=subtype)
+    return buffer.getvalue()
+
+
+class Cell:
+    """Encoded audio that is read when asked, as a cell of a Parquet file."""
+
+    def read(self) -> bytes:
+        return SAMPLE_CLIP.read_bytes()
+
+
+def test_anything_that_reads_bytes_is_a_source() -> None:
+    assert np.array_equal(load_audio(Cell()), load_audio(SAMPLE_CLIP))
+    assert np.array_equal(load_audio(str(SAMPLE_CLIP)), load_audio(SAMPLE_CLIP))
+    assert read_encoded(Cell()) == read_encoded(SAMPLE_CLIP) == SAMPLE_CLIP.read_bytes()
+
+
+def test_native_rate_and_channels_are_told() -> None:
+    native = decode(encoded(tone(44_100, channels=2), 44_100, "FLAC"))
+    assert (native.sample_rate, native.channels, len(native.samples)) == (44_100, 2, SAMPLE_RATE)
+
+
+@pytest.mark.parametrize("rate", [16_000, 22_050, 44_100])
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
+def test_blocks_give_what_one_go_gives(monkeypatch: pytest.MonkeyPatch, kind: str, rate: int) -> None:
+    speech = np.stack([load_audio(SAMPLE_CLIP)[: 4 * rate]] * 2, axis=1)
+    content = encoded(speech, rate, kind)
+    whole = load_audio(content)
+    monkeypatch.setattr(audio_module, "BLOCK_VALUES", 20_000)
+    in_blocks = load_audio(content)
+    assert abs(len(in_blocks) - len(whole)) <= 1
+    shared = min(len(in_blocks), len(whole))
+    assert np.abs(in_blocks[:shared] - whole[:shared]).max() < 1e-5
+
+
+def test_memory_is_bounded_by_the_result(tmp_path: Path) -> None:
+    seconds, rate, channels = 60, 48_000, 8
+    sf.write(tmp_path / "long.wav", np.tile(tone(rate, channels=channels), (seconds, 1)), rate, subtype="PCM_16")
+    load_audio(tmp_path / "long.wav")  # imports and tables
+    tracemalloc.start()
+    audio = load_audio(tmp_path / "long.wav")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(audio) == pytest.approx(seconds * SAMPLE_RATE, abs=2)
+    assert peak < 2 * audio.nbytes + 4 * 4 * audio_module.BLOCK_VALUES  # all at once would be 92 MB
+
+
+def test_longer_than_allowed_is_refused_by_its_header(tmp_path: Path) -> None:
+    path = tmp_path / "long.flac"
+    sf.write(path, tone(8_000, seconds=31), 8_000)
+    with pytest.raises(
+        AudioError, match=r"long\.flac: longer than 30 s \(the header says 31\.0 s\); cut it at a pause"
+    ):
+        decode(path, max_sec=30)
+    assert len(load_audio(path, max_sec=31)) == 31 * SAMPLE_RATE
+
+
+def without_info_frame(content: bytes) -> bytes:
+    """Cut off the first frame of an mp3, which says how many there are."""
+    first = content.index(content[:2], 4)
+    return content[first:]
+
+
+def test_longer_than_allowed_is_refused_while_decoding_where_the_header_is_silent() -> None:
+    content = without_info_frame(encoded(tone(16_000, seconds=31), 16_000, "MP3"))
+    with pytest.raises(AudioError, match=r"long\.mp3: longer than 30 s; cut it at a pause"):
+        decode(content, name="long.mp3", max_sec=30)
+
+
+def test_mp3_of_variable_rate_without_a_length_is_decoded_whole() -> None:
+    speech = load_audio(SAMPLE_CLIP)
+    audio = load_audio(without_info_frame(encoded(speech, SAMPLE_RATE, "MP3")))
+    assert 0 <= len(audio) - len(speech) < 0.2 * SAMPLE_RATE  # the encoder's delay and padding
+
+
+def test_bare_aac_is_decoded() -> None:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="adts") as container:
+        stream = container.add_stream("aac", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(tone(16_000).T), format="fltp", layout="mono")
+        frame.sample_rate = 16_000
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    assert peak_hz(load_audio(buffer.getvalue())) == pytest.approx(440, abs=3)
+
+
+@pytest.mark.parametrize("kind", ["AIFF", "AU", "W64", "RF64", "CAF", "NIST", "WAV", "FLAC", "OGG", "MP3"])
+def test_a_cut_file_of_any_container_is_refused(kind: str) -> None:
+    content = encoded(tone(16_000), 16_000, kind)
+    assert peak_hz(load_audio(content)) == pytest.approx(440, abs=3)
+    for kept in (0.5, 0.9, 0.99):
+        with pytest.raises(AudioError, match="clip: "):
+            load_audio(content[: int(kept * len(content))], name="clip")
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_an_ogg_page_that_is_missing_or_changed_is_refused(subtype: str) -> None:
+    rng = np.random.default_rng(0)
+    content = encoded(rng.normal(0, 0.1, (16_000 * 4, 1)), 16_000, "OGG", subtype)
+    pages = [content.index(b"OggS", at) for at in range(len(content)) if content.startswith(b"OggS", at)]
+    assert len(pages) >= 5
+    with pytest.raises(AudioError, match="Ogg pages are missing"):
+        load_audio(content[: pages[3]] + content[pages[4] :])
+    changed = bytearray(content)
+    changed[pages[3] + 200] ^= 1
+    with pytest.raises(AudioError, match="checksum of the Ogg page"):
+        load_audio(bytes(changed))
+    with pytest.raises(AudioError, match="no Ogg page is marked as the last"):
+        load_audio(content[: pages[-1]])
+    with pytest.raises(AudioError, match="several recordings chained"):
+        load_audio(content + content)
+
+
+def test_a_tag_behind_the_sound_is_no_damage() -> None:
+    tag = b"TAG" + bytes(125)
+    for kind in ("MP3", "OGG", "FLAC"):
+        assert peak_hz(load_audio(encoded(tone(16_000), 16_000, kind) + tag)) == pytest.approx(440, abs=3)
+    id3 = b"ID3\x04\x00\x00\x00\x00\x01\x00" + bytes(128)
+    for kind in ("MP3", "FLAC"):
+        assert peak_hz(load_audio(id3 + encoded(tone(16_000), 16_000, kind))) == pytest.approx(440, abs=3)
+
+
+def test_a_flac_whose_rate_was_changed_is_refused() -> None:
+    content = bytearray(encoded(tone(16_000), 16_000, "FLAC"))
+    content[18:21] = (22_050 << 4).to_bytes(3, "big")  # STREAMINFO; its low bits hold mono and the depth's first bit
+    with pytest.raises(AudioError, match="the header says 22050 Hz, the first frame 16000 Hz"):
+        load_audio(bytes(content))
+
+
+def test_a_wav_whose_header_contradicts_itself_is_refused() -> None:
+    content = bytearray(encoded(tone(16_000), 16_000, "WAV"))
+    content[24:28] = (8_000).to_bytes(4, "little")
+    with pytest.raises(AudioError, match="the header contradicts itself: 8000 Hz"):
+        load_audio(bytes(content))
+
+
+def test_wav_with_other_chunks_and_a_silent_length_is_decoded() -> None:
+    content = encoded(tone(16_000), 16_000, "WAV")
+    odd_chunk = b"note\x03\0\0\0abc\0"
+    assert len(load_audio(content[:36] + odd_chunk + content[36:])) == SAMPLE_RATE
+    assert len(load_audio(content + odd_chunk)) == SAMPLE_RATE
+    assert len(load_audio(content[:40] + b"\xff\xff\xff\xff" + content[44:])) == SAMPLE_RATE  # ffmpeg to a pipe
+
+
+def test_integers_stored_as_floats_are_refused() -> None:
+    with pytest.raises(AudioError, match=r"floats belong in \[-1, 1\]"):
+        to_mono_16k(tone(16_000) * 32_768, 16_000)
+
+
+def test_an_extension_is_not_believed(tmp_path: Path) -> None:
+    for name in ("speech.raw", "speech.mp3", "speech"):
+        (tmp_path / name).write_bytes(encoded(tone(16_000), 16_000, "FLAC"))
+        assert len(load_audio(tmp_path / name)) == SAMPLE_RATE
 
 
 def test_silence_may_be_allowed_for_transcription() -> None:

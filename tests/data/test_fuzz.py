@@ -1,0 +1,233 @@
+"""Hundreds of odd and damaged files: each is decoded as promised, or refused by name with a reason."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile as sf
+
+from src.data.audio import SAMPLE_RATE, SILENCE_PEAK, decode
+from src.utils.errors import AudioError
+
+SEED = 20261124
+DAMAGED_PER_BASE = 14
+TONE_HZ = 440.0
+SECONDS = 0.6
+CHECKSUMMED = frozenset({"flac", "ogg", "opus", "mp3"})  # every changed byte is found
+
+WAV_SUBTYPES = ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE")
+SOUNDFILE_BASES = (
+    [("wav", "WAV", subtype, 16_000, 1) for subtype in WAV_SUBTYPES]
+    + [("wav", "WAVEX", "PCM_16", 48_000, channels) for channels in (3, 6, 8)]
+    + [("wav", "WAV", "PCM_16", rate, 2) for rate in (4_000, 8_000, 11_025, 22_050, 44_100, 96_000)]
+    + [("flac", "FLAC", sub, rate, n) for sub, rate, n in (
+        ("PCM_S8", 16_000, 1), ("PCM_16", 16_000, 1), ("PCM_16", 11_025, 2), ("PCM_24", 96_000, 2), ("PCM_16", 8_000, 8)
+    )]
+    + [("ogg", "OGG", "VORBIS", rate, n) for rate, n in ((8_000, 1), (16_000, 1), (44_100, 2), (48_000, 6))]
+    + [("opus", "OGG", "OPUS", rate, n) for rate, n in ((8_000, 1), (16_000, 1), (48_000, 2), (48_000, 6))]
+    + [("mp3", "MP3", None, rate, n) for rate, n in ((8_000, 1), (16_000, 1), (22_050, 2), (44_100, 1), (48_000, 2))]
+)  # fmt: skip
+AV_BASES = [("m4a", "ipod", "aac", 44_100), ("m4a", "mp4", "aac", 16_000), ("webm", "webm", "libopus", 48_000)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A file, and the sound that it held before it was damaged."""
+
+    name: str
+    content: bytes
+    kind: str
+    base: str
+    damaged: bool
+
+
+def tone(rate: int, channels: int) -> np.ndarray:
+    wave = 0.4 * np.sin(2 * np.pi * TONE_HZ * np.arange(round(rate * SECONDS)) / rate)
+    return np.repeat(wave[:, None], channels, axis=1)
+
+
+def with_soundfile(file_format: str, subtype: str | None, rate: int, channels: int) -> bytes:
+    buffer = io.BytesIO()
+    sf.write(buffer, tone(rate, channels), rate, format=file_format, subtype=subtype)
+    return buffer.getvalue()
+
+
+def with_av(container_format: str, codec: str, rate: int) -> bytes:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container_format) as container:
+        stream = container.add_stream(codec, rate=rate, layout="stereo")
+        samples = np.ascontiguousarray(tone(rate, 2).T, dtype=np.float32)
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
+        frame.sample_rate = rate
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    return buffer.getvalue()
+
+
+def bases() -> dict[str, tuple[str, bytes]]:
+    """Return kind and content of each undamaged file, by a name for people."""
+    made = {}
+    for kind, file_format, subtype, rate, channels in SOUNDFILE_BASES:
+        made[f"{file_format}-{subtype}-{rate}-{channels}"] = kind, with_soundfile(file_format, subtype, rate, channels)
+    for kind, container_format, codec, rate in AV_BASES:
+        made[f"{container_format}-{codec}-{rate}-2"] = kind, with_av(container_format, codec, rate)
+    return made
+
+
+def flip(content: bytes, rng: random.Random, first: int, last: int, count: int) -> bytes:
+    changed = bytearray(content)
+    for _ in range(count):
+        changed[rng.randrange(first, min(last, len(changed)))] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+DAMAGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    "one header bit": lambda content, rng: flip(content, rng, 0, 64, 1),
+    "header bits": lambda content, rng: flip(content, rng, 0, 200, 8),
+    "one body bit": lambda content, rng: flip(content, rng, 64, len(content), 1),
+    "body bits": lambda content, rng: flip(content, rng, 64, len(content), 100),
+    "cut": lambda content, rng: content[: rng.randrange(1, len(content))],
+    "cut at its end": lambda content, rng: content[: -rng.randrange(1, 200)],
+    "bytes lost": lambda content, rng: content[: (at := rng.randrange(64, len(content)))] + content[at + 37 :],
+    "zeros": lambda content, rng: content[: (at := rng.randrange(64, len(content)))] + bytes(99) + content[at + 99 :],
+}
+
+
+def cases(per_base: int = DAMAGED_PER_BASE, seed: int = SEED) -> Iterator[Case]:
+    rng = random.Random(seed)
+    suffixes = sorted({kind for kind, _ in bases().values()})
+    for base, (kind, content) in bases().items():
+        yield Case(f"{base} as it is.{kind}", content, kind, base, damaged=False)
+        yield Case(f"{base} misnamed.{rng.choice(['txt', 'raw', *suffixes])}", content, kind, base, damaged=False)
+        for number in range(per_base):
+            damage = rng.choice(sorted(DAMAGES))
+            suffix = rng.choice(suffixes) if number % 4 == 0 else kind
+            yield Case(f"{base} {damage} {number}.{suffix}", DAMAGES[damage](content, rng), kind, base, damaged=True)
+
+
+def decode_or_reason(path: Path, **options: float) -> np.ndarray | None:
+    """Return the samples, or None where the file was refused as it should be; anything else that is raised escapes."""
+    try:
+        samples = decode(path, **options).samples
+    except AudioError as err:
+        assert path.name in str(err)
+        assert len(str(err)) > len(str(path)) + 10
+        return None
+    assert samples.dtype == np.float32
+    assert samples.ndim == 1
+    assert np.isfinite(samples).all()
+    assert np.abs(samples).max() >= SILENCE_PEAK
+    return samples
+
+
+def peak_hz(audio: np.ndarray) -> float:
+    spectrum = np.abs(np.fft.rfft(audio * np.hanning(len(audio)), 1 << 18))
+    return float(np.argmax(spectrum) * SAMPLE_RATE / (1 << 18))
+
+
+def check_what_was_let_through(case: Case, samples: np.ndarray, whole: np.ndarray) -> None:
+    if case.kind == "mp3" and len(samples) != len(
+        whole
+    ):  # the name of the header was hit, it became a frame of silence
+        assert 0 < len(samples) - len(whole) < 0.3 * SAMPLE_RATE, case.name
+        return
+    if case.kind == "webm" and case.name.split()[1] in ("header", "body"):  # many bits: its length was hit as well
+        return
+    tolerance = 0.05 * SAMPLE_RATE if case.kind == "webm" else 0  # of a duration in milliseconds, without checksums
+    assert abs(len(samples) - len(whole)) <= tolerance, case.name
+    assert case.kind not in CHECKSUMMED or np.array_equal(samples, whole), case.name
+
+
+def test_every_file_is_decoded_whole_or_refused_by_name(tmp_path: Path) -> None:
+    whole: dict[str, np.ndarray] = {}
+    tried = refused = 0
+    for case in cases():
+        path = tmp_path / case.name
+        path.write_bytes(case.content)
+        samples = decode_or_reason(path)
+        path.unlink()
+        tried += 1
+        refused += samples is None
+        if not case.damaged:
+            assert samples is not None, case.name
+            assert peak_hz(samples) == pytest.approx(TONE_HZ, abs=3), case.name
+            assert len(samples) / SAMPLE_RATE == pytest.approx(SECONDS, abs=0.15), case.name  # AAC: whole frames
+            whole[case.base] = samples
+        elif samples is not None:
+            check_what_was_let_through(case, samples, whole[case.base])
+    assert tried >= 500
+    assert refused >= 300
+
+
+def patched_wav(at: int, layout: str, value: int) -> bytes:
+    content = bytearray(with_soundfile("WAV", "PCM_16", 16_000, 1))
+    struct.pack_into(layout, content, at, value)
+    return bytes(content)
+
+
+NO_RECORDINGS = {
+    "empty": b"",
+    "one byte": b"R",
+    "wav magic": b"RIFF",
+    "ogg magic": b"OggS" + bytes(40),
+    "flac magic": b"fLaC" + bytes(60),
+    "mp3 tag alone": b"ID3\x04\x00\x00\x00\x00\x00\x0a" + bytes(10),
+    "mp3 header alone": b"\xff\xfb\x90\x00",
+    "ones": b"\xff" * 5_000,
+    "zeros": bytes(50_000),
+    "noise": random.Random(SEED).randbytes(50_000),
+    "a letter": b"A letter, not a recording.\n" * 99,
+    "playlist of local files": b"#EXTM3U\n#EXTINF:1\n/etc/hostname\n",
+    "list of local files": b"ffconcat version 1.0\nfile /etc/hostname\n",
+    "rate 0": patched_wav(24, "<I", 0),
+    "rate 1": patched_wav(24, "<I", 1),
+    "rate 4 GHz": patched_wav(24, "<I", 0xFFFFFFFF),
+    "no channels": patched_wav(22, "<H", 0),
+    "1000 channels": patched_wav(22, "<H", 1000),
+    "0 bits": patched_wav(34, "<H", 0),
+    "size of samples too small": patched_wav(40, "<I", 100),
+    "size of samples too big": patched_wav(40, "<I", 1 << 30),
+}
+
+
+@pytest.mark.parametrize("content", NO_RECORDINGS.values(), ids=NO_RECORDINGS)
+def test_what_is_no_recording_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "odd.wav"
+    path.write_bytes(content)
+    assert decode_or_reason(path) is None
+
+
+def test_three_hours_cost_nothing_where_30_s_are_allowed(tmp_path: Path) -> None:
+    frames = 3 * 3600 * 96_000
+    header = struct.pack("<HHIIHH", 1, 8, 96_000, 96_000 * 16, 16, 16)
+    long_size = struct.pack("<QQQI", frames * 16 + 80, frames * 16, frames, 0)
+    with (tmp_path / "long.wav").open("wb") as file:  # RF64: more than 4 GB; the disk holds none of the samples
+        file.write(b"RF64\xff\xff\xff\xffWAVEds64\x1c\0\0\0" + long_size + b"fmt \x10\0\0\0" + header)
+        file.write(b"data\xff\xff\xff\xff")
+        file.truncate(file.tell() + frames * 16)
+    with pytest.raises(AudioError, match=r"long.wav: longer than 30 s \(the header says 10800.0 s\)"):
+        decode(tmp_path / "long.wav", max_sec=30)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
+def test_samples_that_are_no_numbers_are_refused(tmp_path: Path, value: float, subtype: str) -> None:
+    samples = tone(16_000, 2)
+    samples[5_000, 1] = value
+    sf.write(tmp_path / "odd.wav", samples, 16_000, subtype=subtype)
+    assert decode_or_reason(tmp_path / "odd.wav") is None
+
+
+@pytest.mark.parametrize("samples", [0, 1, 2, 1_000])
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+def test_too_few_samples_are_refused(tmp_path: Path, suffix: str, samples: int) -> None:
+    sf.write(tmp_path / f"short.{suffix}", tone(16_000, 1)[:samples], 16_000)
+    assert decode_or_reason(tmp_path / f"short.{suffix}") is None
