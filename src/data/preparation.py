@@ -2,38 +2,26 @@
 
 Splits that the source gives are honoured; what is missing is cut from the training speakers. Choice goes by a hash of
 the seed and the id, never by position: corpora are ordered by speaker, and the head of one is not a sample of it.
+Streamed sources are the exception: there, the first N that pass are taken, since any other choice would cost a download
+of the whole.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-from tqdm.auto import tqdm
-
-from src.data.audio import SAMPLE_RATE, load_audio
+from src.data.checking import SkippedUtterance, check_listed, check_stream, enforce_skip_policy
 from src.data.labels import LabelCase, apply_case, resolve_case
-from src.data.sources import SPLIT_NAMES, load_utterances
+from src.data.quality import ClipStats
+from src.data.sources import Streams, open_source
+from src.data.splitting import SPLITS, assign_splits, cut_missing, find_shared_speakers
 from src.data.utterance import Utterance
-from src.utils.config_schema import Config, DataConfig
-from src.utils.errors import AudioError, DataError
+from src.utils.config_schema import Config, DataConfig, SourceName
+from src.utils.errors import DataError, SourceUnavailableError
 
 logger = logging.getLogger(__name__)
-
-_CHUNK = 256  # recordings decoded before counting again how many are still wanted
-
-
-@dataclass(frozen=True)
-class SkippedUtterance:
-    """A row that was left out, and why."""
-
-    id: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -42,9 +30,11 @@ class DatasetSplits:
 
     Attributes:
         skipped: what `on_error="skip"` left out.
-        label_case: how transcripts were recased.
+        label_case: how transcripts were recased; `with_label_case` changes it.
         shared_speakers: speakers that occur in more than one split (the source's own splits may).
         shared_texts: number of test transcripts that also occur in training.
+        source: that was taken.
+        stats: what was measured on each recording while it was checked, by utterance id.
     """
 
     train: list[Utterance]
@@ -54,6 +44,8 @@ class DatasetSplits:
     skipped: list[SkippedUtterance] = field(default_factory=list)
     shared_speakers: tuple[str, ...] = ()
     shared_texts: int = 0
+    source: str = "sample"
+    stats: Mapping[str, ClipStats] = field(default_factory=dict, repr=False)
 
     def summary(self) -> list[dict[str, object]]:
         """Return one row a split: clips, minutes, speakers."""
@@ -67,162 +59,113 @@ class DatasetSplits:
             for name, part in (("train", self.train), ("validation", self.validation), ("test", self.test))
         ]
 
+    def with_label_case(self, label_case: LabelCase) -> DatasetSplits:
+        """Return the same utterances with their source's transcripts in another case."""
+        train, validation, test = (
+            [_recased(u, label_case) for u in part] for part in (self.train, self.validation, self.test)
+        )
+        return replace(self, train=train, validation=validation, test=test, label_case=label_case)
+
 
 def prepare_datasets(config: Config) -> DatasetSplits:
-    """List, split, check and recase the configured source.
+    """List, check, split and recase the configured source.
 
     Returns: splits capped at `max_*`, or at what exists.
     Raises:
-        DataError: nothing usable, too few speakers to split, more than `max_skip_fraction` skipped; with
-            `on_error="raise"` the first unusable recording, with a count of the others.
+        SourceUnavailableError: the source, or every one of `data.sources`, cannot be had.
+        DataError: nothing usable, too few speakers to split, more than `max_skip_fraction` skipped, another language
+            than `model.language`; with `on_error="raise"` the first unusable recording, with a count of the others.
     """
-    parts = _assign_splits(load_utterances(config.data), config.data, config.seed)
-    caps = {"train": config.data.max_train, "validation": config.data.max_validation, "test": config.data.max_test}
-    skipped: list[SkippedUtterance] = []
-    checked = {name: _check_part(name, part, caps[name], config, skipped) for name, part in parts.items()}
-    enforce_skip_policy(skipped, sum(map(len, checked.values())) + len(skipped), config.data.max_skip_fraction)
-    for name, part in checked.items():
+    source, parts, stats, skipped = _take_first_available(config)
+    for name, part in parts.items():
         if not part:
             raise DataError(f"the {name} split is empty after checking; {len(skipped)} recording(s) were skipped")
-    label_case = resolve_case([u.text for u in checked["train"]], config.data.label_case)
-    recased = {k: [replace(u, text=apply_case(u.text, label_case)) for u in part] for k, part in checked.items()}
+    _refuse_other_language(parts["train"], config)
+    label_case = resolve_case([u.text for u in parts["train"]], config.data.label_case)
+    recased = {name: [_recased(u, label_case) for u in part] for name, part in parts.items()}
     train_texts = {u.text.lower() for u in recased["train"]}
     splits = DatasetSplits(
         **recased,
         label_case=label_case,
         skipped=skipped,
-        shared_speakers=_shared_speakers(recased.values()),
+        shared_speakers=find_shared_speakers(recased.values()),
         shared_texts=sum(u.text.lower() in train_texts for u in recased["test"]),
+        source=source,
+        stats=stats,
     )
     _log(splits)
     return splits
 
 
-def enforce_skip_policy(skipped: Sequence[SkippedUtterance], total: int, max_skip_fraction: float) -> None:
-    """Raise `DataError` when more than the allowed share of utterances was skipped; log the rest."""
-    if not skipped:
+_Prepared = tuple[SourceName, dict[str, list[Utterance]], dict[str, ClipStats], list[SkippedUtterance]]
+
+
+def _take_first_available(config: Config) -> _Prepared:
+    """Try the configured sources in order; only one that cannot be had at all gives way to the next."""
+    *others, last = config.data.chosen_sources
+    for source in others:
+        try:
+            return _prepare_source(source, config)
+        except SourceUnavailableError as err:
+            logger.warning("source %r cannot be had, going on to the next of data.sources: %s", source, err)
+    return _prepare_source(last, config)
+
+
+def _prepare_source(source: SourceName, config: Config) -> _Prepared:
+    stats: dict[str, ClipStats] = {}
+    skipped: list[SkippedUtterance] = []
+    opened = open_source(config.data, source)
+    if isinstance(opened, dict):
+        parts = _take_from_streams(opened, config, stats, skipped)
+    else:
+        if not opened:
+            raise DataError(f"source {source!r} ({config.data.path or 'bundled'}) has no utterance")
+        parts = cut_missing(assign_splits(opened), config.data, config.seed)
+        caps = _caps(config.data)
+        parts = {name: check_listed(name, parts[name], caps[name], config, stats, skipped) for name in SPLITS}
+    enforce_skip_policy(skipped, sum(map(len, parts.values())) + len(skipped), config.data.max_skip_fraction)
+    return source, parts, stats, skipped
+
+
+def _take_from_streams(
+    streams: Streams, config: Config, stats: dict[str, ClipStats], skipped: list[SkippedUtterance]
+) -> dict[str, list[Utterance]]:
+    """Take the first N of each split that pass; what a missing split needs is taken from train as well."""
+    caps = _caps(config.data)
+    fractions = {"validation": config.data.validation_fraction, "test": config.data.test_fraction}
+    for_missing = sum(fraction for name, fraction in fractions.items() if name not in streams)
+    if caps["train"] is not None and for_missing:
+        caps["train"] = round(caps["train"] / (1 - for_missing))
+        logger.info("train: fetching %d clips, since validation or test is cut from them", caps["train"])
+    taken = {name: check_stream(name, streams[name], caps[name], config, stats, skipped) for name in streams}
+    parts = cut_missing({name: taken.get(name, []) for name in SPLITS}, config.data, config.seed)
+    return {name: part[: _caps(config.data)[name]] for name, part in parts.items()}
+
+
+def _caps(config: DataConfig) -> dict[str, int | None]:
+    return {"train": config.max_train, "validation": config.max_validation, "test": config.max_test}
+
+
+def _refuse_other_language(train: Sequence[Utterance], config: Config) -> None:
+    """Labels begin with `model.language`: training them on another language would teach it wrongly."""
+    wanted = config.model.language
+    if wanted is None or config.model.task == "translate":
         return
-    listed = "".join(f"\n  - {row.id}: {row.reason}" for row in skipped[:20])
-    if len(skipped) > max_skip_fraction * total:
-        raise DataError(
-            f"{len(skipped)} of {total} utterances cannot be used, more than data.max_skip_fraction "
-            f"({max_skip_fraction:.0%}) allows:{listed}"
-        )
-    logger.warning("skipped %d of %d utterances:%s", len(skipped), total, listed)
+    for utterance in train:
+        spoken = (utterance.language or wanted).replace("_", "-").split("-")[0].lower()
+        if len(spoken) == 2 and spoken != wanted:
+            raise DataError(
+                f"utterance {utterance.id}: its language is {utterance.language!r}, model.language is {wanted!r}; set "
+                f"model.language: {spoken} and a multilingual variant, or choose other data"
+            )
 
 
-def check_utterance(utterance: Utterance, config: DataConfig) -> Utterance:
-    """Decode one recording and check it.
-
-    Returns: the utterance with its duration.
-    Raises: DataError: empty transcript, or a duration out of bounds. AudioError: not decodable, silent, NaN, ...
-    """
-    line = f" (line {utterance.meta['line']} of the manifest)" if "line" in utterance.meta else ""
-    if not utterance.text.strip():
-        raise DataError(f"utterance {utterance.id}{line}: the transcript is empty; fill it in or remove the row")
-    name = str(utterance.audio) if isinstance(utterance.audio, Path) else "embedded audio"
-    try:
-        duration_sec = len(load_audio(utterance.audio, name=name)) / SAMPLE_RATE
-    except AudioError as err:
-        raise AudioError(f"utterance {utterance.id}{line}: {err}") from err
-    if not config.min_duration_sec <= duration_sec <= config.max_duration_sec:
-        raise DataError(
-            f"utterance {utterance.id}{line}: {duration_sec:.2f} s, allowed are {config.min_duration_sec} to "
-            f"{config.max_duration_sec} s (data.min_duration_sec, data.max_duration_sec); cut it at a pause"
-        )
-    return replace(utterance, duration_sec=duration_sec)
-
-
-def _check_part(
-    name: str, part: list[Utterance], cap: int | None, config: Config, skipped: list[SkippedUtterance]
-) -> list[Utterance]:
-    """Check recordings in hashed order until `cap` have passed; return them in the source's order."""
-    position = {u.id: index for index, u in enumerate(part)}
-    queue = sorted(part, key=lambda u: _hash(config.seed, u.id)) if cap is not None else part
-    wanted = len(part) if cap is None else min(cap, len(part))
-    if cap is not None and cap > len(part):
-        logger.info("%s: %d asked for, %d exist; taking all of them", name, cap, len(part))
-    passed: list[Utterance] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=wanted, desc=f"checking {name}", leave=False) as bar:
-        for at in range(0, len(queue), _CHUNK):
-            chunk = queue[at : at + max(_CHUNK, wanted - len(passed))]
-            failures: list[SkippedUtterance] = []
-            for outcome in pool.map(lambda u: _try_check(u, config.data), chunk):
-                if isinstance(outcome, SkippedUtterance):
-                    failures.append(outcome)
-                elif len(passed) < wanted:
-                    passed.append(outcome)
-                    bar.update()
-            if failures and config.data.on_error == "raise":
-                more = f"\n({len(failures) - 1} more like it)" if len(failures) > 1 else ""
-                raise DataError(f'{failures[0].reason}; or set data.on_error to "skip"{more}')
-            skipped.extend(failures)
-            if len(passed) >= wanted:
-                break
-    return sorted(passed, key=lambda u: position[u.id])
-
-
-def _try_check(utterance: Utterance, config: DataConfig) -> Utterance | SkippedUtterance:
-    try:
-        return check_utterance(utterance, config)
-    except DataError as err:
-        return SkippedUtterance(utterance.id, str(err))
-
-
-def _assign_splits(utterances: list[Utterance], config: DataConfig, seed: int) -> dict[str, list[Utterance]]:
-    parts: dict[str, list[Utterance]] = {"train": [], "validation": [], "test": []}
-    for utterance in utterances:
-        given = str(utterance.meta.get("split") or "train").lower()
-        if given not in SPLIT_NAMES:
-            raise DataError(f"utterance {utterance.id}: unknown split {given!r}; use {', '.join(SPLIT_NAMES)}")
-        parts[SPLIT_NAMES[given]].append(utterance)
-    if not parts["train"]:
-        raise DataError("no utterance is in the train split")
-    total = len(parts["train"])
-    for name, fraction in (("test", config.test_fraction), ("validation", config.validation_fraction)):
-        if not parts[name]:
-            parts["train"], parts[name] = _cut_by_speaker(parts["train"], max(1, round(fraction * total)), seed, name)
-    return parts
-
-
-def _cut_by_speaker(pool: list[Utterance], size: int, seed: int, name: str) -> tuple[list[Utterance], list[Utterance]]:
-    """Move whole speakers out of `pool`, in hashed order, until `size` utterances are reached."""
-    if any(u.speaker is None for u in pool):
-        logger.warning("%s: speakers are unknown, so the split is by clip; one speaker may be on both sides", name)
-
-    def key(u: Utterance) -> str:
-        return u.speaker if u.speaker is not None else f"clip:{u.id}"
-
-    counts: dict[str, int] = {}
-    for utterance in pool:
-        counts[key(utterance)] = counts.get(key(utterance), 0) + 1
-    if len(counts) < 2:
-        raise DataError(
-            f"cannot cut a {name} split: {len(counts)} speaker(s) among {len(pool)} training utterances, at least 2 "
-            "are needed; add recordings, or a `split` column with train, validation and test"
-        )
-    moved: set[str] = set()
-    taken = 0
-    for speaker in sorted(counts, key=lambda s: _hash(seed, name + s)):
-        if taken >= size or len(moved) == len(counts) - 1:
-            break
-        moved.add(speaker)
-        taken += counts[speaker]
-    return [u for u in pool if key(u) not in moved], [u for u in pool if key(u) in moved]
-
-
-def _shared_speakers(parts: Iterable[list[Utterance]]) -> tuple[str, ...]:
-    seen: set[str] = set()
-    shared: set[str] = set()
-    for part in parts:
-        speakers = {u.speaker for u in part if u.speaker is not None}
-        shared |= speakers & seen
-        seen |= speakers
-    return tuple(sorted(shared))
-
-
-def _hash(seed: int, text: str) -> str:
-    return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
+def _recased(utterance: Utterance, label_case: LabelCase) -> Utterance:
+    source_text = str(utterance.meta.get("source_text", utterance.text))
+    text = apply_case(source_text, label_case)
+    if text == utterance.text:
+        return utterance
+    return replace(utterance, text=text, meta={**utterance.meta, "source_text": source_text})
 
 
 def _log(splits: DatasetSplits) -> None:

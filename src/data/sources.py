@@ -1,160 +1,93 @@
 """Where utterances come from: one adapter a source, all giving `Utterance`.
 
-Adapters list recordings and transcripts; nothing is decoded here. A source that fails raises: there is no other source
-to switch to in silence.
+Adapters list recordings and transcripts; nothing is decoded here. A source that cannot be had raises: there is no other
+source to switch to in silence. `data.sources` names the ones to try, in order; `prepare_datasets` says which it took.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet as pq
-
+from src.data.hub import stream_hub
+from src.data.manifest import read_folder, utterances_from_rows
+from src.data.parquet import read_parquet
 from src.data.utterance import Utterance
-from src.utils.config_schema import DataConfig
-from src.utils.errors import DataError, did_you_mean
+from src.utils.config_schema import DataConfig, SourceName
+from src.utils.errors import DataError, SourceUnavailableError
 
 SAMPLES_DIR = Path(__file__).parent / "samples"
 SAMPLE_PARQUET = SAMPLES_DIR / "speechocean762-mini.parquet"
 SAMPLE_CLIP = SAMPLES_DIR / "jfk.flac"
-AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm", ".aac", ".wma", ".mkv"})
-AUDIO_COLUMNS = ("file", "file_name", "path", "audio", "audio_path", "filename", "wav")
-TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")
-SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
-MANIFEST_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.tsv")
-MANIFEST_SUFFIXES = frozenset({".csv", ".tsv", ".jsonl"})
-SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
+_COMMON_VOICE_LISTS = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
+
+Streams = dict[str, Iterator[Utterance]]
 
 
-def load_utterances(config: DataConfig) -> list[Utterance]:
-    """List the utterances of the configured source.
+def load_utterances(config: DataConfig, source: SourceName | None = None) -> list[Utterance]:
+    """List all utterances of a source.
 
+    Args:
+        source: `data.source` by default. One of the Hub is read to its end: use `open_source` to take the first N.
     Raises: DataError: source empty, manifest absent or with unknown columns, duplicate ids.
     """
-    utterances = SOURCES[config.source](config)
-    if not utterances:
-        raise DataError(f"source {config.source!r} ({config.path or 'bundled'}) has no utterance")
-    seen: set[str] = set()
-    for utterance in utterances:
-        if utterance.id in seen:
-            raise DataError(f"source {config.source!r}: the id {utterance.id!r} occurs twice; make ids unique")
-        seen.add(utterance.id)
-    return utterances
+    name = source or config.chosen_sources[0]
+    opened = open_source(config, name)
+    listed = opened if isinstance(opened, list) else [u for stream in opened.values() for u in stream]
+    if not listed:
+        raise DataError(f"source {name!r} ({config.path or 'bundled'}) has no utterance")
+    return listed
+
+
+def open_source(config: DataConfig, source: SourceName) -> list[Utterance] | Streams:
+    """Open a source.
+
+    Returns: a list, with the split in `meta["split"]` where the source gives one; or, for the Hub, an iterator a split.
+    Raises: SourceUnavailableError: it cannot be had. DataError: it can, and is not in order.
+    """
+    return SOURCES[source](config)
 
 
 def _load_sample(config: DataConfig) -> list[Utterance]:
     """Read 500 clips of SpeechOcean762, bundled; see samples/README.md."""
-    rows = pq.read_table(SAMPLE_PARQUET).to_pylist()
-    return [
-        Utterance(
-            id=Path(row["audio"]["path"]).stem,
-            audio=row["audio"]["bytes"],
-            text=row["text"],
-            speaker=row["speaker"],
-            language="en",
-            meta={key: row[key] for key in ("split", "age", "gender")},
-        )
-        for row in rows
-    ]
+    return read_parquet(SAMPLE_PARQUET, language="en")
 
 
 def _load_folder(config: DataConfig) -> list[Utterance]:
-    """Read a folder's manifest (CSV, TSV or JSONL; `metadata.csv` first), or a manifest given itself."""
-    assert config.path is not None  # DataConfig requires it
-    manifest = _find_manifest(config.path.expanduser())
-    rows = list(_read_rows(manifest))
-    if not rows:
-        raise DataError(f"{manifest}: no rows; expected one row a recording, with a file and a text column")
-    columns = [str(key) for key in rows[0][1]]
-    audio_column = _pick_column(columns, AUDIO_COLUMNS, "file", manifest)
-    text_column = _pick_column(columns, TEXT_COLUMNS, "text", manifest)
-    speaker_column = next((c for c in SPEAKER_COLUMNS if c in columns), None)
-    taken = {audio_column, text_column, speaker_column, "id", "language"}
-    return [
-        Utterance(
-            id=str(row.get("id") or row.get(audio_column) or f"line {line}"),
-            audio=manifest.parent / str(row.get(audio_column) or ""),
-            text=str(row.get(text_column) or ""),  # an empty one is refused by name when the data set is checked
-            speaker=str(row[speaker_column]) if speaker_column and row.get(speaker_column) else None,
-            language=row.get("language") or None,
-            meta={**{str(k): v for k, v in row.items() if k not in taken}, "line": line},
+    return read_folder(_path(config))
+
+
+def _load_parquet(config: DataConfig) -> list[Utterance]:
+    return read_parquet(_path(config), audio_column=config.hub.audio_column, text_column=config.hub.text_column)
+
+
+def _load_common_voice(config: DataConfig) -> list[Utterance]:
+    """Read an extracted archive of Common Voice: clips/ and train.tsv, dev.tsv, test.tsv."""
+    folder = _path(config)
+    lists = {split: folder / name for split, name in _COMMON_VOICE_LISTS.items() if (folder / name).is_file()}
+    if not (folder / "clips").is_dir() or "train" not in lists:
+        raise SourceUnavailableError(
+            f"{folder}: not an extracted Common Voice archive, which has clips/ and train.tsv; extract it (tar -xf) "
+            "and set data.path to the folder of one language, for example cv-corpus-23.0/en"
         )
-        for line, row in rows
-    ]
+    listed: list[Utterance] = []
+    for split, manifest in lists.items():
+        listed += utterances_from_rows(manifest, audio_dir=folder / "clips", quoted=False, split=split)
+    return listed
 
 
-SOURCES: dict[str, Callable[[DataConfig], list[Utterance]]] = {"sample": _load_sample, "folder": _load_folder}
+def _path(config: DataConfig) -> Path:
+    assert config.path is not None  # DataConfig requires it for these sources
+    return config.path.expanduser()
 
 
-def _find_manifest(path: Path) -> Path:
-    if path.is_file():
-        if path.suffix.lower() not in MANIFEST_SUFFIXES:
-            raise DataError(f"{path}: a manifest ends in .csv, .tsv or .jsonl")
-        return path
-    if not path.is_dir():
-        raise DataError(f"{path}: no such folder; set data.path to a folder with audio and a CSV, TSV or JSONL")
-    for name in MANIFEST_NAMES:
-        if (path / name).is_file():
-            return path / name
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in MANIFEST_SUFFIXES)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise DataError(f"{path}: several manifests ({', '.join(p.name for p in found)}); set data.path to one of them")
-    audio = sum(p.suffix.lower() in AUDIO_SUFFIXES for p in path.rglob("*"))
-    raise DataError(
-        f"{path}: no manifest among its {audio} recording(s); add metadata.csv with the columns file_name,text"
-        if audio
-        else f"{path}: no recording and no manifest in this folder; add audio and metadata.csv (file_name,text)"
-    )
-
-
-def _read_rows(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, row)."""
-    try:
-        text = manifest.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-    except UnicodeDecodeError as err:
-        raise DataError(f"{manifest}: not UTF-8 (byte {err.start}); save it again as UTF-8") from err
-    if manifest.suffix.lower() == ".jsonl":
-        yield from _read_jsonl(manifest, text)
-        return
-    delimiter = "\t" if manifest.suffix.lower() == ".tsv" else ","
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise DataError(
-                    f"{manifest}, line {reader.line_num}: the row does not have the {len(reader.fieldnames or [])} "
-                    "columns of the header; quote a text that holds the delimiter"
-                )
-            yield reader.line_num, row
-    except csv.Error as err:
-        raise DataError(f"{manifest}, line {reader.line_num}: {err}") from err
-
-
-def _read_jsonl(manifest: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as err:
-            raise DataError(f"{manifest}, line {number}: not JSON: {err}") from err
-        if not isinstance(row, dict):
-            raise DataError(f"{manifest}, line {number}: expected an object with a file and a text")
-        yield number, row
-
-
-def _pick_column(columns: list[str], known: tuple[str, ...], meaning: str, manifest: Path) -> str:
-    for name in known:
-        if name in columns:
-            return name
-    hint = next((h for c in columns if (h := did_you_mean(c.lower(), known))), "")
-    raise DataError(
-        f"{manifest}: no {meaning} column among {', '.join(columns)}; name one of them {' or '.join(known[:4])}{hint}"
-    )
+SOURCES: dict[SourceName, Callable[[DataConfig], list[Utterance] | Streams]] = {
+    "sample": _load_sample,
+    "folder": _load_folder,
+    "parquet": _load_parquet,
+    "common_voice": _load_common_voice,
+    "minds14": lambda config: stream_hub("minds14", config.hub),
+    "librispeech": lambda config: stream_hub("librispeech", config.hub),
+    "speechocean762": lambda config: stream_hub("speechocean762", config.hub),
+    "hub": lambda config: stream_hub("hub", config.hub),
+}

@@ -18,6 +18,10 @@ class DataError(WhisperASRError):
     """A data set, manifest or label cannot be used."""
 
 
+class SourceUnavailableError(DataError):
+    """A whole source cannot be had: no network, no such folder or data set. `data.sources` may name another."""
+
+
 class AudioError(DataError):
     """A recording cannot be decoded or holds no usable signal."""
 

@@ -111,3 +111,27 @@ def test_too_many_skipped_is_an_error(faulty: Path) -> None:
 
 def test_audio_errors_are_data_errors() -> None:
     assert issubclass(AudioError, DataError)
+
+
+def test_recasing_starts_from_the_source_and_can_be_changed() -> None:
+    splits = prepare_datasets(load_config(None, overrides={"data": {"max_train": 4, "max_test": 4}}))
+    text = splits.train[0].text
+    assert text != text.upper()
+    kept = splits.with_label_case("keep")
+    assert kept.train[0].text == text.upper().rstrip(".")
+    assert kept.with_label_case("sentence").train[0].text == text
+    assert splits.with_label_case("lower").label_case == "lower"
+
+
+def test_every_checked_clip_was_measured() -> None:
+    splits = prepare_datasets(load_config(None, overrides={"data": {"max_train": 4, "max_test": 4}}))
+    for utterance in [*splits.train, *splits.validation, *splits.test]:
+        assert splits.stats[utterance.id].duration_sec == utterance.duration_sec
+        assert splits.stats[utterance.id].sample_rate == 16_000
+
+
+def test_a_recording_longer_than_allowed_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    path = write_folder(tmp_path / "d", [("a.wav", "x", "s1"), ("b.wav", "y", "s2"), ("c.wav", "z", "s3")])
+    sf.write(path / "b.wav", 0.1 * np.ones(40 * 8_000, dtype=np.float32), 8_000)
+    with pytest.raises(DataError, match=r"b\.wav.*cut it at a pause"):
+        prepare_datasets(folder_config(path))

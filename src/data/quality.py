@@ -1,0 +1,150 @@
+"""What can be measured on a recording without a model, cheaply enough to run on every clip while it is checked.
+
+About 1 ms for a clip of 4 s (2026-11-25, one CPU core). Levels are plain power, without BS.1770's frequency weighting:
+that would cost 5 ms more and ranks clips alike (rank correlation 0.99 on 121 bundled clips). Everything is measured on
+the mono 16 kHz signal that the model will hear.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from src.data.audio import SAMPLE_RATE, DecodedAudio, Waveform
+
+FRAME_SAMPLES = SAMPLE_RATE // 50  # 320: 20 ms
+SILENCE_DBFS = -70.0  # below it a frame is silent in any recording; the absolute gate of ITU-R BS.1770
+SILENCE_BELOW_SPEECH_DB = 35.0  # and where it lies this far below the loudness: fricatives reach about 30 dB below
+CLIPPING_RUN_SAMPLES = 3
+RAIL_TOLERANCE = 0.01
+BANDWIDTH_DROP_DB = 60.0
+MIN_DBFS = -120.0  # of a signal without any power
+RELATIVE_GATE_DB = 10.0  # BS.1770's other gate
+_FFT_SAMPLES = 512  # 31.25 Hz a bin
+
+
+@dataclass(frozen=True)
+class ClipStats:
+    """What was measured on one recording.
+
+    Attributes:
+        sample_rate: of the file, Hz.
+        channels: of the file.
+        duration_sec: after decoding.
+        peak_dbfs: largest magnitude, dB re full scale; above 0 where resampling overshoots.
+        clipped_fraction: share of samples cut off at the rail, see `measure_clipping`.
+        loudness_dbfs: power of the active part, see `measure_loudness`.
+        silent_fraction: share of 20 ms frames under -70 dBFS, or 35 dB under the loudness.
+        bandwidth_hz: highest frequency with power, see `measure_bandwidth`; at most 8,000.
+        audio_sha256: of the samples as 16-bit PCM, so that a copy in another lossless container has the same.
+    """
+
+    sample_rate: int
+    channels: int
+    duration_sec: float
+    peak_dbfs: float
+    clipped_fraction: float
+    loudness_dbfs: float
+    silent_fraction: float
+    bandwidth_hz: float
+    audio_sha256: str
+
+
+def measure_clip(decoded: DecodedAudio) -> ClipStats:
+    """Measure one decoded recording, of at least one sample."""
+    samples = decoded.samples
+    levels_dbfs = _frame_levels(samples)
+    loudness_dbfs = measure_loudness(levels_dbfs)
+    silent = levels_dbfs < max(SILENCE_DBFS, loudness_dbfs - SILENCE_BELOW_SPEECH_DB)
+    return ClipStats(
+        sample_rate=decoded.sample_rate,
+        channels=decoded.channels,
+        duration_sec=len(samples) / SAMPLE_RATE,
+        peak_dbfs=_amplitude_dbfs(float(np.abs(samples).max())),
+        clipped_fraction=measure_clipping(samples),
+        loudness_dbfs=loudness_dbfs,
+        silent_fraction=float(silent.mean()),
+        bandwidth_hz=measure_bandwidth(samples),
+        audio_sha256=hash_audio(samples),
+    )
+
+
+def measure_clipping(samples: Waveform) -> float:
+    """Return the share of samples in runs of at least 3 of one sign at the rail.
+
+    The rail is 99% of full scale, or of the clip's own peak where that is lower: a clipped recording may have been made
+    quieter afterwards. Resampling and lossy codecs blur flat tops, so that a share of them only is found. Bundled
+    clips have 0.0002 at most. Made 1.4 times too loud, which cuts off 0.0018 of their samples at the median, they have
+    0.0013 (0.0009 where that happened at 44.1 kHz, 0.0007 after Opus).
+
+    Args:
+        samples: (T,) float32, full scale is 1.
+    """
+    rail = (1 - RAIL_TOLERANCE) * min(1.0, float(np.abs(samples).max()))
+    if rail == 0:
+        return 0.0
+    clipped = 0
+    for at_rail in (samples >= rail, samples <= -rail):
+        edges = np.flatnonzero(np.diff(at_rail, prepend=False, append=False))
+        runs = edges[1::2] - edges[::2]
+        clipped += int(runs[runs >= CLIPPING_RUN_SAMPLES].sum())
+    return clipped / len(samples)
+
+
+def measure_loudness(levels_dbfs: NDArray[np.float64]) -> float:
+    """Return the mean power of the active frames, dB re full scale: pauses do not make a recording quieter.
+
+    The two gates of ITU-R BS.1770-4 on unweighted frames of 20 ms: frames above -70 dBFS, and of these the ones that
+    lie at most 10 dB below their mean power. A recording without a frame above -70 dBFS has the mean of all.
+
+    Args:
+        levels_dbfs: (frames,) power of each frame.
+    """
+    loud = levels_dbfs[levels_dbfs > SILENCE_DBFS]
+    if not len(loud):
+        return _mean_power_dbfs(levels_dbfs)
+    return _mean_power_dbfs(loud[loud >= _mean_power_dbfs(loud) - RELATIVE_GATE_DB])
+
+
+def measure_bandwidth(samples: Waveform) -> float:
+    """Return the highest frequency, Hz, whose mean power is at most 60 dB below the strongest one.
+
+    A file's rate does not tell: speech from a telephone stays below 4 kHz in a file of 48 kHz as well. Of the 500
+    bundled clips 3 end below 4,100 Hz; of 121 that were resampled to 8 kHz and back all do, at 3,906 Hz at most.
+
+    Args:
+        samples: (T,) float32, 16 kHz.
+    """
+    whole = max(len(samples) // _FFT_SAMPLES, 1) * _FFT_SAMPLES
+    padded = np.pad(samples[:whole], (0, whole - len(samples[:whole])))
+    frames = padded.reshape(-1, _FFT_SAMPLES) * np.hanning(_FFT_SAMPLES).astype(np.float32)
+    power = (np.abs(np.fft.rfft(frames, axis=1)) ** 2).mean(axis=0)  # (257,)
+    strong = np.flatnonzero(power > power.max() * 10 ** (-BANDWIDTH_DROP_DB / 10))
+    return float(strong[-1] * SAMPLE_RATE / _FFT_SAMPLES) if len(strong) else 0.0
+
+
+def hash_audio(samples: Waveform) -> str:
+    """Return the SHA-256 of a signal as little-endian 16-bit PCM."""
+    pcm = np.clip(np.rint(samples * 32768.0), -32768, 32767).astype("<i2")
+    return hashlib.sha256(pcm.tobytes()).hexdigest()
+
+
+def _frame_levels(samples: Waveform) -> NDArray[np.float64]:
+    """Return the power of each 20 ms frame, dB re full scale; a shorter rest is left out."""
+    whole = len(samples) // FRAME_SAMPLES * FRAME_SAMPLES
+    frames = samples[:whole].reshape(-1, FRAME_SAMPLES) if whole else samples[None]
+    power = np.einsum("ft,ft->f", frames, frames, dtype=np.float64) / frames.shape[1]  # (frames,)
+    levels: NDArray[np.float64] = 10 * np.log10(np.maximum(power, 10 ** (MIN_DBFS / 10)))
+    return levels
+
+
+def _mean_power_dbfs(levels_dbfs: NDArray[np.float64]) -> float:
+    return 10 * math.log10(float((10 ** (levels_dbfs / 10)).mean()))
+
+
+def _amplitude_dbfs(amplitude: float) -> float:
+    return max(20 * math.log10(amplitude), MIN_DBFS) if amplitude > 0 else MIN_DBFS
