@@ -15,6 +15,9 @@ from src.utils.errors import DataError
 MAX_LABEL_TOKENS = 448  # the decoder's position table
 IGNORE_INDEX = -100
 MULTILINGUAL_END_TOKEN = 50257
+MAX_PROMPT_TOKENS = 223  # of previous text: half of the table, less the token that starts it
+TIMESTAMP_STEP_SEC = 0.02  # one encoder position
+NUM_TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>
 LabelCase = Literal["auto", "keep", "lower", "sentence"]
 _CAPS_SHARE = 0.9  # of the cased letters; above it a corpus is written in capitals
 
@@ -27,6 +30,15 @@ class EncodedLabel:
     labels: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class TimedTokens:
+    """Text tokens that are spoken from `start_sec` to `end_sec` of their recording."""
+
+    tokens: tuple[int, ...]
+    start_sec: float
+    end_sec: float
+
+
 class LabelEncoder:
     """Text to decoder inputs and labels.
 
@@ -34,29 +46,81 @@ class LabelEncoder:
         tokenizer: a Whisper tokenizer; its end token tells multilingual (50257) from English-only (50256) vocabularies.
         language: code; needed by multilingual models.
         task: "transcribe" or "translate"; unused by English-only models.
-    Raises: DataError: no language for a multilingual model, or one that it does not know.
+    Raises: DataError: no language for a multilingual model, one that it does not know, or no timestamp tokens.
+
+    Attributes:
+        prefix: special tokens before a text without timestamps.
+        timestamp_prefix: before a text with timestamps; it lacks <|notimestamps|>.
     """
 
     def __init__(self, tokenizer: Any, *, language: str | None = None, task: str = "transcribe") -> None:
         self._tokenizer = tokenizer
         self.end_token = int(tokenizer.eos_token_id)
         self.prefix = _prefix(tokenizer, language, task)
+        self.timestamp_prefix = self.prefix[:-1]
+        self._previous_token, self._first_timestamp, last = _special_ids(
+            tokenizer, ["<|startofprev|>", "<|0.00|>", f"<|{(NUM_TIMESTAMPS - 1) * TIMESTAMP_STEP_SEC:.2f}|>"], language
+        )
+        if last - self._first_timestamp != NUM_TIMESTAMPS - 1:
+            raise DataError("this tokenizer's timestamps <|0.00|> to <|30.00|> are not 1,501 successive tokens")
+
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        """Return the text's own tokens, with the leading space; none for an empty text."""
+        stripped = text.strip()
+        return tuple(self._tokenizer.encode(" " + stripped, add_special_tokens=False)) if stripped else ()
 
     def encode(self, text: str) -> EncodedLabel:
         """Encode one transcript.
 
         Raises: DataError: more than 448 tokens with the prefix and the end token.
         """
-        stripped = text.strip()
-        tokens = self._tokenizer.encode(" " + stripped, add_special_tokens=False) if stripped else []
-        sequence = [*self.prefix, *tokens, self.end_token]
-        if len(sequence) > MAX_LABEL_TOKENS:
+        return self.label(self.tokenize(text))
+
+    def label(self, tokens: Sequence[int], *, previous: Sequence[int] = ()) -> EncodedLabel:
+        """Make the label of a text without timestamps.
+
+        Args:
+            tokens: of the text, from `tokenize`.
+            previous: tokens of the text before, as a prompt without loss. The last 223 are taken, fewer where the label
+                leaves less room in the 448 positions, none where it leaves no room.
+        Raises: DataError: more than 448 tokens with the prefix and the end token.
+        """
+        return self._label(self.prefix, tokens, previous)
+
+    def timed_label(self, parts: Sequence[TimedTokens], *, previous: Sequence[int] = ()) -> EncodedLabel:
+        """Make the label of a text with timestamps: `<|0.00|> one<|3.20|><|3.60|> two<|7.80|>`, as `generate` writes.
+
+        Args:
+            parts: in order; times round to 0.02 s.
+            previous: as for `label`.
+        Raises: DataError: more than 448 tokens, or a time beyond 30 s.
+        """
+        timed = [
+            token
+            for part in parts
+            for token in (self._timestamp(part.start_sec), *part.tokens, self._timestamp(part.end_sec))
+        ]
+        return self._label(self.timestamp_prefix, timed, previous)
+
+    def _timestamp(self, seconds: float) -> int:
+        step = round(seconds / TIMESTAMP_STEP_SEC)
+        if not 0 <= step < NUM_TIMESTAMPS:
+            raise DataError(f"no timestamp token for {seconds:.2f} s: Whisper's go from 0 to 30 s; cut the recording")
+        return self._first_timestamp + step
+
+    def _label(self, prefix: Sequence[int], tokens: Sequence[int], previous: Sequence[int]) -> EncodedLabel:
+        room = MAX_LABEL_TOKENS - len(prefix) - len(tokens) - 1  # 1: the end token
+        if room < 0:
+            text = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
             raise DataError(
-                f"the transcript has {len(sequence)} tokens, Whisper's decoder takes {MAX_LABEL_TOKENS}; "
-                f"cut the recording at a pause or remove it: {stripped[:60]!r}..."
+                f"the transcript has {MAX_LABEL_TOKENS - room} tokens, Whisper's decoder takes {MAX_LABEL_TOKENS}; "
+                f"cut the recording at a pause or remove it: {text[:60]!r}..."
             )
-        masked = [IGNORE_INDEX] * (len(self.prefix) - 1)
-        return EncodedLabel(tuple(sequence[:-1]), tuple(masked + sequence[len(self.prefix) :]))
+        kept = min(len(previous), MAX_PROMPT_TOKENS, room - 1)  # 1: the token that starts the prompt
+        prompt = [self._previous_token, *previous[-kept:]] if kept > 0 else []
+        sequence = [*prompt, *prefix, *tokens, self.end_token]
+        context = len(prompt) + len(prefix)
+        return EncodedLabel(tuple(sequence[:-1]), tuple([IGNORE_INDEX] * (context - 1) + sequence[context:]))
 
 
 def resolve_case(texts: Sequence[str], label_case: LabelCase) -> LabelCase:
@@ -96,6 +160,10 @@ def _prefix(tokenizer: Any, language: str | None, task: str) -> list[int]:
         )
     else:
         names = ["<|startoftranscript|>", f"<|{language}|>", f"<|{task}|>", "<|notimestamps|>"]
+    return _special_ids(tokenizer, names, language)
+
+
+def _special_ids(tokenizer: Any, names: Sequence[str], language: str | None) -> list[int]:
     ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
     for name, token in zip(names, ids, strict=True):
         if token is None or token == tokenizer.unk_token_id:

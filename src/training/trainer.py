@@ -23,14 +23,15 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from src.data.audio import SAMPLE_RATE
-from src.data.features import CONTEXT_SAMPLES
+from src.data.batching import batch_generator
 from src.data.labels import IGNORE_INDEX
+from src.data.loader import SpeechLoader
 from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
-from src.inference.decoding import log_mel_for, padded_samples
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export import export_huggingface
+from src.training.inputs import TrainingInputs
 from src.training.schedule import build_optimizer, build_schedule, count_updates, default_learning_rate
+from src.training.waiting import WaitMeter
 from src.utils.config import Config
 from src.utils.errors import DataError
 from src.utils.runtime import choose_precision, set_seed
@@ -62,7 +63,7 @@ class WhisperTrainer:
         self,
         model: DynamicWhisper,
         processor: Any,
-        train_loader: Any,
+        train_loader: SpeechLoader,
         val_loader: Any,
         config: Config,
         *,
@@ -82,7 +83,7 @@ class WhisperTrainer:
         logger.info("precision: %s (%s)", choice.precision, choice.reason)
         model.audio_context = config.model.audio_context
         set_seed(config.seed)
-        self._generator = torch.Generator().manual_seed(config.seed)
+        self._inputs = TrainingInputs(config, model.config.num_mel_bins)
         AcceleratorState._reset_state()  # else a second trainer of another precision in the same session is refused
         self._accelerator = Accelerator(
             mixed_precision=_MIXED_PRECISION[choice.precision], cpu=next(model.parameters()).device.type == "cpu"
@@ -90,9 +91,14 @@ class WhisperTrainer:
         self.learning_rate = config.training.learning_rate or default_learning_rate(model.config.d_model)
         optimizer = build_optimizer(model, learning_rate=self.learning_rate, weight_decay=config.training.weight_decay)
         self.model = model
-        self._wrapped, self._optimizer, self._train_loader = self._accelerator.prepare(model, optimizer, train_loader)
+        # not the loader: it shares an epoch out itself, and Accelerate would do it again and repeat utterances
+        self._wrapped, self._optimizer = self._accelerator.prepare(model, optimizer)
+        self._train_loader = train_loader
         self._val_loader = val_loader
+        self._check_shard()
         self._step = 0
+        self._epoch = 0  # from 0, as in the loader
+        self._batch_index = 0  # of the next batch, within the epoch and this process
 
     def train(self, num_epochs: int | None = None) -> dict[str, list[float]]:
         """Run the loop.
@@ -105,7 +111,8 @@ class WhisperTrainer:
         """
         epochs = num_epochs or self.config.training.epochs
         steps = self.config.training.gradient_accumulation_steps
-        total = count_updates(len(self._train_loader), steps, epochs)
+        # epochs of composed examples differ in their batches; one that cannot be planned fails here, not in hours
+        total = sum(count_updates(self._train_loader.batches_in(epoch), steps, 1) for epoch in range(epochs))
         schedule = build_schedule(
             self._optimizer.optimizer, total_updates=total, warmup_ratio=self.config.training.warmup_ratio
         )
@@ -115,17 +122,20 @@ class WhisperTrainer:
         )  # fmt: skip
         with tqdm(total=total, desc="training", unit="update") as bar:
             for epoch in range(1, epochs + 1):
-                train_loss = self._train_epoch(epoch, schedule, bar)
-                self._finish_epoch(epoch, train_loss, self._validate(bar))
+                train_loss, data_wait_share = self._train_epoch(epoch, schedule, bar)
+                self._finish_epoch(epoch, train_loss, data_wait_share, self._validate(bar))
         self._restore_best()
         return self.history
 
-    def _train_epoch(self, epoch: int, schedule: Any, bar: tqdm[Any]) -> float:
-        """Return the epoch's loss in nats a token: sums over sums, every batch stepped."""
-        self._train_loader.set_epoch(epoch - 1)  # reaches the batch sampler; each epoch has its own order
+    def _train_epoch(self, epoch: int, schedule: Any, bar: tqdm[Any]) -> tuple[float, float]:
+        """Return the epoch's loss in nats a token (sums over sums, every batch stepped), and the share of waiting."""
+        self._epoch = epoch - 1
+        self._train_loader.set_epoch(self._epoch)  # each epoch has its own order
+        self._batch_index = self._train_loader.start
         self._wrapped.train()
         loss_sum, token_sum = 0.0, 0
-        for window in _windows(self._train_loader, self.config.training.gradient_accumulation_steps):
+        meter = WaitMeter()
+        for window in _windows(meter.watch(self._train_loader), self.config.training.gradient_accumulation_steps):
             began = time.perf_counter()
             window_loss, tokens, grad_norm = self._update(window)
             rate = schedule.get_last_lr()[0]
@@ -140,17 +150,17 @@ class WhisperTrainer:
             bar.set_postfix(loss=f"{window_loss / tokens:.3f}", lr=f"{rate:.1e}", samples_per_sec=f"{speed:.1f}")
             self.experiment.log(
                 "train_step", step=self._step, epoch=epoch, loss=window_loss / tokens, learning_rate=rate,
-                grad_norm=grad_norm, samples_per_sec=speed,
+                grad_norm=grad_norm, samples_per_sec=speed, data_wait_share=meter.lap(),
             )  # fmt: skip
         self._last_rate = rate
-        return loss_sum / token_sum
+        return loss_sum / token_sum, meter.total()
 
     def _update(self, window: list[Batch]) -> tuple[float, int, float]:
         """One optimizer update over an accumulation window; the loss is weighted by tokens over all of it."""
         tokens = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in window)
         loss_sum = 0.0
         for batch in window:
-            loss = self._loss_sum(batch)
+            loss = self._loss_sum(self._to_device(batch), self._next_generator())
             if not torch.isfinite(loss):
                 raise DataError(
                     f"the loss of update {self._step + 1} is {loss.item()}; its utterances: {', '.join(batch['ids'])}. "
@@ -163,9 +173,28 @@ class WhisperTrainer:
         self._optimizer.zero_grad()
         return loss_sum, tokens, float(norm)
 
-    def _loss_sum(self, batch: Batch) -> Tensor:
+    def _next_generator(self) -> torch.Generator:
+        """Make the next batch's generator, of which everything random about this batch is drawn."""
+        index = self._batch_index * self._accelerator.num_processes + self._accelerator.process_index
+        self._batch_index += 1
+        return batch_generator(self.config.seed, self._epoch, index)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        device = self._accelerator.device
+        # non_blocking: from pinned memory, the copy runs while the CPU goes on
+        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def _check_shard(self) -> None:
+        shard = self._train_loader.batch_sampler.shard
+        if shard.world_size != self._accelerator.num_processes:
+            raise DataError(
+                f"the training loader shares an epoch out to {shard.world_size} process(es), but "
+                f"{self._accelerator.num_processes} train; create it in the processes that the launcher starts"
+            )
+
+    def _loss_sum(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Summed cross-entropy in nats over the text and end tokens of a batch."""
-        features = log_mel_for(self.model.config.num_mel_bins, batch["audio"].device)(self._pad(batch))
+        features = self._inputs.features(batch, generator)
         logits = self._wrapped(
             input_features=features.to(self.model.dtype), decoder_input_ids=batch["decoder_input_ids"]
         ).logits  # (B, L, vocabulary)
@@ -173,22 +202,12 @@ class WhisperTrainer:
             logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         )
 
-    def _pad(self, batch: Batch) -> Tensor:
-        """Give each clip a random pause at its end, or the whole batch 30 s with `full_context_prob`."""
-        settings = self.config.training
-        silence = torch.rand(len(batch["ids"]), generator=self._generator) * settings.max_trailing_silence_sec
-        full = float(torch.rand(1, generator=self._generator)) < settings.full_context_prob
-        wanted = int((batch["audio_lengths"].cpu() + silence * SAMPLE_RATE).max())
-        samples = CONTEXT_SAMPLES if full or self.config.model.audio_context == "full" else padded_samples(wanted)
-        audio: Tensor = batch["audio"]
-        return functional.pad(audio, (0, samples - audio.shape[1]))
-
     def _validate(self, bar: tqdm[Any]) -> EvaluationResult:
         bar.set_postfix_str("validating")
         evaluator = ModelEvaluator(self.model, self.processor, self.config)
         return evaluator.evaluate_dataset(self._val_loader, name="validation")
 
-    def _finish_epoch(self, epoch: int, train_loss: float, result: EvaluationResult) -> None:
+    def _finish_epoch(self, epoch: int, train_loss: float, data_wait_share: float, result: EvaluationResult) -> None:
         is_best = result.wer < min(self.history["val_wer"], default=math.inf)
         row = {
             "epoch": epoch, "train_loss": train_loss, "val_loss": result.loss, "val_wer": result.wer,
@@ -196,10 +215,10 @@ class WhisperTrainer:
         }  # fmt: skip
         for key, value in row.items():
             self.history[key].append(value)
-        self.experiment.log("epoch", **row, is_best=is_best)
+        self.experiment.log("epoch", **row, data_wait_share=data_wait_share, is_best=is_best)
         logger.info(
-            "epoch %d: train loss %.3f, val loss %.3f, WER %.3f, CER %.3f%s",
-            epoch, train_loss, result.loss, result.wer, result.cer, " (best)" if is_best else "",
+            "epoch %d: train loss %.3f, val loss %.3f, WER %.3f, CER %.3f, waited for data %.1f%% of the time%s",
+            epoch, train_loss, result.loss, result.wer, result.cer, 100 * data_wait_share, " (best)" if is_best else "",
         )  # fmt: skip
         if is_best:
             self.best_epoch = epoch

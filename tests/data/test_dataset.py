@@ -6,51 +6,25 @@ from typing import Any
 import pytest
 import torch
 
-from src.data.dataset import DataCollator, LengthBatchSampler, WhisperDataset, create_dataloaders
+from src.data.audio import load_audio
+from src.data.checking import audio_name
+from src.data.dataset import DataCollator, WhisperDataset
 from src.data.labels import IGNORE_INDEX, EncodedLabel, LabelEncoder
+from src.data.loader import create_dataloaders
 from src.data.preparation import DatasetSplits
 from src.data.utterance import Utterance
 from src.utils.config import Config
 from src.utils.errors import AudioError, DataError
 
 
-def padding_share(durations: list[float], batches: list[list[int]]) -> float:
-    padded = sum(max(durations[i] for i in batch) * len(batch) for batch in batches)
-    return 1 - sum(durations) / padded
-
-
-@pytest.fixture
-def durations() -> list[float]:
-    generator = torch.Generator().manual_seed(0)
-    return (1 + 14 * torch.rand(203, generator=generator)).tolist()
-
-
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_every_clip_is_in_exactly_one_batch(durations: list[float], shuffle: bool) -> None:
-    sampler = LengthBatchSampler(durations, 8, shuffle=shuffle, seed=1)
-    batches = list(sampler)
-    assert sorted(i for batch in batches for i in batch) == list(range(203))
-    assert len(batches) == len(sampler) == 26
-
-
-def test_epochs_differ_and_the_same_epoch_repeats(durations: list[float]) -> None:
-    sampler = LengthBatchSampler(durations, 8, shuffle=True, seed=1)
-    sampler.set_epoch(1)
-    first, again = list(sampler), list(sampler)
-    sampler.set_epoch(2)
-    assert first == again
-    assert list(sampler) != first
-
-
-def test_batches_of_similar_length_waste_little(durations: list[float]) -> None:
-    sampler = LengthBatchSampler(durations, 8, shuffle=True, seed=1)
-    unsorted = [list(range(at, min(at + 8, 203))) for at in range(0, 203, 8)]
-    assert padding_share(durations, list(sampler)) < 0.12 < padding_share(durations, unsorted)
-
-
 def test_collator_pads_to_the_longest_and_masks_padding() -> None:
     items = [
-        {"audio": torch.ones(n), "utterance": Utterance(f"u{n}", b"", "x", "s"), "label": EncodedLabel(a, b)}
+        {
+            "audio": torch.ones(n),
+            "utterance": Utterance(f"u{n}", b"", "x", "s"),
+            "label": EncodedLabel(a, b),
+            "timed": False,
+        }
         for n, a, b in [(320, (1, 2, 3), (-100, 3, 9)), (640, (1, 2), (-100, 9))]
     ]
     batch = DataCollator(end_token=9)(items)
@@ -59,7 +33,11 @@ def test_collator_pads_to_the_longest_and_masks_padding() -> None:
     assert batch["audio_lengths"].tolist() == [320, 640]
     assert batch["decoder_input_ids"].tolist() == [[1, 2, 3], [1, 2, 9]]
     assert batch["labels"].tolist() == [[-100, 3, 9], [-100, 9, IGNORE_INDEX]]
+    assert batch["timed"].tolist() == [False, False]
     assert batch["ids"] == ["u320", "u640"]
+    assert set(batch) == {
+        "audio", "audio_lengths", "decoder_input_ids", "labels", "timed", "ids", "texts", "speakers", "durations"
+    }  # fmt: skip
 
 
 @pytest.mark.slow
@@ -84,3 +62,23 @@ def test_a_recording_that_breaks_later_is_named(tiny_en: tuple[Any, Any]) -> Non
     dataset = WhisperDataset([Utterance("lost", b"", "text", duration_sec=1.0)], encoder)
     with pytest.raises(AudioError, match="utterance lost"):
         dataset[0]
+
+
+@pytest.mark.slow
+def test_a_clip_that_was_not_checked_is_named(_tiny_en: tuple[Any, Any]) -> None:
+    with pytest.raises(DataError, match="utterance u: its duration is unknown"):
+        WhisperDataset([Utterance("u", b"", "text")], LabelEncoder(_tiny_en[1].tokenizer))
+
+
+@pytest.mark.slow
+def test_audio_comes_from_the_loader_that_was_given(_tiny_en: tuple[Any, Any], sample: list[Utterance]) -> None:
+    asked: list[Any] = []
+
+    def load(source: Any, *, name: str) -> Any:
+        asked.append((source, name))
+        return load_audio(source, name=name)
+
+    clip = replace(sample[0], duration_sec=3.735)
+    item = WhisperDataset([clip], LabelEncoder(_tiny_en[1].tokenizer), load=load)[0]
+    assert asked == [(clip.audio, audio_name(clip))]
+    assert len(item["audio"]) == 59_760
