@@ -7,7 +7,7 @@ and live agree by construction; the rule is silero's `get_speech_timestamps` (eq
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +27,7 @@ CONTEXT_SAMPLES = 64  # of the window before, prepended
 STATE_SHAPE = (2, 1, 128)  # hidden and cell of the LSTM
 HYSTERESIS = 0.15  # speech ends below threshold - 0.15, silero's value
 MIN_END_THRESHOLD = 0.01
+BATCH_CLIPS = 64  # 8 instead of 43 ms a bundled clip of 4.7 s (one CPU core, 2026-11-25); 96 are no faster
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,25 @@ class VoiceActivityDetector:
         if sample_rate != SAMPLE_RATE and len(audio):
             audio = soxr.resample(audio, sample_rate, SAMPLE_RATE, quality="HQ")
         stream = self.stream()
-        events = stream.feed(audio) + stream.finish()
-        times = [event.time_sec for event in events]
-        return _pad(times[::2], times[1::2], self.config.pad_sec, duration_sec)
+        return _pad(stream.feed(audio) + stream.finish(), self.config.pad_sec, duration_sec)
+
+    def speech_segments_batch(self, audios: Sequence[Waveform]) -> list[list[SpeechSegment]]:
+        """Find all speech in many recordings: what `speech_segments` finds in each, in a fifth of the time.
+
+        Args:
+            audios: (T,) float32 each, 16 kHz, any lengths.
+        Raises: AudioError: not one channel of finite samples.
+        """
+        for audio in audios:
+            check_waveform(audio)
+        found: list[list[SpeechSegment]] = [[] for _ in audios]
+        order = sorted(range(len(audios)), key=lambda i: len(audios[i]), reverse=True)
+        for at in range(0, len(order), BATCH_CLIPS):
+            rows = order[at : at + BATCH_CLIPS]
+            for i, row in zip(rows, _window_probabilities(self._network, [audios[i] for i in rows]), strict=True):
+                events = self.stream().judge(row, len(audios[i]))
+                found[i] = _pad(events, self.config.pad_sec, len(audios[i]) / SAMPLE_RATE)
+        return found
 
     def stream(self) -> VADStream:
         """Start a stream with a state of its own."""
@@ -139,9 +156,14 @@ class VADStream:
     def finish(self) -> list[VADEvent]:
         """Hear the last incomplete window and close what is open; the stream takes no more audio after it."""
         total = self._heard + len(self._rest)
-        events = []
-        if len(self._rest):
-            events = self.feed(np.zeros(WINDOW_SAMPLES - len(self._rest), dtype=np.float32))
+        events = self.feed(np.zeros(WINDOW_SAMPLES - len(self._rest), dtype=np.float32)) if len(self._rest) else []
+        return events + self.judge([], total)
+
+    def judge(self, probabilities: Sequence[float], total: int) -> list[VADEvent]:
+        """Hear windows whose probabilities are known, then close what is open after `total` samples in all."""
+        events: list[VADEvent] = []
+        for self.probability in probabilities:
+            events += self._advance()
         if self._start is not None and (self.in_speech or total - self._start > self._min_speech):
             if not self.in_speech:
                 events.append(self._event("start", self._start))
@@ -210,11 +232,9 @@ class SpeechTimeline:
         now_sec = self._heard / SAMPLE_RATE
         if self._stream is not None:
             return self._note(self._stream.feed(samples))
-        return (
-            []
-            if len(self._starts) > len(self._ends)
-            else self._note([VADEvent("start", now_sec - len(samples) / SAMPLE_RATE, now_sec)])
-        )
+        if len(self._starts) > len(self._ends):
+            return []
+        return self._note([VADEvent("start", now_sec - len(samples) / SAMPLE_RATE, now_sec)])
 
     def finish(self) -> list[VADEvent]:
         """Close speech that is open; what is heard afterwards is judged afresh."""
@@ -301,8 +321,27 @@ def _import_network() -> Any:
     return network
 
 
-def _pad(starts: list[float], ends: list[float], pad_sec: float, duration_sec: float) -> list[SpeechSegment]:
-    """Widen segments; two that would overlap meet half-way."""
+@torch.inference_mode()
+def _window_probabilities(network: Any, audios: Sequence[Waveform]) -> list[list[float]]:
+    """Return the probability of speech a window; `audios` go from long to short: those that ended fall off the end."""
+    windows = np.array([-(-len(audio) // WINDOW_SAMPLES) for audio in audios])
+    padded = torch.zeros(len(audios), CONTEXT_SAMPLES + int(windows.max()) * WINDOW_SAMPLES)
+    for row, audio in enumerate(audios):
+        padded[row, CONTEXT_SAMPLES : CONTEXT_SAMPLES + len(audio)] = torch.from_numpy(audio)
+    state = torch.zeros(STATE_SHAPE[0], len(audios), STATE_SHAPE[2])
+    found = torch.zeros(len(audios), int(windows.max()))
+    with _one_thread():
+        for at in range(found.shape[1]):
+            left = int((windows > at).sum())
+            joined = padded[:left, at * WINDOW_SAMPLES : (at + 1) * WINDOW_SAMPLES + CONTEXT_SAMPLES]
+            probability, state = network(joined, state[:, :left])  # (left, 1), (2, left, 128)
+            found[:left, at] = probability[:, 0]
+    return [row[:n].tolist() for row, n in zip(found, windows, strict=True)]
+
+
+def _pad(events: Sequence[VADEvent], pad_sec: float, duration_sec: float) -> list[SpeechSegment]:
+    """Make segments of starts and ends, wider by `pad_sec`; two that would overlap meet half-way."""
+    starts, ends = ([event.time_sec for event in events if event.kind == kind] for kind in ("start", "end"))
     segments = []
     for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
         before = pad_sec if i == 0 else min(pad_sec, (start - ends[i - 1]) / 2)

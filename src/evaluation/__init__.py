@@ -1,5 +1,6 @@
 """From text to numbers, tables and pictures."""
 
+from src.evaluation.data_checks import add_model_checks, choose_label_case
 from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
 from src.evaluation.metrics import MetricsCalculator
 from src.evaluation.report import comparison_table, describe_comparison, summarize_run
@@ -12,6 +13,8 @@ __all__ = [
     "MetricsCalculator",
     "ModelEvaluator",
     "TrainingVisualizer",
+    "add_model_checks",
+    "choose_label_case",
     "comparison_table",
     "describe_comparison",
     "evaluate_stream",

@@ -12,6 +12,7 @@ import torch
 
 from src.data import vad as vad_module
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
+from src.data.utterance import Utterance
 from src.data.vad import SpeechSegment, VoiceActivityDetector
 from src.utils.config_schema import VADConfig
 from src.utils.errors import AudioError, MissingDependencyError, ModelError
@@ -86,6 +87,36 @@ def test_ragged_pieces_give_the_events_of_the_whole(
     events = [event for piece in np.split(speech, cuts) for event in pieces.feed(piece)] + pieces.finish()
     assert events == expected
     assert [event.kind for event in events] == ["start", "end"] * (len(events) // 2)
+
+
+def test_a_batch_has_the_segments_of_each_recording_alone(
+    detector: VoiceActivityDetector, speech: Waveform, sample: list[Utterance]
+) -> None:
+    clips = [load_audio(utterance.audio) for utterance in sample[::20]]
+    joined = np.concatenate([speech[:60_000], np.zeros(20_000, np.float32), speech])  # several segments
+    audios = [joined, speech, *clips, speech[:400], np.zeros(0, np.float32), np.zeros(40_000, np.float32)]
+    together = detector.speech_segments_batch(audios)
+    alone = [detector.speech_segments(audio) for audio in audios]
+    assert [len(found) for found in together] == [len(found) for found in alone]
+    assert len(together[0]) >= 2
+    for ours, expected in zip(together, alone, strict=True):
+        np.testing.assert_allclose(as_pairs(ours), as_pairs(expected), atol=1e-6)
+    assert detector.speech_segments_batch([]) == []
+    assert detector.speech_segments_batch([np.zeros(0, np.float32)]) == [[]]
+
+
+def test_a_batch_refuses_unfit_audio(detector: VoiceActivityDetector, speech: Waveform) -> None:
+    with pytest.raises(AudioError, match="int16"):
+        detector.speech_segments_batch([speech, np.zeros(16_000, np.int16)])
+
+
+def test_more_recordings_than_a_batch_holds_keep_their_order(
+    detector: VoiceActivityDetector, speech: Waveform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vad_module, "BATCH_CLIPS", 2)
+    audios = [speech[:n] for n in (20_000, 60_000, 40_000, 50_000, 30_000)]
+    ends = [found[-1].end_sec for found in detector.speech_segments_batch(audios)]
+    assert ends == [detector.speech_segments(audio)[-1].end_sec for audio in audios]
 
 
 def test_two_streams_on_one_detector_do_not_mix(detector: VoiceActivityDetector, speech: Waveform) -> None:
