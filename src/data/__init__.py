@@ -10,6 +10,7 @@ from src.data.features import LogMel
 from src.data.labels import LabelEncoder
 from src.data.loader import SpeechLoader, create_dataloaders, create_loader
 from src.data.preparation import DatasetSplits, prepare_datasets
+from src.data.preprocessing import AudioPreprocessor
 from src.data.report import DataReport, build_data_report
 from src.data.report_figure import draw_data_report
 from src.data.sources import SAMPLE_CLIP
@@ -22,6 +23,7 @@ __all__ = [
     "SAMPLE_RATE",
     "AudioAugmenter",
     "AudioCache",
+    "AudioPreprocessor",
     "DataCollator",
     "DataReport",
     "DatasetSplits",

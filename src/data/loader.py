@@ -239,7 +239,8 @@ def create_loader(
     )
     on_cuda = torch.cuda.is_available() and config.device != "cpu"
     workers = choose_workers(config.data.num_workers, on_cuda=on_cuda)
-    logger.info("%d process(es) decode audio (%s)", workers.count, workers.reason)
+    if shuffle:  # once is enough: the others choose alike
+        logger.info("%d process(es) decode audio (%s)", workers.count, workers.reason)
     return SpeechLoader(
         dataset,
         DataCollator(encoder.end_token),

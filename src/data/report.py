@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from src.data.preparation import DatasetSplits
 from src.data.report_clips import CLIP_TYPES, tabulate_clips
 from src.data.splitting import SPLITS
 from src.data.vad import VoiceActivityDetector
+from src.utils.atomic import write_text_atomic
 from src.utils.config_schema import Config
 from src.utils.errors import DataError
 from src.utils.figures import BLUE, GREY, ORANGE
@@ -69,7 +69,7 @@ class DataReport:
         lines = [
             f"data: {self.source}, label case {self.label_case}",
             "",
-            _format(self.summary()).to_string(index=False, na_rep="-"),
+            _format(self.summary()).set_index("split").T.to_string(),
         ]
         for finding in self.findings:
             lines += ["", f"{finding.level}: {finding.topic}: {finding.message}"]
@@ -81,7 +81,7 @@ class DataReport:
         counts = ", ".join(f"{sum(f.level == level for f in self.findings)} {level}" for level in LEVELS)
         parts = [
             f"<p><b>Data report</b>: {html.escape(self.source)}, label case {self.label_case}; findings: {counts}</p>",
-            _table_html(_format(self.summary())),
+            _table_html(_format(self.summary()).set_index("split").T.rename_axis("", axis=1).reset_index(names="")),
             _findings_html(self.findings),
         ]
         for title, frame in (("Label styles", self.label_styles), ("Hard clips", self.hard_clips)):
@@ -95,7 +95,6 @@ class DataReport:
     def save(self, run_dir: str | Path) -> tuple[Path, Path]:
         """Write data_report.json and data_report_clips.csv, each whole or not at all; return both paths."""
         folder = Path(run_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         content = {
             "source": self.source,
             "label_case": self.label_case,
@@ -107,8 +106,8 @@ class DataReport:
         }
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         report, clips = folder / REPORT_FILE, folder / CLIPS_FILE
-        _write_whole(clips, self.clips.to_csv(index=False, lineterminator="\n"))
-        _write_whole(report, text + "\n")
+        write_text_atomic(clips, self.clips.to_csv(index=False, lineterminator="\n"))
+        write_text_atomic(report, text + "\n")
         return report, clips
 
     @classmethod
@@ -183,9 +182,10 @@ def _summarize(name: str, clips: pd.DataFrame) -> dict[str, Any]:
 
 
 def _format(summary: pd.DataFrame) -> pd.DataFrame:
-    """Round for reading."""
+    """Round for reading, with a dash where nothing was measured."""
     digits = {"hours": 2, "median_sec": 1, "p5_sec": 1, "p95_sec": 1, "chars_per_sec": 1, "loudness_dbfs": 1}
-    return summary.round({**digits, "clipped_share": 3, "no_speech_share": 3})
+    rounded = summary.round({**digits, "clipped_share": 3, "no_speech_share": 3})
+    return rounded.astype(object).where(rounded.notna(), "-")
 
 
 def _table_html(frame: pd.DataFrame) -> str:
@@ -225,9 +225,3 @@ def _read_clips(path: Path) -> pd.DataFrame:
         elif kind.lower() in ("float64", "int64"):
             cells[column] = pd.to_numeric(cells[column].where(cells[column] != "", None))
     return cells[list(CLIP_TYPES)].astype(dict(CLIP_TYPES))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
