@@ -27,6 +27,7 @@ from src.utils.errors import AudioError, ConfigError, DeviceError
 
 RT60_SEC = (0.15, 0.6)  # a furnished small room to a bare large one
 DIRECT_DB = (0.0, 12.0)  # direct sound over reverberation: across the room to close to the microphone
+MIN_BABBLE_VOICES = 3  # fewer can be followed, and an empty label may stand beside them
 Option = TypeVar("Option")
 
 
@@ -170,12 +171,12 @@ class AudioAugmenter:
         return tuple(
             self._effects_of(
                 _Draws(*numbers[row]), int(lengths[row]), keep_speed=kept[row], audible=audible[row],
-                has_others=sum(audible) > 1,
+                has_voices=sum(audible) > MIN_BABBLE_VOICES,
             )
             for row in range(count)
         )  # fmt: skip
 
-    def _effects_of(self, draws: _Draws, length: int, *, keep_speed: bool, audible: bool, has_others: bool) -> Effects:
+    def _effects_of(self, draws: _Draws, length: int, *, keep_speed: bool, audible: bool, has_voices: bool) -> Effects:
         config = self.config
         speed = _pick(config.speed_factors, draws.speed)
         has_pitch = bool(self._pitches) and draws.pitch < config.pitch_prob
@@ -186,16 +187,16 @@ class AudioAugmenter:
             pitch=_pick(self._pitches, draws.pitch_step) if has_pitch else Fraction(1),
             rt60_sec=_between(RT60_SEC, draws.rt60) if has_room else None,
             direct_db=_between(DIRECT_DB, draws.direct) if has_room else 0.0,
-            noise=_pick(self._noise_kinds(has_others), draws.noise_kind) if has_noise else None,
+            noise=_pick(self._noise_kinds(has_voices), draws.noise_kind) if has_noise else None,
             snr_db=_between((config.min_snr_db, config.max_snr_db), draws.snr) if has_noise else None,
             gain_db=_between((-config.max_gain_db, config.max_gain_db), draws.gain),
             telephone=draws.codec < config.codec_prob,
         )
 
-    def _noise_kinds(self, has_others: bool) -> tuple[NoiseKind, ...]:
+    def _noise_kinds(self, has_voices: bool) -> tuple[NoiseKind, ...]:
         if self._pool is not None:
             return ("recording",)
-        return (*EXPONENTS, "babble") if has_others else tuple(EXPONENTS)
+        return (*EXPONENTS, "babble") if has_voices else tuple(EXPONENTS)
 
     @torch.no_grad()
     def apply(

@@ -50,9 +50,8 @@ class WhisperDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.utterances: list[Utterance] = []
         self.skipped: list[SkippedUtterance] = []
-        self.tokens: list[
-            tuple[int, ...]
-        ] = []  # made once: workers need no tokenizer, whose threads do not survive a fork
+        # made once: workers need no tokenizer, whose threads do not survive a fork
+        self.tokens: list[tuple[int, ...]] = []
         self._encoder = encoder
         self._load = load
         for utterance in utterances:

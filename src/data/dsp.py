@@ -85,9 +85,9 @@ def shift_pitch(audio: Tensor, lengths: Tensor, *, ratio: Fraction) -> Tensor:
 def stretch_spectrum(spectrum: Tensor, rate: Fraction) -> Tensor:
     """Change the tempo of an STFT and keep its frequencies.
 
-    It gives what `torchaudio.functional.phase_vocoder` gives (tested) at about half of the cost on a CPU: the turn of a
-    bin from frame to frame is the angle of one complex product. Whole turns make no difference; left out, they do not
-    eat the digits of a sum over 30 s.
+    It gives what `torchaudio.functional.phase_vocoder` gives (tested) with half of its trigonometry: the turn of a bin
+    from frame to frame is the angle of one complex product. Whole turns make no difference; left out, they do not eat
+    the digits of a sum over 30 s.
 
     Args:
         spectrum: (B, bins, F) complex64.

@@ -72,12 +72,7 @@ def babble(
     """
     device = clips.device
     peaks, loudest = clips.abs().max(dim=1)
-    score = torch.rand(len(targets), len(clips), generator=generator)
-    score[torch.arange(len(targets)), targets] = -1.0
-    score[:, (peaks < SILENCE_PEAK).cpu()] = -1.0
-    chosen_score, chosen = score.topk(min(BABBLE_VOICES, len(clips)), dim=1)  # (K, voices)
-    if bool((chosen_score[:, 0] < 0).any()):
-        raise AudioError("babble needs another clip in the batch that is not silent; use coloured noise for this one")
+    chosen, counts = _choose_voices(targets, (peaks < SILENCE_PEAK).cpu(), generator)
     place = (torch.rand(chosen.shape, generator=generator) * target_lengths.cpu()[:, None]).long()
     position = torch.arange(num_samples, device=device)
     own = lengths.to(device)
@@ -86,9 +81,20 @@ def babble(
     for voice in range(chosen.shape[1]):  # not all voices at once: at 30 s their indices would take half a gigabyte
         row = chosen[:, voice].to(device)
         at = (position + (loudest[row] - place[:, voice].to(device))[:, None]) % own[row][:, None]
-        there = (chosen_score[:, voice] >= 0).to(device)
+        there = counts[:, voice].to(device)
         mixed += clips[row].gather(1, at) * (there / level[row])[:, None]
     return mixed
+
+
+def _choose_voices(targets: Tensor, silent: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return rows of other clips, (K, voices), and which of them count, where there are too few."""
+    score = torch.rand(len(targets), len(silent), generator=generator)
+    score[torch.arange(len(targets)), targets] = -1.0
+    score[:, silent] = -1.0
+    best, chosen = score.topk(min(BABBLE_VOICES, len(silent)), dim=1)
+    if bool((best[:, 0] < 0).any()):
+        raise AudioError("babble needs another clip in the batch that is not silent; use coloured noise for this one")
+    return chosen, best >= 0
 
 
 def mix_at_snr(speech: Tensor, noise: Tensor, *, snr_db: float | Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -325,3 +325,14 @@ def test_changed_speech_stays_intelligible(tiny_en: tuple[Any, Any], jfk: np.nda
     texts = [normalize_plain(decoded.text) for decoded in decode(*tiny_en, clips, DecodingOptions())]
     errors = {name: jiwer.wer(texts[0], text) for name, text in zip(changes, texts[1:], strict=True)}
     assert max(errors.values()) < 0.06, errors  # one of 22 words
+
+
+@pytest.mark.parametrize(("clips", "babbles"), [(2, False), (3, False), (4, True)])
+def test_babble_needs_three_other_voices(jfk: np.ndarray, clips: int, babbles: bool) -> None:
+    """Fewer can be followed, and a clip without speech, whose label is empty, may be the one beside them."""
+    audio = torch.from_numpy(jfk[: 16_000 * clips]).reshape(clips, 16_000)
+    augmenter = AudioAugmenter(AugmentationConfig(noise_prob=1.0))
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.full((clips,), 16_000)
+    kinds = {effects.noise for _ in range(50) for effects in augmenter.draw(audio, lengths, generator)}
+    assert ("babble" in kinds) == babbles
