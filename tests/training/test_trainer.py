@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator
 from src.training.trainer import WhisperTrainer
 from src.utils.config import Config
-from src.utils.config_schema import AugmentationConfig
+from src.utils.config_schema import AugmentationConfig, CompositionConfig
 from src.utils.errors import DataError
 
 pytestmark = pytest.mark.slow
@@ -167,6 +168,32 @@ def test_a_loss_that_is_not_finite_stops_with_the_clips_ids(
         trainer.model.model.encoder.conv1.weight.fill_(float("nan"))
     with pytest.raises(DataError, match=clips[0].id):
         trainer.train(num_epochs=1)
+
+
+def test_composed_examples_are_trained_on(tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config) -> None:
+    """No-speech clips, joined neighbours, timestamps and previous text, with all augmentation on."""
+    composition = CompositionConfig(
+        no_speech_fraction=0.2, concatenate_prob=0.5, timestamp_prob=0.5, previous_text_prob=0.5
+    )
+    augmentation = AugmentationConfig(pitch_prob=1, noise_prob=1, room_prob=1, codec_prob=1, spec_augment_prob=1)
+    config = config.model_copy(update={"composition": composition, "augmentation": augmentation})
+    one_speaker = [replace(clip, speaker="s") for clip in clips[:10]]
+    trainer = make(tiny_en, one_speaker, with_training(config, batch_size=4))
+    seen: list[dict[str, Any]] = []
+    original = trainer._loss_sum
+
+    def spy(batch: dict[str, Any], generator: torch.Generator) -> torch.Tensor:
+        seen.append(batch)
+        loss = original(batch, generator)
+        assert torch.isfinite(loss)
+        return loss
+
+    trainer._loss_sum = spy  # type: ignore[method-assign]
+    trainer.train(num_epochs=1)
+    ids = [part for batch in seen for name in batch["ids"] for part in name.split("+")]
+    assert sorted(ids) == sorted([*(clip.id for clip in one_speaker), "no-speech-0001", "no-speech-0002"])
+    assert any("+" in name for batch in seen for name in batch["ids"])
+    assert any(bool(batch["timed"].any()) for batch in seen)
 
 
 def test_16_bit_training_keeps_float32_weights_and_a_verified_export(
