@@ -95,9 +95,8 @@ def _specify(source: str, options: HubConfig) -> HubCorpus:
 
 def _open(spec: HubCorpus) -> Mapping[str, Any]:
     """Return the streamed data set of each split."""
-    from datasets import disable_progress_bars, load_dataset  # seconds to import, and needed for the Hub alone
+    from datasets import load_dataset  # seconds to import, and needed for the Hub alone
 
-    disable_progress_bars()
     folder = Path(spec.id).expanduser()
     if spec.revision == PARQUET_REVISION or (spec.config and _has_subsets_but_no_card(folder, spec.config)):
         # the Hub's conversion holds <subset>/<split>/0000.parquet and no card that would say so
@@ -203,5 +202,5 @@ def _guarded(data_set: str, action: Callable[[], _T]) -> _T:
             f"data set {data_set!r} is a script, which datasets no longer runs; set data.hub.revision: "
             f"{PARQUET_REVISION}"
         ) from err
-    except ValueError as err:  # unknown subset or split: the message lists those that exist
-        raise DataError(f"data set {data_set!r}: {err}; set data.hub.config") from err
+    except ValueError as err:  # unknown subset: the message lists those that exist; or a file that is not Parquet
+        raise DataError(f"data set {data_set!r}: {err}; check data.hub.config, or fetch damaged files again") from err
