@@ -13,15 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import soundfile as sf
+import torch
 
 from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.noise import coloured_noise
 from src.data.utterance import Utterance
 from src.utils.errors import DataError
 
 SILENCE_SHARE = 0.25  # of them; the others are noise
 MIN_LEVEL_DBFS = -70.0  # RMS: a quiet microphone's own noise
 MAX_LEVEL_DBFS = -30.0  # a loud street behind a closed window
-LOWEST_HZ = 20.0  # below it nothing is heard, and steep noise would have all its power there
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,11 @@ class NoSpeechAudio:
         samples = round(self.duration_sec * SAMPLE_RATE)
         if rng.random() < SILENCE_SHARE:
             return np.zeros(samples, dtype=np.float32)
-        power = rng.uniform(0.0, 2.0)
+        exponent = torch.tensor([rng.uniform(0.0, 2.0)])
         level_dbfs = rng.uniform(MIN_LEVEL_DBFS, MAX_LEVEL_DBFS)
-        spectrum = np.fft.rfft(rng.standard_normal(samples))
-        hertz = np.fft.rfftfreq(samples, d=1 / SAMPLE_RATE)
-        # half the exponent: the slope is of power, the spectrum is of amplitudes
-        shape = np.where(hertz >= LOWEST_HZ, np.maximum(hertz, LOWEST_HZ) ** (-power / 2), 0.0)
-        noise = np.fft.irfft(spectrum * shape, n=samples)
-        rms = np.sqrt(np.mean(noise**2))
-        return np.asarray(noise / rms * 10 ** (level_dbfs / 20), dtype=np.float32)
+        noise = coloured_noise((1, samples), exponent, torch.Generator().manual_seed(int(rng.integers(2**62))))[0]
+        waveform: Waveform = (noise * 10 ** (level_dbfs / 20)).numpy()
+        return waveform
 
     def read(self) -> bytes:
         """Return the same as the bytes of a float WAV file, for players and whatever else takes encoded audio."""
