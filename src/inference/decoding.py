@@ -19,13 +19,13 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import CONTEXT_SAMPLES, SAMPLES_PER_POSITION, LogMel
+from src.data.labels import MAX_PROMPT_TOKENS
 from src.inference.alignment import Word, align_words
 from src.models.dynamic_context import get_audio_context
 from src.utils.config import Config
 from src.utils.errors import ModelError
 
 MIN_NEW_TOKENS = 8  # a short clip may still hold a long word
-MAX_PROMPT_TOKENS = 223  # half of the decoder's 448 positions, less the start of the previous text
 
 
 @dataclass(frozen=True)

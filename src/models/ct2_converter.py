@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 
+from src.data.labels import MAX_LABEL_TOKENS
 from src.models.ct2_format import Ct2Model, FloatArray, read_ct2_model
 from src.models.processor import (
-    MAX_TOKENS,
     NO_TIMESTAMPS_TOKEN,
     START_TOKEN,
     build_processor,
@@ -165,7 +165,7 @@ def _generation_config(ct2_config: dict[str, Any], processor: WhisperProcessor) 
         "no_timestamps_token_id": token_id(NO_TIMESTAMPS_TOKEN),
         "prev_sot_token_id": token_id("<|startofprev|>"),
         "max_initial_timestamp_index": MAX_INITIAL_TIMESTAMP_INDEX,
-        "max_length": MAX_TOKENS,
+        "max_length": MAX_LABEL_TOKENS,
         "return_timestamps": False,
         "is_multilingual": multilingual,
     }

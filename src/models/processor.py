@@ -13,15 +13,13 @@ from typing import Any
 
 from transformers import WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
 
+from src.data.labels import MAX_LABEL_TOKENS, NUM_TIMESTAMPS, TIMESTAMP_STEP_SEC
 from src.utils.english_spelling import load_english_spelling
 from src.utils.errors import ModelError
 
 END_TOKEN = "<|endoftext|>"
 START_TOKEN = "<|startoftranscript|>"
 NO_TIMESTAMPS_TOKEN = "<|notimestamps|>"
-TIMESTAMP_STEP_SEC = 0.02  # one encoder position
-NUM_TIMESTAMPS = 1501  # 0.00 s to 30.00 s
-MAX_TOKENS = 448  # the decoder's position table
 
 
 def build_processor(tokenizer_file: Path, *, num_mel_bins: int, vocab_size: int) -> WhisperProcessor:
@@ -41,7 +39,7 @@ def build_processor(tokenizer_file: Path, *, num_mel_bins: int, vocab_size: int)
         (Path(folder) / "normalizer.json").write_text(_spelling_json(), encoding="utf-8")
         # in order of id: transformers takes the last special token's id + 1 for the first timestamp
         tokenizer = WhisperTokenizer.from_pretrained(
-            folder, pad_token=END_TOKEN, extra_special_tokens=specials, model_max_length=MAX_TOKENS
+            folder, pad_token=END_TOKEN, extra_special_tokens=specials, model_max_length=MAX_LABEL_TOKENS
         )
     if len(tokenizer) != vocab_size:
         raise ModelError(
