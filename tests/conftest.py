@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests use what packages ship
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -31,6 +34,16 @@ def config(tmp_path: Path) -> Config:
             "paths": {"runs_dir": str(tmp_path / "runs"), "checkpoints_dir": str(tmp_path / "checkpoints")},
         },
     )
+
+
+@pytest.fixture
+def no_warning_and_no_global_change() -> Iterator[None]:
+    """A missing glyph or a label that does not fit is a warning in matplotlib."""
+    before = dict(matplotlib.rcParams)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    assert dict(matplotlib.rcParams) == before
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,22 +18,14 @@ from src.utils.config import Config
 from src.utils.figures import save_figure
 from tests.data.report_data import clip, noise, plain_clips, splits_of
 
+pytestmark = pytest.mark.usefixtures("no_warning_and_no_global_change")
+
 STYLES = pd.DataFrame(
     [
         {"style": style, "space": space, "nats": nats, "clips": 16, "example": "Hello."}
         for style, space, nats in (("keep", True, 29.1), ("sentence", True, 7.0), ("sentence", False, 12.0))
     ]
 )
-
-
-@pytest.fixture(autouse=True)
-def no_warning_and_no_global_change() -> Iterator[None]:
-    """A missing glyph or a label that does not fit is a warning in matplotlib."""
-    before = dict(matplotlib.rcParams)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-    assert dict(matplotlib.rcParams) == before
 
 
 @pytest.fixture(scope="module")

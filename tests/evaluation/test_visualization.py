@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pytest
 
 from src.evaluation import visualization
@@ -16,15 +13,7 @@ from src.utils.errors import DataError
 from src.utils.figures import save_figure
 from tests.evaluation.run_files import epoch, evaluation, steps, write
 
-
-@pytest.fixture(autouse=True)
-def no_warning_and_no_global_change() -> Iterator[None]:
-    """A missing glyph or a label that does not fit is a warning in matplotlib."""
-    before = dict(matplotlib.rcParams)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-    assert dict(matplotlib.rcParams) == before
+pytestmark = pytest.mark.usefixtures("no_warning_and_no_global_change")
 
 
 def test_training_analysis_has_four_panels_and_is_saved_twice(run_dir: Path, tmp_path: Path) -> None:
