@@ -198,6 +198,15 @@ class AugmentationConfig(_Section):
         return self
 
 
+class LoRAConfig(_Section):
+    """Low-rank adapters (Hu et al. 2021) on the model's linear layers, through PEFT."""
+
+    rank: int = Field(32, ge=1)
+    alpha: float = Field(64.0, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
 class TrainingConfig(_Section):
     """The loop."""
 
@@ -205,12 +214,78 @@ class TrainingConfig(_Section):
     batch_size: int = Field(8, ge=1)
     batch_seconds: float | None = Field(None, gt=0)
     gradient_accumulation_steps: int = Field(1, ge=1)
+    method: Literal["auto", "full", "lora"] = "auto"
+    lora: LoRAConfig = LoRAConfig()
+    freeze_encoder: bool | int = False
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     learning_rate: float | None = Field(None, gt=0)
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    grad_spike_factor: float = Field(10.0, gt=1)
+    max_nonfinite_steps: int = Field(10, ge=1)
+    patience: int | None = Field(None, ge=1)
     full_context_prob: float = Field(0.0, ge=0, le=1)
+    prefix_prob: float = Field(0.0, ge=0, le=1)
     max_trailing_silence_sec: float = Field(1.0, ge=0, le=5)
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    fp16_initial_scale: float = Field(1024.0, gt=0)
+    fp16_growth_interval: int = Field(2000, ge=1)
+    mix_shares: tuple[float, ...] = (0.25, 0.5, 0.75)
+
+    @field_validator("mix_shares")
+    @classmethod
+    def _shares_within_0_and_1(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 < share < 1 for share in value):
+            raise ValueError(
+                f"mix_shares {list(value)}: shares of the tuned weights, between 0 and 1; 0 and 1 are tried"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _freezing_fits_method(self) -> Self:
+        if isinstance(self.freeze_encoder, int) and self.freeze_encoder < 0:
+            raise ValueError(f"freeze_encoder is {self.freeze_encoder}; give true, false, or a number of layers")
+        if self.method == "lora" and self.freeze_encoder:
+            raise ValueError("freeze_encoder freezes full weights; with method: lora all of them are frozen already")
+        return self
+
+
+class CheckpointsConfig(_Section):
+    """What a stopped run goes on from, and its copy elsewhere."""
+
+    save_minutes: float | None = Field(10.0, ge=0)
+    save_total_limit: int = Field(2, ge=1)
+    mirror_dir: Path | None = None
+    mirror_mb_per_sec: float = Field(25.0, gt=0)
+
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+
+
+class TrackingConfig(_Section):
+    """Where a run is recorded beside its own metrics.jsonl."""
+
+    trackers: tuple[TrackerName, ...] = ()
+    project: str = "whisper_asr"
+
+
+class GuardConfig(_Section):
+    """Speech of another kind, on which fine-tuning must not make the model worse."""
+
+    source: Literal["auto", "none", "clip", "librispeech", "folder", "parquet"] = "auto"
+    path: Path | None = None
+    max_clips: int = Field(100, ge=1)
+
+    @model_validator(mode="after")
+    def _path_fits_source(self) -> Self:
+        needs_path = self.source in ("folder", "parquet")
+        if needs_path and self.path is None:
+            raise ValueError(f"guard.source {self.source!r} needs guard.path")
+        if self.path is not None and not needs_path:
+            raise ValueError(f"guard.source {self.source!r} takes no guard.path; set guard.source: folder or parquet")
+        return self
 
 
 class EvaluationConfig(_Section):
@@ -260,6 +335,9 @@ class Config(_Section):
     composition: CompositionConfig = CompositionConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     training: TrainingConfig = TrainingConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    guard: GuardConfig = GuardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     inference: InferenceConfig = InferenceConfig()
     vad: VADConfig = VADConfig()
