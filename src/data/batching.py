@@ -73,15 +73,17 @@ def batch_generator(seed: int, epoch: int, index: int) -> torch.Generator:
 class LengthBatchSampler(Sampler[list[int]]):
     """Batches of clips of similar length; every index exactly once an epoch, over all processes.
 
-    All processes get the same number of batches, and at each step batches of similar length: they wait for the slowest.
-    Where the batches of an epoch do not divide by the processes, the largest are halved.
+    For training, all processes get the same number of batches, and at each step batches of similar length: they wait
+    for the slowest. Where the batches of an epoch do not divide by the processes, the largest are halved. For
+    evaluation, where nobody waits, whole batches are dealt out in turn.
 
     Args:
         durations_sec: one a clip, or a function that gives them for an epoch, where epochs differ.
         batch_size: clips a batch at most.
         batch_seconds: instead of `batch_size`: clips x the longest of them, so padding included, at most. A clip that
             is longer by itself stands alone.
-        shuffle: mix clips and batches anew each epoch; else from long to short: too little memory shows at once.
+        shuffle: for training: mix clips and batches anew each epoch. Else from long to short: too little memory shows
+            at once.
         seed: with the epoch, decides the order.
         rank, world_size: of this process; from `current_shard` by default.
     Raises: DataError: neither or both of `batch_size` and `batch_seconds`; when an epoch is planned, a duration that is
@@ -136,9 +138,9 @@ class LengthBatchSampler(Sampler[list[int]]):
                 f"clip {unusable[0]} has a duration of {durations[unusable[0]]} s; check the data set first"
             )
         everything = list(range(len(durations)))
-        if not self.shuffle:
+        if not self.shuffle:  # no step waits for another: whole batches are dealt out in turn
             long_to_short = sorted(everything, key=durations.__getitem__, reverse=True)
-            return [step[self.shard.rank] for step in self._steps(self._cut(long_to_short, durations), durations)]
+            return self._cut(long_to_short, durations)[self.shard.rank :: self.shard.world_size]
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
         order = torch.randperm(len(everything), generator=generator).tolist()
         batches = [
@@ -198,5 +200,5 @@ class LengthBatchSampler(Sampler[list[int]]):
             at = max(range(len(batches)), key=lambda i: len(batches[i]))
             half = len(batches[at]) // 2
             batches[at : at + 1] = [batches[at][:half], batches[at][half:]]
-        batches.sort(key=lambda batch: max(durations[i] for i in batch), reverse=not self.shuffle)
+        batches.sort(key=lambda batch: max(durations[i] for i in batch))
         return [batches[at : at + world_size] for at in range(0, len(batches), world_size)]

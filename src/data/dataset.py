@@ -38,6 +38,7 @@ class WhisperDataset(Dataset[dict[str, Any]]):
     Attributes:
         utterances: those that can be used.
         tokens: text tokens of each.
+        prefix: special tokens before a text without timestamps.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class WhisperDataset(Dataset[dict[str, Any]]):
         # made once: workers need no tokenizer, whose threads do not survive a fork
         self.tokens: list[tuple[int, ...]] = []
         self._encoder = encoder
+        self.prefix = tuple(encoder.prefix)
         self._load = load
         for utterance in utterances:
             if utterance.duration_sec is None:

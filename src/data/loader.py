@@ -222,7 +222,7 @@ def create_loader(
 
     Args:
         shuffle: for training: composed examples in a new order each epoch, shared out where several processes train.
-            Else for evaluation: single clips from long to short, all of them in each process.
+            Else for evaluation: single clips from long to short, dealt out in whole batches to the processes.
     Raises: DataError: as `create_dataloaders`.
     """
     encoder = LabelEncoder(processor.tokenizer, language=config.model.language, task=config.model.task)
@@ -271,8 +271,7 @@ def _training_batches(planner: ExamplePlanner, config: Config) -> LengthBatchSam
 
 
 def _evaluation_batches(planner: ExamplePlanner, config: Config) -> LengthBatchSampler:
-    # every process measures everything, so that all agree on which epoch is the best
-    return LengthBatchSampler(planner.durations_sec, config.inference.batch_size, shuffle=False, rank=0, world_size=1)
+    return LengthBatchSampler(planner.durations_sec, config.inference.batch_size, shuffle=False)
 
 
 def _audio_loader(config: Config) -> AudioLoader:

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from src.data.batching import Shard
 from src.data.labels import IGNORE_INDEX
 from src.evaluation.metrics import (
     Bootstrap,
@@ -31,6 +32,7 @@ from src.inference.decoding import DecodingOptions, decode, encode
 from src.models.dynamic_context import get_audio_context
 from src.utils.atomic import write_text_atomic
 from src.utils.config import Config
+from src.utils.distributed import gather_objects, is_main_process, world_size
 from src.utils.errors import DataError
 from src.utils.tracking import ExperimentLogger
 
@@ -157,14 +159,16 @@ class ModelEvaluator:
         )
 
     def evaluate_dataset(self, loader: Any, *, name: str = "model") -> EvaluationResult:
-        """Decode every clip of a loader and measure.
+        """Decode every clip of a loader and measure; processes that run together share the clips out.
 
         Args:
             name: of the model, in tables and files.
         Raises: DataError: no clip, or no word in any reference. An error of the model passes through.
         """
-        decoded = self._decode_batches(loader, desc=f"evaluating {name}")
+        decoded = _gathered(self._decode_batches(loader, desc=f"evaluating {name}"), loader)
         rows = decoded.rows
+        if not rows:
+            raise DataError("the loader has no clip: there is nothing to measure")
         rates = self._calculator.compute(
             [row["reference"] for row in rows], [row["hypothesis"] for row in rows], [row["speaker"] for row in rows]
         )
@@ -228,18 +232,11 @@ class ModelEvaluator:
 
     def _decode_batches(self, batches: Iterable[Any], *, desc: str, total: int | None = None) -> _Decoded:
         """Decode batches in evaluation mode and give the model back in the mode it came in."""
-        rows: list[dict[str, Any]] = []
-        loss_sum, tokens, compute_sec = 0.0, 0, 0.0
+        parts: list[_Decoded] = []
         with _evaluation_mode(self._model), torch.inference_mode():
-            for batch in tqdm(batches, desc=desc, total=total, leave=False):
-                part = self._decode_batch(batch)
-                rows += part.rows
-                loss_sum += part.loss_sum
-                tokens += part.tokens
-                compute_sec += part.compute_sec
-        if not rows:
-            raise DataError("the loader has no clip: there is nothing to measure")
-        return _Decoded(rows, loss_sum, tokens, compute_sec)
+            for batch in tqdm(batches, desc=desc, total=total, leave=False, disable=not is_main_process()):
+                parts.append(self._decode_batch(batch))
+        return _joined(parts)
 
     def _decode_batch(self, batch: Mapping[str, Any]) -> _Decoded:
         audios = [audio[:n].numpy() for audio, n in zip(batch["audio"].cpu(), batch["audio_lengths"], strict=True)]
@@ -305,6 +302,29 @@ def compare_predictions(
         )
     return compare_counts(
         [row.counts for row in first], [row.counts for row in matched], [row.speaker for row in first], bootstrap
+    )
+
+
+def _gathered(decoded: _Decoded, loader: Any) -> _Decoded:
+    """Join what several processes decoded of a loader that deals its batches out; every clip is there exactly once."""
+    sampler = getattr(loader, "batch_sampler", None)
+    if world_size() == 1 or getattr(sampler, "shard", Shard()).world_size == 1:
+        return decoded
+    joined = _joined(gather_objects(decoded))
+    if len(joined.rows) != len(loader.dataset) or len({row["id"] for row in joined.rows}) != len(joined.rows):
+        raise DataError(
+            f"{len(joined.rows)} clips were measured of {len(loader.dataset)}: the processes were given other loaders; "
+            "create the same one in each"
+        )
+    return joined
+
+
+def _joined(parts: Sequence[_Decoded]) -> _Decoded:
+    return _Decoded(
+        rows=[row for part in parts for row in part.rows],
+        loss_sum=sum(part.loss_sum for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        compute_sec=sum(part.compute_sec for part in parts),
     )
 
 

@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from src.evaluation.evaluator import EvaluationResult, Prediction, compare_predictions
+from src.evaluation.forgetting_report import (
+    Forgetting,
+    describe_guard,
+    describe_interval,
+    describe_trade,
+    guard_name,
+    is_guard,
+)
 from src.evaluation.metrics import Bootstrap, PairedComparison
 from src.utils.errors import DataError
 
 NOT_MEASURED = "not measured"
 STOCK, TUNED = "stock", "tuned"
-FEW_BLOCKS = 10  # below it a percentile interval is clearly too narrow
 Row = Mapping[str, Any]
 PredictionsByModel = Mapping[str, Sequence[Prediction]]
 
@@ -30,9 +37,10 @@ class RunSummary:
         run_dir: where it is.
         epochs: one row an epoch, of the last training.
         evaluations: last row of each evaluation by name ("stock", "tuned").
-        predictions: rows by model.
+        predictions: rows by model, those of the guard set too.
         streaming: last streaming row, or None.
         comparison: tuned against stock on the same clips, or None where one is missing.
+        forgetting: what the guard set showed, and the sweep over mixes with the stock weights; empty in older runs.
     """
 
     run_dir: Path
@@ -41,6 +49,7 @@ class RunSummary:
     predictions: PredictionsByModel
     streaming: Row | None
     comparison: PairedComparison | None
+    forgetting: Forgetting = field(default_factory=Forgetting)
 
     def figures(self) -> dict[str, float | None]:
         """Return the headline figures; None where something was not measured."""
@@ -55,10 +64,10 @@ class RunSummary:
 
     def to_text(self) -> str:
         """Return tables, verdict and places as plain text, which is valid Markdown too."""
-        parts = [_describe_training(self.epochs)]
-        parts.append(
-            format_comparison(self.evaluations, self.predictions) if self.evaluations else "nothing was evaluated"
-        )
+        parts = [_describe_training(self.epochs), self.forgetting.describe_mix()]
+        evaluations = {**self.evaluations, **self.forgetting.guard}
+        parts.append(format_comparison(evaluations, self.predictions) if evaluations else "nothing was evaluated")
+        parts.append(self.forgetting.describe_guard_set())
         if self.streaming is not None:
             parts.append(_describe_streaming(self.streaming))
         parts.append("\n".join(f"{name:<18} {path}" for name, path in _places(self.run_dir) if path.exists()))
@@ -68,6 +77,8 @@ class RunSummary:
 def comparison_table(results: Mapping[str, Row], predictions: PredictionsByModel | None = None) -> pd.DataFrame:
     """Return one row a model for reading, the stock model first, the others with their change against it.
 
+    Results of the guard set come last, compared with the stock model's on the guard set.
+
     Args:
         results: by name; `EvaluationResult`s or rows of metrics.jsonl.
         predictions: by name, for the verdict; taken from the `EvaluationResult`s by default.
@@ -75,9 +86,8 @@ def comparison_table(results: Mapping[str, Row], predictions: PredictionsByModel
     """
     if not results:
         raise DataError("comparison_table: no result given; evaluate a model first")
-    stock, *others = stock_first(results)
-    rows: dict[str, dict[str, str]] = {name: _measures(results[name]) for name in (stock, *others)}
-    for name in others:
+    rows: dict[str, dict[str, str]] = {name: _measures(results[name]) for name in stock_first(results)}
+    for stock, name in _pairs(results):
         comparison = _compare(stock, name, results, predictions or {})
         rows[name]["WER change"] = _change(results[stock].get("wer"), results[name].get("wer"))
         rows[name]["CER change"] = _change(results[stock].get("cer"), results[name].get("cer"))
@@ -95,26 +105,19 @@ def format_comparison(results: Mapping[str, Row], predictions: PredictionsByMode
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    stock, *others = stock_first(results)
-    compared = {name: _compare(stock, name, results, predictions or {}) for name in others}
-    said = [describe_comparison(c, tuned=name, stock=stock) for name, c in compared.items() if c is not None]
+    said = _describe_pairs(results, predictions or {})
     return "\n".join([*lines, *([""] if said else []), *said])
 
 
 def describe_comparison(comparison: PairedComparison, *, tuned: str = TUNED, stock: str = STOCK) -> str:
     """Return the verdict on the tuned model in one sentence, with the advice that follows."""
-    blocks = f"{comparison.num_blocks} {comparison.blocks}{'s' if comparison.num_blocks > 1 else ''}"
-    if math.isnan(comparison.low):
-        interval = f"no interval from {blocks}"
-    else:
-        interval = f"[{100 * comparison.low:+.1f}, {100 * comparison.high:+.1f}] over {blocks}"
     advice = {
         "better": f"the {tuned} model is better than the {stock} one",
         "worse": f"the {tuned} model is WORSE: keep the {stock} model",
         "no difference shown": f"no difference shown: keep the {stock} model, or measure on more speakers",
     }[comparison.verdict]
-    few = "" if comparison.num_blocks >= FEW_BLOCKS else "; so few that the interval is too narrow"
-    return f"{tuned} against {stock}: WER {100 * comparison.difference:+.1f} points {interval}{few}; {advice}"
+    points = f"{100 * comparison.difference:+.1f} points {describe_interval(comparison)}"
+    return f"{tuned} against {stock}: WER {points}; {advice}"
 
 
 def summarize_run(run_dir: str | Path) -> RunSummary:
@@ -125,10 +128,16 @@ def summarize_run(run_dir: str | Path) -> RunSummary:
     rows = load_metrics(run_dir)
     evaluations = latest_evaluations(rows)
     streaming = [row for row in rows if row["event"] == "streaming"]
-    predictions = load_predictions(run_dir)
-    comparison = _compare(STOCK, TUNED, evaluations, predictions) if {STOCK, TUNED} <= set(evaluations) else None
-    _, epochs = last_training(rows)
-    return RunSummary(Path(run_dir), epochs, evaluations, predictions, streaming[-1] if streaming else None, comparison)
+    predictions = {**load_predictions(run_dir), **load_predictions(run_dir, guard=True)}
+    return RunSummary(
+        run_dir=Path(run_dir),
+        epochs=last_training(rows)[1],
+        evaluations=evaluations,
+        predictions=predictions,
+        streaming=streaming[-1] if streaming else None,
+        comparison=_compare(STOCK, TUNED, evaluations, predictions) if {STOCK, TUNED} <= set(evaluations) else None,
+        forgetting=Forgetting.from_rows(rows),
+    )
 
 
 def load_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -139,9 +148,11 @@ def load_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     return _read_jsonl(_file_in(run_dir, "metrics.jsonl"), key="event")
 
 
-def load_predictions(path: str | Path) -> dict[str, list[Prediction]]:
+def load_predictions(path: str | Path, *, guard: bool = False) -> dict[str, list[Prediction]]:
     """Read predictions.jsonl, given the run's folder or the file: rows by model, the last one of a clip.
 
+    Args:
+        guard: give the guard set's instead of the test set's.
     Returns: nothing where a folder has no such file: rates can be shown without it, a verdict cannot be given.
     Raises: DataError: a line that is not a prediction, by number.
     """
@@ -156,12 +167,12 @@ def load_predictions(path: str | Path) -> dict[str, list[Prediction]]:
         except TypeError as err:
             raise DataError(f"{file}, line {number}: not a prediction ({err}); evaluate this model again") from err
         models.setdefault(model, {})[prediction.id] = prediction
-    return {model: list(rows.values()) for model, rows in models.items()}
+    return {model: list(rows.values()) for model, rows in models.items() if is_guard(model) == guard}
 
 
 def latest_evaluations(rows: Sequence[Row]) -> dict[str, Row]:
-    """Return the last evaluation of each name: measuring again replaces."""
-    return {row["name"]: row for row in rows if row["event"] == "evaluation"}
+    """Return the last evaluation of each name on the test set: measuring again replaces."""
+    return {row["name"]: row for row in rows if row["event"] == "evaluation" and not is_guard(row["name"])}
 
 
 def last_training(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
@@ -196,8 +207,8 @@ def bootstrap_of(row: Row) -> Bootstrap:
 
 
 def stock_first(names: Iterable[str]) -> list[str]:
-    """Order models for reading: the stock model first, the others as they come."""
-    return sorted(names, key=lambda name: name != STOCK)
+    """Order models for reading: the stock model first, the others as they come, results of the guard set last."""
+    return sorted(names, key=lambda name: (is_guard(name), name not in (STOCK, guard_name(STOCK))))
 
 
 _MEASURES = {
@@ -217,6 +228,32 @@ def _measures(row: Row) -> dict[str, str]:
     measures["clips"] = str(row.get("n", NOT_MEASURED))
     measures["interval over"] = f"{row['num_blocks']} {row['blocks']}s" if "num_blocks" in row else NOT_MEASURED
     return measures
+
+
+def _pairs(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Return (stock, other) for every model but the stock one, first on the test set, then on the guard set."""
+    ordered = stock_first(names)
+    sets = [[name for name in ordered if is_guard(name) == guard] for guard in (False, True)]
+    return [(first, name) for first, *others in filter(None, sets) for name in others]
+
+
+def _describe_pairs(results: Mapping[str, Row], predictions: PredictionsByModel) -> list[str]:
+    """Say what each comparison means, and where the two sets disagree."""
+    stocks = {name: stock for stock, name in _pairs(results)}
+    compared = {name: _compare(stock, name, results, predictions) for name, stock in stocks.items()}
+    said: list[str] = []
+    for name, stock in stocks.items():
+        comparison = compared[name]
+        if is_guard(name):
+            said.append(describe_guard(results[stock], results[name], comparison))
+        elif comparison is not None:
+            said.append(describe_comparison(comparison, tuned=name, stock=stock))
+    for name, stock in stocks.items():
+        own, guard = compared[name], compared.get(guard_name(name))
+        if own is not None and guard is not None and (own.verdict, guard.verdict) == ("better", "worse"):
+            on_guard = results[stocks[guard_name(name)]], results[guard_name(name)]
+            said.append(describe_trade(results[stock], results[name], *on_guard))
+    return said
 
 
 def _compare(

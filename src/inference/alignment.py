@@ -173,14 +173,14 @@ def _words_from_path(
     jumps = np.minimum(columns[first_of_row] * POSITION_SEC, audio_sec)  # when each row is entered; last: end token
     words = []
     at = 0
-    for text, size in _split_words(tokenizer, tokens):
+    for text, size in split_words(tokenizer, tokens):
         start, end = float(jumps[at]), float(jumps[at + size])
         words.append(Word(text, start, max(start, end), float(token_probs[at : at + size].mean())))
         at += size
     return tuple(word for word in words if word.text)
 
 
-def _split_words(tokenizer: Any, tokens: Sequence[int]) -> list[tuple[str, int]]:
+def split_words(tokenizer: Any, tokens: Sequence[int]) -> list[tuple[str, int]]:
     """Group tokens into words: a token starts one if it decodes to a leading space, else it extends the last."""
     words: list[tuple[str, int]] = []
     pending: list[int] = []

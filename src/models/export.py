@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from ctranslate2.converters import TransformersConverter
 from ctranslate2.specs.model_spec import ACCEPTED_MODEL_TYPES
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from transformers import logging as transformers_logging
@@ -40,23 +41,38 @@ MAX_NEW_TOKENS = 224  # CTranslate2 stops there too: half of the decoder's 448 p
 COMPARED_TOKENS = 32  # of the bundled clip; the weights are compared bit for bit besides
 MAX_WORD_MISMATCH = {"float32": 0.0, "float16": 0.0}
 MAX_WORD_MISMATCH_QUANTISED = 0.2  # share of words; int8 flips a word here and there, a broken model flips most
+PROVENANCE = "provenance.json"
+ADAPTERS_FILE = "adapters.safetensors"
 FASTER_WHISPER_FILES = ("tokenizer.json", "preprocessor_config.json")
 
 
-def export_huggingface(model: Any, processor: WhisperProcessor, output_dir: Path) -> Path:
+def export_huggingface(
+    model: Any,
+    processor: WhisperProcessor,
+    output_dir: Path,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    adapters: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Save a model and its processor, and prove it with stock transformers.
 
     Args:
         model: `WhisperForConditionalGeneration` or a subclass with its state-dict keys.
         processor: of the model.
         output_dir: replaced if it is an older export; appears whole or not at all.
+        provenance: how the model came about, for `provenance.json` beside it.
+        adapters: that were merged into the model, for `adapters.safetensors`, with which training can go on.
     Returns: output_dir, loadable by `WhisperForConditionalGeneration`, `WhisperProcessor` and `pipeline`.
     Raises: ModelError: the weights or the tokens differ after reloading, or the model is not plain Whisper.
         FileExistsError: output_dir holds something else.
     """
     _check_plain(model)
-    with atomic_folder(output_dir, replace=_is_export(output_dir, "config.json")) as folder:
+    with atomic_folder(output_dir, replace=_is_export(output_dir, "config.json"), durable=True) as folder:
         _save(model, processor, folder)
+        if provenance is not None:
+            (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+        if adapters is not None:
+            save_file({name: tensor.contiguous() for name, tensor in adapters.items()}, folder / ADAPTERS_FILE)
         _verify_huggingface(model, folder)
     logger.info("saved %s (Hugging Face format, reloaded and compared)", output_dir)
     return output_dir
@@ -114,6 +130,15 @@ def _convert(
             )
     logger.info("saved %s (CTranslate2 %s, %.0f%% of words differ)", output_dir, quantization, 100 * mismatch.rate)
     return output_dir
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Return what an export says of its making; empty where it says nothing or there is none."""
+    try:
+        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return provenance if isinstance(provenance, dict) else {}
 
 
 def _check_plain(model: Any) -> None:

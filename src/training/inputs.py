@@ -13,6 +13,7 @@ from src.data.augmentation import AudioAugmenter
 from src.data.features import CONTEXT_SAMPLES, HOP_SAMPLES
 from src.data.spec_augment import SpecAugment
 from src.inference.decoding import log_mel_for, padded_samples
+from src.training.prefixes import PrefixCutter
 from src.utils.config_schema import Config
 
 
@@ -22,14 +23,20 @@ class TrainingInputs:
     Args:
         config: `augmentation`, `model.audio_context`, and of `training` the pauses and the share of full context.
         num_mel_bins: of the model.
+        cutter: cuts a share of the clips, with their labels.
     Raises: DataError, AudioError: augmentation.noise_dir cannot be used.
     """
 
-    def __init__(self, config: Config, num_mel_bins: int) -> None:
+    def __init__(self, config: Config, num_mel_bins: int, *, cutter: PrefixCutter | None = None) -> None:
         self._config = config
+        self._cutter = cutter
         self._num_mel_bins = num_mel_bins
         self._augment = AudioAugmenter(config.augmentation)
         self._mask = SpecAugment.from_config(config.augmentation)
+
+    def cut(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """Return the batch with some clips cut at a word, where that is asked for; before anything else is drawn."""
+        return batch if self._cutter is None else self._cutter(batch, generator)
 
     def features(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         """Return (B, mels, frames) float32 on the batch's device; `generator` is on the CPU."""

@@ -1,7 +1,8 @@
 """The training loop: own-length batches, token-weighted loss, validation by generation, the best model by WER.
 
 The loop is written out, on Accelerate, because the library trainers get Whisper wrong where it matters: they scale its
-loss by the accumulation count, pad to 30 s, and choose a checkpoint by loss.
+loss by the accumulation count, pad to 30 s, and choose a checkpoint by loss. What one update does is in `updates`, what
+is trained in `methods`, what a stopped run goes on from in `saving`.
 """
 
 from __future__ import annotations
@@ -11,51 +12,58 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
-from torch import Tensor
-from torch.nn import functional
+from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from src.data.batching import batch_generator
-from src.data.labels import IGNORE_INDEX
 from src.data.loader import SpeechLoader
 from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
 from src.models.dynamic_context import DynamicWhisper
-from src.models.export import export_huggingface
 from src.training.inputs import TrainingInputs
+from src.training.loss import TokenLoss
+from src.training.methods import merged_model, prepare_model
+from src.training.prefixes import PrefixCutter, load_or_time_words
+from src.training.progress import Progress
+from src.training.resume import ResumeReport
+from src.training.saving import RunSaver
 from src.training.schedule import build_optimizer, build_schedule, count_updates, default_learning_rate
+from src.training.updates import Batch, Updater, UpdateReport
 from src.training.waiting import WaitMeter
 from src.utils.config import Config
+from src.utils.distributed import is_main_process, rank, world_size
 from src.utils.errors import DataError
-from src.utils.runtime import choose_precision, set_seed
+from src.utils.memory import measure_memory
+from src.utils.runtime import allow_tf32, choose_precision, set_seed
 from src.utils.tracking import ExperimentLogger
 
 logger = logging.getLogger(__name__)
 
-BEST_MODEL_NAME = "best_model_hf"
 _MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-Batch = dict[str, Any]
 
 
 class WhisperTrainer:
     """Fine-tunes one model.
 
     Args:
-        model: in float32; changed in place. After `train` it holds the weights of the best epoch.
+        model: changed in place: float32, with adapters where the method is LoRA. After `train` it holds the weights of
+            the best epoch.
         processor: of the model.
         train_loader, val_loader: from `create_dataloaders`.
-        config: `training`, `model.audio_context`, `precision`, `paths`.
-        experiment: the run to write to; a new one under `paths.runs_dir` by default.
+        config: `training`, `checkpoints`, `model.audio_context`, `precision`, `paths`.
+        experiment: the run to write to; a new one under `paths.runs_dir` by default. Where several processes train,
+            only the main one writes.
+    Raises: DataError: an empty loader, or one made for another number of processes.
 
     Attributes:
         history: lists with one entry an epoch: epoch, train_loss, val_loss, val_wer, val_cer, learning_rate.
+        best_epoch: the one with the lowest WER, or None.
         best_model_dir: `checkpoints/best_model_hf`, in Hugging Face format; written when an epoch's WER is the lowest.
     """
 
@@ -73,177 +81,220 @@ class WhisperTrainer:
             raise DataError("the training loader is empty")
         self.config = config
         self.processor = processor
-        self.experiment = experiment or ExperimentLogger(config)
-        self.history: dict[str, list[float]] = {
-            key: [] for key in ("epoch", "train_loss", "val_loss", "val_wer", "val_cer", "learning_rate")
-        }
-        self.best_model_dir: Path = config.paths.checkpoints_dir / BEST_MODEL_NAME
-        self.best_epoch: int | None = None
-        choice = choose_precision(config.precision, next(model.parameters()).device)
-        logger.info("precision: %s (%s)", choice.precision, choice.reason)
-        model.audio_context = config.model.audio_context
-        set_seed(config.seed)
-        self._inputs = TrainingInputs(config, model.config.num_mel_bins)
-        AcceleratorState._reset_state()  # else a second trainer of another precision in the same session is refused
-        self._accelerator = Accelerator(
-            mixed_precision=_MIXED_PRECISION[choice.precision], cpu=next(model.parameters()).device.type == "cpu"
-        )
-        self.learning_rate = config.training.learning_rate or default_learning_rate(model.config.d_model)
-        optimizer = build_optimizer(model, learning_rate=self.learning_rate, weight_decay=config.training.weight_decay)
         self.model = model
-        # not the loader: it shares an epoch out itself, and Accelerate would do it again and repeat utterances
-        self._wrapped, self._optimizer = self._accelerator.prepare(model, optimizer)
         self._train_loader = train_loader
         self._val_loader = val_loader
-        self._check_shard()
-        self._step = 0
-        self._epoch = 0  # from 0, as in the loader
-        self._batch_index = 0  # of the next batch, within the epoch and this process
+        model.audio_context = config.model.audio_context
+        set_seed(config.seed)
+        self._accelerator = _make_accelerator(model, config)
+        inputs = TrainingInputs(config, model.config.num_mel_bins, cutter=self._make_cutter())
+        method = prepare_model(model, config.training)
+        self.learning_rate = config.training.learning_rate or default_learning_rate(
+            model.config.d_model, lora=method.method == "lora"
+        )
+        loss = TokenLoss(model)
+        if config.training.compile:
+            loss.compile(dynamic=True)
+            logger.info("torch.compile is on: the first batches of each length take minutes, the later ones are faster")
+        optimizer = build_optimizer(
+            model,
+            learning_rate=self.learning_rate,
+            weight_decay=config.training.weight_decay,
+            kind=config.training.optimizer,
+        )
+        # not the loader: it shares an epoch out itself, and Accelerate would do it again and repeat utterances
+        self._loss, self._optimizer = self._accelerator.prepare(loss, optimizer)
+        _check_shard(train_loader)
+        self.experiment = (experiment or ExperimentLogger(config)) if is_main_process() else None
+        self._progress = Progress()
+        self._updater = Updater(self._loss, self._optimizer, self._accelerator, inputs, config.training)
+        self._saver = RunSaver(
+            config, model, processor, self._optimizer, self._updater, self._accelerator, train_loader, self.experiment
+        )
+
+    @property
+    def history(self) -> dict[str, list[float]]:
+        """Lists with one entry an epoch."""
+        return self._progress.history
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch with the lowest validation WER."""
+        return self._progress.best_epoch
+
+    @property
+    def best_model_dir(self) -> Path:
+        """Where the best model is saved."""
+        return self._saver.best_model_dir
+
+    def resume(self, checkpoint: str | Path = "auto") -> ResumeReport:
+        """Go on from a checkpoint; call it before `train`.
+
+        Args:
+            checkpoint: a folder, or "auto": the newest whole checkpoint of this configuration, in
+                `paths.checkpoints_dir` or `checkpoints.mirror_dir`; with none, training begins anew. Each one that was
+                refused is logged, with the reason.
+        Returns: what was found.
+        Raises: CheckpointError: the named folder is damaged, or belongs to other data or another model.
+        """
+        report, progress = self._saver.resume(checkpoint)
+        if progress is not None:
+            self._progress = progress
+        return report
 
     def train(self, num_epochs: int | None = None) -> dict[str, list[float]]:
-        """Run the loop.
+        """Run the loop until this many epochs are done, the resumed ones included.
 
         Args:
             num_epochs: `training.epochs` by default.
         Returns: `history`.
-        Raises: DataError: a loss that is not finite, with the ids of its batch. KeyboardInterrupt passes through; the
-            best model on disk is whole at every instant.
+        Raises: DataError: `max_nonfinite_steps` updates in a row without a finite loss, with their clips.
+            DeviceError: not even one clip fits into memory. CheckpointError: the best model cannot be saved.
+            KeyboardInterrupt passes through; checkpoints and the best model are whole at every instant.
         """
         epochs = num_epochs or self.config.training.epochs
+        schedule, total = self._make_schedule(epochs)
+        logger.info(
+            "training: %d epochs, %d updates (%d done), peak learning rate %.2e, context %r",
+            epochs, total, self._progress.step, self.learning_rate, self.config.model.audio_context,
+        )  # fmt: skip
+        self._saver.start_clock()
+        show = is_main_process()
+        with tqdm(total=total, initial=self._progress.step, desc="training", unit="update", disable=not show) as bar:
+            while self._progress.epochs_done < epochs and not self._out_of_patience():
+                waiting = self._train_epoch(schedule, bar)
+                bar.set_postfix_str("validating")
+                self._finish_epoch(self._validate(), waiting)
+        self._saver.restore_best(self._progress)
+        self._report_full_context()
+        self._saver.flush()
+        return self.history
+
+    def merged_model(self) -> DynamicWhisper:
+        """Return the plain model: the trained one itself, or a copy with its adapters merged."""
+        return merged_model(self.model)
+
+    def _make_cutter(self) -> PrefixCutter | None:
+        """Time the words of the training clips, with the weights as they came, where some are to be cut."""
+        if not self.config.training.prefix_prob:
+            return None
+        dataset = self._train_loader.dataset
+        words = load_or_time_words(
+            self.model, self.processor.tokenizer, dataset, prefix=dataset.prefix, cache_dir=self.config.paths.cache_dir
+        )
+        return PrefixCutter(words, prob=self.config.training.prefix_prob)
+
+    def _make_schedule(self, epochs: int) -> tuple[LambdaLR, int]:
         steps = self.config.training.gradient_accumulation_steps
         # epochs of composed examples differ in their batches; one that cannot be planned fails here, not in hours
         total = sum(count_updates(self._train_loader.batches_in(epoch), steps, 1) for epoch in range(epochs))
         schedule = build_schedule(
-            self._optimizer.optimizer, total_updates=total, warmup_ratio=self.config.training.warmup_ratio
+            self._optimizer.optimizer,
+            total_updates=total,
+            warmup_ratio=self.config.training.warmup_ratio,
+            done_updates=self._progress.applied,
         )
-        logger.info(
-            "training: %d epochs, %d updates, peak learning rate %.2e, context %r",
-            epochs, total, self.learning_rate, self.config.model.audio_context,
-        )  # fmt: skip
-        with tqdm(total=total, desc="training", unit="update") as bar:
-            for epoch in range(1, epochs + 1):
-                train_loss, data_wait_share = self._train_epoch(epoch, schedule, bar)
-                self._finish_epoch(epoch, train_loss, data_wait_share, self._validate(bar))
-        self._restore_best()
-        return self.history
+        return schedule, total
 
-    def _train_epoch(self, epoch: int, schedule: Any, bar: tqdm[Any]) -> tuple[float, float]:
-        """Return the epoch's loss in nats a token (sums over sums, every batch stepped), and the share of waiting."""
-        self._epoch = epoch - 1
-        self._train_loader.set_epoch(self._epoch)  # each epoch has its own order
-        self._batch_index = self._train_loader.start
-        self._wrapped.train()
-        loss_sum, token_sum = 0.0, 0
+    def _train_epoch(self, schedule: LambdaLR, bar: tqdm[Any]) -> float:
+        """Step every batch that is left of the epoch; return the share of time spent waiting for data."""
+        progress, loader = self._progress, self._train_loader
+        # each epoch has its own order; a resumed or interrupted one goes on after its last update
+        loader.load_state_dict({**loader.state_dict(), "epoch": progress.epochs_done, "batches": progress.next_batch})
+        self._loss.train()
         meter = WaitMeter()
-        for window in _windows(meter.watch(self._train_loader), self.config.training.gradient_accumulation_steps):
+        for window in _windows(meter.watch(loader), self.config.training.gradient_accumulation_steps):
             began = time.perf_counter()
-            window_loss, tokens, grad_norm = self._update(window)
-            rate = schedule.get_last_lr()[0]
-            if not self._accelerator.optimizer_step_was_skipped:
+            report = self._updater.update(window, self._generators(len(window)))
+            rate = float(schedule.get_last_lr()[0])
+            if report.applied:
                 schedule.step()
-            self._step += 1
-            loss_sum += window_loss
-            token_sum += tokens
-            clips = sum(len(batch["ids"]) for batch in window)
-            speed = clips / (time.perf_counter() - began)
-            bar.update()
-            bar.set_postfix(loss=f"{window_loss / tokens:.3f}", lr=f"{rate:.1e}", samples_per_sec=f"{speed:.1f}")
+            progress.count(report, rate, len(window))
+            self._log_update(report, rate, time.perf_counter() - began, meter.lap(), bar)
+            self._saver.save_if_due(progress)
+        return meter.total()
+
+    def _generators(self, count: int) -> list[torch.Generator]:
+        """Make a generator for each of the next batches, of which everything random about it is drawn."""
+        epoch, first = self._progress.epochs_done, self._progress.next_batch
+        numbers = [(first + offset) * world_size() + rank() for offset in range(count)]
+        return [batch_generator(self.config.seed, epoch, number) for number in numbers]
+
+    def _log_update(self, report: UpdateReport, rate: float, seconds: float, wait_share: float, bar: tqdm[Any]) -> None:
+        speed = report.clips / seconds
+        bar.update()
+        bar.set_postfix(loss=f"{report.loss:.3f}", lr=f"{rate:.1e}", samples_per_sec=f"{speed:.1f}")
+        if self.experiment is not None:
             self.experiment.log(
-                "train_step", step=self._step, epoch=epoch, loss=window_loss / tokens, learning_rate=rate,
-                grad_norm=grad_norm, samples_per_sec=speed, data_wait_share=meter.lap(),
+                "train_step", step=self._progress.step, epoch=self._progress.epochs_done + 1, loss=report.loss,
+                learning_rate=rate, grad_norm=report.grad_norm, applied=report.applied, samples_per_sec=speed,
+                audio_sec_per_sec=report.audio_sec / seconds, data_wait_share=wait_share,
+                **measure_memory(self.experiment.dir, self._accelerator.device).fields(),
             )  # fmt: skip
-        self._last_rate = rate
-        return loss_sum / token_sum, meter.total()
 
-    def _update(self, window: list[Batch]) -> tuple[float, int, float]:
-        """One optimizer update over an accumulation window; the loss is weighted by tokens over all of it."""
-        tokens = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in window)
-        loss_sum = 0.0
-        for batch in window:
-            loss = self._loss_sum(self._to_device(batch), self._next_generator())
-            if not torch.isfinite(loss):
-                raise DataError(
-                    f"the loss of update {self._step + 1} is {loss.item()}; its utterances: {', '.join(batch['ids'])}. "
-                    "Look at these recordings, lower training.learning_rate, or set precision: float32"
-                )
-            self._accelerator.backward(loss / tokens)
-            loss_sum += loss.item()
-        norm = self._accelerator.clip_grad_norm_(self._wrapped.parameters(), self.config.training.max_grad_norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return loss_sum, tokens, float(norm)
+    def _validate(self) -> EvaluationResult:
+        with self._accelerator.autocast():
+            evaluator = ModelEvaluator(self.model, self.processor, self.config)
+            return evaluator.evaluate_dataset(self._val_loader, name="validation")
 
-    def _next_generator(self) -> torch.Generator:
-        """Make the next batch's generator, of which everything random about this batch is drawn."""
-        index = self._batch_index * self._accelerator.num_processes + self._accelerator.process_index
-        self._batch_index += 1
-        return batch_generator(self.config.seed, self._epoch, index)
-
-    def _to_device(self, batch: Batch) -> Batch:
-        device = self._accelerator.device
-        # non_blocking: from pinned memory, the copy runs while the CPU goes on
-        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-    def _check_shard(self) -> None:
-        shard = self._train_loader.batch_sampler.shard
-        if shard.world_size != self._accelerator.num_processes:
-            raise DataError(
-                f"the training loader shares an epoch out to {shard.world_size} process(es), but "
-                f"{self._accelerator.num_processes} train; create it in the processes that the launcher starts"
-            )
-
-    def _loss_sum(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Summed cross-entropy in nats over the text and end tokens of a batch."""
-        features = self._inputs.features(batch, generator)
-        logits = self._wrapped(
-            input_features=features.to(self.model.dtype), decoder_input_ids=batch["decoder_input_ids"]
-        ).logits  # (B, L, vocabulary)
-        return functional.cross_entropy(
-            logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
-
-    def _validate(self, bar: tqdm[Any]) -> EvaluationResult:
-        bar.set_postfix_str("validating")
-        evaluator = ModelEvaluator(self.model, self.processor, self.config)
-        return evaluator.evaluate_dataset(self._val_loader, name="validation")
-
-    def _finish_epoch(self, epoch: int, train_loss: float, data_wait_share: float, result: EvaluationResult) -> None:
-        is_best = result.wer < min(self.history["val_wer"], default=math.inf)
-        row = {
-            "epoch": epoch, "train_loss": train_loss, "val_loss": result.loss, "val_wer": result.wer,
-            "val_cer": result.cer, "learning_rate": self._last_rate,
-        }  # fmt: skip
-        for key, value in row.items():
-            self.history[key].append(value)
-        self.experiment.log("epoch", **row, data_wait_share=data_wait_share, is_best=is_best)
+    def _finish_epoch(self, result: EvaluationResult, data_wait_share: float) -> None:
+        is_best = self._progress.finish_epoch(result)
+        row = {key: values[-1] for key, values in self.history.items()}
+        if self.experiment is not None:
+            self.experiment.log("epoch", **row, data_wait_share=data_wait_share, is_best=is_best)
         logger.info(
             "epoch %d: train loss %.3f, val loss %.3f, WER %.3f, CER %.3f, waited for data %.1f%% of the time%s",
-            epoch, train_loss, result.loss, result.wer, result.cer, 100 * data_wait_share, " (best)" if is_best else "",
+            row["epoch"], row["train_loss"], result.loss, result.wer, result.cer, 100 * data_wait_share,
+            " (best)" if is_best else "",
         )  # fmt: skip
+        self._saver.save(self._progress)  # before the export: a crash in between finds the best weights in there
         if is_best:
-            self.best_epoch = epoch
-            with _stock_forward(self.model):
-                export_huggingface(self.model, self.processor, self.best_model_dir)
+            self._saver.export_best(self._progress)
 
-    def _restore_best(self) -> None:
-        """Put the best epoch's weights back into the model, where the last epoch is not the best."""
-        if self.best_epoch is None or self.best_epoch == self.history["epoch"][-1]:
+    def _out_of_patience(self) -> bool:
+        patience, best = self.config.training.patience, self._progress.best_epoch
+        if patience is None or best is None or self._progress.epochs_done - best < patience:
+            return False
+        logger.info("stopped early: no lower WER in the %d epoch(s) since epoch %d", patience, best)
+        return True
+
+    def _report_full_context(self) -> None:
+        """Measure the validation WER at 30 s too, where training made the model for both."""
+        if not self.config.training.full_context_prob or self.model.audio_context == "full":
             return
-        state = load_file(self.best_model_dir / "model.safetensors")
-        missing, unexpected = self.model.load_state_dict(state, strict=False)
-        assert not unexpected and all(name == "proj_out.weight" for name in missing)  # tied to the embedding
-        logger.info("the model now holds the weights of epoch %d, the best by WER", self.best_epoch)
+        self.model.audio_context = "full"
+        try:
+            result = self._validate()
+        finally:
+            self.model.audio_context = "dynamic"
+        own = min(self.history["val_wer"], default=math.nan)
+        logger.info("validation WER padded to 30 s: %.3f (at own length: %.3f)", result.wer, own)
+        if self.experiment is not None:
+            self.experiment.log("evaluation", **{**result, "name": "validation, padded to 30 s"})
 
 
-@contextmanager
-def _stock_forward(model: DynamicWhisper) -> Iterator[None]:
-    """Lift Accelerate's 16-bit autocast off a model: an export is verified in the precision that it is saved in."""
-    autocast_forward = model.__dict__.pop("forward", None)
-    try:
-        yield
-    finally:
-        if autocast_forward is not None:
-            model.forward = autocast_forward
+def _make_accelerator(model: DynamicWhisper, config: Config) -> Accelerator:
+    device = next(model.parameters()).device
+    choice = choose_precision(config.precision, device)
+    logger.info("precision: %s (%s); %s", choice.precision, choice.reason, allow_tf32(device))
+    AcceleratorState._reset_state()  # else a second trainer of another precision in the same session is refused
+    scaler = GradScalerKwargs(
+        init_scale=config.training.fp16_initial_scale, growth_interval=config.training.fp16_growth_interval
+    )
+    return Accelerator(
+        mixed_precision=_MIXED_PRECISION[choice.precision],
+        cpu=device.type == "cpu",
+        kwargs_handlers=[scaler, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+
+
+def _check_shard(loader: SpeechLoader) -> None:
+    shard = loader.batch_sampler.shard
+    if shard.world_size != world_size():
+        raise DataError(
+            f"the training loader shares an epoch out to {shard.world_size} process(es), but "
+            f"{world_size()} train; create it in the processes that the launcher starts"
+        )
 
 
 def _windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

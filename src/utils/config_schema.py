@@ -202,7 +202,7 @@ class LoRAConfig(_Section):
     """Low-rank adapters (Hu et al. 2021) on the model's linear layers, through PEFT."""
 
     rank: int = Field(32, ge=1)
-    alpha: float = Field(64.0, gt=0)
+    alpha: int = Field(64, ge=1)
     dropout: float = Field(0.05, ge=0, lt=1)
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 

@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from src.utils.atomic import write_text_atomic
 from src.utils.errors import DataError, did_you_mean
+from src.utils.json_store import read_json, write_json
 from src.utils.versioning import get_git_revision
 
 logger = logging.getLogger(__name__)
@@ -121,10 +121,7 @@ class DataVersionManager:
             digests=digests,
         )
         target = self._file(dataset_name, version)
-        try:
-            write_text_atomic(target, json.dumps(asdict(record), ensure_ascii=False, indent=1) + "\n")
-        except OSError as err:
-            raise DataError(f"{target}: cannot be written: {err.strerror}; choose another folder") from err
+        write_json(target, asdict(record))
         logger.info("%s %s: %d clips, checksum %s, in %s", dataset_name, version, record.clips, checksum, target)
         return record
 
@@ -224,11 +221,9 @@ def _audio_sha256(utterance: Recorded) -> bytes:
 
 
 def _load(file: Path) -> DatasetVersion:
-    try:
-        row = json.loads(file.read_text(encoding="utf-8"))
-        row["digests"] = {name: tuple(digests) for name, digests in row["digests"].items()}
-        return DatasetVersion(**row)
-    except OSError as err:
-        raise DataError(f"{file}: cannot be read: {err.strerror}") from err
-    except (ValueError, TypeError, KeyError, AttributeError) as err:
-        raise DataError(f"{file}: not a data set version ({err}); remove it, or fetch it again") from err
+    return read_json(file, _to_version, what="a data set version", fix="remove it, or fetch it again")
+
+
+def _to_version(row: Any) -> DatasetVersion:
+    digests = {name: tuple(digests) for name, digests in row["digests"].items()}
+    return DatasetVersion(**{**row, "digests": digests})

@@ -85,6 +85,16 @@ def choose_precision(precision: str, device: torch.device) -> PrecisionChoice:
     return PrecisionChoice(precision, "asked for")  # type: ignore[arg-type]
 
 
+def allow_tf32(device: torch.device) -> str:
+    """Let float32 matrix products of an Ampere or newer GPU run in TF32, and return what was done, for the log."""
+    if device.type != "cuda":
+        return "TF32 off (no CUDA device)"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"TF32 off ({torch.cuda.get_device_name(device)} has none)"
+    torch.set_float32_matmul_precision("high")
+    return f"TF32 on ({torch.cuda.get_device_name(device)} has it)"
+
+
 def _why(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()

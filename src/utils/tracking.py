@@ -5,34 +5,59 @@ runs/<id>/env.json           versions, machine, git revision
 runs/<id>/metrics.jsonl      one row an event: train_step, epoch, evaluation, ...
 runs/<id>/predictions.jsonl  one row a decoded utterance
 runs/<id>/figures/
+
+A full disk does not end a training: rows wait in memory until they can be written.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import platform
+import threading
 import time
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from src.utils.atomic import write_text_atomic
 from src.utils.config import Config
 from src.utils.errors import WhisperASRError
+from src.utils.trackers import Trackers
 from src.utils.versioning import get_git_revision
 
-_PACKAGES = ("torch", "torchaudio", "transformers", "accelerate", "ctranslate2", "numpy", "jiwer", "silero-vad", "soxr")
+logger = logging.getLogger(__name__)
+
+_PACKAGES = (
+    "torch",
+    "torchaudio",
+    "transformers",
+    "accelerate",
+    "peft",
+    "ctranslate2",
+    "numpy",
+    "jiwer",
+    "silero-vad",
+    "soxr",
+)
+
+
+Row = dict[str, Any]
 
 
 class ExperimentLogger:
-    """Append-only record of one run.
+    """Append-only record of one run, in its folder and in the trackers that `tracking.trackers` names.
 
     Args:
         config: saved with the run.
-        run_id: folder name under `paths.runs_dir`; the time by default. An existing run is continued.
-    Raises: WhisperASRError: the folder cannot be written.
+        run_id: folder name under `paths.runs_dir`; the time by default. An existing run is continued; a last row that
+            a crash cut is taken off.
+    Raises: WhisperASRError: the folder cannot be written, or a tracker cannot start. MissingDependencyError: a package
+        that a tracker needs is absent.
     """
 
     def __init__(self, config: Config, *, run_id: str | None = None) -> None:
@@ -41,25 +66,71 @@ class ExperimentLogger:
         self.figures_dir = self.dir / "figures"
         self.metrics_path = self.dir / "metrics.jsonl"
         self.predictions_path = self.dir / "predictions.jsonl"
+        self._subscribers: list[Callable[[Row], None]] = []
         try:
             self.figures_dir.mkdir(parents=True, exist_ok=True)
-            (self.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-            (self.dir / "env.json").write_text(json.dumps(describe_environment(), indent=2), encoding="utf-8")
-            self._file = self.metrics_path.open("a", encoding="utf-8")
+            write_text_atomic(self.dir / "config.yaml", config.to_yaml())
+            write_text_atomic(self.dir / "env.json", json.dumps(describe_environment(), indent=2))
+            self._file = _RowFile(self.metrics_path)
         except OSError as err:
             raise WhisperASRError(
                 f"{self.dir}: cannot write the run's files: {err.strerror}; set paths.runs_dir"
             ) from err
+        try:
+            self._trackers = Trackers(config, self.dir, self.run_id)
+        except WhisperASRError:
+            self._file.close()
+            raise
 
     def log(self, event: str, **fields: Any) -> None:
-        """Append one row with the time; it is on disk when this returns. Values that are not finite become null."""
+        """Append one row with the time. Values that are not finite become null.
+
+        The row is on disk when this returns; where the disk is full, it follows with a later row, after a warning.
+        """
         row = {"event": event, "time": round(time.time(), 3), **{k: _jsonable(v) for k, v in fields.items()}}
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
+        self._file.append(json.dumps(row, ensure_ascii=False))
+        self._trackers.write(row)
+        for callback in list(self._subscribers):
+            try:
+                callback(row)
+            except Exception as err:  # boundary: who only looks on must not end hours of training
+                self._subscribers.remove(callback)
+                logger.warning("%r gets no more rows of the run after an error: %s", callback, err, exc_info=True)
+
+    def subscribe(self, callback: Callable[[Row], None]) -> Callable[[], None]:
+        """Have each further row handed to `callback`, after it was written.
+
+        Returns: a function that ends it. An error in `callback` ends it too, with a warning.
+        """
+        self._subscribers.append(callback)
+
+        def unsubscribe() -> None:
+            if callback in self._subscribers:
+                self._subscribers.remove(callback)
+
+        return unsubscribe
+
+    def resume_at(self, step: int, epoch: int) -> None:
+        """Take back what the last training logged after a checkpoint, so that going on from it leaves no row twice.
+
+        Args:
+            step: updates done at the checkpoint; later `train_step` rows go.
+            epoch: epochs finished at the checkpoint; later `epoch` rows go.
+        Raises: WhisperASRError: metrics.jsonl cannot be rewritten; it is as it was.
+        """
+        try:
+            lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
+            kept = _without_later(lines, step, epoch)
+            if len(kept) < len(lines):
+                self._file.replace("".join(f"{line}\n" for line in kept))
+                logger.info("took %d rows after update %d out of %s", len(lines) - len(kept), step, self.metrics_path)
+        except OSError as err:
+            raise WhisperASRError(f"{self.metrics_path}: cannot be rewritten: {err.strerror}; free space") from err
 
     def close(self) -> None:
-        """Close the file; logging afterwards is an error."""
+        """Close the file and finish the trackers; logging afterwards is an error. Rows that are lost are warned of."""
         self._file.close()
+        self._trackers.close()
 
     def __enter__(self) -> Self:
         return self
@@ -88,6 +159,103 @@ def describe_environment() -> dict[str, Any]:
         "packages": versions,
         "git_revision": get_git_revision(),
     }
+
+
+class _RowFile:
+    """Appends lines to a file, without a buffer in between: whatever a full disk refuses is kept and tried again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._pending = b""  # begins with the rest of a line that was written in part
+        self._failing = False
+        self._lock = threading.Lock()
+        _repair_end(path)
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, line: str) -> None:
+        if self._file.closed:
+            raise ValueError(f"{self._path}: the run is closed; continue it with ExperimentLogger(config, run_id=...)")
+        with self._lock:
+            self._pending += line.encode() + b"\n"
+            self._write()
+
+    def replace(self, text: str) -> None:
+        """Put `text` in place of what the file holds; where that fails, it stays."""
+        with self._lock:
+            self._file.close()
+            try:
+                write_text_atomic(self._path, text)
+            finally:
+                self._file = self._path.open("ab", buffering=0)
+
+    def close(self) -> None:
+        if self._file.closed:
+            return
+        with self._lock:
+            self._write()
+            if self._pending:
+                logger.warning(
+                    "%s: the last %d rows are lost, no space for them", self._path, self._pending.count(b"\n")
+                )
+            try:
+                self._file.close()
+            except OSError as err:  # network drives report at the end what they could not keep
+                logger.warning("%s: the last rows may be lost: %s", self._path, err.strerror)
+
+    def _write(self) -> None:
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as err:
+            if not self._failing:
+                logger.warning(
+                    "%s: a row cannot be written: %s; rows are kept in memory and written once there is space",
+                    self._path, err.strerror,
+                )  # fmt: skip
+            self._failing = True
+            return
+        if self._failing:
+            logger.info("%s: written again, no row is missing", self._path)
+        self._failing = False
+
+
+def _repair_end(path: Path) -> None:
+    """Finish a last line that has no newline, or cut it off where it is no row: readers refuse a broken line."""
+    content = path.read_bytes() if path.exists() else b""
+    whole, last = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
+    if not last:
+        return
+    if _parse(last) is not None:
+        write_text_atomic(path, content.decode() + "\n")
+        return
+    with path.open("r+b") as file:
+        file.truncate(len(whole))
+    logger.warning("%s: a crash cut the last row, it is taken off: %.60r", path, last)
+
+
+def _without_later(lines: Sequence[str], step: int, epoch: int) -> list[str]:
+    rows = [_parse(line) or {} for line in lines]
+    begin, previous = 0, 0
+    for index, row in enumerate(rows):
+        if row.get("event") == "train_step":
+            if row["step"] <= previous:  # a training that began anew
+                begin = index
+            previous = row["step"]
+    limits = {"train_step": ("step", step), "epoch": ("epoch", epoch)}
+
+    def is_later(row: Row) -> bool:
+        key, limit = limits.get(str(row.get("event")), ("", 0))
+        return bool(key) and row[key] > limit
+
+    return [line for i, (line, row) in enumerate(zip(lines, rows, strict=True)) if i < begin or not is_later(row)]
+
+
+def _parse(line: str | bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:  # not JSON, or not UTF-8
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _jsonable(value: Any) -> Any:

@@ -82,16 +82,14 @@ def test_a_budget_is_never_exceeded_but_by_a_clip_alone(
 
 
 @settings(max_examples=200, deadline=None)
-@given(DURATIONS, st.one_of(st.integers(1, 9), st.floats(5, 200)), st.integers(1, 7), st.booleans(), st.integers(0, 3))
-def test_processes_share_out_an_epoch(
-    durations: list[float], limit: int | float, world_size: int, shuffle: bool, epoch: int
-) -> None:
+@given(DURATIONS, st.one_of(st.integers(1, 9), st.floats(5, 200)), st.integers(1, 7), st.integers(0, 3))
+def test_processes_share_out_an_epoch(durations: list[float], limit: int | float, world_size: int, epoch: int) -> None:
     size = limit if isinstance(limit, int) else None
     budget = None if isinstance(limit, int) else limit
 
     def batches(rank: int, world_size: int) -> list[list[int]]:
         sampler = LengthBatchSampler(
-            durations, size, batch_seconds=budget, shuffle=shuffle, seed=3, rank=rank, world_size=world_size
+            durations, size, batch_seconds=budget, shuffle=True, seed=3, rank=rank, world_size=world_size
         )
         assert sampler.batches(epoch) == sampler._plan(epoch)
         return sampler.batches(epoch)
@@ -110,6 +108,16 @@ def test_processes_share_out_an_epoch(
             assert len(batch) == 1 or len(batch) * max(durations[i] for i in batch) <= budget
         else:
             assert size is not None and len(batch) <= size
+
+
+@given(DURATIONS, st.integers(1, 9), st.integers(1, 7))
+def test_evaluation_deals_out_the_batches_of_one_process(durations: list[float], size: int, world_size: int) -> None:
+    shares = [
+        LengthBatchSampler(durations, size, shuffle=False, rank=rank, world_size=world_size).batches(0)
+        for rank in range(world_size)
+    ]
+    dealt = [shares[at % world_size][at // world_size] for at in range(sum(map(len, shares)))]
+    assert dealt == alone(durations, size, shuffle=False).batches(0)
 
 
 def test_fewer_clips_than_processes_are_refused() -> None:

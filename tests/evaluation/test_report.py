@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,3 +109,78 @@ def test_a_training_started_again_replaces_the_older_one() -> None:
 def test_resumed_training_goes_on_with_its_epochs() -> None:
     _, epoch_rows = last_training([epoch(1, 0.5, True), epoch(2, 0.4, True), epoch(2, 0.3, True), epoch(3, 0.2, True)])
     assert [row["val_wer"] for row in epoch_rows] == [0.5, 0.3, 0.2]
+
+
+def guard_rows(stock: int, tuned: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of a guard set of 40 clips of 8 speakers, with so many errors a clip of 4 words."""
+    models = {"stock (guard)": stock, "tuned (guard)": tuned}
+    metrics = [{"event": "guard", "set": "LibriSpeech test-clean", "clips": 40, "speakers": 8}]
+    metrics += [evaluation(name, errors / 4) for name, errors in models.items()]
+    return metrics, [prediction(name, i + 100, errors) for name, errors in models.items() for i in range(40)]
+
+
+def add_rows(run_dir: Path, metrics: list[dict[str, Any]], predictions: list[dict[str, Any]] | None = None) -> None:
+    for name, rows in (("metrics.jsonl", metrics), ("predictions.jsonl", predictions or [])):
+        with (run_dir / name).open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def mix_rows(wers: dict[float, float], chosen: float) -> list[dict[str, Any]]:
+    return [{"event": "mix", "share": s, "wer": w, "clips": 64, "chosen": s == chosen} for s, w in wers.items()]
+
+
+def test_better_at_home_and_worse_elsewhere_is_said_with_both_figures(run_dir: Path) -> None:
+    add_rows(run_dir, *guard_rows(1, 3))
+    summary = summarize_run(run_dir)
+    lines = summary.to_text().splitlines()
+    assert "guard: stock WER 0.250, tuned 0.750: worse on general speech by 50.0 points" in summary.to_text()
+    (trade,) = [line for line in lines if "own domain" in line]
+    assert trade.startswith(
+        "the tuned model is better on its own domain (WER 0.370 to 0.270) but worse on the guard set (0.250 to 0.750)"
+    )
+    assert "guard set: LibriSpeech test-clean, 40 clips of 8 speakers" in lines
+    assert summary.figures()["tuned_wer"] == 0.27  # the guard set changes no headline
+
+
+def test_the_guard_set_has_its_own_columns_and_verdict(run_dir: Path) -> None:
+    add_rows(run_dir, *guard_rows(1, 3))
+    summary = summarize_run(run_dir)
+    table = comparison_table({**summary.forgetting.guard, **summary.evaluations}, summary.predictions)
+    assert list(table.index) == ["stock", "tuned", "stock (guard)", "tuned (guard)"]
+    assert list(table["verdict"]) == ["", "better", "", "worse"]
+    assert table.loc["tuned (guard)", "WER change"] == "+200.0 %"
+
+
+@pytest.mark.parametrize(("tuned", "said"), [(0, "better on general speech by 25.0"), (1, "no difference shown on")])
+def test_nothing_forgotten_needs_no_warning(run_dir: Path, tuned: int, said: str) -> None:
+    add_rows(run_dir, *guard_rows(1, tuned))
+    text = summarize_run(run_dir).to_text()
+    assert said in text
+    assert "own domain" not in text
+
+
+def test_guard_figures_without_their_clips_give_no_verdict(run_dir: Path) -> None:
+    add_rows(run_dir, guard_rows(1, 3)[0])
+    text = summarize_run(run_dir).to_text()
+    assert "guard: stock WER 0.250, tuned 0.750; no verdict" in text
+    assert "own domain" not in text
+
+
+def test_older_runs_say_nothing_of_guards_and_mixes(run_dir: Path) -> None:
+    text = summarize_run(run_dir).to_text()
+    assert "guard" not in text
+    assert "mix" not in text
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [(0, "keep the stock model"), (0.5, "the mix of share 0.5 was taken"), (1, "no mix was taken")],
+)
+def test_the_last_sweep_is_told(run_dir: Path, chosen: float, said: str) -> None:
+    add_rows(run_dir, [*mix_rows({0: 0.9, 0.1: 0.8, 1: 0.7}, 1), *mix_rows({0: 0.4, 0.5: 0.3, 1: 0.35}, chosen)])
+    (line,) = [line for line in summarize_run(run_dir).to_text().splitlines() if line.startswith("mix: ")]
+    assert "WER on 64 validation clips" in line
+    assert ": 0 (stock) 0.400, 0.5 0.300, 1 (tuned) 0.350; " in line
+    assert said in line
+    add_rows(run_dir, [epoch(3, 0.2, True)])
+    assert summarize_run(run_dir).forgetting.mix == []  # of weights that are no longer

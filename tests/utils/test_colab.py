@@ -4,6 +4,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO
 
 import pytest
 
@@ -73,18 +74,42 @@ def test_a_copy_that_differs_is_refused_and_the_old_one_kept(
     target = tmp_path / "drive"
     target.mkdir()
     (target / "model.safetensors").write_text("the last good copy")
-    monkeypatch.setattr(colab.shutil, "copyfile", lambda a, b: Path(b).write_bytes(Path(a).read_bytes()[:100]))
+    monkeypatch.setattr(colab, "_write_block", lambda writer, block: writer.write(block[:100]))
     with pytest.raises(WhisperASRError, match="differs"):
         colab.copy_verified(model_folder, target)
     assert (target / "model.safetensors").read_text() == "the last good copy"
 
 
 def test_a_full_target_is_named(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(source: Path, target: Path) -> None:
+    def full(writer: BinaryIO, block: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(colab.shutil, "copyfile", full)
+    monkeypatch.setattr(colab, "_write_block", full)
     with pytest.raises(WhisperASRError, match="No space left"):
         colab.copy_verified(model_folder, tmp_path / "drive")
     with pytest.raises(WhisperASRError, match="nothing to copy"):
         colab.copy_verified(tmp_path / "absent", tmp_path / "drive")
+
+
+def test_a_path_on_an_unmounted_drive_is_told_from_a_local_one(fake_colab: ModuleType, tmp_path: Path) -> None:
+    assert colab.is_on_unmounted_drive(tmp_path / "drive" / "MyDrive" / "whisper_asr")
+    assert not colab.is_on_unmounted_drive(tmp_path / "drive2")
+
+
+def test_a_pace_bounds_every_stretch_of_a_stream() -> None:
+    now, passed = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    pace = colab.Pace(1000.0, sleep=sleep, clock=lambda: now[0])
+    for n_bytes in (400, 100, 1000, 3, 600):
+        pace.spend(n_bytes)
+        passed.append((now[0], n_bytes))
+    now[0] += 60  # an idle minute earns no burst
+    for n_bytes in (500, 500, 500):
+        pace.spend(n_bytes)
+        passed.append((now[0], n_bytes))
+    for first, (start, _) in enumerate(passed):
+        for last in range(first, len(passed)):  # all but the last block of a stretch fit into its time
+            assert sum(n for _, n in passed[first:last]) <= 1000 * (passed[last][0] - start) + 1e-6

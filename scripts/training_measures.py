@@ -1,0 +1,147 @@
+"""What scripts/benchmark_training.py measures by: speed of updates, peak memory, FLOPs of a model."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WARM_UPDATES = 2  # first ones of a run: allocators, threads and kernels settle
+# dense 16-bit TFLOP/s by name of the device, from NVIDIA's data sheets
+PEAK_TFLOPS = {"T4": 65.0, "L4": 121.0, "A100": 312.0, "H100": 989.0, "H200": 989.0}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Speed of training, without evaluation.
+
+    Attributes:
+        samples_per_sec: clips over seconds of all updates but the first two.
+        median_samples_per_sec: of single updates, likewise; batches differ in length on one side only.
+        train_sec: of all updates.
+    """
+
+    samples_per_sec: float
+    median_samples_per_sec: float
+    train_sec: float
+
+
+def measure_speed(rows: Sequence[Mapping[str, Any]], *, clips: int, batch_size: int) -> Speed:
+    """Summarise updates.
+
+    Args:
+        rows: one an update, with its seconds `sec`.
+        clips: trained on by all of them together.
+        batch_size: of the first updates, which are left out.
+    """
+    seconds = [row["sec"] for row in rows]
+    warm = min(WARM_UPDATES, len(seconds) - 1)
+    steady = seconds[warm:]
+    return Speed(
+        (clips - warm * batch_size) / sum(steady),
+        statistics.median(batch_size / value for value in steady),
+        sum(seconds),
+    )
+
+
+def update_rows(events: Sequence[Mapping[str, Any]], *, began: float, batch_size: int) -> list[dict[str, Any]]:
+    """Take the seconds of each update, from the end of the one before, out of a run's metrics.jsonl.
+
+    So loading of data is inside. The first update of an epoch or of a resumed run follows an evaluation or a pause: it
+    counts with its own speed.
+
+    Args:
+        events: rows of metrics.jsonl in order.
+        began: time when training began, seconds since 1970.
+        batch_size: clips an update.
+    """
+    by_step: dict[int, dict[str, Any]] = {}
+    before, in_training = began, True
+    for event in events:
+        if event["event"] == "train_step":
+            own = batch_size / event["samples_per_sec"]
+            sec = event["time"] - before if in_training else own
+            by_step[event["step"]] = {"step": event["step"], "sec": sec}
+            before = event["time"]
+        in_training = event["event"] == "train_step"
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def peak_memory_mb(device: str) -> float:
+    """Return the most memory this process has held so far, in MB of 10^6 bytes: resident, or on the GPU by tensors."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e6
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would count what the parent held when it started this process
+        line = next(row for row in status.read_text(encoding="utf-8").splitlines() if row.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Return the peak of a known GPU, else None."""
+    words = device_name.replace("-", " ").split()
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in words), None)
+
+
+def forward_flops(config: Any, *, clips: int, positions: int, tokens: int, scored: int) -> float:
+    """Count the multiply-adds of a forward pass, two FLOPs each; norms, softmax and activations are left out.
+
+    Width d, inner width F, T encoder positions and L decoder tokens a clip, as computed, padding included:
+    encoder: 2 convolutions 2T x 6 mels d + T x 6 d^2; a layer T (8 d^2 + 4 d F) + 4 T^2 d.
+    decoder: a layer L (12 d^2 + 4 d F) + 4 L^2 d + 4 L T d + 4 T d^2 (keys and values of the audio).
+    vocabulary V: 2 d V for each scored token. Training is counted as three forward passes.
+
+    Args:
+        config: of the model.
+        scored: tokens of all clips that are projected to the vocabulary.
+    """
+    d, mels = config.d_model, config.num_mel_bins
+    t, n = positions, tokens
+    encoder = t * (12 * mels * d + 6 * d * d)
+    encoder += config.encoder_layers * (t * (8 * d * d + 4 * d * config.encoder_ffn_dim) + 4 * t * t * d)
+    decoder = config.decoder_layers * (
+        n * (12 * d * d + 4 * d * config.decoder_ffn_dim) + 4 * n * n * d + 4 * n * t * d + 4 * t * d * d
+    )
+    return float(clips * (encoder + decoder) + 2 * scored * d * config.vocab_size)
+
+
+class FlopCounter:
+    """Adds up the FLOPs that a model trains with, from the shapes that pass through it.
+
+    Args:
+        model: a Whisper model; whoever trains it, it is watched by hooks.
+
+    Attributes:
+        total: FLOPs so far.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.total = 0.0
+        self._config = model.config
+        self._shape = (0, 0, 0)  # clips, positions, tokens
+        model.model.encoder.register_forward_hook(self._see_encoder)
+        model.model.decoder.register_forward_hook(self._see_decoder)
+        model.proj_out.register_forward_hook(self._see_logits)
+
+    def _see_encoder(self, module: Any, _: Any, output: Any) -> None:
+        if module.training:
+            clips, positions, _width = output[0].shape
+            self._shape = (clips, positions, 0)
+
+    def _see_decoder(self, module: Any, _: Any, output: Any) -> None:
+        if module.training:
+            self._shape = (*self._shape[:2], output[0].shape[1])
+
+    def _see_logits(self, module: Any, _: Any, output: Any) -> None:
+        if module.training:
+            clips, positions, tokens = self._shape
+            scored = output.numel() // output.shape[-1]
+            forward = forward_flops(self._config, clips=clips, positions=positions, tokens=tokens, scored=scored)
+            self.total += 3 * forward

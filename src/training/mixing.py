@@ -1,0 +1,211 @@
+"""Mixes of stock and tuned weights: a straight line between the two, measured on the validation set.
+
+A point on the line often keeps most of what tuning gained and loses less of what the stock model knew. It costs no
+training, one evaluation a share, and nothing when the mix is used.
+Source: WiSE-FT, Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", https://arxiv.org/abs/2109.01903:
+theta = (1 - share) * theta_stock + share * theta_tuned.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from src.evaluation.evaluator import ModelEvaluator
+from src.evaluation.forgetting_report import describe_mix
+from src.models.dynamic_context import DynamicWhisper, get_audio_context
+from src.models.export import export_huggingface
+from src.utils.config import Config
+from src.utils.distributed import broadcast_object, is_main_process, wait_for_all
+from src.utils.errors import DataError, ModelError
+from src.utils.tracking import ExperimentLogger
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MixResult:
+    """What a sweep over mixes found.
+
+    Attributes:
+        shares: of the tuned weights, ascending; 0 is the stock model, 1 the tuned one.
+        wers: of each, on the validation set.
+        audio_contexts: in which each was measured: the stock model in its own, the others in the tuned model's.
+        clips: of the validation set. The lowest of several rates on one set flatters; few clips flatter more.
+        best_share: with the lowest WER.
+        keep_stock: no share is below the stock model.
+        saved_to: where the mix was saved; None where none won, or no folder was given.
+    """
+
+    shares: tuple[float, ...]
+    wers: tuple[float, ...]
+    audio_contexts: tuple[str, ...]
+    clips: int
+    best_share: float
+    keep_stock: bool
+    saved_to: Path | None = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row a share: share, wer, audio_context, clips, chosen."""
+        measured = zip(self.shares, self.wers, self.audio_contexts, strict=True)
+        return [
+            {"share": share, "wer": wer, "audio_context": context, "clips": self.clips}
+            | {"chosen": share == self.best_share}
+            for share, wer, context in measured
+        ]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return `rows` as a table."""
+        return pd.DataFrame(self.rows())
+
+    def describe(self) -> str:
+        """Return what was found in one sentence."""
+        return describe_mix(self.rows())
+
+
+def mix_state(stock: Mapping[str, Tensor], tuned: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Interpolate two state dicts: (1 - share) * stock + share * tuned.
+
+    Args:
+        stock, tuned: with the same keys and shapes.
+        share: of the tuned weights, from 0 (exactly stock) to 1 (exactly tuned).
+    Returns: new tensors, with the types and devices of `tuned`.
+    Raises: ModelError: other keys or shapes, or a share outside of 0 to 1.
+    """
+    _check_alike(stock, tuned)
+    if not 0 <= share <= 1:
+        raise ModelError(f"a mix with share {share}: give a share of the tuned weights from 0 to 1")
+    return dict(_mixed(stock, tuned, share))
+
+
+def choose_mix(
+    model: DynamicWhisper,
+    stock_model: DynamicWhisper,
+    processor: Any,
+    val_loader: Any,
+    config: Config,
+    *,
+    shares: Sequence[float] | None = None,
+    tuned_wer: float | None = None,
+    output_dir: Path | None = None,
+    experiment: ExperimentLogger | None = None,
+) -> MixResult:
+    """Measure mixes of stock and tuned weights, and put the best one into the model.
+
+    The lowest WER wins; of equal ones, the one with more of the stock weights, since what was changed less has
+    forgotten less and equal is no gain. Where the stock model itself wins, the model stays as it was tuned.
+
+    Args:
+        model: tuned, plain (LoRA: `merged_model` of it); changed in place, and as it came if the sweep is interrupted.
+        stock_model: that it was tuned from; measured in its own context, mixes in the tuned model's.
+        processor: of both.
+        val_loader: of the validation set; the test set must not choose.
+        shares: of the tuned weights, between 0 and 1; `training.mix_shares` by default.
+        tuned_wer: of the model on this loader, where it is known already.
+        output_dir: where a winning mix is saved, with `export_huggingface`; an older export there is replaced.
+        experiment: gets one row "mix" a share.
+    Returns: all rates, and what was chosen.
+    Raises: ModelError: models of other keys or shapes, the same model twice, or a share outside of 0 to 1.
+        DataError: nothing to measure on, or a `tuned_wer` that is none.
+    """
+    tried = sorted({*(config.training.mix_shares if shares is None else shares)})
+    _check_request(model, stock_model, tried, tuned_wer)
+    stock, tuned = stock_model.state_dict(), _cpu_copy(model.state_dict())
+    final_share = 1.0
+    try:
+        first = ModelEvaluator(stock_model, processor, config).evaluate_dataset(val_loader, name="stock")
+        wers = {0.0: first.wer}
+        evaluator = ModelEvaluator(model, processor, config)
+        for share in tried if tuned_wer is not None else (*tried, 1.0):
+            _load(model, stock, tuned, share)
+            wers[share] = evaluator.evaluate_dataset(val_loader, name=f"mix {share:g}").wer
+        wers[1.0] = wers[1.0] if tuned_wer is None else tuned_wer
+        best_share = broadcast_object(min(wers, key=lambda share: (wers[share], share)))
+        final_share = best_share or 1.0
+    finally:  # an interrupt leaves the model as it was tuned
+        _load(model, stock, tuned, final_share)
+    saved_to = output_dir if 0 < best_share < 1 else None
+    if saved_to is not None:
+        _save(model, processor, saved_to)
+    contexts = (first.audio_context, *[get_audio_context(model.config)] * (len(wers) - 1))
+    result = MixResult(
+        tuple(wers), tuple(wers.values()), contexts, first.n, best_share, keep_stock=best_share == 0, saved_to=saved_to
+    )
+    _report(result, experiment)
+    return result
+
+
+def _check_request(
+    model: DynamicWhisper, stock_model: DynamicWhisper, shares: Sequence[float], tuned_wer: float | None
+) -> None:
+    if model is stock_model:
+        raise ModelError(
+            "the stock model is the tuned model itself, since training changes a model in place; load the stock "
+            "weights anew with WhisperModelManager(config).initialize_model()"
+        )
+    _check_alike(stock_model.state_dict(), model.state_dict())
+    outside = [share for share in shares if not 0 < share < 1]
+    if outside:
+        raise ModelError(f"shares {outside}: give shares of the tuned weights between 0 and 1; 0 and 1 are tried too")
+    if tuned_wer is not None and not math.isfinite(tuned_wer):
+        raise DataError(f"tuned_wer is {tuned_wer}; pass the model's WER on this loader, or None to measure it")
+
+
+def _check_alike(stock: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
+    odd = sorted(stock.keys() ^ tuned.keys())
+    odd += [name for name in stock.keys() & tuned.keys() if stock[name].shape != tuned[name].shape]
+    if odd:
+        shapes = [tuple(state[odd[0]].shape) if odd[0] in state else "absent" for state in (stock, tuned)]
+        raise ModelError(
+            f"{len(odd)} weights of the stock and the tuned model do not fit, the first is {odd[0]} (stock: "
+            f"{shapes[0]}, tuned: {shapes[1]}). Pass the stock model of the same variant, and for LoRA the "
+            "merged_model of the tuned one"
+        )
+
+
+def _mixed(stock: Mapping[str, Tensor], tuned: Mapping[str, Tensor], share: float) -> Iterator[tuple[str, Tensor]]:
+    """Give one mixed weight after the other, so that a whole mix is never held beside the two models."""
+    for name, end in tuned.items():
+        start = stock[name].to(device=end.device, dtype=torch.float32)
+        yield name, torch.lerp(start, end.float(), share).to(end.dtype)  # exact at 0 and at 1
+
+
+@torch.no_grad()
+def _load(model: DynamicWhisper, stock: Mapping[str, Tensor], tuned: Mapping[str, Tensor], share: float) -> None:
+    targets = model.state_dict()  # the parameters' own memory
+    for name, tensor in _mixed(stock, tuned, share):
+        targets[name].copy_(tensor)
+
+
+def _cpu_copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy to the CPU; tied weights once."""
+    copies: dict[int, Tensor] = {}
+    copied: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        key = tensor.data_ptr()
+        if key not in copies:
+            copies[key] = tensor.detach().to("cpu", copy=True)
+        copied[name] = copies[key]
+    return copied
+
+
+def _save(model: DynamicWhisper, processor: Any, output_dir: Path) -> None:
+    if is_main_process():
+        export_huggingface(model, processor, output_dir)
+    wait_for_all()
+
+
+def _report(result: MixResult, experiment: ExperimentLogger | None) -> None:
+    if experiment is not None:
+        for row in result.rows():
+            experiment.log("mix", **row)
+    log = logger.warning if result.keep_stock else logger.info
+    log("%s", result.describe())

@@ -1,0 +1,108 @@
+"""Which checkpoint a run goes on from: the newest whole one of the same training, here or in the mirror."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.training.checkpoint import clean_up, list_checkpoints, read_values, verify_checkpoint
+from src.utils.config import Config
+from src.utils.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+# what may change between two sessions of one training: it changes how long or how watched it is, not what is learnt
+_FREE_KEYS = frozenset(
+    {
+        "training.epochs", "training.patience", "training.grad_spike_factor", "training.max_nonfinite_steps",
+        "training.mix_shares", "training.compile", "training.gradient_checkpointing", "data.num_workers",
+        "data.cache_decoded",
+    }
+)  # fmt: skip
+_COMPARED_SECTIONS = ("model", "data", "composition", "augmentation", "training")
+
+
+@dataclass(frozen=True)
+class ResumeReport:
+    """What a search found.
+
+    Attributes:
+        checkpoint: to go on from, or None: nothing usable was found.
+        refused: every other candidate that is newer, with the reason.
+        searched: folders.
+    """
+
+    checkpoint: Path | None
+    refused: tuple[tuple[Path, str], ...]
+    searched: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        places = ", ".join(map(str, self.searched))
+        lines = [f"going on from {self.checkpoint}" if self.checkpoint else f"no checkpoint to go on from in {places}"]
+        return "\n".join([*lines, *(f"  refused {path}: {reason}" for path, reason in self.refused)])
+
+
+def find_checkpoint(roots: Sequence[Path], config: Config) -> ResumeReport:
+    """Search `<root>/<run>/checkpoint-*` for the newest whole checkpoint of this configuration.
+
+    Args:
+        roots: the local folder first; absent ones are passed over.
+        config: of the run that is to go on.
+    """
+    refused: list[tuple[Path, str]] = []
+    candidates: list[tuple[float, int, Path, Mapping[str, Any]]] = []
+    for order, root in enumerate(roots):
+        for run in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []:
+            if order == 0:
+                clean_up(run)
+            for path in list_checkpoints(run):
+                try:
+                    values = read_values(path)
+                    candidates.append((float(values["saved_at"]), -order, path, values))
+                except (CheckpointError, KeyError) as err:
+                    refused.append((path, str(err)))
+    for _, _, path, found in sorted(candidates, key=lambda entry: entry[:2], reverse=True):
+        try:
+            _check_config(path, found, config)
+            verify_checkpoint(path)
+        except CheckpointError as err:
+            refused.append((path, str(err)))
+            continue
+        return ResumeReport(path, tuple(refused), tuple(roots))
+    return ResumeReport(None, tuple(refused), tuple(roots))
+
+
+def config_differences(saved: Mapping[str, Any], config: Config) -> list[str]:
+    """Return "key: then, now" for each setting that decides what is learnt."""
+    ours = config.model_dump(mode="json")
+    found = []
+    for section in _COMPARED_SECTIONS:
+        before, now = _flat(saved.get(section, {}), section), _flat(ours[section], section)
+        for key in sorted({**before, **now}):
+            if key not in _FREE_KEYS and before.get(key) != now.get(key):
+                found.append(f"{key}: {before.get(key)} then, {now.get(key)} now")
+    if saved.get("seed") != ours["seed"]:
+        found.append(f"seed: {saved.get('seed')} then, {ours['seed']} now")
+    return found
+
+
+def _check_config(path: Path, values: Mapping[str, Any], config: Config) -> None:
+    differences = config_differences(values["config"], config)
+    if differences:
+        raise CheckpointError(
+            f"belongs to another training ({'; '.join(differences)}); restore these settings, or resume it by "
+            f"its path: {path}"
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}.{key}")
+        else:
+            flat[f"{prefix}.{key}"] = value
+    return flat

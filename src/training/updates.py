@@ -1,0 +1,237 @@
+"""One optimizer update, whatever happens in it: token-weighted over all batches and processes, repeated in smaller
+pieces when memory runs out, and left out, with the names of its clips, when a loss or gradient is not finite."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from src.data.labels import IGNORE_INDEX
+from src.training.inputs import TrainingInputs
+from src.utils.config_schema import TrainingConfig
+from src.utils.distributed import gather_objects, sum_over_processes, world_size
+from src.utils.errors import DataError, DeviceError
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+_RECENT_NORMS = 50  # updates that the median gradient norm is taken over
+_FEW_NORMS = 10  # fewer say nothing yet
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """One update, over all processes.
+
+    Attributes:
+        loss_sum: nats over `tokens`.
+        grad_norm: before clipping.
+        applied: False where the update was skipped, because something was not finite.
+        ids: of its clips, in this process.
+        audio_sec: real audio, without padding.
+    """
+
+    loss_sum: float
+    tokens: int
+    grad_norm: float
+    applied: bool
+    clips: int
+    audio_sec: float
+    ids: tuple[str, ...]
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.loss_sum / self.tokens
+
+
+class Updater:
+    """Makes updates.
+
+    Args:
+        loss: a `TokenLoss`, as the accelerator has prepared it.
+        optimizer: likewise.
+        inputs: makes the features.
+        config: the training section.
+
+    Attributes:
+        pieces: how many pieces each batch is cut into since memory last ran out; 1 where it never did.
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        optimizer: Any,
+        accelerator: Accelerator,
+        inputs: TrainingInputs,
+        config: TrainingConfig,
+    ) -> None:
+        self._loss = loss
+        self._optimizer = optimizer
+        self._accelerator = accelerator
+        self._inputs = inputs
+        self._config = config
+        self.pieces = 1
+        self._norms: deque[float] = deque(maxlen=_RECENT_NORMS)
+        self._skipped_in_row: list[str] = []  # one text an update
+
+    def update(self, window: Sequence[Batch], generators: Sequence[torch.Generator]) -> UpdateReport:
+        """Accumulate gradients over a window of batches and step.
+
+        Args:
+            window: batches from the loader, on the CPU.
+            generators: one a batch, of which everything random about it is drawn.
+        Raises: DataError: the last of `max_nonfinite_steps` updates in a row that had to be skipped; all their clips
+            are named. DeviceError: not even a single clip fits into memory.
+        """
+        device = self._accelerator.device
+        window = [self._inputs.cut(batch, draws) for batch, draws in zip(window, generators, strict=True)]
+        counts = [sum(_tokens(batch) for batch in window), sum(len(batch["ids"]) for batch in window)]
+        seconds = sum(sum(batch["durations"]) for batch in window)
+        tokens, clips, audio_sec = sum_over_processes([*counts, seconds], device)
+        losses = self._accumulate_in_memory(window, [generator.get_state() for generator in generators], tokens)
+        norm = float(self._accelerator.clip_grad_norm_(self._loss.parameters(), self._config.max_grad_norm))
+        (loss_sum,) = sum_over_processes([sum(losses)], device)
+        finite = math.isfinite(loss_sum) and math.isfinite(norm)
+        if finite or self._accelerator.scaler is not None:  # the scaler lowers its scale in its own step, and skips
+            self._optimizer.step()
+        applied = finite and not self._accelerator.optimizer_step_was_skipped
+        self._optimizer.zero_grad(set_to_none=True)
+        ids = tuple(name for batch in window for name in batch["ids"])
+        self._watch(norm, ids) if applied else self._count_skipped(window, losses, loss_sum, norm)
+        return UpdateReport(loss_sum, int(tokens), norm, applied, int(clips), audio_sec, ids)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what later updates depend on; it can be saved as JSON."""
+        return {"pieces": self.pieces, "norms": list(self._norms), "skipped_in_row": list(self._skipped_in_row)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved state."""
+        self.pieces = int(state["pieces"])
+        self._norms = deque(state["norms"], maxlen=_RECENT_NORMS)
+        self._skipped_in_row = list(state["skipped_in_row"])
+
+    def _accumulate_in_memory(self, window: Sequence[Batch], draws: Sequence[Tensor], tokens: float) -> list[float]:
+        """Accumulate; where memory runs out, forget the attempt and begin the window again in half the pieces."""
+        while True:
+            try:
+                return self._accumulate(window, draws, tokens)
+            except (RuntimeError, MemoryError) as err:
+                if not is_out_of_memory(err):
+                    raise
+                problem = str(err).splitlines()[0] if str(err) else type(err).__name__
+            # outside of the except block: there the error's frames still hold the tensors that did not fit
+            self._optimizer.zero_grad(set_to_none=True)
+            gc.collect()
+            if self._accelerator.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._halve(window, problem)
+
+    def _accumulate(self, window: Sequence[Batch], draws: Sequence[Tensor], tokens: float) -> list[float]:
+        """Return each batch's summed loss in nats, with the gradients of the window's mean in place."""
+        losses: list[Tensor] = []
+        for number, (batch, state) in enumerate(zip(window, draws, strict=True)):
+            generator = torch.Generator()
+            generator.set_state(state)  # a repeated window draws what the first attempt drew
+            on_device = self._to_device(batch)
+            features = self._inputs.features(on_device, generator)
+            pieces = _cut(features, on_device, self.pieces)
+            batch_loss = torch.zeros((), device=features.device)
+            for piece, (part, inputs, labels) in enumerate(pieces):
+                last = number == len(window) - 1 and piece == len(pieces) - 1
+                with self._until_last(last):
+                    loss = self._loss(part, inputs, labels)
+                    # gradients are averaged over processes: times their number gives the sum over all tokens
+                    self._accelerator.backward(loss * (world_size() / tokens))
+                batch_loss += loss.detach()
+            losses.append(batch_loss)
+        return [float(loss) for loss in losses]  # here, so that the device need not wait after each batch
+
+    def _until_last(self, last: bool) -> AbstractContextManager[Any]:
+        """Let processes exchange gradients once an update."""
+        if last or world_size() == 1:
+            return nullcontext()
+        context: AbstractContextManager[Any] = self._accelerator.no_sync(self._loss)
+        return context
+
+    def _to_device(self, batch: Batch) -> Batch:
+        device = self._accelerator.device
+        # non_blocking: from pinned memory, the copy runs while the CPU goes on
+        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def _halve(self, window: Sequence[Batch], problem: str) -> None:
+        largest = max(window, key=lambda batch: batch["audio"].numel())
+        if world_size() > 1:  # the other processes wait in an exchange of gradients that this one has left
+            raise DeviceError(
+                f"out of memory on one of {world_size()} processes ({problem}); lower training.batch_size or "
+                "batch_seconds, raise gradient_accumulation_steps by as much, and resume from the last checkpoint"
+            )
+        if self.pieces >= max(len(batch["ids"]) for batch in window):
+            raise DeviceError(
+                f"out of memory with a single clip ({problem}), among {', '.join(largest['ids'])}; lower "
+                "data.max_duration_sec, set training.gradient_checkpointing: true, or take a smaller model"
+            )
+        self.pieces *= 2
+        logger.warning(
+            "out of memory with %d clip(s) of up to %.1f s: from now on each batch goes through the model in %d "
+            "pieces, and an update is still over all of them (%s)",
+            len(largest["ids"]), max(largest["durations"]), self.pieces, problem,
+        )  # fmt: skip
+
+    def _watch(self, norm: float, ids: Sequence[str]) -> None:
+        """Log a spike of the gradient norm; its update is applied, clipped, like any other."""
+        self._skipped_in_row.clear()
+        if len(self._norms) >= _FEW_NORMS:
+            usual = statistics.median(self._norms)
+            if norm > self._config.grad_spike_factor * usual:
+                logger.warning(
+                    "gradient norm %.1f, usually %.1f (clipped to %.1f and applied); its clips: %s",
+                    norm, usual, self._config.max_grad_norm, ", ".join(ids),
+                )  # fmt: skip
+        self._norms.append(norm)
+
+    def _count_skipped(self, window: Sequence[Batch], losses: Sequence[float], loss_sum: float, norm: float) -> None:
+        broken = [batch for batch, loss in zip(window, losses, strict=True) if not math.isfinite(loss)]
+        mine = (
+            [name for batch in broken or window for name in batch["ids"]] if broken or math.isfinite(loss_sum) else []
+        )
+        clips = ", ".join(name for names in gather_objects(mine) for name in names)
+        reason = f"loss {loss_sum}" if not math.isfinite(loss_sum) else f"gradient norm {norm}"
+        self._skipped_in_row.append(f"{reason}: {clips}")
+        logger.warning("update skipped, %s; its clips: %s", reason, clips)
+        if len(self._skipped_in_row) >= self._config.max_nonfinite_steps:
+            raise DataError(
+                f"{len(self._skipped_in_row)} updates in a row had no finite loss and gradient, so training stops.\n  "
+                + "\n  ".join(self._skipped_in_row)
+                + "\nListen to these recordings, lower training.learning_rate, or set precision: float32"
+            )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the GPU or the machine had no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return "out of memory" in text.lower() or "can't allocate memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
+
+
+def _tokens(batch: Batch) -> int:
+    return int((batch["labels"] != IGNORE_INDEX).sum())
+
+
+def _cut(features: Tensor, batch: Batch, pieces: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Cut a batch into rows of (features, decoder inputs, labels); lengths stay, so that the sums stay the same."""
+    size = max(1, math.ceil(len(features) / pieces))
+    parts = zip(features.split(size), batch["decoder_input_ids"].split(size), batch["labels"].split(size), strict=True)
+    return list(parts)

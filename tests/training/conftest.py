@@ -1,0 +1,101 @@
+"""Shared by the tests of training: short real speech, and a random Whisper so small that only its state is of interest."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from src.data.checking import check_utterance
+from src.data.loader import create_loader
+from src.data.utterance import Utterance
+from src.models.dynamic_context import DynamicWhisper
+from src.training.trainer import WhisperTrainer
+from src.utils.config import Config, load_config
+from src.utils.tracking import ExperimentLogger
+
+TrainerFactory = Callable[..., WhisperTrainer]
+
+
+@pytest.fixture(scope="session")
+def clips(sample: list[Utterance]) -> list[Utterance]:
+    """13 clips of several speakers, the shortest of every ninth."""
+    train = [u for u in sample if u.meta["split"] == "train"]
+    checked = [check_utterance(u, Config().data) for u in train[::9]]
+    return sorted(checked, key=lambda u: u.duration_sec or 0)[:13]
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Callable[..., Config]:
+    """Make a configuration for tests: small batches, no augmentation, checkpoints at the end of epochs alone."""
+
+    def make(**overrides: Any) -> Config:
+        base = {
+            "device": "cpu",
+            "paths.runs_dir": str(tmp_path / "runs"),
+            "paths.checkpoints_dir": str(tmp_path / "checkpoints"),
+            "augmentation.enabled": False,
+            "training.batch_size": 2,
+            "training.epochs": 2,
+            "checkpoints.save_minutes": None,
+            "evaluation.bootstrap_samples": 100,
+            "inference.max_tokens_per_sec": 2.0,
+        }
+        return load_config(None, overrides={**base, **{key.replace("__", "."): v for key, v in overrides.items()}})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def _small(_tiny_en: tuple[Any, Any]) -> tuple[Any, Any]:
+    model, processor = _tiny_en
+    config = copy.deepcopy(model.config)
+    config.d_model = 16
+    config.encoder_layers = config.decoder_layers = config.num_hidden_layers = 2
+    config.encoder_attention_heads = config.decoder_attention_heads = 2
+    config.encoder_ffn_dim = config.decoder_ffn_dim = 32
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        small = DynamicWhisper(config)
+    small.generation_config = copy.deepcopy(model.generation_config)
+    return small.eval(), processor
+
+
+@pytest.fixture
+def small(_small: tuple[Any, Any]) -> tuple[Any, Any]:
+    """A random Whisper of width 16 with the tokens of tiny.en, as a fresh copy, and its processor."""
+    model, processor = _small
+    return copy.deepcopy(model), processor
+
+
+@pytest.fixture
+def make_trainer(
+    _small: tuple[Any, Any], clips: list[Utterance], configure: Callable[..., Config]
+) -> TrainerFactory:
+    """Make a trainer, of a fresh small model where none is given, in a run of its own."""
+    count = iter(range(1_000_000))
+
+    def make(
+        *,
+        model: tuple[Any, Any] | None = None,
+        train: Sequence[Utterance] = clips[:6],
+        validation: Sequence[Utterance] = clips[:1],
+        run_id: str | None = None,
+        **overrides: Any,
+    ) -> WhisperTrainer:
+        config = configure(**overrides)
+        network, processor = model or (copy.deepcopy(_small[0]), _small[1])
+        return WhisperTrainer(
+            network,
+            processor,
+            create_loader(train, processor, config, shuffle=True),
+            create_loader(validation, processor, config),
+            config,
+            experiment=ExperimentLogger(config, run_id=run_id or f"run-{next(count):03d}"),
+        )
+
+    return make

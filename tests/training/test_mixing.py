@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from src.data.checking import check_utterance
+from src.data.loader import create_loader
+from src.data.utterance import Utterance
+from src.evaluation.evaluator import ModelEvaluator
+from src.evaluation.report import summarize_run
+from src.models.dynamic_context import DynamicWhisper
+from src.training import mixing
+from src.training.methods import prepare_model
+from src.training.mixing import choose_mix, mix_state
+from src.utils.config import Config
+from src.utils.errors import DataError, ModelError
+from src.utils.tracking import ExperimentLogger
+
+
+@pytest.fixture(scope="module")
+def clips(sample: list[Utterance]) -> list[Utterance]:
+    short = sorted((check_utterance(u, Config().data) for u in sample[400:500:10]), key=lambda u: u.duration_sec or 0)
+    return short[:1]
+
+
+@pytest.fixture
+def stock(_tiny_en: tuple[Any, Any]) -> DynamicWhisper:
+    return copy.deepcopy(_tiny_en[0])
+
+
+@pytest.fixture
+def loader(_tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config) -> Any:
+    return create_loader(clips, _tiny_en[1], config)
+
+
+def shifted(model: DynamicWhisper, amount: float, seed: int = 0) -> DynamicWhisper:
+    """Return a copy with noise on its layers, as a share of their spread; opposite amounts give opposite noise."""
+    moved = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in moved.named_parameters():
+            if ".layers." in name and parameter.ndim == 2:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter += amount * parameter.std() * noise
+    return moved
+
+
+def assert_same_weights(model: DynamicWhisper, expected: dict[str, torch.Tensor], **tolerance: float) -> None:
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(state[name], tensor, **(tolerance or {"rtol": 0.0, "atol": 0.0}))
+
+
+def clone(model: DynamicWhisper) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture
+def fake_rates(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Give each share a rate without decoding, and return what is measured."""
+
+    def use(rates: dict[str, float], n: int = 40) -> list[str]:
+        measured: list[str] = []
+
+        class Evaluator:
+            def __init__(self, model: Any, processor: Any, config: Config) -> None:
+                self.context = model.audio_context
+
+            def evaluate_dataset(self, loader: Any, *, name: str) -> Any:
+                measured.append(f"{name}, {self.context}")
+                return SimpleNamespace(wer=rates[name], n=n, audio_context=self.context)
+
+        monkeypatch.setattr(mixing, "ModelEvaluator", Evaluator)
+        return measured
+
+    return use
+
+
+def test_share_0_is_exactly_stock_and_share_1_exactly_tuned(stock: DynamicWhisper) -> None:
+    tuned = shifted(stock, 0.1)
+    first, last = stock.state_dict(), tuned.state_dict()
+    for share, expected in ((0.0, first), (1.0, last)):
+        mixed = mix_state(first, last, share)
+        assert all(torch.equal(mixed[name], expected[name]) for name in expected)
+    quarter = mix_state(first, last, 0.25)
+    name = "model.decoder.layers.0.fc1.weight"
+    torch.testing.assert_close(quarter[name], 0.75 * first[name] + 0.25 * last[name])
+    same = mix_state(first, first, 0.3)
+    assert all(torch.equal(same[name], first[name]) for name in first)
+
+
+def test_types_are_those_of_the_tuned_model() -> None:
+    mixed = mix_state({"w": torch.ones(2)}, {"w": torch.zeros(2, dtype=torch.float16)}, 0.5)
+    assert mixed["w"].dtype == torch.float16
+    assert mixed["w"].tolist() == [0.5, 0.5]
+
+
+def test_other_keys_shapes_and_shares_are_refused() -> None:
+    one = {"w": torch.ones(2)}
+    with pytest.raises(ModelError, match=r"first is w \(stock: \(2,\), tuned: \(3,\)\)"):
+        mix_state(one, {"w": torch.ones(3)}, 0.5)
+    with pytest.raises(ModelError, match=r"first is v \(stock: absent"):
+        mix_state(one, {"w": torch.ones(2), "v": torch.ones(1)}, 0.5)
+    with pytest.raises(ModelError, match="from 0 to 1"):
+        mix_state(one, one, 1.5)
+
+
+def test_adapters_the_same_model_and_impossible_figures_are_refused(
+    stock: DynamicWhisper, _tiny_en: tuple[Any, Any], config: Config
+) -> None:
+    processor = _tiny_en[1]
+    with pytest.raises(ModelError, match="itself"):
+        choose_mix(stock, stock, processor, [], config)
+    tuned = copy.deepcopy(stock)
+    with pytest.raises(ModelError, match="between 0 and 1"):
+        choose_mix(tuned, stock, processor, [], config, shares=[0.5, 1.0])
+    with pytest.raises(DataError, match="tuned_wer is nan"):
+        choose_mix(tuned, stock, processor, [], config, tuned_wer=float("nan"))
+    with pytest.raises(DataError, match="no clip"):
+        choose_mix(tuned, stock, processor, [], config)
+    prepare_model(tuned, config.training.model_copy(update={"method": "lora"}))
+    with pytest.raises(ModelError, match="merged_model"):
+        choose_mix(tuned, stock, processor, [], config)
+
+
+def test_the_stock_model_has_its_own_context_and_a_known_rate_is_not_measured_again(
+    stock: DynamicWhisper, _tiny_en: tuple[Any, Any], config: Config, fake_rates: Callable[..., list[str]]
+) -> None:
+    tuned = shifted(stock, 0.01)
+    tuned.audio_context = "dynamic"
+    measured = fake_rates({"stock": 0.4, "mix 0.25": 0.3, "mix 0.75": 0.35, "mix 1": 0.3})
+    result = choose_mix(tuned, stock, _tiny_en[1], [], config, shares=[0.75, 0.25], tuned_wer=0.32)
+    assert measured == ["stock, full", "mix 0.25, dynamic", "mix 0.75, dynamic"]
+    assert (result.shares, result.wers) == ((0.0, 0.25, 0.75, 1.0), (0.4, 0.3, 0.35, 0.32))
+    assert result.audio_contexts == ("full", "dynamic", "dynamic", "dynamic")
+    frame = result.to_frame()
+    assert list(frame.columns) == ["share", "wer", "audio_context", "clips", "chosen"]
+    assert frame[frame["chosen"]]["share"].tolist() == [result.best_share] == [0.25]
+    assert result.saved_to is None
+    assert_same_weights(tuned, mix_state(stock.state_dict(), shifted(stock, 0.01).state_dict(), 0.25))
+    choose_mix(tuned, stock, _tiny_en[1], [], config, shares=[])
+    assert measured[3:] == ["stock, full", "mix 1, dynamic"]
+
+
+@pytest.mark.parametrize(
+    ("rates", "best"),
+    [((0.3, 0.3, 0.3), 0.0), ((0.4, 0.3, 0.3), 0.5), ((0.4, 0.35, 0.3), 1.0), ((0.3, 0.35, 0.3), 0.0)],
+)
+def test_of_equal_rates_the_one_with_more_stock_weights_wins(
+    stock: DynamicWhisper, _tiny_en: tuple[Any, Any], config: Config, fake_rates: Callable[..., list[str]],
+    rates: tuple[float, ...], best: float,
+) -> None:  # fmt: skip
+    fake_rates(dict(zip(("stock", "mix 0.5", "mix 1"), rates, strict=True)))
+    result = choose_mix(copy.deepcopy(stock), stock, _tiny_en[1], [], config, shares=[0.5])
+    assert (result.best_share, result.keep_stock) == (best, best == 0)
+    assert ("keep the stock model" in result.describe()) == result.keep_stock
+    assert "WER on 40 validation clips" in result.describe()
+
+
+def test_an_interrupted_sweep_leaves_the_model_as_it_was_tuned(
+    stock: DynamicWhisper, _tiny_en: tuple[Any, Any], config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = shifted(stock, 0.05)
+    expected = clone(tuned)
+
+    def interrupt(self: ModelEvaluator, loader: Any, *, name: str) -> Any:
+        if name == "mix 0.5":
+            raise KeyboardInterrupt
+        return SimpleNamespace(wer=0.5, n=1, audio_context="full")
+
+    monkeypatch.setattr(ModelEvaluator, "evaluate_dataset", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        choose_mix(tuned, stock, _tiny_en[1], [], config)
+    assert_same_weights(tuned, expected)
+
+
+@pytest.mark.slow
+def test_a_mix_of_the_stock_model_with_itself_is_the_stock_model(
+    stock: DynamicWhisper, _tiny_en: tuple[Any, Any], loader: Any, config: Config
+) -> None:
+    result = choose_mix(copy.deepcopy(stock), stock, _tiny_en[1], loader, config, shares=[0.3])
+    assert len(set(result.wers)) == 1
+    assert result.keep_stock
+    assert result.clips == 1
+
+
+@pytest.mark.slow
+def test_of_a_broken_model_the_advice_is_to_keep_the_stock_one(
+    stock: DynamicWhisper, _tiny_en: tuple[Any, Any], loader: Any, config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    tuned = shifted(stock, 1.0)
+    tuned.audio_context = "dynamic"
+    expected = clone(tuned)
+    with ExperimentLogger(config, run_id="r") as experiment, caplog.at_level("INFO"):
+        result = choose_mix(
+            tuned, stock, _tiny_en[1], loader, config, shares=[0.6], output_dir=config.paths.checkpoints_dir / "mix",
+            experiment=experiment,
+        )  # fmt: skip
+    assert result.keep_stock
+    assert result.best_share == 0
+    assert result.wers[0] < min(result.wers[1:])
+    assert result.saved_to is None
+    assert not (config.paths.checkpoints_dir / "mix").exists()
+    assert_same_weights(tuned, expected)
+    assert "keep the stock model" in caplog.text
+    summary = summarize_run(experiment.dir)
+    assert summary.forgetting.describe_mix() == result.describe()
+    assert "keep the stock model" in summary.to_text()
+
+
+@pytest.mark.slow
+def test_a_mix_that_wins_is_loaded_and_saved(
+    stock: DynamicWhisper, _tiny_en: tuple[Any, Any], loader: Any, config: Config, tmp_path: Path
+) -> None:
+    # the true weights lie half way between two models with opposite noise
+    below, above = shifted(stock, -0.5), shifted(stock, 0.5)
+    result = choose_mix(above, below, _tiny_en[1], loader, config, shares=[0.5], output_dir=tmp_path / "mix")
+    assert result.wers[1] < min(result.wers[0], result.wers[2])
+    assert (result.best_share, result.keep_stock, result.saved_to) == (0.5, False, tmp_path / "mix")
+    assert_same_weights(above, stock.state_dict(), rtol=0.0, atol=1e-5)
+    reloaded = DynamicWhisper.from_pretrained(tmp_path / "mix")
+    assert_same_weights(reloaded, above.state_dict())
+    assert "the mix of share 0.5 was taken" in result.describe()
