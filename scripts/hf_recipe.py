@@ -1,8 +1,8 @@
 """The peer of scripts/benchmark_training.py: Hugging Face's fine-tuning guide for Whisper, on transformers 5.
 
 Kept as the guide has it (https://huggingface.co/blog/fine-tune-whisper): features padded to 30 s and stored by
-`datasets.map`, labels by `tokenizer(text)` without a leading space, the guide's collator with its later fix of the start
-token, `Seq2SeqTrainer` with its own optimizer settings, order and clipping. Adapted: names of arguments that
+`datasets.map`, labels by `tokenizer(text)` without a leading space, the guide's collator with its later fix of the
+start token, `Seq2SeqTrainer` with its own optimizer settings, order and clipping. Adapted: names of arguments that
 transformers 5 changed; audio decoded by our loader, since that of `datasets` needs FFmpeg; no gradient checkpointing,
 and as many warm-up updates as the other side.
 """

@@ -50,26 +50,23 @@ def measure_speed(rows: Sequence[Mapping[str, Any]], *, clips: int, batch_size: 
     )
 
 
-def update_rows(events: Sequence[Mapping[str, Any]], *, began: float, batch_size: int) -> list[dict[str, Any]]:
+def update_rows(events: Sequence[Mapping[str, Any]], *, batch_size: int) -> list[dict[str, Any]]:
     """Take the seconds of each update, from the end of the one before, out of a run's metrics.jsonl.
 
-    So loading of data is inside. The first update of an epoch or of a resumed run follows an evaluation or a pause: it
-    counts with its own speed.
+    So loading of data is inside. An update that follows another event than `begin`, such as an evaluation, counts with
+    its own speed, without that event.
 
     Args:
-        events: rows of metrics.jsonl in order.
-        began: time when training began, seconds since 1970.
+        events: rows of metrics.jsonl in order; `begin` is logged when training begins or goes on.
         batch_size: clips an update.
     """
-    by_step: dict[int, dict[str, Any]] = {}
-    before, in_training = began, True
+    by_step: dict[int, dict[str, Any]] = {}  # of an update that was done again after a stop, the last counts
+    before: float | None = None
     for event in events:
         if event["event"] == "train_step":
-            own = batch_size / event["samples_per_sec"]
-            sec = event["time"] - before if in_training else own
+            sec = batch_size / event["samples_per_sec"] if before is None else event["time"] - before
             by_step[event["step"]] = {"step": event["step"], "sec": sec}
-            before = event["time"]
-        in_training = event["event"] == "train_step"
+        before = event["time"] if event["event"] in ("train_step", "begin") else None
     return [by_step[step] for step in sorted(by_step)]
 
 

@@ -64,8 +64,12 @@ def choose_workers(setting: int | Literal["auto"], *, on_cuda: bool, cores: int 
 
 
 def usable_cores() -> int:
-    """Return the cores that this process may run on; a container may have fewer than the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return this process's share of the cores that it may run on; a container may have fewer than the machine.
+
+    Processes that train together on one machine share them; launchers say how many there are in LOCAL_WORLD_SIZE.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class SpeechLoader:

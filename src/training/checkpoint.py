@@ -90,7 +90,7 @@ class CheckpointStore:
             self._mirror.submit(
                 target, name=f"{self.folder.name}/{target.name}", group=self.folder.name, keep=self._limit
             )
-        self._rotate()
+        self._rotate(target)
         return target
 
     def _check_space(self, state: TrainingState) -> None:
@@ -102,8 +102,10 @@ class CheckpointStore:
                 "checkpoints are whole. Free space there, or set paths.checkpoints_dir to another disk"
             )
 
-    def _rotate(self) -> None:
-        for old in list_checkpoints(self.folder)[: -self._limit]:
+    def _rotate(self, newest: Path) -> None:
+        # by age: a training that begins anew in this folder counts its steps from 1 again
+        others = sorted((path for path in list_checkpoints(self.folder) if path != newest), key=_saved_at_ns)
+        for old in others[: max(0, len(others) + 1 - self._limit)]:
             if self._mirror is not None and self._mirror.is_busy(old):
                 continue  # it goes after the next one
             doomed = old.with_name(f".{old.name}.removed")  # never half of one under its name
@@ -185,6 +187,11 @@ def load_checkpoint(checkpoint: Path) -> TrainingState:
     except SafetensorError as err:
         raise CheckpointError(f"{checkpoint}: {err}") from err
     return TrainingState(tensors, values)
+
+
+def _saved_at_ns(checkpoint: Path) -> int:
+    manifest = checkpoint / MANIFEST
+    return manifest.stat().st_mtime_ns if manifest.is_file() else 0
 
 
 def _write(state: TrainingState, folder: Path) -> None:

@@ -124,6 +124,7 @@ def plain_copy(model: DynamicWhisper, state: dict[str, Tensor]) -> DynamicWhispe
 
 def _add_adapters(model: DynamicWhisper, config: LoRAConfig) -> None:
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear.discard("proj_out")  # tied to the token embedding, which a merged adapter would change too
     unknown = sorted(set(config.target_modules) - linear)
     if unknown or not config.target_modules:
         raise ModelError(

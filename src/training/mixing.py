@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,7 @@ def choose_mix(
     shares: Sequence[float] | None = None,
     tuned_wer: float | None = None,
     output_dir: Path | None = None,
+    provenance: Mapping[str, Any] | None = None,
     experiment: ExperimentLogger | None = None,
 ) -> MixResult:
     """Measure mixes of stock and tuned weights, and put the best one into the model.
@@ -109,8 +110,9 @@ def choose_mix(
         processor: of both.
         val_loader: of the validation set; the test set must not choose.
         shares: of the tuned weights, between 0 and 1; `training.mix_shares` by default.
-        tuned_wer: of the model on this loader, where it is known already.
+        tuned_wer: of the model on this loader and in this precision, where it is known already.
         output_dir: where a winning mix is saved, with `export_huggingface`; an older export there is replaced.
+        provenance: how the tuned model came about, for the file beside the saved mix, which says its share too.
         experiment: gets one row "mix" a share.
     Returns: all rates, and what was chosen.
     Raises: ModelError: models of other keys or shapes, the same model twice, or a share outside of 0 to 1.
@@ -132,14 +134,12 @@ def choose_mix(
         final_share = best_share or 1.0
     finally:  # an interrupt leaves the model as it was tuned
         _load(model, stock, tuned, final_share)
-    saved_to = output_dir if 0 < best_share < 1 else None
-    if saved_to is not None:
-        _save(model, processor, saved_to)
     contexts = (first.audio_context, *[get_audio_context(model.config)] * (len(wers) - 1))
-    result = MixResult(
-        tuple(wers), tuple(wers.values()), contexts, first.n, best_share, keep_stock=best_share == 0, saved_to=saved_to
-    )
+    result = MixResult(tuple(wers), tuple(wers.values()), contexts, first.n, best_share, keep_stock=best_share == 0)
     _report(result, experiment)
+    if output_dir is not None and 0 < best_share < 1:
+        _save(model, processor, output_dir, {**(provenance or {}), "mix": result.rows()})
+        result = replace(result, saved_to=output_dir)
     return result
 
 
@@ -197,9 +197,9 @@ def _cpu_copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return copied
 
 
-def _save(model: DynamicWhisper, processor: Any, output_dir: Path) -> None:
+def _save(model: DynamicWhisper, processor: Any, output_dir: Path, provenance: Mapping[str, Any]) -> None:
     if is_main_process():
-        export_huggingface(model, processor, output_dir)
+        export_huggingface(model, processor, output_dir, provenance=provenance)
     wait_for_all()
 
 

@@ -62,14 +62,14 @@ def find_checkpoint(roots: Sequence[Path], config: Config) -> ResumeReport:
                 try:
                     values = read_values(path)
                     candidates.append((float(values["saved_at"]), -order, path, values))
-                except (CheckpointError, KeyError) as err:
-                    refused.append((path, str(err)))
+                except (CheckpointError, KeyError, TypeError, ValueError) as err:
+                    refused.append((path, str(err) if isinstance(err, CheckpointError) else f"{err!r} in its state"))
     for _, _, path, found in sorted(candidates, key=lambda entry: entry[:2], reverse=True):
         try:
             _check_config(path, found, config)
             verify_checkpoint(path)
-        except CheckpointError as err:
-            refused.append((path, str(err)))
+        except (CheckpointError, KeyError, TypeError, AttributeError) as err:  # a damaged byte may hit a key's name
+            refused.append((path, str(err) if isinstance(err, CheckpointError) else f"{err!r} in its state"))
             continue
         return ResumeReport(path, tuple(refused), tuple(roots))
     return ResumeReport(None, tuple(refused), tuple(roots))

@@ -116,7 +116,7 @@ class RunSaver:
 
     def restore_best(self, progress: Progress) -> None:
         """Put the best epoch's weights into the model, where the last epoch is not the best."""
-        if progress.best_epoch is None or progress.best_epoch == progress.epochs_done:
+        if progress.best_epoch is None or (progress.best_epoch == progress.epochs_done and not progress.next_batch):
             return
         name = ADAPTERS_FILE if has_adapters(self._model) else "model.safetensors"
         missing, unexpected = self._model.load_state_dict(load_file(self.best_model_dir / name), strict=False)

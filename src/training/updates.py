@@ -96,6 +96,7 @@ class Updater:
             are named. DeviceError: not even a single clip fits into memory.
         """
         device = self._accelerator.device
+        self._optimizer.zero_grad(set_to_none=True)  # an interrupted update may have left some
         window = [self._inputs.cut(batch, draws) for batch, draws in zip(window, generators, strict=True)]
         counts = [sum(_tokens(batch) for batch in window), sum(len(batch["ids"]) for batch in window)]
         seconds = sum(sum(batch["durations"]) for batch in window)

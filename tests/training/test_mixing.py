@@ -15,6 +15,7 @@ from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator
 from src.evaluation.report import summarize_run
 from src.models.dynamic_context import DynamicWhisper
+from src.models.export import read_provenance
 from src.training import mixing
 from src.training.methods import prepare_model
 from src.training.mixing import choose_mix, mix_state
@@ -221,10 +222,13 @@ def test_a_mix_that_wins_is_loaded_and_saved(
 ) -> None:
     # the true weights lie half way between two models with opposite noise
     below, above = shifted(stock, -0.5), shifted(stock, 0.5)
-    result = choose_mix(above, below, _tiny_en[1], loader, config, shares=[0.5], output_dir=tmp_path / "mix")
+    result = choose_mix(
+        above, below, _tiny_en[1], loader, config, shares=[0.5], output_dir=tmp_path / "mix", provenance={"run": "r"}
+    )
     assert result.wers[1] < min(result.wers[0], result.wers[2])
     assert (result.best_share, result.keep_stock, result.saved_to) == (0.5, False, tmp_path / "mix")
     assert_same_weights(above, stock.state_dict(), rtol=0.0, atol=1e-5)
     reloaded = DynamicWhisper.from_pretrained(tmp_path / "mix")
     assert_same_weights(reloaded, above.state_dict())
+    assert read_provenance(tmp_path / "mix") == {"run": "r", "mix": result.rows()}
     assert "the mix of share 0.5 was taken" in result.describe()

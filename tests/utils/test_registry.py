@@ -17,7 +17,7 @@ from src.utils.errors import DataError, ModelError
 from src.utils.registry import ModelRegistry
 from src.utils.versioning import get_git_revision
 
-WRITERS, EACH = 4, 20
+WRITERS, EACH = 4, 12
 can_fork = pytest.mark.skipif(
     "fork" not in multiprocessing.get_all_start_methods(), reason="a fresh process imports for seconds"
 )

@@ -124,6 +124,8 @@ for steps in (range(1, 4), range(4, 6)):
     with ExperimentLogger(config, run_id="r") as experiment:
         log_a_training(experiment, steps)
 assert "tensorflow" not in sys.modules
+from mlflow.telemetry.client import get_telemetry_client
+assert get_telemetry_client() is None
 """
 
 
@@ -136,7 +138,7 @@ def test_all_three_stay_within_the_run_silent_and_offline(tmp_path: Path) -> Non
     environment.pop("CI", None)  # MLflow's telemetry is on where it sees no test and no CI
     done = subprocess.run(
         [sys.executable, "-c", SESSION, str(runs), "tensorboard", "wandb", "mlflow"],
-        cwd=elsewhere, env={**environment, "HOME": str(home), "PYTHONPATH": str(ROOT)},
+        cwd=elsewhere, env={**environment, "HOME": str(home), "PYTHONPATH": str(ROOT), "MPLCONFIGDIR": str(tmp_path)},
         capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

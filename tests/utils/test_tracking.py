@@ -1,11 +1,17 @@
 from __future__ import annotations
 
 import json
+import logging
+import resource
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from src.evaluation.report import load_metrics
 from src.utils.config import Config, load_config
 from src.utils.errors import WhisperASRError
 from src.utils.tracking import ExperimentLogger
@@ -34,6 +40,142 @@ def test_a_place_that_cannot_be_written_is_named(config: Config, tmp_path: Path)
     (tmp_path / "runs").write_text("a file stands here")
     with pytest.raises(WhisperASRError, match=r"paths\.runs_dir"):
         ExperimentLogger(config, run_id="r")
+
+
+@contextmanager
+def no_space_after(size_bytes: int) -> Iterator[None]:
+    """The system cuts writes at this size of a file, then refuses them, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_rows_that_a_full_disk_refused_follow_once_there_is_space(
+    config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO), ExperimentLogger(config, run_id="r") as experiment:
+        experiment.log("train_step", step=1, epoch=1)
+        with no_space_after(experiment.metrics_path.stat().st_size + 20):  # within the next row
+            for step in (2, 3, 4):
+                experiment.log("train_step", step=step, epoch=1)
+        assert not experiment.metrics_path.read_text().endswith("\n")
+        experiment.log("train_step", step=5, epoch=1)
+        assert [row["step"] for row in load_metrics(experiment.dir)] == [1, 2, 3, 4, 5]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert "rows are kept in memory" in caplog.messages[0]
+
+
+def test_rows_lost_at_the_end_are_counted_and_the_run_can_be_continued(
+    config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    experiment = ExperimentLogger(config, run_id="r")
+    experiment.log("train_step", step=1, epoch=1)
+    with no_space_after(experiment.metrics_path.stat().st_size + 20):
+        for step in (2, 3):
+            experiment.log("train_step", step=step, epoch=1)
+        experiment.close()
+    assert "the last 2 rows are lost" in caplog.messages[-1]
+    with ExperimentLogger(config, run_id="r") as experiment:
+        experiment.log("train_step", step=2, epoch=1)
+    assert "a crash cut the last row" in caplog.messages[-1]
+    assert [row["step"] for row in load_metrics(experiment.dir)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("rest", "kept"), [(b'{"event": "ep', 1), (b"\0\0\0\0", 1), (b'{"event": "epoch", "epoch": 9}', 2)]
+)
+def test_a_last_row_without_its_end_is_finished_or_taken_off(config: Config, rest: bytes, kept: int) -> None:
+    with ExperimentLogger(config, run_id="r") as experiment:
+        experiment.log("epoch", epoch=1)
+    with experiment.metrics_path.open("ab") as file:
+        file.write(rest)
+    with ExperimentLogger(config, run_id="r") as experiment:
+        experiment.log("epoch", epoch=2)
+    assert len(load_metrics(experiment.dir)) == kept + 1
+
+
+def log_training(experiment: ExperimentLogger, steps: range) -> None:
+    """Two updates an epoch, each epoch with its row."""
+    for step in steps:
+        experiment.log("train_step", step=step, epoch=(step + 1) // 2)
+        if step % 2 == 0:
+            experiment.log("epoch", epoch=step // 2)
+
+
+def shown(experiment: ExperimentLogger) -> list[tuple[str, Any]]:
+    return [(row["event"], row.get("step", row.get("epoch"))) for row in load_metrics(experiment.dir)]
+
+
+def test_a_resumed_run_holds_the_rows_of_one_that_ran_through(config: Config) -> None:
+    with ExperimentLogger(config, run_id="straight") as straight:
+        straight.log("evaluation", name="stock")
+        log_training(straight, range(1, 9))
+    with ExperimentLogger(config, run_id="resumed") as experiment:
+        experiment.log("evaluation", name="stock")
+        log_training(experiment, range(1, 7))
+    with ExperimentLogger(config, run_id="resumed") as experiment:
+        experiment.resume_at(step=3, epoch=1)
+        log_training(experiment, range(4, 9))
+    assert shown(experiment) == shown(straight)
+
+
+def test_resuming_takes_rows_of_the_last_training_only(config: Config) -> None:
+    with ExperimentLogger(config, run_id="r") as experiment:
+        log_training(experiment, range(1, 7))  # a cell that was run, and run again
+        log_training(experiment, range(1, 5))
+        experiment.resume_at(step=2, epoch=1)
+        assert [place for event, place in shown(experiment) if event == "train_step"] == [1, 2, 3, 4, 5, 6, 1, 2]
+        assert [place for event, place in shown(experiment) if event == "epoch"] == [1, 2, 3, 1]
+        before = experiment.metrics_path.read_bytes()
+        experiment.resume_at(step=2, epoch=1)
+        assert experiment.metrics_path.read_bytes() == before
+
+
+def test_rows_that_cannot_be_taken_back_stay_and_the_run_goes_on(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with ExperimentLogger(config, run_id="r") as experiment:
+        log_training(experiment, range(1, 4))
+        before = shown(experiment)
+        monkeypatch.setattr("src.utils.tracking.write_text_atomic", refuse)
+        with pytest.raises(WhisperASRError, match="No space left on device; free space"):
+            experiment.resume_at(step=1, epoch=0)
+        experiment.log("train_step", step=4, epoch=2)
+        assert shown(experiment) == [*before, ("train_step", 4)]
+
+
+def test_subscribers_get_each_row_and_one_that_fails_gets_no_more(
+    config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[int] = []
+
+    def fail(row: dict[str, Any]) -> None:
+        raise RuntimeError("broken")
+
+    with ExperimentLogger(config, run_id="r") as experiment:
+        experiment.subscribe(fail)
+        unsubscribe = experiment.subscribe(lambda row: seen.append(row["step"]))
+        for step in (1, 2):
+            experiment.log("train_step", step=step, epoch=1)
+        unsubscribe()
+        experiment.log("train_step", step=3, epoch=1)
+    assert seen == [1, 2]
+    assert len(caplog.records) == 1
+    assert len(load_metrics(experiment.dir)) == 3
+
+
+def test_logging_after_the_end_is_an_error_and_closing_twice_is_none(config: Config) -> None:
+    experiment = ExperimentLogger(config, run_id="r")
+    experiment.close()
+    experiment.close()
+    with pytest.raises(ValueError, match="closed"):
+        experiment.log("epoch", epoch=1)
 
 
 def test_git_revision_is_the_commit_and_marks_changes(tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""Fine-tune on one or several processes, GPUs or machines.
+
+    python scripts/train.py --config config.yaml --profile demo
+    accelerate launch --num_processes 4 scripts/train.py --config config.yaml
+    accelerate launch --config_file configs/fsdp.yaml scripts/train.py --config config.yaml
+
+A stopped run goes on from its newest checkpoint when the same command is given again; `--fresh` begins anew. Settings
+are overridden by `--set training.epochs=5`. The last line printed is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import yaml
+from accelerate import PartialState
+
+from src.data import create_dataloaders, prepare_datasets
+from src.models import WhisperModelManager
+from src.training import WhisperTrainer
+from src.utils import load_config, setup_logging
+from src.utils.config import Config
+from src.utils.distributed import is_main_process, world_size
+from src.utils.errors import WhisperASRError
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    config = load_config(
+        arguments.config, profile=arguments.profile, overrides=dict(parse_setting(text) for text in arguments.set)
+    )
+    PartialState(cpu=config.device == "cpu")  # joins the processes that the launcher has started
+    setup_logging("INFO" if is_main_process() else "WARNING")
+    if world_size() > 1 and config.device == "auto":
+        config = config.model_copy(update={"device": str(PartialState().device)})
+    try:
+        figures = train(config, fresh=arguments.fresh)
+    except WhisperASRError as err:
+        if is_main_process():
+            print(f"{type(err).__name__}: {err}", file=sys.stderr)
+        return 1
+    if is_main_process():
+        print(json.dumps(figures))
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=ROOT / "config.yaml")
+    parser.add_argument("--profile", help="one of the file's profiles")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting; may repeat"
+    )
+    parser.add_argument("--fresh", action="store_true", help="begin anew, although there is a checkpoint to go on from")
+    return parser.parse_args()
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Read "training.epochs=5"; the value is YAML."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise SystemExit(f"--set {text}: write KEY=VALUE, for example training.epochs=5")
+    return key.strip(), yaml.safe_load(value)
+
+
+def train(config: Config, *, fresh: bool) -> dict[str, Any]:
+    """Run one training in this process and those beside it."""
+    splits = prepare_datasets(config)
+    model, processor = WhisperModelManager(config).initialize_model()
+    loaders = create_dataloaders(splits, processor, config)
+    trainer = WhisperTrainer(model, processor, loaders.train, loaders.validation, config)
+    if not fresh:
+        trainer.resume("auto")
+    history = trainer.train()
+    return {
+        "processes": world_size(),
+        "epochs": len(history["epoch"]),
+        "best_epoch": trainer.best_epoch,
+        "best_val_wer": min(history["val_wer"]),
+        "best_model": str(trainer.best_model_dir),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import import_utils
+from torch import Tensor, nn
+from transformers import WhisperForConditionalGeneration
+
+from src.models.export import export_huggingface
+from src.training.loss import TokenLoss
+from src.training.methods import choose_method, has_adapters, merged_model, prepare_model, trainable
+from src.training.schedule import build_optimizer
+from src.training.state import model_tensors
+from src.utils.config_schema import LoRAConfig, TrainingConfig
+from src.utils.errors import ModelError
+
+
+def make_batch(model: Any, frames: int = 60) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 80, frames, generator=generator)
+    tokens = torch.randint(0, model.config.vocab_size, (2, 6), generator=generator)
+    return features, tokens, tokens.roll(-1, 1)
+
+
+@torch.no_grad()
+def logits(model: Any, frames: int = 60) -> Tensor:
+    features, tokens, _ = make_batch(model, frames)
+    found: Tensor = model(input_features=features, decoder_input_ids=tokens, use_cache=False).logits
+    return found
+
+
+def train(model: Any, config: TrainingConfig, updates: int = 2, rate: float = 1e-2) -> set[str]:
+    """Update a few times; return the names of the parameters that changed."""
+    model.audio_context = "dynamic"
+    prepare_model(model, config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, learning_rate=rate, weight_decay=0.1)
+    loss = TokenLoss(model).train()
+    for _ in range(updates):
+        optimizer.zero_grad()
+        loss(*make_batch(model)).backward()
+        optimizer.step()
+    model.eval()
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+@pytest.mark.parametrize(
+    ("settings", "d_model", "method", "reason"),
+    [
+        ({}, 384, "full", "smaller than medium"),
+        ({}, 768, "full", "smaller than medium"),
+        ({}, 1024, "lora", "medium or larger"),
+        ({}, 1280, "lora", "medium or larger"),
+        ({"freeze_encoder": 2}, 1024, "full", "freeze_encoder is set"),
+        ({"method": "full"}, 1280, "full", "asked for"),
+        ({"method": "lora"}, 384, "lora", "asked for"),
+    ],
+)
+def test_the_method_goes_by_the_models_width(settings: dict[str, Any], d_model: int, method: str, reason: str) -> None:
+    choice = choose_method(TrainingConfig(**settings), d_model)
+    assert choice.method == method
+    assert reason in choice.reason
+
+
+def encoder_names(model: Any) -> set[str]:
+    return {name for name, _ in model.named_parameters() if name.startswith("model.encoder.")}
+
+
+POSITIONS = "model.encoder.embed_positions.weight"
+
+
+def test_full_training_changes_everything_but_the_position_table(small: tuple[Any, Any]) -> None:
+    model, _ = small
+    assert train(model, TrainingConfig()) == {name for name, _ in model.named_parameters()} - {POSITIONS}
+
+
+def test_a_frozen_encoder_keeps_its_weights(small: tuple[Any, Any]) -> None:
+    model, _ = small
+    everything = {name for name, _ in model.named_parameters()}
+    assert train(model, TrainingConfig(freeze_encoder=True)) == everything - encoder_names(model)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_frozen_first_layers_keep_theirs_with_the_convolutions(small: tuple[Any, Any], layers: int) -> None:
+    model, _ = small
+    everything = {name for name, _ in model.named_parameters()}
+    first = tuple(["model.encoder.conv", POSITIONS, *(f"model.encoder.layers.{i}." for i in range(layers))])
+    assert train(model, TrainingConfig(freeze_encoder=layers)) == {n for n in everything if not n.startswith(first)}
+
+
+def test_more_frozen_layers_than_there_are_is_refused(small: tuple[Any, Any]) -> None:
+    with pytest.raises(ModelError, match="3 layers are to be frozen, this encoder has 2"):
+        prepare_model(small[0], TrainingConfig(freeze_encoder=3))
+
+
+def test_a_model_is_thawed_and_its_checkpointing_set_by_the_next_training(small: tuple[Any, Any]) -> None:
+    model, _ = small
+    prepare_model(model, TrainingConfig(freeze_encoder=True, gradient_checkpointing=True))
+    prepare_model(model, TrainingConfig())
+    assert not model.is_gradient_checkpointing
+    assert len(trainable(model)) == len(list(model.parameters())) - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_master_weights_are_float32_whatever_the_checkpoints_type(
+    small: tuple[Any, Any], dtype: torch.dtype, method: Any
+) -> None:
+    model = small[0].to(dtype)
+    train(model, TrainingConfig(method=method))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.dtype for p in merged_model(model).parameters()} == {torch.float32}
+
+
+# adapters
+
+
+@pytest.mark.slow
+def test_untrained_adapters_change_nothing(tiny_en: tuple[Any, Any]) -> None:
+    model, _ = tiny_en
+    before = logits(model, 3_000)
+    prepare_model(model, TrainingConfig(method="lora"))
+    assert torch.equal(logits(model, 3_000), before)
+
+
+def test_adapters_alone_are_trained_and_sit_where_they_are_asked_for(small: tuple[Any, Any]) -> None:
+    model, _ = small
+    changed = train(model, TrainingConfig(method="lora", lora=LoRAConfig(target_modules=("q_proj", "fc2"), rank=4)))
+    assert changed == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(".lora_" in name for name in changed)
+    modules = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in changed}
+    assert modules == {"q_proj", "fc2"}
+    assert len(changed) == 2 * (2 * 2 + 2 * 3)  # A and B: fc2 and q_proj of two layers, and of cross attention
+
+
+@pytest.mark.slow
+def test_merged_adapters_give_their_outputs_and_the_source_stays_bit_identical(tiny_en: tuple[Any, Any]) -> None:
+    model, _ = tiny_en
+    stock = logits(model, 3_000)
+    train(model, TrainingConfig(method="lora", lora=LoRAConfig(rank=8, dropout=0.1)), rate=1e-3)
+    before, expected = copy.deepcopy(model.state_dict()), logits(model)
+    plain = merged_model(model)
+    assert not has_adapters(plain)
+    assert float((expected - logits(plain)).abs().max()) < 1e-4 * float(expected.abs().max())
+    assert float((logits(plain, 3_000) - stock).abs().max()) > 0.01  # they do something
+    after = model.state_dict()
+    assert set(before) == set(after)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert has_adapters(model)
+    assert torch.equal(logits(model), expected)
+    assert plain.generation_config.to_dict() == model.generation_config.to_dict()
+    assert plain.audio_context == "dynamic"
+    plain.audio_context = "full"
+    assert model.audio_context == "dynamic"
+
+
+def test_a_model_without_adapters_is_its_own_merged_one(small: tuple[Any, Any]) -> None:
+    assert merged_model(small[0]) is small[0]
+
+
+def test_adapters_of_another_training_are_refused_and_the_merged_model_is_not(small: tuple[Any, Any]) -> None:
+    model, _ = small
+    prepare_model(model, TrainingConfig(method="lora"))
+    for method in ("lora", "full"):
+        with pytest.raises(ModelError, match="holds adapters of another training already"):
+            prepare_model(model, TrainingConfig(method=method))
+    prepare_model(merged_model(model), TrainingConfig(method="lora"))
+
+
+@pytest.mark.parametrize("names", [("q_proj", "nonsense"), ("proj_out",), ()])
+def test_unknown_target_modules_are_refused(small: tuple[Any, Any], names: tuple[str, ...]) -> None:
+    with pytest.raises(ModelError, match="target_modules: no linear layer is named.*known: fc1, fc2, k_proj"):
+        prepare_model(small[0], TrainingConfig(method="lora", lora=LoRAConfig(target_modules=names)))
+
+
+@pytest.mark.slow
+def test_merged_adapters_load_in_stock_transformers(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
+    model, processor = tiny_en
+    train(model, TrainingConfig(method="lora"), rate=1e-4)
+    model.audio_context = "full"
+    export_huggingface(merged_model(model), processor, tmp_path / "out", adapters=model_tensors(model))
+    stock = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    expected = logits(model, 3_000)
+    assert float((logits(stock, 3_000) - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+@pytest.fixture
+def old_torchao(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The torchao that Colab ships, which PEFT refuses."""
+    (tmp_path / "site" / "torchao").mkdir(parents=True)
+    (tmp_path / "site" / "torchao" / "__init__.py").write_text("__version__ = '0.10.0'\n")
+    info = tmp_path / "site" / "torchao-0.10.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchao\nVersion: 0.10.0\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    import_utils.is_torchao_available.cache_clear()
+    yield
+    import_utils.is_torchao_available.cache_clear()
+
+
+def test_adapters_work_beside_a_torchao_that_peft_refuses(small: tuple[Any, Any], old_torchao: None) -> None:
+    with pytest.raises(ImportError, match="incompatible version of torchao"):
+        import_utils.is_torchao_available()
+    model, _ = small
+    train(model, TrainingConfig(method="lora"))
+    expected = logits(model)
+    assert torch.allclose(logits(merged_model(model)), expected, atol=1e-4 * float(expected.abs().max()))
+
+
+# memory
+
+
+@pytest.mark.parametrize("settings", [{}, {"freeze_encoder": 1}, {"freeze_encoder": True}, {"method": "lora"}])
+def test_gradient_checkpointing_gives_the_same_gradients(small: tuple[Any, Any], settings: dict[str, Any]) -> None:
+    found: list[dict[str, Tensor]] = []
+    recomputed: list[bool] = []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(small[0])
+        model.audio_context = "dynamic"
+        torch.manual_seed(0)
+        lora = LoRAConfig(dropout=0.1)  # the second pass must draw what the first drew
+        prepare_model(model, TrainingConfig(gradient_checkpointing=checkpointing, lora=lora, **settings))
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                nn.init.normal_(parameter)
+        calls: list[nn.Module] = []
+        model.model.decoder.layers[0].fc1.register_forward_hook(lambda m, i, o, calls=calls: calls.append(m))
+        torch.manual_seed(1)
+        TokenLoss(model).train()(*make_batch(model)).backward()
+        recomputed.append(len(calls) == 2)
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert recomputed == [False, True]
+    assert set(found[0]) == set(found[1])
+    assert all(torch.allclose(gradient, found[1][name], atol=1e-6) for name, gradient in found[0].items())
