@@ -9,7 +9,6 @@ other speakers, against theirs. The last line printed is one JSON object; the ta
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import sys

@@ -212,6 +212,7 @@ def short_table(
     rows = [
         row("training, all updates but the first two", "samples_per_sec", "{:.2f} clips/s"),
         row("the same, median of single updates", "median_samples_per_sec", "{:.2f} clips/s"),
+        row("the same, processor time of all threads", "cpu_sec_per_clip", "{:.2f} s a clip"),
         row("all updates", "train_sec", "{:.1f} s"),
         row("preparing the clips before (ours: checking)", "prep_sec", "{:.1f} s"),
         row("stored before training", "prep_bytes", "{:.0f} MB", 1e-6),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,22 +102,22 @@ class DataCollatorSpeechSeq2SeqWithPadding:
 class _Recorder(TrainerCallback):  # type: ignore[misc]
     """Appends the seconds of each update, data included and saving not, to a file; ends the run where asked."""
 
-    def __init__(self, rows: Path, stop_after: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, rows: Path, stop_after: int) -> None:
         self._rows = rows
         self._stop_after = stop_after
-        self._clock = clock
-        self._since = clock()
+        self._since = _now()
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._since = self._clock()
+        self._since = _now()
 
     def on_save(self, *_: Any, **__: Any) -> None:
-        self._since = self._clock()
+        self._since = _now()
 
     def on_step_end(self, _: TrainingArguments, state: TrainerState, control: TrainerControl, **__: Any) -> None:
-        now = self._clock()  # the trainer has looked at the loss, so a GPU has done the update
+        now = _now()  # the trainer has looked at the loss, so a GPU has done the update
+        wall, cpu = (after - before for after, before in zip(now, self._since, strict=True))
         with self._rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, "sec": now - self._since}) + "\n")
+            file.write(json.dumps({"step": state.global_step, "sec": wall, "cpu_sec": cpu}) + "\n")
         self._since = now
         if state.global_step >= self._stop_after:
             control.should_training_stop = True
@@ -130,7 +129,7 @@ def fine_tune(model: Any, processor: Any, dataset: Any, options: RecipeOptions, 
     Args:
         model: stock `WhisperForConditionalGeneration` in float32.
         dataset: from `prepare_features`.
-    Returns: one row an update: `step`, `sec`.
+    Returns: one row an update: `step`, `sec`, and processor time `cpu_sec`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "updates.jsonl"
@@ -169,3 +168,7 @@ def fine_tune(model: Any, processor: Any, dataset: Any, options: RecipeOptions, 
     # of an update that was done again after a stop, the last row counts
     by_step = {row["step"]: row for row in map(json.loads, rows.read_text(encoding="utf-8").splitlines())}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()

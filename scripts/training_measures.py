@@ -25,28 +25,34 @@ class Speed:
         samples_per_sec: clips over seconds of all updates but the first two.
         median_samples_per_sec: of single updates, likewise; batches differ in length on one side only.
         train_sec: of all updates.
+        cpu_sec_per_clip: processor time of the same updates as `samples_per_sec`, over all threads; where other work
+            shares the machine, it says more than wall time. None where it was not taken.
     """
 
     samples_per_sec: float
     median_samples_per_sec: float
     train_sec: float
+    cpu_sec_per_clip: float | None
 
 
 def measure_speed(rows: Sequence[Mapping[str, Any]], *, clips: int, batch_size: int) -> Speed:
     """Summarise updates.
 
     Args:
-        rows: one an update, with its seconds `sec`.
+        rows: one an update, with its seconds `sec` and, where taken, its processor time `cpu_sec`.
         clips: trained on by all of them together.
         batch_size: of the first updates, which are left out.
     """
     seconds = [row["sec"] for row in rows]
     warm = min(WARM_UPDATES, len(seconds) - 1)
     steady = seconds[warm:]
+    steady_clips = clips - warm * batch_size
+    cpu = [row["cpu_sec"] for row in rows[warm:] if "cpu_sec" in row]
     return Speed(
-        (clips - warm * batch_size) / sum(steady),
+        steady_clips / sum(steady),
         statistics.median(batch_size / value for value in steady),
         sum(seconds),
+        sum(cpu) / steady_clips if len(cpu) == len(steady) else None,
     )
 
 

@@ -35,6 +35,7 @@ from src.utils.tracking import ExperimentLogger
 REAL_DEV_STRIDE = 4
 TINY_VALIDATION = 2  # clips that our trainer validates on in the short run, whose weights are measured at its end
 SAVE_MINUTES, PEER_SAVE_UPDATES = 5.0, 50  # between two states of the real run
+_TIMED = ("begin", "train_step")
 
 Figures = dict[str, Any]
 
@@ -71,11 +72,17 @@ def train_ours(job: Any) -> Figures:
     if job.resumable:
         _watch_epochs(experiment, model, processor, evaluated, config)
         trainer.resume("auto")
+    cpu_sec: list[float] = []
+    experiment.subscribe(lambda row: cpu_sec.append(time.process_time()) if row["event"] in _TIMED else None)
     experiment.log("begin")
     trainer.train()
     peak_mb = peak_memory_mb(job.device)
     events = [json.loads(line) for line in experiment.metrics_path.read_text(encoding="utf-8").splitlines()]
-    figures = _figures(job, update_rows(events, batch_size=job.batch_size), flops.total, peak_mb)
+    rows = update_rows(events, batch_size=job.batch_size)
+    if not job.resumable:  # else there are evaluations in between
+        for row, before, after in zip(rows, cpu_sec, cpu_sec[1:], strict=False):
+            row["cpu_sec"] = after - before
+    figures = _figures(job, rows, flops.total, peak_mb)
     figures |= {"prep_sec": prep_sec, "prep_bytes": 0}
     if job.resumable:
         figures["by_epoch"] = _epochs(events, figures["update_sec"], job)

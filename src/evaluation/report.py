@@ -226,7 +226,8 @@ def _measures(row: Row) -> dict[str, str]:
     measures["audio context"] = row.get("audio_context", NOT_MEASURED)
     measures["normaliser"] = row.get("normalizer", NOT_MEASURED)
     measures["clips"] = str(row.get("n", NOT_MEASURED))
-    measures["interval over"] = f"{row['num_blocks']} {row['blocks']}s" if "num_blocks" in row else NOT_MEASURED
+    count = row.get("num_blocks")
+    measures["interval over"] = f"{count} {row['blocks']}{'s' * (count != 1)}" if count else NOT_MEASURED
     return measures
 
 

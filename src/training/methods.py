@@ -115,7 +115,8 @@ def merged_model(model: DynamicWhisper) -> DynamicWhisper:
 
 def plain_copy(model: DynamicWhisper, state: dict[str, Tensor]) -> DynamicWhisper:
     """Return a new model of the same kind with these weights, on the same device."""
-    plain = DynamicWhisper(copy.deepcopy(model.config))
+    with torch.random.fork_rng(devices=[]):  # its first weights are drawn: training must not notice
+        plain = DynamicWhisper(copy.deepcopy(model.config))
     plain.load_state_dict(state)
     plain.generation_config = copy.deepcopy(model.generation_config)
     plain.to(model.device).train(model.training)

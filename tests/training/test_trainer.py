@@ -1,195 +1,255 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import WhisperForConditionalGeneration
 
-from src.data.checking import check_utterance
+from src.data.features import CONTEXT_SAMPLES, LogMel
+from src.data.labels import LabelEncoder
 from src.data.loader import create_loader
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator
+from src.inference.decoding import DecodingOptions, decode
+from src.models.export import read_provenance
+from src.training import saving
+from src.training.checkpoint import list_checkpoints, load_checkpoint
 from src.training.trainer import WhisperTrainer
+from src.training.updates import Updater, UpdateReport
 from src.utils.config import Config
-from src.utils.config_schema import AugmentationConfig, CompositionConfig
 from src.utils.errors import DataError
 
+Configure = Callable[..., Config]
+TrainerFactory = Callable[..., WhisperTrainer]
 pytestmark = pytest.mark.slow
 
 
-def with_training(config: Config, **training: Any) -> Config:
-    return config.model_copy(update={"training": config.training.model_copy(update=training)})
+# what the decoder is fed
 
 
-def without_augmentation(config: Config) -> Config:
-    return config.model_copy(update={"augmentation": AugmentationConfig(enabled=False)})
+def fed_to(model: Any, run: Callable[[], Any]) -> list[int]:
+    """Return the tokens of the first call of the decoder."""
+    calls: list[torch.Tensor] = []
+    hook = model.model.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    try:
+        run()
+    finally:
+        hook.remove()
+    first: list[int] = calls[0][0].tolist()
+    return first
 
 
-@pytest.fixture(scope="module")
-def clips(sample: list[Utterance]) -> list[Utterance]:
-    """13 short training clips of several speakers."""
-    train = [u for u in sample if u.meta["split"] == "train"]
-    return [check_utterance(u, Config().data) for u in train[::27][:13]]
-
-
-def make(tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config, val: int = 2) -> WhisperTrainer:
-    model, processor = tiny_en
-    train_loader = create_loader(clips, processor, config, shuffle=True)
-    return WhisperTrainer(model, processor, train_loader, create_loader(clips[:val], processor, config), config)
-
-
-@pytest.mark.parametrize(("batch_size", "steps"), [(4, 2), (2, 4), (3, 3)])
-def test_accumulation_gives_the_gradients_of_the_whole_batch(
-    tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config, batch_size: int, steps: int
+@pytest.mark.parametrize(("variant", "start"), [("tiny_en", 50257), ("base", 50258)])
+def test_training_feeds_the_decoder_what_generation_feeds_it(
+    request: pytest.FixtureRequest, clips: list[Utterance], configure: Configure, jfk: Any, variant: str, start: int
 ) -> None:
-    settings = with_training(without_augmentation(config), max_trailing_silence_sec=0, batch_size=8)
-    trainer = make(tiny_en, clips[:8], settings)
-    trainer.model.eval()
-    collate = trainer._train_loader.collate_fn
-    items = [trainer._train_loader.dataset[i] for i in range(8)]
-    # one length for all, so that padding is the same in every partition
-    longest = max(len(item["audio"]) for item in items)
-    for item in items:
-        item["audio"] = torch.nn.functional.pad(item["audio"], (0, longest - len(item["audio"])))
-
-    def gradients(window: list[list[dict[str, Any]]]) -> tuple[float, torch.Tensor]:
-        trainer.model.zero_grad()
-        captured: list[torch.Tensor] = []
-        trainer._optimizer.step = lambda: captured.append(
-            torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
-        )
-        trainer._accelerator.clip_grad_norm_ = lambda *a: torch.tensor(0.0)
-        loss, tokens, _ = trainer._update([collate(part) for part in window])
-        return loss / tokens, captured[0]
-
-    whole_loss, whole = gradients([items])
-    split_loss, split = gradients([items[at : at + batch_size] for at in range(0, 8, batch_size)][:steps])
-    assert split_loss == pytest.approx(whole_loss, rel=1e-5)
-    torch.testing.assert_close(split, whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-4)
+    model, processor = request.getfixturevalue(variant)
+    language = None if variant == "tiny_en" else "en"
+    batch = next(iter(create_loader(clips[:4], processor, configure(model__variant="base", model__language="en"))))
+    prefix = LabelEncoder(processor.tokenizer, language=language).prefix
+    audio = torch.nn.functional.pad(torch.from_numpy(jfk), (0, CONTEXT_SAMPLES - len(jfk)))
+    spoken = {} if language is None else {"language": language, "task": "transcribe"}
+    stock = fed_to(model, lambda: model.generate(LogMel(80)(audio[None]), max_new_tokens=1, **spoken))
+    own = fed_to(model, lambda: decode(model, processor, [jfk], DecodingOptions(language="en", max_tokens_per_sec=0.1)))
+    assert stock == own == list(prefix)
+    assert len(prefix) == (2 if language is None else 4)
+    for row, labels, text in zip(batch["decoder_input_ids"], batch["labels"], batch["texts"], strict=True):
+        assert row[: len(prefix)].tolist() == stock
+        assert row.tolist().count(start) == 1
+        due = labels[labels != -100].tolist()
+        assert due[-1] == processor.tokenizer.eos_token_id
+        assert processor.tokenizer.decode(due[:-1]) == f" {text.strip()}"
+        # each input is what was expected before it
+        assert row[len(prefix) : len(prefix) + len(due) - 1].tolist() == due[:-1]
 
 
-def test_every_clip_of_an_epoch_is_stepped_and_the_schedule_counts_updates(
-    tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config
-) -> None:
-    settings = with_training(config, batch_size=2, gradient_accumulation_steps=3)
-    trainer = make(tiny_en, clips, settings)
-    seen: list[str] = []
-    original = trainer._loss_sum
-
-    def spy(batch: dict[str, Any], generator: torch.Generator) -> torch.Tensor:
-        seen.extend(batch["ids"])
-        return original(batch, generator)
-
-    trainer._loss_sum = spy  # type: ignore[method-assign]
-    trainer.train(num_epochs=1)
-    assert sorted(seen) == sorted(u.id for u in clips)
-    rows = [json.loads(line) for line in trainer.experiment.metrics_path.read_text().splitlines()]
-    updates = [row for row in rows if row["event"] == "train_step"]
-    assert len(updates) == 3  # 7 batches in windows of 3
-    assert max(row["learning_rate"] for row in updates) == pytest.approx(3.75e-5)
-    assert updates[-1]["learning_rate"] < 3.75e-5
-
-
-def test_each_epoch_has_its_own_order(tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config) -> None:
-    trainer = make(tiny_en, clips, with_training(config, batch_size=2))
-    orders = []
-    for epoch in (1, 2, 1):
-        trainer._train_loader.set_epoch(epoch - 1)
-        orders.append([batch["ids"] for batch in trainer._train_loader])
-    assert orders[0] == orders[2] != orders[1]
+# real weights
 
 
 def test_fine_tuning_learns_saves_the_best_and_reloads_the_same(
-    tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config
+    tiny_en: tuple[Any, Any], make_trainer: TrainerFactory, clips: list[Utterance]
 ) -> None:
-    trainer = make(tiny_en, clips, with_training(config, batch_size=4), val=13)
-    history = trainer.train(num_epochs=3)
+    table = tiny_en[0].model.encoder.embed_positions.weight.clone()
+    trainer = make_trainer(
+        model=tiny_en, train=clips[:8], validation=clips[:4], training__batch_size=4, training__weight_decay=0.5,
+        inference__max_tokens_per_sec=6.0,
+    )  # fmt: skip
+    history = trainer.train(num_epochs=2)
     assert history is trainer.history
     assert set(history) == {"epoch", "train_loss", "val_loss", "val_wer", "val_cer", "learning_rate"}
-    assert history["epoch"] == [1, 2, 3]
-    assert history["train_loss"][2] < history["train_loss"][0]
+    assert history["epoch"] == [1, 2]
+    assert history["train_loss"][1] < history["train_loss"][0]
     assert trainer.best_epoch == 1 + history["val_wer"].index(min(history["val_wer"]))
     # the model in memory, and the saved one, are those of the best epoch
-    loader = create_loader(clips, trainer.processor, config)
-    again = ModelEvaluator(trainer.model, trainer.processor, config).evaluate_dataset(loader)
+    evaluator = ModelEvaluator(trainer.model, trainer.processor, trainer.config)
+    again = evaluator.evaluate_dataset(create_loader(clips[:4], trainer.processor, trainer.config))
     assert again.wer == pytest.approx(min(history["val_wer"]))
     assert trainer.model.audio_context == "dynamic"
+    assert torch.equal(trainer.model.model.encoder.embed_positions.weight, table)
     stock_class = WhisperForConditionalGeneration.from_pretrained(trainer.best_model_dir)
-    for name, tensor in trainer.model.state_dict().items():
-        assert torch.equal(tensor, stock_class.state_dict()[name]), name
+    saved = stock_class.state_dict()
+    assert [name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, saved[name])] == []
     assert stock_class.config.audio_context == "dynamic"
     assert stock_class.generation_config.alignment_heads
+    assert stock_class.generation_config.suppress_tokens == trainer.model.generation_config.suppress_tokens
 
 
-def test_the_best_model_is_chosen_by_wer_and_not_by_loss(
-    tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config, monkeypatch: pytest.MonkeyPatch
+# the loop
+
+
+def keep_reports(monkeypatch: pytest.MonkeyPatch) -> list[UpdateReport]:
+    reports: list[UpdateReport] = []
+    update = Updater.update
+
+    def kept(self: Updater, *args: Any) -> UpdateReport:
+        reports.append(update(self, *args))
+        return reports[-1]
+
+    monkeypatch.setattr(Updater, "update", kept)
+    return reports
+
+
+def rows_of(trainer: WhisperTrainer, event: str) -> list[dict[str, Any]]:
+    assert trainer.experiment is not None
+    rows = [json.loads(line) for line in trainer.experiment.metrics_path.read_text().splitlines()]
+    return [row for row in rows if row["event"] == event]
+
+
+def with_results(monkeypatch: pytest.MonkeyPatch, results: Sequence[tuple[float, float]]) -> None:
+    """Let validation give these losses and rates."""
+    given = iter(results)
+
+    def evaluate(*args: Any, **options: Any) -> Any:
+        loss, wer = next(given)
+        return SimpleNamespace(loss=loss, wer=wer, cer=wer / 2)
+
+    monkeypatch.setattr(ModelEvaluator, "evaluate_dataset", evaluate)
+
+
+def weights(trainer: WhisperTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def test_every_clip_of_an_epoch_is_stepped_and_the_schedule_counts_updates(
+    make_trainer: TrainerFactory, clips: list[Utterance], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make(tiny_en, clips[:4], config)
-    results = iter([(0.5, 0.30), (0.4, 0.20), (0.1, 0.25)])  # (loss, WER): the loss goes on falling
+    reports = keep_reports(monkeypatch)
+    trainer = make_trainer(train=clips, training__gradient_accumulation_steps=3)
+    trainer.train()
+    for epoch in (reports[:3], reports[3:]):  # 7 batches in windows of 3: the last is short
+        assert [report.clips for report in epoch][-1] in (1, 2)
+        assert sorted(name for report in epoch for name in report.ids) == sorted(clip.id for clip in clips)
+    rows = rows_of(trainer, "train_step")
+    peak = trainer.learning_rate
+    assert [row["learning_rate"] / peak for row in rows] == pytest.approx([1, 1, 0.8, 0.6, 0.4, 0.2])
+    assert [(row["step"], row["epoch"]) for row in rows] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
 
-    class Result:
-        def __init__(self, loss: float, wer: float) -> None:
-            self.loss, self.wer, self.cer = loss, wer, wer / 2
 
-    monkeypatch.setattr(trainer, "_validate", lambda bar: Result(*next(results)))
-    trainer.train(num_epochs=3)
-    assert trainer.best_epoch == 2
-
-
-def test_ctrl_c_leaves_the_last_best_model_whole(
-    tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config, monkeypatch: pytest.MonkeyPatch
+def test_the_epochs_loss_is_weighted_by_tokens(
+    make_trainer: TrainerFactory, clips: list[Utterance], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make(tiny_en, clips[:4], with_training(config, batch_size=2))
-    original = trainer._update
-    calls: Iterator[int] = iter(range(99))
-
-    def interrupted(window: list[dict[str, Any]]) -> tuple[float, int, float]:
-        if next(calls) == 3:  # in the middle of the second epoch
-            raise KeyboardInterrupt
-        return original(window)
-
-    monkeypatch.setattr(trainer, "_update", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train(num_epochs=3)
-    assert WhisperForConditionalGeneration.from_pretrained(trainer.best_model_dir)
-    assert sorted(p.name for p in trainer.best_model_dir.parent.iterdir()) == ["best_model_hf"]
+    reports = keep_reports(monkeypatch)
+    trainer = make_trainer(train=clips[:5], training__learning_rate=0.05)
+    (found,) = trainer.train(num_epochs=1)["train_loss"]
+    assert len({report.tokens for report in reports}) > 1
+    assert found == pytest.approx(sum(r.loss * r.tokens for r in reports) / sum(r.tokens for r in reports))
+    assert found != pytest.approx(sum(r.loss for r in reports) / len(reports), rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_clips_ids(
-    tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config
+def test_a_skipped_update_is_named_and_counted_out(
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = make(tiny_en, clips[:2], config)
+    reports = keep_reports(monkeypatch)
+    trainer = make_trainer()
+    loss = trainer._loss.forward
+    calls = iter(range(99))
+    monkeypatch.setattr(trainer._loss, "forward", lambda *a: loss(*a) * (math.nan if next(calls) == 1 else 1.0))
+    (found,) = trainer.train(num_epochs=1)["train_loss"]
+    assert [report.applied for report in reports] == [True, False, True]
+    good = [reports[0], reports[2]]
+    assert found == pytest.approx(sum(r.loss_sum for r in good) / sum(r.tokens for r in good))
+    assert any("update skipped" in m and all(name in m for name in reports[1].ids) for m in caplog.messages)
+    rows = rows_of(trainer, "train_step")
+    assert [row["applied"] for row in rows] == [True, False, True]
+    assert rows[1]["loss"] is None
+    assert rows[2]["learning_rate"] == rows[1]["learning_rate"]  # the schedule counts what was applied
+
+
+def test_updates_that_are_never_finite_stop_the_run_with_their_clips(
+    make_trainer: TrainerFactory, clips: list[Utterance]
+) -> None:
+    trainer = make_trainer(training__max_nonfinite_steps=3)
     with torch.no_grad():
         trainer.model.model.encoder.conv1.weight.fill_(float("nan"))
-    with pytest.raises(DataError, match=clips[0].id):
+    with pytest.raises(DataError, match="3 updates in a row") as caught:
         trainer.train(num_epochs=1)
+    assert all(clip.id in str(caught.value) for clip in clips[:6])
 
 
-def test_composed_examples_are_trained_on(tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config) -> None:
+def test_each_epoch_has_its_own_order(make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = keep_reports(monkeypatch)
+    for _ in range(2):
+        make_trainer().train()
+    ids = [report.ids for report in reports]
+    assert ids[:6] == ids[6:]
+    assert ids[:3] != ids[3:6]
+    assert sorted(sum(ids[:3], ())) == sorted(sum(ids[3:6], ()))
+
+
+def test_memory_that_runs_out_changes_no_epoch(make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = keep_reports(monkeypatch)
+    roomy, cramped = make_trainer(), make_trainer()
+    expected = roomy.train(num_epochs=1)
+    forward = cramped._loss.forward
+
+    def limited(features: torch.Tensor, *args: Any) -> torch.Tensor:
+        if len(features) > 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(features, *args)
+
+    monkeypatch.setattr(cramped._loss, "forward", limited)
+    found = cramped.train(num_epochs=1)
+    assert [report.ids for report in reports[:3]] == [report.ids for report in reports[3:]]
+    assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-6)
+    for name, tensor in weights(roomy).items():
+        torch.testing.assert_close(dict(cramped.model.named_parameters())[name], tensor, atol=2e-6, rtol=1e-4)
+    assert cramped.experiment is not None
+    (saved,) = list_checkpoints(cramped.config.paths.checkpoints_dir / cramped.experiment.run_id)
+    assert load_checkpoint(saved).values["updater"]["pieces"] == 2
+
+
+def test_composed_examples_are_trained_on(
+    make_trainer: TrainerFactory, clips: list[Utterance], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No-speech clips, joined neighbours, timestamps and previous text, with all augmentation on."""
-    composition = CompositionConfig(
-        no_speech_fraction=0.2, concatenate_prob=0.5, timestamp_prob=0.5, previous_text_prob=0.5
-    )
-    augmentation = AugmentationConfig(pitch_prob=1, noise_prob=1, room_prob=1, codec_prob=1, spec_augment_prob=1)
-    config = config.model_copy(update={"composition": composition, "augmentation": augmentation})
-    one_speaker = [replace(clip, speaker="s") for clip in clips[:10]]
-    trainer = make(tiny_en, one_speaker, with_training(config, batch_size=4))
     seen: list[dict[str, Any]] = []
-    original = trainer._loss_sum
+    update = Updater.update
 
-    def spy(batch: dict[str, Any], generator: torch.Generator) -> torch.Tensor:
-        seen.append(batch)
-        loss = original(batch, generator)
-        assert torch.isfinite(loss)
-        return loss
+    def kept(self: Updater, window: Any, generators: Any) -> UpdateReport:
+        seen.extend(window)
+        return update(self, window, generators)
 
-    trainer._loss_sum = spy  # type: ignore[method-assign]
+    monkeypatch.setattr(Updater, "update", kept)
+    one_speaker = [replace(clip, speaker="s") for clip in clips[:10]]
+    trainer = make_trainer(
+        train=one_speaker,
+        composition={
+            "no_speech_fraction": 0.2, "concatenate_prob": 0.5, "timestamp_prob": 0.5, "previous_text_prob": 0.5
+        },
+        augmentation={
+            "enabled": True, "pitch_prob": 1, "noise_prob": 1, "room_prob": 1, "codec_prob": 1, "spec_augment_prob": 1
+        },
+    )  # fmt: skip
     trainer.train(num_epochs=1)
+    assert all(row["applied"] for row in rows_of(trainer, "train_step"))
     ids = [part for batch in seen for name in batch["ids"] for part in name.split("+")]
     assert sorted(ids) == sorted([*(clip.id for clip in one_speaker), "no-speech-0001", "no-speech-0002"])
     assert any("+" in name for batch in seen for name in batch["ids"])
@@ -197,21 +257,135 @@ def test_composed_examples_are_trained_on(tiny_en: tuple[Any, Any], clips: list[
 
 
 def test_16_bit_training_keeps_float32_weights_and_a_verified_export(
-    tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config
+    make_trainer: TrainerFactory, small: tuple[Any, Any]
 ) -> None:
-    trainer = make(tiny_en, clips[:4], config.model_copy(update={"precision": "bfloat16"}))
+    model = small[0].to(torch.float16)  # as some checkpoints come
+    trainer = make_trainer(model=(model, small[1]), precision="bfloat16")
+    computed: set[torch.dtype] = set()
+    model.model.decoder.layers[0].fc1.register_forward_hook(lambda module, args, output: computed.add(output.dtype))
+    trainer._validate = lambda: SimpleNamespace(loss=1.0, wer=1.0, cer=1.0)  # type: ignore[method-assign, assignment, return-value]
+    trainer._saver.export_best = lambda progress: None  # type: ignore[method-assign]
     trainer.train(num_epochs=1)
-    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
-    assert "forward" in trainer.model.__dict__  # autocast is still on
-    assert (trainer.best_model_dir / "model.safetensors").exists()
+    assert computed == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    del trainer._validate, trainer._saver.export_best  # type: ignore[attr-defined]
+    trainer.train(num_epochs=2)
+    saved = WhisperForConditionalGeneration.from_pretrained(trainer.best_model_dir)
+    assert saved.dtype == torch.float32
 
 
-def test_the_run_folder_tells_the_whole_story(tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config) -> None:
-    trainer = make(tiny_en, clips[:4], config)
+def test_the_run_folder_tells_the_whole_story(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer()
     trainer.train(num_epochs=1)
-    folder: Path = trainer.experiment.dir
+    assert trainer.experiment is not None
+    folder = trainer.experiment.dir
     assert {"config.yaml", "env.json", "metrics.jsonl"} <= {p.name for p in folder.iterdir()}
-    environment = json.loads((folder / "env.json").read_text())
-    assert environment["packages"]["torch"]
+    assert json.loads((folder / "env.json").read_text())["packages"]["torch"]
     events = [json.loads(line)["event"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert events[-1] == "epoch"
+    assert events == ["train_step"] * 3 + ["epoch"]
+    (epoch,) = rows_of(trainer, "epoch")
+    assert {key: [epoch[key]] for key in trainer.history} == trainer.history
+    assert epoch["is_best"]
+
+
+def test_a_model_trained_for_both_is_measured_at_30_s_too(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer(training__full_context_prob=0.5)
+    trainer.train(num_epochs=1)
+    (row,) = rows_of(trainer, "evaluation")
+    assert (row["name"], row["audio_context"]) == ("validation, padded to 30 s", "full")
+    assert trainer.model.audio_context == "dynamic"
+
+
+def test_a_loader_without_clips_is_refused(make_trainer: TrainerFactory) -> None:
+    with pytest.raises(DataError, match="the training loader is empty"):
+        make_trainer(train=[])
+
+
+# the best epoch
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_best_model_is_chosen_by_wer_and_not_by_loss_and_is_in_memory_at_the_end(
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    with_results(monkeypatch, [(0.5, 0.30), (0.4, 0.20), (0.1, 0.25)])  # the loss goes on falling
+    trainer = make_trainer(training__method=method, training__learning_rate=0.01)
+    at_end: list[dict[str, torch.Tensor]] = []
+    save = trainer._saver.save
+    monkeypatch.setattr(trainer._saver, "save", lambda progress: (at_end.append(weights(trainer)), save(progress)))
+    trainer.train(num_epochs=3)
+    assert trainer.best_epoch == 2
+    assert read_provenance(trainer.best_model_dir)["epoch"] == 2
+    found = weights(trainer)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in at_end[1].items())
+    assert not all(torch.equal(tensor, found[name]) for name, tensor in at_end[2].items())
+    assert [row["is_best"] for row in rows_of(trainer, "epoch")] == [True, True, False]
+
+
+def test_patience_ends_a_run_that_gets_no_better(
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_results(monkeypatch, [(1, 0.5), (1, 0.4), (1, 0.45), (1, 0.4), (1, 0.1)])
+    trainer = make_trainer(training__patience=2, training__epochs=5)
+    with caplog.at_level("INFO"):
+        trainer.train()
+    assert trainer.history["epoch"] == [1, 2, 3, 4]
+    assert trainer.best_epoch == 2
+    assert "stopped early: no lower WER in the 2 epoch(s) since epoch 2" in caplog.messages
+
+
+# Ctrl-C
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+    """Let one call of a function end as Ctrl-C ends it."""
+    original = getattr(owner, name)
+    calls: Iterator[int] = iter(range(1_000))
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("place", ["update", "validation", "checkpoint", "export"])
+def test_training_goes_on_after_ctrl_c_and_ends_as_if_nothing_had_happened(
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    settings: dict[str, Any] = {"training__gradient_accumulation_steps": 2, "training__learning_rate": 1e-3}
+    straight = make_trainer(**settings, paths__checkpoints_dir=str(make_trainer().best_model_dir.parent / "straight"))
+    straight.train()
+    trainer = make_trainer(**settings)
+    owner, name, call = {
+        "update": (trainer._loss, "forward", 4),  # the second batch of the second epoch, in the middle of a window
+        "validation": (ModelEvaluator, "evaluate_dataset", 1),
+        "checkpoint": (trainer._saver, "_collect", 0),
+        "export": (saving, "export_huggingface", 0),
+    }[place]
+    interrupt(monkeypatch, owner, name, call)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.history["epoch"] == [] or trainer.history["epoch"] == [1]
+    trainer.train()
+    assert trainer.history == straight.history
+    assert trainer.best_epoch == straight.best_epoch
+    found = weights(trainer)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in weights(straight).items())
+    assert read_provenance(trainer.best_model_dir)["epoch"] == trainer.best_epoch
+    assert [row["step"] for row in rows_of(trainer, "train_step")] == [1, 2, 3, 4]
+    assert {p.name for p in trainer.best_model_dir.parent.iterdir()} >= {"best_model_hf"}
+    assert not [p for p in trainer.best_model_dir.parent.rglob(".*")]
+
+
+def test_a_run_that_was_stopped_in_a_later_epoch_still_ends_with_the_best_weights(
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(training__learning_rate=0.01)
+    interrupt(monkeypatch, trainer._loss, "forward", 4)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(num_epochs=2)
+    trainer.train(num_epochs=1)  # enough, says the user
+    saved = WhisperForConditionalGeneration.from_pretrained(trainer.best_model_dir).state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in weights(trainer).items())

@@ -1,16 +1,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 
-from src.data.checking import check_utterance
 from src.data.loader import create_loader
 from src.data.utterance import Utterance
+from src.training.inputs import TrainingInputs
 from src.training.trainer import WhisperTrainer
 from src.training.waiting import WaitMeter
 from src.utils.config import Config
@@ -65,86 +63,54 @@ def test_an_error_passes_through() -> None:
         list(WaitMeter(Clock()).watch(broken()))
 
 
-# the trainer, without its forward pass
-
-Rows = list[dict[str, Any]]
-
-
-@pytest.fixture
-def clips(sample: list[Utterance]) -> list[Utterance]:
-    return [check_utterance(u, Config().data) for u in sample[:9]]
-
-
-@pytest.fixture
-def idle(tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config) -> WhisperTrainer:
-    """A trainer whose loss costs nothing and whose pauses are recorded in `drawn`."""
-    model, processor = tiny_en
-    training = config.training.model_copy(update={"batch_size": 2, "full_context_prob": 0.3})
-    config = config.model_copy(update={"training": training})
-    trainer = WhisperTrainer(
-        model,
-        processor,
-        create_loader(clips, processor, config, shuffle=True),
-        create_loader(clips[:1], processor, config),
-        config,
-    )
-    trainer.drawn = []  # type: ignore[attr-defined]
-    weight = next(model.parameters())
-
-    def loss(batch: dict[str, Any], generator: torch.Generator) -> torch.Tensor:
-        trainer.drawn.append((batch["ids"], trainer._inputs.audio(batch, generator)[0].shape[1]))  # type: ignore[attr-defined]
-        return 0 * weight.sum() + 1
-
-    trainer._loss_sum = loss  # type: ignore[method-assign]
-    trainer._validate = lambda bar: SimpleNamespace(loss=1.0, wer=1.0, cer=1.0)  # type: ignore[method-assign, assignment, return-value]
-    return trainer
-
-
-def drawn(trainer: Any) -> list[tuple[list[str], int]]:
-    found: list[tuple[list[str], int]] = trainer.drawn[:]
-    trainer.drawn.clear()
-    return found
+# the trainer
 
 
 @pytest.mark.slow
-def test_a_resumed_epoch_draws_the_pauses_of_a_straight_one(idle: WhisperTrainer) -> None:
-    bar = SimpleNamespace(update=lambda: None, set_postfix=lambda **_: None)
-    schedule = SimpleNamespace(get_last_lr=lambda: [0.0], step=lambda: None)
-    idle._train_epoch(2, schedule, bar)  # type: ignore[arg-type]
-    straight = drawn(idle)
-    assert len({samples for _, samples in straight}) > 2
-    loader = idle._train_loader
-    loader.set_epoch(0)
-    loader.set_epoch(1)
-    iterator = iter(loader)
-    for _ in range(3):
-        next(iterator)
-    loader.load_state_dict(loader.state_dict())
-    idle._train_epoch(2, schedule, bar)  # type: ignore[arg-type]
-    assert drawn(idle) == straight[3:]
-    idle._train_epoch(3, schedule, bar)  # type: ignore[arg-type]
-    assert [samples for _, samples in drawn(idle)] != [samples for _, samples in straight]
+def test_a_resumed_epoch_draws_the_pauses_of_a_straight_one(
+    make_trainer: Callable[..., WhisperTrainer], clips: list[Utterance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[tuple[str, ...], int]] = []
+    audio = TrainingInputs.audio
+
+    def kept(self: TrainingInputs, batch: dict[str, Any], generator: Any) -> Any:
+        found = audio(self, batch, generator)
+        drawn.append((tuple(batch["ids"]), found[0].shape[1]))
+        return found
+
+    monkeypatch.setattr(TrainingInputs, "audio", kept)
+    settings = {"train": clips[:9], "training__full_context_prob": 0.3, "checkpoints__save_minutes": 0}
+    straight = make_trainer(run_id="straight", **settings, checkpoints__save_total_limit=99)
+    straight.train()
+    whole, drawn[:] = drawn[:], []
+    assert len({samples for _, samples in whole[:5]}) > 2
+    assert [samples for _, samples in whole[:5]] != [samples for _, samples in whole[5:]]
+    resumed = make_trainer(**settings)
+    resumed.resume(straight.config.paths.checkpoints_dir / "straight" / "checkpoint-00000003")
+    resumed.train()
+    assert drawn == whole[3:]
 
 
 @pytest.mark.slow
 def test_the_share_of_waiting_is_in_every_row_and_in_the_log(
-    idle: WhisperTrainer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    make_trainer: Callable[..., WhisperTrainer], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("src.training.trainer.export_huggingface", lambda *a: None)
+    trainer = make_trainer()
     with caplog.at_level("INFO"):
-        idle.train(num_epochs=1)
-    rows = [json.loads(line) for line in idle.experiment.metrics_path.read_text().splitlines()]
+        trainer.train(num_epochs=1)
+    assert trainer.experiment is not None
+    rows = [json.loads(line) for line in trainer.experiment.metrics_path.read_text().splitlines()]
     shares = [row["data_wait_share"] for row in rows]
-    assert [row["event"] for row in rows] == ["train_step"] * 5 + ["epoch"]
+    assert [row["event"] for row in rows] == ["train_step"] * 3 + ["epoch"]
     assert all(0 <= share <= 1 for share in shares)
     assert any(f"waited for data {100 * shares[-1]:.1f}% of the time" in message for message in caplog.messages)
 
 
 @pytest.mark.slow
 def test_a_loader_of_another_number_of_processes_is_refused(
-    tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config, monkeypatch: pytest.MonkeyPatch
+    small: tuple[Any, Any], clips: list[Utterance], config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, processor = tiny_en
+    model, processor = small
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     loader = create_loader(clips, processor, config, shuffle=True)

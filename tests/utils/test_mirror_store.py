@@ -130,6 +130,48 @@ def test_a_crash_at_any_step_of_pruning_ends_in_whole_copies(tmp_path: Path, mon
     assert n_steps > 10
 
 
+def test_a_crash_during_the_recovery_from_a_crash_is_recovered_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    countdown = Countdown(monkeypatch, tmp_path)
+    whole, target = tmp_path / "whole", tmp_path / "drive"
+    source = save(tmp_path / "best", "a")
+    store_of(whole).put(source, "best")
+    save(source, "b")
+    n_recoveries = 0
+    for n_steps in range(100):
+        for n_recovery_steps in range(100):
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(whole, target)
+            first = store_of(target)
+            countdown.left = n_steps
+            try:
+                first.put(source, "best")
+            except Crash:
+                die(first)
+            else:
+                assert n_recoveries > 50
+                return
+            countdown.left = n_recovery_steps
+            try:
+                store_of(target)
+                break
+            except Crash:
+                n_recoveries += 1
+            finally:
+                countdown.left = float("inf")
+                mirror_store._live_owners.clear()
+            third = store_of(target)
+            content = text_of(target / "best")
+            ledger = mirror_store._Ledger.model_validate_json((target / LEDGER).read_bytes())
+            assert content in ("a", "b")
+            assert below(target) == ["best", "best/config", "best/model"]
+            assert ledger.pending == {}
+            assert ledger.folders["best"].files == {"config": 1, "model": 100}
+            assert ledger.folders["best"].order == (1 if content == "a" else 2), (n_steps, n_recovery_steps)
+            third.close()
+
+
 def test_a_failed_second_rename_puts_the_last_good_copy_back_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
