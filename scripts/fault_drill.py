@@ -28,6 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 from scripts.benchmarking import append_table
 from scripts.faults import FAULTS, UPDATES, Outcome, make_stock_model, make_trainer

@@ -1,4 +1,4 @@
-"""The faults of the drill that need no kill: each trains a very small model, breaks something, and looks what is left."""
+"""The faults of the drill that need no kill: each trains a small model, breaks something, and looks what is left."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def vanished_mirror(stock: Path, folder: Path) -> Outcome:
     return (
         "mirror unmounted for 4 updates",
         f"{len(copies)} whole copies at the end",
-        len(copies) == 2 and warnings.seen,
+        len(copies) == 2,
     )
 
 

@@ -2,6 +2,8 @@
 
 from src.evaluation.data_checks import add_model_checks, choose_label_case
 from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
+from src.evaluation.guard import GuardSet, evaluate_guard, prepare_guard_set
+from src.evaluation.live_plot import LivePlot
 from src.evaluation.metrics import MetricsCalculator
 from src.evaluation.report import comparison_table, describe_comparison, summarize_run
 from src.evaluation.streaming import evaluate_stream, make_stream
@@ -10,6 +12,8 @@ from src.evaluation.visualization import EvaluationVisualizer, TrainingVisualize
 __all__ = [
     "EvaluationResult",
     "EvaluationVisualizer",
+    "GuardSet",
+    "LivePlot",
     "MetricsCalculator",
     "ModelEvaluator",
     "TrainingVisualizer",
@@ -17,7 +21,9 @@ __all__ = [
     "choose_label_case",
     "comparison_table",
     "describe_comparison",
+    "evaluate_guard",
     "evaluate_stream",
     "make_stream",
+    "prepare_guard_set",
     "summarize_run",
 ]

@@ -31,7 +31,7 @@ from src.data.features import CONTEXT_SAMPLES, SAMPLES_PER_POSITION, LogMel
 from src.data.sources import SAMPLE_CLIP
 from src.models.dynamic_context import DynamicWhisper, get_audio_context
 from src.models.processor import save_processor
-from src.utils.atomic import atomic_folder
+from src.utils.atomic import atomic_folder, recover_folder
 from src.utils.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ def export_huggingface(
         FileExistsError: output_dir holds something else.
     """
     _check_plain(model)
+    recover_folder(output_dir)
     with atomic_folder(output_dir, replace=_is_export(output_dir, "config.json"), durable=True) as folder:
         _save(model, processor, folder)
         if provenance is not None:
@@ -117,7 +118,8 @@ def _convert(
     model = DynamicWhisper.from_pretrained(hf_dir, dtype=torch.float32).eval()
     processor = WhisperProcessor.from_pretrained(hf_dir)
     audios = [load_audio(SAMPLE_CLIP)] if clips is None else list(clips)
-    with atomic_folder(output_dir, replace=_is_export(output_dir, "model.bin")) as folder:
+    recover_folder(output_dir)
+    with atomic_folder(output_dir, replace=_is_export(output_dir, "model.bin"), durable=True) as folder:
         converter = TransformersConverter(str(hf_dir), copy_files=list(FASTER_WHISPER_FILES))
         converter.convert(str(folder), quantization=quantization, force=True)
         _write_audio_context(folder / "config.json", get_audio_context(model.config))

@@ -1,8 +1,8 @@
 """Fine-tuning: the loop, what it trains, and what it keeps."""
 
 from src.training.context_adaptation import adapt_context
-from src.training.mixing import choose_mix
+from src.training.mixing import MixResult, choose_mix
 from src.training.probe import propose_batch_seconds
 from src.training.trainer import WhisperTrainer
 
-__all__ = ["WhisperTrainer", "adapt_context", "choose_mix", "propose_batch_seconds"]
+__all__ = ["MixResult", "WhisperTrainer", "adapt_context", "choose_mix", "propose_batch_seconds"]

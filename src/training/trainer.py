@@ -270,7 +270,7 @@ class WhisperTrainer:
         own = min(self.history["val_wer"], default=math.nan)
         logger.info("validation WER padded to 30 s: %.3f (at own length: %.3f)", result.wer, own)
         if self.experiment is not None:
-            self.experiment.log("evaluation", **{**result, "name": "validation, padded to 30 s"})
+            self.experiment.log("full_context", val_wer=result.wer, val_cer=result.cer, own_length_wer=own)
 
 
 def _make_accelerator(model: DynamicWhisper, config: Config) -> Accelerator:

@@ -5,6 +5,8 @@ from src.utils.config import Config, load_config
 from src.utils.data_versions import DataVersionManager
 from src.utils.figures import save_figure
 from src.utils.logging_config import setup_logging
+from src.utils.mirror import DriveMirror
+from src.utils.registry import ModelRegistry
 from src.utils.runtime import get_device, set_seed
 from src.utils.tracking import ExperimentLogger
 from src.utils.versioning import get_git_revision
@@ -12,7 +14,9 @@ from src.utils.versioning import get_git_revision
 __all__ = [
     "Config",
     "DataVersionManager",
+    "DriveMirror",
     "ExperimentLogger",
+    "ModelRegistry",
     "copy_verified",
     "get_device",
     "get_git_revision",
