@@ -316,6 +316,7 @@ def _places(run_dir: Path) -> list[tuple[str, Path]]:
     return [
         ("notebook", run_dir / "notebook.html"),
         ("best model", run_dir / "checkpoints" / "best_model_hf"),
+        ("best mix", run_dir / "checkpoints" / "best_mix_hf"),
         ("for faster-whisper", run_dir / "ctranslate2_int8"),
         ("predictions", run_dir / "predictions.jsonl"),
         ("metrics", run_dir / "metrics.jsonl"),

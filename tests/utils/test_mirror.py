@@ -326,6 +326,7 @@ def test_closing_ends_a_hanging_copy_as_a_failure(
     assert names(target) == []
 
 
+@pytest.mark.slow  # imports the library anew
 def test_the_interpreter_ends_while_the_drive_hangs(tmp_path: Path) -> None:
     save(tmp_path / "c-1", "a")
     code = (
