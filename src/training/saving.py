@@ -114,10 +114,21 @@ class RunSaver:
             self._export(progress, self._experiment.run_id)
         wait_for_all()
 
+    def finish_export(self, progress: Progress) -> None:
+        """Export the best model where an interrupt came between the end of its epoch and its export."""
+        is_due = progress.best_epoch is not None and progress.best_epoch == progress.epochs_done
+        if is_due and not progress.next_batch and not broadcast_object(_is_best(self.best_model_dir, progress)):
+            self.export_best(progress)
+
     def restore_best(self, progress: Progress) -> None:
         """Put the best epoch's weights into the model, where the last epoch is not the best."""
         if progress.best_epoch is None or (progress.best_epoch == progress.epochs_done and not progress.next_batch):
             return
+        if not _is_best(self.best_model_dir, progress):
+            raise CheckpointError(
+                f"{self.best_model_dir}: the model of epoch {progress.best_epoch}, the best of this training, is not "
+                "there any more; give each training a paths.checkpoints_dir of its own, and resume from a checkpoint"
+            )
         name = ADAPTERS_FILE if has_adapters(self._model) else "model.safetensors"
         missing, unexpected = self._model.load_state_dict(load_file(self.best_model_dir / name), strict=False)
         assert not unexpected and (name == ADAPTERS_FILE or set(missing) <= {"proj_out.weight"})  # tied
@@ -140,9 +151,12 @@ class RunSaver:
         return report, progress
 
     def flush(self) -> None:
-        """Wait until the mirror has what is on the disk."""
-        if self._mirror is not None:
-            self._mirror.flush(FLUSH_TIMEOUT_SEC)
+        """Wait until the mirror has what is on the disk, and say what it could not copy."""
+        if self._mirror is None:
+            return
+        self._mirror.flush(FLUSH_TIMEOUT_SEC)
+        for failure in self._mirror.failures:
+            logger.warning("not in the mirror %s: %s (%s)", self._mirror.target, failure.name, failure.reason)
 
     def _export(self, progress: Progress, run: str) -> None:
         made = {

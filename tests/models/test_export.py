@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
@@ -139,3 +141,42 @@ def test_word_mismatch_counts_edits_over_the_words_of_the_source(
     expected: list[str], found: list[str], rate: float
 ) -> None:
     assert export._word_mismatch(expected, found) == rate
+
+
+def test_provenance_and_adapters_lie_beside_the_model(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
+    model, processor = tiny_en
+    adapters = {"fc1.lora_A": torch.arange(6.0).reshape(2, 3).t(), "fc1.lora_B": torch.zeros(3, 2)}
+    made = {"epoch": 2, "validation_wer": 0.25, "git_revision": None}
+    out = export_huggingface(model, processor, tmp_path / "out", provenance=made, adapters=adapters)
+    assert export.read_provenance(out) == made
+    saved = load_file(out / "adapters.safetensors")
+    assert {name: tensor.tolist() for name, tensor in saved.items()} == {n: t.tolist() for n, t in adapters.items()}
+    reloaded = WhisperForConditionalGeneration.from_pretrained(out)
+    assert torch.equal(reloaded.model.encoder.conv1.weight, model.model.encoder.conv1.weight)
+    # a later export without them leaves nothing of the older one
+    export_huggingface(model, processor, out)
+    assert not (out / "adapters.safetensors").exists()
+    assert export.read_provenance(out) == {}
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]", "\xff"])
+def test_a_provenance_that_is_absent_or_damaged_says_nothing(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "provenance.json").write_text(content, encoding="latin-1")
+    assert export.read_provenance(tmp_path) == {}
+
+
+def test_a_full_disk_leaves_the_older_export(
+    tiny_en: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "_save", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_huggingface(*tiny_en, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]

@@ -73,9 +73,7 @@ def small(_small: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 @pytest.fixture
-def make_trainer(
-    _small: tuple[Any, Any], clips: list[Utterance], configure: Callable[..., Config]
-) -> TrainerFactory:
+def make_trainer(_small: tuple[Any, Any], clips: list[Utterance], configure: Callable[..., Config]) -> TrainerFactory:
     """Make a trainer, of a fresh small model where none is given, in a run of its own."""
     count = iter(range(1_000_000))
 

@@ -34,7 +34,7 @@ def clips(sample: list[Utterance]) -> list[Utterance]:
 def distance(model: Any, stock: Any, audio: np.ndarray) -> float:
     """How far the states at own length are from the stock ones at 30 s, over the real audio."""
     target = encode(stock, [audio], 0.0).last_hidden_state
-    own = encode(model, [audio], 0.5).last_hidden_state
+    own = encode(model, [audio], 0.2).last_hidden_state
     positions = len(audio) // 320
     mask = torch.ones(1, positions, dtype=torch.bool)
     return float(state_loss(own[:, :positions], target[:, :positions], mask))
@@ -50,12 +50,12 @@ def test_states_at_own_length_come_nearer_to_those_at_30_s(tiny_en: tuple[Any, A
     model.audio_context = "full"
     keys, embedding = set(model.state_dict()), model.proj_out.weight.clone()
 
-    result = adapt_context(model, clips[:4], processor=processor, steps=5, batch_size=2, cut_prob=0.0)
+    result = adapt_context(model, clips[:4], processor=processor, steps=10, batch_size=2, cut_prob=0.0)
 
     assert model.audio_context == "dynamic"
-    assert distance(model, stock, heard) < before / 2
-    assert result.losses[-1] < result.losses[0]
-    assert (result.steps, len(result.losses), result.clips, result.cut_clips) == (5, 5, 4, 0)
+    assert distance(model, stock, heard) < 0.8 * before
+    assert np.mean(result.losses[-3:]) < 0.7 * result.losses[0]
+    assert (result.steps, len(result.losses), result.clips, result.cut_clips) == (10, 10, 4, 0)
     assert set(model.state_dict()) == keys
     assert torch.equal(model.proj_out.weight, embedding)
     assert model.proj_out.weight.requires_grad
@@ -65,9 +65,9 @@ def test_states_at_own_length_come_nearer_to_those_at_30_s(tiny_en: tuple[Any, A
 def test_the_same_seed_gives_the_same_weights(tiny_en: tuple[Any, Any], clips: list[Utterance]) -> None:
     model, processor = tiny_en
     again = copy.deepcopy(model)
-    options: dict[str, Any] = {"processor": processor, "steps": 2, "batch_size": 2, "cut_prob": 0.5}
-    first = adapt_context(model, clips[:3], **options)
-    second = adapt_context(again, clips[:3], **options)
+    options: dict[str, Any] = {"processor": processor, "steps": 2, "batch_size": 1, "cut_prob": 0.5}
+    first = adapt_context(model, clips[:2], **options)
+    second = adapt_context(again, clips[:2], **options)
     assert first.losses == second.losses
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 

@@ -130,6 +130,20 @@ def test_of_adapters_the_merged_model_is_saved_and_the_adapters_beside_it(make_t
     assert all(torch.equal(tensor, trained[name]) for name, tensor in adapters.items())
 
 
+def test_a_best_model_that_another_training_has_replaced_is_not_taken_for_ones_own(
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wers = iter([0.5, 0.6, 0.7])
+    monkeypatch.setattr(
+        ModelEvaluator, "evaluate_dataset", lambda *a, **o: SimpleNamespace(loss=1.0, wer=next(wers), cer=0.1)
+    )
+    mine, other = make_trainer(), make_trainer()
+    mine.train(num_epochs=1)
+    other.train(num_epochs=1)
+    with pytest.raises(CheckpointError, match="the model of epoch 1, the best of this training, is not there any more"):
+        mine.train(num_epochs=2)
+
+
 def test_the_mirror_gets_the_checkpoints_and_the_best_model(make_trainer: TrainerFactory, tmp_path: Path) -> None:
     drive = tmp_path / "drive"
     trainer = make_trainer(

@@ -54,9 +54,7 @@ def test_weights_and_optimizer_go_on_bit_for_bit() -> None:
     weights = {name: tensor.clone() for name, tensor in model_tensors(straight).items()}
     tensors, values = optimizer_tensors(optimizer, straight)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    assert set(tensors) == {
-        f"{name}/{key}" for name in weights for key in ("step", "exp_avg", "exp_avg_sq")
-    }
+    assert set(tensors) == {f"{name}/{key}" for name in weights for key in ("step", "exp_avg", "exp_avg_sq")}
 
     resumed = Net()
     other = build_optimizer(resumed, learning_rate=0.01, weight_decay=0.1)

@@ -80,8 +80,8 @@ def test_fine_tuning_learns_saves_the_best_and_reloads_the_same(
 ) -> None:
     table = tiny_en[0].model.encoder.embed_positions.weight.clone()
     trainer = make_trainer(
-        model=tiny_en, train=clips[:8], validation=clips[:4], training__batch_size=4, training__weight_decay=0.5,
-        inference__max_tokens_per_sec=6.0,
+        model=tiny_en, train=clips[:6], validation=clips[:2], training__batch_size=3, training__weight_decay=0.5,
+        inference__max_tokens_per_sec=4.0,
     )  # fmt: skip
     history = trainer.train(num_epochs=2)
     assert history is trainer.history
@@ -91,7 +91,7 @@ def test_fine_tuning_learns_saves_the_best_and_reloads_the_same(
     assert trainer.best_epoch == 1 + history["val_wer"].index(min(history["val_wer"]))
     # the model in memory, and the saved one, are those of the best epoch
     evaluator = ModelEvaluator(trainer.model, trainer.processor, trainer.config)
-    again = evaluator.evaluate_dataset(create_loader(clips[:4], trainer.processor, trainer.config))
+    again = evaluator.evaluate_dataset(create_loader(clips[:2], trainer.processor, trainer.config))
     assert again.wer == pytest.approx(min(history["val_wer"]))
     assert trainer.model.audio_context == "dynamic"
     assert torch.equal(trainer.model.model.encoder.embed_positions.weight, table)

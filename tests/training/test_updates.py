@@ -80,7 +80,9 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 @pytest.fixture
 def eight(tiny_en: tuple[Any, Any], clips: list[Utterance], configure: Any) -> Batch:
-    return next(iter(create_loader(clips[:8], tiny_en[1], configure(inference__batch_size=8))))
+    batch = next(iter(create_loader(clips[:8], tiny_en[1], configure(inference__batch_size=8))))
+    # one length for all, so that padding is the same however the clips are put together
+    return {**batch, "audio_lengths": torch.full_like(batch["audio_lengths"], batch["audio"].shape[1])}
 
 
 @pytest.fixture
@@ -111,8 +113,8 @@ def test_however_an_update_is_cut_its_gradients_are_those_of_all_clips_at_once(
 
     whole_report, whole = gradients([eight])
     assert whole_report.grad_norm == pytest.approx(float(whole.double().norm()), rel=1e-4)
-    cuts = [(windows_of(eight, 4), 1), (windows_of(eight, 2), 1), (windows_of(eight, 3), 1)]
-    cuts += [([eight], 2), ([eight], 4), ([eight], 8), (windows_of(eight, 5), 2)]
+    cuts = [(windows_of(eight, 4), 1), (windows_of(eight, 2), 1), (windows_of(eight, 5), 2)]
+    cuts += [([eight], 2), ([eight], 4), ([eight], 8)]
     for window, pieces in cuts:
         report, split = gradients(window, pieces)
         assert report.loss == pytest.approx(whole_report.loss, rel=1e-5)
@@ -120,7 +122,9 @@ def test_however_an_update_is_cut_its_gradients_are_those_of_all_clips_at_once(
         close(split, whole)
 
 
-def test_the_report_counts_tokens_clips_and_seconds(small: tuple[Any, Any], batches: list[Batch], configure: Any) -> None:
+def test_the_report_counts_tokens_clips_and_seconds(
+    small: tuple[Any, Any], batches: list[Batch], configure: Any
+) -> None:
     bench = Bench(small[0], configure())
     report = bench.update(*batches)
     assert report.applied
@@ -205,7 +209,9 @@ def test_smaller_pieces_stay_for_later_updates_and_are_saved(
     resumed.updater.load_state_dict(state)
     resumed.update(batches[1])
     assert not caplog.records
-    assert resumed.updater.state_dict() == state | {"norms": [*state["norms"], resumed.updater.state_dict()["norms"][-1]]}
+    assert resumed.updater.state_dict() == state | {
+        "norms": [*state["norms"], resumed.updater.state_dict()["norms"][-1]]
+    }
 
 
 def test_a_batch_of_fewer_clips_than_pieces_is_cut_into_single_clips(

@@ -342,7 +342,7 @@ def test_the_interpreter_ends_while_the_drive_hangs(tmp_path: Path) -> None:
 
 
 def test_a_source_deleted_during_its_copy_is_dropped_quietly(
-    make: Make, tmp_path: Path, target: Path, drive: Drive, caplog: pytest.LogCaptureFixture
+    make: Make, tmp_path: Path, target: Path, drive: Drive, time: Time, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = save(tmp_path / "c-1", "a")
 
@@ -358,6 +358,7 @@ def test_a_source_deleted_during_its_copy_is_dropped_quietly(
     assert not warnings(caplog)
     assert "was deleted before its copy was whole" in caplog.text
     assert names(target) == []
+    assert all(seconds < 1 for seconds in time.slept_sec)
 
 
 def test_a_source_replaced_during_its_copy_is_copied_again(
