@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--train", type=Path, help="Parquet in the Hugging Face audio layout; default: bundled sample")
     parser.add_argument("--dev", type=Path, help="likewise, of other speakers")
     parser.add_argument("--variant", default="tiny.en")
-    parser.add_argument("--train-clips", type=int, default=400, help="clips to adapt on, at a stride over all")
+    parser.add_argument("--train-clips", type=int, default=200, help="clips to adapt on, at a stride over all")
     parser.add_argument("--dev-clips", type=int, default=100, help="clips to measure on, at a stride over all")
     parser.add_argument("--steps", type=int, default=None, help="updates; default: that of adapt_context")
     parser.add_argument("--quick", action="store_true", help="under a minute: few clips and updates, nothing recorded")

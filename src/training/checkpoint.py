@@ -74,7 +74,7 @@ class CheckpointStore:
         Raises: CheckpointError: the disk is full or cannot be written, or gives back other bytes. The older checkpoints
             are as they were.
         """
-        target = self.folder / f"checkpoint-{step:08d}"
+        target = checkpoint_path(self.folder, step)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._check_space(state)
@@ -117,6 +117,11 @@ class CheckpointStore:
                 logger.warning("%s: an old checkpoint cannot be removed: %s", old, err)
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return where a run's checkpoint of an update lies."""
+    return folder / f"checkpoint-{step:08d}"
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run by their steps, the last one last; they may be damaged."""
     if not folder.is_dir():
@@ -154,6 +159,8 @@ def verify_checkpoint(checkpoint: Path) -> None:
 
     Raises: CheckpointError: naming the first file that is absent, cut or changed.
     """
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint}: no such folder; resume('auto') searches for the newest checkpoint")
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}

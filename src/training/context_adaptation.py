@@ -81,7 +81,7 @@ def adapt_context(
     *,
     processor: Any,
     config: Config | None = None,
-    steps: int = 300,
+    steps: int = 100,
     batch_size: int = 8,
     learning_rate: float | None = None,
     max_trailing_silence_sec: float = 1.0,

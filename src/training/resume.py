@@ -45,12 +45,15 @@ class ResumeReport:
         return "\n".join([*lines, *(f"  refused {path}: {reason}" for path, reason in self.refused)])
 
 
-def find_checkpoint(roots: Sequence[Path], config: Config) -> ResumeReport:
-    """Search `<root>/<run>/checkpoint-*` for the newest whole checkpoint of this configuration.
+def find_checkpoint(
+    roots: Sequence[Path], config: Config, *, made_from: Mapping[str, str] | None = None
+) -> ResumeReport:
+    """Search `<root>/<run>/checkpoint-*` for the newest whole checkpoint of this training.
 
     Args:
         roots: the local folder first; absent ones are passed over.
         config: of the run that is to go on.
+        made_from: values of a checkpoint that must be the same too, such as its `data_version`.
     """
     refused: list[tuple[Path, str]] = []
     candidates: list[tuple[float, int, Path, Mapping[str, Any]]] = []
@@ -66,7 +69,7 @@ def find_checkpoint(roots: Sequence[Path], config: Config) -> ResumeReport:
                     refused.append((path, str(err) if isinstance(err, CheckpointError) else f"{err!r} in its state"))
     for _, _, path, found in sorted(candidates, key=lambda entry: entry[:2], reverse=True):
         try:
-            _check_config(path, found, config)
+            _check_training(path, found, config, made_from or {})
             verify_checkpoint(path)
         except (CheckpointError, KeyError, TypeError, AttributeError) as err:  # a damaged byte may hit a key's name
             refused.append((path, str(err) if isinstance(err, CheckpointError) else f"{err!r} in its state"))
@@ -89,8 +92,9 @@ def config_differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     return found
 
 
-def _check_config(path: Path, values: Mapping[str, Any], config: Config) -> None:
+def _check_training(path: Path, values: Mapping[str, Any], config: Config, made_from: Mapping[str, str]) -> None:
     differences = config_differences(values["config"], config)
+    differences += [f"{key}: {values[key]} then, {now} now" for key, now in made_from.items() if values[key] != now]
     if differences:
         raise CheckpointError(
             f"belongs to another training ({'; '.join(differences)}); restore these settings, or resume it by "

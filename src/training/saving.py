@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from src.data.loader import SpeechLoader
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export import ADAPTERS_FILE, export_huggingface, read_provenance
-from src.training.checkpoint import CheckpointStore, TrainingState, clean_up, load_checkpoint
+from src.training.checkpoint import CheckpointStore, TrainingState, checkpoint_path, clean_up, load_checkpoint
 from src.training.methods import has_adapters, merged_model
 from src.training.progress import Progress
 from src.training.resume import ResumeReport, config_differences, find_checkpoint
@@ -72,6 +72,7 @@ class RunSaver:
         self._experiment = experiment
         self._frozen = frozen_digest(model)
         self._saved_at_sec = time.monotonic()
+        self._holds_best = False  # instead of the last epoch's weights
         self.best_model_dir: Path = config.paths.checkpoints_dir / BEST_MODEL_NAME
         self._mirror = _make_mirror(config) if experiment is not None else None
         self._store: CheckpointStore | None = None
@@ -132,7 +133,20 @@ class RunSaver:
         name = ADAPTERS_FILE if has_adapters(self._model) else "model.safetensors"
         missing, unexpected = self._model.load_state_dict(load_file(self.best_model_dir / name), strict=False)
         assert not unexpected and (name == ADAPTERS_FILE or set(missing) <= {"proj_out.weight"})  # tied
+        self._holds_best = True
         logger.info("the model now holds the weights of epoch %d, the best by WER", progress.best_epoch)
+
+    def restore_last(self, progress: Progress) -> None:
+        """Put the last epoch's weights back, where training goes on after `restore_best`.
+
+        Raises: CheckpointError: the last checkpoint is not there or damaged.
+        """
+        if not self._holds_best:
+            return
+        self._holds_best = False
+        folder = broadcast_object(None if self._store is None else self._store.folder)
+        assert folder is not None
+        load_model_tensors(self._model, load_checkpoint(checkpoint_path(folder, progress.step)).tensors["model"])
 
     def resume(self, checkpoint: str | Path) -> tuple[ResumeReport, Progress | None]:
         """Find, check and take up a checkpoint.
@@ -162,7 +176,7 @@ class RunSaver:
         made = {
             "training": progress.training_id, "run": run, "epoch": progress.best_epoch, "step": progress.step,
             "validation_wer": progress.best_wer, "git_revision": get_git_revision(),
-            "data_version": self._loader.state_dict()["made_from"]["utterances"],
+            "data_version": self._data_version(),
         }  # fmt: skip
         adapters = model_tensors(self._model) if has_adapters(self._model) else None
         try:
@@ -182,26 +196,30 @@ class RunSaver:
             return ResumeReport(Path(checkpoint), (), ())
         mirror = self._config.checkpoints.mirror_dir
         roots = [self._config.paths.checkpoints_dir, *([mirror] if mirror is not None else [])]
-        return find_checkpoint(roots, self._config)
+        made_from = {"frozen_parameters": self._frozen, "data_version": self._data_version()}
+        return find_checkpoint(roots, self._config, made_from=made_from)
+
+    def _data_version(self) -> str:
+        version: str = self._loader.state_dict()["made_from"]["utterances"]
+        return version
 
     def _collect(self, progress: Progress) -> TrainingState:
         optimizer, optimizer_values = optimizer_tensors(self._optimizer.optimizer, self._model)
         rng, rng_values = random_state()
         scaler = self._accelerator.scaler
-        loader = self._loader.state_dict()
         assert self._experiment is not None
         values = {
             "run": self._experiment.run_id,
             "saved_at": time.time(),
             "progress": progress.state_dict(),
-            "loader": loader,
+            "loader": self._loader.state_dict(),
             "updater": self._updater.state_dict(),
             "optimizer": optimizer_values,
             "scaler": None if scaler is None else scaler.state_dict(),
             "rng": rng_values,
             "frozen_parameters": self._frozen,
             "config": self._config.model_dump(mode="json"),
-            "data_version": loader["made_from"]["utterances"],
+            "data_version": self._data_version(),
             "git_revision": get_git_revision(),
         }
         return TrainingState({"model": model_tensors(self._model), "optimizer": optimizer, "rng": rng}, values)
@@ -232,6 +250,8 @@ class RunSaver:
             raise CheckpointError(f"{checkpoint}: {err}") from err
         if self._experiment is not None:
             self._restore_best_on_disk(progress, values["run"])
+        if self._store is not None:  # one training, one folder: else each session would keep checkpoints of its own
+            self._store.folder = self._config.paths.checkpoints_dir / checkpoint.parent.name
         progress = broadcast_object(progress)
         if self._experiment is not None:
             self._experiment.resume_at(progress.step, progress.epochs_done)

@@ -180,16 +180,8 @@ class Student:
         Returns: the losses of encoder and decoder, from before the update.
         Raises: DataError: a loss that is not finite, with the names of its clips.
         """
-        features = log_mel_for(self._model.config.num_mel_bins, self._device)(self._audio(batch, step))
-        tokens = pad_sequence([target.tokens for target in targets], batch_first=True).to(self._device)
-        inner = self._model.model
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            audio = inner.encoder(features).last_hidden_state  # (B, positions, d_model)
-            text = inner.decoder(
-                input_ids=tokens, encoder_hidden_states=audio, use_cache=False
-            ).last_hidden_state  # (B, L, d_model)
-        encoder_loss = _matching_loss(audio, [target.encoder for target in targets])
-        decoder_loss = _matching_loss(text, [target.decoder for target in targets])
+            encoder_loss, decoder_loss = matching_losses(self._model, self._audio(batch, step), targets)
         loss = encoder_loss + decoder_loss
         if not torch.isfinite(loss):
             raise DataError(
@@ -220,6 +212,26 @@ class Student:
         return audio.to(self._device)
 
 
+def matching_losses(model: DynamicWhisper, audio: Tensor, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
+    """Compare a model's states with the teacher's.
+
+    Args:
+        audio: (B, T) float32 on the model's device, T in whole encoder positions.
+        targets: one a row; where the audio is shorter than a target, so far as it goes.
+    Returns: `state_loss` of the encoder and of the decoder.
+    """
+    features = log_mel_for(model.config.num_mel_bins, audio.device)(audio)  # (B, mels, T // 160)
+    tokens = pad_sequence([target.tokens for target in targets], batch_first=True).to(audio.device)
+    heard = model.model.encoder(features).last_hidden_state  # (B, positions, d_model)
+    written = model.model.decoder(
+        input_ids=tokens, encoder_hidden_states=heard, use_cache=False
+    ).last_hidden_state  # (B, L, d_model)
+    return (
+        _padded_loss(heard, [target.encoder for target in targets]),
+        _padded_loss(written, [target.decoder for target in targets]),
+    )
+
+
 def state_loss(states: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     """Mean squared difference over the variance of the targets.
 
@@ -243,7 +255,7 @@ def frozen(weight: nn.Parameter) -> Iterator[None]:
         weight.requires_grad_(required)
 
 
-def _matching_loss(states: Tensor, targets: Sequence[Tensor]) -> Tensor:
+def _padded_loss(states: Tensor, targets: Sequence[Tensor]) -> Tensor:
     """Compare (B, N, d_model) with a target a row, as far as both go."""
     padded = pad_sequence(list(targets), batch_first=True)[:, : states.shape[1]]
     lengths = torch.tensor([len(target) for target in targets])

@@ -159,6 +159,8 @@ class WhisperTrainer:
             epochs, total, self._progress.step, self.learning_rate, self.config.model.audio_context,
         )  # fmt: skip
         self._saver.start_clock()
+        self._saver.finish_export(self._progress)  # an interrupt may have come between an epoch's end and its export
+        self._saver.restore_last(self._progress)
         show = is_main_process()
         with tqdm(total=total, initial=self._progress.step, desc="training", unit="update", disable=not show) as bar:
             while self._progress.epochs_done < epochs and not self._out_of_patience():

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from src.data.features import FRAMES_PER_SEC, HOP_SAMPLES
 from src.data.labels import IGNORE_INDEX
 from src.training.inputs import TrainingInputs
 from src.utils.config_schema import TrainingConfig
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 Batch = dict[str, Any]
 _RECENT_NORMS = 50  # updates that the median gradient norm is taken over
 _FEW_NORMS = 10  # fewer say nothing yet
+_SLACK = 1.2  # slower speech is longer than its recording: not yet a reason to cut a batch
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,10 @@ class Updater:
         norm = float(self._accelerator.clip_grad_norm_(self._loss.parameters(), self._config.max_grad_norm))
         (loss_sum,) = sum_over_processes([sum(losses)], device)
         finite = math.isfinite(loss_sum) and math.isfinite(norm)
-        if finite or self._accelerator.scaler is not None:  # the scaler lowers its scale in its own step, and skips
+        if finite:
             self._optimizer.step()
+        elif self._accelerator.scaler is not None:
+            self._accelerator.scaler.update()  # lowers the scale where the gradients overflowed
         applied = finite and not self._accelerator.optimizer_step_was_skipped
         self._optimizer.zero_grad(set_to_none=True)
         ids = tuple(name for batch in window for name in batch["ids"])
@@ -147,7 +151,7 @@ class Updater:
             generator.set_state(state)  # a repeated window draws what the first attempt drew
             on_device = self._to_device(batch)
             features = self._inputs.features(on_device, generator)
-            pieces = _cut(features, on_device, self.pieces)
+            pieces = _cut(features, on_device, self._rows_together(features, batch))
             batch_loss = torch.zeros((), device=features.device)
             for piece, (part, inputs, labels) in enumerate(pieces):
                 last = number == len(window) - 1 and piece == len(pieces) - 1
@@ -158,6 +162,16 @@ class Updater:
                 batch_loss += loss.detach()
             losses.append(batch_loss)
         return [float(loss) for loss in losses]  # here, so that the device need not wait after each batch
+
+    def _rows_together(self, features: Tensor, batch: Batch) -> int:
+        """Return how many rows go through the model at once.
+
+        A batch that is padded to 30 s goes in pieces that take the memory of one at its own length: gradients add up to
+        the same, and a share of full context costs time only.
+        """
+        rows, _, frames = features.shape
+        own_frames = batch["audio"].shape[1] / HOP_SAMPLES + self._config.max_trailing_silence_sec * FRAMES_PER_SEC
+        return max(1, min(math.ceil(rows / self.pieces), int(rows * own_frames * _SLACK / frames)))
 
     def _until_last(self, last: bool) -> AbstractContextManager[Any]:
         """Let processes exchange gradients once an update."""
@@ -231,8 +245,7 @@ def _tokens(batch: Batch) -> int:
     return int((batch["labels"] != IGNORE_INDEX).sum())
 
 
-def _cut(features: Tensor, batch: Batch, pieces: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _cut(features: Tensor, batch: Batch, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Cut a batch into rows of (features, decoder inputs, labels); lengths stay, so that the sums stay the same."""
-    size = max(1, math.ceil(len(features) / pieces))
     parts = zip(features.split(size), batch["decoder_input_ids"].split(size), batch["labels"].split(size), strict=True)
     return list(parts)

@@ -1,4 +1,4 @@
-"""Shared by the tests of training: short real speech, and a random Whisper so small that only its state is of interest."""
+"""Shared by the tests of training: short real speech, and a random Whisper of which only the state is of interest."""
 
 from __future__ import annotations
 

@@ -223,7 +223,7 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_the_older_whole(
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_file" if failing == "safetensors" else failing, full)
         with pytest.raises(
-            CheckpointError, match="cannot be saved: .*No space left on device.*; older checkpoints are"
+            CheckpointError, match=r"cannot be saved: .*No space left on device.*; older checkpoints are"
         ):
             checkpoints.save(make_state(2.0), step)
     (tmp_path / "run" / f".checkpoint-{step:08d}.touched").unlink()

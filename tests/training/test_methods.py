@@ -89,7 +89,7 @@ def test_a_frozen_encoder_keeps_its_weights(small: tuple[Any, Any]) -> None:
 def test_frozen_first_layers_keep_theirs_with_the_convolutions(small: tuple[Any, Any], layers: int) -> None:
     model, _ = small
     everything = {name for name, _ in model.named_parameters()}
-    first = tuple(["model.encoder.conv", POSITIONS, *(f"model.encoder.layers.{i}." for i in range(layers))])
+    first = ("model.encoder.conv", POSITIONS, *(f"model.encoder.layers.{i}." for i in range(layers)))
     assert train(model, TrainingConfig(freeze_encoder=layers)) == {n for n in everything if not n.startswith(first)}
 
 
@@ -176,7 +176,7 @@ def test_adapters_of_another_training_are_refused_and_the_merged_model_is_not(sm
 
 @pytest.mark.parametrize("names", [("q_proj", "nonsense"), ("proj_out",), ()])
 def test_unknown_target_modules_are_refused(small: tuple[Any, Any], names: tuple[str, ...]) -> None:
-    with pytest.raises(ModelError, match="target_modules: no linear layer is named.*known: fc1, fc2, k_proj"):
+    with pytest.raises(ModelError, match=r"target_modules: no linear layer is named.*known: fc1, fc2, k_proj"):
         prepare_model(small[0], TrainingConfig(method="lora", lora=LoRAConfig(target_modules=names)))
 
 

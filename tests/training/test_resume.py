@@ -162,8 +162,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "lora with dropout": {"training__method": "lora", "training__lora": {"rank": 4, "dropout": 0.3}},
     "augmentation, composed": {
         "augmentation__enabled": True, "augmentation__noise_prob": 1.0, "augmentation__spec_augment_prob": 1.0,
-        "training__full_context_prob": 0.3, "composition__concatenate_prob": 0.5, "composition__max_concatenated_sec": 6.0,
-        "composition__no_speech_fraction": 0.2,
+        "training__full_context_prob": 0.3, "composition__concatenate_prob": 0.5,
+        "composition__max_concatenated_sec": 6.0, "composition__no_speech_fraction": 0.2,
     },
 }  # fmt: skip
 

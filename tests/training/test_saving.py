@@ -96,7 +96,7 @@ def test_a_disk_that_fills_up_while_the_best_is_written_leaves_the_older_best_an
         return export(*args, **options)
 
     monkeypatch.setattr(saving, "export_huggingface", export_once)
-    with pytest.raises(CheckpointError, match="cannot be written: .*No space left.*the last checkpoint is whole"):
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*No space left.*the last checkpoint is whole"):
         trainer.train()
     assert read_provenance(trainer.best_model_dir)["epoch"] == 1
     assert steps(trainer) == [3, 6]
@@ -138,7 +138,18 @@ def test_a_best_model_that_another_training_has_replaced_is_not_taken_for_ones_o
         ModelEvaluator, "evaluate_dataset", lambda *a, **o: SimpleNamespace(loss=1.0, wer=next(wers), cer=0.1)
     )
     mine, other = make_trainer(), make_trainer()
-    mine.train(num_epochs=1)
+    update = mine._updater.update
+
+    def interrupted(*args: Any) -> Any:
+        if mine.history["epoch"]:
+            raise KeyboardInterrupt
+        return update(*args)
+
+    mine._updater.update = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        mine.train()
+    mine._updater.update = update  # type: ignore[method-assign]
+    monkeypatch.setattr(mine._saver, "finish_export", lambda progress: None)  # as in the middle of the second epoch
     other.train(num_epochs=1)
     with pytest.raises(CheckpointError, match="the model of epoch 1, the best of this training, is not there any more"):
         mine.train(num_epochs=2)

@@ -228,7 +228,7 @@ def test_no_room_for_a_single_clip_stops_with_the_clips(
 ) -> None:
     bench = Bench(small[0], configure(), loss=cramped(0))
     before = bench.state()
-    with pytest.raises(DeviceError, match="out of memory with a single clip.*max_duration_sec") as caught:
+    with pytest.raises(DeviceError, match=r"out of memory with a single clip.*max_duration_sec") as caught:
         bench.update(*batches)
     assert batches[0]["ids"][0] in str(caught.value)
     assert same(bench.state(), before)
