@@ -60,7 +60,8 @@ class DynamicWhisperEncoder(WhisperEncoder):  # type: ignore[misc]
         if frames != full and get_audio_context(self.config) == "full":
             raise ModelError(
                 f"this checkpoint has audio_context 'full': it takes 30 s ({full} frames), got {frames} frames. Pad "
-                "the audio to 30 s, or train it at its own length: WhisperTrainer with model.audio_context: dynamic"
+                "the audio to 30 s, or make it dynamic: adapt_context needs recordings only, WhisperTrainer with "
+                "model.audio_context: dynamic needs transcripts too"
             )
 
 

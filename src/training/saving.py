@@ -159,6 +159,8 @@ class RunSaver:
         if report.checkpoint is None:
             return report, None
         progress = self._restore(report.checkpoint)
+        if self._store is not None and checkpoint == "auto":  # the newest goes on in its folder, any other branches off
+            self._store.folder = self._config.paths.checkpoints_dir / report.checkpoint.parent.name
         logger.info(
             "resumed at update %d, epoch %d, from %s", progress.step, progress.epochs_done + 1, report.checkpoint
         )
@@ -250,8 +252,6 @@ class RunSaver:
             raise CheckpointError(f"{checkpoint}: {err}") from err
         if self._experiment is not None:
             self._restore_best_on_disk(progress, values["run"])
-        if self._store is not None:  # one training, one folder: else each session would keep checkpoints of its own
-            self._store.folder = self._config.paths.checkpoints_dir / checkpoint.parent.name
         progress = broadcast_object(progress)
         if self._experiment is not None:
             self._experiment.resume_at(progress.step, progress.epochs_done)
