@@ -196,7 +196,7 @@ def truncating_mirror(stock: Path, folder: Path) -> Outcome:
 
     def write_half(writer: Any, block: bytes) -> None:
         broken[0] += 1
-        real(writer, block[: len(block) // 2] if broken[0] < 12 else block)
+        real(writer, block[: len(block) // 2] if broken[0] < 6 else block)
 
     colab._write_block = write_half
     try:
