@@ -150,7 +150,15 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], li
 
 
 def half_written(folder: Path) -> bool:
-    return any((folder / "checkpoints").glob("**/.*.partial"))
+    places = [folder / "checkpoints", folder / "checkpoints" / "drill"]
+    return any(name.startswith(".") and name.endswith(".partial") for place in places for name in list_names(place))
+
+
+def list_names(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir()]
+    except FileNotFoundError:
+        return []
 
 
 def last_step(folder: Path) -> int:

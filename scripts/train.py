@@ -2,7 +2,7 @@
 
     python scripts/train.py --config config.yaml --profile demo
     accelerate launch --num_processes 4 scripts/train.py --config config.yaml
-    accelerate launch --config_file configs/fsdp.yaml scripts/train.py --config config.yaml
+    accelerate launch --num_processes 4 scripts/train.py --set training.shard_model=true
 
 A stopped run goes on from its newest checkpoint when the same command is given again; `--fresh` begins anew. Settings
 are overridden by `--set training.epochs=5`. The last line printed is one JSON object.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 WARM_UPDATES = 2  # first ones of a run: allocators, threads and kernels settle
 # dense 16-bit TFLOP/s by name of the device, from NVIDIA's data sheets
@@ -123,15 +124,21 @@ class FlopCounter:
 
     Attributes:
         total: FLOPs so far.
+        updates: that the optimizer has made; a batch may go through the model in pieces.
     """
 
     def __init__(self, model: Any) -> None:
         self.total = 0.0
+        self.updates = 0
         self._config = model.config
         self._shape = (0, 0, 0)  # clips, positions, tokens
         model.model.encoder.register_forward_hook(self._see_encoder)
         model.model.decoder.register_forward_hook(self._see_decoder)
         model.proj_out.register_forward_hook(self._see_logits)
+        register_optimizer_step_post_hook(self._see_update)
+
+    def _see_update(self, *_: Any) -> None:
+        self.updates += 1
 
     def _see_encoder(self, module: Any, _: Any, output: Any) -> None:
         if module.training:

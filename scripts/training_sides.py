@@ -82,7 +82,7 @@ def train_ours(job: Any) -> Figures:
     if not job.resumable:  # else there are evaluations in between
         for row, before, after in zip(rows, cpu_sec, cpu_sec[1:], strict=False):
             row["cpu_sec"] = after - before
-    figures = _figures(job, rows, flops.total, peak_mb)
+    figures = _figures(job, rows, flops, peak_mb)
     figures |= {"prep_sec": prep_sec, "prep_bytes": 0}
     if job.resumable:
         figures["by_epoch"] = _epochs(events, figures["update_sec"], job)
@@ -118,7 +118,7 @@ def train_hf(job: Any) -> Figures:
         save_updates=PEER_SAVE_UPDATES if job.resumable else None,
     )
     rows = hf_recipe.fine_tune(model, processor, dataset, options, folder / "checkpoints")
-    figures = _figures(job, rows, flops.total, peak_memory_mb(job.device))
+    figures = _figures(job, rows, flops, peak_memory_mb(job.device))
     figures |= {"prep_sec": prep_sec, "prep_bytes": prep_bytes}
     if job.evaluate:
         model.save_pretrained(folder / "model")
@@ -228,7 +228,7 @@ def _watch_epochs(
     def measure(row: Mapping[str, Any]) -> None:
         if row["event"] == "epoch":
             rates = word_error_rates(model, processor, loader, config, ("full",))
-            experiment.log("full_context", epoch=row["epoch"], **rates)
+            experiment.log("epoch_full_context", epoch=row["epoch"], **rates)
 
     experiment.subscribe(measure)
 
@@ -237,7 +237,7 @@ def _epochs(events: Sequence[Mapping[str, Any]], update_sec: Sequence[float], jo
     """Return one row an epoch: updates and seconds of training so far, error rates; of a repeated epoch the last."""
     updates = math.ceil(job.clips / job.batch_size)
     own = {int(event["epoch"]): event["val_wer"] for event in events if event["event"] == "epoch"}
-    full = {int(event["epoch"]): event["wer_full"] for event in events if event["event"] == "full_context"}
+    full = {int(event["epoch"]): event["wer_full"] for event in events if event["event"] == "epoch_full_context"}
     return [
         {
             "epoch": epoch,
@@ -250,17 +250,18 @@ def _epochs(events: Sequence[Mapping[str, Any]], update_sec: Sequence[float], jo
     ]
 
 
-def _figures(job: Any, rows: Sequence[Mapping[str, Any]], flops: float, peak_mb: float) -> Figures:
+def _figures(job: Any, rows: Sequence[Mapping[str, Any]], flops: FlopCounter, peak_mb: float) -> Figures:
     per_epoch = math.ceil(job.clips / job.batch_size)
     speed = measure_speed(rows, clips=round(job.clips * job.stop_after / per_epoch), batch_size=job.batch_size)
     peak = job.peak_tflops or (peak_tflops(torch.cuda.get_device_name()) if job.device == "cuda" else None)
-    tflop = flops / 1e12
+    # of this session alone, where a stopped run went on
+    tflop_per_update = flops.total / flops.updates / 1e12 if flops.updates else None
     return {
         **asdict(speed),
         "update_sec": [row["sec"] for row in rows],
         "peak_mb": peak_mb,
-        "tflop_per_update": tflop / len(rows),
-        "mfu": tflop / speed.train_sec / peak if peak else None,
+        "tflop_per_update": tflop_per_update,
+        "mfu": tflop_per_update * len(rows) / speed.train_sec / peak if peak and tflop_per_update else None,
     }
 
 

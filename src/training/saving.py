@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from src.data.loader import SpeechLoader
 from src.models.dynamic_context import DynamicWhisper
@@ -19,6 +21,7 @@ from src.training.checkpoint import CheckpointStore, TrainingState, checkpoint_p
 from src.training.methods import has_adapters, merged_model
 from src.training.progress import Progress
 from src.training.resume import ResumeReport, config_differences, find_checkpoint
+from src.training.sharding import is_sharded, shard_all_like
 from src.training.state import (
     frozen_digest,
     load_model_tensors,
@@ -47,6 +50,9 @@ FLUSH_TIMEOUT_SEC = 600.0  # that the end of training waits for the mirror
 class RunSaver:
     """Saves and restores one run; in all processes, of which the main one writes.
 
+    Args:
+        whole_model: gives the plain model: the model itself, or a copy where it is shared out to the processes.
+
     Attributes:
         best_model_dir: in Hugging Face format.
     """
@@ -61,6 +67,7 @@ class RunSaver:
         accelerator: Accelerator,
         loader: SpeechLoader,
         experiment: ExperimentLogger | None,
+        whole_model: Callable[[], DynamicWhisper],
     ) -> None:
         self._config = config
         self._model = model
@@ -70,6 +77,7 @@ class RunSaver:
         self._accelerator = accelerator
         self._loader = loader
         self._experiment = experiment
+        self._whole_model = whole_model
         self._frozen = frozen_digest(model)
         self._saved_at_sec = time.monotonic()
         self._holds_best = False  # instead of the last epoch's weights
@@ -99,6 +107,8 @@ class RunSaver:
     def save(self, progress: Progress) -> None:
         """Save the whole state. Training goes on where that fails: older checkpoints are whole, and it tries again."""
         self.start_clock()
+        if self._store is None and is_sharded(self._model):
+            self._collect_tensors()  # the main process needs the shards of all
         if self._store is not None:
             try:
                 self._store.save(self._collect(progress), progress.step)
@@ -111,8 +121,9 @@ class RunSaver:
 
         Raises: CheckpointError: it cannot be written; the older one is whole, and so is the last checkpoint.
         """
+        whole = self._whole_model()
         if self._experiment is not None:
-            self._export(progress, self._experiment.run_id)
+            self._export(whole, progress, self._experiment.run_id)
         wait_for_all()
 
     def finish_export(self, progress: Progress) -> None:
@@ -131,7 +142,8 @@ class RunSaver:
                 "there any more; give each training a paths.checkpoints_dir of its own, and resume from a checkpoint"
             )
         name = ADAPTERS_FILE if has_adapters(self._model) else "model.safetensors"
-        missing, unexpected = self._model.load_state_dict(load_file(self.best_model_dir / name), strict=False)
+        tensors = shard_all_like(load_file(self.best_model_dir / name), self._model)
+        missing, unexpected = self._model.load_state_dict(tensors, strict=False)
         assert not unexpected and (name == ADAPTERS_FILE or set(missing) <= {"proj_out.weight"})  # tied
         self._holds_best = True
         logger.info("the model now holds the weights of epoch %d, the best by WER", progress.best_epoch)
@@ -174,16 +186,16 @@ class RunSaver:
         for failure in self._mirror.failures:
             logger.warning("not in the mirror %s: %s (%s)", self._mirror.target, failure.name, failure.reason)
 
-    def _export(self, progress: Progress, run: str) -> None:
+    def _export(self, whole: DynamicWhisper, progress: Progress, run: str) -> None:
         made = {
             "training": progress.training_id, "run": run, "epoch": progress.best_epoch, "step": progress.step,
             "validation_wer": progress.best_wer, "git_revision": get_git_revision(),
             "data_version": self._data_version(),
         }  # fmt: skip
-        adapters = model_tensors(self._model) if has_adapters(self._model) else None
+        adapters = model_tensors(whole) if has_adapters(whole) else None
         try:
             export_huggingface(
-                merged_model(self._model), self._processor, self.best_model_dir, provenance=made, adapters=adapters
+                merged_model(whole), self._processor, self.best_model_dir, provenance=made, adapters=adapters
             )
         except (OSError, SafetensorError) as err:
             raise CheckpointError(
@@ -205,8 +217,11 @@ class RunSaver:
         version: str = self._loader.state_dict()["made_from"]["utterances"]
         return version
 
+    def _collect_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        return model_tensors(self._model), *optimizer_tensors(self._optimizer.optimizer, self._model)
+
     def _collect(self, progress: Progress) -> TrainingState:
-        optimizer, optimizer_values = optimizer_tensors(self._optimizer.optimizer, self._model)
+        model, optimizer, optimizer_values = self._collect_tensors()
         rng, rng_values = random_state()
         scaler = self._accelerator.scaler
         assert self._experiment is not None
@@ -224,7 +239,7 @@ class RunSaver:
             "data_version": self._data_version(),
             "git_revision": get_git_revision(),
         }
-        return TrainingState({"model": model_tensors(self._model), "optimizer": optimizer, "rng": rng}, values)
+        return TrainingState({"model": model, "optimizer": optimizer, "rng": rng}, values)
 
     def _restore(self, checkpoint: Path) -> Progress:
         state = load_checkpoint(checkpoint)
@@ -250,14 +265,15 @@ class RunSaver:
             raise CheckpointError(f"{checkpoint}: {err!r} in its state; train with the version that wrote it") from err
         except CheckpointError as err:
             raise CheckpointError(f"{checkpoint}: {err}") from err
+        whole = self._whole_model()
         if self._experiment is not None:
-            self._restore_best_on_disk(progress, values["run"])
+            self._restore_best_on_disk(whole, progress, values["run"])
         progress = broadcast_object(progress)
         if self._experiment is not None:
             self._experiment.resume_at(progress.step, progress.epochs_done)
         return progress
 
-    def _restore_best_on_disk(self, progress: Progress, run: str) -> None:
+    def _restore_best_on_disk(self, whole: DynamicWhisper, progress: Progress, run: str) -> None:
         """See that `best_model_hf` is the best epoch's, from the mirror or from the checkpoint where it must be."""
         if progress.best_epoch is None or _is_best(self.best_model_dir, progress):
             return
@@ -266,7 +282,7 @@ class RunSaver:
             with atomic_folder(self.best_model_dir, replace=True) as folder:
                 copy_verified(mirror / BEST_MODEL_NAME, folder)
         elif progress.best_epoch == progress.epochs_done and not progress.next_batch:
-            self._export(progress, run)  # the run was killed between this checkpoint and the export
+            self._export(whole, progress, run)  # the run was killed between this checkpoint and the export
         else:
             logger.warning(
                 "%s: the model of epoch %d, the best until now, is not there; the best of the coming epochs is kept",

@@ -16,14 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from src.training.sharding import collect_on_cpu, shard_like, whole_tensor
 from src.utils.errors import CheckpointError
 
 _DIGEST_CHARACTERS = 16
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained parameters by name, on the CPU; tied ones once."""
-    return {name: parameter.detach().cpu() for name, parameter in _trained(model)}
+    """Return the trained parameters by name, on the CPU; tied ones once.
+
+    Where the model is shared out to processes, all of them must call it, and only the main one gets them; so with
+    `optimizer_tensors`.
+    """
+    return collect_on_cpu(_trained(model))
 
 
 @torch.no_grad()
@@ -37,12 +42,12 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         {name: tuple(p.shape) for name, p in mine.items()}, {name: tuple(t.shape) for name, t in tensors.items()}
     )
     for name, parameter in mine.items():
-        parameter.copy_(tensors[name])
+        parameter.copy_(shard_like(tensors[name], parameter))
 
 
 def frozen_digest(model: nn.Module) -> str:
     """Return a checksum over the parameters that are not trained."""
-    return tensors_digest((name, p) for name, p in model.named_parameters() if not p.requires_grad)
+    return tensors_digest((name, whole_tensor(p)) for name, p in model.named_parameters() if not p.requires_grad)
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -65,10 +70,10 @@ def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str,
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"{names[parameter]}/{key}"] = value.detach().cpu()
+                tensors[f"{names[parameter]}/{key}"] = value
             else:
                 values[f"{names[parameter]}/{key}"] = value
-    return tensors, values
+    return collect_on_cpu(tensors.items()), values
 
 
 def load_optimizer_tensors(
@@ -87,7 +92,7 @@ def load_optimizer_tensors(
         parameter = parameters[name]
         if isinstance(value, Tensor):
             # fused AdamW keeps its step count beside the weights, the plain one on the CPU
-            value = value.to(parameter.device).clone()
+            value = shard_like(value, parameter).to(parameter.device).clone()
         optimizer.state[parameter][key] = value
 
 

@@ -34,10 +34,11 @@ from src.training.progress import Progress
 from src.training.resume import ResumeReport
 from src.training.saving import RunSaver
 from src.training.schedule import build_optimizer, build_schedule, count_updates, default_learning_rate
+from src.training.sharding import shard_model
 from src.training.updates import Batch, Updater, UpdateReport
 from src.training.waiting import WaitMeter
 from src.utils.config import Config
-from src.utils.distributed import is_main_process, rank, world_size
+from src.utils.distributed import broadcast_object, is_main_process, rank, world_size
 from src.utils.errors import DataError
 from src.utils.memory import measure_memory
 from src.utils.runtime import allow_tf32, choose_precision, set_seed
@@ -93,6 +94,7 @@ class WhisperTrainer:
             model.config.d_model, lora=method.method == "lora"
         )
         loss = TokenLoss(model)
+        self._shards = shard_model(loss, config.training, mixed_precision=self._accelerator.mixed_precision)
         if config.training.compile:
             loss.compile(dynamic=True)
             logger.info("torch.compile is on: the first batches of each length take minutes, the later ones are faster")
@@ -103,14 +105,18 @@ class WhisperTrainer:
             kind=config.training.optimizer,
         )
         # not the loader: it shares an epoch out itself, and Accelerate would do it again and repeat utterances
-        self._loss, self._optimizer = self._accelerator.prepare(loss, optimizer)
+        if self._shards is None:
+            self._loss, self._optimizer = self._accelerator.prepare(loss, optimizer)
+        else:  # Accelerate would wrap it for DDP
+            self._loss, self._optimizer = loss, self._accelerator.prepare(optimizer)
         _check_shard(train_loader)
         self.experiment = (experiment or ExperimentLogger(config)) if is_main_process() else None
-        self._progress = Progress()
+        self._progress = broadcast_object(Progress())  # its training_id is drawn: one for all processes
         self._updater = Updater(self._loss, self._optimizer, self._accelerator, inputs, config.training)
         self._saver = RunSaver(
-            config, model, processor, self._optimizer, self._updater, self._accelerator, train_loader, self.experiment
-        )
+            config, model, processor, self._optimizer, self._updater, self._accelerator, train_loader, self.experiment,
+            self._whole_model,
+        )  # fmt: skip
 
     @property
     def history(self) -> dict[str, list[float]]:
@@ -173,8 +179,14 @@ class WhisperTrainer:
         return self.history
 
     def merged_model(self) -> DynamicWhisper:
-        """Return the plain model: the trained one itself, or a copy with its adapters merged."""
-        return merged_model(self.model)
+        """Return the plain model: the trained one itself, or a copy with its adapters merged.
+
+        With `training.shard_model` it is a copy in any case, and all processes must call this.
+        """
+        return merged_model(self._whole_model())
+
+    def _whole_model(self) -> DynamicWhisper:
+        return self.model if self._shards is None else self._shards.whole()
 
     def _make_cutter(self) -> PrefixCutter | None:
         """Time the words of the training clips, with the weights as they came, where some are to be cut."""
@@ -236,7 +248,7 @@ class WhisperTrainer:
 
     def _validate(self) -> EvaluationResult:
         with self._accelerator.autocast():
-            evaluator = ModelEvaluator(self.model, self.processor, self.config)
+            evaluator = ModelEvaluator(self._whole_model(), self.processor, self.config)
             return evaluator.evaluate_dataset(self._val_loader, name="validation")
 
     def _finish_epoch(self, result: EvaluationResult, data_wait_share: float) -> None:

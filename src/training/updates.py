@@ -20,15 +20,18 @@ from torch import Tensor, nn
 from src.data.features import FRAMES_PER_SEC, HOP_SAMPLES
 from src.data.labels import IGNORE_INDEX
 from src.training.inputs import TrainingInputs
+from src.training.sharding import exchange_gradients, in_step, is_sharded, whole_tensor
 from src.utils.config_schema import TrainingConfig
 from src.utils.distributed import gather_objects, sum_over_processes, world_size
 from src.utils.errors import DataError, DeviceError
+from src.utils.memory import return_freed_memory
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 _RECENT_NORMS = 50  # updates that the median gradient norm is taken over
 _FEW_NORMS = 10  # fewer say nothing yet
+_CPU_FRAMES = 2000  # of the rows that go through at once; more take memory and are no faster there
 _SLACK = 1.2  # slower speech is longer than its recording: not yet a reason to cut a batch
 
 
@@ -84,6 +87,7 @@ class Updater:
         self._accelerator = accelerator
         self._inputs = inputs
         self._config = config
+        self._is_sharded = is_sharded(loss)
         self.pieces = 1
         self._norms: deque[float] = deque(maxlen=_RECENT_NORMS)
         self._skipped_in_row: list[str] = []  # one text an update
@@ -104,7 +108,8 @@ class Updater:
         seconds = sum(sum(batch["durations"]) for batch in window)
         tokens, clips, audio_sec = sum_over_processes([*counts, seconds], device)
         losses = self._accumulate_in_memory(window, [generator.get_state() for generator in generators], tokens)
-        norm = float(self._accelerator.clip_grad_norm_(self._loss.parameters(), self._config.max_grad_norm))
+        norm = self._accelerator.clip_grad_norm_(self._loss.parameters(), self._config.max_grad_norm)
+        norm = float(whole_tensor(norm))
         (loss_sum,) = sum_over_processes([sum(losses)], device)
         finite = math.isfinite(loss_sum) and math.isfinite(norm)
         if finite:
@@ -113,6 +118,8 @@ class Updater:
             self._accelerator.scaler.update()  # lowers the scale where the gradients overflowed
         applied = finite and not self._accelerator.optimizer_step_was_skipped
         self._optimizer.zero_grad(set_to_none=True)
+        if device.type == "cpu":
+            return_freed_memory()
         ids = tuple(name for batch in window for name in batch["ids"])
         self._watch(norm, ids) if applied else self._count_skipped(window, losses, loss_sum, norm)
         return UpdateReport(loss_sum, int(tokens), norm, applied, int(clips), audio_sec, ids)
@@ -152,6 +159,8 @@ class Updater:
             on_device = self._to_device(batch)
             features = self._inputs.features(on_device, generator)
             pieces = _cut(features, on_device, self._rows_together(features, batch))
+            if self._is_sharded:
+                pieces = in_step(pieces)
             batch_loss = torch.zeros((), device=features.device)
             for piece, (part, inputs, labels) in enumerate(pieces):
                 last = number == len(window) - 1 and piece == len(pieces) - 1
@@ -171,11 +180,16 @@ class Updater:
         """
         rows, _, frames = features.shape
         own_frames = batch["audio"].shape[1] / HOP_SAMPLES + self._config.max_trailing_silence_sec * FRAMES_PER_SEC
-        return max(1, min(math.ceil(rows / self.pieces), int(rows * own_frames * _SLACK / frames)))
+        size = min(math.ceil(rows / self.pieces), int(rows * own_frames * _SLACK / frames))
+        if features.device.type == "cpu":
+            size = min(size, _CPU_FRAMES // frames)
+        return max(1, size)
 
     def _until_last(self, last: bool) -> AbstractContextManager[Any]:
         """Let processes exchange gradients once an update."""
-        if last or world_size() == 1:
+        if self._is_sharded:
+            exchange_gradients(self._loss, last)
+        if last or self._is_sharded or world_size() == 1:
             return nullcontext()
         context: AbstractContextManager[Any] = self._accelerator.no_sync(self._loss)
         return context

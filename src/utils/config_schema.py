@@ -230,6 +230,7 @@ class TrainingConfig(_Section):
     max_trailing_silence_sec: float = Field(1.0, ge=0, le=5)
     gradient_checkpointing: bool = False
     compile: bool = False
+    shard_model: bool = False
     fp16_initial_scale: float = Field(1024.0, gt=0)
     fp16_growth_interval: int = Field(2000, ge=1)
     mix_shares: tuple[float, ...] = (0.25, 0.5, 0.75)

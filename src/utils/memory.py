@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +61,19 @@ def measure_memory(folder: Path, device: torch.device | str | None = None) -> Me
         gpu_peak_mb=None if gpu_peak_bytes is None else gpu_peak_bytes / _MB,
         disk_free_mb=shutil.disk_usage(folder).free / _MB,
     )
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system, where the C library is glibc.
+
+    It keeps large blocks that were freed, and batches of ever other lengths leave ever other holes: a process that
+    trains grows by half (tiny.en, batch 8, two cores, 2026-11-25: resting at 1.9 GB instead of 1.4 GB).
+    """
+    if sys.platform != "linux":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _gpu_bytes(device: torch.device | str | None) -> tuple[int | None, int | None]:

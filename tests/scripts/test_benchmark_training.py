@@ -74,6 +74,9 @@ def test_counter_counts_training_alone_three_times_the_forward_pass() -> None:
     assert counter.total == 0
     model.train()(**inputs)
     assert counter.total == 3 * forward_flops(TINY, clips=2, positions=50, tokens=5, scored=10)
+    assert counter.updates == 0
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert counter.updates == 1
 
 
 @pytest.mark.parametrize(
