@@ -33,6 +33,15 @@ from src.utils.errors import WhisperASRError
 
 def main() -> int:
     arguments = parse_arguments()
+    try:
+        return run(arguments)
+    except WhisperASRError as err:
+        if is_main_process():
+            print(f"{type(err).__name__}: {err}", file=sys.stderr)
+        return 1
+
+
+def run(arguments: argparse.Namespace) -> int:
     config = load_config(
         arguments.config, profile=arguments.profile, overrides=dict(parse_setting(text) for text in arguments.set)
     )
@@ -40,12 +49,7 @@ def main() -> int:
     setup_logging("INFO" if is_main_process() else "WARNING")
     if world_size() > 1 and config.device == "auto":
         config = config.model_copy(update={"device": str(PartialState().device)})
-    try:
-        figures = train(config, fresh=arguments.fresh)
-    except WhisperASRError as err:
-        if is_main_process():
-            print(f"{type(err).__name__}: {err}", file=sys.stderr)
-        return 1
+    figures = train(config, fresh=arguments.fresh)
     if is_main_process():
         print(json.dumps(figures))
     return 0

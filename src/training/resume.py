@@ -19,7 +19,7 @@ _FREE_KEYS = frozenset(
     {
         "training.epochs", "training.patience", "training.grad_spike_factor", "training.max_nonfinite_steps",
         "training.mix_shares", "training.compile", "training.gradient_checkpointing", "data.num_workers",
-        "data.cache_decoded",
+        "training.shard_model", "data.cache_decoded",
     }
 )  # fmt: skip
 _COMPARED_SECTIONS = ("model", "data", "composition", "augmentation", "training")

@@ -290,6 +290,14 @@ def test_workers_go_by_the_usable_cores_and_by_where_the_model_computes() -> Non
     assert "2 usable" in choose_workers("auto", on_cuda=True).reason
 
 
+@pytest.mark.usefixtures("two_cores")
+def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert usable_cores() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert usable_cores() == 1
+
+
 def test_the_choice_of_workers_is_logged_with_its_reason(
     clips: list[Utterance], processor: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

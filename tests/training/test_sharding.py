@@ -27,18 +27,25 @@ TWO = ("straight", "lora", "resumed", "plain", "again")  # trainings of the two 
 Runs = tuple[Path, dict[str, list[dict[str, Any]]]]
 
 
-def launch(folder: Path, model_folder: Path, processes: int) -> list[dict[str, Any]]:
-    """Run the script in so many processes; return what each found."""
+def launch(folder: Path, model_folder: Path, processes: int) -> subprocess.Popen[str]:
+    """Start the script in so many processes."""
     folder.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
     command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), str(folder), str(model_folder)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    with (folder / "log.txt").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def collect(folder: Path, process: subprocess.Popen[str], processes: int) -> list[dict[str, Any]]:
+    """Wait, and return what each found."""
+    try:
+        code = process.wait(timeout=300)
+    finally:
+        process.terminate()  # the launcher takes its processes along
+    assert code == 0, (folder / "log.txt").read_text()[-4000:]
     return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(processes)]
 
 
@@ -47,7 +54,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, _small: tuple[Any, Any]) -> R
     folder = tmp_path_factory.mktemp("sharding")
     for part in _small:
         part.save_pretrained(folder / "model")
-    return folder, {name: launch(folder / name, folder / "model", n) for name, n in (("one", 1), ("two", 2))}
+    started = {name: (launch(folder / name, folder / "model", n), n) for name, n in (("one", 1), ("two", 2))}
+    return folder, {name: collect(folder / name, process, n) for name, (process, n) in started.items()}
 
 
 def weights(runs: Runs, processes: str, name: str, rank: int = 0) -> dict[str, Tensor]:
@@ -66,6 +74,7 @@ def test_two_processes_with_shards_make_the_updates_of_one_that_holds_the_model(
     found = runs[1]
     assert [result["processes"] for result in found["two"]] == [2, 2]
     assert_near(weights(runs, "two", f"{training}-last"), weights(runs, "one", f"{training}-last"))
+    assert sum(result["fillers"] for result in found["two"]) > 0  # they cut a batch into other numbers of pieces
     straight, shared = found["one"][0][training]["history"], found["two"][0][training]["history"]
     assert shared["train_loss"] == pytest.approx(straight["train_loss"], rel=1e-5)
     assert shared["val_loss"] == pytest.approx(straight["val_loss"], rel=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.utils.memory import MemoryUse, measure_memory
+from src.utils.memory import MemoryUse, measure_memory, return_freed_memory
 
 
 def test_memory_that_is_taken_shows(tmp_path: Path) -> None:
@@ -42,3 +42,10 @@ def test_tensors_on_the_gpu_show(tmp_path: Path) -> None:
     assert after.gpu_peak_mb is not None
     assert 50 <= after.gpu_mb - before < 55
     assert after.gpu_peak_mb >= after.gpu_mb
+
+
+def test_freed_memory_goes_back_to_the_system() -> None:
+    blocks = [bytearray(100_000) for _ in range(2_000)]
+    del blocks[::2]  # holes, which the C library keeps
+    return_freed_memory()
+    assert len(blocks) == 1_000
