@@ -103,6 +103,6 @@ def test_run_all_with_the_demo_profile_ends_green(tmp_path: Path) -> None:
         assert (run_dir / name).stat().st_size > 0, name
     assert not (run_dir / "notebook.ipynb").exists()
     page = (run_dir / "notebook.html").read_text()
-    assert page.count('src="data:image/png;base64') == 4, "the pictures are not shown"
+    assert page.count('src="data:image/png;base64') == 5, "the pictures are not shown"  # one is the live plot
     assert page.count("<audio") == 8  # a clip, the six ways in which it is augmented, a transcribed file
     assert len(list((run_dir / "data_versions").glob("*.json"))) == 1

@@ -40,7 +40,7 @@ def test_the_loss_is_the_full_cross_entropy_of_the_models_forward(tiny_en: tuple
     for name, parameter in model.named_parameters():
         if name in gradients:
             scale = float(gradients[name].abs().max())
-            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5 * scale)
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-4 * scale)
 
 
 def test_positions_without_a_loss_have_no_say(small: tuple[Any, Any]) -> None:
