@@ -5,7 +5,6 @@ No widget is needed: `display_id` works in Jupyter and in Colab alike. Outside a
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import secrets
@@ -18,7 +17,6 @@ from typing import Any, Self
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from src.evaluation.report import last_training, load_metrics
@@ -128,7 +126,7 @@ class LivePlot:
         if not self._drawing or not self._curves.steps or (began_sec < self._next_sec and not force):
             return
         try:
-            self._show(_to_png(draw_curves(self._curves)))
+            self._show(draw_curves(self._curves)._repr_png_())
         except Exception as err:  # noqa: BLE001  boundary: a picture must not end hours of training
             self._drawing = False
             logger.warning("the live plot stops after an error, training goes on: %s: %s", type(err).__name__, err)
@@ -154,7 +152,7 @@ def in_notebook() -> bool:
     return getattr(shell, "kernel", None) is not None
 
 
-def draw_curves(curves: TrainingCurves) -> Figure:
+def draw_curves(curves: TrainingCurves) -> NotebookFigure:
     """Draw loss and learning rate by update, and validation WER and CER by epoch."""
     with matplotlib.rc_context({**FIGURE_STYLE, "font.size": 9, "axes.titlesize": 10, "axes.titley": 1.0}):
         figure = NotebookFigure(figsize=(10, 3.1))
@@ -263,13 +261,6 @@ def thin_places(values: list[float]) -> np.ndarray[Any, np.dtype[np.intp]]:
         for begin, part in zip(edges[:-1], np.split(low, edges[1:-1]), strict=True)
     ]
     return np.unique(np.asarray(ends))
-
-
-def _to_png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(FIGURE_STYLE):
-        figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
 
 
 def _gap(value: Any) -> float:

@@ -11,7 +11,6 @@ renamed. Nothing is pickled: tensors are safetensors, the rest is JSON.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -27,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from src.utils.atomic import atomic_folder, recover_folder
+from src.utils.colab import sha256_of
 from src.utils.errors import CheckpointError
 from src.utils.mirror import DriveMirror
 
@@ -36,7 +36,6 @@ FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 TENSOR_FILES = ("model", "optimizer", "rng")
 _NAME = re.compile(r"checkpoint-(\d{8})")
-_HASH_BLOCK_BYTES = 1 << 20
 _SPARE_BYTES = 16 << 20  # beside the tensors: JSON, and what others write meanwhile
 
 
@@ -176,7 +175,7 @@ def verify_checkpoint(checkpoint: Path) -> None:
             found = (checkpoint / name).stat().st_size
             if found != size:
                 raise CheckpointError(f"{checkpoint}: {name} has {found} bytes instead of {size}")
-            if _sha256(checkpoint / name) != digest:
+            if sha256_of(checkpoint / name) != digest:
                 raise CheckpointError(f"{checkpoint}: the content of {name} is damaged (SHA-256 differs)")
         except OSError as err:
             raise CheckpointError(f"{checkpoint}: {name} cannot be read: {err.strerror}") from err
@@ -215,7 +214,7 @@ def _write(state: TrainingState, folder: Path) -> None:
         raise CheckpointError(
             f"{folder / STATE}: reads back differently from what was written; the disk is not reliable"
         )
-    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
+    files = {path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
 
 
@@ -232,11 +231,3 @@ def _compare(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)  # nan is equal to itself
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

@@ -29,7 +29,6 @@ SAFETY = 0.85  # of what fits: fragments, longer labels and validation need room
 TOKENS_PER_SEC = 4.0  # of a label; fast speech
 _CPU_SHARE = 0.7  # of the memory that is available: beyond it the machine swaps
 _POLL_SEC = 0.01
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class _Trial:
     def __init__(self, model: DynamicWhisper, config: Config, clip_sec: float) -> None:
         self.device = next(model.parameters()).device
         self._clip_sec = clip_sec
-        self._dtype = _DTYPES[choose_precision(config.precision, self.device).precision]
+        self._dtype = getattr(torch, choose_precision(config.precision, self.device).precision)
         self._copy: DynamicWhisper | None = copy.deepcopy(model)
         self._copy.audio_context = config.model.audio_context
         self._optimizer: torch.optim.Optimizer | None = build_optimizer(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from src.training.checkpoint import clean_up, list_checkpoints, read_values, verify_checkpoint
-from src.utils.config import Config
+from src.utils.config import Config, flatten
 from src.utils.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -66,13 +66,13 @@ def find_checkpoint(
                     values = read_values(path)
                     candidates.append((float(values["saved_at"]), -order, path, values))
                 except (CheckpointError, KeyError, TypeError, ValueError) as err:
-                    refused.append((path, str(err) if isinstance(err, CheckpointError) else f"{err!r} in its state"))
+                    refused.append((path, _reason(err)))
     for _, _, path, found in sorted(candidates, key=lambda entry: entry[:2], reverse=True):
         try:
             _check_training(path, found, config, made_from or {})
             verify_checkpoint(path)
         except (CheckpointError, KeyError, TypeError, AttributeError) as err:  # a damaged byte may hit a key's name
-            refused.append((path, str(err) if isinstance(err, CheckpointError) else f"{err!r} in its state"))
+            refused.append((path, _reason(err)))
             continue
         return ResumeReport(path, tuple(refused), tuple(roots))
     return ResumeReport(None, tuple(refused), tuple(roots))
@@ -83,7 +83,7 @@ def config_differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     ours = config.model_dump(mode="json")
     found = []
     for section in _COMPARED_SECTIONS:
-        before, now = _flat(saved.get(section, {}), section), _flat(ours[section], section)
+        before, now = flatten(saved.get(section, {}), f"{section}."), flatten(ours[section], f"{section}.")
         for key in sorted({**before, **now}):
             if key not in _FREE_KEYS and before.get(key) != now.get(key):
                 found.append(f"{key}: {before.get(key)} then, {now.get(key)} now")
@@ -102,11 +102,5 @@ def _check_training(path: Path, values: Mapping[str, Any], config: Config, made_
         )
 
 
-def _flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}.{key}")
-        else:
-            flat[f"{prefix}.{key}"] = value
-    return flat
+def _reason(err: Exception) -> str:
+    return str(err) if isinstance(err, CheckpointError) else f"{err!r} in its state"

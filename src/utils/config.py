@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from src.utils.config_schema import Config
 from src.utils.errors import ConfigError, did_you_mean
 
-__all__ = ["DEFAULT_CONFIG_PATH", "Config", "load_config"]
+__all__ = ["DEFAULT_CONFIG_PATH", "Config", "flatten", "load_config"]
 
 DEFAULT_CONFIG_PATH = Path("config.yaml")
 
@@ -58,6 +58,18 @@ def load_config(
         where = f" in {path}" if path is not None else ""
         raise ConfigError("\n  - ".join([f"{len(problems)} problem(s){where}:", *problems]))
     return Config.model_validate(merged)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of a tree of settings by dotted key, as `load_config` takes them.
+
+    Args:
+        prefix: put before each key, with its dot.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
-from src.utils.config import Config
+from src.utils.config import Config, flatten
 from src.utils.errors import MissingDependencyError, WhisperASRError
 
 logger = logging.getLogger(__name__)
@@ -230,7 +230,7 @@ class _MLflow(Tracker):
             self._client.update_run(run.info.run_id, status="RUNNING")
             return str(run.info.run_id)
         new_id = str(self._client.create_run(experiment_id, run_name=run_id).info.run_id)
-        for key, value in _flat(_parameters(config)).items():
+        for key, value in flatten(_parameters(config)).items():
             self._client.log_param(new_id, key, value)
         return new_id
 
@@ -288,13 +288,6 @@ def _kept_id(path: Path) -> str:
 
 def _parameters(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"paths"})
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
-    return flat
 
 
 @contextmanager

@@ -207,7 +207,7 @@ def test_a_disk_without_space_is_told_before_anything_is_written(
 
 
 @pytest.mark.parametrize("step", [1, 2])  # in place of the older one, or beside it
-@pytest.mark.parametrize("failing", ["save_file", "_sha256", "safetensors"])
+@pytest.mark.parametrize("failing", ["save_file", "sha256_of", "safetensors"])
 def test_a_disk_that_fills_up_in_the_middle_leaves_the_older_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, step: int
 ) -> None:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +9,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.training.launching import collect, launch
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "training" / "two_processes.py"
 
 pytestmark = pytest.mark.slow
 
 
-def launch(folder: Path, processes: int, accumulation_steps: int) -> list[dict[str, Any]]:
-    """Run the script in so many processes; return what each found."""
-    folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
-        "--master_port", str(port), str(SCRIPT), str(folder), str(accumulation_steps),
-    ]  # fmt: skip
-    if processes == 1:
-        command = [sys.executable, str(SCRIPT), str(folder), str(accumulation_steps)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(processes)]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
     folder = tmp_path_factory.mktemp("distributed")
-    return folder, {"one": launch(folder / "one", 1, 2), "two": launch(folder / "two", 2, 1)}
+    return folder, {
+        name: collect(folder / name, launch(SCRIPT, folder / name, processes, steps), processes)
+        for name, processes, steps in (("one", 1, 2), ("two", 2, 1))
+    }
 
 
 Runs = tuple[Path, dict[str, list[dict[str, Any]]]]

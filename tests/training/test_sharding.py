@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +14,7 @@ from src.training.loss import TokenLoss
 from src.training.sharding import _check, shard_model
 from src.utils.config_schema import TrainingConfig
 from src.utils.errors import ConfigError, DeviceError, ModelError
+from tests.training.launching import collect, launch
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "training" / "sharded_processes.py"
@@ -27,34 +23,12 @@ TWO = ("straight", "lora", "resumed", "plain", "again")  # trainings of the two 
 Runs = tuple[Path, dict[str, list[dict[str, Any]]]]
 
 
-def launch(folder: Path, model_folder: Path, processes: int) -> subprocess.Popen[str]:
-    """Start the script in so many processes."""
-    folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), str(folder), str(model_folder)]
-    with (folder / "log.txt").open("w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def collect(folder: Path, process: subprocess.Popen[str], processes: int) -> list[dict[str, Any]]:
-    """Wait, and return what each found."""
-    try:
-        code = process.wait(timeout=300)
-    finally:
-        process.terminate()  # the launcher takes its processes along
-    assert code == 0, (folder / "log.txt").read_text()[-4000:]
-    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(processes)]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, _small: tuple[Any, Any]) -> Runs:
     folder = tmp_path_factory.mktemp("sharding")
     for part in _small:
         part.save_pretrained(folder / "model")
-    started = {name: (launch(folder / name, folder / "model", n), n) for name, n in (("one", 1), ("two", 2))}
+    started = {name: (launch(SCRIPT, folder / name, n, folder / "model"), n) for name, n in (("one", 1), ("two", 2))}
     return folder, {name: collect(folder / name, process, n) for name, (process, n) in started.items()}
 
 
