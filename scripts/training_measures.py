@@ -1,12 +1,16 @@
-"""What scripts/benchmark_training.py measures by: speed of updates, peak memory, FLOPs of a model."""
+"""What scripts/benchmark_training.py measures by: speed of updates, peak memory, FLOPs of a model.
+
+Imports nothing of this library: the peer's process measures itself with it.
+"""
 
 from __future__ import annotations
 
+import math
 import resource
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +59,48 @@ def measure_speed(rows: Sequence[Mapping[str, Any]], *, clips: int, batch_size: 
         sum(seconds),
         sum(cpu) / steady_clips if len(cpu) == len(steady) else None,
     )
+
+
+def long_run_speed(rows: Sequence[Mapping[str, Any]], padded: Sequence[bool], job: Any) -> float | None:
+    """Return clips/s at the share of updates padded to 30 s that a long run has; a short one has more of them or fewer.
+
+    Args:
+        rows, job: as in `side_figures`.
+        padded: which updates were. Where there are some, the first two count too.
+    Returns: None where no update was at its own length, or none was padded that a long run would have.
+    """
+    own = [row["sec"] for row, full in zip(rows, padded, strict=True) if not full][WARM_UPDATES:]
+    full = [row["sec"] for row, full in zip(rows, padded, strict=True) if full]
+    share = job.full_context_prob
+    if not own or (share and not full):
+        return None
+    sec = (1 - share) * statistics.mean(own) + share * statistics.mean(full or [0.0])
+    return float(job.batch_size / sec)
+
+
+def side_figures(job: Any, rows: Sequence[Mapping[str, Any]], flops: FlopCounter, peak_mb: float) -> dict[str, Any]:
+    """Summarise one side's training for its result file.
+
+    Args:
+        job: of scripts/benchmark_training.py.
+        rows: one an update, as `measure_speed` takes them.
+        peak_mb: taken at the end of training.
+    """
+    per_epoch = math.ceil(job.clips / job.batch_size)
+    speed = measure_speed(rows, clips=round(job.clips * job.stop_after / per_epoch), batch_size=job.batch_size)
+    peak = job.peak_tflops or (peak_tflops(torch.cuda.get_device_name()) if job.device == "cuda" else None)
+    padded = flops.padded if len(flops.padded) == len(rows) else None  # None where a stopped run went on
+    warm = min(WARM_UPDATES, len(rows) - 1)
+    tflop_per_update = flops.total / len(flops.padded) / 1e12 if flops.padded else None
+    return {
+        **asdict(speed),
+        "update_sec": [row["sec"] for row in rows],
+        "padded_share": statistics.mean(padded[warm:]) if padded else None,
+        "long_run_samples_per_sec": long_run_speed(rows, padded, job) if padded else None,
+        "peak_mb": peak_mb,
+        "tflop_per_update": tflop_per_update,
+        "mfu": tflop_per_update * len(rows) / speed.train_sec / peak if peak and tflop_per_update else None,
+    }
 
 
 def update_rows(events: Sequence[Mapping[str, Any]], *, batch_size: int) -> list[dict[str, Any]]:
@@ -124,13 +170,14 @@ class FlopCounter:
 
     Attributes:
         total: FLOPs so far.
-        updates: that the optimizer has made; a batch may go through the model in pieces.
+        padded: whether each update so far, a batch of which may go through the model in pieces, had the full context.
     """
 
     def __init__(self, model: Any) -> None:
         self.total = 0.0
-        self.updates = 0
+        self.padded: list[bool] = []
         self._config = model.config
+        self._is_padded = False
         self._shape = (0, 0, 0)  # clips, positions, tokens
         model.model.encoder.register_forward_hook(self._see_encoder)
         model.model.decoder.register_forward_hook(self._see_decoder)
@@ -138,12 +185,14 @@ class FlopCounter:
         register_optimizer_step_post_hook(self._see_update)
 
     def _see_update(self, *_: Any) -> None:
-        self.updates += 1
+        self.padded.append(self._is_padded)
+        self._is_padded = False
 
     def _see_encoder(self, module: Any, _: Any, output: Any) -> None:
         if module.training:
             clips, positions, _width = output[0].shape
             self._shape = (clips, positions, 0)
+            self._is_padded |= positions == self._config.max_source_positions
 
     def _see_decoder(self, module: Any, _: Any, output: Any) -> None:
         if module.training:

@@ -1,32 +1,24 @@
-"""The processes of scripts/benchmark_training.py: each trains and measures one side, and writes what it found."""
+"""Our side of scripts/benchmark_training.py, in a process of its own; and what both sides are measured by."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-from scripts import hf_recipe
-from scripts.training_measures import FlopCounter, measure_speed, peak_memory_mb, peak_tflops, update_rows
+from scripts.training_measures import FlopCounter, peak_memory_mb, side_figures, update_rows
 from src.data import SpeechLoader, Utterance, create_loader, prepare_datasets
 from src.data.checking import check_listed
 from src.data.labels import apply_case, resolve_case
 from src.data.sources import load_utterances
 from src.evaluation import ModelEvaluator
 from src.models import WhisperModelManager
-from src.models.dynamic_context import DynamicWhisper
-from src.models.weights import resolve_weights
 from src.training import WhisperTrainer
 from src.utils import Config, load_config
 from src.utils.config_schema import DataConfig
@@ -34,20 +26,10 @@ from src.utils.tracking import ExperimentLogger
 
 REAL_DEV_STRIDE = 4
 TINY_VALIDATION = 2  # clips that our trainer validates on in the short run, whose weights are measured at its end
-SAVE_MINUTES, PEER_SAVE_UPDATES = 5.0, 50  # between two states of the real run
+SAVE_MINUTES = 5.0  # between two states of the real run
 _TIMED = ("begin", "train_step")
 
 Figures = dict[str, Any]
-
-
-def run(job: Any) -> None:
-    """Do a job and write its figures to `<folder>/<side>.json`."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-    torch.set_num_threads(job.threads)
-    side = {"ours": train_ours, "hf": train_hf, "stock": measure_stock}[job.side]
-    figures = side(job)
-    name = f"{job.side}{'-augmented' if job.augment else ''}.json"
-    Path(job.folder, name).write_text(json.dumps(figures), encoding="utf-8")
 
 
 def train_ours(job: Any) -> Figures:
@@ -82,50 +64,12 @@ def train_ours(job: Any) -> Figures:
     if not job.resumable:  # else there are evaluations in between
         for row, before, after in zip(rows, cpu_sec, cpu_sec[1:], strict=False):
             row["cpu_sec"] = after - before
-    figures = _figures(job, rows, flops, peak_mb)
+    figures = side_figures(job, rows, flops, peak_mb)
     figures |= {"prep_sec": prep_sec, "prep_bytes": 0}
     if job.resumable:
         figures["by_epoch"] = _epochs(events, figures["update_sec"], job)
     elif job.evaluate:
         figures |= word_error_rates(model, processor, evaluated, config, ("dynamic", "full"))
-    return figures
-
-
-def train_hf(job: Any) -> Figures:
-    """Train by the recipe; its weights are measured as ours are, at the full context that they were trained in."""
-    config = job_config(job)
-    weights = resolve_weights(job.variant, cache_dir=config.paths.cache_dir).path
-    processor = WhisperProcessor.from_pretrained(weights)
-    if not job.variant.endswith(".en"):
-        processor.tokenizer.set_prefix_tokens(language="en", task="transcribe")
-    folder = Path(job.folder, "hf")
-    dataset, prep_sec, prep_bytes = hf_recipe.prepare_features(Path(job.train), processor, folder / "features")
-    prepared = folder / "prepared.json"
-    if job.resumable and prepared.exists():  # this time the features were there already
-        prep_sec = json.loads(prepared.read_text(encoding="utf-8"))
-    prepared.write_text(json.dumps(prep_sec), encoding="utf-8")
-    model = WhisperForConditionalGeneration.from_pretrained(weights, dtype=torch.float32)
-    flops = FlopCounter(model)
-    options = hf_recipe.RecipeOptions(
-        batch_size=job.batch_size,
-        learning_rate=job.learning_rate,
-        warmup_updates=job.warmup_updates,
-        planned_updates=job.planned_updates,
-        stop_after=job.stop_after,
-        precision=job.precision,
-        device=job.device,
-        seed=job.seed,
-        save_updates=PEER_SAVE_UPDATES if job.resumable else None,
-    )
-    rows = hf_recipe.fine_tune(model, processor, dataset, options, folder / "checkpoints")
-    figures = _figures(job, rows, flops, peak_memory_mb(job.device))
-    figures |= {"prep_sec": prep_sec, "prep_bytes": prep_bytes}
-    if job.evaluate:
-        model.save_pretrained(folder / "model")
-        tuned = DynamicWhisper.from_pretrained(folder / "model", dtype=torch.float32).to(job.device).eval()
-        loader = create_loader(read_clips(job.dev, config), processor, config)
-        figures |= word_error_rates(tuned, processor, loader, config, ("full",))
-    shutil.rmtree(folder / "features")  # 1 MB a clip
     return figures
 
 
@@ -140,12 +84,11 @@ def measure_stock(job: Any) -> Figures:
 def job_config(job: Any) -> Config:
     """Return our configuration of a job."""
     folder = Path(job.folder)
-    multilingual = not job.variant.endswith(".en")
     overrides = {
         "seed": job.seed,
         "device": job.device,
         "precision": job.precision,
-        "model": {"variant": job.variant, "language": "en" if multilingual else None},
+        "model": {"variant": job.weights, "language": job.language},
         "data.label_case": "keep",  # texts were recased when the clips were chosen
         "augmentation.enabled": job.augment,
         "training": {
@@ -248,21 +191,6 @@ def _epochs(events: Sequence[Mapping[str, Any]], update_sec: Sequence[float], jo
         }
         for epoch in sorted(own)
     ]
-
-
-def _figures(job: Any, rows: Sequence[Mapping[str, Any]], flops: FlopCounter, peak_mb: float) -> Figures:
-    per_epoch = math.ceil(job.clips / job.batch_size)
-    speed = measure_speed(rows, clips=round(job.clips * job.stop_after / per_epoch), batch_size=job.batch_size)
-    peak = job.peak_tflops or (peak_tflops(torch.cuda.get_device_name()) if job.device == "cuda" else None)
-    # of this session alone, where a stopped run went on
-    tflop_per_update = flops.total / flops.updates / 1e12 if flops.updates else None
-    return {
-        **asdict(speed),
-        "update_sec": [row["sec"] for row in rows],
-        "peak_mb": peak_mb,
-        "tflop_per_update": tflop_per_update,
-        "mfu": tflop_per_update * len(rows) / speed.train_sec / peak if peak and tflop_per_update else None,
-    }
 
 
 def _stride(items: list[Utterance], count: int) -> list[Utterance]:

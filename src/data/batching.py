@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 
 from src.utils.errors import DataError
 
-BUCKET_BATCHES = 8  # batches sorted together: enough to cut padding, few enough to keep batches mixed
+BUCKET_BATCHES = 32  # batches sorted together: enough to cut padding, few enough to keep batches mixed
 
 Batches = list[list[int]]
 
@@ -152,7 +152,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         return [steps[index][self.shard.rank] for index in torch.randperm(len(steps), generator=generator).tolist()]
 
     def _buckets(self, order: list[int], durations: Sequence[float]) -> Batches:
-        """Cut a random order into pieces of about eight batches."""
+        """Cut a random order into pieces of about 32 batches."""
         if self.batch_size is not None:
             size = self.batch_size * BUCKET_BATCHES
             return [order[at : at + size] for at in range(0, len(order), size)]

@@ -46,7 +46,9 @@ class TrainingInputs:
         return self._mask(log_mel, frames, generator=generator)
 
     def audio(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Augment; give each clip a random pause at its end, or the whole batch 30 s with `full_context_prob`.
+        """Augment; give the longest clip a random pause at its end, or the whole batch 30 s with `full_context_prob`.
+
+        The others end in a pause anyway, which a longer one of their own would only make the batch longer for.
 
         Returns: (B, T) float32, T in whole encoder positions; and (B,) int64 samples of each clip without its pause.
         """
@@ -63,5 +65,6 @@ class TrainingInputs:
         )
         samples = CONTEXT_SAMPLES
         if not full and self._config.model.audio_context == "dynamic":
-            samples = padded_samples(int((lengths + pauses).max()))
-        return functional.pad(audio, (0, samples - audio.shape[1])), lengths
+            longest = lengths.argmax()
+            samples = padded_samples(int(lengths[longest] + pauses[longest]))
+        return functional.pad(audio, (0, samples - audio.shape[1])), lengths  # cuts where others' pauses are longer

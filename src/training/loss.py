@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from src.data.labels import IGNORE_INDEX
 from src.models.dynamic_context import DynamicWhisper
+from src.training.tied_vocabulary import TiedVocabulary
 
 
 class TokenLoss(nn.Module):
@@ -32,12 +33,13 @@ class TokenLoss(nn.Module):
             labels: (B, L) int64, -100 where no loss is due.
         """
         inner = self.model.model
+        vocabulary = TiedVocabulary(inner.decoder.embed_tokens, self.model.proj_out)
         audio = inner.encoder(input_features).last_hidden_state  # (B, frames // 2, d_model)
         text = inner.decoder(
-            input_ids=decoder_input_ids, encoder_hidden_states=audio, use_cache=False
+            inputs_embeds=vocabulary.embed(decoder_input_ids), encoder_hidden_states=audio, use_cache=False
         ).last_hidden_state  # (B, L, d_model)
         due = labels != IGNORE_INDEX
         # only where a loss is due: the vocabulary makes this the largest tensor of all
-        logits = self.model.proj_out(text[due])  # (tokens, vocabulary)
+        logits = vocabulary.project(text[due])  # (tokens, vocabulary)
         with torch.autocast(device_type=logits.device.type, enabled=False):
             return functional.cross_entropy(logits.float(), labels[due], reduction="sum")

@@ -16,6 +16,7 @@ def make_inputs(model: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens = torch.randint(0, model.config.vocab_size, (2, 7), generator=generator)
     labels = torch.randint(0, model.config.vocab_size, (2, 7), generator=generator)
     labels[0, :2] = labels[1, 4:] = IGNORE_INDEX
+    tokens[1, 5:] = model.config.pad_token_id
     return features, tokens, labels
 
 
