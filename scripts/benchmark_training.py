@@ -102,6 +102,23 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_shared_arguments(parser)
+    parser.add_argument("--full-context-prob", type=float, default=0.1, help="share of our batches padded to 30 s")
+    parser.add_argument("--real", action="store_true", help="the whole train split, three epochs; about two hours")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmark_training", help="of the real run")
+    parser.add_argument("--quick", action="store_true", help="under a minute: few clips, nothing recorded")
+    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if (arguments.train is None) != (arguments.dev is None):
+        parser.error("--train and --dev go together")
+    if arguments.quick:
+        arguments.batch, arguments.clips, arguments.updates, arguments.dev_clips = 4, 12, 3, 8
+    arguments.no_record |= arguments.quick
+    return arguments
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what scripts/benchmark_context_share.py asks too."""
     parser.add_argument("--train", type=Path, help="Parquet in the Hugging Face audio layout; bundled clips by default")
     parser.add_argument("--dev", type=Path, help="likewise, for the word error rate")
     parser.add_argument("--variant", default="tiny.en", help="or a folder with weights")
@@ -113,22 +130,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dev-clips", type=int, default=100, help="at a stride over the dev split")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--full-context-prob", type=float, default=0.1, help="share of our batches padded to 30 s")
+    parser.add_argument("--peak-tflops", type=float, help="of the device in this precision; by name for known GPUs")
     parser.add_argument("--peer-workers", type=int, default=0, help="reading processes of the peer; its guide has none")
     parser.add_argument("--speed-only", action="store_true", help="no word error rate, for weights that say nothing")
-    parser.add_argument("--peak-tflops", type=float, help="of the device in this precision; by name for known GPUs")
-    parser.add_argument("--real", action="store_true", help="the whole train split, three epochs; about two hours")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmark_training", help="of the real run")
-    parser.add_argument("--quick", action="store_true", help="under a minute: few clips, nothing recorded")
     parser.add_argument("--no-record", action="store_true", help="append no table, draw no picture")
-    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if (arguments.train is None) != (arguments.dev is None):
-        parser.error("--train and --dev go together")
-    if arguments.quick:
-        arguments.batch, arguments.clips, arguments.updates, arguments.dev_clips = 4, 12, 3, 8
-    arguments.no_record |= arguments.quick
-    return arguments
 
 
 def run_short(arguments: argparse.Namespace, folder: Path) -> Figures:
