@@ -53,7 +53,7 @@ def main() -> int:
         note = (
             f"{job.clips} clips an epoch, batch {job.batch_size}, {job.precision}, peak rate {job.learning_rate:.2e}."
         )
-        append_table(f"Share of batches padded to 30 s, {arguments.variant}", rows, note=note)
+        append_table(f"Share of batches padded to 30 s, {Path(arguments.variant).name}", rows, note=note)
     last = {f"{share:g}": figures["by_epoch"][-1] for share, figures in found.items()}
     print(json.dumps({"wer_by_share": last, "wer_before_full": stock["wer_full"]}))
     return 0

@@ -146,7 +146,12 @@ def run_short(arguments: argparse.Namespace, folder: Path) -> Figures:
         if job.evaluate:
             extra["stock"] = run_job(replace(job, side="stock"))
         extra["augmented"] = run_job(replace(job, side="ours", augment=True, evaluate=False))
-    report(short_table(ours, hf, **extra), f"Training {arguments.variant}: {job.stop_after} updates", job, arguments)
+    report(
+        short_table(ours, hf, **extra),
+        f"Training {Path(arguments.variant).name}: {job.stop_after} updates",
+        job,
+        arguments,
+    )
     return summary(ours, hf, arguments)
 
 
@@ -161,7 +166,7 @@ def run_real(arguments: argparse.Namespace) -> Figures:
     ours = run_job(replace(job, side="ours"))
     first_epoch = math.ceil(job.clips / job.batch_size)
     hf = run_job(replace(job, side="hf", stop_after=first_epoch))
-    report(curve_table(stock, ours, hf), f"Training {arguments.variant}: three epochs", job, arguments)
+    report(curve_table(stock, ours, hf), f"Training {Path(arguments.variant).name}: three epochs", job, arguments)
     if not arguments.no_record:
         draw_curve(stock, ours, hf, ROOT / "docs" / "images")
     return summary({**ours, **ours["by_epoch"][-1]}, hf, arguments)
@@ -282,7 +287,8 @@ def report(rows: Sequence[dict[str, str]], title: str, job: Job, arguments: argp
         f"{job.clips} clips an epoch, batch {job.batch_size}, {job.precision}, {job.threads} threads, peak rate "
         f"{job.learning_rate:.2e}, {job.warmup_updates} warm-up updates, seed {job.seed}; same weights, clips and "
         f"label style. Ours: {job.full_context_prob:.0%} of batches padded to 30 s, no augmentation unless said. Peer: "
-        "scripts/hf_recipe.py, labels without the leading space, as its guide makes them."
+        "scripts/hf_recipe.py, labels without the leading space, as its guide makes them, and "
+        f"{job.peer_workers or 'no'} reading processes."
     )
     if not arguments.no_record:
         append_table(title, rows, note=note)
