@@ -13,12 +13,13 @@ import psutil
 import torch
 
 from src.data.audio import SAMPLE_RATE
+from src.data.features import CONTEXT_SAMPLES
 from src.data.labels import IGNORE_INDEX
 from src.inference.decoding import log_mel_for, padded_samples
 from src.models.dynamic_context import DynamicWhisper
 from src.training.loss import TokenLoss
 from src.training.schedule import build_optimizer
-from src.training.updates import is_out_of_memory
+from src.training.updates import OWN_LENGTH_SLACK, is_out_of_memory
 from src.utils.config import Config
 from src.utils.errors import DeviceError
 from src.utils.runtime import choose_precision
@@ -29,6 +30,7 @@ SAFETY = 0.85  # of what fits: fragments, longer labels and validation need room
 TOKENS_PER_SEC = 4.0  # of a label; fast speech
 _CPU_SHARE = 0.7  # of the memory that is available: beyond it the machine swaps
 _POLL_SEC = 0.01
+_CONTEXT_SEC = CONTEXT_SAMPLES / SAMPLE_RATE  # 30
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,16 @@ class _Trial:
             self._copy, learning_rate=0.0, weight_decay=0.0, kind=config.training.optimizer
         )
         self._loss: TokenLoss | None = TokenLoss(self._copy).train()
-        self._full = config.model.audio_context == "full" or config.training.full_context_prob > 0
+        self._full = config.model.audio_context == "full"
+        self._some_full = config.training.full_context_prob > 0
 
     def fits(self, clips: int) -> bool:
         """Whether one update on this many clips fits."""
         try:
             with _CpuMemory(self.device) as memory:
-                self._update(clips)
+                self._update(clips, _CONTEXT_SEC if self._full else self._clip_sec)
+                if self._some_full and not self._full:  # such a batch goes in pieces, as `Updater` cuts it
+                    self._update(max(1, int(clips * self._clip_sec * OWN_LENGTH_SLACK / _CONTEXT_SEC)), _CONTEXT_SEC)
             fitted = not memory.exceeded
         except (RuntimeError, MemoryError) as err:
             if not is_out_of_memory(err):
@@ -137,11 +142,10 @@ class _Trial:
         self._loss = self._copy = self._optimizer = None
         self._clear()
 
-    def _update(self, clips: int) -> None:
+    def _update(self, clips: int, clip_sec: float) -> None:
         assert self._loss is not None and self._optimizer is not None and self._copy is not None
         generator = torch.Generator().manual_seed(0)
-        # some batches are padded to 30 s: these decide
-        samples = padded_samples(round((30.0 if self._full else self._clip_sec) * SAMPLE_RATE))
+        samples = padded_samples(round(clip_sec * SAMPLE_RATE))
         audio = torch.randn(clips, samples, generator=generator).to(self.device)
         features = log_mel_for(self._copy.config.num_mel_bins, self.device)(audio)
         length = max(4, round(self._clip_sec * TOKENS_PER_SEC))
@@ -152,6 +156,7 @@ class _Trial:
             loss = self._loss(features, tokens, labels)
         loss.backward()
         self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
 
     def _clear(self) -> None:
         if self._optimizer is not None:

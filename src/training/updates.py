@@ -32,7 +32,7 @@ Batch = dict[str, Any]
 _RECENT_NORMS = 50  # updates that the median gradient norm is taken over
 _FEW_NORMS = 10  # fewer say nothing yet
 _CPU_FRAMES = 2600  # of the rows that go through at once; more take memory and are no faster there
-_SLACK = 1.2  # slower speech is longer than its recording: not yet a reason to cut a batch
+OWN_LENGTH_SLACK = 1.2  # slower speech is longer than its recording: not yet a reason to cut a batch
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class Updater:
         self._config = config
         self._is_sharded = is_sharded(loss)
         self.pieces = 1
+        self._largest = 0  # rows x frames that went through at once, of a batch at its own length
         self._norms: deque[float] = deque(maxlen=_RECENT_NORMS)
         self._skipped_in_row: list[str] = []  # one text an update
 
@@ -126,11 +127,17 @@ class Updater:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what later updates depend on; it can be saved as JSON."""
-        return {"pieces": self.pieces, "norms": list(self._norms), "skipped_in_row": list(self._skipped_in_row)}
+        return {
+            "pieces": self.pieces,
+            "largest": self._largest,
+            "norms": list(self._norms),
+            "skipped_in_row": list(self._skipped_in_row),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a saved state."""
         self.pieces = int(state["pieces"])
+        self._largest = int(state["largest"])
         self._norms = deque(state["norms"], maxlen=_RECENT_NORMS)
         self._skipped_in_row = list(state["skipped_in_row"])
 
@@ -175,12 +182,16 @@ class Updater:
     def _rows_together(self, features: Tensor, batch: Batch) -> int:
         """Return how many rows go through the model at once.
 
-        A batch that is padded to 30 s goes in pieces that take the memory of one at its own length: gradients add up to
-        the same, and a share of full context costs time only.
+        A batch that is padded to 30 s goes in pieces that take the memory of the largest one at its own length:
+        gradients add up to the same, and a share of full context costs time only.
         """
         rows, _, frames = features.shape
         own_frames = batch["audio"].shape[1] / HOP_SAMPLES + self._config.max_trailing_silence_sec * FRAMES_PER_SEC
-        size = min(math.ceil(rows / self.pieces), int(rows * own_frames * _SLACK / frames))
+        size = math.ceil(rows / self.pieces)
+        if frames <= own_frames * OWN_LENGTH_SLACK:
+            self._largest = max(self._largest, size * frames)
+        else:
+            size = min(size, int(max(rows * own_frames * OWN_LENGTH_SLACK, self._largest) / frames))
         if features.device.type == "cpu":
             size = min(size, _CPU_FRAMES // frames)
         size = max(1, size)
@@ -213,6 +224,7 @@ class Updater:
                 "data.max_duration_sec, set training.gradient_checkpointing: true, or take a smaller model"
             )
         self.pieces *= 2
+        self._largest = 0
         logger.warning(
             "out of memory with %d clip(s) of up to %.1f s: from now on each batch goes through the model in %d "
             "pieces, and an update is still over all of them (%s)",

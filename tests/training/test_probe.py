@@ -40,7 +40,7 @@ def test_a_small_model_is_tried_and_not_changed(small: tuple[Any, Any], config: 
 
 
 def test_out_of_memory_ends_the_search(small: tuple[Any, Any], config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    def update(self: Any, clips: int) -> None:
+    def update(self: Any, clips: int, clip_sec: float) -> None:
         if clips > 5:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -49,13 +49,25 @@ def test_out_of_memory_ends_the_search(small: tuple[Any, Any], config: Config, m
     assert (proposal.fits_sec, proposal.limit) == (50.0, "memory")
 
 
+def test_batches_padded_to_30_s_are_tried_in_the_pieces_that_training_cuts_them_into(
+    small: tuple[Any, Any], configure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[int, float]] = []
+    monkeypatch.setattr(probe._Trial, "_update", lambda self, clips, clip_sec: tried.append((clips, clip_sec)))
+    for share, expected in ((0.0, {10.0}), (0.1, {10.0, 30.0})):
+        tried.clear()
+        propose_batch_seconds(small[0], configure(training__full_context_prob=share), clip_sec=10.0, max_seconds=80.0)
+        assert {clip_sec for _, clip_sec in tried} == expected
+        assert tried[-1] == ((3, 30.0) if share else (8, 10.0))  # 80 s, and a fifth more
+
+
 def test_nothing_that_fits_is_an_error_and_other_errors_pass(
     small: tuple[Any, Any], config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(self: Any, clips: int) -> None:
+    def never(self: Any, clips: int, clip_sec: float) -> None:
         raise MemoryError
 
-    def broken(self: Any, clips: int) -> None:
+    def broken(self: Any, clips: int, clip_sec: float) -> None:
         raise RuntimeError("shapes differ")
 
     monkeypatch.setattr(probe._Trial, "_update", never)

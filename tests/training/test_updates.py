@@ -15,6 +15,7 @@ from torch import Tensor
 from src.data.batching import batch_generator
 from src.data.loader import SpeechLoader, create_loader
 from src.data.utterance import Utterance
+from src.training import updates
 from src.training.inputs import TrainingInputs
 from src.training.loss import TokenLoss
 from src.training.methods import prepare_model
@@ -415,3 +416,24 @@ def test_a_batch_padded_to_30_s_goes_through_in_pieces_of_its_own_length(
         assert {size for size, _ in sizes} == {expected}
         assert sum(size for size, _ in sizes) == 4
         assert all(frames == 3_000 for _, frames in sizes) == (share == 1.0)
+
+
+def test_a_padded_batch_may_take_the_memory_of_the_largest_batch_so_far(
+    small: tuple[Any, Any], batches: list[Batch], configure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(updates, "_CPU_FRAMES", 10**6)  # as on a GPU
+    bench = Bench(small[0], configure(training__full_context_prob=0.0))
+    own, padded = batches[0], torch.zeros(4, 80, 3_000)
+
+    def together() -> int:
+        return bench.updater._rows_together(padded, own)
+
+    assert together() == 1
+    long = {**own, "audio": torch.zeros(4, 16 * 16_000)}
+    assert bench.updater._rows_together(torch.zeros(4, 80, 1_600), long) == 4
+    assert together() == 2  # 4 x 16 s hold 2 x 30 s
+    again = Bench(copy.deepcopy(small[0]), configure(training__full_context_prob=0.0)).updater
+    again.load_state_dict(json.loads(json.dumps(bench.updater.state_dict())))
+    assert again._rows_together(padded, own) == 2
+    bench.updater._halve([own], "out of memory")
+    assert together() == 1
