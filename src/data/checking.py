@@ -68,7 +68,8 @@ def inspect_utterance(utterance: Utterance, config: DataConfig) -> Checked:
             f"utterance {utterance.id}{line}: {stats.duration_sec:.2f} s, allowed are {config.min_duration_sec} to "
             f"{config.max_duration_sec} s (data.min_duration_sec, data.max_duration_sec); cut it at a pause"
         )
-    return replace(utterance, duration_sec=stats.duration_sec), stats
+    meta = {"snr_db": round(stats.snr_db, 1), **utterance.meta}  # what the source knows is better than an estimate
+    return replace(utterance, duration_sec=stats.duration_sec, meta=meta), stats
 
 
 def audio_name(utterance: Utterance) -> str:

@@ -123,7 +123,7 @@ class DataCollator:
 
     Returns a dict: `audio` (B, T) float32, `audio_lengths` (B,) int64 samples, `decoder_input_ids` and `labels` (B, L)
     int64 (-100 where no loss is due), `timed` (B,) bool (the label holds times, so the speed must stay), and lists
-    `ids`, `texts`, `speakers`, `durations` (s).
+    `ids`, `texts`, `speakers`, `durations` (s), `meta` (other columns of the source; a dict each).
     """
 
     def __init__(self, end_token: int) -> None:
@@ -145,6 +145,7 @@ class DataCollator:
             "texts": [utterance.text for utterance in utterances],
             "speakers": [utterance.speaker for utterance in utterances],
             "durations": [len(audio) / SAMPLE_RATE for audio in audios],
+            "meta": [dict(utterance.meta) for utterance in utterances],
         }
 
 

@@ -24,6 +24,8 @@ RAIL_TOLERANCE = 0.01
 BANDWIDTH_DROP_DB = 60.0
 MIN_DBFS = -120.0  # of a signal without any power
 RELATIVE_GATE_DB = 10.0  # BS.1770's other gate
+MAX_SNR_DB = 60.0  # beyond it a noise floor is inaudible
+_NOISE_PERCENTILE = 10
 _FFT_SAMPLES = 512  # 31.25 Hz a bin
 
 
@@ -39,6 +41,7 @@ class ClipStats:
         clipped_fraction: share of samples cut off at the rail, see `measure_clipping`.
         loudness_dbfs: power of the active part, see `measure_loudness`.
         silent_fraction: share of 20 ms frames under -70 dBFS, or 35 dB under the loudness.
+        snr_db: estimate of speech over noise, see `measure_snr`.
         bandwidth_hz: highest frequency with power, see `measure_bandwidth`; at most 8,000.
         audio_sha256: of the samples as 16-bit PCM, so that a copy in another lossless container has the same.
     """
@@ -50,6 +53,7 @@ class ClipStats:
     clipped_fraction: float
     loudness_dbfs: float
     silent_fraction: float
+    snr_db: float
     bandwidth_hz: float
     audio_sha256: str
 
@@ -68,6 +72,7 @@ def measure_clip(decoded: DecodedAudio) -> ClipStats:
         clipped_fraction=measure_clipping(samples),
         loudness_dbfs=loudness_dbfs,
         silent_fraction=float(silent.mean()),
+        snr_db=measure_snr(levels_dbfs),
         bandwidth_hz=measure_bandwidth(samples),
         audio_sha256=hash_audio(samples),
     )
@@ -108,6 +113,18 @@ def measure_loudness(levels_dbfs: NDArray[np.float64]) -> float:
     if not len(loud):
         return _mean_power_dbfs(levels_dbfs)
     return _mean_power_dbfs(loud[loud >= _mean_power_dbfs(loud) - RELATIVE_GATE_DB])
+
+
+def measure_snr(levels_dbfs: NDArray[np.float64]) -> float:
+    """Return the loudness over the quietest tenth of the frames, dB, within 0 and 60.
+
+    Who never pauses seems noisier than he is: the quietest tenth is then speech too. Digital silence gives 60.
+
+    Args:
+        levels_dbfs: (frames,) power of each frame.
+    """
+    noise_dbfs = float(np.percentile(levels_dbfs, _NOISE_PERCENTILE))
+    return min(max(measure_loudness(levels_dbfs) - noise_dbfs, 0.0), MAX_SNR_DB)
 
 
 def measure_bandwidth(samples: Waveform) -> float:

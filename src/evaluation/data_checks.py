@@ -25,8 +25,8 @@ from src.data.loader import create_loader
 from src.data.report import DataReport
 from src.data.report_clips import hashed_choice
 from src.data.utterance import Utterance
+from src.evaluation.edits import word_counts
 from src.evaluation.evaluator import ModelEvaluator
-from src.evaluation.metrics import word_counts
 from src.evaluation.text import PLAIN
 from src.inference.decoding import encode
 from src.utils.config_schema import Config

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
+import gc
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,113 +18,17 @@ from tqdm.auto import tqdm
 
 from src.data.batching import Shard
 from src.data.labels import IGNORE_INDEX
-from src.evaluation.metrics import (
-    Bootstrap,
-    EditCounts,
-    ErrorRates,
-    MetricsCalculator,
-    PairedComparison,
-    compare_counts,
-    word_counts,
-)
+from src.evaluation.edits import word_counts
+from src.evaluation.metrics import MetricsCalculator
+from src.evaluation.results import EvaluationResult, ModelComparison, Prediction, compare_predictions
 from src.inference.decoding import DecodingOptions, decode, encode
 from src.models.dynamic_context import get_audio_context
-from src.utils.atomic import write_text_atomic
 from src.utils.config import Config
 from src.utils.distributed import gather_objects, is_main_process, world_size
-from src.utils.errors import DataError
-from src.utils.tracking import ExperimentLogger
+from src.utils.errors import DataError, DeviceError
+from src.utils.runtime import is_out_of_memory
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """One decoded clip.
-
-    Attributes:
-        substitutions, deletions, insertions, reference_words: under the result's normaliser.
-        avg_logprob: mean natural-log probability of its tokens; nan with beams.
-        latency_sec: of its batch, divided by the batch's clips.
-    """
-
-    id: str
-    speaker: str | None
-    duration_sec: float
-    reference: str
-    hypothesis: str
-    substitutions: int
-    deletions: int
-    insertions: int
-    reference_words: int
-    avg_logprob: float
-    latency_sec: float
-
-    @property
-    def counts(self) -> EditCounts:
-        """Word edits."""
-        return EditCounts(self.substitutions, self.deletions, self.insertions, self.reference_words)
-
-    @property
-    def wer(self) -> float:
-        """Word error rate of this clip; nan where its reference is empty."""
-        return self.counts.errors / self.reference_words if self.reference_words else math.nan
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationResult(ErrorRates, Mapping[str, Any]):
-    """Rates of one model on one set, as attributes and as a read-only mapping (`results["wer"]`, `results.wer`).
-
-    Attributes: as `ErrorRates`, and
-        name: of the model.
-        loss: token-weighted mean cross-entropy in nats, teacher-forced.
-        audio_sec: audio measured, without padding.
-        compute_sec: wall time of features, encoder and decoder; not of decoding files, nor of the loss.
-        audio_context: "full" (each clip padded to 30 s) or "dynamic".
-        rows: one `Prediction` a clip; not a key of the mapping.
-    """
-
-    name: str
-    loss: float
-    audio_sec: float
-    compute_sec: float
-    audio_context: str
-    rows: tuple[Prediction, ...] = field(repr=False)
-
-    @property
-    def rtf(self) -> float:
-        """Real-time factor, a ratio of sums: compute_sec / audio_sec."""
-        return self.compute_sec / self.audio_sec
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in self._keys():
-            raise KeyError(key)
-        return getattr(self, key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys())
-
-    def __len__(self) -> int:
-        return len(self._keys())
-
-    @classmethod
-    def _keys(cls) -> list[str]:
-        return ["name", *(f.name for f in fields(cls) if f.name not in ("name", "rows")), "rtf"]
-
-    def save(self, experiment: ExperimentLogger) -> None:
-        """Append the rates to the run's metrics.jsonl and put the rows into its predictions.jsonl."""
-        self.write_predictions(experiment.predictions_path)
-        experiment.log("evaluation", **self)
-
-    def write_predictions(self, path: Path) -> None:
-        """Put the rows into a JSONL file, in place of older rows of this model; others stay.
-
-        The file changes as a whole or not at all, so that measuring twice never leaves a mixture.
-        """
-        older = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        lines = [line for line in older if json.loads(line)["model"] != self.name]
-        for row in self.rows:
-            values = {key: None if value != value else value for key, value in asdict(row).items()}  # nan is not JSON
-            lines.append(json.dumps({"model": self.name, **values}, ensure_ascii=False, allow_nan=False))
-        write_text_atomic(path, "".join(f"{line}\n" for line in lines))
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -151,6 +54,7 @@ class ModelEvaluator:
         self._model = model
         self._processor = processor
         self._config = config or Config()
+        self._most_clips: int | None = None  # that fitted into memory at once, since it ran out
         self._calculator = MetricsCalculator(
             self._config.model.language,
             bootstrap_samples=self._config.evaluation.bootstrap_samples,
@@ -163,14 +67,20 @@ class ModelEvaluator:
 
         Args:
             name: of the model, in tables and files.
-        Raises: DataError: no clip, or no word in any reference. An error of the model passes through.
+        Raises: DataError: no clip, no word in any reference, or a loader that left clips out. DeviceError: not even one
+            clip fits into memory. An error of the model passes through.
         """
         decoded = _gathered(self._decode_batches(loader, desc=f"evaluating {name}"), loader)
         rows = decoded.rows
         if not rows:
             raise DataError("the loader has no clip: there is nothing to measure")
+        _check_complete(rows, loader)
         rates = self._calculator.compute(
-            [row["reference"] for row in rows], [row["hypothesis"] for row in rows], [row["speaker"] for row in rows]
+            [row["reference"] for row in rows],
+            [row["hypothesis"] for row in rows],
+            [row["speaker"] for row in rows],
+            durations_sec=[row["duration_sec"] for row in rows],
+            num_tokens=[row["num_tokens"] for row in rows],
         )
         return EvaluationResult(
             **asdict(rates),
@@ -203,17 +113,28 @@ class ModelEvaluator:
         shown = table[["id", "speaker", "duration_sec", "reference", "hypothesis", "wer", "avg_logprob"]]
         return shown.sort_values("wer", ascending=False, ignore_index=True, kind="stable")
 
-    def compare(self, first: EvaluationResult, second: EvaluationResult) -> PairedComparison:
-        """Compare two results on the same clips (stock, then tuned) with this evaluator's intervals.
+    def compare(self, stock: Any, tuned: Any, loader: Any = None) -> ModelComparison:
+        """Measure two models of this processor on the same clips, and say whether they differ.
 
-        Raises: DataError: other clips, or another normaliser.
+        Args:
+            stock, tuned: models, or what `evaluate_dataset` gave for them.
+            loader: of the clips; needed where one of the two is a model.
+        Raises: DataError: a model without a loader; results of other clips, or of another normaliser.
         """
+        first, second = self._result_of(stock, "stock", loader), self._result_of(tuned, "tuned", loader)
         if first.normalizer != second.normalizer:
             raise DataError(
                 f"{first.name!r} was measured with {first.normalizer}, {second.name!r} with {second.normalizer}; "
                 "evaluate both with the same model.language"
             )
-        return compare_predictions(first.rows, second.rows, self._calculator.bootstrap)
+        return ModelComparison(first, second, compare_predictions(first.rows, second.rows, self._calculator.bootstrap))
+
+    def _result_of(self, subject: Any, name: str, loader: Any) -> EvaluationResult:
+        if isinstance(subject, EvaluationResult):
+            return subject
+        if loader is None:
+            raise DataError(f"compare: the {name} model has not been measured; pass the loader to measure it on")
+        return ModelEvaluator(subject, self._processor, self._config).evaluate_dataset(loader, name=name)
 
     def _count(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Prediction, ...]:
         counts = word_counts(
@@ -235,8 +156,34 @@ class ModelEvaluator:
         parts: list[_Decoded] = []
         with _evaluation_mode(self._model), torch.inference_mode():
             for batch in tqdm(batches, desc=desc, total=total, leave=False, disable=not is_main_process()):
-                parts.append(self._decode_batch(batch))
+                parts += self._decode_in_memory(batch)
         return _joined(parts)
+
+    def _decode_in_memory(self, batch: Mapping[str, Any]) -> list[_Decoded]:
+        """Decode a batch at once, or in halves, quarters, ... where memory runs out; later batches begin with these."""
+        clips, done, parts = len(batch["ids"]), 0, []
+        while done < clips:
+            size = min(self._most_clips or clips, clips - done)
+            try:
+                parts.append(self._decode_batch(_rows(batch, done, done + size)))
+                done += size
+                continue
+            except (RuntimeError, MemoryError) as err:
+                if not is_out_of_memory(err):
+                    raise
+                problem = str(err).splitlines()[0] if str(err) else type(err).__name__
+            # outside of the except block: there the error's frames still hold the tensors that did not fit
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if size == 1:
+                raise DeviceError(
+                    f"out of memory with the single clip {batch['ids'][done]} ({problem}); lower inference.num_beams "
+                    "or take a smaller model"
+                )
+            self._most_clips = size // 2
+            logger.warning("out of memory with %d clips: from now on at most %d at once (%s)", size, size // 2, problem)
+        return parts
 
     def _decode_batch(self, batch: Mapping[str, Any]) -> _Decoded:
         audios = [audio[:n].numpy() for audio, n in zip(batch["audio"].cpu(), batch["audio_lengths"], strict=True)]
@@ -257,6 +204,8 @@ class ModelEvaluator:
                 "hypothesis": result.text,
                 "avg_logprob": result.avg_logprob,
                 "latency_sec": compute_sec / len(audios),
+                "num_tokens": len(result.tokens),
+                "meta": batch["meta"][i],
             }
             for i, result in enumerate(decoded)
         ]
@@ -280,29 +229,19 @@ class ModelEvaluator:
             torch.cuda.synchronize(device)
 
 
-def compare_predictions(
-    first: Sequence[Prediction], second: Sequence[Prediction], bootstrap: Bootstrap | None = None
-) -> PairedComparison:
-    """Compare two models' rows by a paired bootstrap of their counts, matched by clip id.
+def _rows(batch: Mapping[str, Any], first: int, last: int) -> dict[str, Any]:
+    """Cut clips out of a batch; its padding stays."""
+    return {key: values[first:last] for key, values in batch.items()}
 
-    Raises: DataError: they are not of the same clips with the same references, or an id stands twice.
-    """
-    other = {row.id: row for row in second}
-    if not first or set(other) != {row.id for row in first} or not len(first) == len(second) == len(other):
+
+def _check_complete(rows: Sequence[Mapping[str, Any]], loader: Any) -> None:
+    """A rate over the clips that happened to come is no rate of the set."""
+    expected = len(loader.dataset) if hasattr(loader, "dataset") else len(rows)
+    if len(rows) != expected:
         raise DataError(
-            f"the models were measured on different clips ({len(first)} and {len(second)}) and cannot be compared; "
-            "evaluate both on the same loader, whose ids are unique"
+            f"{len(rows)} clips were measured of {expected}: the loader leaves some out; create it with "
+            "`create_loader`, without `shuffle` and `drop_last`"
         )
-    matched = [other[row.id] for row in first]
-    changed = [a.id for a, b in zip(first, matched, strict=True) if a.reference != b.reference]
-    if changed:
-        raise DataError(
-            f"the references of {len(changed)} clips differ between the models (first: {changed[0]}); "
-            "evaluate both on the same loader"
-        )
-    return compare_counts(
-        [row.counts for row in first], [row.counts for row in matched], [row.speaker for row in first], bootstrap
-    )
 
 
 def _gathered(decoded: _Decoded, loader: Any) -> _Decoded:

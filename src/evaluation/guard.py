@@ -30,8 +30,9 @@ from src.data.loader import create_loader
 from src.data.quality import ClipStats
 from src.data.sources import SAMPLE_CLIP, load_utterances, open_source
 from src.data.utterance import Utterance
-from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
+from src.evaluation.evaluator import ModelEvaluator
 from src.evaluation.forgetting_report import guard_name
+from src.evaluation.results import EvaluationResult
 from src.models.weights import HUB_ERRORS, HUB_TIMEOUT_SEC
 from src.utils.config import Config
 from src.utils.config_schema import DataConfig

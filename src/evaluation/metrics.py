@@ -1,6 +1,8 @@
 """Word and character error rates over jiwer, with bootstrap intervals that respect speakers.
 
-    WER = sum(S + D + I) / sum(N) over the corpus; CER likewise over characters.
+    WER = sum(S + D + I) / sum(N) over the corpus; CER likewise over characters
+    MER = sum(S + D + I) / sum(H + S + D + I), WIL = 1 - sum(H)^2 / (sum(N) sum(P)), with H hits and P words put out
+    (Morris, Maier & Green, Interspeech 2004)
 
 An empty reference has N = 0 and its insertions count: a hallucination on silence is an error. Clips of one speaker are
 not independent, so intervals resample speakers (Bisani & Ney, ICASSP 2004, with speakers as blocks). Where there are
@@ -13,10 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import jiwer
 import numpy as np
 from numpy.typing import NDArray
 
+from src.evaluation.edits import EditCounts, character_counts, error_rate, sum_counts, word_counts
+from src.evaluation.hallucination import empty_outputs, invented_words, is_loop
 from src.evaluation.text import PLAIN, get_normalizer, whisper_normalizer_for
 from src.utils.errors import DataError
 
@@ -24,21 +27,6 @@ _CHUNK_CELLS = 5_000_000  # resampled cells held at once: 40 MB
 FloatArray = NDArray[np.float64]
 Blocks = Literal["speaker", "clip"]
 Verdict = Literal["better", "no difference shown", "worse"]
-
-
-@dataclass(frozen=True)
-class EditCounts:
-    """Edits of one row or of a sum of rows; `reference` is N."""
-
-    substitutions: int
-    deletions: int
-    insertions: int
-    reference: int
-
-    @property
-    def errors(self) -> int:
-        """S + D + I."""
-        return self.substitutions + self.deletions + self.insertions
 
 
 @dataclass(frozen=True)
@@ -50,6 +38,12 @@ class ErrorRates:
         normalizer: of `wer`, `cer` and the counts; the `_plain` rates use "plain-v1".
         wer, cer: fractions; WER may exceed 1.
         wer_low, wer_high: bootstrap percentile interval; nan where there is one clip only.
+        mer, wil: match error rate and word information lost; both lie within 0 and 1.
+        sentence_error_rate: share of rows with any error.
+        loop_rate: share of rows that `is_loop` finds.
+        empty_rate: share of the rows with a spoken reference whose hypothesis is empty.
+        empty_references, hallucinated_words: rows without a word to say, and the words put out on them; these count in
+            `insertions` too.
         blocks, num_blocks: what was resampled, and how many there are. Under about ten the interval is too narrow.
         confidence, bootstrap_samples, bootstrap_seed: how, so that it can be drawn again.
     """
@@ -68,6 +62,13 @@ class ErrorRates:
     deletions: int
     insertions: int
     reference_words: int
+    mer: float
+    wil: float
+    sentence_error_rate: float
+    loop_rate: float
+    empty_rate: float
+    empty_references: int
+    hallucinated_words: int
     blocks: Blocks
     num_blocks: int
     confidence: float
@@ -153,22 +154,30 @@ class MetricsCalculator:
         self.bootstrap = Bootstrap(bootstrap_samples, confidence, seed)
 
     def compute(
-        self, references: Sequence[str], hypotheses: Sequence[str], groups: Sequence[str | None] | None = None
+        self,
+        references: Sequence[str],
+        hypotheses: Sequence[str],
+        groups: Sequence[str | None] | None = None,
+        *,
+        durations_sec: Sequence[float] | None = None,
+        num_tokens: Sequence[int | None] | None = None,
     ) -> ErrorRates:
         """Compute rates over rows.
 
         Args:
             references, hypotheses: raw texts; they are normalised here.
             groups: speaker of each row; rows without one are blocks of their own.
+            durations_sec, num_tokens: of each row; with them `loop_rate` knows impossible rates too.
         Raises: DataError: no rows, different lengths, or no word in any reference.
         """
         words = word_counts(references, hypotheses, self.normalizer)
         plain = word_counts(references, hypotheses, PLAIN)
-        block_ids, blocks = _find_blocks(groups, len(references))
+        block_ids, blocks = find_blocks(groups, len(references))
         wer, wer_plain = error_rate(words), error_rate(plain)  # first: no words, no interval
         low, high = self.bootstrap.interval(_errors(words), _words(words), block_ids)
         plain_low, plain_high = self.bootstrap.interval(_errors(plain), _words(plain), block_ids)
         total = sum_counts(words)
+        empty_references, hallucinated_words = invented_words(words)
         return ErrorRates(
             n=len(references),
             normalizer=self.normalizer,
@@ -184,6 +193,13 @@ class MetricsCalculator:
             deletions=total.deletions,
             insertions=total.insertions,
             reference_words=total.reference,
+            mer=total.errors / (total.hits + total.errors),
+            wil=_information_lost(total),
+            sentence_error_rate=sum(1 for count in words if count.errors) / len(words),
+            loop_rate=self._loops(references, hypotheses, durations_sec, num_tokens) / len(words),
+            empty_rate=empty_outputs(words) / (len(words) - empty_references),
+            empty_references=empty_references,
+            hallucinated_words=hallucinated_words,
             blocks=blocks,
             num_blocks=int(block_ids.max()) + 1,
             confidence=self.bootstrap.confidence,
@@ -206,6 +222,21 @@ class MetricsCalculator:
         b = word_counts(references, second, self.normalizer)
         return compare_counts(a, b, groups, self.bootstrap)
 
+    def _loops(
+        self,
+        references: Sequence[str],
+        hypotheses: Sequence[str],
+        durations_sec: Sequence[float] | None,
+        num_tokens: Sequence[int | None] | None,
+    ) -> int:
+        normalize = get_normalizer(self.normalizer)
+        unknown = [None] * len(references)
+        rows = zip(references, hypotheses, durations_sec or unknown, num_tokens or unknown, strict=True)
+        return sum(
+            is_loop(normalize(reference), normalize(hypothesis), duration_sec=duration_sec, num_tokens=tokens)
+            for reference, hypothesis, duration_sec, tokens in rows
+        )
+
 
 def compare_counts(
     first: Sequence[EditCounts],
@@ -220,7 +251,7 @@ def compare_counts(
     if [a.reference for a in first] != [b.reference for b in second]:
         raise DataError("the two systems have other references; compare them on the same rows, in the same order")
     difference = error_rate(second) - error_rate(first)
-    block_ids, blocks = _find_blocks(groups, len(first))
+    block_ids, blocks = find_blocks(groups, len(first))
     low, high = (bootstrap or Bootstrap()).interval(_errors(second) - _errors(first), _words(first), block_ids)
     verdict: Verdict = "better" if high < 0 else "worse" if low > 0 else "no difference shown"  # nan: neither
     return PairedComparison(difference, low, high, verdict, blocks, int(block_ids.max()) + 1)
@@ -230,69 +261,11 @@ def rate_interval(
     counts: Sequence[EditCounts], groups: Sequence[str | None] | None, bootstrap: Bootstrap
 ) -> tuple[float, float]:
     """Return the interval of `error_rate(counts)`; nan where there is one row only."""
-    return bootstrap.interval(_errors(counts), _words(counts), _find_blocks(groups, len(counts))[0])
+    return bootstrap.interval(_errors(counts), _words(counts), find_blocks(groups, len(counts))[0])
 
 
-def word_counts(references: Sequence[str], hypotheses: Sequence[str], normalizer: str) -> list[EditCounts]:
-    """Count word edits a row.
-
-    Raises: DataError: no rows, or different lengths.
-    """
-    normalize = get_normalizer(normalizer)
-    return _edit_counts([normalize(r) for r in references], [normalize(h) for h in hypotheses], by_word=True)
-
-
-def character_counts(references: Sequence[str], hypotheses: Sequence[str], normalizer: str) -> list[EditCounts]:
-    """Count character edits a row, spaces included; `EditCounts.reference` is in characters.
-
-    Raises: DataError: no rows, or different lengths.
-    """
-    normalize = get_normalizer(normalizer)
-    return _edit_counts([normalize(r) for r in references], [normalize(h) for h in hypotheses], by_word=False)
-
-
-def sum_counts(counts: Sequence[EditCounts]) -> EditCounts:
-    """Add rows up."""
-    return EditCounts(
-        sum(c.substitutions for c in counts),
-        sum(c.deletions for c in counts),
-        sum(c.insertions for c in counts),
-        sum(c.reference for c in counts),
-    )
-
-
-def error_rate(counts: Sequence[EditCounts]) -> float:
-    """Return sum(S + D + I) / sum(N).
-
-    Raises: DataError: no word in any reference: there is no rate, neither 0 nor 1.
-    """
-    total = sum_counts(counts)
-    if not total.reference:
-        raise DataError(
-            f"none of the {len(counts)} references has a word left after normalising, so no rate is defined; "
-            "measure on rows with a transcript"
-        )
-    return total.errors / total.reference
-
-
-def _edit_counts(references: list[str], hypotheses: list[str], *, by_word: bool) -> list[EditCounts]:
-    if len(references) != len(hypotheses):
-        raise DataError(f"{len(references)} references but {len(hypotheses)} hypotheses; every row needs both")
-    if not references:
-        raise DataError("no rows: there is nothing to measure")
-    sizes = [len(h.split()) if by_word else len(h) for h in hypotheses]
-    counts = [EditCounts(0, 0, size, 0) for size in sizes]  # of an empty reference: all insertions
-    spoken = [i for i, reference in enumerate(references) if reference]
-    if not spoken:
-        return counts
-    process = jiwer.process_words if by_word else jiwer.process_characters
-    output = process([references[i] for i in spoken], [hypotheses[i] for i in spoken])
-    for i, reference, alignment in zip(spoken, output.references, output.alignments, strict=True):
-        edits = {"substitute": 0, "delete": 0, "insert": 0, "equal": 0}
-        for chunk in alignment:
-            edits[chunk.type] += max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
-        counts[i] = EditCounts(edits["substitute"], edits["delete"], edits["insert"], len(reference))
-    return counts
+def _information_lost(total: EditCounts) -> float:
+    return 1 - (total.hits / total.reference) * (total.hits / total.hypothesis) if total.hypothesis else 1.0
 
 
 def _errors(counts: Sequence[EditCounts]) -> FloatArray:
@@ -303,7 +276,7 @@ def _words(counts: Sequence[EditCounts]) -> FloatArray:
     return np.array([c.reference for c in counts], dtype=float)  # (n,)
 
 
-def _find_blocks(groups: Sequence[str | None] | None, n: int) -> tuple[NDArray[np.int64], Blocks]:
+def find_blocks(groups: Sequence[str | None] | None, n: int) -> tuple[NDArray[np.int64], Blocks]:
     """Number the rows by what is resampled: speakers where two are known, else clips."""
     if groups is not None and len(groups) != n:
         raise DataError(f"{n} rows but {len(groups)} groups; every row needs one, or None")

@@ -11,7 +11,6 @@ from typing import Any
 
 import pandas as pd
 
-from src.evaluation.evaluator import EvaluationResult, Prediction, compare_predictions
 from src.evaluation.forgetting_report import (
     Forgetting,
     describe_guard,
@@ -21,6 +20,7 @@ from src.evaluation.forgetting_report import (
     is_guard,
 )
 from src.evaluation.metrics import Bootstrap, PairedComparison
+from src.evaluation.results import EvaluationResult, Prediction, compare_predictions
 from src.utils.errors import DataError
 
 NOT_MEASURED = "not measured"

@@ -10,8 +10,9 @@ import numpy as np
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
 from src.data.utterance import Utterance
-from src.evaluation.evaluator import EvaluationResult
-from src.evaluation.metrics import EditCounts, ErrorRates, MetricsCalculator, error_rate
+from src.evaluation.edits import EditCounts, error_rate
+from src.evaluation.metrics import ErrorRates, MetricsCalculator
+from src.evaluation.results import EvaluationResult
 from src.evaluation.text import WHISPER_ENGLISH
 from src.inference.events import StreamingResult
 from src.inference.streaming import StreamingASR

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from src.evaluation.evaluator import Prediction
-from src.evaluation.metrics import Bootstrap, error_rate, rate_interval
+from src.evaluation.edits import error_rate
+from src.evaluation.metrics import Bootstrap, rate_interval
 from src.evaluation.report import (
     NOT_MEASURED,
     STOCK,
@@ -28,6 +28,7 @@ from src.evaluation.report import (
     load_predictions,
     stock_first,
 )
+from src.evaluation.results import Prediction
 from src.utils.errors import DataError
 from src.utils.figures import BLUE, FIGURE_STYLE, GREEN, GREY, ORANGE, NotebookFigure
 

@@ -19,10 +19,10 @@ from src.inference.decoding import log_mel_for, padded_samples
 from src.models.dynamic_context import DynamicWhisper
 from src.training.loss import TokenLoss
 from src.training.schedule import build_optimizer
-from src.training.updates import OWN_LENGTH_SLACK, is_out_of_memory
+from src.training.updates import OWN_LENGTH_SLACK
 from src.utils.config import Config
 from src.utils.errors import DeviceError
-from src.utils.runtime import choose_precision
+from src.utils.runtime import choose_precision, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from src.evaluation.evaluator import EvaluationResult
+from src.evaluation.results import EvaluationResult
 from src.training.updates import UpdateReport
 
 HISTORY_KEYS = ("epoch", "train_loss", "val_loss", "val_wer", "val_cer", "learning_rate")

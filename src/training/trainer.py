@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 
 from src.data.batching import batch_generator
 from src.data.loader import SpeechLoader
-from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
+from src.evaluation.evaluator import ModelEvaluator
+from src.evaluation.results import EvaluationResult
 from src.models.dynamic_context import DynamicWhisper
 from src.training.inputs import TrainingInputs
 from src.training.loss import TokenLoss

@@ -25,6 +25,7 @@ from src.utils.config_schema import TrainingConfig
 from src.utils.distributed import gather_objects, sum_over_processes, world_size
 from src.utils.errors import DataError, DeviceError
 from src.utils.memory import return_freed_memory
+from src.utils.runtime import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -258,14 +259,6 @@ class Updater:
                 + "\n  ".join(self._skipped_in_row)
                 + "\nListen to these recordings, lower training.learning_rate, or set precision: float32"
             )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the GPU or the machine had no memory left."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return "out of memory" in text.lower() or "can't allocate memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
 
 
 def _tokens(batch: Batch) -> int:

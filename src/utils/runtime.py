@@ -99,3 +99,11 @@ def _why(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return "no CUDA device" if device == "cpu" else "no CUDA device, Apple GPU present"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the GPU or the machine had no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return "out of memory" in text.lower() or "can't allocate memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text

@@ -14,7 +14,7 @@ import soxr
 from numpy.typing import NDArray
 
 from src.data.audio import SAMPLE_RATE, DecodedAudio, Waveform, decode
-from src.data.quality import ClipStats, hash_audio, measure_bandwidth, measure_clip, measure_clipping
+from src.data.quality import MAX_SNR_DB, ClipStats, hash_audio, measure_bandwidth, measure_clip, measure_clipping
 from src.data.utterance import Utterance
 
 TIMES = np.arange(4 * SAMPLE_RATE) / SAMPLE_RATE
@@ -42,6 +42,18 @@ def encode(samples: NDArray[Any], rate: int = SAMPLE_RATE, *, kind: str = "WAV",
     file = io.BytesIO()
     sf.write(file, samples, rate, format=kind, subtype=subtype)
     return file.getvalue()
+
+
+def test_the_snr_of_noisy_speech_is_about_what_it_was_mixed_at(jfk: Waveform) -> None:
+    pauses = np.zeros(3 * SAMPLE_RATE, dtype=np.float32)
+    speech = np.concatenate([jfk, pauses])
+    noise = np.random.default_rng(0).standard_normal(len(speech)).astype(np.float32)
+    clean = measure(speech)
+    assert clean.snr_db == MAX_SNR_DB
+    for wanted_db in (10, 20, 30):
+        gain = 10 ** ((clean.loudness_dbfs - wanted_db) / 20)
+        assert measure(speech + gain * noise).snr_db == pytest.approx(wanted_db, abs=2)
+    assert measure(np.zeros(SAMPLE_RATE, dtype=np.float32)).snr_db == 0
 
 
 def test_a_sine_has_its_peak_and_power() -> None:

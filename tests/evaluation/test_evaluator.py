@@ -12,11 +12,12 @@ import torch
 from src.data.checking import check_utterance
 from src.data.loader import create_loader
 from src.data.utterance import Utterance
-from src.evaluation.evaluator import EvaluationResult, ModelEvaluator, compare_predictions
+from src.evaluation.evaluator import ModelEvaluator
 from src.evaluation.report import load_predictions
+from src.evaluation.results import EvaluationResult, compare_predictions
 from src.inference import decoding
 from src.utils.config import Config
-from src.utils.errors import DataError
+from src.utils.errors import DataError, DeviceError
 from src.utils.tracking import ExperimentLogger
 
 pytestmark = pytest.mark.slow
@@ -140,10 +141,67 @@ def test_results_are_saved_for_tables_and_pictures(result: EvaluationResult, con
 
 
 def test_a_model_compared_with_itself_shows_no_difference(
-    tiny_en: tuple[Any, Any], result: EvaluationResult, config: Config
+    tiny_en: tuple[Any, Any], clips: list[Utterance], result: EvaluationResult, config: Config
 ) -> None:
-    comparison = ModelEvaluator(*tiny_en, config).compare(result, result)
-    assert (comparison.difference, comparison.verdict) == (0.0, "no difference shown")
+    model, processor = tiny_en
+    evaluator = ModelEvaluator(model, processor, config)
+    found = evaluator.compare(result, model, create_loader(clips, processor, config))
+    assert (found.difference.difference, found.difference.verdict) == (0.0, "no difference shown")
+    assert found.stock is result
+    assert found.tuned.name == "tuned"
+    assert [row.hypothesis for row in found.tuned.rows] == [row.hypothesis for row in result.rows]
+    with pytest.raises(DataError, match="tuned model has not been measured"):
+        evaluator.compare(result, model)
+    with pytest.raises(DataError, match="whisper-basic-v1"):
+        evaluator.compare(result, dataclasses.replace(result, normalizer="whisper-basic-v1"))
+
+
+def test_out_of_memory_halves_the_batches_from_then_on_and_loses_no_clip(
+    tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config, result: EvaluationResult,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    real, sizes = decoding.encode, []
+
+    def encode(model: Any, audios: Any, *rest: Any) -> Any:
+        sizes.append(len(audios))
+        if len(audios) > fits:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(model, audios, *rest)
+
+    monkeypatch.setattr("src.evaluation.evaluator.encode", encode)
+    loader = create_loader(clips, tiny_en[1], config)  # seven clips, one batch
+    evaluator = ModelEvaluator(*tiny_en, config)
+    fits = 2
+    again = evaluator.evaluate_dataset(loader)
+    assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    assert [row.id for row in again.rows] == [row.id for row in result.rows]
+    assert again.wer == pytest.approx(result.wer)
+    assert again.loss == pytest.approx(result.loss, rel=1e-4)
+    assert "from now on at most 1 at once" in caplog.text
+    fits = 0
+    with pytest.raises(DeviceError, match=f"single clip {result.rows[0].id}"):
+        evaluator.evaluate_dataset(loader)
+
+
+def test_a_loader_that_leaves_clips_out_gives_no_rate(
+    tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config
+) -> None:
+    whole = create_loader(clips, tiny_en[1], config)
+    (batch,) = whole
+
+    class Partial:
+        dataset = whole.dataset
+
+        def __iter__(self) -> Any:
+            yield {key: values[:3] for key, values in batch.items()}
+
+    with pytest.raises(DataError, match="3 clips were measured of 7"):
+        ModelEvaluator(*tiny_en, config).evaluate_dataset(Partial())
+
+
+def test_rows_carry_what_slices_are_made_of(result: EvaluationResult) -> None:
+    assert {"age", "gender", "snr_db"} <= set(result.rows[0].meta)
+    assert all(row.num_tokens for row in result.rows if row.hypothesis)
 
 
 def test_measuring_again_replaces_the_rows_of_that_model_only(result: EvaluationResult, tmp_path: Path) -> None:

@@ -5,17 +5,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from src.evaluation.metrics import (
-    Bootstrap,
-    EditCounts,
-    MetricsCalculator,
-    compare_counts,
-    error_rate,
-    rate_interval,
-    sum_counts,
-    word_counts,
-)
-from src.evaluation.text import PLAIN
+from src.evaluation.edits import EditCounts, error_rate, sum_counts, word_counts
+from src.evaluation.metrics import Bootstrap, MetricsCalculator, compare_counts, rate_interval
+from src.evaluation.text import PLAIN, get_normalizer
 from src.utils.errors import DataError
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "hat", "big", "red"]
@@ -73,6 +65,26 @@ def test_rates_are_those_of_jiwer() -> None:
     rates = MetricsCalculator().compute(references, hypotheses)
     assert rates.cer_plain == pytest.approx(jiwer.cer(references, hypotheses))
     assert rates.wer_plain == pytest.approx(output.wer)
+    words = jiwer.process_words(
+        [get_normalizer(rates.normalizer)(text) for text in references],
+        [get_normalizer(rates.normalizer)(text) for text in hypotheses],
+    )
+    assert (rates.mer, rates.wil) == (pytest.approx(words.mer), pytest.approx(words.wil))
+
+
+def test_shares_of_rows_that_are_wrong_empty_or_loop() -> None:
+    references = ["the cat", "a dog", "the mat", "", ""]
+    hypotheses = ["the cat", "", "on the " * 9, "thank you", ""]
+    rates = MetricsCalculator().compute(references, hypotheses)
+    assert (rates.sentence_error_rate, rates.empty_rate, rates.loop_rate) == (3 / 5, 1 / 3, 1 / 5)
+    assert (rates.empty_references, rates.hallucinated_words) == (2, 2)
+    assert rates.insertions == 17 + 2
+    many = MetricsCalculator().compute(
+        ["the cat", "a dog"], ["the cat", "a dog"], durations_sec=[1.0, 1.0], num_tokens=[2, 30]
+    )
+    assert many.loop_rate == 1 / 2
+    silent = MetricsCalculator().compute(["the cat"], [""])
+    assert (silent.wer, silent.mer, silent.wil, silent.empty_rate) == (1.0, 1.0, 1.0, 1.0)
 
 
 def test_interval_by_clip_is_that_of_scipy() -> None:

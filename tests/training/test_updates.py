@@ -20,7 +20,7 @@ from src.training.inputs import TrainingInputs
 from src.training.loss import TokenLoss
 from src.training.methods import prepare_model
 from src.training.schedule import build_optimizer
-from src.training.updates import Updater, UpdateReport, is_out_of_memory
+from src.training.updates import Updater, UpdateReport
 from src.utils.errors import DataError, DeviceError
 
 Batch = dict[str, Any]
@@ -253,23 +253,6 @@ def test_another_error_passes_as_it_is(small: tuple[Any, Any], batches: list[Bat
     with pytest.raises(RuntimeError, match="device-side assert"):
         bench.update(batches[0])
     assert bench.updater.pieces == 1
-
-
-@pytest.mark.parametrize(
-    ("error", "is_it"),
-    [
-        (RuntimeError(OUT_OF_MEMORY), True),
-        (torch.OutOfMemoryError("x"), True),
-        (MemoryError(), True),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("MPS backend out of memory (MPS allocated: 9.07 GB)"), True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (ValueError("x"), False),
-    ],
-)
-def test_out_of_memory_is_told_from_other_errors(error: BaseException, is_it: bool) -> None:
-    assert is_out_of_memory(error) is is_it
 
 
 # what an update must not leave behind

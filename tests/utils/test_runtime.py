@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from src.utils.errors import DeviceError
-from src.utils.runtime import choose_precision, get_device, set_seed
+from src.utils.runtime import choose_precision, get_device, is_out_of_memory, set_seed
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 
@@ -42,3 +42,20 @@ def test_the_cpu_trains_in_float32_with_a_reason() -> None:
     choice = choose_precision("auto", torch.device("cpu"))
     assert choice.precision == "float32"
     assert choice.reason
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.75 GiB"), True),
+        (torch.OutOfMemoryError("x"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9.07 GB)"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("x"), False),
+    ],
+)
+def test_out_of_memory_is_told_from_other_errors(error: BaseException, is_it: bool) -> None:
+    assert is_out_of_memory(error) is is_it

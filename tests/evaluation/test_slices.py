@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from src.evaluation.results import Prediction
+from src.evaluation.slices import slice_columns, slice_rates
+from src.utils.errors import DataError
+
+
+def row(i: int, errors: int = 0, words: int = 4, *, duration_sec: float = 3.0, **meta: Any) -> Prediction:
+    return Prediction(
+        id=f"u{i}", speaker=f"s{i % 3}", duration_sec=duration_sec, reference="the " * words, hypothesis="",
+        substitutions=errors, deletions=0, insertions=0, reference_words=words, avg_logprob=-0.1, latency_sec=0.1,
+        meta=meta,
+    )  # fmt: skip
+
+
+def test_the_rate_of_a_slice_is_that_of_its_rows() -> None:
+    rows = [row(0, 1, gender="f"), row(1, 3, gender="f"), row(2, 0, gender="m"), row(3, 2, 0, gender="x"), row(4)]
+    slices = {found.value: found for found in slice_rates(rows, "gender")}
+    assert list(slices) == ["f", "m", "x", "unknown"]
+    assert (slices["f"].wer, slices["f"].n, slices["f"].reference_words) == (0.5, 2, 8)
+    assert (slices["f"].blocks, slices["f"].num_blocks) == ("speaker", 2)
+    assert slices["f"].low <= 0.5 <= slices["f"].high
+    assert slices["m"].wer == 0.0
+    assert math.isnan(slices["m"].low)
+    assert math.isnan(slices["x"].wer)  # no word to be right about: no rate, neither 0 nor 1
+    assert sum(found.n for found in slices.values()) == len(rows)
+
+
+def test_numbers_are_cut_into_bands_in_ascending_order() -> None:
+    rows = [
+        row(i, duration_sec=sec, age=age) for i, (sec, age) in enumerate([(2.0, 40), (2.1, 7), (31.0, 7), (1.0, 12)])
+    ]
+    assert [(s.value, s.n) for s in slice_rates(rows, "age")] == [("0 to 12", 3), ("29 to 44", 1)]
+    assert [(s.value, s.n) for s in slice_rates(rows, "duration_sec")] == [("0 to 2", 2), ("2 to 4", 1), ("unknown", 1)]
+    assert [s.value for s in slice_rates(rows, "duration_sec", edges=(0, 31))] == ["0 to 31"]
+
+
+def test_unknown_columns_of_numbers_are_cut_into_quarters() -> None:
+    rows = [row(i, tempo=float(i)) for i in range(101)]
+    assert [(s.value, s.n) for s in slice_rates(rows, "tempo")] == [
+        ("0 to 25", 26), ("25 to 50", 25), ("50 to 75", 25), ("75 to 100", 25),
+    ]  # fmt: skip
+    few = [row(i, score=i % 3, same=1.0, missing=math.nan) for i in range(9)]
+    assert [s.value for s in slice_rates(few, "score")] == ["0", "1", "2"]
+    assert [s.value for s in slice_rates(few, "same")] == ["1"]
+    assert [s.value for s in slice_rates(few, "missing")] == ["unknown"]
+
+
+def test_columns_worth_a_picture() -> None:
+    rows = [row(i, gender="fm"[i % 2], name=str(i), source_text=str(i % 2), same="x") for i in range(40)]
+    assert slice_columns(rows) == ["speaker", "gender"]
+
+
+def test_a_column_that_is_not_there_is_an_error_with_a_suggestion() -> None:
+    with pytest.raises(DataError, match="did you mean 'gender'"):
+        slice_rates([row(0, gender="f")], "gendre")
+    with pytest.raises(DataError, match="no rows"):
+        slice_rates([], "gender")
