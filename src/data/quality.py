@@ -118,7 +118,8 @@ def measure_loudness(levels_dbfs: NDArray[np.float64]) -> float:
 def measure_snr(levels_dbfs: NDArray[np.float64]) -> float:
     """Return the loudness over the quietest tenth of the frames, dB, within 0 and 60.
 
-    Who never pauses seems noisier than he is: the quietest tenth is then speech too. Digital silence gives 60.
+    An estimate that errs low: by 3 dB where speech was mixed with white noise at 10 dB, which then counts as loud, and
+    where nobody pauses, since the quietest tenth is speech too. Digital silence in the pauses gives 60.
 
     Args:
         levels_dbfs: (frames,) power of each frame.

@@ -36,7 +36,8 @@ def test_collator_pads_to_the_longest_and_masks_padding() -> None:
     assert batch["timed"].tolist() == [False, False]
     assert batch["ids"] == ["u320", "u640"]
     assert set(batch) == {
-        "audio", "audio_lengths", "decoder_input_ids", "labels", "timed", "ids", "texts", "speakers", "durations"
+        "audio", "audio_lengths", "decoder_input_ids", "labels", "timed", "ids", "texts", "speakers", "durations",
+        "meta",
     }  # fmt: skip
 
 
