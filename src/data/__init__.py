@@ -5,7 +5,7 @@ from src.data.audio_cache import AudioCache
 from src.data.augmentation import AudioAugmenter
 from src.data.augmentation_demo import demonstrate, draw_examples, players
 from src.data.batching import LengthBatchSampler
-from src.data.dataset import DataCollator, WhisperDataset
+from src.data.dataset import DataCollator, WhisperDataset, decode_audio
 from src.data.features import LogMel
 from src.data.labels import LabelEncoder
 from src.data.loader import SpeechLoader, create_dataloaders, create_loader
@@ -38,6 +38,7 @@ __all__ = [
     "build_data_report",
     "create_dataloaders",
     "create_loader",
+    "decode_audio",
     "demonstrate",
     "draw_data_report",
     "draw_examples",

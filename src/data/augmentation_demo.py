@@ -105,7 +105,7 @@ def draw_examples(examples: Sequence[Example]) -> NotebookFigure:
         for axes in grid.flat[len(examples) :]:
             axes.set_axis_off()
         for axes, example in zip(grid.flat, examples, strict=False):
-            _draw_log_mel(axes, example, float(levels.min()), float(levels.max()))
+            draw_log_mel(axes, example, float(levels.min()), float(levels.max()))
             axes.set_xlim(0, longest_sec)
         for axes in grid[:, 0]:
             axes.set_ylabel("kHz")
@@ -151,7 +151,8 @@ def _example(name: str, waveform: Waveform, masks: SpecAugment | None = None, se
     return Example(name, waveform, log_mel.numpy())
 
 
-def _draw_log_mel(axes: Axes, example: Example, lowest: float, highest: float) -> None:
+def draw_log_mel(axes: Axes, example: Example, lowest: float, highest: float) -> None:
+    """Draw an example's log-mel over seconds and kHz; `lowest` and `highest` are the ends of the colours."""
     bins, frames = example.log_mel.shape
     axes.imshow(
         example.log_mel, origin="lower", aspect="auto", cmap="magma", vmin=lowest, vmax=highest,

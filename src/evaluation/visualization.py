@@ -6,33 +6,37 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from src.evaluation.edits import error_rate
-from src.evaluation.metrics import Bootstrap, rate_interval
+from src.data.findings import count_clips
+from src.evaluation.figures_errors import count_confusions, draw_confusions, draw_error_types
+from src.evaluation.figures_modes import draw_modes, list_modes
+from src.evaluation.figures_rates import draw_comparison, draw_slices
+from src.evaluation.figures_speed import draw_latency_distribution, draw_rtf_by_batch, latest_latencies
+from src.evaluation.figures_style import gap
+from src.evaluation.live_plot import thin_places
 from src.evaluation.report import (
     NOT_MEASURED,
     STOCK,
     TUNED,
+    Row,
     best_epoch,
     bootstrap_of,
     last_training,
     latest_evaluations,
     load_metrics,
     load_predictions,
-    stock_first,
 )
-from src.evaluation.results import Prediction
-from src.utils.errors import DataError
+from src.evaluation.results import compare_predictions
+from src.evaluation.slices import DURATION_EDGES_SEC, UNKNOWN, Slice, slice_rates
+from src.utils.errors import DataError, did_you_mean
 from src.utils.figures import BLUE, FIGURE_STYLE, GREEN, GREY, ORANGE, NotebookFigure
-
-MODEL_STYLES = ((GREY, "s"), (BLUE, "o"), (ORANGE, "^"), (GREEN, "D"))  # the stock model first
 
 
 class TrainingVisualizer:
@@ -63,19 +67,21 @@ class TrainingVisualizer:
         return figure
 
     def _draw_loss(self, axes: Axes) -> None:
-        places = self._step_positions()
+        places, losses = self._step_positions(), [gap(row["loss"]) for row in self._steps]
+        drawn = thin_places(losses)  # a long training has more updates than pixels
         axes.plot(
-            places, [_gap(row["loss"]) for row in self._steps],
+            [places[i] for i in drawn], [losses[i] for i in drawn],
             color=BLUE, alpha=0.3, linewidth=1, label="each update",
         )  # fmt: skip
         epochs = [row["epoch"] for row in self._epochs]
-        axes.plot(epochs, self._series("train_loss"), color=BLUE, marker="o", label="train")
-        axes.plot(epochs, self._series("val_loss"), color=ORANGE, marker="s", linestyle="--", label="validation")
+        train, validation = self._series("train_loss"), self._series("val_loss")
+        axes.plot(epochs, train, color=BLUE, marker="o", label="train, mean of the epoch")
+        axes.plot(epochs, validation, color=ORANGE, marker="s", linestyle="--", label="validation")
         if self._best is not None:
             number = self._best["epoch"]
             axes.axvline(number, color=GREY, linestyle=":", label=f"best epoch by WER: {number}", zorder=0)
         axes.set(title="Loss", xlabel="epoch", ylabel="nats a token", xlim=(0, max([*epochs, *places]) + 0.1))
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, _top([*train, *validation], losses))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize=9, framealpha=0.9, edgecolor="none")
 
@@ -93,7 +99,7 @@ class TrainingVisualizer:
         measured = [(epoch, value) for epoch, value in zip(epochs, values, strict=True) if math.isfinite(value)]
         axes.plot(epochs, values, color=color, marker="o")
         if self._best is not None:
-            best = self._best["epoch"], _gap(self._best[f"val_{key}"])
+            best = self._best["epoch"], gap(self._best[f"val_{key}"])
             axes.plot(*best, "*", color="black", markersize=13, linestyle="none", label="best epoch by WER")
             axes.legend(frameon=False, fontsize=9, loc="lower left")
         for epoch, value in measured if len(measured) <= 12 else ():
@@ -139,7 +145,7 @@ class TrainingVisualizer:
         return f"{len(self._steps)} updates, {len(self._epochs)} epoch{'s' * (len(self._epochs) != 1)}{speed}"
 
     def _series(self, key: str) -> list[float]:
-        return [_gap(row.get(key)) for row in self._epochs]
+        return [gap(row.get(key)) for row in self._epochs]
 
 
 class EvaluationVisualizer:
@@ -152,100 +158,124 @@ class EvaluationVisualizer:
 
     def __init__(self, run_dir: str | Path) -> None:
         self._run_dir = run_dir
-        self._evaluations = latest_evaluations(load_metrics(run_dir))
+        rows = load_metrics(run_dir)
+        self._evaluations = latest_evaluations(rows)
         if not self._evaluations:
             raise DataError(f"{run_dir}: nothing was evaluated yet; evaluate and save first")
         self._predictions = load_predictions(run_dir)
+        self._latencies = latest_latencies(rows)
+        self._streaming = next((row for row in reversed(rows) if row["event"] == "streaming"), None)
 
     def stock_against_tuned(self) -> Figure:
-        """Draw WER with intervals under both normalisers, a bar a model, the stock model first."""
-        names = stock_first(self._evaluations)
-        first = self._evaluations[names[0]]
-        panels = [("wer", str(first["normalizer"])), ("wer_plain", "plain-v1")]
-        with matplotlib.rc_context(FIGURE_STYLE):
-            figure = NotebookFigure(figsize=(8, 3.6), layout="constrained")
-            for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
-                self._draw_bars(axes, names, key)
-                axes.set_title(title)
-            figure.axes[0].set_ylabel("WER, test set")
-            caption = f"{first['n']} clip{'s' * (first['n'] != 1)}"
-            if first.get("wer_low") is not None:
-                caption += (
-                    f"; {first['confidence']:.0%} bootstrap intervals over {first['num_blocks']} {first['blocks']}s"
-                )
-            figure.supxlabel(caption, fontsize=9, color=GREY)
-        return figure
+        """Draw WER with intervals under both normalisers, a bar a model, the stock model first; and what differs.
 
-    def wer_by_duration(self, edges_sec: Sequence[float] = (0, 2, 4, 6, 8, 12, 30)) -> Figure:
-        """Draw WER (sum of errors over sum of words) with intervals against clip length; empty ranges are left out.
+        Raises: DataError: the predictions of the two models are of different clips.
+        """
+        stock, tuned = (self._predictions.get(name, []) for name in (STOCK, TUNED))
+        if not (stock and tuned and {STOCK, TUNED} <= set(self._evaluations)):
+            return draw_comparison(self._evaluations)
+        difference = compare_predictions(stock, tuned, bootstrap_of(self._evaluations[TUNED]))
+        return draw_comparison(self._evaluations, difference)
+
+    def wer_by_duration(self, edges_sec: Sequence[float] = DURATION_EDGES_SEC) -> Figure:
+        """Draw WER (sum of errors over sum of words) with intervals by clip length; empty ranges are left out.
+
+        Ranges rather than a point a clip: the rate of one clip of four words is 0, 1/4, 1/2, ..., and a cloud of these
+        hides what the sums show.
 
         Args:
             edges_sec: ascending; a clip of exactly an upper edge belongs to the lower range.
         Raises: DataError: no predictions, or no clip within the edges.
         """
-        names = stock_first(self._predictions)
-        clips = {row.id: row.duration_sec for name in names for row in self._predictions[name]}
-        ranges = [(a, b, sum(a < d <= b for d in clips.values())) for a, b in itertools.pairwise(edges_sec)]
-        ranges = [each for each in ranges if each[2]]
-        if not ranges:
+        slices = self._slices("duration_sec", edges_sec)
+        within = {name: [each for each in found if each.value != UNKNOWN] for name, found in slices.items()}
+        outside = max((each.n for found in slices.values() for each in found if each.value == UNKNOWN), default=0)
+        if not any(within.values()):
             raise DataError(
                 f"{self._run_dir}: no prediction of {edges_sec[0]:g} to {edges_sec[-1]:g} s; evaluate first"
             )
-        with matplotlib.rc_context(FIGURE_STYLE):
-            figure = NotebookFigure(figsize=(8, 3.6), layout="constrained")
-            axes = figure.subplots()
-            for index, (name, (color, marker)) in enumerate(zip(names, itertools.cycle(MODEL_STYLES))):
-                shift = 0.12 * (index - (len(names) - 1) / 2)  # side by side, so that intervals do not hide one another
-                rates = [self._rate_between(name, low, high) for low, high, _ in ranges]
-                values, lows, highs = (list(column) for column in zip(*rates, strict=True))
-                places = [place + shift for place in range(len(ranges))]
-                axes.plot(places, values, marker=marker, color=color, label=name)
-                axes.vlines(places, lows, highs, color=color, linewidth=1.5)
-            labels = [f"{a:g} to {b:g} s\n{n} clip{'s' * (n != 1)}" for a, b, n in ranges]
-            axes.set_xticks(range(len(labels)), labels)
-            axes.set(title="WER by clip length", ylabel="WER, test set", xlim=(-0.5, len(ranges) - 0.5))
-            axes.set_ylim(bottom=0)
-            axes.grid(axis="x", visible=False)
-            axes.legend(frameon=False)
-        return figure
+        omitted = f"{count_clips(outside)} outside of these lengths" if outside else ""
+        return draw_slices(within, self._evaluations, omitted=omitted)
 
-    def _rate_between(self, name: str, low_sec: float, high_sec: float) -> tuple[float, float, float]:
-        rows: list[Prediction] = [r for r in self._predictions[name] if low_sec < r.duration_sec <= high_sec]
-        if not any(row.reference_words for row in rows):
-            return math.nan, math.nan, math.nan
-        counts = [row.counts for row in rows]
-        evaluation = self._evaluations.get(name)
-        bootstrap = Bootstrap() if evaluation is None else bootstrap_of(evaluation)
-        return error_rate(counts), *rate_interval(counts, [row.speaker for row in rows], bootstrap)
+    def wer_by_slice(self, column: str, *, edges: Sequence[float] | None = None) -> Figure:
+        """Draw WER with intervals for each slice of a column, the models side by side.
 
-    def _draw_bars(self, axes: Axes, names: Sequence[str], key: str) -> None:
-        for x, (name, (color, _)) in enumerate(zip(names, itertools.cycle(MODEL_STYLES))):
-            row = self._evaluations[name]
-            value, low, high = (_gap(row.get(k)) for k in (key, f"{key}_low", f"{key}_high"))
-            if not math.isfinite(value):
-                axes.annotate(NOT_MEASURED, (x, 0), (0, 5), textcoords="offset points", ha="center", color=GREY)
-                continue
-            axes.bar(x, value, width=0.6, color=color)
-            top = value
-            if math.isfinite(low) and math.isfinite(high):
-                axes.vlines(x, low, high, color="black", linewidth=1.5)
-                axes.plot([x, x], [low, high], "_", color="black", markersize=12)
-                top = max(value, high)
-            axes.annotate(f"{value:.3f}", (x, top), (0, 5), textcoords="offset points", ha="center")
-        axes.set_xticks(range(len(names)), names)
-        axes.set_xlim(-0.6, len(names) - 0.4)
-        axes.margins(y=0.15)
-        axes.set_ylim(bottom=0)
-        axes.grid(axis="x", visible=False)
+        Args:
+            column: one of `slice_columns`, or another of the rows; of more than 12 slices the first are drawn.
+            edges: as in `slice_rates`.
+        Raises: DataError: no predictions, or no row has this column.
+        """
+        return draw_slices(self._slices(column, edges), self._evaluations)
+
+    def error_types(self) -> Figure:
+        """Draw substitutions, deletions and insertions as shares of the words, loops and empty outputs of the clips."""
+        return draw_error_types(self._evaluations, self._predictions)
+
+    def confusions(self, model: str = TUNED, *, top: int = 15) -> Figure:
+        """Draw the words that a model most often confuses, leaves out and puts in.
+
+        Args:
+            top: of each kind, 1 to 20.
+        Raises: DataError: no predictions of this model, or `top` is out of range.
+        """
+        row = self._evaluation_of(model)
+        rows = self._predictions.get(model)
+        if not rows:
+            raise DataError(f"{self._run_dir}: no predictions of {model!r}; evaluate it and save")
+        return draw_confusions(count_confusions(rows, row["normalizer"]), model=model, top=top)
+
+    def latency_distribution(self) -> Figure:
+        """Draw how long clips take: each one's share of its batch, and median to 95th percentile of each engine.
+
+        Raises: DataError: no time was measured.
+        """
+        return draw_latency_distribution(self._predictions, self._latencies)
+
+    def rtf_by_batch(self) -> Figure:
+        """Draw the real-time factor of each engine against its batch size.
+
+        Raises: DataError: none was measured.
+        """
+        return draw_rtf_by_batch(self._latencies)
+
+    def modes(self, model: str = TUNED) -> Figure:
+        """Draw WER and real-time factor in batches, as a stream and clip by clip; blank where not measured.
+
+        Args:
+            model: whose evaluation is shown; the stream and the timings are those of the run.
+        Raises: DataError: this model was not evaluated.
+        """
+        return draw_modes(list_modes(self._evaluation_of(model), self._streaming, self._latencies), model=model)
+
+    def _evaluation_of(self, model: str) -> Row:
+        if model not in self._evaluations:
+            known = list(self._evaluations)
+            raise DataError(
+                f"{self._run_dir}: no evaluation of {model!r}{did_you_mean(model, known)}; there are {', '.join(known)}"
+            )
+        return self._evaluations[model]
+
+    def _slices(self, column: str, edges: Sequence[float] | None) -> dict[str, list[Slice]]:
+        if not self._predictions:
+            raise DataError(f"{self._run_dir}: no predictions; evaluate a model and save")
+        return {
+            name: slice_rates(rows, column, edges=edges, bootstrap=bootstrap_of(self._evaluations.get(name, {})))
+            for name, rows in self._predictions.items()
+        }
 
 
-def _gap(value: Any) -> float:
-    """A missing value leaves a gap, never a zero."""
-    return math.nan if value is None else float(value)
+def _top(epochs: Sequence[float], updates: Sequence[float]) -> float:
+    """Return where the axis of the loss ends: above every epoch, while a few spikes of updates may run out of it."""
+    finite = [value for value in updates if math.isfinite(value)]
+    usual = 1.6 * float(np.quantile(finite, 0.98)) if finite else 0.0
+    highest = max(
+        (value for value in [*epochs, min(usual, max(finite, default=0.0))] if math.isfinite(value)), default=0.0
+    )
+    return 1.05 * highest or 1.0
 
 
 def _change_row(label: str, before: float | None, after: float | None) -> list[str]:
-    numbers = [_gap(before), _gap(after)]
+    numbers = [gap(before), gap(after)]
     shown = [f"{number:.3f}" if math.isfinite(number) else NOT_MEASURED for number in numbers]
     change = 100 * (numbers[1] - numbers[0]) / numbers[0] if numbers[0] else math.nan
     return [label, *shown, f"{change:+.0f} %" if math.isfinite(change) else "-"]

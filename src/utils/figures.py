@@ -24,8 +24,10 @@ FIGURE_STYLE: dict[str, Any] = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.alpha": 0.25,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
+    **dict.fromkeys(("figure.facecolor", "savefig.facecolor", "axes.facecolor", "legend.facecolor"), "white"),
+    **dict.fromkeys(  # a user's dark style would make them white on white
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color"), "black"
+    ),
     "svg.hashsalt": "whisper",  # the same picture gives the same file
 }
 
