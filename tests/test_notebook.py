@@ -98,11 +98,15 @@ def test_run_all_with_the_demo_profile_ends_green(tmp_path: Path) -> None:
         "notebook.html", "config.yaml", "env.json", "metrics.jsonl", "predictions.jsonl",
         "data_report.json", "data_report_clips.csv", "figures/data_report.png", "figures/augmentation.png",
         "figures/training_analysis.png",
-        "figures/stock_against_tuned.svg", "checkpoints/best_model_hf/model.safetensors", "ctranslate2_int8/model.bin",
+        "figures/stock_against_tuned.svg", "figures/wer_by_slice.png", "figures/confusions.png", "figures/words.png",
+        "figures/rtf_by_batch.png", "figures/modes.png", "report.html",
+        "checkpoints/best_model_hf/model.safetensors", "ctranslate2_int8/model.bin",
     ):  # fmt: skip
         assert (run_dir / name).stat().st_size > 0, name
     assert not (run_dir / "notebook.ipynb").exists()
     page = (run_dir / "notebook.html").read_text()
-    assert page.count('src="data:image/png;base64') == 5, "the pictures are not shown"  # one is the live plot
+    assert page.count('src="data:image/png;base64') == 11, "the pictures are not shown"  # one is the live plot
     assert page.count("<audio") == 8  # a clip, the six ways in which it is augmented, a transcribed file
+    assert page.count('class="alignment-view"') == 1
+    assert list((run_dir / "checkpoints").glob("best_*_hf/README.md")), "no model card"
     assert len(list((run_dir / "data_versions").glob("*.json"))) == 1

@@ -154,7 +154,7 @@ class ModelEvaluator:
     def _decode_batches(self, batches: Iterable[Any], *, desc: str, total: int | None = None) -> _Decoded:
         """Decode batches in evaluation mode and give the model back in the mode it came in."""
         parts: list[_Decoded] = []
-        with _evaluation_mode(self._model), torch.inference_mode():
+        with evaluation_mode(self._model), torch.inference_mode():
             for batch in tqdm(batches, desc=desc, total=total, leave=False, disable=not is_main_process()):
                 parts += self._decode_in_memory(batch)
         return _joined(parts)
@@ -268,7 +268,8 @@ def _joined(parts: Sequence[_Decoded]) -> _Decoded:
 
 
 @contextmanager
-def _evaluation_mode(model: Any) -> Iterator[None]:
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Put a model into evaluation mode, and give it back in the mode it came in."""
     # module by module: part of a model may be frozen in evaluation mode while the rest trains
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -315,6 +315,7 @@ def _read_jsonl(path: Path, *, key: str) -> list[dict[str, Any]]:
 def _places(run_dir: Path) -> list[tuple[str, Path]]:
     return [
         ("notebook", run_dir / "notebook.html"),
+        ("report", run_dir / "report.html"),
         ("best model", run_dir / "checkpoints" / "best_model_hf"),
         ("best mix", run_dir / "checkpoints" / "best_mix_hf"),
         ("for faster-whisper", run_dir / "ctranslate2_int8"),

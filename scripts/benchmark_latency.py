@@ -1,0 +1,210 @@
+"""Measure the latency of transcription: this engine beside plain transformers, on the same clips and weights.
+
+    python scripts/benchmark_latency.py [--variant tiny.en ...] [--model FOLDER] [--data FILE.parquet] [--quick]
+
+The peer is `WhisperForConditionalGeneration.generate` on features of its own processor, which pads every clip to 30 s.
+A checkpoint with dynamic context is measured at the audio's own length, stock weights padded, as their config says.
+Both sides take turns, round by round, so that other work on the machine meets both; medians over the rounds are shown,
+and the speedup is the median of the rounds' ratios. The last line printed is one JSON object; the table is appended to
+docs/BENCHMARKS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from transformers import WhisperForConditionalGeneration
+from transformers import logging as transformers_logging
+
+from scripts.benchmark_adaptation import read, strided
+from scripts.benchmarking import append_table
+from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.dataset import decode_audio
+from src.data.sources import load_utterances
+from src.data.utterance import Utterance
+from src.evaluation.edits import error_rate, word_counts
+from src.evaluation.latency import Engine, LatencyResult, check_clips, measure_engine, torch_engine
+from src.evaluation.text import whisper_normalizer_for
+from src.models.whisper_model import WhisperModelManager
+from src.utils.config import Config, load_config
+
+FIGURES = ("rtf", "rtfx", "mean_sec", "p50_sec", "p95_sec", "p99_sec", "first_token_sec", "peak_memory_mb")
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One side at one batch size, a result a round."""
+
+    model: str
+    batch_size: int
+    engine: str
+    rounds: tuple[LatencyResult, ...]
+    wer: float | None
+
+    def median(self, figure: str) -> float | None:
+        """Return the median over the rounds; None where the figure was not measured."""
+        values = [getattr(result, figure) for result in self.rounds]
+        return None if None in values else statistics.median(values)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variant", action="append", help="may be given several times; default: tiny.en")
+    parser.add_argument("--model", type=Path, action="append", default=[], help="folder of a tuned checkpoint")
+    parser.add_argument("--data", type=Path, help="Parquet in the Hugging Face audio layout; default: bundled test set")
+    parser.add_argument("--clips", type=int, default=100, help="at a stride over all")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=3, help="of both sides; medians are reported")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--no-record", action="store_true", help="print only")
+    parser.add_argument("--quick", action="store_true", help="under a minute: few clips, nothing recorded")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.clips, arguments.batch_sizes, arguments.rounds = 4, [1, 4], 1
+    transformers_logging.set_verbosity_error()  # else the peer's `generate` warns of its own defaults at each call
+    variants = arguments.variant or ([] if arguments.model else ["tiny.en"])
+    utterances = load_clips(arguments.data, arguments.clips)
+    clips = check_clips([decode_audio(utterance).numpy() for utterance in utterances])
+    measured: list[Measured] = []
+    for name in [*variants, *map(str, arguments.model)]:
+        config = load_config(None, overrides={"model": {"variant": name, "language": "en"}, "device": arguments.device})
+        measured += measure_model(config, clips, [u.text for u in utterances], arguments)
+    rows = [row(side, peer_of(side, measured)) for side in measured]
+    for line in (dict(zip(rows[0], rows[0], strict=True)), *rows):
+        print("  ".join(f"{cell:>14}" for cell in line.values()))
+    if not (arguments.quick or arguments.no_record):
+        audio_sec = sum(map(len, clips)) / SAMPLE_RATE
+        note = f"{len(clips)} clips of {audio_sec / len(clips):.1f} s on average; medians of {arguments.rounds} rounds."
+        append_table("Latency of transcription", rows, note=note)
+    print(json.dumps(summarize(measured)))
+    return 0
+
+
+def load_clips(data: Path | None, count: int) -> list[Utterance]:
+    """Return the bundled test clips, or those of a file."""
+    if data is not None:
+        return strided(read(data), count)
+    return strided([u for u in load_utterances(Config().data) if u.meta["split"] == "test"], count)
+
+
+def measure_model(
+    config: Config, clips: list[Waveform], references: list[str], arguments: argparse.Namespace
+) -> list[Measured]:
+    """Measure both sides at each batch size, in turns."""
+    manager = WhisperModelManager(config)
+    model, processor = manager.initialize_model()
+    peer = WhisperForConditionalGeneration.from_pretrained(manager.weights.path, dtype=torch.float32)
+    engines = [torch_engine(model, processor, config), peer_engine(peer.to(model.device).eval(), processor)]
+    measured = []
+    for size in arguments.batch_sizes:
+        results: dict[str, list[LatencyResult]] = {engine.name: [] for engine in engines}
+        for _ in range(arguments.rounds):
+            for engine in engines:
+                results[engine.name].append(measure_engine(engine, clips, batch_size=size, name=config.model.variant))
+        measured += [
+            Measured(config.model.variant, size, name, tuple(found), word_error_rate(references, found[-1]))
+            for name, found in results.items()
+        ]
+    return measured
+
+
+def peer_engine(model: Any, processor: Any) -> Engine:
+    """Make an engine of stock transformers: features padded to 30 s, then `generate`."""
+    spoken = {"language": "en", "task": "transcribe"} if model.generation_config.is_multilingual else {}
+
+    @torch.inference_mode()
+    def generate(clips: Sequence[Waveform], **limits: int) -> Any:
+        inputs = processor(list(clips), sampling_rate=SAMPLE_RATE, return_tensors="pt", return_attention_mask=True)
+        features, mask = inputs.input_features.to(model.device), inputs.attention_mask.to(model.device)
+        return model.generate(features, attention_mask=mask, **spoken, **limits)
+
+    def transcribe(clips: Sequence[Waveform]) -> list[str]:
+        return [text.strip() for text in processor.batch_decode(generate(clips), skip_special_tokens=True)]
+
+    return Engine(
+        name="transformers",
+        transcribe=transcribe,
+        device=str(model.device),
+        precision=str(model.dtype).removeprefix("torch."),
+        audio_context="full",
+        first_token=lambda clip: generate([clip], max_new_tokens=1).tolist(),
+    )
+
+
+def word_error_rate(references: Sequence[str], result: LatencyResult) -> float | None:
+    """Return the rate of a round's texts; None where nothing was measured."""
+    if result.reason is not None:
+        return None
+    return error_rate(word_counts(references, result.texts, whisper_normalizer_for("en")))
+
+
+def peer_of(side: Measured, measured: Sequence[Measured]) -> Measured:
+    """Return what transformers gave for the same model and batch size."""
+    return next(
+        other
+        for other in measured
+        if (other.model, other.batch_size, other.engine) == (side.model, side.batch_size, "transformers")
+    )
+
+
+def speedup(side: Measured, peer: Measured) -> float | None:
+    """Return how many times faster a side is: the median of the rounds' ratios."""
+    pairs = [(ours.rtf, theirs.rtf) for ours, theirs in zip(side.rounds, peer.rounds, strict=True)]
+    ratios = [theirs / ours for ours, theirs in pairs if ours is not None and theirs is not None]
+    return statistics.median(ratios) if len(ratios) == len(pairs) else None
+
+
+def row(side: Measured, peer: Measured) -> dict[str, str]:
+    """Lay one side out."""
+    first = side.rounds[0]
+    return {
+        "model": Path(side.model).name,
+        "engine": side.engine,
+        "audio context": {"full": "30 s", "dynamic": "own length"}[first.audio_context],
+        "device": first.device,
+        "precision": first.precision,
+        "batch": str(side.batch_size),
+        "RTF": number(side.median("rtf")),
+        "RTFx": number(side.median("rtfx")),
+        "p50": number(side.median("p50_sec"), " s"),
+        "p95": number(side.median("p95_sec"), " s"),
+        "first token": number(side.median("first_token_sec"), " s"),
+        "WER": number(side.wer),
+        "speedup": number(speedup(side, peer), " x"),
+    }
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Return three digits, or a dash."""
+    return "-" if value is None else f"{value:.3g}{unit}"
+
+
+def summarize(measured: Sequence[Measured]) -> Figures:
+    """Return the figures of the first model's single clips, and of each other measurement by model and batch size."""
+    by_setting = {}
+    for side in measured:
+        peer = peer_of(side, measured)
+        if side is not peer:
+            figures: Figures = {name: side.median(name) for name in FIGURES}
+            figures |= {"wer": side.wer, "speedup_vs_transformers": speedup(side, peer), "wer_transformers": peer.wer}
+            by_setting[f"{side.model}, batch {side.batch_size}"] = figures
+    first, *_ = by_setting
+    return {"measured": first, **by_setting.pop(first), "others": by_setting}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""Measure a checkpoint beside the stock model that it came from, on clips with transcripts.
+
+    python scripts/evaluate.py --model checkpoints/best_model_hf
+    python scripts/evaluate.py --model checkpoints/best_model_hf --data FILE.parquet --report report.html
+    python scripts/evaluate.py --model checkpoints/best_model_hf --data FOLDER_WITH_METADATA_CSV --stock base.en
+
+Without `--data` it is the test split of the bundled sample; of data with a column `split`, the rows of its test split.
+Writes a run's folder, from which `--report` makes one HTML file. Prints rates with intervals and the verdict; the last
+line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.train import parse_setting
+from src.data import create_loader
+from src.data.checking import SkippedUtterance, check_listed, enforce_skip_policy
+from src.data.labels import apply_case, resolve_case
+from src.data.manifest import MANIFEST_SUFFIXES
+from src.data.quality import ClipStats
+from src.data.sources import load_utterances
+from src.data.utterance import SPLIT_NAMES, Utterance
+from src.evaluation import EvaluationResult, ModelEvaluator
+from src.evaluation.html_report import DATA_VERSIONS_DIR, MEASURED_EVENT, write_html_report
+from src.evaluation.report import STOCK, TUNED, bootstrap_of, format_comparison
+from src.evaluation.results import compare_predictions
+from src.evaluation.text import get_normalizer, whisper_normalizer_for
+from src.models import WhisperModelManager
+from src.utils import DataVersionManager, ExperimentLogger, load_config, setup_logging
+from src.utils.config import Config
+from src.utils.errors import DataError, ModelError, WhisperASRError
+from src.utils.runtime import set_seed
+
+logger = logging.getLogger("evaluate")
+
+QUICK = {"data.max_test": 8, "evaluation.bootstrap_samples": 200}
+ENGLISH_VOCABULARY = 51_864  # tokens; multilingual models have one or two more
+STOCK_BY_SHAPE = {  # (width, layers of the decoder)
+    (384, 4): "tiny",
+    (512, 6): "base",
+    (768, 12): "small",
+    (1024, 24): "medium",
+    (1280, 4): "large-v3-turbo",
+    (1280, 2): "distil",
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its processor, and the name that it was loaded by."""
+
+    variant: str
+    model: Any
+    processor: Any
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    setup_logging("INFO")
+    try:
+        figures = run(arguments)
+    except WhisperASRError as err:
+        print(f"{type(err).__name__}: {err}", file=sys.stderr)
+        return 1
+    print(json.dumps(figures))
+    return 0
+
+
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder of a checkpoint, or a name such as tiny.en")
+    parser.add_argument("--stock", help="to compare with; default: that of the checkpoint's size")
+    parser.add_argument("--no-stock", action="store_true", help="measure the checkpoint alone: no verdict")
+    parser.add_argument("--data", type=Path, help="Parquet file, or a folder with audio and metadata.csv")
+    parser.add_argument("--max-clips", type=int, help="clips at most, chosen by hash")
+    parser.add_argument("--report", type=Path, metavar="FILE.html", help="write what was found as one HTML file")
+    parser.add_argument("--run-dir", type=Path, help="for the run's files; default: a new one under paths.runs_dir")
+    parser.add_argument("--config", type=Path, default=ROOT / "config.yaml")
+    parser.add_argument("--profile", help="one of the file's profiles")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting; may repeat"
+    )
+    parser.add_argument("--quick", action="store_true", help="a few clips: shows that everything runs")
+    arguments = parser.parse_args(given)
+    if arguments.stock and arguments.no_stock:
+        parser.error("give --stock or --no-stock, not both")
+    if arguments.max_clips is not None and arguments.max_clips < 1:
+        parser.error("--max-clips: at least 1")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure, compare, report; return the figures of the last line."""
+    check_model_path(arguments.model)
+    config = load_config(arguments.config, profile=arguments.profile, overrides=overrides_of(arguments))
+    run_dir = arguments.run_dir or config.paths.runs_dir / time.strftime("evaluate-%Y%m%d-%H%M%S")
+    check_run_dir(run_dir)
+    set_seed(config.seed)
+    models = load_models(arguments, config)
+    clips = read_clips(config)
+    config = config.model_copy(update={"paths": config.paths.model_copy(update={"runs_dir": run_dir.parent})})
+    with ExperimentLogger(config, run_id=run_dir.name) as experiment:
+        log_origin(experiment, models, clips, arguments.data, config)
+        results = {name: measure(name, loaded, clips, config, experiment) for name, loaded in models.items()}
+    print(format_comparison(results))
+    print(f"run: {run_dir}")
+    if arguments.report is not None:
+        write_html_report(run_dir, arguments.report, audio={clip.id: clip for clip in clips})
+    return figures_of(results, arguments.report)
+
+
+def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that the options mean; `--set` has the last word."""
+    overrides: dict[str, Any] = {"model.variant": arguments.model, "data.source": "sample", "data.sources": []}
+    if arguments.data is not None:
+        overrides |= {"data.source": source_of(arguments.data), "data.path": str(arguments.data)}
+    overrides |= QUICK if arguments.quick else {}
+    overrides |= {} if arguments.max_clips is None else {"data.max_test": arguments.max_clips}
+    return overrides | dict(parse_setting(text) for text in arguments.set)
+
+
+def source_of(data: Path) -> str:
+    """Return which adapter reads a path.
+
+    Raises: DataError: nothing is there.
+    """
+    if not data.exists():
+        raise DataError(f"--data {data}: no such file or folder; give a Parquet file, or a folder with metadata.csv")
+    if data.is_file():
+        return "parquet" if data.suffix.lower() not in MANIFEST_SUFFIXES else "folder"
+    has_manifest = any(path.suffix.lower() in MANIFEST_SUFFIXES for path in data.iterdir())
+    return "parquet" if not has_manifest and any(data.rglob("*.parquet")) else "folder"
+
+
+def check_model_path(model: str) -> None:
+    """Refuse a path that is not there before the Hub is asked for it as if it were a repository."""
+    path = Path(model)
+    if path.exists() or len(path.parts) < 2 or not (path.is_absolute() or path.parent.is_dir()):
+        return
+    found = sorted(str(each.parent) for each in path.parent.glob("*/config.json"))
+    known = f"checkpoints beside it: {', '.join(found)}" if found else "train first: scripts/train.py writes it"
+    raise ModelError(f"--model {model}: no such folder; {known}")
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Refuse a folder that holds a run: its configuration would be replaced."""
+    if (run_dir / "metrics.jsonl").exists():
+        raise DataError(f"--run-dir {run_dir}: holds a run already; choose another folder, or remove that one")
+
+
+def load_models(arguments: argparse.Namespace, config: Config) -> dict[str, Loaded]:
+    """Load the stock model first, as it is measured first; before any clip is decoded, so that an error comes soon."""
+    manager = WhisperModelManager(config)
+    tuned = Loaded(arguments.model, *manager.initialize_model(arguments.model))
+    if arguments.no_stock:
+        return {TUNED: tuned}
+    variant = arguments.stock or stock_variant(tuned.model.config)
+    return {STOCK: Loaded(variant, *manager.initialize_model(variant)), TUNED: tuned}
+
+
+def stock_variant(model_config: Any) -> str:
+    """Return the stock model of a checkpoint's shape.
+
+    Raises: ModelError: no published Whisper has it.
+    """
+    shape = model_config.d_model, model_config.decoder_layers
+    if shape not in STOCK_BY_SHAPE:
+        raise ModelError(
+            f"which stock model the checkpoint came from cannot be told: width {shape[0]} with {shape[1]} decoder "
+            "layers is none that is known; name it with --stock, or measure alone with --no-stock"
+        )
+    return STOCK_BY_SHAPE[shape] + (".en" if model_config.vocab_size == ENGLISH_VOCABULARY else "")
+
+
+def read_clips(config: Config) -> list[Utterance]:
+    """List, check and recase the clips to measure on.
+
+    Raises: DataError: no clip, no word in any transcript, or clips that cannot be used, as `data.on_error` says.
+    """
+    listed = load_utterances(config.data)
+    tested = [clip for clip in listed if SPLIT_NAMES.get(str(clip.meta.get("split")).lower()) == "test"]
+    if not tested:
+        logger.info("no test split in the data: all %d rows are measured", len(listed))
+        tested = listed
+    normalize = get_normalizer(whisper_normalizer_for(config.model.language))
+    if not any(normalize(clip.text) for clip in tested):
+        raise DataError(
+            f"none of the {len(tested)} references has a word, so there is nothing to measure against; give data with "
+            "transcripts in a column text, sentence, transcription or transcript"
+        )
+    stats: dict[str, ClipStats] = {}
+    skipped: list[SkippedUtterance] = []
+    checked = check_listed("test", tested, config.data.max_test, config, stats, skipped)
+    enforce_skip_policy(skipped, len(checked) + len(skipped), config.data.max_skip_fraction)
+    case = resolve_case([clip.text for clip in checked], config.data.label_case)
+    return [replace(clip, text=apply_case(clip.text, case)) for clip in checked]
+
+
+def log_origin(
+    experiment: ExperimentLogger,
+    models: Mapping[str, Loaded],
+    clips: Sequence[Utterance],
+    data: Path | None,
+    config: Config,
+) -> None:
+    """Write down what is measured, so that a report can say how to do it again."""
+    stock = models.get(STOCK)
+    experiment.log(
+        MEASURED_EVENT,
+        model=models[TUNED].variant,
+        stock=None if stock is None else stock.variant,
+        data=data,
+        max_clips=config.data.max_test,
+        clips=len(clips),
+    )
+    name = "bundled sample" if data is None else data.name
+    versions = DataVersionManager(experiment.dir / DATA_VERSIONS_DIR)
+    versions.log_dataset_version(dataset_name=name, version=experiment.run_id, metadata={}, utterances=clips)
+
+
+def measure(
+    name: str, loaded: Loaded, clips: Sequence[Utterance], config: Config, experiment: ExperimentLogger
+) -> EvaluationResult:
+    loader = create_loader(clips, loaded.processor, config)
+    result = ModelEvaluator(loaded.model, loaded.processor, config).evaluate_dataset(loader, name=name)
+    result.save(experiment)
+    return result
+
+
+def figures_of(results: Mapping[str, EvaluationResult], report: Path | None) -> dict[str, Any]:
+    """Return the last line: rates, clips, verdict, and where the report is."""
+    tuned, stock = results[TUNED], results.get(STOCK)
+    return {
+        "wer": round(tuned.wer, 4),
+        "stock_wer": None if stock is None else round(stock.wer, 4),
+        "n": tuned.n,
+        "verdict": None if stock is None else compare_predictions(stock.rows, tuned.rows, bootstrap_of(tuned)).verdict,
+        "report": None if report is None else str(report),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""What the pictures of a run have in common: how a model looks, and how a missing figure is shown."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from src.evaluation.report import STOCK
+from src.utils.figures import BLUE, GREEN, GREY, ORANGE
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a model is told from the others: by colour, and without it by marker, line and hatch."""
+
+    color: str
+    marker: str
+    line: str
+    hatch: str
+
+
+STOCK_LOOK = Look(GREY, "s", "--", "")
+OTHER_LOOKS = (Look(BLUE, "o", "-", "//"), Look(ORANGE, "^", "-.", ".."), Look(GREEN, "D", ":", "xx"))
+
+
+def looks_of(names: Iterable[str]) -> dict[str, Look]:
+    """Give each name a look; the stock model has its own in every picture."""
+    others = itertools.cycle(OTHER_LOOKS)
+    return {name: STOCK_LOOK if name == STOCK else next(others) for name in names}
+
+
+def gap(value: Any) -> float:
+    """Return nan for None: a missing value leaves a gap, never a zero."""
+    return math.nan if value is None else float(value)
+
+
+def say(axes: Axes, text: str) -> None:
+    """Write a text where a panel has nothing to draw."""
+    axes.text(0.5, 0.5, text, ha="center", va="center", color=GREY, transform=axes.transAxes)
+    axes.set(xticks=[], yticks=[])

@@ -1,0 +1,349 @@
+"""How fast an engine turns audio into text: latency of calls, real-time factor, first token, memory.
+
+    RTF = sum(compute) / sum(audio), RTFx = sum(audio) / sum(compute); features are part of the compute
+
+`measure_engine` measures whatever maps clips to texts, `LatencyBenchmark` a model of ours. Calls that warm up are not
+counted, and a GPU is waited for. Clips go from long to short, as in `BatchInference`: batches then hold little padding.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from src.data.audio import SAMPLE_RATE, Waveform, to_mono_16k
+from src.data.features import CONTEXT_SAMPLES
+from src.evaluation.evaluator import evaluation_mode
+from src.inference.decoding import DecodingOptions, decode, encode, sot_sequences
+from src.utils.config import Config
+from src.utils.errors import AudioError, DataError
+from src.utils.memory import measure_memory
+from src.utils.runtime import is_out_of_memory
+from src.utils.tracking import ExperimentLogger
+
+WARMUP_CALLS = 2  # of the longest batch: the first allocates, the second runs as all later ones
+MIN_CALLS = {50: 2, 95: 20, 99: 100}  # for a percentile: so many that one call is expected beyond it
+SAMPLING_SEC = 0.01  # between readings of memory, during the warm-up only
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Something that turns audio into text, and what it is.
+
+    Attributes:
+        transcribe: takes clips, (T,) float32 each, 16 kHz, up to 30 s, and returns their texts in order.
+        device: as torch names it; a GPU is waited for.
+        precision: of its weights: "float32", "int8", ...
+        audio_context: "full" (each clip padded to 30 s) or "dynamic".
+        first_token: runs features, encoder and the decoder's first step on a clip; None where that cannot be told.
+    """
+
+    name: str
+    transcribe: Callable[[Sequence[Waveform]], list[str]]
+    device: str
+    precision: str
+    audio_context: str
+    first_token: Callable[[Waveform], object] | None = None
+
+
+@dataclass(frozen=True)
+class LatencyResult:
+    """What a measurement found; None where there is no figure.
+
+    Attributes:
+        name: of the model.
+        engine, device, precision, audio_context: as in `Engine`.
+        batch_size: clips of a call; the last call of a pass may hold fewer.
+        clips: distinct ones; each was transcribed equally often, in `calls` calls in all.
+        audio_sec, compute_sec: sums over all calls; audio without padding.
+        rtf, rtfx, clips_per_sec: ratios of sums: real-time factor compute / audio, its inverse, clips a second.
+        mean_sec, std_sec, p50_sec, p95_sec, p99_sec: wall time of a call, until its texts are there; std is that of a
+            sample. With fewer than `MIN_CALLS` (2 for std and p50, 20 for p95, 100 for p99) None: no call is expected
+            beyond the percentile then, and it would only be the slowest call under another name.
+        first_token_sec: median time of features, encoder and first decoder step. None in batches, with beams (no token
+            is final before the end), and where the engine cannot tell.
+        peak_memory_mb: 10^6 bytes, the most during the warm-up, which is the longest batch: of the GPU's tensors, else
+            of the whole process with all else that it holds.
+        reason: why nothing was measured; None where something was.
+        texts: of the clips, in order; not saved.
+    """
+
+    name: str
+    engine: str
+    device: str
+    precision: str
+    audio_context: str
+    batch_size: int
+    clips: int
+    calls: int = 0
+    audio_sec: float | None = None
+    compute_sec: float | None = None
+    rtf: float | None = None
+    rtfx: float | None = None
+    clips_per_sec: float | None = None
+    mean_sec: float | None = None
+    std_sec: float | None = None
+    p50_sec: float | None = None
+    p95_sec: float | None = None
+    p99_sec: float | None = None
+    first_token_sec: float | None = None
+    peak_memory_mb: float | None = None
+    reason: str | None = None
+    texts: tuple[str, ...] = field(default=(), repr=False)
+
+    def row(self) -> dict[str, Any]:
+        """Return the fields of a row of metrics.jsonl."""
+        return {key: value for key, value in asdict(self).items() if key != "texts"}
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return `latency_table` of this one."""
+        return latency_table([self])
+
+    def save(self, experiment: ExperimentLogger) -> None:
+        """Append the figures to the run's metrics.jsonl."""
+        experiment.log("latency", **self.row())
+
+
+class LatencyBenchmark:
+    """Measures a model with the decoder that files, evaluation and streaming use.
+
+    Args:
+        model: a `DynamicWhisper`, in the context that its config says: a stock model is measured padded to 30 s.
+        processor: of the model.
+        config: `inference` and `model.language`; defaults without.
+        name: of the model, in tables and files.
+        experiment: the run that keeps what is measured.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        config: Config | None = None,
+        *,
+        name: str = "model",
+        experiment: ExperimentLogger | None = None,
+    ) -> None:
+        self._model, self._name, self._config = model, name, config or Config()
+        self._experiment = experiment
+        self._engine = torch_engine(model, processor, self._config)
+
+    def benchmark_single(self, audio: Any, sr: int = SAMPLE_RATE, *, repeats: int = 20) -> LatencyResult:
+        """Transcribe one clip again and again: what its user waits for.
+
+        Args:
+            audio: (T,) or (T, channels) floats in [-1, 1], 0.1 to 30 s.
+            sr: samples a second; other rates than 16,000 are resampled before the clock runs.
+            repeats: calls; p95 needs 20, p99 needs 100.
+        Raises: DataError: no repeat. AudioError: as `check_clips`. An error of the model passes through.
+        """
+        return self._measure(check_clips([audio], sr), 1, repeats)
+
+    def benchmark_batch(
+        self, test_audios: Sequence[Any], sr: int = SAMPLE_RATE, *, batch_size: int | None = None, repeats: int = 3
+    ) -> LatencyResult:
+        """Transcribe a set of clips in batches.
+
+        Args:
+            test_audios: as `audio` of `benchmark_single`, all of one rate.
+            batch_size: `inference.batch_size` by default, or all clips where there are fewer.
+            repeats: passes over all clips.
+        Raises: DataError: no clip, no repeat, or fewer clips than a batch holds. Else as `benchmark_single`.
+        """
+        clips = check_clips(test_audios, sr)
+        size = min(self._config.inference.batch_size, len(clips)) if batch_size is None else batch_size
+        return self._measure(clips, size, repeats)
+
+    def throughput(
+        self, test_audios: Sequence[Any], batch_sizes: Sequence[int] = (1, 2, 4, 8, 16), sr: int = SAMPLE_RATE
+    ) -> list[LatencyResult]:
+        """Transcribe the same clips once at each batch size: one result a size, for `latency_table`.
+
+        Raises: as `benchmark_batch`, before anything is measured.
+        """
+        clips = check_clips(test_audios, sr)
+        for size in batch_sizes:
+            _check_request(clips, size, 1)
+        return [self._measure(clips, size, 1) for size in batch_sizes]
+
+    def _measure(self, clips: Sequence[Waveform], batch_size: int, passes: int) -> LatencyResult:
+        with evaluation_mode(self._model):
+            result = measure_engine(self._engine, clips, batch_size=batch_size, passes=passes, name=self._name)
+        if self._experiment is not None:
+            result.save(self._experiment)
+        return result
+
+
+def torch_engine(model: Any, processor: Any, config: Config) -> Engine:
+    """Make an engine of a `DynamicWhisper` that is in evaluation mode."""
+    options = DecodingOptions.from_config(config)
+
+    @torch.inference_mode()
+    def first_token(audio: Waveform) -> object:
+        encoded = encode(model, [audio], options.trailing_silence_sec)
+        hidden = encoded.last_hidden_state  # (1, positions, d_model)
+        tokens = torch.tensor(sot_sequences(model, encoded, options), device=hidden.device)
+        output = model.model.decoder(input_ids=tokens, encoder_hidden_states=hidden, use_cache=True)
+        return model.proj_out(output.last_hidden_state[:, -1]).argmax(dim=-1).item()
+
+    return Engine(
+        name="torch",
+        transcribe=lambda audios: [result.text for result in decode(model, processor, audios, options)],
+        device=str(model.device),
+        precision=str(model.dtype).removeprefix("torch."),
+        audio_context=model.audio_context,
+        first_token=first_token if options.num_beams == 1 else None,
+    )
+
+
+def measure_engine(
+    engine: Engine,
+    clips: Sequence[Waveform],
+    *,
+    batch_size: int = 1,
+    passes: int = 1,
+    name: str = "model",
+    clock: Clock = time.perf_counter,
+) -> LatencyResult:
+    """Measure an engine on clips from `check_clips`; where memory runs out, the result has a `reason`, not figures.
+
+    Raises: DataError: no clip, no pass, or fewer clips than a batch holds. Another error of the engine passes through.
+    """
+    _check_request(clips, batch_size, passes)
+    described = engine.name, engine.device, engine.precision, engine.audio_context
+    blank = LatencyResult(name, *described, batch_size, len(clips))
+    try:
+        return _fill(blank, engine, clips, passes, clock)
+    except (RuntimeError, MemoryError) as err:
+        if not is_out_of_memory(err):
+            raise
+        problem = str(err).splitlines()[0] if str(err) else type(err).__name__
+    gc.collect()  # not within the except block: there the error's frames still hold the tensors that did not fit
+    torch.cuda.empty_cache()
+    return replace(blank, reason=f"out of memory: {problem}")
+
+
+def check_clips(audios: Sequence[Any], sr: int = SAMPLE_RATE) -> list[Waveform]:
+    """Check clips and bring them to 16 kHz.
+
+    Args:
+        audios: (T,) or (T, channels) floats in [-1, 1], all at `sr`.
+    Returns: (T,) float32 each, mono; silence is allowed.
+    Raises: DataError: no clip. AudioError: a rate that is none; or a clip, by its number, that is not of floats or not
+        finite, is shorter than 0.1 s or longer than 30 s.
+    """
+    if not len(audios):
+        raise DataError("no audio was given; pass at least one clip")
+    if isinstance(sr, bool) or not isinstance(sr, int | np.integer):
+        raise AudioError(f"sample rate {sr!r}: whole Hz are needed, such as 16000")
+    clips = []
+    for name, samples in ((f"clip {i}", np.asarray(audio)) for i, audio in enumerate(audios)):
+        if samples.dtype.kind != "f" or samples.ndim not in (1, 2):
+            raise AudioError(
+                f"{name}: {samples.dtype} {samples.shape}; give (T,) floats in [-1, 1], as load_audio does"
+            )
+        clips.append(to_mono_16k(samples, int(sr), name=name, allow_silence=True))
+        if len(clips[-1]) > CONTEXT_SAMPLES:
+            raise AudioError(f"{name}: {len(clips[-1]) / SAMPLE_RATE:.1f} s; the encoder takes 30 s, cut it at a pause")
+    return clips
+
+
+def latency_table(results: Sequence[LatencyResult]) -> pd.DataFrame:
+    """Return a table for reading, one row a measurement: four digits, blank where there is no figure."""
+    return pd.DataFrame([{key: readable(value) for key, value in item.row().items()} for item in results])
+
+
+def readable(value: Any) -> Any:
+    """Return a cell of a table: four digits of a float, nothing for None and nan, all else as it is."""
+    if value is None or value != value:
+        return ""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _fill(blank: LatencyResult, engine: Engine, clips: Sequence[Waveform], passes: int, clock: Clock) -> LatencyResult:
+    order = sorted(range(len(clips)), key=lambda i: len(clips[i]), reverse=True)
+    batches = [order[at : at + blank.batch_size] for at in range(0, len(order), blank.batch_size)]
+    with _peak_memory(engine.device) as readings_mb:
+        for _ in range(WARMUP_CALLS):
+            engine.transcribe([clips[i] for i in batches[0]])
+    latencies: list[float] = []
+    texts: dict[int, str] = {}
+    for batch in batches * passes:
+        found, elapsed_sec = _timed(engine.transcribe, [clips[i] for i in batch], engine.device, clock)
+        latencies.append(elapsed_sec)
+        texts.update(zip(batch, found, strict=True))
+    told = [q for q, least in MIN_CALLS.items() if len(latencies) >= least]
+    percentiles: dict[str, Any] = {f"p{q}_sec": float(np.percentile(latencies, q)) for q in told}
+    audio_sec, compute_sec = passes * sum(map(len, clips)) / SAMPLE_RATE, sum(latencies)
+    return replace(
+        blank,
+        calls=len(latencies),
+        audio_sec=audio_sec,
+        compute_sec=compute_sec,
+        rtf=compute_sec / audio_sec,
+        rtfx=audio_sec / compute_sec,
+        clips_per_sec=passes * len(clips) / compute_sec,
+        mean_sec=float(np.mean(latencies)),
+        std_sec=float(np.std(latencies, ddof=1)) if len(latencies) > 1 else None,
+        **percentiles,
+        first_token_sec=_first_token_sec(engine, [*clips] * passes, clock) if blank.batch_size == 1 else None,
+        peak_memory_mb=max(readings_mb),
+        texts=tuple(texts[i] for i in range(len(clips))),
+    )
+
+
+def _first_token_sec(engine: Engine, clips: Sequence[Waveform], clock: Clock) -> float | None:
+    step = engine.first_token
+    if step is None:
+        return None
+    step(clips[0])  # warm-up
+    return float(np.median([_timed(step, clip, engine.device, clock)[1] for clip in clips]))
+
+
+def _timed(action: Callable[[Any], Any], argument: Any, device: str, clock: Clock) -> tuple[Any, float]:
+    wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda _: None)
+    wait(device)
+    began = clock()
+    result = action(argument)
+    wait(device)
+    return result, clock() - began
+
+
+@contextmanager
+def _peak_memory(device: str) -> Iterator[list[float]]:
+    """Read memory in a thread while the block runs, in MB: what a call frees before it ends counts as well."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    readings_mb: list[float] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        ended = False
+        while not ended:
+            ended = done.wait(SAMPLING_SEC)
+            use = measure_memory(Path(), device)
+            readings_mb.append(next(mb for mb in (use.gpu_peak_mb, use.gpu_mb, use.process_mb) if mb is not None))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield readings_mb
+    finally:
+        done.set()
+        thread.join()
+
+
+def _check_request(clips: Sequence[Waveform], batch_size: int, passes: int) -> None:
+    if not 1 <= batch_size <= len(clips) or passes < 1:
+        raise DataError(f"batch size {batch_size} (1 to the {len(clips)} clips given), repeats {passes} (at least 1)")

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from src.evaluation.figures_speed import latest_latencies
+from src.evaluation.latency import (
+    WARMUP_CALLS,
+    Engine,
+    LatencyBenchmark,
+    LatencyResult,
+    check_clips,
+    latency_table,
+    measure_engine,
+    readable,
+    torch_engine,
+)
+from src.evaluation.report import load_metrics
+from src.inference import decoding
+from src.inference.batch import BatchInference
+from src.utils.config import Config, load_config
+from src.utils.errors import AudioError, DataError
+from src.utils.memory import MemoryUse
+from src.utils.tracking import ExperimentLogger
+
+RATE = 16_000
+
+
+def clip(seconds: float, rate: int = RATE) -> np.ndarray:
+    return np.full(round(seconds * rate), 0.1, dtype=np.float32)
+
+
+class FakeEngine:
+    """Takes a given time for each call, on a clock of its own; its text is the clip's length in seconds."""
+
+    def __init__(self, call_secs: Sequence[float], *, first_sec: float | None = None, fits: int = 1000) -> None:
+        self.now = 0.0
+        self.calls: list[list[float]] = []
+        self._secs = [0.0] * WARMUP_CALLS + list(call_secs)
+        self._first_sec = first_sec
+        self._fits = fits
+
+    def clock(self) -> float:
+        return self.now
+
+    def transcribe(self, audios: Sequence[np.ndarray]) -> list[str]:
+        if len(audios) > self._fits:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines")
+        self.now += self._secs[len(self.calls)]
+        self.calls.append([len(audio) / RATE for audio in audios])
+        return [f"{len(audio) / RATE:g}" for audio in audios]
+
+    def first_token(self, audio: np.ndarray) -> int:
+        assert self._first_sec is not None
+        self.now += self._first_sec
+        return 0
+
+    def measure(self, clips: Sequence[np.ndarray], **options: Any) -> LatencyResult:
+        first = None if self._first_sec is None else self.first_token
+        engine = Engine("fake", self.transcribe, "cpu", "float32", "full", first)
+        return measure_engine(engine, clips, clock=self.clock, **options)
+
+
+def test_rates_are_ratios_of_sums_and_not_means_of_ratios() -> None:
+    result = FakeEngine([3.0, 1.0]).measure([clip(1.0), clip(9.0)])
+    assert (result.audio_sec, result.compute_sec, result.calls, result.clips) == (10.0, 4.0, 2, 2)
+    assert (result.rtf, result.rtfx, result.clips_per_sec) == (0.4, 2.5, 0.5)
+
+
+def test_warm_up_is_not_counted_and_takes_the_longest_batch() -> None:
+    fake = FakeEngine([1.0, 1.0])
+    fake._secs[:WARMUP_CALLS] = [100.0] * WARMUP_CALLS
+    result = fake.measure([clip(1.0), clip(3.0), clip(2.0)], batch_size=2)
+    assert fake.calls == [[3.0, 2.0]] * (WARMUP_CALLS + 1) + [[1.0]]
+    assert (result.compute_sec, result.calls) == (2.0, 2)
+
+
+def test_passes_repeat_all_clips_and_texts_keep_the_order_of_the_clips() -> None:
+    result = FakeEngine([1.0] * 6).measure([clip(1.0), clip(3.0), clip(2.0)], passes=2)
+    assert (result.calls, result.clips, result.audio_sec, result.clips_per_sec) == (6, 3, 12.0, 1.0)
+    assert result.texts == ("1", "3", "2")
+
+
+def test_spread_and_percentiles_are_those_of_numpy() -> None:
+    secs = np.random.default_rng(0).exponential(size=100)
+    result = FakeEngine(secs).measure([clip(1.0)], passes=100)
+    assert result.mean_sec == pytest.approx(secs.mean())
+    assert result.std_sec == pytest.approx(secs.std(ddof=1))
+    found = [result.p50_sec, result.p95_sec, result.p99_sec]
+    assert found == pytest.approx(np.percentile(secs, [50, 95, 99]))
+
+
+def test_percentile_by_hand() -> None:
+    result = FakeEngine([float(i) for i in range(1, 21)]).measure([clip(1.0)], passes=20)
+    assert result.p50_sec == pytest.approx(10.5)
+    assert result.p95_sec == pytest.approx(19.05)  # 0.95 * 19 = 18.05 calls after the fastest
+
+
+@pytest.mark.parametrize(
+    ("calls", "told"),
+    [
+        (1, []),
+        (2, ["std_sec", "p50_sec"]),
+        (19, ["std_sec", "p50_sec"]),
+        (20, ["std_sec", "p50_sec", "p95_sec"]),
+        (99, ["std_sec", "p50_sec", "p95_sec"]),
+        (100, ["std_sec", "p50_sec", "p95_sec", "p99_sec"]),
+    ],
+)
+def test_a_percentile_that_few_calls_cannot_tell_is_none(calls: int, told: list[str]) -> None:
+    result = FakeEngine([1.0] * calls).measure([clip(1.0)], passes=calls)
+    assert result.mean_sec == 1.0
+    found = [name for name in ("std_sec", "p50_sec", "p95_sec", "p99_sec") if getattr(result, name) is not None]
+    assert found == told
+
+
+def test_first_token_is_timed_on_single_calls_only_and_only_where_it_can_be_told() -> None:
+    clips = [clip(1.0), clip(2.0)]
+    assert FakeEngine([1.0] * 2, first_sec=0.25).measure(clips).first_token_sec == 0.25
+    assert FakeEngine([1.0], first_sec=0.25).measure(clips, batch_size=2).first_token_sec is None
+    assert FakeEngine([1.0] * 2).measure(clips).first_token_sec is None
+
+
+def test_peak_memory_holds_what_a_call_frees_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    held_mb, seen = [100.0], threading.Event()
+
+    def measure(folder: Path, device: str) -> MemoryUse:
+        if held_mb[0] == 900.0:
+            seen.set()
+        return MemoryUse(held_mb[0], 0.0, None, None, 0.0)
+
+    def transcribe(audios: Sequence[np.ndarray]) -> list[str]:
+        held_mb[0] = 900.0
+        assert seen.wait(60.0)
+        held_mb[0] = 100.0
+        return [""]
+
+    monkeypatch.setattr("src.evaluation.latency.measure_memory", measure)
+    result = measure_engine(Engine("fake", transcribe, "cpu", "float32", "full"), [clip(1.0)])
+    assert result.peak_memory_mb == 900.0
+
+
+def test_running_out_of_memory_leaves_blanks_and_a_reason() -> None:
+    result = FakeEngine([1.0], fits=1).measure([clip(1.0), clip(1.0)], batch_size=2)
+    assert result.reason == "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB"
+    measured = ("rtf", "rtfx", "clips_per_sec", "audio_sec", "compute_sec", "mean_sec", "p50_sec", "peak_memory_mb")
+    assert [getattr(result, name) for name in measured] == [None] * len(measured)
+    assert result.to_frame().loc[0, ["rtf", "p50_sec", "calls"]].tolist() == ["", "", 0]
+
+
+def test_another_error_of_the_engine_passes_through() -> None:
+    def fail(audios: Sequence[np.ndarray]) -> list[str]:
+        raise RuntimeError("CUDA error: device-side assert")
+
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        measure_engine(Engine("fake", fail, "cpu", "float32", "full"), [clip(1.0)])
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": 3}, {"passes": 0}])
+def test_a_request_that_measures_nothing_is_refused(options: dict[str, int]) -> None:
+    with pytest.raises(DataError, match="batch size"):
+        FakeEngine([]).measure([clip(1.0), clip(1.0)], **options)
+
+
+@pytest.mark.parametrize(
+    ("audios", "sr", "kind", "message"),
+    [
+        ([], RATE, DataError, "no audio"),
+        ([clip(1.0), np.zeros(0, dtype=np.float32)], RATE, AudioError, "clip 1: 0 samples"),
+        ([clip(1.0), np.zeros(0, dtype=np.float32)], 8000, AudioError, "clip 1: 0 samples"),
+        ([clip(0.05)], RATE, AudioError, "clip 0: 0.050 s"),
+        ([clip(1.0), clip(30.5)], RATE, AudioError, "clip 1: 30.5 s.*takes 30 s"),
+        ([clip(61.0, 8000)], RATE, AudioError, "clip 0: 30.5 s"),
+        ([np.append(clip(1.0), np.float32("nan"))], RATE, AudioError, "clip 0: 1 NaN"),
+        ([(clip(1.0) * 32767).astype(np.int16)], RATE, AudioError, r"clip 0: int16 \(16000,\)"),
+        (["speech.wav"], RATE, AudioError, "clip 0: <U10"),
+        (clip(1.0), RATE, AudioError, r"clip 0: float32 \(\)"),
+        ([clip(1.0)], "16k", AudioError, "'16k'"),
+        ([clip(1.0)], True, AudioError, "True"),
+        ([clip(1.0)], 16000.5, AudioError, "16000.5"),
+        ([clip(1.0)], 10, AudioError, "clip 0: sample rate 10 Hz"),
+    ],
+)
+def test_bad_audio_is_refused_by_its_number(audios: Any, sr: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        check_clips(audios, sr)
+
+
+def test_clips_of_another_rate_are_resampled_and_channels_are_mixed() -> None:
+    (mono,) = check_clips([np.stack([clip(2.0, 8000), clip(2.0, 8000)], axis=1)], 8000)
+    assert (len(mono), mono.dtype) == (2 * RATE, np.float32)
+    assert len(check_clips([clip(30.0)])[0]) == 30 * RATE
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"), [(None, ""), (float("nan"), ""), (0.123456, 0.1235), (1234567, 1234567), ("cpu", "cpu")]
+)
+def test_cells_of_a_table_are_short(value: Any, cell: Any) -> None:
+    assert readable(value) == cell
+
+
+def test_results_are_read_back_from_the_run_the_last_of_each_setting(config: Config) -> None:
+    first = FakeEngine([1.0] * 20, first_sec=0.5).measure([clip(1.0)], passes=20, name="tuned")
+    again = FakeEngine([2.0] * 20, first_sec=0.5).measure([clip(1.0)], passes=20, name="tuned")
+    other = FakeEngine([1.0], fits=1).measure([clip(1.0)] * 2, batch_size=2, name="tuned")
+    with ExperimentLogger(config, run_id="r") as experiment:
+        for result in (first, other, again):
+            result.save(experiment)
+    rows = latest_latencies(load_metrics(experiment.dir))
+    assert [(row["engine"], row["batch_size"], row["p50_sec"]) for row in rows] == [
+        ("tuned, fake", 1, again.p50_sec), ("tuned, fake", 2, None),
+    ]  # fmt: skip
+    table = latency_table([again, other])
+    assert table["batch_size"].tolist() == [1, 2]
+    assert table["p99_sec"].tolist() == ["", ""]
+    assert table["reason"].str.startswith("out of memory").tolist() == [False, True]
+
+
+@pytest.mark.slow
+def test_model_is_measured_with_the_decoder_of_files_and_left_as_it_was(
+    tiny_en: tuple[Any, Any], jfk: np.ndarray, config: Config
+) -> None:
+    model, processor = tiny_en
+    model.train()
+    model.model.encoder.eval()  # as with a frozen encoder
+    modes = [module.training for module in model.modules()]
+    benchmark = LatencyBenchmark(model, processor, config, name="stock")
+    short = jfk[: 3 * RATE]
+    single = benchmark.benchmark_single(short, repeats=2)
+    assert [module.training for module in model.modules()] == modes
+    expected = BatchInference(model, processor, config).transcribe_batch([short])
+    assert single.texts == (expected[0].text,)
+    assert (single.calls, single.audio_sec, single.batch_size) == (2, 6.0, 1)
+    assert single.rtf == pytest.approx(single.compute_sec / 6.0)  # type: ignore[operator]
+    described = (single.name, single.engine, single.device, single.precision, single.audio_context)
+    assert described == ("stock", "torch", "cpu", "float32", "full")
+    assert single.first_token_sec is not None
+    assert single.first_token_sec > 0
+    assert single.p95_sec is None
+    weights_mb = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+    assert single.peak_memory_mb is not None
+    assert single.peak_memory_mb > weights_mb
+
+
+@pytest.mark.slow
+def test_a_batch_size_that_does_not_fit_is_reported_and_the_others_are_measured(
+    tiny_en: tuple[Any, Any], jfk: np.ndarray, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Callable[..., Any] = decoding.encode
+
+    def encode(model: Any, audios: Any, *rest: Any) -> Any:
+        if len(audios) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, audios, *rest)
+
+    monkeypatch.setattr("src.inference.decoding.encode", encode)
+    benchmark = LatencyBenchmark(*tiny_en, config)
+    fits, too_large = benchmark.throughput([jfk[:RATE], jfk[: 2 * RATE]], batch_sizes=(1, 2))
+    assert (fits.batch_size, fits.reason, fits.calls) == (1, None, 2)
+    assert (too_large.batch_size, too_large.rtf, too_large.calls) == (2, None, 0)
+    assert too_large.reason is not None
+    assert benchmark.benchmark_batch([jfk[:RATE]] * 2, batch_size=2).reason == too_large.reason
+    with pytest.raises(DataError, match="batch size 2"):
+        benchmark.throughput([jfk])
+
+
+@pytest.mark.slow
+def test_first_token_is_the_one_that_decoding_begins_with_and_unknown_with_beams(
+    tiny_en: tuple[Any, Any], jfk: np.ndarray, config: Config
+) -> None:
+    model, processor = tiny_en
+    first = torch_engine(model, processor, config).first_token
+    assert first is not None
+    (result,) = decoding.decode(model, processor, [jfk], decoding.DecodingOptions.from_config(config))
+    assert first(jfk) == result.tokens[0]
+    beams = load_config(None, overrides={"inference.num_beams": 2})
+    assert torch_engine(model, processor, beams).first_token is None

@@ -1,0 +1,176 @@
+"""scripts/evaluate.py as its user runs it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile as sf
+import yaml
+from transformers import WhisperConfig
+
+from scripts import evaluate
+from src.data.audio import SAMPLE_RATE
+from src.data.sources import SAMPLE_PARQUET
+from src.data.utterance import Utterance
+from src.evaluation.report import summarize_run
+from src.models.export import export_huggingface
+from src.utils.errors import DataError, ModelError
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, tiny_en: tuple[Any, Any]) -> Path:
+    """Stock weights at a length that they do not know: a model that is worse than the stock one."""
+    model, processor = tiny_en
+    model.audio_context = "dynamic"
+    return export_huggingface(model, processor, tmp_path / "checkpoints" / "best_model_hf")
+
+
+def call(monkeypatch: pytest.MonkeyPatch, folder: Path, *given: str) -> int:
+    """Run the script in this process, with its runs in `folder`."""
+    settings = ["--set", "device=cpu", "--set", f"paths.runs_dir={folder / 'runs'}"]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *given, *settings])
+    return evaluate.main()
+
+
+def rows_of(texts: list[str]) -> pa.Table:
+    return pa.Table.from_pylist(
+        [{"audio": {"bytes": b"RIFF", "path": "a.wav"}, "text": text, "split": "test"} for text in texts]
+    )
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_measured_beside_the_stock_model_and_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, report = tmp_path / "measured", tmp_path / "out" / "report.html"
+    given = ["--model", str(checkpoint), "--quick", "--run-dir", str(run_dir), "--report", str(report)]
+    assert call(monkeypatch, tmp_path, *given) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads(printed.splitlines()[-1])
+    summary = summarize_run(run_dir)
+    assert summary.comparison is not None
+    assert figures == {
+        "wer": round(summary.evaluations["tuned"]["wer"], 4),
+        "stock_wer": round(summary.evaluations["stock"]["wer"], 4),
+        "n": 8,
+        "verdict": summary.comparison.verdict,
+        "report": str(report),
+    }
+    assert "tuned against stock: WER" in printed
+    assert [summary.evaluations[name]["audio_context"] for name in ("stock", "tuned")] == ["full", "dynamic"]
+    page = report.read_text(encoding="utf-8")
+    assert "data:audio/mpeg" in page
+    assert f"--model {checkpoint} --stock tiny.en --max-clips 8" in page
+    assert {path.name for path in run_dir.iterdir()} >= {
+        "config.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "predictions.jsonl",
+    }
+    assert call(monkeypatch, tmp_path, *given) == 1
+    assert "holds a run already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_folder_with_a_manifest_is_measured_without_a_stock_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkpoint: Path, jfk: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "mine"
+    data.mkdir()
+    sf.write(data / "a.wav", jfk[: 4 * SAMPLE_RATE], SAMPLE_RATE)
+    (data / "metadata.csv").write_text("file_name,text\na.wav,and so my fellow americans\n")
+    assert call(monkeypatch, tmp_path, "--model", str(checkpoint), "--no-stock", "--data", str(data)) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (figures["n"], figures["stock_wer"], figures["verdict"], figures["report"]) == (1, None, None, None)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert (config["data"]["source"], config["data"]["path"]) == ("folder", str(data))
+
+
+def test_a_checkpoint_without_its_tokenizer_names_the_missing_files_and_the_fix(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("tokenizer.json", "vocab.json"):
+        (checkpoint / name).unlink()
+    assert call(monkeypatch, tmp_path, "--model", str(checkpoint)) == 1
+    said = capsys.readouterr().err
+    assert "no tokenizer.json or vocab.json; save model and processor there again" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_folder_is_refused_with_the_checkpoints_that_are_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "best_mix_hf").mkdir()
+    (tmp_path / "best_mix_hf" / "config.json").write_text("{}")
+    assert call(monkeypatch, tmp_path, "--model", str(tmp_path / "best_model_hf")) == 1
+    said = capsys.readouterr().err
+    assert "best_model_hf: no such folder; checkpoints beside it: " in said
+    assert "best_mix_hf" in said
+    with pytest.raises(ModelError, match="train first"):
+        evaluate.check_model_path(str(tmp_path / "best_mix_hf" / "none"))
+    evaluate.check_model_path("owner-of-the-hub/whisper-base-sw")  # may be on the Hub
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["", " "], "none of the 2 references has a word"),
+        (["?", "!"], "none of the 2 references has a word"),
+        ([], "has no utterance"),
+    ],
+)
+def test_data_without_a_word_to_measure_against_is_refused(tmp_path: Path, texts: list[str], said: str) -> None:
+    file = tmp_path / "d.parquet"
+    schema = rows_of(["x"]).schema
+    pq.write_table(rows_of(texts).cast(schema) if texts else schema.empty_table(), file)
+    arguments = evaluate.parse_arguments(["--model", "tiny.en", "--data", str(file)])
+    config = evaluate.load_config(None, overrides=evaluate.overrides_of(arguments))
+    with pytest.raises(DataError, match=said):
+        evaluate.read_clips(config)
+
+
+def test_what_lies_at_a_path_says_how_it_is_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--data .*gone: no such file or folder"):
+        evaluate.source_of(tmp_path / "gone")
+    assert evaluate.source_of(SAMPLE_PARQUET) == "parquet"
+    (tmp_path / "part-0.parquet").touch()
+    assert evaluate.source_of(tmp_path) == "parquet"
+    (tmp_path / "metadata.csv").touch()
+    assert evaluate.source_of(tmp_path) == evaluate.source_of(tmp_path / "metadata.csv") == "folder"
+
+
+def test_only_the_test_split_is_measured_where_the_data_has_one(sample: list[Utterance]) -> None:
+    arguments = evaluate.parse_arguments(["--model", "tiny.en", "--max-clips", "5"])
+    config = evaluate.load_config(None, overrides=evaluate.overrides_of(arguments))
+    clips = evaluate.read_clips(config)
+    assert len(clips) == 5
+    assert {clip.meta["split"] for clip in clips} == {"test"}
+    assert not any(clip.text.isupper() for clip in clips)
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "vocabulary", "variant"),
+    [(384, 4, 51_864, "tiny.en"), (512, 6, 51_865, "base"), (1280, 4, 51_866, "large-v3-turbo")],
+)
+def test_the_stock_model_is_told_by_the_checkpoints_shape(
+    width: int, layers: int, vocabulary: int, variant: str
+) -> None:
+    shape = WhisperConfig(d_model=width, decoder_layers=layers, vocab_size=vocabulary)
+    assert evaluate.stock_variant(shape) == variant
+    with pytest.raises(ModelError, match="name it with --stock"):
+        evaluate.stock_variant(WhisperConfig(d_model=64, decoder_layers=2))
+
+
+def test_set_has_the_last_word() -> None:
+    arguments = evaluate.parse_arguments(
+        ["--model", "tiny.en", "--max-clips", "9", "--set", "data.max_test=3", "--quick"]
+    )
+    assert evaluate.overrides_of(arguments)["data.max_test"] == 3
+    with pytest.raises(SystemExit):
+        evaluate.parse_arguments(["--model", "tiny.en", "--stock", "base", "--no-stock"])
