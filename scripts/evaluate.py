@@ -33,7 +33,8 @@ from src.data.quality import ClipStats
 from src.data.sources import load_utterances
 from src.data.utterance import SPLIT_NAMES, Utterance
 from src.evaluation import EvaluationResult, ModelEvaluator
-from src.evaluation.html_report import DATA_VERSIONS_DIR, MEASURED_EVENT, write_html_report
+from src.evaluation.html_report import write_html_report
+from src.evaluation.origin import DATA_VERSIONS_DIR, MEASURED_EVENT
 from src.evaluation.report import STOCK, TUNED, bootstrap_of, format_comparison
 from src.evaluation.results import compare_predictions
 from src.evaluation.text import get_normalizer, whisper_normalizer_for

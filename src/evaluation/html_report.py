@@ -9,13 +9,10 @@ import base64
 import html
 import io
 import math
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -25,6 +22,7 @@ from matplotlib.figure import Figure
 from src.data.report import REPORT_FILE, DataReport
 from src.data.utterance import Utterance
 from src.evaluation.alignment_view import AlignmentView, ViewOptions, read_template
+from src.evaluation.origin import RunOrigin, read_origin
 from src.evaluation.report import (
     NOT_MEASURED,
     STOCK,
@@ -43,13 +41,9 @@ from src.evaluation.report import (
 from src.evaluation.slices import Slice, slice_columns, slice_rates
 from src.evaluation.visualization import EvaluationVisualizer, TrainingVisualizer
 from src.utils.atomic import write_text_atomic
-from src.utils.data_versions import DatasetVersion, DataVersionManager
 from src.utils.errors import DataError
 from src.utils.figures import BLUE, FIGURE_STYLE, GREEN, ORANGE
 
-MEASURED_EVENT = "measured"  # row of scripts/evaluate.py: model, stock and data as they were named
-DATA_VERSIONS_DIR = "data_versions"
-BEST_MODEL_DIR = "best_model_hf"
 NOTHING = '<p class="muted">Not shown: nothing was evaluated in this run; evaluate a model and save the result</p>'
 _MORE_RATES = {  # label: (key, digits)
     "match error rate (MER)": ("mer", 3),
@@ -62,45 +56,6 @@ _MORE_RATES = {  # label: (key, digits)
     **{edits: (edits, 0) for edits in ("substitutions", "deletions", "insertions")},
     "words of the references": ("reference_words", 0),
 }
-
-
-@dataclass(frozen=True)
-class RunOrigin:
-    """Where a run's figures come from, as its files say.
-
-    Attributes:
-        config: the tree of config.yaml; empty where there is none.
-        environment: env.json; empty where there is none.
-        data_versions: logged in the run, from old to new.
-        measured: the row of `scripts/evaluate.py`; None for other runs.
-        trained: whether the run trained.
-    """
-
-    config: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    data_versions: Sequence[DatasetVersion]
-    measured: Row | None
-    trained: bool
-
-    @property
-    def base(self) -> str | None:
-        """The stock model, as it was named; None where the files do not say."""
-        name = self.config.get("model", {}).get("variant") if self.measured is None else self.measured.get("stock")
-        return None if name is None else str(name)
-
-    def commands(self, run_dir: Path) -> list[str]:
-        """Return the lines that make the run's figures again."""
-        config = ["--config", str(run_dir / "config.yaml")]
-        model = Path(self.config.get("paths", {}).get("checkpoints_dir", "checkpoints"), BEST_MODEL_DIR)
-        named = self.measured or {"model": model, "stock": self.base}
-        options = {f"--{key.replace('_', '-')}": named.get(key) for key in ("model", "stock", "data", "max_clips")}
-        given = [part for key, value in options.items() if value is not None for part in (key, str(value))]
-        given += ["--no-stock"] * (self.base is None)
-        revision, changed, _ = str(self.environment.get("git_revision") or "").partition("+")
-        note = "  # and changes that were not committed" if changed else ""
-        lines = [f"git checkout {revision}{note}"] if revision else []
-        lines += [shlex.join(["python", "scripts/train.py", *config])] if self.trained else []
-        return [*lines, shlex.join(["python", "scripts/evaluate.py", *config, *given])]
 
 
 def write_html_report(
@@ -137,22 +92,6 @@ def write_html_report(
     }
     write_text_atomic(target, _page(f"Run {run.resolve().name}", _subtitle(run, origin), sections))
     return target
-
-
-def read_origin(run_dir: Path) -> RunOrigin:
-    """Read where a run comes from.
-
-    Raises: DataError: a damaged file.
-    """
-    rows = load_metrics(run_dir)
-    measured = [row for row in rows if row["event"] == MEASURED_EVENT]
-    return RunOrigin(
-        config=_read_tree(run_dir / "config.yaml"),
-        environment=_read_tree(run_dir / "env.json"),
-        data_versions=DataVersionManager(run_dir / DATA_VERSIONS_DIR).versions(),
-        measured=measured[-1] if measured else None,
-        trained=any(row["event"] == "epoch" for row in rows),
-    )
 
 
 def main_model(names: Sequence[str]) -> str:
@@ -261,6 +200,8 @@ def _pictures(run_dir: Path, figures: Mapping[str, Figure] | None) -> str:
         "Training": lambda: TrainingVisualizer(run_dir).training_analysis(),
         "Word error rate by model": lambda: EvaluationVisualizer(run_dir).stock_against_tuned(),
         "Word error rate by clip length": lambda: EvaluationVisualizer(run_dir).wer_by_duration(),
+        "Kinds of errors": lambda: EvaluationVisualizer(run_dir).error_types(),
+        "Most frequent errors": lambda: EvaluationVisualizer(run_dir).confusions(),
     }
     parts = []
     for title, draw in drawings.items():
@@ -327,15 +268,6 @@ def _subtitle(run_dir: Path, origin: RunOrigin) -> str:
     model = measured.get("model") or config.get("model", {}).get("variant", "model not named")
     data = measured.get("data") or config.get("data", {}).get("source", "data not named")
     return f"{model}; data: {data}{last}"
-
-
-def _read_tree(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON file, which is YAML too; nothing where there is none."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise DataError(f"{path}: damaged: {err}; remove it, or take it from a copy of the run") from err
-    return tree if isinstance(tree, dict) else {}
 
 
 def _table(frame: pd.DataFrame, *, index: bool = True) -> str:

@@ -16,7 +16,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from src.data.hub import CORPORA
 from src.data.report import REPORT_FILE, DataReport
 from src.evaluation.forgetting_report import FEW_BLOCKS, guard_name
-from src.evaluation.html_report import RunOrigin, main_model, more_rates, read_origin, shown
+from src.evaluation.html_report import main_model, more_rates, shown
+from src.evaluation.origin import RunOrigin, read_origin
 from src.evaluation.report import (
     NOT_MEASURED,
     STOCK,

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from src.data.preparation import prepare_datasets
 from src.data.report import build_data_report
 from src.data.utterance import Utterance
-from src.evaluation.html_report import main_model, more_rates, read_origin, slice_table, write_html_report
+from src.evaluation.html_report import main_model, more_rates, slice_table, write_html_report
+from src.evaluation.origin import read_origin
 from src.evaluation.report import NOT_MEASURED, load_predictions, summarize_run
 from src.utils.config import Config
 from src.utils.data_versions import DataVersionManager
@@ -76,12 +77,13 @@ def test_the_page_can_load_nothing(run_dir: Path) -> None:
 
 def test_pictures_are_drawn_where_the_run_has_the_data_and_else_the_reason_is_said(run_dir: Path) -> None:
     assert [a["alt"] for tag, a in report(run_dir).tags if tag == "img"] == [
-        "Training", "Word error rate by model", "Word error rate by clip length",
+        "Training", "Word error rate by model", "Word error rate by clip length", "Kinds of errors",
+        "Most frequent errors",
     ]  # fmt: skip
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     (run_dir / "metrics.jsonl").write_text("\n".join(line for line in lines if '"evaluation"' in line) + "\n")
     page = report(run_dir)
-    assert len([tag for tag, _ in page.tags if tag == "img"]) == 2
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == 4
     assert "no finished epoch yet" in page.text
 
 
