@@ -34,6 +34,7 @@ def call(monkeypatch: pytest.MonkeyPatch, folder: Path, *given: str) -> int:
     """Run the script in this process, with its runs in `folder`."""
     settings = ["--set", "device=cpu", "--set", f"paths.runs_dir={folder / 'runs'}"]
     monkeypatch.setattr("sys.argv", ["evaluate.py", *given, *settings])
+    monkeypatch.setattr(evaluate, "setup_logging", lambda level: None)  # it would last, and take pytest's handlers away
     return evaluate.main()
 
 
