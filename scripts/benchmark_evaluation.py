@@ -27,18 +27,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 
+from scripts.benchmark_adaptation import read, strided
 from scripts.benchmarking import append_table, median_sec
+from scripts.training_sides import read_recording
 from src.data import Utterance, create_loader
 from src.data.checking import check_listed
-from src.data.sources import SAMPLE_PARQUET, load_utterances
-from src.data.utterance import EncodedAudio
+from src.data.sources import SAMPLE_PARQUET
 from src.evaluation import EvaluationResult, ModelEvaluator
 from src.evaluation.html_report import write_html_report
 from src.evaluation.metrics import Bootstrap
 from src.inference import BatchInference
 from src.models import WhisperModelManager
 from src.utils import Config, ExperimentLogger, load_config
-from src.utils.config_schema import DataConfig
 
 RESAMPLES = 10_000
 ROWS = 2_500  # of the bootstrap and the report
@@ -103,9 +103,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def choose(data: Path, count: int, config: Config) -> list[Utterance]:
     """Take clips at equal distances, and check them."""
-    listed = load_utterances(DataConfig(source="parquet", path=data))
-    count = min(count, len(listed))
-    return check_listed("clips", [listed[i * len(listed) // count] for i in range(count)], None, config, {}, [])
+    return check_listed("clips", strided(read(data), count), None, config, {}, [])
 
 
 def as_files(utterances: Sequence[Utterance], folder: Path) -> list[Utterance]:
@@ -113,7 +111,7 @@ def as_files(utterances: Sequence[Utterance], folder: Path) -> list[Utterance]:
     found = []
     for index, utterance in enumerate(utterances):
         path = folder / f"{index:05d}.audio"
-        path.write_bytes(utterance.audio.read() if isinstance(utterance.audio, EncodedAudio) else b"")
+        path.write_bytes(read_recording(utterance))
         found.append(replace(utterance, id=f"{index:05d}", audio=path))
     return found
 

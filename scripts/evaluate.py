@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     print(format_comparison(results))
     print(f"run: {run_dir}")
     if arguments.report is not None:
-        write_html_report(run_dir, arguments.report, audio={clip.id: clip for clip in clips})
+        write_html_report(run_dir, arguments.report, audio=clips)
     return figures_of(results, arguments.report)
 
 

@@ -132,7 +132,7 @@ def choose_clips(
         rows = [
             {
                 "id": f"{index:05d}",
-                "audio": {"bytes": _read(utterance), "path": None},
+                "audio": {"bytes": read_recording(utterance), "path": None},
                 "text": apply_case(utterance.text, case),
                 "speaker": utterance.speaker,
             }
@@ -199,6 +199,7 @@ def _stride(items: list[Utterance], count: int) -> list[Utterance]:
     return [items[index * len(items) // count] for index in range(count)]
 
 
-def _read(utterance: Utterance) -> bytes:
+def read_recording(utterance: Utterance) -> bytes:
+    """Return the encoded file, wherever it is."""
     audio = utterance.audio
     return audio if isinstance(audio, bytes) else audio.read_bytes() if isinstance(audio, Path) else audio.read()

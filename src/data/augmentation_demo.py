@@ -105,7 +105,8 @@ def draw_examples(examples: Sequence[Example]) -> NotebookFigure:
         for axes in grid.flat[len(examples) :]:
             axes.set_axis_off()
         for axes, example in zip(grid.flat, examples, strict=False):
-            draw_log_mel(axes, example, float(levels.min()), float(levels.max()))
+            draw_log_mel(axes, example.log_mel, (float(levels.min()), float(levels.max())))
+            axes.set_title(example.name)
             axes.set_xlim(0, longest_sec)
         for axes in grid[:, 0]:
             axes.set_ylabel("kHz")
@@ -151,14 +152,21 @@ def _example(name: str, waveform: Waveform, masks: SpecAugment | None = None, se
     return Example(name, waveform, log_mel.numpy())
 
 
-def draw_log_mel(axes: Axes, example: Example, lowest: float, highest: float) -> None:
-    """Draw an example's log-mel over seconds and kHz; `lowest` and `highest` are the ends of the colours."""
-    bins, frames = example.log_mel.shape
+def draw_log_mel(
+    axes: Axes, log_mel: np.ndarray[Any, np.dtype[np.float32]], levels: tuple[float, float], *, begin_sec: float = 0.0
+) -> None:
+    """Draw a log-mel spectrogram over seconds and kHz.
+
+    Args:
+        log_mel: (bins, frames).
+        levels: at the ends of the colours.
+        begin_sec: time of the first frame.
+    """
+    bins, frames = log_mel.shape
     axes.imshow(
-        example.log_mel, origin="lower", aspect="auto", cmap="magma", vmin=lowest, vmax=highest,
-        extent=(0, frames / FRAMES_PER_SEC, 0, bins), interpolation="nearest",
+        log_mel, origin="lower", aspect="auto", cmap="magma", vmin=levels[0], vmax=levels[1],
+        extent=(begin_sec, begin_sec + frames / FRAMES_PER_SEC, 0, bins), interpolation="nearest",
     )  # fmt: skip
     top = hertz_to_mel(SAMPLE_RATE / 2, mel_scale="slaney")
     places = [bins * float(hertz_to_mel(hertz, mel_scale="slaney") / top) for hertz in TICKS_HZ]
     axes.set_yticks(places, [f"{hertz / 1_000:g}" for hertz in TICKS_HZ])
-    axes.set_title(example.name)

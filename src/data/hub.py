@@ -19,7 +19,7 @@ from src.data.manifest import AUDIO_COLUMNS, TEXT_COLUMNS, pick_column
 from src.data.parquet import utterance_from_row, with_unique_id
 from src.data.utterance import SPLIT_NAMES, Utterance
 from src.utils.config_schema import HubConfig
-from src.utils.errors import DataError, SourceUnavailableError
+from src.utils.errors import DataError, SourceUnavailableError, first_line
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -192,7 +192,7 @@ def _guarded(data_set: str, action: Callable[[], _T]) -> _T:
         return action()
     except _UNREACHABLE as err:
         raise SourceUnavailableError(
-            f"data set {data_set!r} cannot be reached ({type(err).__name__}: {str(err).splitlines()[0]}). Check the "
+            f"data set {data_set!r} cannot be reached ({type(err).__name__}: {first_line(err)}). Check the "
             f"name and the network; for a gated one accept its terms and set HF_TOKEN. {_OFFLINE_CHOICES}"
         ) from err
     except RuntimeError as err:

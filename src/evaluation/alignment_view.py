@@ -12,7 +12,7 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import resources
@@ -74,7 +74,7 @@ class AlignmentView:
     Args:
         rows: of the model, as `load_predictions` or an `EvaluationResult` gives them.
         normalizer: of both texts; that of the evaluation, so that the words are those that were counted.
-        audio_of: recordings by clip id, for players; clips without one have none.
+        recordings: of the clips, by their ids, for players; clips without one have none.
         beside: another model's rows of the same clips, shown below; the stock model's.
         names: of the two models.
         options: defaults without.
@@ -85,7 +85,7 @@ class AlignmentView:
         self,
         rows: Sequence[Prediction],
         normalizer: str,
-        audio_of: Mapping[str, Utterance] | None = None,
+        recordings: Iterable[Utterance] = (),
         *,
         beside: Sequence[Prediction] = (),
         names: tuple[str, str] = ("tuned", "stock"),
@@ -100,7 +100,7 @@ class AlignmentView:
         self._kinds = {row.id: clip_kinds(row, normalizer) for row in rows}
         self._measured = len(rows)
         self.rows = worst_first(rows, self._kinds)[: self._options.max_clips]
-        self._audio = _encode_worst(self.rows, audio_of or {}, self._options)
+        self._audio = _encode_worst(self.rows, {clip.id: clip for clip in recordings}, self._options)
 
     @property
     def playable(self) -> int:
@@ -221,13 +221,13 @@ def _matched(rows: Sequence[Prediction], beside: Sequence[Prediction]) -> dict[s
 
 
 def _encode_worst(
-    rows: Sequence[Prediction], audio_of: Mapping[str, Utterance], options: ViewOptions
+    rows: Sequence[Prediction], recordings: Mapping[str, Utterance], options: ViewOptions
 ) -> dict[str, str]:
     """Encode the first clips that have a recording, until either limit."""
-    given = [row for row in rows if row.id in audio_of][: options.max_audio_clips]
+    given = [row for row in rows if row.id in recordings][: options.max_audio_clips]
     seconds = itertools.accumulate(row.duration_sec for row in given)
     taken = [row for row, total in zip(given, seconds, strict=True) if total <= options.max_audio_sec]
-    return {row.id: _data_uri(audio_of[row.id]) for row in taken}
+    return {row.id: _data_uri(recordings[row.id]) for row in taken}
 
 
 def _data_uri(utterance: Utterance) -> str:

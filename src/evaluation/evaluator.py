@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,8 +24,8 @@ from src.inference.decoding import DecodingOptions, decode, encode
 from src.models.dynamic_context import get_audio_context
 from src.utils.config import Config
 from src.utils.distributed import gather_objects, is_main_process, world_size
-from src.utils.errors import DataError, DeviceError
-from src.utils.runtime import is_out_of_memory
+from src.utils.errors import DataError, DeviceError, first_line
+from src.utils.runtime import is_out_of_memory, release_memory
 
 logger = logging.getLogger(__name__)
 
@@ -171,11 +170,8 @@ class ModelEvaluator:
             except (RuntimeError, MemoryError) as err:
                 if not is_out_of_memory(err):
                     raise
-                problem = str(err).splitlines()[0] if str(err) else type(err).__name__
-            # outside of the except block: there the error's frames still hold the tensors that did not fit
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+                problem = first_line(err)
+            release_memory()
             if size == 1:
                 raise DeviceError(
                     f"out of memory with the single clip {batch['ids'][done]} ({problem}); lower inference.num_beams "

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from src.data.findings import count_clips
-from src.evaluation.figures_style import OTHER_LOOKS, gap, looks_of, say
+from src.evaluation.figures_style import OTHER_LOOKS, gap, looks_of, mark_powers, say
 from src.evaluation.figures_text import drawable, figure_style
 from src.evaluation.report import NOT_MEASURED, PredictionsByModel, Row, stock_first
 from src.utils.errors import DataError
@@ -44,9 +43,11 @@ def draw_latency_distribution(predictions: PredictionsByModel, latencies: Sequen
         latencies: as `latest_latencies` gives them.
     Raises: DataError: neither holds a time.
     """
-    times = {name: [r.latency_sec for r in predictions[name] if _is_known(r.latency_sec)] for name in predictions}
+    times = {
+        name: [r.latency_sec for r in predictions[name] if math.isfinite(gap(r.latency_sec))] for name in predictions
+    }
     times = {name: times[name] for name in stock_first(times) if times[name]}
-    ranges = [row for row in latencies if _is_known(row.get(MEDIAN_KEY))]
+    ranges = [row for row in latencies if math.isfinite(gap(row.get(MEDIAN_KEY)))]
     if not times and not ranges:
         raise DataError(f"no latency to draw: evaluate a model, or {HOW_TO_MEASURE}")
     with figure_style():
@@ -68,7 +69,7 @@ def draw_rtf_by_batch(latencies: Sequence[Row]) -> Figure:
         latencies: as `latest_latencies` gives them.
     Raises: DataError: none of them has a real-time factor.
     """
-    measured = [row for row in latencies if _is_known(row.get("rtf"))]
+    measured = [row for row in latencies if math.isfinite(gap(row.get("rtf")))]
     if not measured:
         raise DataError(f"no real-time factor of any batch size: {HOW_TO_MEASURE}")
     engines = {engine: list(rows) for engine, rows in itertools.groupby(latencies, lambda row: str(row["engine"]))}
@@ -89,9 +90,7 @@ def draw_rtf_by_batch(latencies: Sequence[Row]) -> Figure:
                     )  # fmt: skip
         axes.set_yscale("log")
         axes.margins(y=0.2)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        mark_powers(axes.yaxis)
         axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
         axes.set_xlim(-0.5, len(sizes) - 0.5)
         axes.set(title="Real-time factor", xlabel="clips in a batch", ylabel="seconds of computing a second of audio")
@@ -135,7 +134,3 @@ def _draw_ranges(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xlim(0, 1.3 * highest)
     axes.set_xlabel("seconds")
     axes.grid(axis="y", visible=False)
-
-
-def _is_known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)

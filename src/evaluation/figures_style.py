@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from src.evaluation.report import STOCK
 from src.utils.figures import BLUE, GREEN, GREY, ORANGE
@@ -37,6 +39,13 @@ def looks_of(names: Iterable[str]) -> dict[str, Look]:
 def gap(value: Any) -> float:
     """Return nan for None: a missing value leaves a gap, never a zero."""
     return math.nan if value is None else float(value)
+
+
+def mark_powers(axis: Axis) -> None:
+    """Mark a logarithmic axis at 1, 2, 5, 10, ... with plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def say(axes: Axes, text: str) -> None:

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
-from src.evaluation.figures_style import gap
+from src.evaluation.figures_style import gap, mark_powers
 from src.evaluation.figures_text import drawable, figure_style
 from src.evaluation.metrics import FloatArray
 from src.evaluation.report import NOT_MEASURED, Row
@@ -60,9 +59,7 @@ def _set_axes(axes: Axes, x: FloatArray, tops: FloatArray) -> None:
     axes.set_xscale("log")
     axes.set_xlim(x.min() / 1.6, x.max() * 2.2)  # to the right: room for labels
     axes.set_ylim(0, 1.2 * float(tops.max()) or 1)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    mark_powers(axes.xaxis)
     axes.set(title="Variants", xlabel="speed, seconds of audio a second of computing", ylabel="WER")
 
 

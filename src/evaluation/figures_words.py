@@ -9,8 +9,8 @@ import torch
 from matplotlib.axes import Axes
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.augmentation_demo import Example, draw_log_mel
-from src.data.features import HOP_SAMPLES, N_FFT, LogMel
+from src.data.augmentation_demo import draw_log_mel
+from src.data.features import N_FFT, LogMel
 from src.evaluation.figures_text import drawable, figure_style
 from src.inference.alignment import POSITION_SEC, Word
 from src.utils.errors import AudioError, DataError
@@ -110,9 +110,8 @@ def _stagger(figure: NotebookFigure, words: Sequence[Word], begin: float, end: f
 def _draw_mel(axes: Axes, audio: Waveform, words: Sequence[Word], begin: float, end: float) -> None:
     part = audio[round(begin * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
     log_mel = LogMel()(torch.from_numpy(part)[None])[0].numpy()  # (80, T // 160)
-    draw_log_mel(axes, Example("", part, log_mel), float(log_mel.min()), float(log_mel.max()))
-    bins, frames = log_mel.shape
-    axes.images[0].set_extent((begin, begin + frames * HOP_SAMPLES / SAMPLE_RATE, 0, bins))
+    draw_log_mel(axes, log_mel, (float(log_mel.min()), float(log_mel.max())), begin_sec=begin)
+    bins = len(log_mel)
     starts = {word.start_sec for word in words}
     axes.vlines(sorted(starts), 0, bins, color="white", linewidth=1)
     ends = sorted({word.end_sec for word in words if word.end_sec < end} - starts)

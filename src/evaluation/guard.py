@@ -36,7 +36,7 @@ from src.evaluation.results import EvaluationResult
 from src.models.weights import HUB_ERRORS, HUB_TIMEOUT_SEC
 from src.utils.config import Config
 from src.utils.config_schema import DataConfig
-from src.utils.errors import DataError, SourceUnavailableError
+from src.utils.errors import DataError, SourceUnavailableError, first_line
 from src.utils.tracking import ExperimentLogger
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def _why_the_hub_is_silent(data_set: str) -> str | None:
     try:
         HfApi().dataset_info(data_set, timeout=HUB_TIMEOUT_SEC)
     except HUB_ERRORS as err:
-        return f"{type(err).__name__}: {str(err).splitlines()[0]}"
+        return f"{type(err).__name__}: {first_line(err)}"
     return None
 
 

@@ -10,7 +10,8 @@ import html
 import io
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from string import Template
 
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 from src.data.report import REPORT_FILE, DataReport
 from src.data.utterance import Utterance
 from src.evaluation.alignment_view import AlignmentView, ViewOptions, read_template
+from src.evaluation.forgetting_report import is_guard
 from src.evaluation.origin import RunOrigin, read_origin
 from src.evaluation.report import (
     NOT_MEASURED,
@@ -34,7 +36,6 @@ from src.evaluation.report import (
     comparison_table,
     format_comparison,
     load_metrics,
-    load_predictions,
     stock_first,
     summarize_run,
 )
@@ -62,7 +63,7 @@ def write_html_report(
     run_dir: str | Path,
     path: str | Path,
     *,
-    audio: Mapping[str, Utterance] | None = None,
+    audio: Iterable[Utterance] = (),
     data_report: DataReport | None = None,
     figures: Mapping[str, Figure] | None = None,
     options: ViewOptions | None = None,
@@ -70,7 +71,7 @@ def write_html_report(
     """Write a run as one HTML file; an older one is replaced as a whole.
 
     Args:
-        audio: recordings by clip id, so that the worst clips can be played.
+        audio: recordings of the clips, so that the worst clips can be played.
         data_report: of the run; by default the one that was saved in its folder.
         figures: pictures by title; by default those that the run's files have the data for.
         options: how many clips are shown and can be played.
@@ -80,7 +81,7 @@ def write_html_report(
     """
     run, target = Path(run_dir), Path(path)
     summary, origin = summarize_run(run), read_origin(run)
-    tested = load_predictions(run)  # without the guard set's
+    tested = {name: rows for name, rows in summary.predictions.items() if not is_guard(name)}
     sections = {
         "Result": _headline(summary),
         "More rates": _table(more_rates(summary.evaluations)) if summary.evaluations else NOTHING,
@@ -196,12 +197,13 @@ def _slices(predictions: PredictionsByModel, evaluations: Mapping[str, Row]) -> 
 def _pictures(run_dir: Path, figures: Mapping[str, Figure] | None) -> str:
     if figures is not None:
         return "\n".join(_picture(title, figure) for title, figure in figures.items()) or _reason("none was given")
+    evaluated = cache(lambda: EvaluationVisualizer(run_dir))  # reads the run's files
     drawings: dict[str, Callable[[], Figure]] = {
         "Training": lambda: TrainingVisualizer(run_dir).training_analysis(),
-        "Word error rate by model": lambda: EvaluationVisualizer(run_dir).stock_against_tuned(),
-        "Word error rate by clip length": lambda: EvaluationVisualizer(run_dir).wer_by_duration(),
-        "Kinds of errors": lambda: EvaluationVisualizer(run_dir).error_types(),
-        "Most frequent errors": lambda: EvaluationVisualizer(run_dir).confusions(),
+        "Word error rate by model": lambda: evaluated().stock_against_tuned(),
+        "Word error rate by clip length": lambda: evaluated().wer_by_duration(),
+        "Kinds of errors": lambda: evaluated().error_types(),
+        "Most frequent errors": lambda: evaluated().confusions(),
     }
     parts = []
     for title, draw in drawings.items():
@@ -223,7 +225,7 @@ def _picture(title: str, figure: Figure) -> str:
 def _clips(
     predictions: PredictionsByModel,
     summary: RunSummary,
-    audio: Mapping[str, Utterance] | None,
+    audio: Iterable[Utterance],
     options: ViewOptions | None,
 ) -> str:
     names = [name for name in summary.evaluations if name in predictions]

@@ -8,7 +8,6 @@ counted, and a GPU is waited for. Clips go from long to short, as in `BatchInfer
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +25,9 @@ from src.data.features import CONTEXT_SAMPLES
 from src.evaluation.evaluator import evaluation_mode
 from src.inference.decoding import DecodingOptions, decode, encode, sot_sequences
 from src.utils.config import Config
-from src.utils.errors import AudioError, DataError
+from src.utils.errors import AudioError, DataError, first_line
 from src.utils.memory import measure_memory
-from src.utils.runtime import is_out_of_memory
+from src.utils.runtime import is_out_of_memory, release_memory
 from src.utils.tracking import ExperimentLogger
 
 WARMUP_CALLS = 2  # of the longest batch: the first allocates, the second runs as all later ones
@@ -228,9 +227,8 @@ def measure_engine(
     except (RuntimeError, MemoryError) as err:
         if not is_out_of_memory(err):
             raise
-        problem = str(err).splitlines()[0] if str(err) else type(err).__name__
-    gc.collect()  # not within the except block: there the error's frames still hold the tensors that did not fit
-    torch.cuda.empty_cache()
+        problem = first_line(err)
+    release_memory()
     return replace(blank, reason=f"out of memory: {problem}")
 
 

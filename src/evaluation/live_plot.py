@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from src.evaluation.figures_style import gap
 from src.evaluation.report import last_training, load_metrics
 from src.utils.figures import BLUE, FIGURE_STYLE, GREEN, GREY, ORANGE, NotebookFigure
 from src.utils.tracking import ExperimentLogger
@@ -49,14 +50,14 @@ class TrainingCurves:
         """
         if row["event"] == "train_step":
             self._forget_from(int(row["step"]))
-            loss = _gap(row["loss"])
+            loss = gap(row["loss"])
             before = self.smoothed[-1] if self.smoothed else math.nan
             weight = 1 / min(len(self.losses) + 1, _SMOOTHING_UPDATES)  # a plain mean at first
             smoothed = loss if math.isnan(before) else before + weight * (loss - before)
             self.steps.append(int(row["step"]))
             self.losses.append(loss)
             self.smoothed.append(before if math.isnan(smoothed) else smoothed)
-            self.rates.append(_gap(row.get("learning_rate")))
+            self.rates.append(gap(row.get("learning_rate")))
             self.newest = row
             return True
         if row["event"] == "epoch":
@@ -176,7 +177,7 @@ def _draw_loss(axes: Axes, curves: TrainingCurves) -> None:
     )
     even = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_POINTS)).astype(int))
     axes.plot(steps[even], np.asarray(curves.smoothed)[even], color=BLUE, label="smoothed")
-    val_losses = [_gap(row.get("val_loss")) for row in curves.epochs]
+    val_losses = [gap(row.get("val_loss")) for row in curves.epochs]
     if val_losses:
         axes.plot(curves.epoch_steps, val_losses, color=ORANGE, marker="s", linestyle="--", label="validation")
     axes.set(title="Loss, nats a token", xlabel="update")
@@ -192,7 +193,7 @@ def _draw_error_rates(axes: Axes, curves: TrainingCurves) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     numbers = [row["epoch"] for row in curves.epochs]
-    series = {key: [_gap(row.get(f"val_{key}")) for row in curves.epochs] for key in ("wer", "cer")}
+    series = {key: [gap(row.get(f"val_{key}")) for row in curves.epochs] for key in ("wer", "cer")}
     measured = [value for values in series.values() for value in values if math.isfinite(value)]
     if not measured:
         axes.text(0.5, 0.5, "after the first epoch", ha="center", color=GREY, transform=axes.transAxes)
@@ -261,8 +262,3 @@ def thin_places(values: list[float]) -> np.ndarray[Any, np.dtype[np.intp]]:
         for begin, part in zip(edges[:-1], np.split(low, edges[1:-1]), strict=True)
     ]
     return np.unique(np.asarray(ends))
-
-
-def _gap(value: Any) -> float:
-    """A missing value leaves a gap, never a zero."""
-    return math.nan if value is None else float(value)

@@ -28,7 +28,6 @@ from src.evaluation.report import (
     describe_comparison,
     format_comparison,
     load_metrics,
-    load_predictions,
     summarize_run,
 )
 from src.evaluation.slices import Slice, slice_columns, slice_rates
@@ -97,7 +96,7 @@ def _collect(model_dir: Path, run_dir: Path) -> _Facts:
     if not summary.evaluations:
         raise DataError(f"{run_dir}: nothing was evaluated in this run; evaluate and save first, then write the card")
     main = main_model(list(summary.evaluations))
-    rows = load_predictions(run_dir).get(main, [])
+    rows = summary.predictions.get(main, [])
     bootstrap = bootstrap_of(summary.evaluations[main])
     slices = [part for c in (slice_columns(rows) if rows else ()) for part in slice_rates(rows, c, bootstrap=bootstrap)]
     measured = [part for part in slices if not math.isnan(part.wer)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
@@ -23,6 +23,7 @@ WHISPER_ENGLISH = "whisper-english-v1"
 WHISPER_BASIC = "whisper-basic-v1"
 NORMALIZERS = (PLAIN, WHISPER_ENGLISH, WHISPER_BASIC)
 Normalizer = Callable[[str], str]
+_KEPT_TEXTS = 16_384  # a normaliser: words, characters, loops and alignments of a test set ask for the same texts
 
 _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'"})
 _LOOSE_APOSTROPHE = re.compile(r"(?<!\w)'|'(?!\w)")
@@ -30,10 +31,14 @@ _LOOSE_APOSTROPHE = re.compile(r"(?<!\w)'|'(?!\w)")
 
 @cache
 def get_normalizer(name: str) -> Normalizer:
-    """Return a normaliser by name.
+    """Return a normaliser by name; it remembers the texts of a test set.
 
     Raises: ConfigError: unknown name.
     """
+    return lru_cache(maxsize=_KEPT_TEXTS)(_make_normalizer(name))
+
+
+def _make_normalizer(name: str) -> Normalizer:
     if name == PLAIN:
         return normalize_plain
     if name == WHISPER_ENGLISH:

@@ -6,7 +6,6 @@ is in memory. CTranslate2 computes on the CPU, wherever torch does: the device i
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import math
@@ -21,21 +20,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.audio import Waveform
 from src.data.dataset import decode_audio
-from src.data.features import CONTEXT_SAMPLES
 from src.data.utterance import Utterance
 from src.evaluation.latency import Engine, check_clips, measure_engine, readable, torch_engine
 from src.evaluation.metrics import MetricsCalculator
 from src.evaluation.report import load_metrics
-from src.inference.decoding import MIN_NEW_TOKENS, DecodingOptions, log_mel_for, padded_samples
+from src.inference.decoding import DecodingOptions, log_mel_batch, token_cap
 from src.models.export import export_ctranslate2
 from src.models.weights import HUB_REPOSITORIES
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import Config, load_config
 from src.utils.errors import ConfigError, ModelError, did_you_mean
 from src.utils.memory import return_freed_memory
-from src.utils.runtime import is_out_of_memory
+from src.utils.runtime import is_out_of_memory, release_memory
 from src.utils.tracking import ExperimentLogger
 
 logger = logging.getLogger(__name__)
@@ -176,8 +174,7 @@ def ctranslate2_engine(folder: Path, processor: Any, config: Config, *, quantiza
         return [result.sequences_ids[0] for result in results]
 
     def transcribe(audios: Sequence[Waveform]) -> list[str]:
-        longest_sec = max(map(len, audios)) / SAMPLE_RATE
-        rows = generate(audios, MIN_NEW_TOKENS + math.ceil(options.max_tokens_per_sec * longest_sec))
+        rows = generate(audios, token_cap(max(map(len, audios)), options))
         return [processor.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in rows]
 
     def first_token(audio: Waveform) -> object:
@@ -273,13 +270,13 @@ def _features(
     audios: Sequence[Waveform], num_mel_bins: int, context: str, options: DecodingOptions
 ) -> ctranslate2.StorageView:
     """Return the log-mel that `encode` gives its encoder: (B, mels, frames)."""
-    samples = CONTEXT_SAMPLES
-    if context == "dynamic":
-        samples = padded_samples(max(map(len, audios)) + round(options.trailing_silence_sec * SAMPLE_RATE))
-    batch = torch.zeros(len(audios), samples)
-    for row, audio in enumerate(audios):
-        batch[row, : len(audio)] = torch.from_numpy(audio)
-    features = log_mel_for(num_mel_bins, torch.device("cpu"))(batch)
+    features = log_mel_batch(
+        audios,
+        options.trailing_silence_sec,
+        num_mel_bins=num_mel_bins,
+        audio_context=context,
+        device=torch.device("cpu"),
+    )
     return ctranslate2.StorageView.from_array(np.ascontiguousarray(features.numpy()))
 
 
@@ -320,6 +317,5 @@ def _one_line(error: Exception) -> str:
 
 
 def _release() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
+    release_memory()
     return_freed_memory()

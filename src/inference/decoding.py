@@ -99,15 +99,39 @@ def encode(model: Any, audios: Sequence[Waveform | Tensor], trailing_silence_sec
         raise ModelError(
             f"a clip of {longest / SAMPLE_RATE:.1f} s: the encoder takes 30 s; BatchInference cuts longer audio"
         )
+    features = log_mel_batch(
+        audios,
+        trailing_silence_sec,
+        num_mel_bins=model.config.num_mel_bins,
+        audio_context=get_audio_context(model.config),
+        device=next(model.parameters()).device,
+    )
+    return model.get_encoder()(features.to(model.dtype))
+
+
+def log_mel_batch(
+    audios: Sequence[Waveform | Tensor],
+    trailing_silence_sec: float,
+    *,
+    num_mel_bins: int,
+    audio_context: str,
+    device: torch.device,
+) -> Tensor:
+    """Pad clips as their model takes them, and compute log-mel.
+
+    Args:
+        audios, trailing_silence_sec: as in `encode`.
+        audio_context: "full" or "dynamic".
+    Returns: (B, mels, frames) float32.
+    """
     samples = CONTEXT_SAMPLES
-    if get_audio_context(model.config) == "dynamic":
-        samples = padded_samples(longest + round(trailing_silence_sec * SAMPLE_RATE))
-    device = next(model.parameters()).device
+    if audio_context == "dynamic":
+        samples = padded_samples(max(map(len, audios)) + round(trailing_silence_sec * SAMPLE_RATE))
     batch = torch.zeros(len(audios), samples, device=device)
     for row, audio in enumerate(audios):
         batch[row, : len(audio)] = torch.as_tensor(audio, device=device)
-    features = log_mel_for(model.config.num_mel_bins, device)(batch)  # (B, mels, samples // 160)
-    return model.get_encoder()(features.to(model.dtype))
+    features: Tensor = log_mel_for(num_mel_bins, device)(batch)
+    return features
 
 
 def padded_samples(samples: int) -> int:
@@ -144,7 +168,7 @@ def decode(
     encoded = encoder_outputs or encode(model, audios, options.trailing_silence_sec)
     hidden = encoded.last_hidden_state
     starts = sot_sequences(model, encoded, options)
-    caps = [_token_cap(len(audio), options) for audio in audios]
+    caps = [token_cap(len(audio), options) for audio in audios]
     if options.num_beams > 1:
         decoded = [(tokens, math.nan) for tokens in _beam_search(model, encoded, options, caps)]
         prefix: list[int] = []
@@ -194,7 +218,8 @@ def sot_sequences(model: Any, encoded: BaseModelOutput, options: DecodingOptions
     return [[start, language, task, no_timestamps] for language in languages]
 
 
-def _token_cap(samples: int, options: DecodingOptions) -> int:
+def token_cap(samples: int, options: DecodingOptions) -> int:
+    """Return the most tokens that a clip of so many samples may get."""
     return MIN_NEW_TOKENS + math.ceil(options.max_tokens_per_sec * samples / SAMPLE_RATE)
 
 

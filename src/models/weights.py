@@ -21,7 +21,7 @@ from src.models.conversion_cache import combined_sha256, convert_once
 from src.models.ct2_converter import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, convert_ct2_to_hf
 from src.models.packaged_weights import PACKAGED_MODELS, assemble_packaged_model
 from src.utils.config_schema import VARIANTS
-from src.utils.errors import ModelError, did_you_mean
+from src.utils.errors import ModelError, did_you_mean, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def _download(repository: str, attempts: list[str], *, local_files_only: bool) -
             )
         )
     except HUB_ERRORS as err:
-        reason = "not downloaded yet" if local_files_only else f"{type(err).__name__}: {str(err).splitlines()[0]}"
+        reason = "not downloaded yet" if local_files_only else f"{type(err).__name__}: {first_line(err)}"
         attempts.append(f"{where}: {reason}")
         return None
     problem = _incomplete(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import threading
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from src.training.schedule import build_optimizer
 from src.training.updates import OWN_LENGTH_SLACK
 from src.utils.config import Config
 from src.utils.errors import DeviceError
-from src.utils.runtime import choose_precision, is_out_of_memory
+from src.utils.runtime import choose_precision, is_out_of_memory, release_memory
 
 logger = logging.getLogger(__name__)
 
@@ -161,9 +160,7 @@ class _Trial:
     def _clear(self) -> None:
         if self._optimizer is not None:
             self._optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory()
 
 
 class _CpuMemory:

@@ -3,7 +3,6 @@ pieces when memory runs out, and left out, with the names of its clips, when a l
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import statistics
@@ -23,9 +22,9 @@ from src.training.inputs import TrainingInputs
 from src.training.sharding import exchange_gradients, in_step, is_sharded, whole_tensor
 from src.utils.config_schema import TrainingConfig
 from src.utils.distributed import gather_objects, sum_over_processes, world_size
-from src.utils.errors import DataError, DeviceError
+from src.utils.errors import DataError, DeviceError, first_line
 from src.utils.memory import return_freed_memory
-from src.utils.runtime import is_out_of_memory
+from src.utils.runtime import is_out_of_memory, release_memory
 
 logger = logging.getLogger(__name__)
 
@@ -150,12 +149,9 @@ class Updater:
             except (RuntimeError, MemoryError) as err:
                 if not is_out_of_memory(err):
                     raise
-                problem = str(err).splitlines()[0] if str(err) else type(err).__name__
-            # outside of the except block: there the error's frames still hold the tensors that did not fit
+                problem = first_line(err)
             self._optimizer.zero_grad(set_to_none=True)
-            gc.collect()
-            if self._accelerator.device.type == "cuda":
-                torch.cuda.empty_cache()
+            release_memory()
             self._halve(window, problem)
 
     def _accumulate(self, window: Sequence[Batch], draws: Sequence[Tensor], tokens: float) -> list[float]:

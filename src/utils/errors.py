@@ -42,6 +42,11 @@ class CheckpointError(WhisperASRError):
     """A checkpoint is absent, incomplete or damaged."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, its type's name where it has no text."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Return `"; did you mean 'x'?"` for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 from dataclasses import dataclass
@@ -99,6 +100,16 @@ def _why(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return "no CUDA device" if device == "cpu" else "no CUDA device, Apple GPU present"
+
+
+def release_memory() -> None:
+    """Drop what only garbage holds, and give torch's cache of GPU memory back.
+
+    After memory ran out, call it outside of the except block: in there the error's frames hold what did not fit.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

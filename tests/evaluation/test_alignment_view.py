@@ -139,7 +139,7 @@ def test_a_clip_that_says_nothing_has_no_rate() -> None:
 
 def test_a_player_holds_the_recording(sample: list[Utterance]) -> None:
     row = replace(clips(("a", "b"))[0], id=sample[0].id)
-    view = AlignmentView([row], PLAIN, {sample[0].id: sample[0]})
+    view = AlignmentView([row], PLAIN, [sample[0]])
     kind, _, data = payload(view.to_html())["rows"][0]["audio"].partition(";base64,")
     assert kind == "data:audio/mpeg"
     heard, spoken = load_audio(base64.b64decode(data)), load_audio(sample[0].audio)
@@ -152,7 +152,7 @@ def test_a_player_holds_the_recording(sample: list[Utterance]) -> None:
 
 def test_only_the_worst_carry_sound_and_the_view_says_so(sample: list[Utterance]) -> None:
     rows = clips(*[("a b c", " ".join("x" * i)) for i in range(1, 4)], ("a", "a"))
-    audio = {row.id: replace(sample[i], id=row.id) for i, row in enumerate(rows)}
+    audio = [replace(sample[i], id=row.id) for i, row in enumerate(rows)]
     view = AlignmentView(rows, PLAIN, audio, options=ViewOptions(max_audio_clips=2))
     assert view.playable == 2
     assert [bool(row["audio"]) for row in payload(view.to_html())["rows"]] == [True, True, False, False]
@@ -164,9 +164,9 @@ def test_only_the_worst_carry_sound_and_the_view_says_so(sample: list[Utterance]
 def test_a_silent_recording_can_be_played_and_a_broken_one_is_named(tmp_path: Path) -> None:
     sf.write(tmp_path / "silent.wav", np.zeros(16_000, dtype=np.float32), 16_000)
     rows = clips(("", "thank you"))
-    assert AlignmentView(rows, PLAIN, {"c0": Utterance("c0", tmp_path / "silent.wav", "")}).playable == 1
+    assert AlignmentView(rows, PLAIN, [Utterance("c0", tmp_path / "silent.wav", "")]).playable == 1
     with pytest.raises(AudioError, match=r"c0.*gone\.wav"):
-        AlignmentView(rows, PLAIN, {"c0": Utterance("c0", tmp_path / "gone.wav", "")})
+        AlignmentView(rows, PLAIN, [Utterance("c0", tmp_path / "gone.wav", "")])
 
 
 def test_more_clips_than_a_page_holds_leave_out_the_best_and_say_so() -> None:

@@ -89,7 +89,7 @@ def real_run(tmp_path_factory: pytest.TempPathFactory, _tiny_en: tuple[Any, Any]
             model.audio_context = context
             loader = create_loader(clips, processor, config)
             ModelEvaluator(model, processor, config).evaluate_dataset(loader, name=name).save(experiment)
-    write_html_report(experiment.dir, experiment.dir / "report.html", audio={clip.id: clip for clip in clips})
+    write_html_report(experiment.dir, experiment.dir / "report.html", audio=clips)
     return experiment.dir
 
 
