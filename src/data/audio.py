@@ -93,6 +93,26 @@ def decode(
         return DecodedAudio(samples, native.rate, native.channels)
 
 
+def stream_audio(source: AudioSource, *, name: str | None = None) -> Iterator[Waveform]:
+    """Decode a recording of any length block by block, mixed to mono and resampled: memory does not grow with it.
+
+    Args:
+        source, name: as in `decode`.
+    Yields: (n,) float32, 16 kHz, in order; silence is allowed.
+    Raises: AudioError: as `decode`; damage in the middle of a file after the blocks before it.
+    """
+    label = _label(source, name)
+    samples = 0
+    with _open(source, label) as file, _reader(file, label) as native:
+        _check_rate(native.rate, label)
+        _refuse_damage(file, label)
+        for block in _blocks_16k(native.blocks, native.rate, label):
+            _check_peak(block, label)
+            samples += len(block)
+            yield block
+    _check_length(samples, label)
+
+
 def read_encoded(source: AudioSource, *, name: str | None = None) -> bytes:
     """Return the bytes of the encoded file.
 
@@ -262,14 +282,21 @@ def _to_16k(blocks: Iterator[Waveform], rate: int, label: str) -> Waveform:
     second = next(blocks, None)
     if second is None:
         return first if rate == SAMPLE_RATE else soxr.resample(first, rate, SAMPLE_RATE, quality="HQ")
-    resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
     buffer = bytearray()  # grows in place: a list of blocks would be held twice while it is joined
-    for block in itertools.chain([first, second], blocks):
-        _finite(block, label)
-        buffer += block.data if rate == SAMPLE_RATE else resampler.resample_chunk(block).tobytes()
-    if rate != SAMPLE_RATE:
-        buffer += resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True).tobytes()
+    for block in _blocks_16k(itertools.chain([first, second], blocks), rate, label):
+        buffer += block.data
     return np.frombuffer(buffer, dtype=np.float32)
+
+
+def _blocks_16k(blocks: Iterator[Waveform], rate: int, label: str) -> Iterator[Waveform]:
+    """Resample mono blocks (n,) at `rate` to blocks at 16 kHz."""
+    if rate == SAMPLE_RATE:
+        yield from (_finite(block, label) for block in blocks)
+        return
+    resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+    for block in blocks:
+        yield resampler.resample_chunk(_finite(block, label))
+    yield resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
 
 
 def _finite(block: Waveform, label: str) -> Waveform:
@@ -281,15 +308,25 @@ def _finite(block: Waveform, label: str) -> Waveform:
 
 def _finish(mono: Waveform, label: str, allow_silence: bool) -> Waveform:
     """Check a whole recording, (T,) at 16 kHz."""
-    if mono.size == 0:
-        raise AudioError(f"{label}: 0 samples decoded; remove it or record it again")
-    if len(mono) < MIN_SAMPLES:
-        raise AudioError(
-            f"{label}: {len(mono) / SAMPLE_RATE:.3f} s of audio, at least {MIN_SAMPLES / SAMPLE_RATE} s is needed"
-        )
-    peak = max(float(mono.max()), -float(mono.min()))
-    if peak > MAX_PEAK:
-        raise AudioError(f"{label}: samples up to {peak:.3g}, floats belong in [-1, 1]; export it again as 16-bit PCM")
+    _check_length(len(mono), label)
+    peak = _check_peak(mono, label)
     if not allow_silence and peak < SILENCE_PEAK:
         raise AudioError(f"{label}: the whole recording is silent (peak below -80 dBFS); remove it or record it again")
     return mono
+
+
+def _check_length(samples: int, label: str) -> None:
+    if samples == 0:
+        raise AudioError(f"{label}: 0 samples decoded; remove it or record it again")
+    if samples < MIN_SAMPLES:
+        raise AudioError(
+            f"{label}: {samples / SAMPLE_RATE:.3f} s of audio, at least {MIN_SAMPLES / SAMPLE_RATE} s is needed"
+        )
+
+
+def _check_peak(block: Waveform, label: str) -> float:
+    """Return the largest absolute sample; refuse integers that are stored as floats."""
+    peak = max(float(block.max()), -float(block.min())) if len(block) else 0.0
+    if peak > MAX_PEAK:
+        raise AudioError(f"{label}: samples up to {peak:.3g}, floats belong in [-1, 1]; export it again as 16-bit PCM")
+    return peak

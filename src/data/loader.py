@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +26,10 @@ from src.data.labels import LabelEncoder
 from src.data.no_speech import make_no_speech
 from src.data.preparation import DatasetSplits
 from src.data.utterance import Utterance
-from src.utils.config_schema import MAX_AUDIO_SEC, CompositionConfig, Config
+from src.utils.config_schema import CompositionConfig, Config
+from src.utils.config_section import MAX_AUDIO_SEC
 from src.utils.errors import CheckpointError, WhisperASRError
+from src.utils.runtime import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +62,6 @@ def choose_workers(setting: int | Literal["auto"], *, on_cuda: bool, cores: int 
     usable = usable_cores() if cores is None else cores
     count = min(usable, MAX_AUTO_WORKERS)
     return WorkerChoice(count, f"{usable} usable core(s) decode while the GPU computes")
-
-
-def usable_cores() -> int:
-    """Return this process's share of the cores that it may run on; a container may have fewer than the machine.
-
-    Processes that train together on one machine share them; launchers say how many there are in LOCAL_WORLD_SIZE.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class SpeechLoader:

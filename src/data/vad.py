@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.utils.config_schema import VADConfig
+from src.utils.config_inference import VADConfig
 from src.utils.errors import AudioError, MissingDependencyError, ModelError
 
 WINDOW_SAMPLES = 512  # 32 ms: the only window that the 16 kHz model takes

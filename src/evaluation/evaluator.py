@@ -20,7 +20,8 @@ from src.data.labels import IGNORE_INDEX
 from src.evaluation.edits import word_counts
 from src.evaluation.metrics import MetricsCalculator
 from src.evaluation.results import EvaluationResult, ModelComparison, Prediction, compare_predictions
-from src.inference.decoding import DecodingOptions, decode, encode
+from src.inference.decoding import decode, encode
+from src.inference.options import DecodingOptions
 from src.models.dynamic_context import get_audio_context
 from src.utils.config import Config
 from src.utils.distributed import gather_objects, is_main_process, world_size

@@ -12,7 +12,8 @@ from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.augmentation_demo import draw_log_mel
 from src.data.features import N_FFT, LogMel
 from src.evaluation.figures_text import drawable, figure_style
-from src.inference.alignment import POSITION_SEC, Word
+from src.inference.alignment import POSITION_SEC
+from src.inference.words import Word
 from src.utils.errors import AudioError, DataError
 from src.utils.figures import BLUE, GREY, ORANGE, NotebookFigure
 

@@ -9,9 +9,9 @@ import math
 from collections.abc import Sequence
 
 from src.evaluation.edits import EditCounts
-from src.inference.alignment import Word
 from src.inference.commit import find_loop
-from src.inference.decoding import MIN_NEW_TOKENS
+from src.inference.options import MIN_NEW_TOKENS
+from src.inference.words import Word
 
 MAX_TOKENS_PER_SEC = 8.0  # text tokens; fast speech has about 6
 _SEC_A_WORD = 1.0  # where the duration is not known: then only repetitions of many words count

@@ -23,7 +23,9 @@ import torch
 from src.data.audio import SAMPLE_RATE, Waveform, to_mono_16k
 from src.data.features import CONTEXT_SAMPLES
 from src.evaluation.evaluator import evaluation_mode
-from src.inference.decoding import DecodingOptions, decode, encode, sot_sequences
+from src.inference.decoding import decode, encode, languages_of
+from src.inference.options import DecodingOptions
+from src.inference.vocabulary import Vocabulary
 from src.utils.config import Config
 from src.utils.errors import AudioError, DataError, first_line
 from src.utils.memory import measure_memory
@@ -187,12 +189,15 @@ class LatencyBenchmark:
 def torch_engine(model: Any, processor: Any, config: Config) -> Engine:
     """Make an engine of a `DynamicWhisper` that is in evaluation mode."""
     options = DecodingOptions.from_config(config)
+    vocabulary = Vocabulary.of(processor.tokenizer)
 
     @torch.inference_mode()
     def first_token(audio: Waveform) -> object:
         encoded = encode(model, [audio], options.trailing_silence_sec)
         hidden = encoded.last_hidden_state  # (1, positions, d_model)
-        tokens = torch.tensor(sot_sequences(model, encoded, options), device=hidden.device)
+        (language,) = languages_of(model, vocabulary, encoded, options)
+        start = vocabulary.start_sequence(language, options.task, timestamps=False)
+        tokens = torch.tensor([start], device=hidden.device)
         output = model.model.decoder(input_ids=tokens, encoder_hidden_states=hidden, use_cache=True)
         return model.proj_out(output.last_hidden_state[:, -1]).argmax(dim=-1).item()
 

@@ -26,7 +26,8 @@ from src.data.utterance import Utterance
 from src.evaluation.latency import Engine, check_clips, measure_engine, readable, torch_engine
 from src.evaluation.metrics import MetricsCalculator
 from src.evaluation.report import load_metrics
-from src.inference.decoding import DecodingOptions, log_mel_batch, token_cap
+from src.inference.frontend import log_mel_batch
+from src.inference.options import DecodingOptions
 from src.models.export import export_ctranslate2
 from src.models.weights import HUB_REPOSITORIES
 from src.models.whisper_model import WhisperModelManager
@@ -174,7 +175,7 @@ def ctranslate2_engine(folder: Path, processor: Any, config: Config, *, quantiza
         return [result.sequences_ids[0] for result in results]
 
     def transcribe(audios: Sequence[Waveform]) -> list[str]:
-        rows = generate(audios, token_cap(max(map(len, audios)), options))
+        rows = generate(audios, options.token_cap(max(map(len, audios))))
         return [processor.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in rows]
 
     def first_token(audio: Waveform) -> object:

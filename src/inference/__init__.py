@@ -1,7 +1,8 @@
-"""From audio to text: files in batches, and streams."""
+"""From audio to text: files in batches, and streams.
 
-from src.inference.batch import BatchInference, Transcription
-from src.inference.decoding import DecodingOptions, decode
-from src.inference.streaming import StreamingASR
+The names are in the stub beside this file, and load when first used: importing one module does not import them all.
+"""
 
-__all__ = ["BatchInference", "DecodingOptions", "StreamingASR", "Transcription", "decode"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

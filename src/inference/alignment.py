@@ -7,10 +7,8 @@ the normalised, median-filtered weights, as in openai/whisper's timing.py.
 
 from __future__ import annotations
 
-import string
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,28 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from src.data.features import FRAMES_PER_SEC
+from src.inference.vocabulary import Vocabulary
+from src.inference.words import Word, place_words
 from src.utils.errors import ModelError
 
 POSITION_SEC = 2 / FRAMES_PER_SEC  # 0.02 s an encoder position
 MEDIAN_WIDTH = 7  # positions
-_CLOSING = string.punctuation.replace("'", "") + "。、，！？：”’)]}"  # joins the word before it
-_OPENING = "\"'“¿([{-"  # joins the word after it
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word with its place in the audio.
-
-    Attributes:
-        text: without surrounding spaces, punctuation included.
-        start_sec, end_sec: seconds from the start of the decoded audio.
-        probability: mean probability of its tokens, in [0, 1].
-    """
-
-    text: str
-    start_sec: float
-    end_sec: float
-    probability: float
 
 
 def alignment_heads(model: Any) -> list[tuple[int, int]]:
@@ -64,22 +46,33 @@ def record_cross_attention(model: Any, heads: Sequence[tuple[int, int]]) -> Iter
     for layer in sorted({layer for layer, _ in heads}):
         wanted = [head for at, head in heads if at == layer]
         attention = model.model.decoder.layers[layer].encoder_attn
-
-        def hook(module: Any, args: Any, kwargs: Any, wanted: list[int] = wanted) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            audio = args[1] if len(args) > 1 else kwargs["key_value_states"]
-            shape = (*hidden.shape[:2], module.num_heads, module.head_dim)
-            query = (module.q_proj(hidden) * module.scaling).view(shape)[:, :, wanted]  # (B, L, h, d)
-            key = module.k_proj(audio).view(*audio.shape[:2], module.num_heads, module.head_dim)[:, :, wanted]
-            scores = torch.einsum("blhd,bphd->bhlp", query, key)
-            recorded.append(scores.float().softmax(dim=-1))
-
-        handles.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
+        handles.append(attention.register_forward_pre_hook(_AttentionHook(wanted, recorded), with_kwargs=True))
     try:
         yield recorded
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _AttentionHook:
+    """Computes the attention of some heads of a layer; the keys of an audio once, however many calls it sees."""
+
+    def __init__(self, heads: list[int], recorded: list[Tensor]) -> None:
+        self._heads, self._recorded = heads, recorded
+        self._audio: Tensor | None = None
+        self._key: Tensor
+
+    def __call__(self, module: Any, args: Any, kwargs: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        audio = args[1] if len(args) > 1 else kwargs["key_value_states"]
+        if audio is not self._audio:
+            self._audio = audio
+            key = module.k_proj(audio).view(*audio.shape[:2], module.num_heads, module.head_dim)
+            self._key = key[:, :, self._heads]  # (B, P, h, d)
+        shape = (*hidden.shape[:2], module.num_heads, module.head_dim)
+        query = (module.q_proj(hidden) * module.scaling).view(shape)[:, :, self._heads]  # (B, L, h, d)
+        scores = torch.einsum("blhd,bphd->bhlp", query, self._key)
+        self._recorded.append(scores.float().softmax(dim=-1))
 
 
 @torch.inference_mode()
@@ -112,12 +105,39 @@ def align_words(
         decoded = model.model.decoder(input_ids=ids, encoder_hidden_states=hidden, use_cache=False).last_hidden_state
     first = len(sot_sequence)
     predicting = decoded[0, first - 1 : first - 1 + len(tokens)]  # the row before a token predicts it
-    logprobs = model.proj_out(predicting).float().log_softmax(dim=-1)
-    token_probs = logprobs.gather(1, torch.tensor(tokens, device=hidden.device)[:, None]).exp()[:, 0].cpu().numpy()
+    among_text = model.proj_out(predicting)[:, : model.config.eos_token_id].float().softmax(dim=-1)
+    token_probs = among_text.gather(1, torch.tensor(tokens, device=hidden.device)[:, None])[:, 0].tolist()
     attention = torch.cat(recorded, dim=1)[0]  # (heads, L, positions)
+    return words_from_attention(tokenizer, tokens, token_probs, attention, first=first, audio_sec=audio_sec)
+
+
+def words_from_attention(
+    tokenizer: Any,
+    tokens: Sequence[int],
+    probabilities: Sequence[float],
+    attention: Tensor,
+    *,
+    first: int,
+    audio_sec: float,
+) -> tuple[Word, ...]:
+    """Give words their times by the cheapest monotone path through the attention.
+
+    Args:
+        tokens, probabilities: of the text, n each.
+        attention: (heads, L, positions), a row for each token that the decoder was fed; L is first + n, or one less
+            where decoding was cut off before the last token.
+        first: the number of tokens before the text.
+        audio_sec: real audio; times are clipped to it.
+    """
+    if not tokens:
+        return ()
     positions = min(attention.shape[-1], max(1, round(audio_sec / POSITION_SEC)))
     weights = _normalise(attention[..., :positions])[first - 1 :].cpu().numpy()  # each row predicts a token
-    return _words_from_path(tokenizer, tokens, token_probs, weights, audio_sec)
+    rows, columns = dtw_path(-weights[: len(tokens) + 1].astype(np.float64))
+    first_of_row = np.concatenate([[True], np.diff(rows) > 0])
+    entered_sec = np.minimum(columns[first_of_row] * POSITION_SEC, audio_sec).tolist()  # the last: the end token
+    entered_sec += [audio_sec] * (len(tokens) + 1 - len(entered_sec))
+    return place_words(Vocabulary.of(tokenizer), tokens, entered_sec=entered_sec, probabilities=probabilities)
 
 
 def dtw_path(cost: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -159,45 +179,3 @@ def _normalise(attention: Tensor) -> Tensor:
         padded = torch.nn.functional.pad(weights, (pad, pad), mode="reflect")
         weights = padded.unfold(-1, MEDIAN_WIDTH, 1).sort(dim=-1).values[..., pad]
     return weights.mean(dim=0)
-
-
-def _words_from_path(
-    tokenizer: Any,
-    tokens: Sequence[int],
-    token_probs: NDArray[np.float32],
-    weights: NDArray[np.float32],
-    audio_sec: float,
-) -> tuple[Word, ...]:
-    rows, columns = dtw_path(-weights.astype(np.float64))
-    first_of_row = np.concatenate([[True], np.diff(rows) > 0])
-    jumps = np.minimum(columns[first_of_row] * POSITION_SEC, audio_sec)  # when each row is entered; last: end token
-    words = []
-    at = 0
-    for text, size in split_words(tokenizer, tokens):
-        start, end = float(jumps[at]), float(jumps[at + size])
-        words.append(Word(text, start, max(start, end), float(token_probs[at : at + size].mean())))
-        at += size
-    return tuple(word for word in words if word.text)
-
-
-def split_words(tokenizer: Any, tokens: Sequence[int]) -> list[tuple[str, int]]:
-    """Group tokens into words: a token starts one if it decodes to a leading space, else it extends the last."""
-    words: list[tuple[str, int]] = []
-    pending: list[int] = []
-    for token in tokens:
-        pending.append(token)
-        piece = tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if "\ufffd" in piece:  # half of a multi-byte character
-            continue
-        stripped = piece.strip()
-        opens = piece.startswith(" ") or not words
-        closes = bool(stripped) and all(c in _CLOSING for c in stripped) and not piece.startswith(" ")
-        joins_opening = bool(words) and words[-1][0] != "" and all(c in _OPENING for c in words[-1][0])
-        if words and (not opens or closes or (joins_opening and not piece.startswith(" "))):
-            words[-1] = (words[-1][0] + piece.rstrip(), words[-1][1] + len(pending))
-        else:
-            words.append((stripped, len(pending)))
-        pending = []
-    if pending and words:
-        words[-1] = (words[-1][0], words[-1][1] + len(pending))
-    return words

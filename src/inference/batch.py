@@ -1,114 +1,101 @@
-"""Files to text: batches of similar length, long recordings cut at silences, faults reported by file."""
+"""Files to text: batches of similar length over all files, long recordings cut at silences, faults reported by file.
+
+Files are read, cut and decoded in rounds of bounded audio, so that any number of files of any length fits into memory.
+Within a round, segments go from long to short: batches then hold little padding.
+"""
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
-from src.data.audio import SAMPLE_RATE, Waveform, load_audio, to_mono_16k
+from src.data.audio import SAMPLE_RATE, Waveform, stream_audio, to_mono_16k
 from src.data.vad import VoiceActivityDetector
-from src.inference.alignment import Word
-from src.inference.decoding import DecodingOptions, DecodingResult, decode
+from src.inference.engines import Engine
+from src.inference.fallback import FallbackOptions, decode_with_fallback
+from src.inference.options import DecodingOptions, DecodingResult
+from src.inference.segmentation import Segment, cut_at_silences
+from src.inference.sequential import transcribe_sequentially
+from src.inference.transcription import TranscribedSegment, Transcription, Transcriptions
 from src.utils.config import Config
-from src.utils.errors import AudioError, DataError
+from src.utils.errors import AudioError, DataError, ModelError
+from src.utils.runtime import is_out_of_memory, release_memory
 
 logger = logging.getLogger(__name__)
 
-MAX_SEGMENT_SEC = 28.0  # below the encoder's 30 s, so that the pause at the end has room
+ROUND_SEC = 900.0  # of audio that is held at once: 58 MB
+ROUND_BATCHES = 8  # a worker: enough to sort by length
 AudioSource = str | Path | Waveform
+Mode = Literal["segments", "sequential"]
+
+# A longer pause separates segments. Models tuned on single sentences at their own length stop at the first pause that
+# they hear; stock models were trained on 30 s of anything.
+JOIN_PAUSE_SEC = {"full": 30.0, "dynamic": 0.0}
 
 
-@dataclass(frozen=True)
-class Transcription:
-    """One recording's text.
-
-    Attributes:
-        source: the path, or "array N".
-        text: segments joined by spaces; None where the recording could not be decoded.
-        duration_sec: of the audio; nan where it could not be decoded.
-        words: times from the recording's start; None unless asked for.
-        error: why there is no text; None where there is.
-    """
+@dataclass
+class _Recording:
+    """A recording on its way: its segments come back in any order."""
 
     source: str
-    text: str | None
-    duration_sec: float
-    words: tuple[Word, ...] | None = None
+    segments: list[Segment] = field(default_factory=list)  # audio is dropped once decoded
+    results: dict[int, DecodingResult] = field(default_factory=dict)
+    duration_sec: float = 0.0
+    language: str | None = None
     error: str | None = None
+    is_read: bool = False
 
 
-@dataclass(frozen=True)
-class Transcriptions(Sequence[Transcription]):
-    """Results in the order of the input, with what they cost.
-
-    Attributes:
-        audio_sec: audio transcribed.
-        compute_sec: wall time of features, encoder and decoder; decoding of files not included.
-    """
-
-    items: tuple[Transcription, ...]
-    audio_sec: float
-    compute_sec: float
-
-    @property
-    def rtf(self) -> float:
-        """Real-time factor: compute over audio, a ratio of sums; nan where nothing was transcribed."""
-        return self.compute_sec / self.audio_sec if self.audio_sec else float("nan")
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.items[index]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-
-@dataclass(frozen=True)
-class _Segment:
-    recording: int
-    start_sec: float
-    audio: Waveform
+_Item = tuple[_Recording, int]  # and the index of its segment
 
 
 class BatchInference:
     """Transcribes files and arrays.
 
     Args:
-        model: a `DynamicWhisper`.
+        model: a `DynamicWhisper`; not needed with `engine`.
         processor: its processor.
-        config: `inference` and `model` sections; defaults without.
-        vad: cuts recordings longer than 28 s; made when first needed.
+        config: `inference`, `model` and `vad` sections; defaults without.
+        engine: from `load_engine`, instead of a model.
+        vad: cuts recordings and tells silence; made when first needed.
+    Raises: ModelError: neither a model with its processor nor an engine.
     """
 
     def __init__(
-        self, model: Any, processor: Any, config: Config | None = None, *, vad: VoiceActivityDetector | None = None
-    ) -> None:
-        self._model = model
-        self._processor = processor
-        self._config = config or Config()
-        self._vad = vad
-
-    def transcribe_batch(
         self,
-        sources: Sequence[AudioSource],
+        model: Any = None,
+        processor: Any = None,
+        config: Config | None = None,
         *,
-        word_timestamps: bool = False,
-        on_error: Literal["raise", "skip"] = "raise",
-    ) -> Transcriptions:
+        engine: Engine | None = None,
+        vad: VoiceActivityDetector | None = None,
+    ) -> None:
+        self._config = config or Config()
+        self._engine = engine if engine is not None else _torch_engine(model, processor)
+        self._vad = vad or VoiceActivityDetector(self._config.vad)
+        self._fallback = FallbackOptions.from_config(self._config)
+        section = self._config.inference
+        self._options = replace(
+            DecodingOptions.from_config(self._config), prompt=section.initial_prompt, hotwords=section.hotwords
+        )
+        pause = section.join_pause_sec
+        self._join_pause_sec = JOIN_PAUSE_SEC[self._engine.audio_context] if pause is None else pause
+
+    def transcribe_batch(self, sources: Sequence[AudioSource], **options: Any) -> Transcriptions:
         """Transcribe recordings of any length.
 
         Args:
             sources: paths, or (T,) float32 arrays at 16 kHz.
-            word_timestamps: fill `words`.
-            on_error: "skip" reports a bad recording in its `Transcription.error` and goes on.
+            options: as of `transcribe_iter`.
         Returns: one `Transcription` a source, in order. Silence gives an empty text.
         Raises: DataError: no source. AudioError: a bad recording with "raise".
         """
@@ -116,112 +103,177 @@ class BatchInference:
             raise DataError(f"transcribe_batch takes a list; write transcribe_batch([{str(sources)!r}])")
         if not len(sources):
             raise DataError("transcribe_batch: no recording given")
-        segments: list[_Segment] = []
-        durations: list[float] = []
-        errors: dict[int, str] = {}
-        for index, source in enumerate(sources):
-            try:
-                audio = self._load(source, index)
-            except AudioError as err:
-                if on_error == "raise":
-                    raise
-                logger.warning("skipped: %s", err)
-                errors[index] = str(err)
-                durations.append(float("nan"))
-                continue
-            durations.append(len(audio) / SAMPLE_RATE)
-            segments += [_Segment(index, start, part) for start, part in self._cut(audio)]
         began = time.perf_counter()
-        results = self._decode(segments, word_timestamps)
-        compute_sec = time.perf_counter() - began
-        items = tuple(
-            _join(_label(source, i), durations[i], segments, results, i, errors.get(i), word_timestamps)
-            for i, source in enumerate(sources)
+        items = tuple(self.transcribe_iter(sources, **options))
+        return Transcriptions(items, time.perf_counter() - began)
+
+    def transcribe_iter(
+        self,
+        sources: Iterable[AudioSource],
+        *,
+        word_timestamps: bool = False,
+        on_error: Literal["raise", "skip"] = "raise",
+        mode: Mode = "segments",
+    ) -> Iterator[Transcription]:
+        """Transcribe any number of recordings, in memory that does not grow with them.
+
+        Args:
+            sources: as in `transcribe_batch`; may be a generator.
+            word_timestamps: fill `words`.
+            on_error: "skip" reports a bad recording in its `Transcription.error` and goes on.
+            mode: "segments" cuts at silences and decodes in batches; "sequential" goes through a recording in windows
+                of 30 s, each with the text before it as context, for models that write timestamps.
+        Yields: one `Transcription` a source, in order.
+        Raises: AudioError: a bad recording with "raise". ModelError, DeviceError: of the engine.
+        """
+        options = replace(self._options, word_timestamps=word_timestamps)
+        total = len(sources) if isinstance(sources, Sequence) else None
+        with tqdm(total=total, desc="transcribing", unit="file", disable=total == 1) as bar:
+            found: Iterator[Transcription]
+            if mode == "sequential":
+                found = (self._one_by_one(source, i, options, on_error) for i, source in enumerate(sources))
+            else:
+                found = self._in_rounds(sources, options, on_error)
+            for transcription in found:
+                bar.update()
+                yield transcription
+
+    def _one_by_one(self, source: AudioSource, index: int, options: DecodingOptions, on_error: str) -> Transcription:
+        recording = _Recording(_label(source, index))
+        segments: tuple[TranscribedSegment, ...] = ()
+        with _reported(recording, on_error):
+            blocks = _counted(_blocks(source, recording.source), recording)
+            segments = tuple(transcribe_sequentially(self._engine, blocks, options, self._fallback, vad=self._vad))
+        return Transcription.of(
+            recording.source, segments, recording.duration_sec, error=recording.error, words=options.word_timestamps
         )
-        return Transcriptions(items, float(np.nansum(durations)), compute_sec)
 
-    def _load(self, source: AudioSource, index: int) -> Waveform:
-        if isinstance(source, str | Path):
-            return load_audio(source, allow_silence=True)
-        return to_mono_16k(np.asarray(source), SAMPLE_RATE, name=_label(source, index), allow_silence=True)
+    def _in_rounds(
+        self, sources: Iterable[AudioSource], options: DecodingOptions, on_error: str
+    ) -> Iterator[Transcription]:
+        waiting: list[_Recording] = []
+        for round_ in _rounds(self._read(sources, waiting, on_error), self._round_size()):
+            self._decode_round(round_, options)
+            while waiting and waiting[0].is_read and len(waiting[0].results) == len(waiting[0].segments):
+                yield _joined(waiting.pop(0), options.word_timestamps)
+        for recording in waiting:
+            yield _joined(recording, options.word_timestamps)
 
-    def _cut(self, audio: Waveform) -> list[tuple[float, Waveform]]:
-        """Return (start in seconds, segment) with every segment short enough for the encoder."""
-        duration_sec = len(audio) / SAMPLE_RATE
-        if duration_sec <= MAX_SEGMENT_SEC:
-            return [(0.0, audio)]
-        self._vad = self._vad or VoiceActivityDetector(self._config.vad)
-        speech = [(s.start_sec, s.end_sec) for s in self._vad.speech_segments(audio)]
-        return [
-            (start, audio[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)])
-            for start, end in pack_segments(speech, MAX_SEGMENT_SEC)
-        ]
+    def _read(self, sources: Iterable[AudioSource], waiting: list[_Recording], on_error: str) -> Iterator[_Item]:
+        """Cut each source; give out (recording, index of its segment) as soon as a segment is there."""
+        section = self._config.inference
+        for index, source in enumerate(sources):
+            recording = _Recording(_label(source, index))
+            waiting.append(recording)
+            with _reported(recording, on_error):
+                for segment in cut_at_silences(
+                    _counted(_blocks(source, recording.source), recording),
+                    self._vad,
+                    max_sec=section.max_segment_sec,
+                    join_pause_sec=self._join_pause_sec,
+                ):
+                    recording.segments.append(segment)
+                    yield recording, len(recording.segments) - 1
+            recording.is_read = True
 
-    def _decode(self, segments: list[_Segment], word_timestamps: bool) -> dict[int, DecodingResult]:
-        """Decode in batches from long to short; keys are positions in `segments`."""
-        options = replace(DecodingOptions.from_config(self._config), word_timestamps=word_timestamps)
-        order = sorted(range(len(segments)), key=lambda i: len(segments[i].audio), reverse=True)
+    def _round_size(self) -> int:
+        return ROUND_BATCHES * self._config.inference.batch_size * self._engine.workers
+
+    def _decode_round(self, round_: Sequence[_Item], options: DecodingOptions) -> None:
+        """Decode segments in batches from long to short, each batch in one language."""
+        if self._engine.vocabulary.multilingual and options.language is None:
+            self._detect_languages(round_)
+        by_language: dict[str | None, list[_Item]] = {}
+        for recording, index in sorted(round_, key=lambda item: len(item[0].segments[item[1]].audio), reverse=True):
+            by_language.setdefault(recording.language or options.language, []).append((recording, index))
         size = self._config.inference.batch_size
-        results: dict[int, DecodingResult] = {}
-        was_training = self._model.training
-        self._model.eval()
+        batches = [
+            (items[at : at + size], replace(options, language=language))
+            for language, items in by_language.items()
+            for at in range(0, len(items), size)
+        ]
+        with ThreadPoolExecutor(self._engine.workers) as pool:
+            for _ in pool.map(self._decode_items, batches):
+                pass  # raises here what a thread raised
+
+    def _detect_languages(self, round_: Sequence[_Item]) -> None:
+        """Let the beginning of a recording of several segments decide for all of them."""
+        for recording, index in round_:
+            if index == 0 and (len(recording.segments) > 1 or not recording.is_read):
+                (recording.language,) = self._engine.detect_languages([recording.segments[0].audio])
+
+    def _decode_items(self, batch: tuple[list[_Item], DecodingOptions]) -> None:
+        items, options = batch
+        results = self._decode([recording.segments[index].audio for recording, index in items], options)
+        for (recording, index), result in zip(items, results, strict=True):
+            recording.results[index] = result
+            recording.segments[index] = recording.segments[index].without_audio()
+
+    def _decode(self, audios: list[Waveform], options: DecodingOptions) -> list[DecodingResult]:
+        """Decode a batch, in halves where memory runs out."""
         try:
-            with tqdm(total=len(order), desc="transcribing", unit="segment", disable=len(order) <= size) as bar:
-                for at in range(0, len(order), size):
-                    chosen = order[at : at + size]
-                    decoded = decode(self._model, self._processor, [segments[i].audio for i in chosen], options)
-                    results.update(zip(chosen, decoded, strict=True))
-                    bar.update(len(chosen))
-            _synchronize(self._model)
-        finally:
-            self._model.train(was_training)
-        return results
+            return decode_with_fallback(self._engine, audios, options, self._fallback, vad=self._vad)
+        except (RuntimeError, MemoryError) as err:
+            if not is_out_of_memory(err) or len(audios) == 1:
+                raise
+        release_memory()
+        half = len(audios) // 2
+        logger.warning("out of memory with %d segments: decoding %d at once", len(audios), half)
+        return self._decode(audios[:half], options) + self._decode(audios[half:], options)
 
 
-def pack_segments(speech: Sequence[tuple[float, float]], max_sec: float) -> list[tuple[float, float]]:
-    """Join speech segments into windows of at most `max_sec`; cut a longer one into equal parts.
+def _torch_engine(model: Any, processor: Any) -> Engine:
+    if model is None or processor is None:
+        raise ModelError("BatchInference needs a model and its processor, or engine=load_engine(...)")
+    from src.inference.torch_engine import TorchEngine  # torch's models: CTranslate2 does without
 
-    Args:
-        speech: (start, end) in seconds, ascending.
-    Returns: (start, end) windows, ascending, covering all of the speech.
-    """
-    windows: list[tuple[float, float]] = []
-    for start, end in speech:
-        if windows and end - windows[-1][0] <= max_sec:
-            windows[-1] = (windows[-1][0], end)
-            continue
-        parts = int(np.ceil((end - start) / max_sec))
-        edges = np.linspace(start, end, parts + 1)
-        windows += [(float(a), float(b)) for a, b in itertools.pairwise(edges)]
-    return windows
+    return TorchEngine(model, processor)
+
+
+def _rounds(items: Iterator[_Item], max_segments: int) -> Iterator[list[_Item]]:
+    """Gather segments until there are enough of them, or of audio."""
+    round_: list[_Item] = []
+    audio_sec = 0.0
+    for recording, index in items:
+        round_.append((recording, index))
+        audio_sec += len(recording.segments[index].audio) / SAMPLE_RATE
+        if len(round_) >= max_segments or audio_sec >= ROUND_SEC:
+            yield round_
+            round_, audio_sec = [], 0.0
+    yield round_
+
+
+def _blocks(source: AudioSource, label: str) -> Iterator[Waveform]:
+    if isinstance(source, str | Path):
+        return stream_audio(source)
+    return iter([to_mono_16k(np.asarray(source), SAMPLE_RATE, name=label, allow_silence=True)])
+
+
+def _counted(blocks: Iterator[Waveform], recording: _Recording) -> Iterator[Waveform]:
+    for block in blocks:
+        recording.duration_sec += len(block) / SAMPLE_RATE
+        yield block
+
+
+@contextmanager
+def _reported(recording: _Recording, on_error: str) -> Iterator[None]:
+    """With "skip", keep a bad recording's fault instead of raising it."""
+    try:
+        yield
+    except AudioError as err:
+        if on_error == "raise":
+            raise
+        logger.warning("skipped: %s", err)
+        recording.error = str(err)
 
 
 def _label(source: AudioSource, index: int) -> str:
     return str(source) if isinstance(source, str | Path) else f"array {index}"
 
 
-def _join(
-    label: str,
-    duration_sec: float,
-    segments: Sequence[_Segment],
-    results: dict[int, DecodingResult],
-    recording: int,
-    error: str | None,
-    word_timestamps: bool,
-) -> Transcription:
-    if error is not None:
-        return Transcription(label, None, duration_sec, error=error)
-    parts = [(segment, results[i]) for i, segment in enumerate(segments) if segment.recording == recording]
-    words = None
-    if word_timestamps:
-        words = tuple(
-            replace(word, start_sec=word.start_sec + segment.start_sec, end_sec=word.end_sec + segment.start_sec)
-            for segment, result in parts
-            for word in result.words or ()
-        )
-    return Transcription(label, " ".join(r.text for _, r in parts if r.text), duration_sec, words)
-
-
-def _synchronize(model: Any) -> None:
-    if next(model.parameters()).device.type == "cuda":
-        torch.cuda.synchronize()
+def _joined(recording: _Recording, words: bool) -> Transcription:
+    segments = tuple(
+        TranscribedSegment.of(recording.results[i], segment.start_sec, segment.end_sec)
+        for i, segment in enumerate(recording.segments)
+    )
+    return Transcription.of(recording.source, segments, recording.duration_sec, error=recording.error, words=words)

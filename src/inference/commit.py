@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from src.inference.alignment import Word
+from src.inference.words import Word
 
 TIME_SLACK_SEC = 0.2  # how far word times move between hypotheses
 EDIT_COST = 2  # against 1 for a word at the wrong time: text is the better witness

@@ -1,84 +1,53 @@
-"""The one decode path: files, evaluation and streaming all turn audio into text here.
+"""Decoding with torch: files, evaluation and streaming turn audio into text here, or in CTranslate2's engine.
 
-Greedy decoding is a plain loop over the decoder with its cache, so that a forced prefix, a token cap per clip and
-log-probabilities cost nothing extra; it gives the tokens that `generate` gives (tested). Beams go to `generate`.
+Greedy decoding is a plain loop over the decoder with its cache, so that a forced prefix, a token cap per clip,
+log-probabilities and word times cost nothing extra; it gives the tokens that `generate` gives (tested). Beams go to
+`generate`.
 """
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationMixin, WhisperTimeStampLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.features import CONTEXT_SAMPLES, SAMPLES_PER_POSITION, LogMel
-from src.data.labels import MAX_PROMPT_TOKENS
-from src.inference.alignment import Word, align_words
+from src.inference.alignment import align_words, alignment_heads, record_cross_attention, words_from_attention
+from src.inference.frontend import log_mel_batch
+from src.inference.options import DecodingOptions, DecodingResult
+from src.inference.vocabulary import Vocabulary
+from src.inference.words import Word
 from src.models.dynamic_context import get_audio_context
-from src.utils.config import Config
-from src.utils.errors import ModelError
-
-MIN_NEW_TOKENS = 8  # a short clip may still hold a long word
 
 
 @dataclass(frozen=True)
-class DecodingOptions:
-    """How to decode.
+class _Context:
+    """What the decoder is given before it goes on."""
 
-    Attributes:
-        language: code such as "en"; None detects it per clip (multilingual models).
-        task: "transcribe" or "translate".
-        num_beams: 1 is greedy.
-        trailing_silence_sec: appended to each clip at dynamic context; the pause tells the decoder to stop.
-        max_tokens_per_sec: cap on new tokens, which ends loops early; fast speech has about 6.
-        word_timestamps: fill `DecodingResult.words`.
-        prompt: previous text, as conditioning only.
-        prefix: text that the result must begin with.
-    """
+    prompt: list[int]  # previous text and hotwords
+    starts: list[list[int]]  # special tokens a clip, equally many
+    prefix: list[int]  # forced beginning of the text
 
-    language: str | None = None
-    task: str = "transcribe"
-    num_beams: int = 1
-    trailing_silence_sec: float = 0.5
-    max_tokens_per_sec: float = 10.0
-    word_timestamps: bool = False
-    prompt: str = ""
-    prefix: str = ""
-
-    @classmethod
-    def from_config(cls, config: Config) -> DecodingOptions:
-        """Take language and task from the model section, the rest from the inference section."""
-        return cls(
-            language=config.model.language,
-            task=config.model.task,
-            num_beams=config.inference.num_beams,
-            trailing_silence_sec=config.inference.trailing_silence_sec,
-            max_tokens_per_sec=config.inference.max_tokens_per_sec,
-        )
+    def tensor(self, device: torch.device) -> Tensor:
+        """Return all of it, (B, L)."""
+        return torch.tensor([[*self.prompt, *start, *self.prefix] for start in self.starts], device=device)
 
 
 @dataclass(frozen=True)
-class DecodingResult:
-    """One clip's text.
+class _Decoded:
+    """What the decoder gives for one clip."""
 
-    Attributes:
-        text: stripped of surrounding spaces.
-        tokens: text tokens, prefix included, without special tokens.
-        avg_logprob: mean natural-log probability of the tokens that were decoded and the end token; nan with beams.
-        words: times within the clip, or None where `word_timestamps` was off.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
+    tokens: list[int]  # new ones, without the end token
     avg_logprob: float
-    words: tuple[Word, ...] | None
+    probabilities: list[float]  # of the prefix and the new tokens, where attention was recorded
+    no_speech_prob: float | None
+    attention: Tensor | None  # (heads, rows, positions) from the start token on: the row before a token predicts it
 
 
 @torch.inference_mode()
@@ -92,13 +61,6 @@ def encode(model: Any, audios: Sequence[Waveform | Tensor], trailing_silence_sec
     Returns: `last_hidden_state` (B, positions, d_model): 50 positions a second, 1,500 at full context.
     Raises: ModelError: no clip, or a clip longer than 30 s.
     """
-    if not audios:
-        raise ModelError("encode: an empty batch; pass at least one clip")
-    longest = max(len(audio) for audio in audios)
-    if longest > CONTEXT_SAMPLES:
-        raise ModelError(
-            f"a clip of {longest / SAMPLE_RATE:.1f} s: the encoder takes 30 s; BatchInference cuts longer audio"
-        )
     features = log_mel_batch(
         audios,
         trailing_silence_sec,
@@ -107,43 +69,6 @@ def encode(model: Any, audios: Sequence[Waveform | Tensor], trailing_silence_sec
         device=next(model.parameters()).device,
     )
     return model.get_encoder()(features.to(model.dtype))
-
-
-def log_mel_batch(
-    audios: Sequence[Waveform | Tensor],
-    trailing_silence_sec: float,
-    *,
-    num_mel_bins: int,
-    audio_context: str,
-    device: torch.device,
-) -> Tensor:
-    """Pad clips as their model takes them, and compute log-mel.
-
-    Args:
-        audios, trailing_silence_sec: as in `encode`.
-        audio_context: "full" or "dynamic".
-    Returns: (B, mels, frames) float32.
-    """
-    samples = CONTEXT_SAMPLES
-    if audio_context == "dynamic":
-        samples = padded_samples(max(map(len, audios)) + round(trailing_silence_sec * SAMPLE_RATE))
-    batch = torch.zeros(len(audios), samples, device=device)
-    for row, audio in enumerate(audios):
-        batch[row, : len(audio)] = torch.as_tensor(audio, device=device)
-    features: Tensor = log_mel_for(num_mel_bins, device)(batch)
-    return features
-
-
-def padded_samples(samples: int) -> int:
-    """Round up to whole encoder positions (320 samples), within 0.1 and 30 s."""
-    whole = math.ceil(max(samples, SAMPLE_RATE // 10) / SAMPLES_PER_POSITION) * SAMPLES_PER_POSITION
-    return min(whole, CONTEXT_SAMPLES)
-
-
-@lru_cache(maxsize=8)
-def log_mel_for(num_mel_bins: int, device: torch.device) -> LogMel:
-    """Return the feature extractor of a device, made once."""
-    return LogMel(num_mel_bins).to(device)
 
 
 @torch.inference_mode()
@@ -163,126 +88,226 @@ def decode(
         audios: (T,) float32 each, 16 kHz.
         encoder_outputs: from `encode` on the same clips, to save encoding them twice.
     Returns: one result a clip, in order.
-    Raises: ModelError: clip too long, language unknown to the model, prompt with beams.
+    Raises: ModelError: clip too long, or a language or task that the model does not know.
     """
+    vocabulary = Vocabulary.of(processor.tokenizer)
     encoded = encoder_outputs or encode(model, audios, options.trailing_silence_sec)
-    hidden = encoded.last_hidden_state
-    starts = sot_sequences(model, encoded, options)
-    caps = [token_cap(len(audio), options) for audio in audios]
-    if options.num_beams > 1:
-        decoded = [(tokens, math.nan) for tokens in _beam_search(model, encoded, options, caps)]
-        prefix: list[int] = []
-    else:
-        prompt, prefix = _context_tokens(model, processor.tokenizer, options)
-        decoded = _greedy(
-            model, hidden, [[*prompt, *start, *prefix] for start in starts], caps, suppress_begin=not prefix
-        )
+    languages = languages_of(model, vocabulary, encoded, options)
+    starts = [
+        vocabulary.start_sequence(language, options.task, timestamps=options.timestamps) for language in languages
+    ]
+    context = _Context(
+        vocabulary.prompt_tokens(options.prompt, options.hotwords), starts, vocabulary.encode(options.prefix)
+    )
+    caps = [options.token_cap(len(audio)) for audio in audios]
+    search = _beam_search if options.num_beams > 1 else _greedy
     results = []
-    for row, (new_tokens, logprob) in enumerate(decoded):
-        tokens = [*prefix, *new_tokens]
+    for i, row in enumerate(search(model, encoded, context, caps, options)):
+        tokens = [*context.prefix, *row.tokens]
         words = None
         if options.word_timestamps:
-            words = align_words(
-                model,
-                processor.tokenizer,
-                hidden[row : row + 1],
-                sot_sequence=starts[row],
-                tokens=tokens,
-                audio_sec=len(audios[row]) / SAMPLE_RATE,
+            words = _words(model, processor, encoded, i, context, row, len(audios[i]) / SAMPLE_RATE)
+        results.append(
+            DecodingResult(
+                text=vocabulary.decode(tokens).strip(),
+                tokens=tuple(tokens),
+                avg_logprob=row.avg_logprob,
+                words=words,
+                language=languages[i],
+                no_speech_prob=row.no_speech_prob,
+                temperature=options.temperature,
             )
-        text = processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        results.append(DecodingResult(text, tuple(tokens), logprob, words))
+        )
     return results
 
 
-def sot_sequences(model: Any, encoded: BaseModelOutput, options: DecodingOptions) -> list[list[int]]:
-    """Return, per clip, the special tokens that begin a transcript; the language is detected where none is set."""
-    generation = model.generation_config
-    batch = encoded.last_hidden_state.shape[0]
-    start, no_timestamps = generation.decoder_start_token_id, generation.no_timestamps_token_id
-    if not getattr(generation, "is_multilingual", False):
-        if options.language not in (None, "en"):
-            raise ModelError(
-                f"this is an English-only model, language is {options.language!r}; use a multilingual variant"
-            )
-        return [[start, no_timestamps]] * batch
-    if options.language is None:
-        languages = model.detect_language(encoder_outputs=encoded, generation_config=generation).tolist()
-    else:
-        known = generation.lang_to_id
-        if f"<|{options.language}|>" not in known:
-            codes = ", ".join(sorted(key.strip("<|>") for key in known))
-            raise ModelError(f"unknown language {options.language!r}; this model knows: {codes}")
-        languages = [known[f"<|{options.language}|>"]] * batch
-    task = generation.task_to_id[options.task]
-    return [[start, language, task, no_timestamps] for language in languages]
+def languages_of(
+    model: Any, vocabulary: Vocabulary, encoded: BaseModelOutput, options: DecodingOptions
+) -> list[str | None]:
+    """Return the language of each clip: that of the options, else detected; None for an English-only model."""
+    rows = encoded.last_hidden_state.shape[0]
+    if options.language is not None or not vocabulary.multilingual:
+        return [options.language] * rows
+    tokens = model.detect_language(encoder_outputs=encoded, generation_config=model.generation_config).tolist()
+    code_of = {token: code for code, token in vocabulary.languages.items()}
+    return [code_of[token] for token in tokens]
 
 
-def token_cap(samples: int, options: DecodingOptions) -> int:
-    """Return the most tokens that a clip of so many samples may get."""
-    return MIN_NEW_TOKENS + math.ceil(options.max_tokens_per_sec * samples / SAMPLE_RATE)
+def _words(
+    model: Any,
+    processor: Any,
+    encoded: BaseModelOutput,
+    row: int,
+    context: _Context,
+    decoded: _Decoded,
+    audio_sec: float,
+) -> tuple[Word, ...]:
+    """Take word times from the attention that decoding has seen; a second pass where it has seen none."""
+    start = context.starts[row]
+    text = [token for token in (*context.prefix, *decoded.tokens) if token < model.config.eos_token_id]
+    if decoded.attention is None:
+        hidden = encoded.last_hidden_state[row : row + 1]
+        return align_words(model, processor.tokenizer, hidden, sot_sequence=start, tokens=text, audio_sec=audio_sec)
+    return words_from_attention(
+        processor.tokenizer, text, decoded.probabilities, decoded.attention, first=len(start), audio_sec=audio_sec
+    )
 
 
-def _context_tokens(model: Any, tokenizer: Any, options: DecodingOptions) -> tuple[list[int], list[int]]:
-    prompt: list[int] = []
-    if options.prompt.strip():
-        text = tokenizer.encode(" " + options.prompt.strip(), add_special_tokens=False)[-MAX_PROMPT_TOKENS:]
-        prompt = [tokenizer.convert_tokens_to_ids("<|startofprev|>"), *text]
-    prefix = tokenizer.encode(" " + options.prefix.strip(), add_special_tokens=False) if options.prefix.strip() else []
-    return prompt, prefix
+@dataclass(frozen=True)
+class _Steps:
+    """What the loop saw, a tensor a step."""
+
+    tokens: list[Tensor]  # (B,) each
+    logprobs: list[Tensor]  # (B,) each, by Whisper's rules; 0 after a row's end
+    probabilities: list[Tensor]  # (B,) each, among all text tokens, as in `align_words`; only where words are wanted
+    attention: list[Tensor]  # of each decoder call and layer with alignment heads
+    context_states: Tensor  # (B, L, d_model): the decoder over the given tokens
 
 
 def _greedy(
-    model: Any, hidden: Tensor, contexts: list[list[int]], caps: list[int], *, suppress_begin: bool
-) -> list[tuple[list[int], float]]:
-    """Return (new tokens, mean log-probability) a row; every context has the same length."""
-    generation = model.generation_config
-    eot = generation.eos_token_id if isinstance(generation.eos_token_id, int) else generation.eos_token_id[0]
-    room = model.config.max_target_positions - len(contexts[0])
-    limits = torch.tensor([min(cap, room) for cap in caps], device=hidden.device)
-    suppressed = torch.tensor(generation.suppress_tokens or [], dtype=torch.long, device=hidden.device)
-    begin = generation.begin_suppress_tokens if suppress_begin else None
-    tokens = torch.tensor(contexts, device=hidden.device)
-    finished = torch.zeros(len(contexts), dtype=torch.bool, device=hidden.device)
-    total = torch.zeros(len(contexts), device=hidden.device)
-    chosen: list[Tensor] = []
-    cache = None
-    for step in range(int(limits.max())):
-        output = model.model.decoder(
-            input_ids=tokens, encoder_hidden_states=hidden, past_key_values=cache, use_cache=True
-        )
-        cache = output.past_key_values
-        logits = model.proj_out(output.last_hidden_state[:, -1]).float()  # (B, vocabulary)
-        logits[:, suppressed] = -torch.inf
-        if step == 0 and begin:
-            logits[:, begin] = -torch.inf
-        logprob, token = logits.log_softmax(dim=-1).max(dim=-1)
-        token = torch.where(finished, eot, token)
-        total += torch.where(finished, 0.0, logprob)
-        chosen.append(token)
-        finished |= (token == eot) | (step + 1 >= limits)
-        if bool(finished.all()):
-            break
-        tokens = token[:, None]
-    rows = torch.stack(chosen, dim=1).cpu().tolist()
+    model: Any, encoded: BaseModelOutput, context: _Context, caps: list[int], options: DecodingOptions
+) -> list[_Decoded]:
+    """Take the likeliest token, or draw one at a temperature, until the end token."""
+    given = context.tensor(encoded.last_hidden_state.device)  # (B, L)
+    room = model.config.max_target_positions - given.shape[1]
+    limits = torch.tensor([min(cap, room) for cap in caps], device=given.device)
+    choose = _TokenChoice(model, given, options, suppress_begin=not context.prefix)
+    heads = alignment_heads(model) if options.word_timestamps and not options.timestamps else []
+    steps = _run_decoder(model, encoded.last_hidden_state, given, limits, choose, heads)
+    scores = torch.stack(steps.logprobs, dim=1).cpu()  # (B, new tokens)
+    no_speech = choose.no_speech_probabilities(steps.context_states) if options.no_speech else [None] * len(caps)
+    attention = _by_row(steps.attention, heads, begin=len(context.prompt)) if heads else [None] * len(caps)
+    certainty: list[list[float]] = [[]] * len(caps)
+    if heads:
+        forced = choose.prefix_probabilities(steps.context_states, context)
+        free = torch.stack(steps.probabilities, dim=1).cpu().tolist()
+        certainty = [[*first, *rest] for first, rest in zip(forced, free, strict=True)]
     results = []
-    for row, limit, score in zip(rows, limits.tolist(), total.tolist(), strict=True):
-        text = row[: row.index(eot)] if eot in row else row
-        results.append((text, score / min(len(text) + 1, limit)))
+    for i, (row, limit) in enumerate(zip(torch.stack(steps.tokens, dim=1).tolist(), limits.tolist(), strict=True)):
+        text = row[: row.index(choose.end)] if choose.end in row else row[:limit]
+        scored = min(len(text) + 1, limit)
+        size = len(context.prefix) + len(text)
+        rows = attention[i]
+        if rows is not None:  # a shorter text than its neighbours' was fed end tokens
+            rows = rows[:, : len(context.starts[i]) + size]
+        average = float(scores[i, :scored].sum()) / scored
+        results.append(_Decoded(text, average, certainty[i][:size], no_speech[i], rows))
     return results
 
 
-def _beam_search(model: Any, encoded: BaseModelOutput, options: DecodingOptions, caps: list[int]) -> list[list[int]]:
-    if options.prompt or options.prefix:
-        raise ModelError("prompt and prefix need greedy decoding; set num_beams to 1")
-    multilingual = bool(getattr(model.generation_config, "is_multilingual", False))
-    spoken = {"language": options.language, "task": options.task} if multilingual else {}
-    sequences = model.generate(
+def _run_decoder(
+    model: Any,
+    hidden: Tensor,
+    given: Tensor,
+    limits: Tensor,
+    choose: _TokenChoice,
+    heads: Sequence[tuple[int, int]],
+) -> _Steps:
+    """Feed the decoder its own choices until every row has ended or has as many tokens as it may."""
+    tokens, cache, context_states = given, None, torch.empty(0)
+    finished = torch.zeros(len(given), dtype=torch.bool, device=given.device)
+    chosen: list[Tensor] = []
+    logprobs: list[Tensor] = []
+    probabilities: list[Tensor] = []
+    with record_cross_attention(model, heads) as recorded:
+        for step in range(int(limits.max())):
+            output = model.model.decoder(
+                input_ids=tokens, encoder_hidden_states=hidden, past_key_values=cache, use_cache=True
+            )
+            cache = output.past_key_values
+            context_states = output.last_hidden_state if step == 0 else context_states
+            logits = model.proj_out(output.last_hidden_state[:, -1]).float()  # (B, vocabulary)
+            free = logits[:, : choose.end].softmax(dim=-1) if heads else None
+            token, logprob = choose(logits, chosen)
+            token = torch.where(finished, choose.end, token)
+            if free is not None:
+                probabilities.append(free.gather(1, token[:, None].clamp(max=choose.end - 1))[:, 0])
+            logprobs.append(torch.where(finished, 0.0, logprob))
+            chosen.append(token)
+            finished |= (token == choose.end) | (step + 1 >= limits)
+            if bool(finished.all()):
+                break
+            tokens = token[:, None]
+    return _Steps(chosen, logprobs, probabilities, recorded, context_states)
+
+
+class _TokenChoice:
+    """Whisper's rules for the next token, and the choice by them."""
+
+    def __init__(self, model: Any, contexts: Tensor, options: DecodingOptions, *, suppress_begin: bool) -> None:
+        generation = model.generation_config
+        end = generation.eos_token_id
+        self.end: int = end if isinstance(end, int) else end[0]
+        self._model, self._contexts, self._temperature = model, contexts, options.temperature
+        self._suppressed = torch.tensor(generation.suppress_tokens or [], dtype=torch.long, device=contexts.device)
+        self._begin = generation.begin_suppress_tokens if suppress_begin else None
+        self._timestamps = None
+        if options.timestamps:
+            self._timestamps = WhisperTimeStampLogitsProcessor(generation, begin_index=contexts.shape[1])
+        self._generator = torch.Generator(contexts.device).manual_seed(options.seed)
+
+    def __call__(self, logits: Tensor, chosen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the tokens that follow (B,) and their log-probabilities (B,), from logits (B, vocabulary)."""
+        logits[:, self._suppressed] = -torch.inf
+        if not chosen and self._begin:
+            logits[:, self._begin] = -torch.inf
+        if self._timestamps is not None:
+            logits = self._timestamps(torch.cat([self._contexts, *(t[:, None] for t in chosen)], dim=1), logits)
+        logprobs = logits.log_softmax(dim=-1)
+        if self._temperature == 0:
+            best, token = logprobs.max(dim=-1)
+            return token, best
+        drawn = torch.multinomial((logits / self._temperature).softmax(dim=-1), 1, generator=self._generator)
+        return drawn[:, 0], logprobs.gather(1, drawn)[:, 0]
+
+    def no_speech_probabilities(self, decoded: Tensor) -> list[float | None]:
+        """Return, a row, how likely the token for silence is after the start token; `decoded` is (B, L, d_model)."""
+        generation = self._model.generation_config
+        token = generation.no_timestamps_token_id - 1  # <|nospeech|> stands before <|notimestamps|> in every vocabulary
+        at = self._contexts[0].tolist().index(generation.decoder_start_token_id)
+        probabilities: list[float | None] = (
+            self._model.proj_out(decoded[:, at]).float().softmax(dim=-1)[:, token].cpu().tolist()
+        )
+        return probabilities
+
+    def prefix_probabilities(self, decoded: Tensor, context: _Context) -> list[list[float]]:
+        """Return how likely the forced tokens were, a row; `decoded` is (B, L, d_model)."""
+        if not context.prefix:
+            return [[]] * len(decoded)
+        size = len(context.prefix)
+        logits = self._model.proj_out(decoded[:, -size - 1 : -1])[..., : self.end].float()  # (B, size, text tokens)
+        wanted = torch.tensor(context.prefix, device=decoded.device)[None, :, None].expand(len(decoded), -1, -1)
+        found: list[list[float]] = logits.softmax(dim=-1).gather(2, wanted)[..., 0].cpu().tolist()
+        return found
+
+
+def _by_row(recorded: Sequence[Tensor], heads: Sequence[tuple[int, int]], *, begin: int) -> list[Tensor]:
+    """Join the attention of successive decoder calls, from token `begin` on: (heads, tokens, positions) a clip."""
+    layers = len({layer for layer, _ in heads})  # record once a call each
+    by_layer = [torch.cat(list(recorded[layer::layers]), dim=2) for layer in range(layers)]  # (B, h, L, P)
+    return list(torch.cat(by_layer, dim=1)[:, :, begin:])
+
+
+def _beam_search(
+    model: Any, encoded: BaseModelOutput, context: _Context, caps: list[int], options: DecodingOptions
+) -> list[_Decoded]:
+    """Search by the plain `generate` of transformers: Whisper's own takes no forced beginning."""
+    given = context.tensor(encoded.last_hidden_state.device)
+    rules = copy.deepcopy(model.generation_config)
+    rules.max_length = min(given.shape[1] + max(caps), model.config.max_target_positions)
+    rules.num_beams, rules.return_dict_in_generate, rules.output_scores = options.num_beams, True, True
+    if context.prefix:
+        rules.begin_suppress_tokens = None
+    found = GenerationMixin.generate(
+        model,
+        generation_config=rules,
         encoder_outputs=encoded,
-        num_beams=options.num_beams,
-        max_new_tokens=max(caps),
-        return_timestamps=False,
-        **spoken,
+        attention_mask=torch.ones(encoded.last_hidden_state.shape[:2], device=given.device),
+        decoder_input_ids=given,
+        decoder_attention_mask=torch.ones_like(given),
+        logits_processor=[WhisperTimeStampLogitsProcessor(rules, given.shape[1])] if options.timestamps else None,
     )
-    special = model.generation_config.eos_token_id  # every id from the end token on is special
-    return [[token for token in row if token < special] for row in np.asarray(sequences.cpu()).tolist()]
+    end = model.config.eos_token_id
+    rows = [row[: row.index(end)] if end in row else row for row in found.sequences[:, given.shape[1] :].tolist()]
+    scores = found.sequences_scores.tolist()
+    return [_Decoded(row[:cap], score, [], None, None) for row, cap, score in zip(rows, caps, scores, strict=True)]

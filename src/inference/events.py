@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from src.inference.alignment import Word
+from src.inference.words import Word
 
 
 @dataclass(frozen=True)

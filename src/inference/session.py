@@ -18,11 +18,12 @@ import soxr
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.vad import WINDOW_SAMPLES, SpeechTimeline, VADEvent, VoiceActivityDetector, check_waveform
-from src.inference.alignment import Word
 from src.inference.buffer import AudioBuffer
 from src.inference.commit import POLICIES, CommitPolicy, find_loop
-from src.inference.decoding import DecodingOptions, DecodingResult, decode
+from src.inference.decoding import decode
 from src.inference.events import Event, join_words
+from src.inference.options import DecodingOptions, DecodingResult
+from src.inference.words import Word
 from src.models.dynamic_context import get_audio_context
 from src.utils.config import Config
 from src.utils.errors import AudioError

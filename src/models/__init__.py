@@ -1,16 +1,8 @@
-"""A model, where it comes from and where it goes."""
+"""A model, where it comes from and where it goes.
 
-from src.models.ct2_converter import convert_ct2_to_hf
-from src.models.dynamic_context import DynamicWhisper
-from src.models.export import export_ctranslate2, export_huggingface
-from src.models.weights import resolve_weights
-from src.models.whisper_model import WhisperModelManager
+The names are in the stub beside this file, and load when first used: importing one module does not import them all.
+"""
 
-__all__ = [
-    "DynamicWhisper",
-    "WhisperModelManager",
-    "convert_ct2_to_hf",
-    "export_ctranslate2",
-    "export_huggingface",
-    "resolve_weights",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

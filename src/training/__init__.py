@@ -1,8 +1,8 @@
-"""Fine-tuning: the loop, what it trains, and what it keeps."""
+"""Fine-tuning: the loop, what it trains, and what it keeps.
 
-from src.training.context_adaptation import AdaptationResult, adapt_context
-from src.training.mixing import MixResult, choose_mix
-from src.training.probe import propose_batch_seconds
-from src.training.trainer import WhisperTrainer
+The names are in the stub beside this file, and load when first used: importing one module does not import them all.
+"""
 
-__all__ = ["AdaptationResult", "MixResult", "WhisperTrainer", "adapt_context", "choose_mix", "propose_batch_seconds"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

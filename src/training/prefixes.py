@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 from src.data.audio import SAMPLE_RATE
 from src.data.dataset import WhisperDataset
 from src.data.labels import IGNORE_INDEX
-from src.inference.alignment import align_words, split_words
+from src.inference.alignment import align_words
 from src.inference.decoding import encode
+from src.inference.words import split_words
 from src.models.dynamic_context import DynamicWhisper
 from src.training.state import tensors_digest
 from src.utils.atomic import write_text_atomic

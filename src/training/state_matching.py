@@ -21,7 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 from src.data.audio import SAMPLE_RATE
 from src.data.batching import batch_generator
 from src.data.features import CONTEXT_SAMPLES, SAMPLES_PER_POSITION
-from src.inference.decoding import DecodingOptions, decode, encode, log_mel_for, padded_samples, sot_sequences
+from src.inference.decoding import decode, encode
+from src.inference.frontend import log_mel_for, padded_samples
+from src.inference.options import DecodingOptions
+from src.inference.vocabulary import Vocabulary
 from src.models.dynamic_context import DynamicWhisper
 from src.training.schedule import build_optimizer, build_schedule
 from src.utils.config import Config
@@ -93,6 +96,7 @@ class Teacher:
         self._model = copy.deepcopy(model).requires_grad_(False).eval()
         self._processor = processor
         self._decoding = DecodingOptions.from_config(config)
+        self._vocabulary = Vocabulary.of(processor.tokenizer)
         self._pause_samples = round(max_trailing_silence_sec * SAMPLE_RATE)
         self._room = TARGET_MEMORY_BYTES if keep else 0
         self._kept: dict[int, Target] = {}
@@ -117,8 +121,11 @@ class Teacher:
         audios = [clip.audio.numpy() for clip in clips]
         encoded = encode(self._model, audios, 0.0)
         hidden = encoded.last_hidden_state  # (B, 1500, d_model)
-        starts = sot_sequences(self._model, encoded, self._decoding)
         decoded = decode(self._model, self._processor, audios, self._decoding, encoder_outputs=encoded)
+        starts = [
+            self._vocabulary.start_sequence(result.language, self._decoding.task, timestamps=False)
+            for result in decoded
+        ]
         rows = [[*start, *result.tokens] for start, result in zip(starts, decoded, strict=True)]
         end = self._processor.tokenizer.eos_token_id
         # to the right of a row, padding changes nothing: the decoder is causal

@@ -9,22 +9,19 @@ from pathlib import Path
 from typing import Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from src.utils.config_inference import InferenceConfig, StreamingConfig, VADConfig
+from src.utils.config_section import MAX_AUDIO_SEC, Section
 from src.utils.errors import did_you_mean
 
 Variant = Literal[
     "tiny", "tiny.en", "base", "base.en", "small", "small.en", "medium", "medium.en", "distil", "large-v3-turbo"
 ]
 VARIANTS: tuple[str, ...] = get_args(Variant)
-MAX_AUDIO_SEC = 30.0  # the length of Whisper's position table
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class PathsConfig(_Section):
+class PathsConfig(Section):
     """Folders, relative to the working directory."""
 
     runs_dir: Path = Path("runs")
@@ -37,7 +34,7 @@ class PathsConfig(_Section):
         return value.expanduser()
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which weights, for which language, and how much audio the encoder sees."""
 
     variant: str = "tiny.en"
@@ -74,7 +71,7 @@ HUB_SOURCES = frozenset({"minds14", "librispeech", "speechocean762", "hub"})
 PATH_SOURCES = frozenset({"folder", "common_voice", "parquet"})
 
 
-class HubConfig(_Section):
+class HubConfig(Section):
     """A data set on the Hugging Face Hub; for a named corpus, what to take instead of its defaults."""
 
     id: str | None = None
@@ -87,7 +84,7 @@ class HubConfig(_Section):
     text_column: str | None = None
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where utterances come from and which are allowed in."""
 
     source: SourceName = "sample"
@@ -153,7 +150,7 @@ class DataConfig(_Section):
             )
 
 
-class CompositionConfig(_Section):
+class CompositionConfig(Section):
     """What training examples are made of, beyond one clip with its text."""
 
     no_speech_fraction: float = Field(0.0, ge=0, le=0.2)
@@ -163,7 +160,7 @@ class CompositionConfig(_Section):
     previous_text_prob: float = Field(0.0, ge=0, le=1)
 
 
-class SpecAugmentConfig(_Section):
+class SpecAugmentConfig(Section):
     """Masks on the log-mel spectrogram (Park et al. 2019), over real frames only."""
 
     time_masks: int = Field(2, ge=0)
@@ -172,7 +169,7 @@ class SpecAugmentConfig(_Section):
     max_frequency_mask_bins: int = Field(10, ge=0)
 
 
-class AugmentationConfig(_Section):
+class AugmentationConfig(Section):
     """Changes of the training audio, drawn anew for each clip and epoch; each is off at probability 0."""
 
     enabled: bool = True
@@ -198,7 +195,7 @@ class AugmentationConfig(_Section):
         return self
 
 
-class LoRAConfig(_Section):
+class LoRAConfig(Section):
     """Low-rank adapters (Hu et al. 2021) on the model's linear layers, through PEFT."""
 
     rank: int = Field(32, ge=1)
@@ -207,7 +204,7 @@ class LoRAConfig(_Section):
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """The loop."""
 
     epochs: int = Field(3, ge=1)
@@ -253,7 +250,7 @@ class TrainingConfig(_Section):
         return self
 
 
-class CheckpointsConfig(_Section):
+class CheckpointsConfig(Section):
     """What a stopped run goes on from, and its copy elsewhere."""
 
     save_minutes: float | None = Field(10.0, ge=0)
@@ -265,14 +262,14 @@ class CheckpointsConfig(_Section):
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 
 
-class TrackingConfig(_Section):
+class TrackingConfig(Section):
     """Where a run is recorded beside its own metrics.jsonl."""
 
     trackers: tuple[TrackerName, ...] = ()
     project: str = "whisper_asr"
 
 
-class GuardConfig(_Section):
+class GuardConfig(Section):
     """Speech of another kind, on which fine-tuning must not make the model worse."""
 
     source: Literal["auto", "none", "clip", "librispeech", "folder", "parquet"] = "auto"
@@ -289,41 +286,14 @@ class GuardConfig(_Section):
         return self
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """How rates are measured."""
 
     bootstrap_samples: int = Field(2000, ge=100)
     confidence: float = Field(0.95, gt=0.5, lt=1)
 
 
-class InferenceConfig(_Section):
-    """Decoding of files; evaluation uses the same."""
-
-    batch_size: int = Field(16, ge=1)
-    num_beams: int = Field(1, ge=1)
-    trailing_silence_sec: float = Field(0.5, ge=0, le=5)
-    max_tokens_per_sec: float = Field(10.0, gt=0)
-
-
-class VADConfig(_Section):
-    """silero-vad."""
-
-    threshold: float = Field(0.5, gt=0, lt=1)
-    min_silence_sec: float = Field(0.5, gt=0)
-    min_speech_sec: float = Field(0.1, ge=0)
-    pad_sec: float = Field(0.1, ge=0)
-
-
-class StreamingConfig(_Section):
-    """The streaming state machine."""
-
-    policy: Literal["local_agreement"] = "local_agreement"
-    min_chunk_sec: float = Field(0.8, ge=0.1, le=5)
-    buffer_sec: float = Field(12.0, ge=2, le=MAX_AUDIO_SEC - 1)
-    max_prompt_tokens: int = Field(0, ge=0, le=223)
-
-
-class Config(_Section):
+class Config(Section):
     """The whole configuration."""
 
     profile: str | None = None

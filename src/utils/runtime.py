@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import random
 from dataclasses import dataclass
 from typing import Literal
@@ -84,6 +85,15 @@ def choose_precision(precision: str, device: torch.device) -> PrecisionChoice:
     if precision not in ("float32", "bfloat16", "float16"):
         raise DeviceError(f"precision {precision!r} is unknown; use auto, float32, bfloat16 or float16")
     return PrecisionChoice(precision, "asked for")  # type: ignore[arg-type]
+
+
+def usable_cores() -> int:
+    """Return this process's share of the cores that it may run on; a container may have fewer than the machine.
+
+    Processes that train together on one machine share them; launchers say how many there are in LOCAL_WORLD_SIZE.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def allow_tf32(device: torch.device) -> str:

@@ -19,7 +19,8 @@ from src.data.audio import SAMPLE_RATE
 from src.data.augmentation import NOTHING, RT60_SEC, AudioAugmenter, Effects
 from src.data.dsp import pitch_ratios, semitones
 from src.evaluation.text import normalize_plain
-from src.inference.decoding import DecodingOptions, decode
+from src.inference.decoding import decode
+from src.inference.options import DecodingOptions
 from src.utils.config_schema import AugmentationConfig
 from src.utils.errors import AudioError, ConfigError, DataError, DeviceError
 

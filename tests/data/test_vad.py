@@ -14,7 +14,7 @@ from src.data import vad as vad_module
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.utterance import Utterance
 from src.data.vad import SpeechSegment, VoiceActivityDetector
-from src.utils.config_schema import VADConfig
+from src.utils.config_inference import VADConfig
 from src.utils.errors import AudioError, MissingDependencyError, ModelError
 
 JFK = Path(__file__).parents[2] / "src/data/samples/jfk.flac"

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from src.evaluation.figures_words import draw_words
-from src.inference.alignment import Word
-from src.inference.decoding import DecodingOptions, decode
+from src.inference.decoding import decode
+from src.inference.options import DecodingOptions
+from src.inference.words import Word
 from src.utils.errors import AudioError, DataError
 from src.utils.figures import save_figure
 

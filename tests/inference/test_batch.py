@@ -8,14 +8,9 @@ import pytest
 import soundfile as sf
 
 from src.data.sources import SAMPLE_CLIP
-from src.inference.batch import BatchInference, pack_segments
+from src.inference.batch import BatchInference
 from src.utils.errors import AudioError, DataError
 
-
-def test_segments_are_packed_up_to_the_limit_and_long_ones_cut_evenly() -> None:
-    assert pack_segments([(0, 5), (6, 12), (13, 20), (40, 45)], 15) == [(0, 12), (13, 20), (40, 45)]
-    assert pack_segments([(0, 50)], 28) == [(0, 25), (25, 50)]
-    assert pack_segments([], 28) == []
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.inference.alignment import Word
 from src.inference.commit import CommitResult, LocalAgreement, find_loop, word_key
+from src.inference.words import Word
 
 
 def said(text: str, *, start_sec: float = 0.0, word_sec: float = 0.3) -> list[Word]:

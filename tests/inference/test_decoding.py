@@ -9,7 +9,9 @@ import torch
 
 from src.data.audio import load_audio
 from src.data.features import CONTEXT_SAMPLES, LogMel
-from src.inference.decoding import DecodingOptions, decode, encode, padded_samples
+from src.inference.decoding import decode, encode
+from src.inference.frontend import padded_samples
+from src.inference.options import DecodingOptions
 from src.utils.errors import ModelError
 
 pytestmark = pytest.mark.slow
@@ -90,6 +92,42 @@ def test_prefix_begins_the_text_and_the_rest_continues_it(tiny_en: tuple[Any, An
     assert result.text.endswith("do for your country.")
 
 
+def test_words_of_a_forced_prefix_have_the_times_that_they_have_without(
+    tiny_en: tuple[Any, Any], jfk: np.ndarray
+) -> None:
+    model, processor = tiny_en
+    free = decode(model, processor, [jfk], DecodingOptions(word_timestamps=True))[0]
+    forced = decode(model, processor, [jfk], DecodingOptions(word_timestamps=True, prefix="And so my fellow"))[0]
+    for expected, found in zip(free.words or (), forced.words or (), strict=True):
+        assert (found.text, found.start_sec, found.end_sec) == (expected.text, expected.start_sec, expected.end_sec)
+        assert found.probability == pytest.approx(expected.probability, abs=1e-4)
+
+
+def test_timestamps_are_pairs_that_ascend(tiny_en: tuple[Any, Any], jfk: np.ndarray) -> None:
+    model, processor = tiny_en
+    result = decode(model, processor, [jfk], DecodingOptions(timestamps=True))[0]
+    begin = model.generation_config.no_timestamps_token_id + 1
+    times = [token for token in result.tokens if token >= begin]
+    assert times == sorted(times)
+    assert result.tokens[0] == begin
+    assert "country" in result.text
+
+
+def test_a_temperature_draws_the_same_text_from_the_same_seed(tiny_en: tuple[Any, Any], jfk: np.ndarray) -> None:
+    model, processor = tiny_en
+    texts = [
+        decode(model, processor, [jfk], DecodingOptions(temperature=1.0, seed=seed))[0].tokens for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_silence_is_told_by_the_token_for_it(tiny_en: tuple[Any, Any], jfk: np.ndarray) -> None:
+    model, processor = tiny_en
+    clips = [jfk, np.zeros(48_000, dtype=np.float32)]
+    speech, silence = decode(model, processor, clips, DecodingOptions(no_speech=True))
+    assert (speech.no_speech_prob or 0) < 0.1 < 0.8 < (silence.no_speech_prob or 0)
+
+
 def test_prompt_is_not_part_of_the_text(tiny_en: tuple[Any, Any], jfk: np.ndarray) -> None:
     model, processor = tiny_en
     result = decode(model, processor, [jfk], DecodingOptions(prompt="The inaugural address of the president."))[0]
@@ -107,8 +145,12 @@ def test_tokens_are_capped_by_duration(tiny_en: tuple[Any, Any], jfk: np.ndarray
 def test_beam_search_decodes_own_length(tiny_en: tuple[Any, Any], jfk: np.ndarray) -> None:
     model, processor = tiny_en
     assert decode(model, processor, [jfk], DecodingOptions(num_beams=3))[0].text == JFK
-    with pytest.raises(ModelError, match="greedy"):
-        decode(model, processor, [jfk], DecodingOptions(num_beams=3, prefix="And"))
+    given = DecodingOptions(num_beams=3, prefix="And so my fellow", prompt="The inaugural address of the president.")
+    continued = decode(model, processor, [jfk], given)[0]
+    assert continued.text.startswith("And so my fellow Americans")
+    assert continued.avg_logprob < 0
+    with pytest.raises(ModelError, match="one of them"):
+        DecodingOptions(num_beams=3, temperature=0.5)
 
 
 def test_encoder_sees_own_length_and_its_pause(tiny_en: tuple[Any, Any], jfk: np.ndarray) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from src.inference import microphone as microphone_module
-from src.inference.alignment import Word
-from src.inference.decoding import DecodingResult
 from src.inference.microphone import Microphone
+from src.inference.options import DecodingResult
 from src.inference.streaming import StreamingASR
+from src.inference.words import Word
 from src.utils.config import Config
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError
 

@@ -15,13 +15,13 @@ import soundfile as sf
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.vad import VADEvent, VoiceActivityDetector
-from src.inference.alignment import Word
 from src.inference.commit import word_key
-from src.inference.decoding import DecodingOptions, DecodingResult
 from src.inference.events import Event
+from src.inference.options import DecodingOptions, DecodingResult
 from src.inference.streaming import StreamingASR
+from src.inference.words import Word
 from src.utils.config import Config, load_config
-from src.utils.config_schema import VADConfig
+from src.utils.config_inference import VADConfig
 from src.utils.errors import AudioError
 
 JFK = Path(__file__).parents[2] / "src/data/samples/jfk.flac"

@@ -11,7 +11,8 @@ from src.data.batching import batch_generator
 from src.data.labels import IGNORE_INDEX
 from src.data.loader import SpeechLoader, create_loader
 from src.data.utterance import Utterance
-from src.inference.decoding import DecodingOptions, decode
+from src.inference.decoding import decode
+from src.inference.options import DecodingOptions
 from src.training import prefixes
 from src.training.prefixes import PrefixCutter, TimedWord, load_or_time_words, time_words
 from src.utils.config import Config

@@ -17,7 +17,8 @@ from src.data.labels import LabelEncoder
 from src.data.loader import create_loader
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator
-from src.inference.decoding import DecodingOptions, decode
+from src.inference.decoding import decode
+from src.inference.options import DecodingOptions
 from src.models.export import read_provenance
 from src.training import saving
 from src.training.checkpoint import list_checkpoints, load_checkpoint

@@ -1,0 +1,46 @@
+from .audio import SAMPLE_RATE, load_audio
+from .audio_cache import AudioCache
+from .augmentation import AudioAugmenter
+from .augmentation_demo import demonstrate, draw_examples, players
+from .batching import LengthBatchSampler
+from .dataset import DataCollator, WhisperDataset, decode_audio
+from .features import LogMel
+from .labels import LabelEncoder
+from .loader import SpeechLoader, create_dataloaders, create_loader
+from .preparation import DatasetSplits, prepare_datasets
+from .preprocessing import AudioPreprocessor
+from .report import DataReport, build_data_report
+from .report_figure import draw_data_report
+from .sources import SAMPLE_CLIP
+from .spec_augment import SpecAugment
+from .utterance import Utterance
+from .vad import VoiceActivityDetector
+
+__all__ = [
+    "SAMPLE_CLIP",
+    "SAMPLE_RATE",
+    "AudioAugmenter",
+    "AudioCache",
+    "AudioPreprocessor",
+    "DataCollator",
+    "DataReport",
+    "DatasetSplits",
+    "LabelEncoder",
+    "LengthBatchSampler",
+    "LogMel",
+    "SpecAugment",
+    "SpeechLoader",
+    "Utterance",
+    "VoiceActivityDetector",
+    "WhisperDataset",
+    "build_data_report",
+    "create_dataloaders",
+    "create_loader",
+    "decode_audio",
+    "demonstrate",
+    "draw_data_report",
+    "draw_examples",
+    "load_audio",
+    "players",
+    "prepare_datasets",
+]

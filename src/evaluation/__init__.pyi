@@ -1,0 +1,46 @@
+from .alignment_view import AlignmentView
+from .data_checks import add_model_checks, choose_label_case
+from .evaluator import ModelEvaluator
+from .figures_variants import variants_chart
+from .figures_words import draw_words
+from .guard import GuardSet, evaluate_guard, prepare_guard_set
+from .html_report import write_html_report
+from .latency import LatencyBenchmark, latency_table
+from .live_plot import LivePlot
+from .metrics import MetricsCalculator
+from .model_card import write_model_card
+from .report import comparison_table, describe_comparison, summarize_run
+from .results import EvaluationResult, ModelComparison
+from .slices import slice_rates
+from .streaming import evaluate_stream, make_stream
+from .variants import compare_models
+from .visualization import EvaluationVisualizer, TrainingVisualizer
+
+__all__ = [
+    "AlignmentView",
+    "EvaluationResult",
+    "EvaluationVisualizer",
+    "GuardSet",
+    "LatencyBenchmark",
+    "LivePlot",
+    "MetricsCalculator",
+    "ModelComparison",
+    "ModelEvaluator",
+    "TrainingVisualizer",
+    "add_model_checks",
+    "choose_label_case",
+    "compare_models",
+    "comparison_table",
+    "describe_comparison",
+    "draw_words",
+    "evaluate_guard",
+    "evaluate_stream",
+    "latency_table",
+    "make_stream",
+    "prepare_guard_set",
+    "slice_rates",
+    "summarize_run",
+    "variants_chart",
+    "write_html_report",
+    "write_model_card",
+]

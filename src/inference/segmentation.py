@@ -1,0 +1,148 @@
+"""Recordings of any length cut at silences into segments that the encoder takes, in bounded memory.
+
+A recording of at most `max_sec` stays whole. Longer ones are cut where silero-vad hears no speech. Speech that goes on
+for longer than `max_sec` is cut at its quietest moment, which lies between words far more often than a fixed grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.vad import VADEvent, VoiceActivityDetector
+
+QUIET_SAMPLES = SAMPLE_RATE // 10  # 0.1 s: the gap that a cut in the middle of speech looks for
+EARLIEST_CUT = 0.5  # share of `max_sec`; a cut before it would make many short segments
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a recording, from `start_sec` to `end_sec`; `audio` is (T,) float32 at 16 kHz."""
+
+    start_sec: float
+    end_sec: float
+    audio: Waveform
+
+    def without_audio(self) -> Segment:
+        """Return its place alone, to free memory."""
+        return replace(self, audio=np.zeros(0, dtype=np.float32))
+
+
+def cut_at_silences(
+    blocks: Iterable[Waveform], vad: VoiceActivityDetector, *, max_sec: float, join_pause_sec: float
+) -> Iterator[Segment]:
+    """Cut a recording that arrives in blocks.
+
+    Args:
+        blocks: (n,) float32, 16 kHz, in order.
+        vad: its `pad_sec` of silence stays on both sides of speech.
+        max_sec: of a segment.
+        join_pause_sec: stretches of speech with at most so much silence between them share a segment, where they fit.
+    Yields: segments in order, without overlap, that hold all speech; a recording of at most `max_sec` as it is.
+    """
+    cutter = _Cutter(vad, round(max_sec * SAMPLE_RATE), round(join_pause_sec * SAMPLE_RATE))
+    for block in blocks:
+        yield from cutter.hear(block)
+    yield from cutter.finish()
+
+
+class _Cutter:
+    """Positions are samples since the recording began."""
+
+    def __init__(self, vad: VoiceActivityDetector, max_samples: int, join_samples: int) -> None:
+        self._stream = vad.stream()
+        self._pad = round(vad.config.pad_sec * SAMPLE_RATE)
+        self._onset = round((vad.config.min_speech_sec + vad.config.pad_sec) * SAMPLE_RATE) + SAMPLE_RATE // 10
+        self._max, self._join = max_samples, join_samples
+        self._held: Waveform = np.zeros(0, dtype=np.float32)
+        self._from = 0  # position of the first sample held
+        self._judged = 0  # up to here the detector has heard
+        self._speech: int | None = None  # where speech that goes on began
+        self._window: tuple[int, int] | None = None  # speech that waits for more, or to be given out
+        self._cut = 0  # no segment begins before it
+
+    def hear(self, block: Waveform) -> Iterator[Segment]:
+        self._held = np.concatenate([self._held, block])
+        if self._judged or self._from + len(self._held) > self._max:
+            yield from self._judge()
+
+    def finish(self) -> Iterator[Segment]:
+        if not self._judged:  # it fits as it is
+            if len(self._held):
+                yield Segment(0.0, len(self._held) / SAMPLE_RATE, self._held)
+            return
+        for event in self._stream.finish():
+            yield from self._note(event)
+        if self._window is not None:
+            yield self._give(*self._window)
+
+    def _judge(self) -> Iterator[Segment]:
+        """Let the detector hear what is new, a second at a time: speech that is too long is cut in time."""
+        end = self._from + len(self._held)
+        while self._judged < end:
+            step = min(self._judged + SAMPLE_RATE, end)
+            events = self._stream.feed(self._held[self._judged - self._from : step - self._from])
+            self._judged = step
+            for event in events:
+                yield from self._note(event)
+            while self._speech is not None and self._judged - self._speech + self._pad > self._max - self._pad:
+                yield from self._cut_speech(self._speech)
+            if self._window is not None and self._speech is None and self._judged - self._window[1] > self._join:
+                yield self._give(*self._window)  # nothing that comes can join it
+                self._window = None
+            self._forget()
+
+    def _note(self, event: VADEvent) -> Iterator[Segment]:
+        at = round(event.time_sec * SAMPLE_RATE)
+        if event.kind == "start":
+            self._speech = at
+            return
+        begin, self._speech = (at if self._speech is None else self._speech), None
+        yield from self._add(begin, at)
+
+    def _add(self, begin: int, end: int) -> Iterator[Segment]:
+        """Join a stretch of speech to the window, or begin a new one with it."""
+        if self._window is not None:
+            start, last = self._window
+            if begin - last <= self._join and end - start + 2 * self._pad <= self._max:
+                self._window = (start, end)
+                return
+            yield self._give(start, last, before=begin)
+        self._window = (begin, end)
+
+    def _cut_speech(self, begin: int) -> Iterator[Segment]:
+        """Give out the speech until its quietest moment; the rest goes on from there."""
+        first = begin + round(EARLIEST_CUT * self._max)
+        last = begin + self._max - 2 * self._pad
+        at = first + _quietest(self._held[first - self._from : last - self._from])
+        if self._window is not None:
+            yield self._give(*self._window, before=begin)
+            self._window = None
+        yield self._give(begin, at, before=at)
+        self._speech = self._cut = at
+
+    def _give(self, begin: int, end: int, *, before: int | None = None) -> Segment:
+        """Make a segment with padding; one that would reach beyond half of the way to `before` ends there."""
+        start = max(begin - self._pad, self._cut, 0)
+        heard = self._from + len(self._held)
+        stop = min(end + self._pad, heard if before is None else max(end, (end + before) // 2))
+        self._cut = stop
+        audio = self._held[start - self._from : stop - self._from].copy()
+        return Segment(start / SAMPLE_RATE, stop / SAMPLE_RATE, audio)
+
+    def _forget(self) -> None:
+        """Drop audio that no segment can need."""
+        waiting = self._window[0] if self._window is not None else self._speech
+        keep = max((self._judged if waiting is None else waiting) - self._onset, self._cut, self._from)
+        if keep - self._from > self._max:  # not at every step: it copies what stays
+            self._held, self._from = self._held[keep - self._from :].copy(), keep
+
+
+def _quietest(samples: Waveform) -> int:
+    """Return the middle of the quietest 0.1 s."""
+    power = np.concatenate([[0.0], np.cumsum(samples.astype(np.float64) ** 2)])
+    energy = power[QUIET_SAMPLES:] - power[:-QUIET_SAMPLES]
+    return int(energy.argmin()) + QUIET_SAMPLES // 2 if len(energy) else len(samples) // 2

@@ -1,0 +1,89 @@
+"""Words in time: tokens grouped into words, and what a word of a transcript carries."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+_CLOSING = string.punctuation.replace("'", "") + "。、，！？：”’)]}"  # joins the word before it
+_OPENING = "\"'“¿([{-"  # joins the word after it
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word with its place in the audio.
+
+    Attributes:
+        text: without surrounding spaces, punctuation included.
+        start_sec, end_sec: seconds from the start of the decoded audio.
+        probability: mean probability of its tokens among all text tokens, in [0, 1], as in openai/whisper.
+    """
+
+    text: str
+    start_sec: float
+    end_sec: float
+    probability: float
+
+
+class TextDecoder(Protocol):
+    """What turns token ids into text: `Vocabulary`, or a tokenizer of transformers."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of tokens, leading space included."""
+
+
+def split_words(vocabulary: TextDecoder, tokens: Sequence[int]) -> list[tuple[str, int]]:
+    """Group tokens into words: a token starts one if it decodes to a leading space, else it extends the last.
+
+    Returns: (text, number of tokens) a word; the numbers add up to all tokens.
+    """
+    words: list[tuple[str, int]] = []
+    pending: list[int] = []
+    for token in tokens:
+        pending.append(token)
+        piece = vocabulary.decode(pending)
+        if "\ufffd" in piece:  # half of a multi-byte character
+            continue
+        stripped = piece.strip()
+        opens = piece.startswith(" ") or not words
+        closes = bool(stripped) and all(c in _CLOSING for c in stripped) and not piece.startswith(" ")
+        joins_opening = bool(words) and words[-1][0] != "" and all(c in _OPENING for c in words[-1][0])
+        if words and (not opens or closes or (joins_opening and not piece.startswith(" "))):
+            words[-1] = (words[-1][0] + piece.rstrip(), words[-1][1] + len(pending))
+        else:
+            words.append((stripped, len(pending)))
+        pending = []
+    if pending and words:
+        words[-1] = (words[-1][0], words[-1][1] + len(pending))
+    return words
+
+
+def place_words(
+    vocabulary: TextDecoder,
+    tokens: Sequence[int],
+    *,
+    entered_sec: Sequence[float],
+    probabilities: Sequence[float],
+) -> tuple[Word, ...]:
+    """Give words the times and probabilities of their tokens.
+
+    Args:
+        entered_sec: when each token begins, and after them the end token: one more than `tokens`, ascending.
+        probabilities: of each token, in [0, 1].
+    Returns: words in order; starts and ends never decrease.
+    """
+    words = []
+    at = 0
+    for text, size in split_words(vocabulary, tokens):
+        start, end = float(entered_sec[at]), float(entered_sec[at + size])
+        probability = float(sum(probabilities[at : at + size]) / size)
+        words.append(Word(text, start, max(start, end), probability))
+        at += size
+    return tuple(word for word in words if word.text)
+
+
+def shifted(words: Sequence[Word], by_sec: float) -> tuple[Word, ...]:
+    """Return the words later by some seconds."""
+    return tuple(Word(w.text, w.start_sec + by_sec, w.end_sec + by_sec, w.probability) for w in words)

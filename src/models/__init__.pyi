@@ -1,0 +1,14 @@
+from .ct2_converter import convert_ct2_to_hf
+from .dynamic_context import DynamicWhisper
+from .export import export_ctranslate2, export_huggingface
+from .weights import resolve_weights
+from .whisper_model import WhisperModelManager
+
+__all__ = [
+    "DynamicWhisper",
+    "WhisperModelManager",
+    "convert_ct2_to_hf",
+    "export_ctranslate2",
+    "export_huggingface",
+    "resolve_weights",
+]

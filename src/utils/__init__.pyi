@@ -1,0 +1,27 @@
+from .colab import copy_verified, in_colab, mount_drive
+from .config import Config, load_config
+from .data_versions import DataVersionManager
+from .figures import save_figure
+from .logging_config import setup_logging
+from .mirror import DriveMirror
+from .registry import ModelRegistry
+from .runtime import get_device, set_seed
+from .tracking import ExperimentLogger
+from .versioning import get_git_revision
+
+__all__ = [
+    "Config",
+    "DataVersionManager",
+    "DriveMirror",
+    "ExperimentLogger",
+    "ModelRegistry",
+    "copy_verified",
+    "get_device",
+    "get_git_revision",
+    "in_colab",
+    "load_config",
+    "mount_drive",
+    "save_figure",
+    "set_seed",
+    "setup_logging",
+]
