@@ -1,23 +1,27 @@
 """Which words are final: hypotheses over a moving window of audio in, an append-only transcript out. Pure.
 
-LocalAgreement-2 (Liu et al. 2020; Macháček et al. 2023): what two successive hypotheses begin with alike is
-committed. Each hypothesis begins with words that are committed already, perhaps spelt otherwise. whisper_streaming
-drops them by time and then by an n-gram match of at most five words; here one alignment decides, whose cost counts both
-differing words and words on the wrong side of the last committed time, so that neither a re-spelt word nor a shifted
-time commits a word twice.
+AlignAtt (Papi et al. 2023) commits what the decoder has heard to its end; LocalAgreement-2 (Liu et al. 2020; Macháček
+et al. 2023) what two successive hypotheses begin with alike. Each hypothesis begins with words that are committed
+already, perhaps spelt otherwise. whisper_streaming drops them by time and then by an n-gram match of at most five
+words; here one alignment decides, whose cost counts both differing words and words on the wrong side of the last
+committed time, so that neither a re-spelt word nor a shifted time commits a word twice.
 """
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from src.inference.words import Word
+from src.utils.config_inference import StreamingConfig
 
 TIME_SLACK_SEC = 0.2  # how far word times move between hypotheses
 EDIT_COST = 2  # against 1 for a word at the wrong time: text is the better witness
+CHUNK_SEC = 2.0
+CHUNK_OVERLAP_SEC = 0.5
 LOOP_MAX_NGRAM = 4  # words
 LOOP_MIN_COPIES = 3
 LOOP_MIN_WORDS = 12  # people say "no, no, no, no"; nobody says twelve words of it
@@ -38,7 +42,18 @@ class CommitResult:
 
 
 class CommitPolicy(Protocol):
-    """Decides which words of a hypothesis are final. Nothing committed is ever retracted, and times never decrease."""
+    """Decides which words of a hypothesis are final. Nothing committed is ever retracted, and times never decrease.
+
+    Attributes:
+        forces_prefix: hypotheses are to begin with the committed words that are still held.
+        interval_sec: audio between updates; None leaves it to `streaming.min_chunk_sec`.
+    """
+
+    forces_prefix: bool
+    interval_sec: float | None
+
+    def window_start_sec(self, held_from_sec: float, audio_end_sec: float) -> float:
+        """From where on the audio is to be decoded."""
 
     def update(self, words: Sequence[Word], *, audio_end_sec: float) -> CommitResult:
         """Take the hypothesis for all audio held, in absolute times, and the time at which that audio ends."""
@@ -50,37 +65,26 @@ class CommitPolicy(Protocol):
         """Learn that audio before this time left the buffer: hypotheses begin after it."""
 
 
-class LocalAgreement:
-    """LocalAgreement-2: commits the longest common beginning of the last two hypotheses.
+class _Transcript:
+    """What every policy shares: the committed words, and which words of a hypothesis come after them.
 
     Words are compared without case and punctuation; the newer spelling and times are taken.
     """
+
+    forces_prefix = False
+    interval_sec: float | None = None
 
     def __init__(self) -> None:
         self._committed: list[Word] = []  # those whose audio is still held, and a few before
         self._held_from_sec = 0.0
         self._last_end_sec = 0.0
-        self._previous: tuple[str, ...] = ()  # keys of the last hypothesis after what is committed
 
-    def update(self, words: Sequence[Word], *, audio_end_sec: float) -> CommitResult:
-        """Commit what this hypothesis and the last one agree on.
-
-        Args:
-            words: the hypothesis for all audio held, absolute times.
-            audio_end_sec: end of that audio; words are clipped to it.
-        Returns: words new in the transcript, and the tail.
-        """
-        new = self._new_words(words)
-        keys = tuple(word_key(word) for word in new)
-        agreed = 0
-        while agreed < min(len(keys), len(self._previous)) and keys[agreed] == self._previous[agreed]:
-            agreed += 1
-        self._previous = keys[agreed:]
-        return CommitResult(self._commit(new[:agreed], audio_end_sec), new[agreed:])
+    def window_start_sec(self, held_from_sec: float, audio_end_sec: float) -> float:
+        """All audio held is decoded."""
+        return held_from_sec
 
     def flush(self, words: Sequence[Word]) -> CommitResult:
         """Commit every word of a hypothesis; loops are dropped."""
-        self._previous = ()
         return CommitResult(self._commit(self._new_words(words)), ())
 
     def discard_before(self, sec: float) -> None:
@@ -117,7 +121,96 @@ class LocalAgreement:
         return tuple(committed)
 
 
-POLICIES: Mapping[str, Callable[[], CommitPolicy]] = {"local_agreement": LocalAgreement}  # by `streaming.policy`
+class LocalAgreement(_Transcript):
+    """LocalAgreement-2: commits the longest common beginning of the last two hypotheses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._previous: tuple[str, ...] = ()  # keys of the last hypothesis after what is committed
+
+    def update(self, words: Sequence[Word], *, audio_end_sec: float) -> CommitResult:
+        """Commit what this hypothesis and the last one agree on.
+
+        Args:
+            words: the hypothesis for all audio held, absolute times.
+            audio_end_sec: end of that audio; words are clipped to it.
+        Returns: words new in the transcript, and the tail.
+        """
+        new = self._new_words(words)
+        keys = tuple(word_key(word) for word in new)
+        agreed = 0
+        while agreed < min(len(keys), len(self._previous)) and keys[agreed] == self._previous[agreed]:
+            agreed += 1
+        self._previous = keys[agreed:]
+        return CommitResult(self._commit(new[:agreed], audio_end_sec), new[agreed:])
+
+    def flush(self, words: Sequence[Word]) -> CommitResult:
+        """Commit every word of a hypothesis; loops are dropped."""
+        self._previous = ()
+        return super().flush(words)
+
+
+class AlignAtt(_Transcript):
+    """AlignAtt (Papi et al. 2023): commits the words whose attention ends before the newest audio.
+
+    The decoder looks at the audio that a word comes from. A word that ends at least `guard_sec` before the end of the
+    audio was said whole, with what follows it in view; a later one may still change. The committed words are forced as
+    the beginning of the next hypothesis, so that it goes on from them.
+
+    Args:
+        guard_sec: between the end of a committed word and the end of the audio.
+    """
+
+    forces_prefix = True
+
+    def __init__(self, guard_sec: float) -> None:
+        super().__init__()
+        self._guard_sec = guard_sec
+
+    def update(self, words: Sequence[Word], *, audio_end_sec: float) -> CommitResult:
+        """Commit the words that ended before the guard; see `LocalAgreement.update`."""
+        new = self._new_words(words)
+        settled = list(itertools.takewhile(lambda word: word.end_sec <= audio_end_sec - self._guard_sec, new))
+        return CommitResult(self._commit(settled, audio_end_sec), new[len(settled) :])
+
+
+class ChunkMerge(_Transcript):
+    """Independent chunks of 2 s that overlap by 0.5 s, merged at a word's middle: how live captions are often made.
+
+    Kept for comparison: a word that a chunk's edge cuts is wrong in both.
+    """
+
+    interval_sec = CHUNK_SEC - CHUNK_OVERLAP_SEC
+
+    def window_start_sec(self, held_from_sec: float, audio_end_sec: float) -> float:
+        """Decode the newest chunk alone."""
+        return max(held_from_sec, audio_end_sec - CHUNK_SEC)
+
+    def update(self, words: Sequence[Word], *, audio_end_sec: float) -> CommitResult:
+        """Commit the words of a chunk whose middle lies between the middles of its overlaps."""
+        until_sec = audio_end_sec - CHUNK_OVERLAP_SEC / 2
+        committed = self._commit([word for word in self._unheard(words) if _middle_sec(word) <= until_sec])
+        self._last_end_sec = max(self._last_end_sec, until_sec)
+        return CommitResult(committed, tuple(word for word in words if _middle_sec(word) > until_sec))
+
+    def flush(self, words: Sequence[Word]) -> CommitResult:
+        """Commit the rest of the last chunk."""
+        return CommitResult(self._commit(self._unheard(words)), ())
+
+    def _unheard(self, words: Sequence[Word]) -> tuple[Word, ...]:
+        late = [word for word in words if _middle_sec(word) > self._last_end_sec]
+        return _without_loops(self._committed[-LOOP_MIN_WORDS:], late)
+
+
+def make_policy(settings: StreamingConfig) -> CommitPolicy:
+    """Make the policy that `streaming.policy` names."""
+    if settings.policy == "alignatt":
+        return AlignAtt(settings.guard_sec)
+    return LocalAgreement() if settings.policy == "local_agreement" else ChunkMerge()
+
+
+def _middle_sec(word: Word) -> float:
+    return (word.start_sec + word.end_sec) / 2
 
 
 def word_key(word: Word) -> str:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.features import CONTEXT_SAMPLES
-from src.data.labels import TIMESTAMP_STEP_SEC
-from src.data.vad import VoiceActivityDetector
+from src.data.labels import TIMESTAMP_STEP_SEC, TimedTokens
+from src.data.mel import CONTEXT_SAMPLES
+from src.inference.detection import SpeechDetector
 from src.inference.engines import Engine
 from src.inference.fallback import FallbackOptions, decode_with_fallback
 from src.inference.options import DecodingOptions, DecodingResult
@@ -29,22 +29,13 @@ MAX_PROMPT_CHARS = 2_000  # more than the 223 tokens that a prompt may have
 RESET_TEMPERATURE = 0.5  # a text that was drawn above it is no context to trust
 
 
-@dataclass(frozen=True)
-class TimedText:
-    """Text tokens between two times of a window, in seconds."""
-
-    start_sec: float
-    end_sec: float
-    tokens: tuple[int, ...]
-
-
 def transcribe_sequentially(
     engine: Engine,
     blocks: Iterable[Waveform],
     options: DecodingOptions,
     fallback: FallbackOptions,
     *,
-    vad: VoiceActivityDetector | None = None,
+    vad: SpeechDetector | None = None,
 ) -> Iterator[TranscribedSegment]:
     """Transcribe a recording that arrives in blocks, (n,) float32 at 16 kHz.
 
@@ -68,7 +59,7 @@ def transcribe_sequentially(
 
 def split_at_timestamps(
     tokens: Sequence[int], vocabulary: Vocabulary, window_sec: float
-) -> tuple[list[TimedText], float]:
+) -> tuple[list[TimedTokens], float]:
     """Split a window's tokens at the pairs of times that the model wrote between segments.
 
     Returns: (segments with text; where the next window begins, in seconds of this one: at its end, unless a segment was
@@ -88,7 +79,7 @@ def split_at_timestamps(
         start_sec = times[0] if times else 0.0
         end_sec = times[-1] if len(times) > 1 else window_sec
         if vocabulary.decode(text).strip():
-            texts.append(TimedText(start_sec, max(start_sec, end_sec), text))
+            texts.append(TimedTokens(text, start_sec, max(start_sec, end_sec)))
     last_sec = (tokens[cuts[-1] - 1] - begin) * TIMESTAMP_STEP_SEC if cuts else 0.0
     return texts, window_sec if ends_whole or not cuts or last_sec <= 0 else min(last_sec, window_sec)
 
@@ -118,7 +109,7 @@ class _Window:
 
 
 def _words(
-    engine: Engine, audio: Waveform, texts: Sequence[TimedText], options: DecodingOptions
+    engine: Engine, audio: Waveform, texts: Sequence[TimedTokens], options: DecodingOptions
 ) -> list[tuple[Word, ...]]:
     """Place all words of a window at once, and deal them out to its segments."""
     encoded = engine.encode([audio], options.trailing_silence_sec)
@@ -129,7 +120,7 @@ def _words(
 
 
 def _placed(
-    result: DecodingResult, text: TimedText, start_sec: float, vocabulary: Vocabulary, words: tuple[Word, ...] | None
+    result: DecodingResult, text: TimedTokens, start_sec: float, vocabulary: Vocabulary, words: tuple[Word, ...] | None
 ) -> TranscribedSegment:
     part = replace(result, text=vocabulary.decode(text.tokens).strip(), tokens=text.tokens)
     placed = TranscribedSegment.of(part, start_sec + text.start_sec, start_sec + text.end_sec)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -19,11 +20,12 @@ import soxr
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.vad import WINDOW_SAMPLES, SpeechTimeline, VADEvent, VoiceActivityDetector, check_waveform
 from src.inference.buffer import AudioBuffer
-from src.inference.commit import POLICIES, CommitPolicy, find_loop
+from src.inference.commit import CommitPolicy, find_loop, make_policy
 from src.inference.decoding import decode
+from src.inference.engines import Engine, transcribe
 from src.inference.events import Event, join_words
 from src.inference.options import DecodingOptions, DecodingResult
-from src.inference.words import Word
+from src.inference.words import Word, shifted
 from src.models.dynamic_context import get_audio_context
 from src.utils.config import Config
 from src.utils.errors import AudioError
@@ -49,8 +51,9 @@ class StreamingSession:
     """One live session. Several sessions may share a model; each is used from one thread at a time.
 
     Args:
-        model: a `DynamicWhisper`, in the context that its config says.
+        model: a `DynamicWhisper`, in the context that its config says; not needed with `engine`.
         processor: its `WhisperProcessor`.
+        engine: from `load_engine`, instead of a model: CTranslate2 is the fastest on a CPU.
         vad: speech detector, may be shared; None decodes silence like speech, and is final only at the end.
         config: sections `streaming`, `model`, `inference`, and `vad` for the paddings.
         context_silence_sec: silence after which the audio before it is dropped; None takes `CONTEXT_SILENCE_SEC` of the
@@ -64,9 +67,10 @@ class StreamingSession:
 
     def __init__(
         self,
-        model: Any,
-        processor: Any,
+        model: Any = None,
+        processor: Any = None,
         *,
+        engine: Engine | None = None,
         vad: VoiceActivityDetector | None = None,
         config: Config | None = None,
         context_silence_sec: float | None = None,
@@ -74,17 +78,22 @@ class StreamingSession:
         policy: Callable[[], CommitPolicy] | None = None,
         decode_fn: DecodeFn = decode,
     ) -> None:
-        self._model, self._processor, self._vad = model, processor, vad
         config = config or Config()
-        self._settings = config.streaming
-        if context_silence_sec is None:
-            context_silence_sec = CONTEXT_SILENCE_SEC[get_audio_context(model.config)]
-        self._context_silence_sec = context_silence_sec
+        self._vad, self._settings = vad, config.streaming
+        if engine is not None:
+            self._transcribe: Callable[..., list[DecodingResult]] = partial(transcribe, engine)
+            self._encode_text = engine.vocabulary.encode
+            context: str = engine.audio_context
+        else:
+            self._transcribe = partial(decode_fn, model, processor)
+            self._encode_text = partial(processor.tokenizer.encode, add_special_tokens=False)
+            context = "full" if model is None else get_audio_context(model.config)
+        self._context_silence_sec = CONTEXT_SILENCE_SEC[context] if context_silence_sec is None else context_silence_sec
         self._pad_sec = vad.config.pad_sec if vad is not None else 0.0
         self._lead_in_sec = ONSET_SEC + self._pad_sec + (vad.config.min_speech_sec if vad is not None else 0.0)
         self._options = replace(DecodingOptions.from_config(config), num_beams=1, word_timestamps=True)
-        self._clock, self._decode_fn = clock, decode_fn
-        self._make_policy = policy or POLICIES[config.streaming.policy]
+        self._clock = clock
+        self._make_policy = policy or partial(make_policy, config.streaming)
         self.reset()
 
     def reset(self) -> None:
@@ -203,7 +212,7 @@ class StreamingSession:
 
     def _interval_sec(self) -> float:
         """Audio between updates: more than an update takes, so that a slow machine never falls behind for good."""
-        chunk_sec = self._settings.min_chunk_sec
+        chunk_sec = self._policy.interval_sec or self._settings.min_chunk_sec
         return max(chunk_sec, BUSY_FACTOR * self._mean_update_sec) if self._adaptive else chunk_sec
 
     def _update(self) -> None:
@@ -227,15 +236,16 @@ class StreamingSession:
 
     def _decode(self) -> tuple[Word, ...]:
         """Transcribe the buffer; return the words that lie in speech, in absolute time."""
-        samples, start_sec = self._buffer.view()
-        samples = samples.copy()
-        prompt = self._prompt()
-        words = self._call_model(samples, start_sec, prompt)
-        if prompt and find_loop(words) is not None:
-            words = self._call_model(samples, start_sec, "")  # a prompt may have begun the loop, and would feed it
+        samples, held_from_sec = self._buffer.view()
+        start_sec = self._policy.window_start_sec(held_from_sec, self._buffer.end_sec)
+        samples = samples[round((start_sec - held_from_sec) * SAMPLE_RATE) :].copy()
+        prompt, prefix = self._prompt(), self._prefix()
+        words = self._call_model(samples, start_sec, prompt, prefix)
+        if (prompt or prefix) and find_loop(words) is not None:
+            words = self._call_model(samples, start_sec)  # a given text may have begun the loop, and would feed it
         while words and self._vad is not None and self._speech_after(words[-1].end_sec) >= UNCOVERED_SEC:
             at_sec = words[-1].end_sec
-            rest = self._call_model(samples[round((at_sec - start_sec) * SAMPLE_RATE) :], at_sec, "")
+            rest = self._call_model(samples[round((at_sec - start_sec) * SAMPLE_RATE) :], at_sec)
             if not rest or rest[-1].end_sec <= at_sec:
                 break
             words += rest
@@ -247,11 +257,11 @@ class StreamingSession:
         """Speech in the buffer that begins later than a word ending at `sec` may reach, seconds."""
         return self._timeline.speech_sec(sec + ALIGN_SLACK_SEC, self._buffer.end_sec)
 
-    def _call_model(self, samples: Waveform, start_sec: float, prompt: str) -> tuple[Word, ...]:
+    def _call_model(self, samples: Waveform, start_sec: float, prompt: str = "", prefix: str = "") -> tuple[Word, ...]:
         """Decode audio that begins at `start_sec`; return its words in absolute time, and measure the call."""
         began = self._clock()
         try:
-            (result,) = self._decode_fn(self._model, self._processor, [samples], replace(self._options, prompt=prompt))
+            (result,) = self._transcribe([samples], replace(self._options, prompt=prompt, prefix=prefix))
         except Exception as err:
             err.add_note(f"while streaming {self._buffer.start_sec:.2f} to {self._buffer.end_sec:.2f} s")
             raise
@@ -260,17 +270,18 @@ class StreamingSession:
         self._mean_update_sec += weight * (spent_sec - self._mean_update_sec)
         self.longest_update_sec = max(self.longest_update_sec, spent_sec)
         self.updates += 1
-        return tuple(
-            replace(word, start_sec=start_sec + word.start_sec, end_sec=start_sec + word.end_sec)
-            for word in result.words or ()
-        )
+        return shifted(result.words or (), start_sec)
+
+    def _prefix(self) -> str:
+        """Return the committed words that are still in the buffer, where the policy wants them forced."""
+        return join_words(self._transcript[self._left :]) if self._policy.forces_prefix else ""
 
     def _prompt(self) -> str:
         """Return the newest text whose audio has left the buffer, at most `max_prompt_tokens` of it."""
         budget = self._settings.max_prompt_tokens
         words: list[str] = []
         for word in reversed(self._transcript[max(0, self._left - budget) : self._left]):
-            budget -= len(self._processor.tokenizer.encode(" " + word.text, add_special_tokens=False))
+            budget -= len(self._encode_text(" " + word.text))
             if budget < 0:
                 break
             words.insert(0, word.text)

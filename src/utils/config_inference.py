@@ -40,7 +40,8 @@ class VADConfig(Section):
 class StreamingConfig(Section):
     """The streaming state machine."""
 
-    policy: Literal["local_agreement"] = "local_agreement"
-    min_chunk_sec: float = Field(0.8, ge=0.1, le=5)
+    policy: Literal["alignatt", "local_agreement", "chunk_merge"] = "alignatt"
+    guard_sec: float = Field(0.5, ge=0, le=3)
+    min_chunk_sec: float = Field(0.5, ge=0.1, le=5)
     buffer_sec: float = Field(12.0, ge=2, le=MAX_AUDIO_SEC - 1)
     max_prompt_tokens: int = Field(0, ge=0, le=223)

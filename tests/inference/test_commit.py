@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.inference.commit import CommitResult, LocalAgreement, find_loop, word_key
+from src.inference.commit import AlignAtt, ChunkMerge, CommitPolicy, CommitResult, LocalAgreement, find_loop, word_key
 from src.inference.words import Word
 
 
@@ -149,11 +149,12 @@ script_strategy = st.lists(
 )
 
 
-@given(script_strategy)
+@pytest.mark.parametrize("make", [LocalAgreement, lambda: AlignAtt(0.5), ChunkMerge])
+@given(script=script_strategy)
 def test_any_script_gives_an_append_only_monotone_transcript_without_loops(
-    script: list[tuple[str, list[Word]]],
+    make: Callable[[], CommitPolicy], script: list[tuple[str, list[Word]]]
 ) -> None:
-    policy = LocalAgreement()
+    policy = make()
     transcript: list[Word] = []
     for step, (action, words) in enumerate(script):
         hypothesis = sorted(words, key=lambda word: word.start_sec)
@@ -182,3 +183,28 @@ def test_a_growing_perfect_hypothesis_is_committed_once_and_whole(spoken: list[s
     transcript += policy.flush(full).committed
     if find_loop(full) is None:
         assert transcript == full
+
+
+def test_alignatt_commits_what_ended_before_the_guard() -> None:
+    policy = AlignAtt(guard_sec=0.5)
+    first = policy.update(said("ask not what your", word_sec=0.4), audio_end_sec=1.75)
+    assert texts(first.committed) == "ask not what"
+    assert texts(first.partial) == "your"
+    second = policy.update(said("Ask not what you're country can", word_sec=0.4), audio_end_sec=2.6)
+    assert texts(second.committed) == "you're country"
+    assert texts(policy.flush(said("ask not what you're country can do", word_sec=0.4)).committed) == "can do"
+
+
+def test_alignatt_never_commits_a_loop() -> None:
+    policy = AlignAtt(guard_sec=0.5)
+    looping = [Word("no", 0.1 * i, 0.1 * i + 0.1, 0.9) for i in range(30)]
+    assert len(policy.update(looping, audio_end_sec=10.0).committed) == 1
+
+
+def test_chunks_are_merged_at_the_middle_of_their_overlap() -> None:
+    policy = ChunkMerge()
+    assert policy.window_start_sec(0.0, 3.5) == 1.5
+    first = policy.update(said("one two three four five", word_sec=0.4), audio_end_sec=2.0)
+    assert texts(first.committed) == "one two three four"  # the middle of "five" is at 1.8 s, the cut at 1.75 s
+    later = [Word("five", 1.6, 2.0, 0.9), Word("six", 2.0, 2.4, 0.9), Word("se", 3.3, 3.5, 0.9)]
+    assert texts(policy.update(later, audio_end_sec=3.5).committed) == "five six"

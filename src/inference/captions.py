@@ -1,0 +1,309 @@
+"""Captions: timed words to cues of a few short lines, at the end or while they are spoken.
+
+A cut is free at the end of a sentence, dearer after a comma, dearest after a short word: articles, prepositions and
+conjunctions are short in most languages and belong to what follows, so that no list of them is needed. The squared
+share of a line or cue that stays empty comes on top and balances them (Knuth & Plass 1981, Breaking Paragraphs into
+Lines). Lines are the cheapest of all; a cue is the cheaper beginning of two, since a live file cannot wait for more.
+
+Scripts without spaces: characters of Han, kana and their punctuation get no space between them, also where one stood.
+A text of them is one long word in `words.split_words`: it is cut between its characters (never before closing
+punctuation or a small kana), and its time shared out by character. Thai, Lao, Khmer and Burmese put spaces between
+phrases, and a word begins only there: those spaces stay.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+from src.inference.words import Word
+from src.utils.errors import ConfigError, DataError
+
+SHORT_WORD_COLUMNS = 3
+CLAUSE_PAUSE_SEC = 0.3  # as good as a comma, for text without punctuation
+_CLAUSE_COST, _PLAIN_COST, _SHORT_WORD_COST = 0.25, 1.0, 1.5  # of a cut after it; an empty line would cost 1
+_FLASH_COST = 2.0  # a cue that the next one replaces before `min_cue_sec`
+_LINE_COST = 100.0  # above all others: no more lines than needed
+_SENTENCE_END = frozenset(".!?…。！？｡؟۔।։።។")
+_CLAUSE_END = frozenset(",;:—–、，；：،؛")
+_TITLES = frozenset({"Mr.", "Mrs.", "Ms.", "Dr.", "St.", "Sr.", "Sra."})
+_CLOSING = "\"'”’»›)]}」』）】》〉"  # may follow either
+_UNSPACED = r"\u2e80-\u312f\u31a0-\u4dbf\u4e00-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff01-\uff9f\U00020000-\U0003ffff"
+_OPENS = r"「『（《〈【〔“‘(\[{"  # joins the character after it
+_JOINS = r"。、，！？；：」』）》〉】〕”’…・ー々ゝゞヽヾぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮヵヶ％,.!?;:)\]}\"'—%"
+_UNSPACED_START = re.compile(rf"[{_OPENS}]*[{_UNSPACED}]")
+_UNSPACED_END = re.compile(rf"[{_UNSPACED}][{_JOINS}]*$")
+_PIECE = re.compile(rf".*?(?![{_OPENS}])[{_UNSPACED}][{_JOINS}]*(?=[{_OPENS}]*(?![{_JOINS}])[{_UNSPACED}]|$)|.+")
+
+
+@dataclass(frozen=True)
+class CaptionOptions:
+    """What a cue may hold, and how long it stays. "chars" are columns: a wide character, such as a Chinese one, has 2.
+
+    Sources: Netflix, Timed Text Style Guide; BBC, Subtitle Guidelines; Karamitroglou (1998), A Proposed Set of
+    Subtitling Standards in Europe.
+
+    Raises: ConfigError: a value is not positive, or `min_cue_sec` exceeds `max_cue_sec`.
+    """
+
+    max_line_chars: int = 42  # Netflix; a longer word has a line of its own
+    max_lines: int = 2  # Netflix, BBC
+    min_cue_sec: float = 1.0  # Netflix: 5/6 s; a shorter cue stays on into the silence after it
+    max_cue_sec: float = 6.0  # Karamitroglou; Netflix: 7 s. A longer word keeps its time
+    max_chars_per_sec: float = 20.0  # Netflix, adults; a faster cue stays on, at most `max_cue_sec` or to the next
+    max_gap_sec: float = 0.8  # a pause that ends a cue
+    min_gap_sec: float = 1.0  # BBC: after a shorter silence the next cue follows at once, so that nothing flickers
+    # Word times from attention have no gaps: a longer word holds a pause, after it if it ends in punctuation, else
+    # before it (openai/whisper's timing.py cuts alike). Of 18 pauses of 1.2 s between sentences, stock tiny.en gave 17
+    # to the word with the full stop; without punctuation a median of 65% to the word after (sample clips, 2026-11-28).
+    max_word_sec: float = 1.0
+
+    def __post_init__(self) -> None:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        wrong = [f"{name} is {value}, not above 0" for name, value in values.items() if not value > 0]
+        if self.min_cue_sec > self.max_cue_sec:
+            wrong.append(f"min_cue_sec {self.min_cue_sec} exceeds max_cue_sec {self.max_cue_sec}")
+        if wrong:
+            raise ConfigError("caption options: " + "; ".join(wrong))
+
+
+DEFAULT_OPTIONS = CaptionOptions()
+
+
+class TimedText(Protocol):
+    """A text of which only the beginning and the end are known, seconds: a `TranscribedSegment` is one."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def start_sec(self) -> float: ...
+
+    @property
+    def end_sec(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Cue:
+    """What is shown at one time.
+
+    Attributes:
+        start_sec, end_sec: whole milliseconds.
+        words: with their times; characters of a script without spaces; empty where only segment times are known.
+    """
+
+    start_sec: float
+    end_sec: float
+    lines: tuple[str, ...]
+    words: tuple[Word, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A word that no cut divides; its columns if all text stood on one line; whether a cue must begin with it."""
+
+    word: Word
+    start_column: int
+    end_column: int
+    opens_cue: bool
+
+
+class CueBuilder:
+    """Makes cues of words as they come, each once no later word can change it: at a pause, or when two are full."""
+
+    def __init__(self, options: CaptionOptions = DEFAULT_OPTIONS) -> None:
+        self._options = options
+        self._pieces: list[_Piece] = []
+        self._shown_sec = 0.0  # end of the last cue
+
+    def add(self, words: Sequence[Word]) -> tuple[Cue, ...]:
+        """Take more words, in absolute time, and return the cues that they complete.
+
+        Raises: DataError: their times are not in order.
+        """
+        options, last = self._options, self._pieces[-1] if self._pieces else None
+        self._pieces += list(_pieces(words, options.max_gap_sec, options.max_word_sec, last))
+        return self._take(complete=False, until_sec=math.inf)
+
+    def finish(self, until_sec: float = math.inf) -> tuple[Cue, ...]:
+        """Return all that is left; the last cue stays at most until `until_sec`, and coming ones begin no earlier."""
+        return self._take(complete=True, until_sec=until_sec)
+
+    def _take(self, *, complete: bool, until_sec: float) -> tuple[Cue, ...]:
+        cuts = _cuts(self._pieces, self._options, complete=complete)
+        cues = tuple(_cues(self._pieces, cuts, self._options, after_sec=self._shown_sec, until_sec=until_sec))
+        self._shown_sec = cues[-1].end_sec if cues else self._shown_sec
+        del self._pieces[: cuts[-1]]
+        return cues
+
+
+def make_cues(words: Sequence[Word], options: CaptionOptions = DEFAULT_OPTIONS) -> tuple[Cue, ...]:
+    """Lay words out as cues.
+
+    Args: words: in absolute time; starts never decrease.
+    Returns: every word once and in order, in cues that do not overlap and last a millisecond at least.
+    Raises: DataError: times are not in order.
+    """
+    builder = CueBuilder(options)
+    return builder.add(words) + builder.finish()
+
+
+def cues_of_segments(segments: Sequence[TimedText], options: CaptionOptions = DEFAULT_OPTIONS) -> tuple[Cue, ...]:
+    """Lay out text without word times. Each segment opens a cue; a long one is cut, its time shared out by character.
+
+    Raises: DataError: times are not in order.
+    """
+    words = [Word(segment.text, segment.start_sec, segment.end_sec, math.nan) for segment in segments]
+    pieces = list(_pieces(words, -math.inf, math.inf))
+    return tuple(replace(cue, words=()) for cue in _cues(pieces, _cuts(pieces, options, complete=True), options))
+
+
+def spaced(texts: Sequence[str]) -> list[str]:
+    """Begin each text but the first with what parts it from the one before: a space, or nothing."""
+    return [*texts[:1], *(_space(left, right) + right for left, right in itertools.pairwise(texts))]
+
+
+def _pieces(
+    words: Iterable[Word], max_gap_sec: float, max_word_sec: float, last: _Piece | None = None
+) -> Iterator[_Piece]:
+    """Yield what cuts may part of words that follow `last`."""
+    earliest_sec = -math.inf
+    for word in words:
+        if not earliest_sec <= word.start_sec <= word.end_sec < math.inf:
+            raise DataError(
+                f"word {word.text!r} ({word.start_sec} to {word.end_sec} s) follows one from {earliest_sec} s: "
+                "captions need times in order; sort the words, and drop those without times"
+            )
+        earliest_sec = word.start_sec
+        for index, part in enumerate(_divide(word, max_word_sec)):
+            column, opens_cue = 0, False
+            if last is not None:
+                column = last.end_column + len(_space(last.word.text, part.text))
+                opens_cue = index == 0 and part.start_sec - last.word.end_sec >= max_gap_sec
+            last = _Piece(part, column, column + _columns(part.text), opens_cue)
+            yield last
+
+
+def _divide(word: Word, max_word_sec: float) -> list[Word]:
+    """Cut a word where a line may end, and share out its time by character, less a pause that it holds."""
+    texts = [text for chunk in word.text.split() for text in _PIECE.findall(chunk)]
+    if not texts:
+        return []
+    start_sec, end_sec = word.start_sec, word.end_sec
+    longest_sec = max_word_sec * len(texts)
+    if end_sec - start_sec > longest_sec and _mark(texts[-1]) in _SENTENCE_END | _CLAUSE_END:
+        end_sec = start_sec + longest_sec
+    elif end_sec - start_sec > longest_sec:
+        start_sec = end_sec - longest_sec
+    ends = list(itertools.accumulate(map(len, texts)))
+    inner_sec = [start_sec + (end_sec - start_sec) * end / ends[-1] for end in ends[:-1]]
+    times = itertools.pairwise([start_sec, *inner_sec, end_sec])
+    return [replace(word, text=text, start_sec=a, end_sec=b) for text, (a, b) in zip(texts, times, strict=True)]
+
+
+def _cuts(pieces: Sequence[_Piece], options: CaptionOptions, *, complete: bool) -> list[int]:
+    """Return where cues begin, and where the last one ends; of incomplete text, what no later word can move."""
+    cuts = [0]
+    while (start := cuts[-1]) < len(pieces):
+        end = _cue_end(pieces, start, options)
+        seen = end if end == len(pieces) or pieces[end].opens_cue else _cue_end(pieces, end, options)
+        if seen == len(pieces) and not complete:
+            break
+        cuts.append(min(range(start + 1, end + 1), key=lambda at: _cost_of_two(pieces, start, at, options)))
+    return cuts
+
+
+def _cost_of_two(pieces: Sequence[_Piece], start: int, stop: int, options: CaptionOptions) -> float:
+    """Return the cost of a cue, and the least of the cue after it; that is 0 after a pause, where all begins anew."""
+    cost = _cue_cost(pieces, start, stop, options)
+    if stop == len(pieces) or pieces[stop].opens_cue:
+        return cost
+    ends = range(stop + 1, _cue_end(pieces, stop, options) + 1)
+    return cost + min(_cue_cost(pieces, stop, end, options) for end in ends)
+
+
+def _cue_end(pieces: Sequence[_Piece], start: int, options: CaptionOptions) -> int:
+    """Return how far a cue goes that begins at `start`: as its lines and its time allow, at most to a pause."""
+    line_start, lines = start, 1
+    for at in range(start + 1, len(pieces)):
+        too_long = pieces[at].word.end_sec - pieces[start].word.start_sec > options.max_cue_sec
+        if _width(pieces, line_start, at + 1) > options.max_line_chars:
+            line_start, lines = at, lines + 1
+        if pieces[at].opens_cue or too_long or lines > options.max_lines:
+            return at
+    return len(pieces)
+
+
+def _cue_cost(pieces: Sequence[_Piece], start: int, stop: int, options: CaptionOptions) -> float:
+    soon = stop < len(pieces) and pieces[stop].word.start_sec - pieces[start].word.start_sec < options.min_cue_sec
+    return _part_cost(pieces, start, stop, options.max_lines * options.max_line_chars) + soon * _FLASH_COST
+
+
+def _part_cost(pieces: Sequence[_Piece], start: int, stop: int, columns: int) -> float:
+    """Return the cost of a part with room for `columns`: what stays empty, and the cut at its end."""
+    empty = max(0.0, 1 - _width(pieces, start, stop) / columns) ** 2
+    text = pieces[stop - 1].word.text
+    ends_sentence = _mark(text) in _SENTENCE_END and text not in _TITLES
+    if stop == len(pieces) or pieces[stop].opens_cue or ends_sentence:
+        return empty
+    pause_sec = pieces[stop].word.start_sec - pieces[stop - 1].word.end_sec
+    if _mark(text) in _CLAUSE_END or pause_sec >= CLAUSE_PAUSE_SEC:
+        return empty + _CLAUSE_COST
+    is_short = _width(pieces, stop - 1, stop) <= SHORT_WORD_COLUMNS and not _UNSPACED_END.search(text)
+    return empty + (_SHORT_WORD_COST if is_short else _PLAIN_COST)
+
+
+def _cues(
+    pieces: Sequence[_Piece],
+    cuts: Sequence[int],
+    options: CaptionOptions,
+    *,
+    after_sec: float = 0.0,
+    until_sec: float = math.inf,
+) -> Iterator[Cue]:
+    """Time the cues between cuts, none before `after_sec`; the last of all text stays at most to `until_sec`."""
+    for start, stop in itertools.pairwise(cuts):
+        words = tuple(piece.word for piece in pieces[start:stop])
+        next_sec = pieces[stop].word.start_sec if stop < len(pieces) else until_sec
+        start_sec = round(max(after_sec, words[0].start_sec), 3)
+        reading_sec = max(options.min_cue_sec, _width(pieces, start, stop) / options.max_chars_per_sec)
+        end_sec = max(words[-1].end_sec, start_sec + min(reading_sec, options.max_cue_sec))
+        end_sec = end_sec if next_sec - end_sec >= options.min_gap_sec else next_sec
+        after_sec = round(max(end_sec, start_sec + 0.001), 3)  # the formats' resolution
+        yield Cue(start_sec, after_sec, _lines(pieces[start:stop], options.max_line_chars), words)
+
+
+def _lines(pieces: Sequence[_Piece], max_columns: int) -> tuple[str, ...]:
+    """Break a cue into as few lines as it needs, at the least cost."""
+    best: list[tuple[float, list[int]]] = [(0.0, [0])]  # of the first 0, 1, 2, ... pieces: cost and cuts
+    for stop in range(1, len(pieces) + 1):
+        fitting = [at for at in range(stop) if at == stop - 1 or _width(pieces, at, stop) <= max_columns]
+        costs = [best[at][0] + _LINE_COST + _part_cost(pieces, at, stop, max_columns) for at in fitting]
+        cost, start = min(zip(costs, fitting, strict=True))
+        best.append((cost, [*best[start][1], stop]))
+    words = [piece.word.text for piece in pieces]
+    return tuple("".join(spaced(words[start:stop])) for start, stop in itertools.pairwise(best[-1][1]))
+
+
+def _width(pieces: Sequence[_Piece], start: int, stop: int) -> int:
+    return pieces[stop - 1].end_column - pieces[start].start_column
+
+
+def _columns(text: str) -> int:
+    """Return the width of a text: 2 for a wide character, 0 for a mark on another (UAX #11)."""
+    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+    return len(text) + wide - sum(unicodedata.category(char) in ("Mn", "Me", "Cf") for char in text)
+
+
+def _mark(text: str) -> str:
+    """Return the last character before closing quotes and brackets."""
+    return text.rstrip(_CLOSING)[-1:]
+
+
+def _space(left: str, right: str) -> str:
+    return "" if _UNSPACED_END.search(left) and _UNSPACED_START.match(right) else " "
