@@ -5,6 +5,7 @@ VENV := .venv-$(PYTHON_VERSION)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 UV_VERSION := 0.13.9
+TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint constraints clean
@@ -25,7 +26,7 @@ demo: $(READY) ## fine-tune, measure and stream tiny.en on bundled speech, offli
 	$(BIN)/python scripts/run_demo.py
 
 test: lint ## lint, types and every test, the notebook included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.train import parse_setting
+from scripts.command_line import check_model_path, parse_setting
 from src.data import create_loader
 from src.data.checking import SkippedUtterance, check_listed, enforce_skip_policy
 from src.data.labels import apply_case, resolve_case
@@ -143,16 +143,6 @@ def source_of(data: Path) -> str:
         return "parquet" if data.suffix.lower() not in MANIFEST_SUFFIXES else "folder"
     has_manifest = any(path.suffix.lower() in MANIFEST_SUFFIXES for path in data.iterdir())
     return "parquet" if not has_manifest and any(data.rglob("*.parquet")) else "folder"
-
-
-def check_model_path(model: str) -> None:
-    """Refuse a path that is not there before the Hub is asked for it as if it were a repository."""
-    path = Path(model)
-    if path.exists() or len(path.parts) < 2 or not (path.is_absolute() or path.parent.is_dir()):
-        return
-    found = sorted(str(each.parent) for each in path.parent.glob("*/config.json"))
-    known = f"checkpoints beside it: {', '.join(found)}" if found else "train first: scripts/train.py writes it"
-    raise ModelError(f"--model {model}: no such folder; {known}")
 
 
 def check_run_dir(run_dir: Path) -> None:

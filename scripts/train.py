@@ -19,9 +19,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import yaml
 from accelerate import PartialState
 
+from scripts.command_line import parse_setting
 from src.data import create_dataloaders, prepare_datasets
 from src.models import WhisperModelManager
 from src.training import WhisperTrainer
@@ -64,14 +64,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--fresh", action="store_true", help="begin anew, although there is a checkpoint to go on from")
     return parser.parse_args()
-
-
-def parse_setting(text: str) -> tuple[str, Any]:
-    """Read "training.epochs=5"; the value is YAML."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise SystemExit(f"--set {text}: write KEY=VALUE, for example training.epochs=5")
-    return key.strip(), yaml.safe_load(value)
 
 
 def train(config: Config, *, fresh: bool) -> dict[str, Any]:

@@ -180,7 +180,7 @@ class ChunkMerge(_Transcript):
     Kept for comparison: a word that a chunk's edge cuts is wrong in both.
     """
 
-    interval_sec = CHUNK_SEC - CHUNK_OVERLAP_SEC
+    interval_sec: float | None = CHUNK_SEC - CHUNK_OVERLAP_SEC
 
     def window_start_sec(self, held_from_sec: float, audio_end_sec: float) -> float:
         """Decode the newest chunk alone."""

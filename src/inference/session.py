@@ -7,6 +7,7 @@ of one VAD window, so that any chunking of the same audio gives the same transcr
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -63,6 +64,9 @@ class StreamingSession:
         decode_fn: the decode path; an argument so that tests can script it.
 
     Used as a context manager, it flushes at the end of the block.
+
+    Attributes:
+        sharers: sessions that take turns on the same model, this one included: updates come that much rarer.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class StreamingSession:
         self._options = replace(DecodingOptions.from_config(config), num_beams=1, word_timestamps=True)
         self._clock = clock
         self._make_policy = policy or partial(make_policy, config.streaming)
+        self.sharers = 1
         self.reset()
 
     def reset(self) -> None:
@@ -213,14 +218,16 @@ class StreamingSession:
     def _interval_sec(self) -> float:
         """Audio between updates: more than an update takes, so that a slow machine never falls behind for good."""
         chunk_sec = self._policy.interval_sec or self._settings.min_chunk_sec
-        return max(chunk_sec, BUSY_FACTOR * self._mean_update_sec) if self._adaptive else chunk_sec
+        return max(chunk_sec, BUSY_FACTOR * self.sharers * self._mean_update_sec) if self._adaptive else chunk_sec
 
     def _update(self) -> None:
         self._hypothesis = self._decode()
         result = self._policy.update(self._hypothesis, audio_end_sec=self._buffer.end_sec)
         self._commit(result.committed)
-        if join_words(result.partial) != join_words(self._partial):
-            self._partial = result.partial
+        shown_until_sec = self._buffer.end_sec - self._settings.display_guard_sec
+        partial = tuple(itertools.takewhile(lambda word: word.end_sec <= shown_until_sec, result.partial))
+        if join_words(partial) != join_words(self._partial):
+            self._partial = partial
             self._emit("partial", self._partial)
 
     def _end_utterance(self) -> None:
@@ -228,7 +235,9 @@ class StreamingSession:
         if self._updated_sec < min(self._timeline.end_sec + SETTLED_SEC, self._buffer.end_sec):
             self._hypothesis = self._decode()
         self._commit(self._policy.flush(self._hypothesis).committed)
-        self._partial = ()
+        if self._partial:  # nothing of it was committed: a listener still shows it
+            self._partial = ()
+            self._emit("partial", ())
         if len(self._transcript) > self._finals:
             self._emit("final", tuple(self._transcript[self._finals :]))
             self._finals = len(self._transcript)

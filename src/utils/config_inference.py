@@ -42,6 +42,7 @@ class StreamingConfig(Section):
 
     policy: Literal["alignatt", "local_agreement", "chunk_merge"] = "alignatt"
     guard_sec: float = Field(0.5, ge=0, le=3)
+    display_guard_sec: float = Field(0.2, ge=0, le=3)
     min_chunk_sec: float = Field(0.5, ge=0.1, le=5)
     buffer_sec: float = Field(12.0, ge=2, le=MAX_AUDIO_SEC - 1)
     max_prompt_tokens: int = Field(0, ge=0, le=223)

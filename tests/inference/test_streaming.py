@@ -95,7 +95,7 @@ class ScriptedDetector:
 def session(
     decoder: Callable[..., Any], *, detector: Any = None, clock: Callable[[], float] = lambda: 0.0, **streaming: Any
 ) -> StreamingASR:
-    settings = {"policy": "local_agreement", "min_chunk_sec": 0.8, **streaming}
+    settings = {"policy": "local_agreement", "min_chunk_sec": 0.8, "display_guard_sec": 0.0, **streaming}
     config = load_config(None, overrides={"streaming": settings})
     return StreamingASR(
         None, PROCESSOR, vad=detector, config=config, context_silence_sec=2.0, clock=clock, decode_fn=decoder

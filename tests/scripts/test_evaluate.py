@@ -14,6 +14,7 @@ import yaml
 from transformers import WhisperConfig
 
 from scripts import evaluate
+from scripts.command_line import check_model_path
 from src.data.audio import SAMPLE_RATE
 from src.data.sources import SAMPLE_PARQUET
 from src.data.utterance import Utterance
@@ -114,8 +115,8 @@ def test_a_missing_folder_is_refused_with_the_checkpoints_that_are_there(
     assert "best_model_hf: no such folder; checkpoints beside it: " in said
     assert "best_mix_hf" in said
     with pytest.raises(ModelError, match="train first"):
-        evaluate.check_model_path(str(tmp_path / "best_mix_hf" / "none"))
-    evaluate.check_model_path("owner-of-the-hub/whisper-base-sw")  # may be on the Hub
+        check_model_path(str(tmp_path / "best_mix_hf" / "none"))
+    check_model_path("owner-of-the-hub/whisper-base-sw")  # may be on the Hub
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.train import parse_setting
+from scripts.command_line import parse_setting
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,28 @@
+"""What the command lines of several scripts share; it imports nothing heavy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from src.utils.errors import ModelError
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Read "training.epochs=5"; the value is YAML."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise SystemExit(f"--set {text}: write KEY=VALUE, for example training.epochs=5")
+    return key.strip(), yaml.safe_load(value)
+
+
+def check_model_path(model: str) -> None:
+    """Refuse a path that is not there before the Hub is asked for it as if it were a repository."""
+    path = Path(model)
+    if path.exists() or len(path.parts) < 2 or not (path.is_absolute() or path.parent.is_dir()):
+        return
+    found = sorted(str(each.parent) for each in path.parent.glob("*/config.json"))
+    known = f"checkpoints beside it: {', '.join(found)}" if found else "train first: scripts/train.py writes it"
+    raise ModelError(f"--model {model}: no such folder; {known}")

@@ -1,0 +1,117 @@
+"""Serve live captions over a WebSocket: several sessions on one model.
+
+    python scripts/serve.py --model runs/demo/best_model_hf
+    python scripts/serve.py --model base --port 0 --max-sessions 2 --set model.language=de
+
+Prints the address when ready, and serves until Ctrl-C or SIGTERM; then every session is decoded to its end. Only this
+machine can connect, unless `--host` says otherwise. scripts/stream_client.py is a client; the wire format is in
+src/inference/protocol.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.command_line import check_model_path, parse_setting
+from scripts.stream_client import read_token
+from src.data.vad import VoiceActivityDetector
+from src.inference.connection import ServerLimits
+from src.inference.engines import Engine, load_engine
+from src.inference.server import DEFAULT_PORT, LOOPBACK, CaptionServer, SessionFactory
+from src.inference.session import StreamingSession
+from src.utils import load_config, setup_logging
+from src.utils.config import Config
+from src.utils.errors import ConfigError, WhisperASRError
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    setup_logging("INFO")
+    logging.getLogger("websockets").setLevel(logging.WARNING)  # the server tells of sessions itself
+    try:
+        server = make_server(arguments)
+        asyncio.run(serve(server, arguments.host, arguments.port))
+    except WhisperASRError as err:
+        print(f"{type(err).__name__}: {err}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    limits = ServerLimits()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder of a checkpoint, or a name such as tiny.en")
+    parser.add_argument("--host", default=LOOPBACK, help="to listen on; default: %(default)s, this machine only")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes a free one; default: %(default)s")
+    parser.add_argument("--token-env", metavar="NAME", help="environment variable with the token of clients")
+    parser.add_argument(
+        "--origin", action="append", default=[], metavar="URL", help="of a web page that may connect; may repeat"
+    )
+    parser.add_argument("--max-sessions", type=int, default=limits.max_sessions, help="default: %(default)s")
+    parser.add_argument("--max-session-sec", type=float, default=limits.max_session_sec, help="default: %(default)s")
+    parser.add_argument("--idle-sec", type=float, default=limits.idle_sec, help="default: %(default)s")
+    parser.add_argument("--config", type=Path, default=ROOT / "config.yaml")
+    parser.add_argument("--profile", help="one of the file's profiles")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting; may repeat"
+    )
+    return parser.parse_args()
+
+
+def make_server(arguments: argparse.Namespace) -> CaptionServer:
+    """Load what all sessions share."""
+    check_model_path(arguments.model)
+    overrides = {"model.variant": arguments.model} | dict(parse_setting(text) for text in arguments.set)
+    config = load_config(arguments.config, profile=arguments.profile, overrides=overrides)
+    limits = ServerLimits(
+        max_sessions=arguments.max_sessions, max_session_sec=arguments.max_session_sec, idle_sec=arguments.idle_sec
+    )
+    token = read_token(arguments.token_env)
+    engine = load_engine(
+        config.model.variant, config, engine=config.inference.engine, compute_type=config.inference.compute_type
+    )
+    make_session = session_factory(engine, VoiceActivityDetector(config.vad), config)
+    return CaptionServer(make_session, limits=limits, token=token, origins=arguments.origin)
+
+
+def session_factory(engine: Engine, vad: VoiceActivityDetector, config: Config) -> SessionFactory:
+    """Return what makes a session for a language."""
+    languages = engine.vocabulary.languages or {"en"}
+
+    def make_session(language: str | None) -> StreamingSession:
+        if language is None:
+            return StreamingSession(engine=engine, vad=vad, config=config)
+        if language not in languages:
+            raise ConfigError(f"language {language!r} is not known to this model; known: {', '.join(languages)}")
+        spoken = config.model.model_copy(update={"language": language})
+        return StreamingSession(engine=engine, vad=vad, config=config.model_copy(update={"model": spoken}))
+
+    return make_session
+
+
+async def serve(server: CaptionServer, host: str, port: int) -> None:
+    """Serve until the process is told to stop; told twice, it stops at once."""
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        loop.call_soon_threadsafe(stopped.set)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    async with server.listen(host, port) as address:
+        print(f"listening on {address}", flush=True)
+        await stopped.wait()
+        print("stopping: every session is decoded to its end", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Send a recording or the microphone to a caption server, and show the captions as they come.
+
+    python scripts/stream_client.py --file talk.wav --captions talk.srt
+    python scripts/stream_client.py --microphone 600 --url wss://captions.example --token-env CAPTION_TOKEN
+
+Committed text goes to standard output, a line for each stretch of speech; in a terminal, words that may still change
+are shown dim below it. Ctrl-C ends the audio, and the rest is still captioned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, aclosing
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from src.data.audio import SAMPLE_RATE, Waveform, load_audio
+from src.inference.caption_files import LiveCaptionWriter
+from src.inference.client import in_real_time, stream_to_server
+from src.inference.events import Event
+from src.inference.microphone import Microphone
+from src.inference.protocol import DTYPES, Done, LiveEvent
+from src.utils.errors import ConfigError, WhisperASRError
+from src.utils.logging_config import setup_logging
+
+CLEAR_BELOW = "\x1b[J"
+ROW_BELOW = "\x1bD\x1b[A"  # makes sure that there is one: the terminal scrolls at its bottom
+DIM_BELOW = "\x1b7\x1b[B\r\x1b[?7l\x1b[2m{}\x1b[0m\x1b[K\x1b[?7h\x1b8"  # on that row, cut off; the cursor returns
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    setup_logging("INFO")
+    interrupted = threading.Event()
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)  # the second time, it stops at once
+        interrupted.set()
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        reason = asyncio.run(run(arguments, interrupted))
+    except WhisperASRError as err:
+        print(f"{type(err).__name__}: {err}", file=sys.stderr)
+        return 1
+    if reason != "end":
+        print(f"the server ended the session before the audio did ({reason}); stream the rest again", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--file", type=Path, help="recording, sent in real time")
+    source.add_argument("--microphone", type=float, metavar="SEC", help="record for so long")
+    parser.add_argument("--fast", action="store_true", help="send the recording as fast as the server takes it")
+    parser.add_argument("--url", default="ws://127.0.0.1:8765", help="of the server; default: %(default)s")
+    parser.add_argument("--language", help="code such as en; default: as the server is set")
+    parser.add_argument("--token-env", metavar="NAME", help="environment variable with the server's token")
+    parser.add_argument("--format", choices=list(DTYPES), default="s16le", help="on the wire; default: %(default)s")
+    parser.add_argument("--captions", type=Path, metavar="FILE", help="write them too, as .srt or .vtt")
+    return parser.parse_args(given)
+
+
+def read_token(name: str | None) -> str | None:
+    """Return the token in an environment variable; None where none is named.
+
+    Raises: ConfigError: it is not set, or empty.
+    """
+    if name is None:
+        return None
+    token = os.environ.get(name)
+    if not token:
+        raise ConfigError(f"--token-env {name}: no such environment variable; export {name}=... in this shell")
+    return token
+
+
+async def run(arguments: argparse.Namespace, interrupted: threading.Event) -> str:
+    """Stream, show and write; return why the session ended."""
+    blocks, sample_rate = open_source(arguments)
+    stream = stream_to_server(
+        arguments.url,
+        until(interrupted, blocks),
+        sample_rate=sample_rate,
+        sample_format=arguments.format,
+        language=arguments.language,
+        token=read_token(arguments.token_env),
+    )
+    with ExitStack() as stack:
+        writer = None if arguments.captions is None else stack.enter_context(LiveCaptionWriter(arguments.captions))
+        async with aclosing(stream) as messages:
+            async for message in messages:
+                if isinstance(message, LiveEvent):
+                    print(render(message.event, terminal=sys.stdout.isatty()), end="", flush=True)
+                    if writer is not None:
+                        writer.write(message.event)
+    assert isinstance(message, Done)  # else it has raised
+    return message.reason
+
+
+def open_source(arguments: argparse.Namespace) -> tuple[Iterable[Waveform], int]:
+    """Return blocks of samples, and their rate in Hz."""
+    if arguments.microphone is not None:
+        microphone = Microphone(arguments.microphone)
+        return microphone.blocks(), microphone.sample_rate
+    audio = load_audio(arguments.file, allow_silence=True)
+    return ([audio] if arguments.fast else in_real_time(audio)), SAMPLE_RATE
+
+
+def until(interrupted: threading.Event, blocks: Iterable[Waveform]) -> Iterator[Waveform]:
+    """Yield blocks until the event is set."""
+    for block in blocks:
+        yield block
+        if interrupted.is_set():
+            return
+
+
+def render(event: Event, *, terminal: bool) -> str:
+    """Return what to print: commits as they come, a line end at each final; in a terminal, the partial dim below."""
+    text = "".join(filter(str.isprintable, event.text))  # a server may be anybody's
+    clear = CLEAR_BELOW if terminal else ""
+    if event.kind == "commit":
+        return f"{clear}{text} "
+    if event.kind == "final":
+        return f"{clear}\n"
+    return clear + ROW_BELOW + DIM_BELOW.format(text) if terminal else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
