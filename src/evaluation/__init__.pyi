@@ -3,6 +3,7 @@ from .data_checks import add_model_checks, choose_label_case
 from .evaluator import ModelEvaluator
 from .figures_variants import variants_chart
 from .figures_words import draw_words
+from .figures_streaming import draw_emission, draw_tradeoff
 from .guard import GuardSet, evaluate_guard, prepare_guard_set
 from .html_report import write_html_report
 from .latency import LatencyBenchmark, latency_table
@@ -12,7 +13,10 @@ from .model_card import write_model_card
 from .report import comparison_table, describe_comparison, summarize_run
 from .results import EvaluationResult, ModelComparison
 from .slices import slice_rates
-from .streaming import evaluate_stream, make_stream
+from .streaming import ReplayClock, evaluate_stream, make_stream, replay
+from .streaming_metrics import measure_stream
+from .streams import WordAligner, add_noise, join_clips
+from .word_timing import time_words
 from .variants import compare_models
 from .visualization import EvaluationVisualizer, TrainingVisualizer
 
@@ -26,20 +30,29 @@ __all__ = [
     "MetricsCalculator",
     "ModelComparison",
     "ModelEvaluator",
+    "ReplayClock",
     "TrainingVisualizer",
+    "WordAligner",
     "add_model_checks",
+    "add_noise",
     "choose_label_case",
     "compare_models",
     "comparison_table",
     "describe_comparison",
+    "draw_emission",
+    "draw_tradeoff",
     "draw_words",
     "evaluate_guard",
     "evaluate_stream",
     "latency_table",
+    "join_clips",
     "make_stream",
+    "measure_stream",
     "prepare_guard_set",
+    "replay",
     "slice_rates",
     "summarize_run",
+    "time_words",
     "variants_chart",
     "write_html_report",
     "write_model_card",

@@ -1,8 +1,18 @@
-"""What streaming costs in accuracy: one long stream made of clips, streamed and decoded offline with the same model."""
+"""Sessions over streams: live on a clock, for `measure_stream`, or as fast as it goes, beside the same model offline.
+
+A replay's clock is that of a listener. Audio comes in blocks; block k is complete at a_k, the session takes it up at
+b_k, once it has come and the block before is done with, computes for c_k and is done with it at e_k:
+
+    b_k = max(e_(k-1), a_k),  e_k = b_k + c_k
+
+So computing hides behind the audio that comes meanwhile, and delays only add up where it is the slower of the two.
+SimulEval (Ma et al. 2020) adds all computing so far to the time of the audio, which counts the hidden part too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +23,74 @@ from src.data.utterance import Utterance
 from src.evaluation.edits import EditCounts, error_rate
 from src.evaluation.metrics import ErrorRates, MetricsCalculator
 from src.evaluation.results import EvaluationResult
+from src.evaluation.streams import draw_pause, join_audios
 from src.evaluation.text import WHISPER_ENGLISH
 from src.inference.events import StreamingResult
+from src.inference.microphone import BLOCK_SEC
+from src.inference.session import StreamingSession
 from src.inference.streaming import StreamingASR
 from src.utils.errors import DataError
 from src.utils.tracking import ExperimentLogger
 
-PAUSE_SEC = (0.3, 0.8)  # between clips, as speakers pause between sentences
+
+class ReplayClock:
+    """Seconds that pass with computing, and that waiting for audio jumps over. Give it to the session that replays.
+
+    Args:
+        timer: seconds of computing. `time.process_time` leaves out what other processes of a busy machine take; a
+            constant makes computing free, and the latencies those of the policy alone.
+    """
+
+    def __init__(self, timer: Callable[[], float] = time.perf_counter) -> None:
+        self._timer = timer
+        self.restart()
+
+    def __call__(self) -> float:
+        """Return the time since the stream began."""
+        return self._timer() - self._origin
+
+    def restart(self) -> None:
+        """Begin a stream at 0."""
+        self._origin = self._timer()
+
+    def wait_until(self, sec: float) -> None:
+        """Jump to a time, unless it has passed."""
+        self._origin -= max(0.0, sec - self())
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A session that heard a whole recording live, and the clock when it was done with it, in seconds."""
+
+    result: StreamingResult
+    ended_at: float
+
+
+def replay(session: StreamingSession, audio: Waveform, clock: ReplayClock, *, block_sec: float = BLOCK_SEC) -> Replay:
+    """Reset a session and let it hear a recording as if it came live, without sleeping.
+
+    Args:
+        audio: (T,) float32, 16 kHz.
+        clock: the one that the session was made with.
+        block_sec: how much audio comes at once.
+    """
+    session.reset()
+    clock.restart()
+    events = []
+    block = round(block_sec * SAMPLE_RATE)
+    for at in range(0, len(audio), block):
+        heard = audio[at : at + block]
+        clock.wait_until((at + len(heard)) / SAMPLE_RATE)
+        events += session.feed(heard)
+    events += session.flush()
+    result = StreamingResult.from_events(
+        events,
+        audio_sec=session.audio_sec,
+        compute_sec=session.compute_sec,
+        longest_update_sec=session.longest_update_sec,
+        updates=session.updates,
+    )
+    return Replay(result, clock())
 
 
 @dataclass(frozen=True)
@@ -88,11 +159,8 @@ def make_stream(utterances: Sequence[Utterance], *, num_clips: int, seed: int) -
     picks = np.linspace(0, len(utterances) - 1, min(num_clips, len(utterances))).round().astype(int)
     chosen = [utterances[i] for i in picks]
     rng = np.random.default_rng(seed)
-    pieces: list[Waveform] = []
-    for utterance in chosen:
-        pieces.append(decode_audio(utterance).numpy())
-        pieces.append(np.zeros(round(rng.uniform(*PAUSE_SEC) * SAMPLE_RATE), dtype=np.float32))
-    return SpeechStream(np.concatenate(pieces), " ".join(u.text for u in chosen), tuple(u.id for u in chosen))
+    audio, _ = join_audios([decode_audio(u).numpy() for u in chosen], [draw_pause(rng) for _ in chosen])
+    return SpeechStream(audio, " ".join(u.text for u in chosen), tuple(u.id for u in chosen))
 
 
 def evaluate_stream(asr: StreamingASR, stream: SpeechStream, offline: EvaluationResult) -> StreamingEvaluation:

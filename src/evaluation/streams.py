@@ -1,0 +1,291 @@
+"""Long streams made of clips, with the true place of every word.
+
+Word ends come from forced alignment of the transcripts, clip by clip: nothing is decoded. Attention puts most of a
+pause into the word before it, so each word is cut to the stretch of speech, as the VAD hears it, that it overlaps most.
+
+Against an HMM aligner (pocketsphinx 5.1; 46 clips of adults, 351 words, 2026-11-28) the last words of clips end 0.43 s
+(tiny.en) and 0.51 s (base) late in the median without the cut, 0.09 s with it. Other words end 0.13 s late with
+tiny.en, which would flatter every latency by as much, and 0.07 s early with base: align with base or larger.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.dataset import decode_audio
+from src.data.labels import LabelEncoder, apply_case, resolve_case
+from src.data.noise import EXPONENTS, NoiseKind, coloured_noise, mix_at_snr
+from src.data.sources import SAMPLE_CLIP
+from src.data.utterance import Utterance
+from src.data.vad import SpeechSegment, VoiceActivityDetector
+from src.evaluation.guard import CLIP_TEXT
+from src.evaluation.text import normalize_plain
+from src.inference.alignment import align_words
+from src.inference.decoding import encode
+from src.inference.words import Word
+from src.utils.config_inference import VADConfig
+from src.utils.errors import DataError, ModelError
+
+logger = logging.getLogger(__name__)
+
+PAUSE_SEC = (0.3, 0.8)  # between clips, as speakers pause between sentences
+PUBLIC_CLIP = Utterance("jfk", SAMPLE_CLIP, CLIP_TEXT, speaker="John F. Kennedy", language="en")
+_TRAILING_SILENCE_SEC = 0.5  # at dynamic context; at 30 s there is enough
+_SPEECH = VADConfig(pad_sec=0.0, min_silence_sec=0.2, min_speech_sec=0.05)  # 0.2: longer than the closure of a stop
+
+
+@dataclass(frozen=True)
+class SpokenWord:
+    """A word of the reference: when it is said, in seconds of its stream, and in which of the stream's clips."""
+
+    text: str
+    start_sec: float
+    end_sec: float
+    clip: int
+
+
+@dataclass(frozen=True)
+class StreamClip:
+    """A clip in its stream; the pause after it does not belong to it."""
+
+    id: str
+    text: str
+    start_sec: float
+    end_sec: float
+
+
+Placed = TypeVar("Placed", SpokenWord, StreamClip)
+
+
+@dataclass(frozen=True)
+class TimedStream:
+    """Speech as it would arrive live, and what is said when.
+
+    Attributes:
+        name: for tables.
+        audio: (T,) float32, 16 kHz.
+        clips: in order; one that was repeated stands several times.
+        words: of all clips, in order.
+        no_speech: stretches (start, end) in seconds in which nothing is said; pauses between clips are none.
+    """
+
+    name: str
+    audio: Waveform
+    clips: tuple[StreamClip, ...]
+    words: tuple[SpokenWord, ...]
+    no_speech: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def duration_sec(self) -> float:
+        """Length of the audio in seconds."""
+        return len(self.audio) / SAMPLE_RATE
+
+    @property
+    def repeats(self) -> int:
+        """How often the most frequent clip is heard; 1 where all are different."""
+        return max(Counter(clip.id for clip in self.clips).values())
+
+    def clip_audios(self) -> list[Waveform]:
+        """Return the audio of each clip as it is in the stream, noise included, to decode one by one."""
+        return [self.audio[_samples(clip.start_sec) : _samples(clip.end_sec)] for clip in self.clips]
+
+
+@dataclass(frozen=True)
+class AlignedClip:
+    """A clip whose words have times, in seconds of the clip; audio (T,) float32, 16 kHz."""
+
+    id: str
+    text: str
+    audio: Waveform
+    words: tuple[Word, ...]
+
+
+class WordAligner:
+    """Finds when each word of a transcript is said.
+
+    Args:
+        model: a `DynamicWhisper`; the reference is the stock model, at 30 s. Its alignment heads are read.
+        processor: its `WhisperProcessor`.
+        language: of the transcripts; multilingual models need it.
+    Raises: DataError: no language for a multilingual model. MissingDependencyError, ModelError: no VAD.
+    """
+
+    def __init__(self, model: Any, processor: Any, *, language: str | None = "en") -> None:
+        self._model, self._tokenizer = model, processor.tokenizer
+        self._labels = LabelEncoder(processor.tokenizer, language=language)
+        self._vad = VoiceActivityDetector(_SPEECH)
+        self._aligned: dict[str, AlignedClip] = {}
+
+    def align(self, utterance: Utterance) -> AlignedClip:
+        """Align one clip; the second time, from memory.
+
+        Raises: DataError: no transcript. AudioError: it cannot be decoded. ModelError: longer than 30 s.
+        """
+        if utterance.id not in self._aligned:
+            audio = decode_audio(utterance).numpy()
+            words = [word for word in self._align(utterance, audio) if normalize_plain(word.text)]  # a dash is no word
+            speech = self._vad.speech_segments(audio)
+            self._aligned[utterance.id] = AlignedClip(utterance.id, utterance.text, audio, cut_to_speech(words, speech))
+        return self._aligned[utterance.id]
+
+    def _align(self, utterance: Utterance, audio: Waveform) -> tuple[Word, ...]:
+        # a text in capitals is unlikely to the model, and its attention strays
+        tokens = self._labels.tokenize(apply_case(utterance.text, resolve_case([utterance.text], "auto")))
+        if not tokens:
+            raise DataError(f"utterance {utterance.id}: no transcript to align; leave it out of the stream")
+        try:
+            hidden = encode(self._model, [audio], _TRAILING_SILENCE_SEC).last_hidden_state
+        except ModelError as err:
+            raise ModelError(f"utterance {utterance.id}: {err}") from err
+        return align_words(
+            self._model, self._tokenizer, hidden,
+            sot_sequence=self._labels.prefix, tokens=tokens, audio_sec=len(audio) / SAMPLE_RATE,
+        )  # fmt: skip
+
+
+def cut_to_speech(words: Sequence[Word], speech: Sequence[SpeechSegment]) -> tuple[Word, ...]:
+    """Cut each word to the stretch of speech that it overlaps most; one that overlaps none stays as it is."""
+    cut = []
+    for word in words:
+        shared = [min(word.end_sec, s.end_sec) - max(word.start_sec, s.start_sec) for s in speech]
+        if shared and max(shared) > 0:
+            best = speech[int(np.argmax(shared))]
+            start, end = max(word.start_sec, best.start_sec), min(word.end_sec, best.end_sec)
+            word = replace(word, start_sec=start, end_sec=end)
+        cut.append(word)
+    return tuple(cut)
+
+
+def join_clips(clips: Sequence[AlignedClip], *, name: str, seed: int, duration_sec: float | None = None) -> TimedStream:
+    """Join clips with pauses of digital silence after each.
+
+    Args:
+        seed: of the pauses' lengths, uniform in 0.3 to 0.8 s, and of the order in which clips are repeated.
+        duration_sec: stop after the clip that reaches it; where there are too few clips, they are heard again in a new
+            shuffled order each time, which is logged and is the stream's `repeats`. None takes each clip once.
+    Raises: DataError: no clip.
+    """
+    if not clips:
+        raise DataError(f"stream {name!r}: no clip given")
+    rng = np.random.default_rng(seed)
+    chosen, pauses = _choose(clips, rng, duration_sec)
+    audio, starts = join_audios([clip.audio for clip in chosen], pauses)
+    spans = [
+        StreamClip(c.id, c.text, at, at + len(c.audio) / SAMPLE_RATE) for c, at in zip(chosen, starts, strict=True)
+    ]
+    words = [
+        SpokenWord(word.text, at + word.start_sec, at + word.end_sec, index)
+        for index, (clip, at) in enumerate(zip(chosen, starts, strict=True))
+        for word in clip.words
+    ]
+    stream = TimedStream(name, audio, tuple(spans), tuple(words))
+    if stream.repeats > 1:
+        logger.warning(
+            "stream %r: %d clips are too few for %.0f s; some are heard %d times",
+            name, len(clips), stream.duration_sec, stream.repeats,
+        )  # fmt: skip
+    return stream
+
+
+def draw_pause(rng: np.random.Generator) -> int:
+    """Return a pause in samples, uniform in `PAUSE_SEC`."""
+    return _samples(rng.uniform(*PAUSE_SEC))
+
+
+def join_audios(audios: Sequence[Waveform], pauses: Sequence[int]) -> tuple[Waveform, list[float]]:
+    """Join waveforms with digital silence.
+
+    Args:
+        audios: (T,) float32 each, 16 kHz, at least one.
+        pauses: samples after each.
+    Returns: (T,) float32, and where each waveform begins, in seconds.
+    """
+    pieces = [piece for a, pause in zip(audios, pauses, strict=True) for piece in (a, np.zeros(pause, np.float32))]
+    ends = np.cumsum([len(a) + pause for a, pause in zip(audios, pauses, strict=True)])
+    return np.concatenate(pieces), [0.0, *(ends[:-1] / SAMPLE_RATE).tolist()]
+
+
+def add_noise(
+    stream: TimedStream,
+    *,
+    snr_db: float,
+    seed: int,
+    kind: NoiseKind = "pink",
+    silence_sec: float = 60.0,
+    noise_sec: float = 60.0,
+) -> TimedStream:
+    """Lay noise under a stream, and open its middle for digital silence and for the same noise without speech.
+
+    Args:
+        snr_db: over the whole stream, pauses included; the mixture is scaled down where its peak would exceed 1.0.
+        kind: "white", "pink" or "brown".
+        silence_sec, noise_sec: the two stretches without speech, between two clips; 0 for none.
+    Raises: DataError: a kind that is not made noise. AudioError: the stream is silent.
+    """
+    if kind not in EXPONENTS:
+        raise DataError(f"{kind!r} is no made noise; take one of {', '.join(EXPONENTS)}")
+    samples, alone = len(stream.audio), _samples(noise_sec)
+    generator = torch.Generator().manual_seed(seed)
+    noise = coloured_noise((1, samples + alone), torch.tensor([EXPONENTS[kind]]), generator)
+    speech = torch.nn.functional.pad(torch.from_numpy(stream.audio), (0, alone))[None]
+    mixed = mix_at_snr(speech, noise, snr_db=snr_db, lengths=torch.tensor([samples]))[0]  # behind: noise alone
+    mixed /= mixed.abs().max().clamp(min=1.0)
+    gap = torch.cat([torch.zeros(_samples(silence_sec)), mixed[samples:]])
+    noisy = replace(stream, name=f"{stream.name}, {kind} noise at {snr_db:g} dB", audio=mixed[:samples].numpy())
+    return _open_middle(noisy, gap.numpy(), (silence_sec, noise_sec))
+
+
+def _choose(
+    clips: Sequence[AlignedClip], rng: np.random.Generator, duration_sec: float | None
+) -> tuple[list[AlignedClip], list[int]]:
+    """Return clips in order, and the pause after each in samples."""
+    if duration_sec is None:
+        return list(clips), [draw_pause(rng) for _ in clips]
+    chosen: list[AlignedClip] = []
+    pauses: list[int] = []
+    samples = 0
+    for clip in itertools.chain(clips, _shuffled_forever(clips, rng)):
+        if samples >= duration_sec * SAMPLE_RATE:
+            break
+        chosen.append(clip)
+        pauses.append(draw_pause(rng))
+        samples += len(clip.audio) + pauses[-1]
+    return chosen, pauses
+
+
+def _shuffled_forever(clips: Sequence[AlignedClip], rng: np.random.Generator) -> Iterator[AlignedClip]:
+    while True:
+        for index in rng.permutation(len(clips)):
+            yield clips[index]
+
+
+def _open_middle(stream: TimedStream, gap: Waveform, stretches_sec: Sequence[float]) -> TimedStream:
+    """Insert audio between the two clips nearest to the middle; `stretches_sec` are its parts without speech."""
+    places = [*(clip.start_sec for clip in stream.clips[1:]), stream.duration_sec]
+    at_sec = min(places, key=lambda place: abs(place - stream.duration_sec / 2))
+    by_sec = len(gap) / SAMPLE_RATE
+    ends = [at_sec + end for end in itertools.accumulate(stretches_sec)]
+    return replace(
+        stream,
+        audio=np.insert(stream.audio, _samples(at_sec), gap),
+        clips=tuple(_later(clip, by_sec) if clip.start_sec >= at_sec else clip for clip in stream.clips),
+        words=tuple(_later(word, by_sec) if word.start_sec >= at_sec else word for word in stream.words),
+        no_speech=tuple((a, b) for a, b in itertools.pairwise([at_sec, *ends]) if b > a),
+    )
+
+
+def _later(item: Placed, by_sec: float) -> Placed:
+    return replace(item, start_sec=item.start_sec + by_sec, end_sec=item.end_sec + by_sec)
+
+
+def _samples(sec: float) -> int:
+    return round(sec * SAMPLE_RATE)
