@@ -5,8 +5,10 @@
 The peer is `WhisperForConditionalGeneration.generate` on features of its own processor, which pads every clip to 30 s.
 A checkpoint with dynamic context is measured at the audio's own length, stock weights padded, as their config says.
 Both sides take turns, round by round, so that other work on the machine meets both; medians over the rounds are shown,
-and the speedup is the median of the rounds' ratios. The last line printed is one JSON object; the table is appended to
-docs/BENCHMARKS.md.
+and the speedup is the median of the rounds' ratios. For a checkpoint with dynamic context, whole systems follow:
+CTranslate2 one by one and in batches beside faster-whisper, torch beside transformers' pipeline, a long recording (see
+latency_systems.py; the peers are in requirements-bench.txt). The last line printed is one JSON object; the tables are
+appended to docs/BENCHMARKS.md.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import torch
 from transformers import WhisperForConditionalGeneration
 from transformers import logging as transformers_logging
 
+from scripts import latency_systems
 from scripts.benchmark_adaptation import read, strided
 from scripts.benchmarking import append_table
 from src.data.audio import SAMPLE_RATE, Waveform
@@ -69,12 +72,13 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=100, help="at a stride over all")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=3, help="of both sides; medians are reported")
+    parser.add_argument("--long-minutes", type=float, default=30.0, help="of the long recording")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no-record", action="store_true", help="print only")
     parser.add_argument("--quick", action="store_true", help="under a minute: few clips, nothing recorded")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.clips, arguments.batch_sizes, arguments.rounds = 4, [1, 4], 1
+        arguments.clips, arguments.batch_sizes, arguments.rounds, arguments.long_minutes = 4, [1, 4], 1, 0.5
     transformers_logging.set_verbosity_error()  # else the peer's `generate` warns of its own defaults at each call
     variants = arguments.variant or ([] if arguments.model else ["tiny.en"])
     utterances = load_clips(arguments.data, arguments.clips)
@@ -83,15 +87,30 @@ def main() -> int:
     for name in [*variants, *map(str, arguments.model)]:
         config = load_config(None, overrides={"model": {"variant": name, "language": "en"}, "device": arguments.device})
         measured += measure_model(config, clips, [u.text for u in utterances], arguments)
-    rows = [row(side, peer_of(side, measured)) for side in measured]
-    for line in (dict(zip(rows[0], rows[0], strict=True)), *rows):
-        print("  ".join(f"{cell:>14}" for cell in line.values()))
-    if not (arguments.quick or arguments.no_record):
-        audio_sec = sum(map(len, clips)) / SAMPLE_RATE
-        note = f"{len(clips)} clips of {audio_sec / len(clips):.1f} s on average; medians of {arguments.rounds} rounds."
-        append_table("Latency of transcription", rows, note=note)
-    print(json.dumps(summarize(measured)))
+    audio_sec = sum(map(len, clips)) / SAMPLE_RATE
+    note = f"{len(clips)} clips of {audio_sec / len(clips):.1f} s on average; medians of {arguments.rounds} rounds."
+    record = not (arguments.quick or arguments.no_record)
+    show("Latency of transcription", [row(side, peer_of(side, measured)) for side in measured], note, record=record)
+    summary = summarize(measured) | dict.fromkeys(latency_systems.RATIOS)
+    for folder in map(str, arguments.model[:1]):
+        config = load_config(None, overrides={"model": {"variant": folder, "language": "en"}, "device": "cpu"})
+        systems = latency_systems.measure_systems(
+            folder, config, clips, [u.text for u in utterances],
+            rounds=arguments.rounds, long_sec=60 * arguments.long_minutes,
+        )  # fmt: skip
+        show("Systems on the same weights", [system.row() for system in systems], note, record=record)
+        summary |= latency_systems.figures(systems)
+    print(json.dumps(summary))
     return 0
+
+
+def show(title: str, rows: list[dict[str, str]], note: str, *, record: bool) -> None:
+    """Print a table, and append it to docs/BENCHMARKS.md where it is to be recorded."""
+    widths = {column: max(len(column), *(len(line[column]) for line in rows)) for column in rows[0]}
+    for line in (dict(zip(rows[0], rows[0], strict=True)), *rows):
+        print("  ".join(f"{cell:>{widths[column]}}" for column, cell in line.items()))
+    if record:
+        append_table(title, rows, note=note)
 
 
 def load_clips(data: Path | None, count: int) -> list[Utterance]:

@@ -8,15 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.audio_utils import mel_filter_bank
 
-from src.data.audio import SAMPLE_RATE
+from src.data.mel import CONTEXT_SAMPLES, FRAMES_PER_SEC, HOP_SAMPLES, N_FFT, SAMPLES_PER_POSITION, mel_filters
 
-N_FFT = 400  # samples: a 25 ms window
-HOP_SAMPLES = 160  # 10 ms
-FRAMES_PER_SEC = SAMPLE_RATE // HOP_SAMPLES  # 100
-SAMPLES_PER_POSITION = 2 * HOP_SAMPLES  # 320: the encoder's second convolution halves the frames
-CONTEXT_SAMPLES = 30 * SAMPLE_RATE  # 480_000
+__all__ = ["CONTEXT_SAMPLES", "FRAMES_PER_SEC", "HOP_SAMPLES", "N_FFT", "SAMPLES_PER_POSITION", "LogMel"]
 
 
 class LogMel(nn.Module):
@@ -28,20 +23,9 @@ class LogMel(nn.Module):
 
     def __init__(self, num_mel_bins: int = 80) -> None:
         super().__init__()
-        filters = mel_filter_bank(
-            num_frequency_bins=1 + N_FFT // 2,
-            num_mel_filters=num_mel_bins,
-            min_frequency=0.0,
-            max_frequency=SAMPLE_RATE / 2,
-            sampling_rate=SAMPLE_RATE,
-            norm="slaney",
-            mel_scale="slaney",
-        )
         self.filters: Tensor
         self.window: Tensor
-        self.register_buffer(
-            "filters", torch.from_numpy(filters).float().T.contiguous(), persistent=False
-        )  # (mels, 201)
+        self.register_buffer("filters", torch.tensor(mel_filters(num_mel_bins)), persistent=False)  # (mels, 201)
         self.register_buffer("window", torch.hann_window(N_FFT), persistent=False)
 
     @torch.no_grad()

@@ -1,9 +1,9 @@
 from .alignment_view import AlignmentView
 from .data_checks import add_model_checks, choose_label_case
 from .evaluator import ModelEvaluator
+from .figures_streaming import draw_emission, draw_tradeoff
 from .figures_variants import variants_chart
 from .figures_words import draw_words
-from .figures_streaming import draw_emission, draw_tradeoff
 from .guard import GuardSet, evaluate_guard, prepare_guard_set
 from .html_report import write_html_report
 from .latency import LatencyBenchmark, latency_table
@@ -16,9 +16,9 @@ from .slices import slice_rates
 from .streaming import ReplayClock, evaluate_stream, make_stream, replay
 from .streaming_metrics import measure_stream
 from .streams import WordAligner, add_noise, join_clips
-from .word_timing import time_words
 from .variants import compare_models
 from .visualization import EvaluationVisualizer, TrainingVisualizer
+from .word_timing import time_words
 
 __all__ = [
     "AlignmentView",
@@ -44,8 +44,8 @@ __all__ = [
     "draw_words",
     "evaluate_guard",
     "evaluate_stream",
-    "latency_table",
     "join_clips",
+    "latency_table",
     "make_stream",
     "measure_stream",
     "prepare_guard_set",

@@ -7,9 +7,11 @@ the normalised, median-filtered weights, as in openai/whisper's timing.py.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -21,21 +23,53 @@ from src.inference.vocabulary import Vocabulary
 from src.inference.words import Word, place_words
 from src.utils.errors import ModelError
 
+logger = logging.getLogger(__name__)
+
+Head = tuple[int, int]  # layer, head
+
 POSITION_SEC = 2 / FRAMES_PER_SEC  # 0.02 s an encoder position
 MEDIAN_WIDTH = 7  # positions
+FIND_HEADS = "python scripts/find_alignment_heads.py --model FOLDER --write"
+
+_warned: WeakSet[Any] = WeakSet()  # models without a list
 
 
-def alignment_heads(model: Any) -> list[tuple[int, int]]:
-    """Return (layer, head) pairs; all heads of the upper half of the layers where the checkpoint lists none."""
-    heads = getattr(model.generation_config, "alignment_heads", None)
-    if heads:
-        return [(int(layer), int(head)) for layer, head in heads]
+def alignment_heads(model: Any) -> list[Head]:
+    """Return the heads that time words; those of `upper_half_heads` where the checkpoint lists none, with a warning.
+
+    Raises: ModelError: it lists heads that it does not have, as distilled checkpoints do with their teacher's.
+    """
+    listed = listed_heads(model)
+    layers, count = model.config.decoder_layers, model.config.decoder_attention_heads
+    absent = [(layer, head) for layer, head in listed if not (0 <= layer < layers and 0 <= head < count)]
+    if absent:
+        raise ModelError(
+            f"alignment_heads lists {absent[0]}, but the decoder has {layers} layers of {count} heads: the list is "
+            f"another model's; find this one's: {FIND_HEADS}"
+        )
+    if not listed and model not in _warned:
+        _warned.add(model)
+        logger.warning(
+            "the checkpoint lists no alignment_heads: word times come from all heads of the upper half of its layers; "
+            "better ones can be found: %s",
+            FIND_HEADS,
+        )
+    return listed or upper_half_heads(model)
+
+
+def listed_heads(model: Any) -> list[Head]:
+    """Return the alignment heads that the generation config lists, whether or not they exist; none by default."""
+    return [(int(layer), int(head)) for layer, head in getattr(model.generation_config, "alignment_heads", None) or ()]
+
+
+def upper_half_heads(model: Any) -> list[Head]:
+    """Return all heads of the upper half of the decoder's layers, as CTranslate2's converter does without a list."""
     layers, count = model.config.decoder_layers, model.config.decoder_attention_heads
     return [(layer, head) for layer in range(layers // 2, layers) for head in range(count)]
 
 
 @contextmanager
-def record_cross_attention(model: Any, heads: Sequence[tuple[int, int]]) -> Iterator[list[Tensor]]:
+def record_cross_attention(model: Any, heads: Sequence[Head]) -> Iterator[list[Tensor]]:
     """Record the cross-attention of some heads during decoder calls.
 
     Yields: a list that receives, for each decoder call and each layer with a head in `heads`, in layer order, a tensor
@@ -84,6 +118,7 @@ def align_words(
     sot_sequence: Sequence[int],
     tokens: Sequence[int],
     audio_sec: float,
+    heads: Sequence[Head] | None = None,
 ) -> tuple[Word, ...]:
     """Give each word of one decoded text its times and probability.
 
@@ -92,12 +127,13 @@ def align_words(
         sot_sequence: the tokens that precede the text.
         tokens: text tokens, without the end token.
         audio_sec: real audio in `hidden`; times are clipped to it.
+        heads: to read; those of `alignment_heads` by default.
     Returns: words in order; starts and ends never decrease.
-    Raises: ModelError: the decoder has no cross-attention heads to read.
+    Raises: ModelError: the decoder has no cross-attention heads to read, or none of the listed.
     """
     if not tokens:
         return ()
-    heads = alignment_heads(model)
+    heads = alignment_heads(model) if heads is None else heads
     if not heads:
         raise ModelError("no alignment heads: the decoder has no layers to read word times from")
     ids = torch.tensor([[*sot_sequence, *tokens]], device=hidden.device)
@@ -131,13 +167,21 @@ def words_from_attention(
     """
     if not tokens:
         return ()
+    entered_sec = time_tokens(attention, len(tokens), first=first, audio_sec=audio_sec)
+    return place_words(Vocabulary.of(tokenizer), tokens, entered_sec=entered_sec, probabilities=probabilities)
+
+
+def time_tokens(attention: Tensor, count: int, *, first: int, audio_sec: float) -> list[float]:
+    """Return when each of `count` tokens begins, and after them the end token, in seconds; see `words_from_attention`.
+
+    Ascending: `count` + 1 times.
+    """
     positions = min(attention.shape[-1], max(1, round(audio_sec / POSITION_SEC)))
     weights = _normalise(attention[..., :positions])[first - 1 :].cpu().numpy()  # each row predicts a token
-    rows, columns = dtw_path(-weights[: len(tokens) + 1].astype(np.float64))
+    rows, columns = dtw_path(-weights[: count + 1].astype(np.float64))
     first_of_row = np.concatenate([[True], np.diff(rows) > 0])
-    entered_sec = np.minimum(columns[first_of_row] * POSITION_SEC, audio_sec).tolist()  # the last: the end token
-    entered_sec += [audio_sec] * (len(tokens) + 1 - len(entered_sec))
-    return place_words(Vocabulary.of(tokenizer), tokens, entered_sec=entered_sec, probabilities=probabilities)
+    entered_sec: list[float] = np.minimum(columns[first_of_row] * POSITION_SEC, audio_sec).tolist()
+    return entered_sec + [audio_sec] * (count + 1 - len(entered_sec))
 
 
 def dtw_path(cost: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from src.data.audio import SAMPLE_RATE, Waveform, stream_audio, to_mono_16k
-from src.data.vad import VoiceActivityDetector
+from src.inference.detection import LazyDetector, SpeechDetector
 from src.inference.engines import Engine
 from src.inference.fallback import FallbackOptions, decode_with_fallback
 from src.inference.options import DecodingOptions, DecodingResult
@@ -77,11 +77,11 @@ class BatchInference:
         config: Config | None = None,
         *,
         engine: Engine | None = None,
-        vad: VoiceActivityDetector | None = None,
+        vad: SpeechDetector | None = None,
     ) -> None:
         self._config = config or Config()
         self._engine = engine if engine is not None else _torch_engine(model, processor)
-        self._vad = vad or VoiceActivityDetector(self._config.vad)
+        self._vad = vad or LazyDetector(self._config.vad)
         self._fallback = FallbackOptions.from_config(self._config)
         section = self._config.inference
         self._options = replace(

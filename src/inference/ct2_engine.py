@@ -13,19 +13,18 @@ from typing import Any, Literal, cast
 
 import ctranslate2
 import numpy as np
-import torch
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.features import HOP_SAMPLES
-from src.inference.frontend import log_mel_batch
+from src.data.mel import HOP_SAMPLES
+from src.inference.frontend import log_mel_on_host
 from src.inference.options import DecodingOptions, DecodingResult
 from src.inference.vocabulary import Vocabulary
 from src.inference.words import Word, place_words
 from src.utils.errors import DeviceError, ModelError
+from src.utils.runtime import cpu_threads
 
 MAX_POSITIONS = 448  # of the decoder
 POSITION_SEC = 2 * HOP_SAMPLES / SAMPLE_RATE  # 0.02 s
-_CPU = torch.device("cpu")  # features are computed there: CTranslate2 takes its input from the host
 
 
 class CTranslate2Engine:
@@ -33,7 +32,7 @@ class CTranslate2Engine:
 
     Args:
         folder: with model.bin, config.json and tokenizer.json, as `export_ctranslate2` writes it.
-        device: "auto" (CUDA if CTranslate2 has it, else CPU), "cpu" or "cuda".
+        device: as `find_device` takes it.
         compute_type: "auto" keeps the type that the weights are stored in where the device can compute with it; or
             int8, int8_float16, float16, float32, ... as CTranslate2 names them.
         workers: batches that are computed at once on a CPU, when as many threads call: on two cores, two workers of
@@ -51,14 +50,15 @@ class CTranslate2Engine:
         self.vocabulary = Vocabulary.from_folder(folder)
         self.audio_context = cast(Literal["full", "dynamic"], config.get("audio_context", "full"))
         self.has_alignment_heads = bool(config.get("alignment_heads"))
-        asked = "default" if compute_type == "auto" else compute_type
+        kind, index = find_device(device)
         try:
             self._model = ctranslate2.models.Whisper(
                 str(folder),
-                device=device,
-                compute_type=asked,
+                device=kind,
+                device_index=index,
+                compute_type="default" if compute_type == "auto" else compute_type,
                 inter_threads=workers,
-                intra_threads=threads or max(1, torch.get_num_threads() // workers),
+                intra_threads=threads or max(1, cpu_threads() // workers),
             )
         except ValueError as err:
             raise DeviceError(f"{folder}: {err}; try device: cpu, or compute_type: auto") from err
@@ -69,14 +69,10 @@ class CTranslate2Engine:
 
     def encode(self, audios: Sequence[Waveform], trailing_silence_sec: float) -> Any:
         """Return the encoder's output, a `StorageView` (B, positions, d_model) on the engine's device."""
-        features = log_mel_batch(
-            audios,
-            trailing_silence_sec,
-            num_mel_bins=self._model.n_mels,
-            audio_context=self.audio_context,
-            device=_CPU,
+        features = log_mel_on_host(
+            audios, trailing_silence_sec, num_mel_bins=self._model.n_mels, audio_context=self.audio_context
         )
-        return self._model.encode(ctranslate2.StorageView.from_array(np.ascontiguousarray(features.numpy())))
+        return self._model.encode(ctranslate2.StorageView.from_array(np.ascontiguousarray(features)))
 
     def decode(self, encoded: Any, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
         """Decode what `encode` gave for these clips."""
@@ -159,6 +155,26 @@ class CTranslate2Engine:
         entered = dict(reversed(result.alignments))  # token -> its first position
         entered_sec = [min(entered[i] * POSITION_SEC, audio_sec) for i in range(len(tokens) + 1)]
         return place_words(self.vocabulary, tokens, entered_sec=entered_sec, probabilities=result.text_token_probs)
+
+
+def find_device(name: str) -> tuple[str, int]:
+    """Return the kind and number of a device for CTranslate2, without torch.
+
+    Args: name: "auto" (CUDA if there is any, else the CPU), "cpu", "cuda" or "cuda:N".
+    Raises: ModelError: another kind. DeviceError: no such CUDA device.
+    """
+    kind, _, number = name.partition(":")
+    found = ctranslate2.get_cuda_device_count() if kind in ("auto", "cuda") else 0
+    if kind == "auto":
+        return ("cuda", 0) if found else ("cpu", 0)
+    if kind not in ("cpu", "cuda"):
+        raise ModelError(f"CTranslate2 runs on cpu and cuda, not on {name}; set engine: torch, or device: cpu")
+    index = int(number or 0)
+    if kind == "cuda" and index >= found:
+        raise DeviceError(
+            f"device {name!r}: CTranslate2 sees {found} CUDA device(s) here; check nvidia-smi, or set device: auto"
+        )
+    return kind, index
 
 
 def _mean_logprob(score: float, tokens: int, forced: int) -> float:

@@ -16,6 +16,7 @@ from src.inference.vocabulary import Vocabulary
 from src.inference.words import Word
 from src.utils.config import Config
 from src.utils.errors import ConfigError, ModelError
+from src.utils.runtime import get_device, usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -91,17 +92,17 @@ def load_engine(
         raise ConfigError(f"engine {engine!r} is unknown; known: auto, torch, ctranslate2")
     folder = Path(source).expanduser()
     converted = (folder / "model.bin").is_file() and not (folder / "model.safetensors").is_file()
-    device = _device(config.device)
     chosen, reason = engine, "asked for"
     if engine == "auto" and converted:
         chosen, reason = "ctranslate2", "a CTranslate2 folder"
     elif engine == "auto":
+        device = get_device(config.device).type
         chosen = "ctranslate2" if device == "cpu" else "torch"
         reason = "8 bits are fastest on a CPU" if device == "cpu" else f"the weights as they are, on {device}"
     if chosen == "torch":
-        loaded = _load_torch(source, config, device, compute_type)
+        loaded = _load_torch(source, config, compute_type)
     else:
-        loaded = _load_ct2(source, config, device, compute_type, workers)
+        loaded = _load_ct2(source, config, compute_type, workers)
     logger.info(
         "engine: %s, %s on %s, audio context %s (%s)",
         loaded.name, loaded.precision, loaded.device, loaded.audio_context, reason,
@@ -109,19 +110,14 @@ def load_engine(
     return loaded
 
 
-def _device(name: str) -> str:
-    from src.utils.runtime import get_device  # torch: not before it is needed
-
-    return str(get_device(name))
-
-
-def _load_torch(source: str | Path, config: Config, device: str, compute_type: str) -> Engine:
+def _load_torch(source: str | Path, config: Config, compute_type: str) -> Engine:
     import torch
 
     from src.inference.torch_engine import TorchEngine
     from src.models.whisper_model import WhisperModelManager
 
-    precision = {"auto": "float16" if device.startswith("cuda") else "float32"}.get(compute_type, compute_type)
+    on_gpu = get_device(config.device).type == "cuda"
+    precision = {"auto": "float16" if on_gpu else "float32"}.get(compute_type, compute_type)
     if precision not in ("float32", "float16", "bfloat16"):
         raise ModelError(
             f"torch computes in float32, float16 and bfloat16, not in {precision}; set engine: ctranslate2"
@@ -130,15 +126,12 @@ def _load_torch(source: str | Path, config: Config, device: str, compute_type: s
     return TorchEngine(model.to(getattr(torch, precision)), processor)
 
 
-def _load_ct2(source: str | Path, config: Config, device: str, compute_type: str, workers: int | None) -> Engine:
-    from src.inference.ct2_engine import CTranslate2Engine
+def _load_ct2(source: str | Path, config: Config, compute_type: str, workers: int | None) -> Engine:
+    from src.inference.ct2_engine import CTranslate2Engine, find_device
     from src.models.ct2_cache import ct2_folder
-    from src.utils.runtime import usable_cores
 
-    kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ModelError(f"CTranslate2 runs on cpu and cuda, not on {device}; set engine: torch, or device: cpu")
-    stored = {"auto": "int8" if kind == "cpu" else "float16"}.get(compute_type, compute_type)
+    device, _ = find_device(config.device)
+    stored = {"auto": "int8" if device == "cpu" else "float16"}.get(compute_type, compute_type)
     folder = ct2_folder(str(source), quantization=stored, cache_dir=config.paths.cache_dir)
-    workers = 1 if kind == "cuda" else workers or usable_cores()
-    return CTranslate2Engine(folder, device=kind, compute_type=compute_type, workers=workers)
+    workers = 1 if device == "cuda" else workers or usable_cores()
+    return CTranslate2Engine(folder, device=config.device, compute_type=compute_type, workers=workers)

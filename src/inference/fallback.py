@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from src.data.audio import Waveform
-from src.data.vad import VoiceActivityDetector
+from src.inference.detection import SpeechDetector
 from src.inference.engines import Engine, transcribe
 from src.inference.options import DecodingOptions, DecodingResult
 from src.utils.config import Config
@@ -71,7 +71,7 @@ def decode_with_fallback(
     options: DecodingOptions,
     fallback: FallbackOptions,
     *,
-    vad: VoiceActivityDetector | None = None,
+    vad: SpeechDetector | None = None,
 ) -> list[DecodingResult]:
     """Transcribe clips of at most 30 s as one batch; those that fail are decoded again.
 
@@ -84,7 +84,8 @@ def decode_with_fallback(
     results = transcribe(engine, audios, asked)
     if vad is not None:
         doubtful = [i for i, result in enumerate(results) if _is_doubtful(result, fallback)]
-        for i, speech in zip(doubtful, vad.speech_segments_batch([audios[i] for i in doubtful]), strict=True):
+        heard = vad.speech_segments_batch([audios[i] for i in doubtful]) if doubtful else []
+        for i, speech in zip(doubtful, heard, strict=True):
             results[i] = results[i] if speech else _silent(results[i])
     for temperature in fallback.temperatures[1:]:
         failed = [i for i, result in enumerate(results) if _has_failed(result, fallback)]

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.vad import VADEvent, VoiceActivityDetector
+from src.inference.detection import SpeechDetector, SpeechStream
+
+if TYPE_CHECKING:
+    from src.data.vad import VADEvent
 
 QUIET_SAMPLES = SAMPLE_RATE // 10  # 0.1 s: the gap that a cut in the middle of speech looks for
 EARLIEST_CUT = 0.5  # share of `max_sec`; a cut before it would make many short segments
@@ -32,7 +37,7 @@ class Segment:
 
 
 def cut_at_silences(
-    blocks: Iterable[Waveform], vad: VoiceActivityDetector, *, max_sec: float, join_pause_sec: float
+    blocks: Iterable[Waveform], vad: SpeechDetector, *, max_sec: float, join_pause_sec: float
 ) -> Iterator[Segment]:
     """Cut a recording that arrives in blocks.
 
@@ -52,8 +57,8 @@ def cut_at_silences(
 class _Cutter:
     """Positions are samples since the recording began."""
 
-    def __init__(self, vad: VoiceActivityDetector, max_samples: int, join_samples: int) -> None:
-        self._stream = vad.stream()
+    def __init__(self, vad: SpeechDetector, max_samples: int, join_samples: int) -> None:
+        self._vad = vad
         self._pad = round(vad.config.pad_sec * SAMPLE_RATE)
         self._onset = round((vad.config.min_speech_sec + vad.config.pad_sec) * SAMPLE_RATE) + SAMPLE_RATE // 10
         self._max, self._join = max_samples, join_samples
@@ -63,6 +68,10 @@ class _Cutter:
         self._speech: int | None = None  # where speech that goes on began
         self._window: tuple[int, int] | None = None  # speech that waits for more, or to be given out
         self._cut = 0  # no segment begins before it
+
+    @cached_property
+    def _stream(self) -> SpeechStream:
+        return self._vad.stream()  # not for a recording that stays whole
 
     def hear(self, block: Waveform) -> Iterator[Segment]:
         self._held = np.concatenate([self._held, block])

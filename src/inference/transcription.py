@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -97,9 +98,7 @@ class Transcription:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON takes them: nan becomes None."""
-        fields = asdict(self)
-        if self.error is not None:
-            fields["duration_sec"] = None
+        fields: dict[str, Any] = _without_nan(asdict(self))
         return fields
 
 
@@ -129,3 +128,11 @@ class Transcriptions(Sequence[Transcription]):
 
     def __len__(self) -> int:
         return len(self.items)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,6 +1,8 @@
 from .ct2_converter import convert_ct2_to_hf
 from .dynamic_context import DynamicWhisper
 from .export import export_ctranslate2, export_huggingface
+from .hub_push import push_to_hub
+from .onnx_export import export_onnx
 from .weights import resolve_weights
 from .whisper_model import WhisperModelManager
 
@@ -10,5 +12,7 @@ __all__ = [
     "convert_ct2_to_hf",
     "export_ctranslate2",
     "export_huggingface",
+    "export_onnx",
+    "push_to_hub",
     "resolve_weights",
 ]

@@ -1,14 +1,13 @@
-"""CTranslate2 conversions of any weights, made once and kept in the cache."""
+"""CTranslate2 conversions of any weights, made once and kept in the cache.
+
+Imports stand where they are used: the Hub's client, torch and transformers take seconds, and most calls need none.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import tempfile
 from pathlib import Path
-
-from src.models.conversion_cache import combined_sha256, convert_once
-from src.models.export import export_ctranslate2
-from src.models.weights import resolve_weights
 
 
 def ct2_folder(source: str, *, quantization: str, cache_dir: Path) -> Path:
@@ -23,12 +22,17 @@ def ct2_folder(source: str, *, quantization: str, cache_dir: Path) -> Path:
     folder = Path(source).expanduser()
     if (folder / "model.bin").is_file():
         return folder
+    from src.models.conversion_cache import combined_sha256, convert_once
+    from src.models.weights import resolve_weights
+
     weights = resolve_weights(source, cache_dir=cache_dir)
     files = sorted(file for pattern in ("*.safetensors", "pytorch_model.bin") for file in weights.path.glob(pattern))
     content = combined_sha256([*files, weights.path / "config.json", weights.path / "generation_config.json"])
     digest = hashlib.sha256(f"{content} {quantization}".encode()).hexdigest()
 
     def convert(target: Path) -> None:
+        from src.models.export import export_ctranslate2
+
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             exported = export_ctranslate2(weights.path, Path(scratch) / "exported", quantization=quantization)
             for file in exported.iterdir():

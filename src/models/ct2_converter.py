@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 
 from src.data.labels import MAX_LABEL_TOKENS
-from src.models.ct2_format import Ct2Model, FloatArray, read_ct2_model
+from src.models.ct2_format import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, Ct2Model, FloatArray, read_ct2_model
 from src.models.processor import (
     NO_TIMESTAMPS_TOKEN,
     START_TOKEN,
@@ -29,9 +29,6 @@ from src.models.processor import (
 from src.utils.atomic import atomic_folder
 from src.utils.errors import ModelError
 
-MODEL_FILE = "model.bin"
-CONFIG_FILE = "config.json"
-TOKENIZER_FILE = "tokenizer.json"
 SPEC_NAME = "WhisperSpec"
 NEWEST_REVISION = 3
 HEAD_DIM = 64  # of every Whisper; revisions 1 and 2 of the format do not store the number of heads

@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 
 from src.utils.errors import ModelError
 
+MODEL_FILE = "model.bin"
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
 OLDEST_BINARY_VERSION = 4  # since then each variable says its type; Whisper needs at least 5
 NEWEST_BINARY_VERSION = 6
 BFLOAT16 = "bfloat16"  # numpy has no such type: read as the upper half of a float32

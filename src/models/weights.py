@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from src.models.conversion_cache import combined_sha256, convert_once
-from src.models.ct2_converter import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, convert_ct2_to_hf
+from src.models.ct2_format import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE
 from src.models.packaged_weights import PACKAGED_MODELS, assemble_packaged_model
 from src.utils.config_schema import VARIANTS
 from src.utils.errors import ModelError, did_you_mean, first_line
@@ -93,7 +93,7 @@ def _from_folder(folder: Path, cache_dir: Path) -> ResolvedWeights:
             digest,
             label,
             cache_dir=cache_dir,
-            convert=lambda target: convert_ct2_to_hf(folder, target),
+            convert=lambda target: _convert(folder, target),
         )
         return ResolvedWeights(path, f"{label} (converted)")
     problem = _incomplete(folder)
@@ -151,7 +151,7 @@ def _from_package(name: str, cache_dir: Path, attempts: list[str]) -> ResolvedWe
     def convert(target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as assembled:
             assemble_packaged_model(model, Path(assembled))
-            convert_ct2_to_hf(Path(assembled), target)
+            _convert(Path(assembled), target)
 
     try:
         path = convert_once(name, model.sha256, model.label, cache_dir=cache_dir, convert=convert)
@@ -160,6 +160,12 @@ def _from_package(name: str, cache_dir: Path, attempts: list[str]) -> ResolvedWe
         return None
     logger.warning("weights of %s: %s (%s)", name, model.label, "; ".join(attempts))
     return ResolvedWeights(path, f"{model.label} (converted)")
+
+
+def _convert(ct2_dir: Path, target: Path) -> None:
+    from src.models.ct2_converter import convert_ct2_to_hf  # torch and transformers: not where it was done before
+
+    convert_ct2_to_hf(ct2_dir, target)
 
 
 def _incomplete(folder: Path) -> str | None:

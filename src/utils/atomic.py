@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
@@ -102,13 +103,25 @@ def write_bytes_atomic(path: Path, content: bytes, *, durable: bool = False) -> 
 
     Readers in other processes find the old one or the new one; after a power cut it may be either, or empty.
 
+    Args: durable: as of `atomic_file`.
+    Raises: OSError: the folder cannot be made or written.
+    """
+    with atomic_file(path, durable=durable) as file:
+        file.write(content)
+
+
+@contextmanager
+def atomic_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
+    """Yield a hidden file beside `path`, open for writing; it takes that name at the end, or goes away on an error.
+
     Args: durable: never empty after a power cut, and the new one once this has returned; waits for the disk.
     Raises: OSError: the folder cannot be made or written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _hidden_name(path, "partial")
     try:
-        partial.write_bytes(content)
+        with partial.open("wb") as file:
+            yield file
         if durable:
             _fsync(partial)
         partial.replace(path)

@@ -1,4 +1,7 @@
-"""Seed, device and precision: each choice comes with its reason, which is logged and saved with the run."""
+"""Seed, device and precision: each choice comes with its reason, which is logged and saved with the run.
+
+torch is imported where it is used: it takes seconds, and a process that decodes with CTranslate2 does without.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ import gc
 import logging
 import os
 import random
+import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
 from src.utils.errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +35,8 @@ class PrecisionChoice:
 
 def set_seed(seed: int) -> int:
     """Seed Python, NumPy and torch; return the seed."""
+    import torch
+
     random.seed(seed)
     np.random.seed(seed)  # libraries that we call draw from the global state
     torch.manual_seed(seed)
@@ -42,6 +50,8 @@ def get_device(name: str = "auto") -> torch.device:
         name: "auto" (CUDA, else Apple's MPS, else CPU), or what torch takes: "cpu", "cuda", "cuda:1", "mps".
     Raises: DeviceError: the named device is not on this machine; only "auto" may choose the CPU.
     """
+    import torch
+
     if name == "auto":
         chosen = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         logger.info("device: %s (%s)", chosen, _why(chosen))
@@ -68,6 +78,8 @@ def choose_precision(precision: str, device: torch.device) -> PrecisionChoice:
 
     Raises: DeviceError: the device cannot compute in the asked precision.
     """
+    import torch
+
     if precision == "auto":
         if device.type != "cuda":
             return PrecisionChoice("float32", f"{device.type} gains nothing from 16 bits in training")
@@ -96,8 +108,15 @@ def usable_cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def cpu_threads() -> int:
+    """Return how many threads this process may compute with: OMP_NUM_THREADS, which launchers set, or its cores."""
+    return int(os.environ.get("OMP_NUM_THREADS") or usable_cores())
+
+
 def allow_tf32(device: torch.device) -> str:
     """Let float32 matrix products of an Ampere or newer GPU run in TF32, and return what was done, for the log."""
+    import torch
+
     if device.type != "cuda":
         return "TF32 off (no CUDA device)"
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -108,6 +127,8 @@ def allow_tf32(device: torch.device) -> str:
 
 def _why(device: str) -> str:
     if device == "cuda":
+        import torch
+
         return torch.cuda.get_device_name()
     return "no CUDA device" if device == "cpu" else "no CUDA device, Apple GPU present"
 
@@ -118,13 +139,14 @@ def release_memory() -> None:
     After memory ran out, call it outside of the except block: in there the error's frames hold what did not fit.
     """
     gc.collect()
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")  # what was not imported holds nothing
+    if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the GPU or the machine had no memory left."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported for it
         return True
     text = str(error)
     return "out of memory" in text.lower() or "can't allocate memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text

@@ -12,7 +12,6 @@ from src.inference.batch import BatchInference
 from src.utils.errors import AudioError, DataError
 
 
-
 @pytest.mark.slow
 def test_paths_and_arrays_come_back_in_order(tiny_en: tuple[Any, Any], jfk: np.ndarray) -> None:
     results = BatchInference(*tiny_en).transcribe_batch([jfk[: 3 * 16_000], SAMPLE_CLIP, str(SAMPLE_CLIP)])

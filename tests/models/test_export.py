@@ -12,7 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-from src.models import export
+from scripts import export as export_script
+from scripts import export_onnx as export_onnx_script
+from src.data.audio import SAMPLE_RATE
+from src.data.utterance import Utterance
+from src.models import export, export_check
 from src.models.ct2_converter import convert_ct2_to_hf
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export import export_ctranslate2, export_huggingface
@@ -52,6 +56,44 @@ def test_model_that_changes_on_the_way_is_not_saved(
     with pytest.raises(ModelError, match=r"1 weights differ after reloading: model\.encoder\.conv1\.bias"):
         export_huggingface(model, processor, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_folder_that_no_longer_gives_the_text_is_not_saved(
+    tiny_en: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = tiny_en
+    model.audio_context = "dynamic"
+    save = export._save
+
+    def save_other_settings(model: Any, processor: Any, folder: Path) -> None:
+        save(model, processor, folder)
+        settings = json.loads((folder / "generation_config.json").read_text())
+        settings["suppress_tokens"] += processor.tokenizer(" be But", add_special_tokens=False).input_ids
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+
+    monkeypatch.setattr(export, "_save", save_other_settings)
+    with pytest.raises(ModelError, match=r"the reloaded model differs in \d+% of the words, allowed are 0%"):
+        export_huggingface(model, processor, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exports_are_verified_with_five_speakers_of_the_bundled_sample(sample: list[Utterance]) -> None:
+    clips = export_check.bundled_clips()
+    chosen = [utterance for utterance in sample if utterance.id in export_check.VERIFY_IDS]
+    assert len({utterance.speaker for utterance in chosen}) == len(clips) == 5
+    assert all(2 * SAMPLE_RATE < len(clip) < 4 * SAMPLE_RATE for clip in clips)
+
+
+def test_clips_that_cannot_be_verified_with_are_refused(tiny_en: tuple[Any, Any], jfk: np.ndarray) -> None:
+    model, processor = tiny_en
+    with pytest.raises(ModelError, match="no clip to verify with"):
+        export_check.verify_transcripts(model, processor, lambda batch: [], name="x", clips=[])
+    with pytest.raises(ModelError, match=r"a clip of 33\.0 s: pass clips of at most 30 s"):
+        export_check.prepare_batch(model, processor.tokenizer, [np.concatenate([jfk] * 3)], None)
+    model.generation_config.is_multilingual, model.generation_config.lang_to_id = True, {"<|de|>": 1, "<|sv|>": 2}
+    with pytest.raises(ModelError, match="language 'se' is unknown to this model; did you mean 'de'"):
+        export_check.prepare_batch(model, processor.tokenizer, [jfk], "se")
 
 
 def test_folder_that_is_no_export_is_left_alone(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
@@ -135,16 +177,19 @@ def test_unknown_quantization_and_absent_processor_are_refused(tiny_en: tuple[An
         (["", "a b"], ["", "a b"], 0.0),
         ([""], [""], 0.0),
         ([""], ["a"], 1.0),
+        (["a b c d", "x y", "z", "z"], ["a b", "x y", "z", "z"], 0.125),
+        (["a", "b"], ["a a a a a", "b"], 0.5),
     ],
 )
-def test_word_mismatch_counts_edits_over_the_words_of_the_source(
+def test_word_mismatch_counts_edits_over_the_words_of_the_source_and_every_clip_once(
     expected: list[str], found: list[str], rate: float
 ) -> None:
-    assert export._word_mismatch(expected, found) == rate
+    assert export_check.word_mismatch(expected, found) == rate
 
 
 def test_provenance_and_adapters_lie_beside_the_model(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
     model, processor = tiny_en
+    model.audio_context = "dynamic"
     adapters = {"fc1.lora_A": torch.arange(6.0).reshape(2, 3).t(), "fc1.lora_B": torch.zeros(3, 2)}
     made = {"epoch": 2, "validation_wer": 0.25, "git_revision": None}
     out = export_huggingface(model, processor, tmp_path / "out", provenance=made, adapters=adapters)
@@ -180,3 +225,48 @@ def test_a_full_disk_leaves_the_older_export(
         export_huggingface(*tiny_en, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+@pytest.mark.slow
+def test_the_scripts_export_a_checkpoint_and_say_errors_in_one_line(
+    tiny_en: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(export_script, "setup_logging", lambda level: None)  # it would last, and take pytest's handlers
+    model, processor = tiny_en
+    model.audio_context = "dynamic"
+    source, out = export_huggingface(model, processor, tmp_path / "source"), tmp_path / "out"
+    assert export_script.main(["--model", str(source), "--format", "ct2", "--output", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(out)]
+    assert (out / "model.bin").is_file()
+    for given, said in (
+        (
+            ["--model", str(source), "--format", "hf", "--quantization", "int8"],
+            "ModelError: --quantization int8: hf keeps",
+        ),
+        (
+            ["--model", str(source), "--format", "onnx", "--quantization", "q4"],
+            "unknown quantization 'q4'; known: none",
+        ),
+        (["--model", "tinny", "--format", "ct2"], "ModelError: 'tinny': unknown variant; did you mean 'tiny'? Known:"),
+        (["--model", str(tmp_path / "gone"), "--format", "ct2"], "gone: no such folder; checkpoints beside it:"),
+    ):
+        assert export_script.main([*given, "--output", str(tmp_path / "other")]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert said in lines[0]
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert export_script.main(["--model", str(source), "--format", "ct2", "--output", str(tmp_path)]) == 2
+
+
+def test_the_short_onnx_script_is_the_long_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def record(*given: Any) -> Path:
+        calls.append(given)
+        return tmp_path
+
+    monkeypatch.setattr(export_script, "setup_logging", lambda level: None)
+    monkeypatch.setattr(export_onnx_script, "export", record)
+    assert export_onnx_script.main(["--model", "tiny.en", "--output", str(tmp_path)]) == 0
+    assert export_onnx_script.main(["--model", "tiny.en", "--output", str(tmp_path), "--int8"]) == 0
+    assert calls == [("tiny.en", "onnx", quantization, tmp_path) for quantization in ("none", "int8")]

@@ -63,7 +63,7 @@ def test_packaged_variant_is_converted_once_and_loads(
     first = resolve_weights(variant, cache_dir=cache_dir)
     model = WhisperForConditionalGeneration.from_pretrained(first.path)
     assert model.config.vocab_size == len(WhisperProcessor.from_pretrained(first.path).tokenizer)
-    monkeypatch.setattr(weights, "convert_ct2_to_hf", fail_if_called)
+    monkeypatch.setattr(weights, "_convert", fail_if_called)
     assert resolve_weights(variant, cache_dir=cache_dir) == first
     assert first.source.startswith("package ")
 

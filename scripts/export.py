@@ -1,0 +1,77 @@
+"""Export a checkpoint for another tool; it is kept only if it gives the source's text on five bundled clips.
+
+    python scripts/export.py --model checkpoints/best_model_hf --format ct2 --output exports/ct2
+    python scripts/export.py --model tiny.en --format onnx --quantization int8 --output exports/onnx
+
+hf is for transformers, ct2 for CTranslate2 and faster-whisper, onnx for ONNX Runtime, Optimum and transformers.js. The
+last line printed is the folder; an error is one line, with exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.command_line import check_model_path
+from src.models.export import export_ctranslate2, export_huggingface
+from src.models.onnx_export import export_onnx, require_onnx
+from src.models.whisper_model import WhisperModelManager
+from src.utils.config import load_config
+from src.utils.errors import ModelError, WhisperASRError
+from src.utils.logging_config import setup_logging
+
+FORMATS = ("hf", "ct2", "onnx")
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_model_and_output(parser)
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--quantization", help="ct2: int8 (default), float16, float32, ...; onnx: none (default), int8")
+    arguments = parser.parse_args(given)
+    return report(lambda: export(arguments.model, arguments.format, arguments.quantization, arguments.output))
+
+
+def add_model_and_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder of a checkpoint, or a name such as tiny.en")
+    parser.add_argument("--output", required=True, type=Path, help="folder; an older export there is replaced")
+
+
+def report(work: Callable[[], Path]) -> int:
+    """Print the folder that was made, or the error as one line; return the exit code."""
+    setup_logging("INFO")
+    try:
+        print(work())
+    except (WhisperASRError, OSError) as err:
+        print(f"{type(err).__name__}: {' '.join(str(err).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def export(model: str, target: str, quantization: str | None, output: Path) -> Path:
+    """Load a checkpoint, convert and verify it.
+
+    Raises: WhisperASRError: no such checkpoint, a quantization that the format does not have, an absent package, or an
+        export that says something else.
+    """
+    if target == "hf" and quantization not in (None, "none"):
+        raise ModelError(f"--quantization {quantization}: hf keeps the weights as they are; leave it out, or take ct2")
+    if target == "onnx":
+        require_onnx()  # before minutes of download
+    check_model_path(model)
+    source, processor = WhisperModelManager(load_config(None, overrides={"device": "cpu"})).initialize_model(model)
+    options: dict[str, Any] = {} if quantization is None else {"quantization": quantization}
+    if target == "hf":
+        return export_huggingface(source, processor, output)
+    convert = export_ctranslate2 if target == "ct2" else export_onnx
+    return convert(source, output, processor=processor, **options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""Export a checkpoint to ONNX, see scripts/export.py for the other formats.
+
+    python scripts/export_onnx.py --model checkpoints/best_model_hf --output exports/onnx --int8
+
+Needs the optional packages onnx, onnxruntime and onnxscript. The last line printed is the folder; an error is one line,
+with exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.export import add_model_and_output, export, report
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_model_and_output(parser)
+    parser.add_argument("--int8", action="store_true", help="quantise the weights: a third of the size, or less")
+    arguments = parser.parse_args(given)
+    quantization = "int8" if arguments.int8 else "none"
+    return report(lambda: export(arguments.model, "onnx", quantization, arguments.output))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Which recordings a command line names, and where their captions go."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.data.manifest import AUDIO_COLUMNS, AUDIO_SUFFIXES, MANIFEST_SUFFIXES, pick_column, read_rows
+from src.utils.errors import DataError
+
+LIST_SUFFIX = ".txt"  # a path a line
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A file to transcribe.
+
+    Attributes:
+        path: as it was given or found.
+        relative: where it lies under the folder, glob or manifest that named it; its name, if it was named itself.
+    """
+
+    path: str
+    relative: Path
+
+
+def find_recordings(inputs: Sequence[str]) -> list[Recording]:
+    """List files, folders (with all below them), globs and manifests; each file once, in order.
+
+    Of folders and globs, files with an audio suffix count, unless hidden; a file that is named itself always does.
+
+    Raises: DataError: nothing is there, or nothing to transcribe.
+    """
+    found = {recording.path: recording for given in inputs for recording in _find(given)}
+    if not found:
+        raise DataError("no recording given; name files, folders, globs or a manifest")
+    return list(found.values())
+
+
+def caption_paths(
+    recordings: Sequence[Recording], formats: Sequence[str], folder: Path | None
+) -> dict[str, dict[str, Path]]:
+    """Say where the captions of each recording go: beside it, or into a folder under its relative path.
+
+    `talk.wav` gives `talk.srt`; where another recording of that name lies beside it, `talk.mp3`, each keeps its
+    suffix: `talk.wav.srt`.
+
+    Returns: paths by format, by the recording's path.
+    Raises: DataError: captions of two recordings would be one file.
+    """
+    stems = _count_stems(recordings)
+    paths: dict[str, dict[str, Path]] = {}
+    taken: dict[Path, str] = {}
+    for recording in recordings:
+        source = Path(recording.path)
+        base = source if folder is None else folder / recording.relative
+        if stems[_stem(source)] == 1:
+            base = base.with_suffix("")
+        paths[recording.path] = {name: base.with_name(f"{base.name}.{name}") for name in formats}
+        for path in paths[recording.path].values():
+            if taken.setdefault(path, recording.path) != recording.path:
+                raise DataError(
+                    f"{path}: captions of {taken[path]} and of {recording.path}; "
+                    "give the folder that holds both, or one output folder for each"
+                )
+    return paths
+
+
+def _find(given: str) -> Iterator[Recording]:
+    path = Path(given).expanduser()
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        yield from _under(path, sorted(path.rglob("*")), given)
+    elif path.is_file() and suffix in {LIST_SUFFIX, *MANIFEST_SUFFIXES}:
+        yield from _listed(path)
+    elif path.exists():
+        yield Recording(str(path), Path(path.name))
+    elif glob.has_magic(given):
+        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        yield from _under(root, sorted(root.glob(str(path.relative_to(root)))), given)
+    else:
+        near = f", {path.parent} is there" if path.parent.is_dir() else ""
+        raise DataError(f"{given}: no such file or folder{near}; check the name, and quote globs")
+
+
+def _under(root: Path, paths: Sequence[Path], given: str) -> Iterator[Recording]:
+    found = [
+        path
+        for path in paths
+        if path.suffix.lower() in AUDIO_SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
+    if not found:
+        raise DataError(f"{given}: no recording there; audio is what ends in {', '.join(sorted(AUDIO_SUFFIXES))}")
+    yield from (Recording(str(path), path.relative_to(root)) for path in found)
+
+
+def _listed(manifest: Path) -> Iterator[Recording]:
+    """Yield what a manifest lists, there or not: what is absent is reported with all that cannot be decoded."""
+    if manifest.suffix.lower() == LIST_SUFFIX:
+        names = [line.strip() for line in _read_text(manifest).splitlines() if line.strip()]
+    else:
+        rows = [row for _, row in read_rows(manifest)]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        column = pick_column(columns, (*AUDIO_COLUMNS, "source"), "file", str(manifest)) if rows else ""
+        names = [str(row[column]) for row in rows if row.get(column)]
+    if not names:
+        raise DataError(f"{manifest}: lists no recording; write a path a line (.txt), or rows with `audio` (.jsonl)")
+    for name in names:
+        path = Path(name).expanduser()
+        relative = Path(path.name) if path.is_absolute() or ".." in path.parts else path
+        yield Recording(str(manifest.parent / path), relative)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as err:
+        raise DataError(f"{path}: cannot be read as UTF-8 text: {err}; save it again as UTF-8") from err
+
+
+def _count_stems(recordings: Sequence[Recording]) -> Counter[tuple[Path, str]]:
+    """Count the recordings of a name in each folder that holds any, whether they were asked for or not."""
+    asked = {Path(recording.path) for recording in recordings}
+    folders = {path.parent for path in asked if path.parent.is_dir()}
+    there = {path for folder in folders for path in folder.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES}
+    return Counter(_stem(path) for path in asked | there)
+
+
+def _stem(path: Path) -> tuple[Path, str]:
+    return path.parent, path.stem.lower()

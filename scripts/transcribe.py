@@ -1,0 +1,300 @@
+"""Transcribe files, folders, globs and manifests: text, captions, or rows of a job that goes on after a stop.
+
+    python scripts/transcribe.py talk.mp3 --model tiny.en
+    python scripts/transcribe.py lectures/ --model runs/demo/best_model_ct2 --format srt,txt --output captions/
+    python scripts/transcribe.py "calls/**/*.wav" --model base --output calls.jsonl
+    accelerate launch --num_processes 4 scripts/transcribe.py corpus.jsonl --model base --output texts.jsonl
+
+Without `--output` and `--format` it prints. Captions go beside each recording, or into a folder; those that are there
+are not written again. An output that ends in .jsonl gets a row a recording; the same command goes on where it stopped,
+with any number of processes. Exit code: 0; 1 if a recording failed; 2 if nothing could be done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.command_line import check_model_path, parse_setting
+from scripts.recordings import Recording, caption_paths, find_recordings
+from src.inference.caption_files import write_captions
+from src.inference.captions import cues_of_segments, make_cues
+from src.inference.jobs import JobReport, deal, run_job
+from src.inference.transcription import Transcription
+from src.utils.atomic import write_text_atomic
+from src.utils.config import Config, flatten, load_config
+from src.utils.distributed import from_main, gather_objects, is_main_process, join_processes, rank, world_size
+from src.utils.errors import AudioError, DataError, WhisperASRError, did_you_mean
+from src.utils.logging_config import setup_logging
+
+if TYPE_CHECKING:
+    from src.inference.batch import BatchInference
+
+FORMATS = ("txt", "srt", "vtt", "tsv", "json")
+TIMED_BY_WORDS = {"srt", "vtt", "tsv"}  # a segment of up to 28 s is no caption
+PATIENCE = timedelta(days=7)  # of the process that is done first
+Failure = tuple[str, str]  # source, reason
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    return finish_with(run, parse_arguments(given))
+
+
+def finish_with(run: Callable[[argparse.Namespace], Sequence[Failure]], arguments: argparse.Namespace) -> int:
+    """Run, say what failed, and return the exit code."""
+    setup_logging("INFO" if arguments.verbose else "WARNING")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal knows every script
+    try:
+        failed = run(arguments)
+    except WhisperASRError as err:
+        print(f"{type(err).__name__}: {err}", file=sys.stderr)
+        return 1 if isinstance(err, AudioError) else 2
+    except KeyboardInterrupt:
+        print("stopped; with --output or --format the same command goes on from here", file=sys.stderr)
+        return 130
+    if failed and is_main_process():
+        print(f"{len(failed)} recording(s) failed:", *(reason for _, reason in failed), sep="\n  ", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--output", type=Path, metavar="DIR|FILE.jsonl", help="folder of captions, or a file of rows")
+    parser.add_argument(
+        "--format", type=formats, default=(), metavar="LIST", help=f"of captions, by comma: {', '.join(FORMATS)}"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="write captions again that are there")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--workers", type=positive, metavar="N", help="batches at once on a CPU; default: one a core")
+    return parser.parse_args(given)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every way to transcribe takes."""
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT",
+        help="a file; a folder; a quoted glob; a list (.txt) or manifest (.jsonl, .csv, .tsv) of files",
+    )  # fmt: skip
+    parser.add_argument("--model", required=True, help="a name such as tiny.en; a Hugging Face or CTranslate2 folder")
+    parser.add_argument("--engine", choices=("auto", "torch", "ctranslate2"))
+    parser.add_argument("--compute-type", metavar="TYPE", help="int8, float16, float32, ...")
+    parser.add_argument("--language", help="code such as de; default: each recording's own")
+    parser.add_argument("--task", choices=("transcribe", "translate"))
+    parser.add_argument("--mode", choices=("segments", "sequential"), default="segments", help="of long recordings")
+    parser.add_argument("--words", action="store_true", help="time each word")
+    parser.add_argument("--prompt", help="text that could stand before each recording: its style, its names")
+    parser.add_argument("--hotwords", help="words to expect")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="segments decoded at once")
+    parser.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="of a bad recording")
+    parser.add_argument("--retry-errors", action="store_true", help="try recordings again that failed before")
+    parser.add_argument("--config", type=Path, default=ROOT / "config.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting")
+    parser.add_argument("--verbose", action="store_true", help="log what is done, and why")
+
+
+def formats(text: str) -> tuple[str, ...]:
+    """Read "srt,txt"."""
+    names = tuple(dict.fromkeys(name.strip().lower().lstrip(".") for name in text.split(",")))
+    for name in names:
+        if name not in FORMATS:
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is unknown{did_you_mean(name, FORMATS)}; known: {', '.join(FORMATS)}"
+            )
+    return names
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
+
+
+def run(arguments: argparse.Namespace) -> list[Failure]:
+    """Transcribe what the arguments name; return what failed."""
+    check_output(arguments.output, arguments.format)
+    check_model_path(arguments.model)
+    recordings = find_recordings(arguments.inputs)
+    join_processes(patience=PATIENCE)
+    config = configure(arguments, device=arguments.device or own_device())
+    if is_rows(arguments.output):
+        return run_rows(recordings, arguments, config)
+    if arguments.output is not None or arguments.format:
+        return run_captions(recordings, arguments, config)
+    if world_size() > 1:
+        raise DataError("several processes need --output: FILE.jsonl, or a folder for captions")
+    transcriptions = transcribe([recording.path for recording in recordings], arguments, config)
+    return list(print_texts(transcriptions, many=len(recordings) > 1))
+
+
+def is_rows(output: Path | None) -> bool:
+    return output is not None and output.suffix.lower() == ".jsonl" and not output.is_dir()
+
+
+def check_output(output: Path | None, asked: Sequence[str]) -> None:
+    """Refuse an output that is neither a folder nor rows."""
+    if is_rows(output) and asked:
+        raise DataError(f"--output {output}: rows have no --format; leave it out, or give a folder for captions")
+    if output is None or is_rows(output) or output.is_dir():
+        return
+    name = output.suffix.lower().lstrip(".")
+    if name in FORMATS or output.exists():
+        raise DataError(f"--output {output}: not a folder; give one, with --format {name or 'srt'}, or FILE.jsonl")
+
+
+def configure(arguments: argparse.Namespace, *, device: str | None) -> Config:
+    """Lay the options over the configuration; `--set` has the last word."""
+    options = {
+        "inference.engine": arguments.engine,
+        "inference.compute_type": arguments.compute_type,
+        "inference.batch_size": arguments.batch_size,
+        "inference.initial_prompt": arguments.prompt,
+        "inference.hotwords": arguments.hotwords,
+        "model.language": arguments.language,
+        "model.task": arguments.task,
+        "device": device,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    return load_config(arguments.config, overrides=given | dict(parse_setting(text) for text in arguments.set))
+
+
+def own_device() -> str | None:
+    """Return this process's GPU, where several processes share a machine."""
+    if world_size() == 1:
+        return None
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % gpus}" if gpus else None
+
+
+def transcribe(
+    sources: Sequence[str], arguments: argparse.Namespace, config: Config, *, words: bool | None = None
+) -> Iterator[Transcription]:
+    """Load the model, unless there is nothing to do, and transcribe."""
+    if sources:
+        workers = arguments.workers or (1 if len(sources) == 1 else None)
+        inference = load_inference(arguments.model, config, workers=workers)
+        yield from inference.transcribe_iter(sources, **iter_options(arguments, words=words))
+
+
+def load_inference(model: str, config: Config, *, workers: int | None) -> BatchInference:
+    """Load the model; what it needs is imported only now, as that takes time."""
+    from src.inference.batch import BatchInference
+    from src.inference.engines import load_engine
+
+    section = config.inference
+    engine = load_engine(model, config, engine=section.engine, compute_type=section.compute_type, workers=workers)
+    return BatchInference(config=config, engine=engine)
+
+
+def iter_options(arguments: argparse.Namespace, *, words: bool | None = None) -> dict[str, Any]:
+    """Return the options of `transcribe_iter`."""
+    return {
+        "word_timestamps": arguments.words if words is None else words,
+        "on_error": arguments.on_error,
+        "mode": arguments.mode,
+    }
+
+
+def print_texts(transcriptions: Iterable[Transcription], *, many: bool) -> Iterator[Failure]:
+    """Print each text, after the name of its file if there are several; yield what failed."""
+    for each in transcriptions:
+        if each.error is not None:
+            yield each.source, each.error
+        else:
+            print(f"{each.source}\t{each.text}" if many else each.text, flush=True)
+
+
+def run_rows(recordings: Sequence[Recording], arguments: argparse.Namespace, config: Config) -> list[Failure]:
+    """Bring a job of rows to its end."""
+    report = run_job(
+        arguments.output,
+        [recording.path for recording in recordings],
+        lambda sources: transcribe(sources, arguments, config),
+        settings=job_settings(arguments, config),
+        retry_errors=arguments.retry_errors,
+    )
+    return tell(report, arguments.output)
+
+
+def tell(report: JobReport, output: Path) -> list[Failure]:
+    """Say what a job's output holds; return what failed."""
+    if is_main_process():
+        print(f"{output}: {report.recordings} recordings, {report.audio_sec / 3600:.2f} h of audio", file=sys.stderr)
+    return list(report.failed)
+
+
+def job_settings(arguments: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """Return what the texts of a job depend on."""
+    sections = {
+        "model": config.model.model_dump(mode="json", include={"language", "task"}),
+        "inference": config.inference.model_dump(mode="json", exclude={"batch_size"}),
+        "vad": config.vad.model_dump(mode="json"),
+    }
+    return {"model": arguments.model, "mode": arguments.mode, "words": arguments.words, **flatten(sections)}
+
+
+def run_captions(recordings: Sequence[Recording], arguments: argparse.Namespace, config: Config) -> list[Failure]:
+    """Write the captions that are not there, together with the other processes."""
+    asked = arguments.format or ("txt",)
+    wanted = from_main(lambda: wanted_captions(recordings, asked, arguments))
+    pending = [source for source, paths in wanted.items() if paths]
+    if len(pending) < len(wanted) and is_main_process():
+        print(f"{len(wanted) - len(pending)} have captions already; --overwrite writes them again", file=sys.stderr)
+    mine = from_main(lambda: deal(pending, world_size()))[rank()]
+    words = arguments.words or (arguments.mode == "segments" and bool(TIMED_BY_WORDS & set(asked)))
+    failed = []
+    for each in transcribe(mine, arguments, config, words=words):
+        if each.error is not None:
+            failed.append((each.source, each.error))
+            continue
+        for name, path in wanted[each.source].items():
+            write_caption(path, name, each)
+    return [failure for part in gather_objects(failed) for failure in part]
+
+
+def wanted_captions(
+    recordings: Sequence[Recording], asked: Sequence[str], arguments: argparse.Namespace
+) -> dict[str, dict[str, Path]]:
+    """Return the captions to write of each recording, by format.
+
+    Raises: DataError: two would be one file, or a folder cannot be written.
+    """
+    wanted = {
+        source: {name: path for name, path in paths.items() if arguments.overwrite or not path.exists()}
+        for source, paths in caption_paths(recordings, asked, arguments.output).items()
+    }
+    for folder in {path.parent for paths in wanted.values() for path in paths.values()}:
+        there = next(each for each in (folder, *folder.parents) if each.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise DataError(f"{there}: captions cannot be written there; give a folder of yours with --output")
+    return wanted
+
+
+def write_caption(path: Path, name: str, transcription: Transcription) -> None:
+    """Write one recording's captions in a format; as text, a segment a line."""
+    try:
+        if name == "txt":
+            write_text_atomic(path, "".join(f"{segment.text}\n" for segment in transcription.segments))
+            return
+        words = transcription.words
+        cues = cues_of_segments(transcription.segments) if words is None else make_cues(words)
+        write_captions(path, cues, language=transcription.language)
+    except OSError as err:
+        raise DataError(f"{path}: cannot be written: {err.strerror}; give a folder of yours with --output") from err
+
+
+if __name__ == "__main__":
+    sys.exit(main())

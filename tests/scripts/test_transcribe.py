@@ -1,0 +1,199 @@
+"""scripts/transcribe.py as its user runs it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from scripts import transcribe
+from scripts.recordings import caption_paths, find_recordings
+from src.data.audio import SAMPLE_RATE
+from src.data.sources import SAMPLE_CLIP
+from src.models.export import export_ctranslate2
+from src.utils.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(_tiny_en: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory, jfk: np.ndarray) -> Path:
+    """Stock tiny.en as a CTranslate2 folder."""
+    target = tmp_path_factory.mktemp("ct2") / "tiny.en"
+    return export_ctranslate2(_tiny_en[0], target, processor=_tiny_en[1], quantization="int8", verify_clips=[jfk])
+
+
+@pytest.fixture
+def talks(tmp_path: Path, jfk: np.ndarray) -> Path:
+    """A folder with a clip, the same clip under a name that differs by the suffix alone, and a broken one below."""
+    folder = tmp_path / "talks"
+    (folder / "day 2").mkdir(parents=True)
+    for name in ("a.wav", "a.flac", "day 2/b.wav"):
+        sf.write(folder / name, jfk[: 4 * SAMPLE_RATE], SAMPLE_RATE)
+    (folder / "day 2" / "broken.wav").write_bytes(b"RIFF")
+    (folder / "._a.wav").write_bytes(b"a file of macOS")
+    (folder / "notes.md").write_text("no audio")
+    return folder
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *given: object) -> int:
+    """Run the script in this process."""
+    monkeypatch.setattr(transcribe, "setup_logging", lambda level: None)  # it would last
+    return transcribe.main([*map(str, given), "--set", "device=cpu"])
+
+
+def found(*inputs: object) -> list[str]:
+    return [recording.path for recording in find_recordings([*map(str, inputs)])]
+
+
+@pytest.mark.slow
+def test_a_cold_process_loads_neither_torch_nor_transformers(model: Path) -> None:
+    code = (
+        f"import sys; sys.argv = ['transcribe.py', {str(SAMPLE_CLIP)!r}, '--model', {str(model)!r}];"
+        "import runpy\n"
+        "try: runpy.run_path('scripts/transcribe.py', run_name='__main__')\n"
+        "except SystemExit as end: print(end.code, sorted({'torch', 'transformers', 'httpx'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    text, ended = done.stdout.splitlines()
+    assert text.endswith("do for your country.")
+    assert ended == "0 []", done.stderr
+
+
+@pytest.mark.slow
+def test_a_folder_prints_its_texts_and_lists_what_failed(
+    monkeypatch: pytest.MonkeyPatch, talks: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, talks, "--model", model) == 1
+    printed = capsys.readouterr()
+    names = [line.split("\t")[0] for line in printed.out.splitlines()]
+    assert names == [str(talks / name) for name in ("a.flac", "a.wav", "day 2/b.wav")]
+    assert all("fellow Americans" in line for line in printed.out.splitlines())
+    assert "1 recording(s) failed:" in printed.err
+    assert f"{talks / 'day 2' / 'broken.wav'}: " in printed.err
+    assert call(monkeypatch, talks, "--model", model, "--on-error", "raise") == 1
+
+
+@pytest.mark.slow
+def test_captions_keep_folders_apart_and_are_not_written_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, talks: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "captions"
+    given = [
+        talks / "day 2" / "b.wav",
+        talks / "a.wav",
+        "--model",
+        model,
+        "--output",
+        output,
+        "--format",
+        "srt,txt,json",
+    ]
+    assert call(monkeypatch, *given) == 0
+    assert sorted(path.name for path in output.iterdir()) == [
+        "a.wav.json", "a.wav.srt", "a.wav.txt", "b.json", "b.srt", "b.txt",
+    ]  # fmt: skip
+    cues = (output / "b.srt").read_text().split("\n\n")
+    assert cues[0].startswith("1\n00:00:00,")
+    assert "fellow Americans" in (output / "b.txt").read_text()
+    assert "words" in json.loads((output / "b.json").read_text())["segments"][0]
+    (output / "b.txt").write_text("corrected by hand")
+    (output / "b.srt").unlink()
+    assert call(monkeypatch, *given) == 0
+    assert "1 have captions already" in capsys.readouterr().err
+    assert (output / "b.txt").read_text() == "corrected by hand"
+    assert (output / "b.srt").exists()
+    assert call(monkeypatch, *given, "--overwrite") == 0
+    assert "fellow Americans" in (output / "b.txt").read_text()
+
+
+@pytest.mark.slow
+def test_rows_go_on_after_a_stop_and_refuse_other_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, talks: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "rows.jsonl"
+    assert call(monkeypatch, talks, "--model", model, "--output", output, "--words") == 1
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [Path(row["source"]).name for row in rows] == ["a.flac", "a.wav", "b.wav", "broken.wav"]
+    assert rows[0]["words"][0]["text"] == "And"
+    shutil.copy(SAMPLE_CLIP, talks / "new.flac")
+    assert call(monkeypatch, talks, "--model", model, "--output", output, "--words") == 1
+    again = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row for row in again if Path(row["source"]).name != "new.flac"] == rows
+    assert call(monkeypatch, talks, "--model", model, "--output", output) == 2
+    assert "words True, now False" in capsys.readouterr().err
+
+
+def test_every_input_is_found_once_and_in_order(talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    all_ = [str(talks / name) for name in ("a.flac", "a.wav", "day 2/b.wav", "day 2/broken.wav")]
+    assert found(talks) == all_
+    assert found(talks / "a.wav", talks) == [all_[1], all_[0], *all_[2:]]
+    assert found(f"{talks}/**/*.wav") == all_[1:]
+    monkeypatch.chdir(talks)
+    assert found("*.wav") == ["a.wav"]
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"\ufefftalks/a.wav\n\n{all_[0]}\ngone.wav\n")
+    assert found(listed) == [all_[1], all_[0], str(tmp_path / "gone.wav")]
+    for column in ("audio", "source"):
+        rows = tmp_path / f"{column}.jsonl"
+        rows.write_text(json.dumps({column: "talks/a.wav", "text": "old"}) + "\n")
+        assert found(rows) == [all_[1]]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["gone"], "gone: no such file or folder"),
+        (["empty"], "no recording there; audio is what ends in"),
+        (["*.ogg"], "no recording there"),
+        (["list.txt"], "lists no recording"),
+        (["a.wav", "--output", "a.srt"], "not a folder; give one, with --format srt"),
+        (["a.wav", "--output", "rows.jsonl", "--format", "srt"], "rows have no --format"),
+        (["a.wav", "--output", "list.txt/below"], "captions cannot be written there"),
+        (["a.wav", "--output", "list.txt/rows.jsonl"], "cannot be written"),
+        (["a.wav", "--model", "empty/gone_hf"], "no such folder"),
+        (["a.wav", "--set", "inference.beams=2"], "unknown key"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.txt").touch()
+    (tmp_path / "a.wav").touch()
+    assert call(monkeypatch, "--model", "tiny.en", *given) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_unknown_format_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        transcribe.parse_arguments(["a.wav", "--model", "tiny.en", "--format", "srf"])
+    assert "'srf' is unknown; did you mean 'srt'?" in capsys.readouterr().err
+
+
+def test_captions_of_two_recordings_are_never_one_file(talks: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(talks / "day 2" / "b.wav", other / "b.wav")
+    recordings = find_recordings([str(talks)])
+    beside = caption_paths(recordings, ["srt"], None)
+    assert [paths["srt"].relative_to(talks).as_posix() for paths in beside.values()] == [
+        "a.flac.srt", "a.wav.srt", "day 2/b.srt", "day 2/broken.srt",
+    ]  # fmt: skip
+    (alone,) = caption_paths(find_recordings([str(talks / "a.wav")]), ["vtt"], tmp_path / "out").values()
+    assert alone["vtt"] == tmp_path / "out" / "a.wav.vtt"  # the other lies beside it, asked for or not
+    with pytest.raises(DataError, match=r"captions of .*b\.wav and of .*b\.wav"):
+        caption_paths(find_recordings([str(talks / "day 2"), str(other)]), ["srt"], tmp_path / "out")
