@@ -73,12 +73,14 @@ def main() -> int:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=3, help="of both sides; medians are reported")
     parser.add_argument("--long-minutes", type=float, default=30.0, help="of the long recording")
+    parser.add_argument("--hours", type=float, default=3.0, help="of the file whose memory is measured; 0: none")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no-record", action="store_true", help="print only")
     parser.add_argument("--quick", action="store_true", help="under a minute: few clips, nothing recorded")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.clips, arguments.batch_sizes, arguments.rounds, arguments.long_minutes = 4, [1, 4], 1, 0.5
+        arguments.hours = 0.0
     transformers_logging.set_verbosity_error()  # else the peer's `generate` warns of its own defaults at each call
     variants = arguments.variant or ([] if arguments.model else ["tiny.en"])
     utterances = load_clips(arguments.data, arguments.clips)
@@ -100,6 +102,11 @@ def main() -> int:
         )  # fmt: skip
         show("Systems on the same weights", [system.row() for system in systems], note, record=record)
         summary |= latency_systems.figures(systems)
+        processes = latency_systems.measure_processes(
+            folder, config, clips, [u.text for u in utterances], arguments.hours
+        )
+        show("Processes", [{name: number(value) for name, value in processes.items()}], note, record=record)
+        summary |= processes
     print(json.dumps(summary))
     return 0
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
 
 from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.sources import SAMPLE_CLIP
 from src.evaluation.edits import error_rate, word_counts
 from src.evaluation.text import whisper_normalizer_for
 from src.inference.batch import BatchInference
@@ -30,6 +36,7 @@ from src.models.ct2_cache import ct2_folder
 from src.utils.config import Config
 from src.utils.runtime import usable_cores
 
+ROOT = Path(__file__).resolve().parents[1]
 PAUSE_SEC = (0.3, 1.2)  # between the clips of the long recording
 GREEDY = {"language": "en", "beam_size": 1, "temperature": 0.0, "without_timestamps": True}  # of faster-whisper
 RATIOS = {  # figure: (peer, ours)
@@ -174,3 +181,33 @@ def figures(systems: Sequence[System]) -> dict[str, float | None]:
         for name, (peer, own) in RATIOS.items()
     }
     return found | {f"wer {system.name}": system.wer for system in systems}
+
+
+def cold_process(folder: Path, recording: Path) -> tuple[float, float]:
+    """Transcribe a file in a new process; return its seconds, start to end, and its peak memory in MB."""
+    command = [sys.executable, str(ROOT / "scripts" / "transcribe.py"), str(recording), "--model", str(folder)]
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{' '.join(command)}: exit status {status}")
+    return time.perf_counter() - began, usage.ru_maxrss / 1000  # Linux counts in kB
+
+
+def measure_processes(
+    model: str, config: Config, clips: Sequence[Waveform], references: Sequence[str], hours: float
+) -> dict[str, float | None]:
+    """Return how long a cold process takes for its first transcript, and what a long file costs in memory."""
+    folder = ct2_folder(model, quantization="int8", cache_dir=config.paths.cache_dir)
+    found: dict[str, float | None] = {
+        "first_transcript_sec": statistics.median(cold_process(folder, SAMPLE_CLIP)[0] for _ in range(3)),
+        "memory_short_mb": None,
+        "memory_long_mb": None,
+    }
+    if hours:
+        for name, length in (("memory_short_mb", hours / 6), ("memory_long_mb", hours)):
+            with tempfile.TemporaryDirectory() as scratch:
+                recording = Path(scratch) / "long.wav"
+                soundfile.write(recording, join_clips(clips, references, 3600 * length)[0], SAMPLE_RATE)
+                found[name] = cold_process(folder, recording)[1]
+    return found

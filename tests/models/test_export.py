@@ -92,7 +92,7 @@ def test_clips_that_cannot_be_verified_with_are_refused(tiny_en: tuple[Any, Any]
     with pytest.raises(ModelError, match=r"a clip of 33\.0 s: pass clips of at most 30 s"):
         export_check.prepare_batch(model, processor.tokenizer, [np.concatenate([jfk] * 3)], None)
     model.generation_config.is_multilingual, model.generation_config.lang_to_id = True, {"<|de|>": 1, "<|sv|>": 2}
-    with pytest.raises(ModelError, match="language 'se' is unknown to this model; did you mean 'de'"):
+    with pytest.raises(ModelError, match="language 'den' is unknown to this model; did you mean 'de'"):
         export_check.prepare_batch(model, processor.tokenizer, [jfk], "se")
 
 
