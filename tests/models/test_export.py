@@ -93,7 +93,7 @@ def test_clips_that_cannot_be_verified_with_are_refused(tiny_en: tuple[Any, Any]
         export_check.prepare_batch(model, processor.tokenizer, [np.concatenate([jfk] * 3)], None)
     model.generation_config.is_multilingual, model.generation_config.lang_to_id = True, {"<|de|>": 1, "<|sv|>": 2}
     with pytest.raises(ModelError, match="language 'den' is unknown to this model; did you mean 'de'"):
-        export_check.prepare_batch(model, processor.tokenizer, [jfk], "se")
+        export_check.prepare_batch(model, processor.tokenizer, [jfk], "den")
 
 
 def test_folder_that_is_no_export_is_left_alone(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
