@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ def config(tmp_path: Path) -> Config:
 def no_warning_and_no_global_change() -> Iterator[None]:
     """A missing glyph or a label that does not fit is a warning in matplotlib."""
     before = dict(matplotlib.rcParams)
+    gc.collect()  # files that other tests left open would warn in here
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield

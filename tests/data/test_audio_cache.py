@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import io
 import logging
 import multiprocessing
@@ -16,6 +15,7 @@ from src.data.audio import SAMPLE_RATE, load_audio
 from src.data.audio_cache import AudioCache
 from src.data.sources import SAMPLE_CLIP
 from src.utils.errors import AudioError, WhisperASRError
+from tests.utils.full_disk import fill_disk
 
 HALF_STEP = 0.5 / 32_768
 
@@ -109,12 +109,7 @@ def test_unusable_recording_is_refused_by_name_and_not_kept(tmp_path: Path) -> N
 def test_full_disk_names_the_folder_and_the_fix_and_leaves_no_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half_then_full(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[: len(content) // 2])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "write_bytes", half_then_full)
+    fill_disk(monkeypatch)
     with pytest.raises(WhisperASRError, match="No space left on device") as caught:
         AudioCache(tmp_path).load_audio(SAMPLE_CLIP)
     assert not isinstance(caught.value, AudioError)  # the recording is fine: it may not be skipped for this

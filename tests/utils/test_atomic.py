@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import multiprocessing
 import os
 import random
@@ -16,6 +15,7 @@ import pytest
 
 from src.utils import atomic
 from src.utils.atomic import atomic_folder, fsync_folder, recover_folder, write_bytes_atomic, write_text_atomic
+from tests.utils.full_disk import fill_disk
 
 FILES = [f"part{i}" for i in range(6)]
 DEAD = 2**22 + 1  # a process id above every Linux limit
@@ -146,12 +146,7 @@ def test_failed_write_keeps_the_old_file_and_leaves_no_part(tmp_path: Path, monk
     path = tmp_path / "a.bin"
     write_bytes_atomic(path, b"old")
 
-    def half_then_full(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[: len(content) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", half_then_full)
+    fill_disk(monkeypatch)
     with pytest.raises(OSError, match="No space left"):
         write_bytes_atomic(path, b"new content")
     assert path.read_bytes() == b"old"
