@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import psutil
 import soundfile as sf
 from numpy.typing import NDArray
 
@@ -88,7 +89,8 @@ class AudioCache:
         Raises: WhisperASRError: a file cannot be removed.
         """
         try:
-            for path in [*self._files(), *self.folder.glob("??/.*.flac.*.partial")]:
+            halves = self.folder.glob("??/.*.flac.*.partial")
+            for path in [*self._files(), *(half for half in halves if not _is_being_written(half))]:
                 path.unlink(missing_ok=True)
         except OSError as err:
             raise WhisperASRError(f"{self.folder}: the cache cannot be cleared: {err.strerror}") from err
@@ -139,3 +141,8 @@ def _to_flac(pcm: NDArray[np.int16], scale: float) -> bytes:
         file.comment = f"decoded audio v{CACHE_VERSION}, pcm sha256 {digest}, scale {scale!r}"
         file.write(pcm)
     return buffer.getvalue()
+
+
+def _is_being_written(half: Path) -> bool:
+    """Whether the process that began a hidden file, `.<name>.<process id>.<token>.partial`, still runs."""
+    return psutil.pid_exists(int(half.name.split(".")[-3]))

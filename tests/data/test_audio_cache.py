@@ -137,7 +137,7 @@ def test_size_is_told_and_clearing_leaves_other_files(tmp_path: Path) -> None:
     cache.load_audio(SAMPLE_CLIP)
     [path] = files(tmp_path)
     assert cache.size_bytes() == path.stat().st_size > 0
-    (path.parent / f".{path.name}.1234.ab.partial").write_bytes(b"half")
+    (path.parent / f".{path.name}.4194304.ab.partial").write_bytes(b"half")
     (path.parent / "notes.flac").write_bytes(b"mine")
     cache.clear()
     assert [p.name for p in files(tmp_path)] == ["notes.flac"]
