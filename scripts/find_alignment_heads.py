@@ -1,10 +1,12 @@
-"""Find the cross-attention heads that time words, for a checkpoint that lists none.
+"""Find the cross-attention heads that time words, for a fine-tuned or distilled checkpoint that lists none.
 
-    python scripts/find_alignment_heads.py --model checkpoints/best_model_hf [--data FILE.parquet] [--write]
+    python scripts/find_alignment_heads.py --model checkpoints/best_model_hf
+    python scripts/find_alignment_heads.py --model checkpoints/best_model_hf --write
+    python scripts/find_alignment_heads.py --model FOLDER --data FILE.parquet --language de --write
 
-Prints the heads and how they agree with those of the upper half of the layers, which serve without a list, and with the
-listed ones. `--write` puts them into the folder's generation_config.json: torch, transformers and every later export
-then use them. The last line printed is one JSON object.
+Without `--data` they are found with bundled English speech; give a model of another language its own. `--write` puts
+them into the folder's generation_config.json, for torch, transformers and every later export to CTranslate2. The last
+line printed is one JSON object; an error is one line, with exit code 2.
 """
 
 from __future__ import annotations
@@ -13,60 +15,109 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.command_line import check_model_path
-from src.data.dataset import decode_audio
+from scripts.evaluate import source_of
+from src.data.audio import load_audio
+from src.data.checking import audio_name
+from src.data.labels import apply_case, resolve_case
 from src.data.sources import load_utterances
-from src.inference.head_search import DEFAULT_COUNT, find_alignment_heads, write_alignment_heads
+from src.data.utterance import SPLIT_NAMES, Utterance
+from src.inference.head_search import DEFAULT_COUNT, HeadSearch, find_alignment_heads, write_alignment_heads
 from src.models.whisper_model import WhisperModelManager
-from src.utils.config import load_config
-from src.utils.errors import WhisperASRError
+from src.utils.config import Config, load_config
+from src.utils.config_section import MAX_AUDIO_SEC
+from src.utils.errors import ModelError, WhisperASRError
 from src.utils.logging_config import setup_logging
+
+DEFAULT_CLIPS = 12  # three give the same heads of tiny.en and base (2026-11-28)
+SHOWN_BELOW = 3  # heads that were just not taken
 
 
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a Hugging Face checkpoint, or a name such as base")
-    parser.add_argument("--data", type=Path, help="Parquet in the Hugging Face audio layout; default: bundled test set")
-    parser.add_argument("--clips", type=int, default=24, help="at a stride over all; default: %(default)s")
-    parser.add_argument("--count", type=int, default=DEFAULT_COUNT, help="heads at most; default: %(default)s")
-    parser.add_argument("--language", default="en", help="of the clips; default: %(default)s")
-    parser.add_argument("--write", action="store_true", help="into the folder's generation_config.json")
-    setup_logging("WARNING")
+    parser.add_argument("--model", required=True, help="folder of a checkpoint, or a name such as tiny.en")
+    parser.add_argument("--data", type=Path, help="Parquet file, or a folder with audio and metadata.csv")
+    parser.add_argument("--language", help="of the data, for multilingual models; detected by default")
+    parser.add_argument("--clips", type=int, default=DEFAULT_CLIPS, help="to search with, at a stride over all")
+    parser.add_argument("--count", type=int, default=DEFAULT_COUNT, help="heads at most")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--write", action="store_true", help="put them into the folder's generation_config.json")
+    arguments = parser.parse_args(given)
+    if arguments.clips < 1 or arguments.count < 1:
+        parser.error("--clips and --count: at least 1")
+    setup_logging("INFO")
     try:
-        return run(parser.parse_args(given))
-    except WhisperASRError as err:
-        print(f"{type(err).__name__}: {err}", file=sys.stderr)
+        found = run(arguments)
+    except (WhisperASRError, OSError) as err:
+        print(f"{type(err).__name__}: {' '.join(str(err).split())}", file=sys.stderr)
         return 2
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Search, print, and write if asked."""
-    check_model_path(arguments.model)
-    data = {"source": "parquet", "path": str(arguments.data)} if arguments.data else {"source": "sample"}
-    config = load_config(None, overrides={"data": data, "model": {"language": arguments.language}})
-    found = [u for u in load_utterances(config.data) if u.meta.get("split", "test") == "test"]
-    clips = found[:: max(1, len(found) // arguments.clips)][: arguments.clips]
-    model, processor = WhisperModelManager(config).initialize_model(arguments.model)
-    audios, texts = [decode_audio(u).numpy() for u in clips], [u.text for u in clips]
-    search = find_alignment_heads(model, processor, audios, texts, count=arguments.count, language=arguments.language)
-    for each in search.scores[: arguments.count]:
-        print(f"layer {each.head[0]}, head {each.head[1]}: {each.score:.2f}")
-    if arguments.write:
-        print(f"written to {write_alignment_heads(Path(arguments.model), search.heads)}")
-    figures = {
-        "heads": search.heads,
-        "clips": search.clips,
-        "words": search.words,
-        "upper_half_sec": search.upper_half_sec,
-        "listed_sec": search.listed_sec,
-    }
-    print(json.dumps(figures))
+    print(json.dumps({"alignment_heads": found.heads, "score": round(found.scores[0].score, 4), "words": found.words}))
     return 0
+
+
+def run(arguments: argparse.Namespace) -> HeadSearch:
+    """Find, print, and write if asked.
+
+    Raises: WhisperASRError: no such checkpoint or data, or a model that follows no speech.
+    """
+    check_model_path(arguments.model)
+    overrides = {"device": arguments.device, "data.source": "sample", "data.sources": []}
+    if arguments.data is not None:
+        overrides |= {"data.source": source_of(arguments.data), "data.path": str(arguments.data)}
+    config = load_config(None, overrides=overrides)
+    manager = WhisperModelManager(config)
+    model, processor = manager.initialize_model(arguments.model)
+    folder = Path(arguments.model).expanduser()
+    if arguments.write and (manager.weights is None or manager.weights.path != folder):
+        raise ModelError(
+            f"--write: {arguments.model} is not a Hugging Face folder; make one: scripts/export.py --format hf"
+        )
+    clips = choose_clips(config, arguments.clips)
+    found = find_alignment_heads(
+        model,
+        processor,
+        [load_audio(clip.audio, name=audio_name(clip), max_sec=MAX_AUDIO_SEC) for clip in clips],
+        [clip.text for clip in clips],
+        count=arguments.count,
+        language=arguments.language or ("en" if arguments.data is None else None),
+    )
+    print("\n".join(describe(found)))
+    if arguments.write:
+        print(f"written: {write_alignment_heads(folder, found.heads)}")
+    return found
+
+
+def choose_clips(config: Config, count: int) -> list[Utterance]:
+    """Take clips at a stride, but none of a test split, and recase their transcripts where they are all capitals."""
+    listed = load_utterances(config.data)
+    usable = [clip for clip in listed if SPLIT_NAMES.get(str(clip.meta.get("split")).lower()) != "test"] or listed
+    taken = usable[:: max(1, len(usable) // count)][:count]
+    case = resolve_case([clip.text for clip in taken], config.data.label_case)
+    return [replace(clip, text=apply_case(clip.text, case)) for clip in taken]
+
+
+def describe(found: HeadSearch) -> list[str]:
+    """Return the heads with their scores, then how far their word times lie from others."""
+    lines = ["layer  head  score  taken"]
+    for each in found.scores[: len(found.heads) + SHOWN_BELOW]:
+        layer, head = each.head
+        lines.append(f"{layer:5d} {head:5d} {each.score:6.2f}  {'yes' if each.head in found.heads else 'no'}")
+    listed = (
+        "none that exist are listed"
+        if found.listed_sec is None
+        else f"{found.listed_sec:.2f} s from those listed so far"
+    )
+    lines.append(
+        f"{found.words} words of {found.clips} clips: word ends lie, in the median, {found.upper_half_sec:.2f} s from "
+        f"those by all heads of the upper half of the layers; {listed}"
+    )
+    return lines
 
 
 if __name__ == "__main__":
