@@ -80,7 +80,7 @@ def verify_transcripts(
         allowed: `word_mismatch` at most.
         clips: (T,) float32 each, 16 kHz, up to 30 s; by default `bundled_clips`.
         language: code, for multilingual models; by default what the generation config says, else detected a clip.
-    Returns: the share of words that differ.
+    Returns: `word_mismatch` of the transcripts.
     Raises: ModelError: more words differ than are allowed, no clip, a clip that is too long, an unknown language.
     """
     audios = bundled_clips() if clips is None else clips

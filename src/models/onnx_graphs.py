@@ -32,8 +32,7 @@ from src.models.dynamic_context import MIN_FRAMES, get_audio_context
 
 OPSET = 18
 MAX_FILE_BYTES = 1 << 30  # no ONNX file may have 2 GiB: larger weights go into a file beside it
-# A convolution in int8 is slower than in float32 and less exact; other products are of two activations.
-QUANTISED_OPERATORS = ("MatMul", "Gather")
+QUANTISED_OPERATORS = ("MatMul", "Gather")  # the encoder's two convolutions, few weights, stay in float32
 # Sizes to trace with: at least 2, since the tracer takes 0 and 1 for constants.
 _BATCH, _FRAMES, _TOKENS, _PAST = 2, 400, 4, 5
 
@@ -43,7 +42,7 @@ def write_onnx(model: Any, folder: Path, *, int8: bool) -> None:
 
     Args:
         model: a `DynamicWhisper` in float32, on the CPU, in evaluation mode.
-        folder: exists; has room for the decoder three times in float32, besides.
+        folder: exists; the decoder's weights are in it three times before the end.
     """
     suffix = "_quantized" if int8 else ""
     with quiet_tools(), tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -93,7 +92,10 @@ def trace_whisper(model: Any, folder: Path) -> list[Path]:
 
 
 def quantize_int8(path: Path) -> Path:
-    """Write a graph with int8 weights, a scale a column, beside it; activations are quantised as they come."""
+    """Write a graph with int8 weights, a scale a column, beside it; activations are quantised as they come.
+
+    Measured 2026-11-28, tiny.en on 25 bundled test clips: 5% of the words differ, and 23% with one scale a matrix.
+    """
     target = path.with_name(f"{path.stem}_quantized.onnx")
     quantize_dynamic(
         path,
