@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from src.data.audio import Waveform
-from src.inference.detection import SpeechDetector
+from src.data.vad import VoiceActivityDetector
 from src.inference.engines import Engine, transcribe
 from src.inference.options import DecodingOptions, DecodingResult
 from src.utils.config import Config
@@ -71,7 +71,7 @@ def decode_with_fallback(
     options: DecodingOptions,
     fallback: FallbackOptions,
     *,
-    vad: SpeechDetector | None = None,
+    vad: VoiceActivityDetector | None = None,
 ) -> list[DecodingResult]:
     """Transcribe clips of at most 30 s as one batch; those that fail are decoded again.
 
@@ -82,20 +82,30 @@ def decode_with_fallback(
     """
     asked = replace(options, no_speech=True, temperature=fallback.temperatures[0])
     results = transcribe(engine, audios, asked)
-    if vad is not None:
-        doubtful = [i for i, result in enumerate(results) if _is_doubtful(result, fallback)]
-        heard = vad.speech_segments_batch([audios[i] for i in doubtful]) if doubtful else []
-        for i, speech in zip(doubtful, heard, strict=True):
-            results[i] = results[i] if speech else _silent(results[i])
+    silent = _without_speech(audios, results, fallback, vad) if vad is not None else set()
     for temperature in fallback.temperatures[1:]:
-        failed = [i for i, result in enumerate(results) if _has_failed(result, fallback)]
+        failed = [i for i, result in enumerate(results) if i not in silent and _has_failed(result, fallback)]
         if not failed:
             break
         logger.debug("%d of %d clips are decoded again at temperature %g", len(failed), len(audios), temperature)
         again = replace(asked, temperature=temperature, num_beams=1)
         for i, result in zip(failed, transcribe(engine, [audios[i] for i in failed], again), strict=True):
             results[i] = result
-    return [_silent(result) if fallback.is_silence(result) else result for result in results]
+    return [
+        _silent(result) if i in silent or fallback.is_silence(result) else result for i, result in enumerate(results)
+    ]
+
+
+def _without_speech(
+    audios: Sequence[Waveform],
+    results: Sequence[DecodingResult],
+    fallback: FallbackOptions,
+    vad: VoiceActivityDetector,
+) -> set[int]:
+    """Return which clips hold no speech, of those whose text is doubtful."""
+    doubtful = [i for i, result in enumerate(results) if _is_doubtful(result, fallback)]
+    heard = vad.speech_segments_batch([audios[i] for i in doubtful]) if doubtful else []
+    return {i for i, speech in zip(doubtful, heard, strict=True) if not speech}
 
 
 def _is_doubtful(result: DecodingResult, fallback: FallbackOptions) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.labels import TIMESTAMP_STEP_SEC, TimedTokens
 from src.data.mel import CONTEXT_SAMPLES
-from src.inference.detection import SpeechDetector
+from src.data.vad import VoiceActivityDetector
 from src.inference.engines import Engine
 from src.inference.fallback import FallbackOptions, decode_with_fallback
 from src.inference.options import DecodingOptions, DecodingResult
@@ -35,7 +35,7 @@ def transcribe_sequentially(
     options: DecodingOptions,
     fallback: FallbackOptions,
     *,
-    vad: SpeechDetector | None = None,
+    vad: VoiceActivityDetector | None = None,
 ) -> Iterator[TranscribedSegment]:
     """Transcribe a recording that arrives in blocks, (n,) float32 at 16 kHz.
 
@@ -50,11 +50,14 @@ def transcribe_sequentially(
         (result,) = decode_with_fallback(engine, [audio], asked, fallback, vad=vad)
         language = result.language
         texts, end_sec = split_at_timestamps(result.tokens, engine.vocabulary, len(audio) / SAMPLE_RATE)
-        words = _words(engine, audio, texts, replace(asked, language=language)) if options.word_timestamps else None
+        words = None
+        if options.word_timestamps:
+            words = _words(engine, audio, texts, replace(asked, language=language), end_sec)
         for i, text in enumerate(texts):
             yield _placed(result, text, window.start_sec, engine.vocabulary, None if words is None else words[i])
         window.advance(end_sec)
-        prompt = "" if result.temperature > RESET_TEMPERATURE else f"{prompt} {result.text}"[-MAX_PROMPT_CHARS:]
+        heard = "".join(engine.vocabulary.decode(text.tokens) for text in texts)  # not what the next window hears again
+        prompt = "" if result.temperature > RESET_TEMPERATURE else f"{prompt}{heard}"[-MAX_PROMPT_CHARS:]
 
 
 def split_at_timestamps(
@@ -109,12 +112,12 @@ class _Window:
 
 
 def _words(
-    engine: Engine, audio: Waveform, texts: Sequence[TimedTokens], options: DecodingOptions
+    engine: Engine, audio: Waveform, texts: Sequence[TimedTokens], options: DecodingOptions, end_sec: float
 ) -> list[tuple[Word, ...]]:
-    """Place all words of a window at once, and deal them out to its segments."""
+    """Place all words of a window at once, none beyond where the next begins, and deal them out to its segments."""
     encoded = engine.encode([audio], options.trailing_silence_sec)
     (words,) = engine.align(encoded, [audio], [[token for text in texts for token in text.tokens]], options)
-    words_of = iter(words)
+    words_of = (replace(w, start_sec=min(w.start_sec, end_sec), end_sec=min(w.end_sec, end_sec)) for w in words)
     counts = [sum(bool(word) for word, _ in split_words(engine.vocabulary, text.tokens)) for text in texts]
     return [tuple(itertools.islice(words_of, count)) for count in counts]
 

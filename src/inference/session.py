@@ -19,7 +19,8 @@ import numpy as np
 import soxr
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.vad import WINDOW_SAMPLES, SpeechTimeline, VADEvent, VoiceActivityDetector, check_waveform
+from src.data.vad import SpeechTimeline, VADEvent, VoiceActivityDetector, check_waveform
+from src.data.vad_network import WINDOW_SAMPLES
 from src.inference.buffer import AudioBuffer
 from src.inference.commit import CommitPolicy, find_loop, make_policy
 from src.inference.decoding import decode

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,11 @@ import soxr
 import torch
 
 from src.data import vad as vad_module
+from src.data import vad_network
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.utterance import Utterance
 from src.data.vad import SpeechSegment, VoiceActivityDetector
+from src.data.vad_network import CONTEXT_SAMPLES, WINDOW_SAMPLES, load_network, new_state
 from src.utils.config_inference import VADConfig
 from src.utils.errors import AudioError, MissingDependencyError, ModelError
 
@@ -143,37 +147,52 @@ def test_start_is_reported_while_speech_goes_on_and_end_after_the_silence(
     assert end.detected_sec - end.time_sec == pytest.approx(0.5, abs=0.07)
 
 
-def test_loading_leaves_the_number_of_torch_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch.get_num_threads()
-    for name in [name for name in sys.modules if name.split(".")[0] == "silero_vad"]:
-        monkeypatch.delitem(sys.modules, name)
-    vad_module._load_network.cache_clear()
-    try:
-        torch.set_num_threads(3)
-        VoiceActivityDetector()
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+@torch.inference_mode()
+def test_the_network_is_silero_s_own(speech: Waveform) -> None:
+    from silero_vad import load_silero_vad
+
+    reference = load_silero_vad()
+    windows = speech[: len(speech) // WINDOW_SAMPLES * WINDOW_SAMPLES].reshape(-1, WINDOW_SAMPLES)
+    expected = [float(reference(torch.from_numpy(window), SAMPLE_RATE)) for window in windows]
+    network, state = load_network(), new_state(1)
+    contexts = np.concatenate([np.zeros((1, CONTEXT_SAMPLES), np.float32), windows[:-1, -CONTEXT_SAMPLES:]])
+    found = []
+    for gates in network.gates(np.concatenate([contexts, windows], axis=1)):
+        probability, state = network.step(gates[None], state)
+        found.append(float(probability[0]))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert min(found) < 0.01 < 0.99 < max(found)
 
 
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Loads the network again, in the test and after it."""
+    load_network.cache_clear()
+    yield
+    load_network.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
 def test_absent_package_is_an_error_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "silero_vad", None)
-    vad_module._load_network.cache_clear()
     with pytest.raises(MissingDependencyError, match="pip install 'silero-vad"):
         VoiceActivityDetector()
 
 
-def test_unusable_weights_are_an_error_never_all_speech(monkeypatch: pytest.MonkeyPatch) -> None:
-    import silero_vad
-
-    def fail(**_: object) -> None:
-        raise RuntimeError("PytorchStreamReader failed")
-
-    monkeypatch.setattr(silero_vad, "load_silero_vad", fail)
-    vad_module._load_network.cache_clear()
-    with pytest.raises(ModelError, match="PytorchStreamReader failed"):
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("tensor", [None, b"four"], ids=["no archive", "other sizes"])
+def test_unusable_weights_are_an_error_never_all_speech(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tensor: bytes | None
+) -> None:
+    path = tmp_path / "silero_vad.jit"
+    path.touch()
+    if tensor is not None:
+        with zipfile.ZipFile(path, "w") as archive:
+            for number in range(17):
+                archive.writestr(f"model/data/{number}", tensor)
+    monkeypatch.setattr(vad_network, "_WEIGHTS_FILE", path)
+    with pytest.raises(ModelError, match=r"silero_vad\.jit: .*install it again"):
         VoiceActivityDetector()
-    vad_module._load_network.cache_clear()
 
 
 @pytest.mark.parametrize(

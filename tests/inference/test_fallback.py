@@ -84,3 +84,10 @@ def test_the_detector_decides_where_the_model_doubts(speech: list[str], text: st
     sure, doubtful = run(engine, 1, 2, vad=SimpleNamespace(speech_segments_batch=segments))
     assert heard == [2]
     assert (sure.text, doubtful.text) == (GOOD.text, text)
+
+
+def test_a_guess_without_speech_is_not_decoded_again() -> None:
+    engine = Scripted({1: [replace(GUESS, no_speech_prob=0.5), GOOD]})  # less sure than `no_speech_threshold`
+    (result,) = run(engine, 1, vad=SimpleNamespace(speech_segments_batch=lambda audios: [[] for _ in audios]))
+    assert result.text == ""
+    assert len(engine.asked) == 1

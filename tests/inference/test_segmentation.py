@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from src.data.audio import SAMPLE_RATE, Waveform
@@ -80,6 +80,7 @@ stretches = st.lists(st.tuples(st.booleans(), st.sampled_from([0.1, 0.3, 0.6, 1.
 
 
 @settings(max_examples=40, deadline=None)
+@example(stretches=[(False, 7.4), (True, 3.9), (False, 1.0)], join=0.0, size=16_000)  # ends where it no longer fits
 @given(stretches=stretches, join=st.sampled_from([0.0, 0.8, 30.0]), size=st.sampled_from([1_600, 16_000, 99_999]))
 def test_all_speech_is_in_one_segment_once(stretches: list[tuple[bool, float]], join: float, size: int) -> None:
     audio = recording(stretches)
@@ -99,6 +100,15 @@ def test_a_short_recording_stays_whole() -> None:
     audio = recording([(False, 1.0), (True, 1.0), (False, 1.5)])
     (segment,) = cut(audio, max_sec=4.0)
     assert (segment.start_sec, len(segment.audio)) == (0.0, len(audio))
+
+
+def test_a_short_recording_is_cut_at_pauses_that_a_segment_may_not_hold() -> None:
+    audio = recording([(False, 0.5), (True, 1.0), (False, 1.5), (True, 0.5)])
+    assert len(cut(audio, max_sec=4.0, join_pause_sec=1.0)) == 2
+    (whole,) = cut(audio, max_sec=4.0, join_pause_sec=2.0)
+    assert len(whole.audio) == len(audio)
+    assert len(cut(recording([(True, 3.95)]), max_sec=4.0)) == 1
+    assert cut(np.zeros(0, np.float32), max_sec=4.0) == []
 
 
 def test_pauses_up_to_the_limit_stay_within_a_segment() -> None:

@@ -11,7 +11,10 @@ import pytest
 
 from src.data.audio import Waveform
 from src.inference.batch import BatchInference
-from src.inference.sequential import split_at_timestamps
+from src.inference.fallback import FallbackOptions
+from src.inference.options import DecodingOptions, DecodingResult
+from src.inference.sequential import split_at_timestamps, transcribe_sequentially
+from src.inference.words import Word
 
 
 class Letters:
@@ -50,6 +53,40 @@ def test_windows_are_split_and_advance_as_in_openai_whisper(
     found, end_sec = split_at_timestamps(given, Letters(), 30.0)  # type: ignore[arg-type]
     assert [(Letters().decode(t.tokens), t.start_sec, t.end_sec) for t in found] == texts
     assert end_sec == next_sec
+
+
+class Windows:
+    """An engine that hears a sentence and the beginning of another in each window, and keeps the prompts."""
+
+    vocabulary = Letters()
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+
+    def encode(self, audios: Sequence[Waveform], trailing_silence_sec: float) -> None:
+        return None
+
+    def decode(self, encoded: Any, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
+        self.prompts.append(options.prompt)
+        return [DecodingResult(" one cut", tuple(tokens(0.0, " one", 20.0, 21.0, " cut")), -0.1)]
+
+    def align(self, *_: Any) -> list[tuple[Word, ...]]:
+        return [(Word("one", 19.0, 24.0, 0.9),)]
+
+
+def test_what_the_next_window_hears_again_is_no_context_and_no_word_reaches_into_it() -> None:
+    engine, audio = Windows(), np.zeros(50 * 16_000, dtype=np.float32)
+    found = list(
+        transcribe_sequentially(
+            engine,
+            [audio],
+            DecodingOptions(prompt="Before.", word_timestamps=True),
+            FallbackOptions(),  # type: ignore[arg-type]
+        )
+    )
+    assert engine.prompts == ["Before.", "Before. one", "Before. one one"]
+    assert [(segment.start_sec, segment.end_sec) for segment in found] == [(0.0, 20.0), (20.0, 40.0), (40.0, 50.0)]
+    assert [segment.words[0].end_sec for segment in found if segment.words] == [20.0, 40.0, 50.0]
 
 
 @pytest.mark.slow
