@@ -23,9 +23,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.benchmark_adaptation import read, strided
+from scripts.benchmark_latency import load_clips
 from scripts.benchmarking import append_table
-from src.data.sources import load_utterances
+from scripts.command_line import parse_setting
 from src.data.vad import VoiceActivityDetector
 from src.evaluation.figures_streaming import draw_emission, draw_tradeoff
 from src.evaluation.streaming import ReplayClock, replay
@@ -111,19 +111,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def config_for(arguments: argparse.Namespace, policy: str) -> Config:
     """Return the configuration of a policy."""
-    settings = dict(setting.split("=", 1) for setting in arguments.set)
     overrides: dict[str, Any] = {"device": "cpu", "model": {"language": "en"}, "streaming": {"policy": policy}}
-    return load_config(None, overrides=overrides | {key: json.loads(value) for key, value in settings.items()})
+    return load_config(None, overrides=overrides | dict(map(parse_setting, arguments.set)))
 
 
 def streams(arguments: argparse.Namespace) -> tuple[Measured, Measured, Measured]:
     """Return the clean, the long and the noisy stream."""
-    found = read(arguments.data) if arguments.data else [
-        u for u in load_utterances(Config().data) if u.meta["split"] == "test"
-    ]  # fmt: skip
     manager = WhisperModelManager(load_config(None, overrides={"device": "cpu", "model": {"language": "en"}}))
     aligner = WordAligner(*manager.initialize_model(arguments.aligner))
-    clips = [aligner.align(utterance) for utterance in [*strided(found, arguments.clips), PUBLIC_CLIP]]
+    clips = [aligner.align(utterance) for utterance in [*load_clips(arguments.data, arguments.clips), PUBLIC_CLIP]]
     gap_sec = 5.0 if arguments.quick else 60.0
     clean = join_clips(clips, name="clips with pauses", seed=0)
     long = join_clips(clips, name=f"{arguments.minutes:g} min", seed=1, duration_sec=60 * arguments.minutes)

@@ -27,6 +27,7 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipe
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.sources import SAMPLE_CLIP
 from src.evaluation.edits import error_rate, word_counts
+from src.evaluation.streams import join_audios
 from src.evaluation.text import whisper_normalizer_for
 from src.inference.batch import BatchInference
 from src.inference.ct2_engine import CTranslate2Engine
@@ -159,16 +160,18 @@ def peer_systems(
 def join_clips(clips: Sequence[Waveform], references: Sequence[str], seconds: float) -> tuple[Waveform, str]:
     """Join clips with pauses, over and over, to a recording of some length; return it and what is said in it."""
     rng = np.random.default_rng(0)
-    pieces: list[Waveform] = []
+    audios: list[Waveform] = []
+    pauses: list[int] = []
     said: list[str] = []
     samples = 0
     for clip, text in itertools.cycle(zip(clips, references, strict=True)):
         if samples >= seconds * SAMPLE_RATE:
             break
-        pieces += [clip, np.zeros(round(rng.uniform(*PAUSE_SEC) * SAMPLE_RATE), dtype=np.float32)]
+        audios.append(clip)
+        pauses.append(round(rng.uniform(*PAUSE_SEC) * SAMPLE_RATE))
         said.append(text)
-        samples += len(pieces[-2]) + len(pieces[-1])
-    return np.concatenate(pieces), " ".join(said)
+        samples += len(clip) + pauses[-1]
+    return join_audios(audios, pauses)[0], " ".join(said)
 
 
 def figures(systems: Sequence[System]) -> dict[str, float | None]:

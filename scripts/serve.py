@@ -75,9 +75,7 @@ def make_server(arguments: argparse.Namespace) -> CaptionServer:
         max_sessions=arguments.max_sessions, max_session_sec=arguments.max_session_sec, idle_sec=arguments.idle_sec
     )
     token = read_token(arguments.token_env)
-    engine = load_engine(
-        config.model.variant, config, engine=config.inference.engine, compute_type=config.inference.compute_type
-    )
+    engine = load_engine(config.model.variant, config)
     make_session = session_factory(engine, VoiceActivityDetector(config.vad), config)
     return CaptionServer(make_session, limits=limits, token=token, origins=arguments.origin)
 

@@ -194,9 +194,7 @@ def load_inference(model: str, config: Config, *, workers: int | None) -> BatchI
     from src.inference.batch import BatchInference
     from src.inference.engines import load_engine
 
-    section = config.inference
-    engine = load_engine(model, config, engine=section.engine, compute_type=section.compute_type, workers=workers)
-    return BatchInference(config=config, engine=engine)
+    return BatchInference(config=config, engine=load_engine(model, config, workers=workers))
 
 
 def iter_options(arguments: argparse.Namespace, *, words: bool | None = None) -> dict[str, Any]:

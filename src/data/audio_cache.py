@@ -14,12 +14,11 @@ import re
 from pathlib import Path
 
 import numpy as np
-import psutil
 import soundfile as sf
 from numpy.typing import NDArray
 
 from src.data.audio import SAMPLE_RATE, AudioSource, Waveform, load_audio, read_encoded
-from src.utils.atomic import write_bytes_atomic
+from src.utils.atomic import is_being_written, write_bytes_atomic
 from src.utils.errors import WhisperASRError
 
 logger = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ class AudioCache:
         """
         try:
             halves = self.folder.glob("??/.*.flac.*.partial")
-            for path in [*self._files(), *(half for half in halves if not _is_being_written(half))]:
+            for path in [*self._files(), *(half for half in halves if not is_being_written(half))]:
                 path.unlink(missing_ok=True)
         except OSError as err:
             raise WhisperASRError(f"{self.folder}: the cache cannot be cleared: {err.strerror}") from err
@@ -141,8 +140,3 @@ def _to_flac(pcm: NDArray[np.int16], scale: float) -> bytes:
         file.comment = f"decoded audio v{CACHE_VERSION}, pcm sha256 {digest}, scale {scale!r}"
         file.write(pcm)
     return buffer.getvalue()
-
-
-def _is_being_written(half: Path) -> bool:
-    """Whether the process that began a hidden file, `.<name>.<process id>.<token>.partial`, still runs."""
-    return psutil.pid_exists(int(half.name.split(".")[-3]))

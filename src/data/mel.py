@@ -6,6 +6,7 @@ arithmetic on a device (equal to 1e-4, tested).
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import numpy as np
@@ -38,6 +39,12 @@ def log_mel(audio: NDArray[np.float32], num_mel_bins: int = 80) -> NDArray[np.fl
     floor = logs.max(axis=(1, 2), keepdims=True) - 8.0
     scaled: NDArray[np.float32] = (np.maximum(logs, floor) + 4.0) / 4.0
     return scaled
+
+
+def padded_samples(samples: int) -> int:
+    """Round up to whole encoder positions (320 samples), within 0.1 and 30 s."""
+    whole = math.ceil(max(samples, SAMPLE_RATE // 10) / SAMPLES_PER_POSITION) * SAMPLES_PER_POSITION
+    return min(whole, CONTEXT_SAMPLES)
 
 
 @cache

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from src.evaluation.results import EvaluationResult, ModelComparison, Prediction
 from src.inference.decoding import decode, encode
 from src.inference.options import DecodingOptions
 from src.models.dynamic_context import get_audio_context
+from src.models.modes import evaluation_mode
 from src.utils.config import Config
 from src.utils.distributed import gather_objects, is_main_process, world_size
 from src.utils.errors import DataError, DeviceError, first_line
@@ -262,16 +262,3 @@ def _joined(parts: Sequence[_Decoded]) -> _Decoded:
         tokens=sum(part.tokens for part in parts),
         compute_sec=sum(part.compute_sec for part in parts),
     )
-
-
-@contextmanager
-def evaluation_mode(model: Any) -> Iterator[None]:
-    """Put a model into evaluation mode, and give it back in the mode it came in."""
-    # module by module: part of a model may be frozen in evaluation mode while the rest trains
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training

@@ -21,11 +21,11 @@ import pandas as pd
 import torch
 
 from src.data.audio import SAMPLE_RATE, Waveform, to_mono_16k
-from src.data.features import CONTEXT_SAMPLES
-from src.evaluation.evaluator import evaluation_mode
-from src.inference.decoding import decode, encode, languages_of
+from src.data.mel import CONTEXT_SAMPLES
+from src.inference.engines import Engine as Transcriber
+from src.inference.engines import transcribe
 from src.inference.options import DecodingOptions
-from src.inference.vocabulary import Vocabulary
+from src.inference.torch_engine import TorchEngine
 from src.utils.config import Config
 from src.utils.errors import AudioError, DataError, first_line
 from src.utils.memory import measure_memory
@@ -136,7 +136,7 @@ class LatencyBenchmark:
         name: str = "model",
         experiment: ExperimentLogger | None = None,
     ) -> None:
-        self._model, self._name, self._config = model, name, config or Config()
+        self._name, self._config = name, config or Config()
         self._experiment = experiment
         self._engine = torch_engine(model, processor, self._config)
 
@@ -179,35 +179,27 @@ class LatencyBenchmark:
         return [self._measure(clips, size, 1) for size in batch_sizes]
 
     def _measure(self, clips: Sequence[Waveform], batch_size: int, passes: int) -> LatencyResult:
-        with evaluation_mode(self._model):
-            result = measure_engine(self._engine, clips, batch_size=batch_size, passes=passes, name=self._name)
+        result = measure_engine(self._engine, clips, batch_size=batch_size, passes=passes, name=self._name)
         if self._experiment is not None:
             result.save(self._experiment)
         return result
 
 
 def torch_engine(model: Any, processor: Any, config: Config) -> Engine:
-    """Make an engine of a `DynamicWhisper` that is in evaluation mode."""
+    """Make an engine of a `DynamicWhisper`."""
+    return describe_engine(TorchEngine(model, processor), config)
+
+
+def describe_engine(engine: Transcriber, config: Config) -> Engine:
+    """Make an engine to be measured of one that transcribes; `inference` and `model` say how it decodes."""
     options = DecodingOptions.from_config(config)
-    vocabulary = Vocabulary.of(processor.tokenizer)
-
-    @torch.inference_mode()
-    def first_token(audio: Waveform) -> object:
-        encoded = encode(model, [audio], options.trailing_silence_sec)
-        hidden = encoded.last_hidden_state  # (1, positions, d_model)
-        (language,) = languages_of(model, vocabulary, encoded, options)
-        start = vocabulary.start_sequence(language, options.task, timestamps=False)
-        tokens = torch.tensor([start], device=hidden.device)
-        output = model.model.decoder(input_ids=tokens, encoder_hidden_states=hidden, use_cache=True)
-        return model.proj_out(output.last_hidden_state[:, -1]).argmax(dim=-1).item()
-
     return Engine(
-        name="torch",
-        transcribe=lambda audios: [result.text for result in decode(model, processor, audios, options)],
-        device=str(model.device),
-        precision=str(model.dtype).removeprefix("torch."),
-        audio_context=model.audio_context,
-        first_token=first_token if options.num_beams == 1 else None,
+        name=engine.name,
+        transcribe=lambda audios: [result.text for result in transcribe(engine, audios, options)],
+        device=engine.device,
+        precision=engine.precision,
+        audio_context=engine.audio_context,
+        first_token=(lambda audio: engine.first_token(audio, options)) if options.num_beams == 1 else None,
     )
 
 

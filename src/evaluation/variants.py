@@ -6,28 +6,23 @@ is in memory. CTranslate2 computes on the CPU, wherever torch does: the device i
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
-import ctranslate2
-import numpy as np
 import pandas as pd
 import torch
 
 from src.data.audio import Waveform
 from src.data.dataset import decode_audio
 from src.data.utterance import Utterance
-from src.evaluation.latency import Engine, check_clips, measure_engine, readable, torch_engine
+from src.evaluation.latency import Engine, check_clips, describe_engine, measure_engine, readable, torch_engine
 from src.evaluation.metrics import MetricsCalculator
 from src.evaluation.report import load_metrics
-from src.inference.frontend import log_mel_batch
-from src.inference.options import DecodingOptions
+from src.inference.ct2_engine import CTranslate2Engine
 from src.models.export import export_ctranslate2
 from src.models.weights import HUB_REPOSITORIES
 from src.models.whisper_model import WhisperModelManager
@@ -43,7 +38,6 @@ ENGINES = ("torch", "ctranslate2-float32", "ctranslate2-int8")
 MAX_EXPORT_PARAMETERS = 300_000_000  # up to small: seconds and 1 GB; an export of medium takes minutes and 3 GB
 NO_CLIPS = "no clips were given to measure on"
 _MB = 1e6
-_MAX_POSITIONS = 448  # of Whisper's decoder
 
 
 @dataclass(frozen=True)
@@ -149,46 +143,16 @@ def compare_models(
     return VariantComparison(tuple(rows))
 
 
-def ctranslate2_engine(folder: Path, processor: Any, config: Config, *, quantization: str) -> Engine:
+def ctranslate2_engine(folder: Path, config: Config, *, quantization: str) -> Engine:
     """Make an engine of a CTranslate2 export, on the CPU, with as many threads as torch has.
-
-    It decodes as `torch_engine` does: the same features, beams, silence after the clip, and cap on tokens; the cap is
-    that of the longest clip of a batch, since CTranslate2 knows one a call.
 
     Args:
         folder: from `export_ctranslate2`.
-        processor: of the model.
         quantization: precision to compute in: "float32" or "int8".
     """
-    whisper = ctranslate2.models.Whisper(
-        str(folder), device="cpu", compute_type=quantization, intra_threads=torch.get_num_threads()
-    )
-    context = json.loads((folder / "config.json").read_text(encoding="utf-8"))["audio_context"]
-    options = DecodingOptions.from_config(config)
-
-    def generate(audios: Sequence[Waveform], max_new_tokens: int) -> list[list[int]]:
-        features = _features(audios, whisper.n_mels, context, options)
-        prompts = _prompts(whisper, features, len(audios), processor.tokenizer, options)
-        # CTranslate2 stops after half of max_length, or where prompt and text fill it
-        max_length = min(max(2 * max_new_tokens, max_new_tokens + len(prompts[0])), _MAX_POSITIONS)
-        results = whisper.generate(features, prompts, beam_size=options.num_beams, max_length=max_length)
-        return [result.sequences_ids[0] for result in results]
-
-    def transcribe(audios: Sequence[Waveform]) -> list[str]:
-        rows = generate(audios, options.token_cap(max(map(len, audios))))
-        return [processor.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in rows]
-
-    def first_token(audio: Waveform) -> object:
-        return generate([audio], 1)
-
-    return Engine(
-        name=f"ctranslate2-{quantization}",
-        transcribe=transcribe,
-        device="cpu",
-        precision=quantization,
-        audio_context=context,
-        first_token=first_token if options.num_beams == 1 else None,
-    )
+    threads = torch.get_num_threads()
+    engine = CTranslate2Engine(folder, device="cpu", compute_type=quantization, threads=threads)
+    return replace(describe_engine(engine, config), name=f"ctranslate2-{quantization}", precision=quantization)
 
 
 def _config_of(config: Config, variant: str) -> Config:
@@ -218,13 +182,11 @@ def _measure_variant(config: Config, clips: _TestClips, engines: Sequence[str]) 
     _release()
     for engine in engines:
         if engine != "torch":
-            rows[engine] = _measure_export(replace(blank, engine=engine), source, processor, clips, config)
+            rows[engine] = _measure_export(replace(blank, engine=engine), source, clips, config)
     return [rows[engine] for engine in engines]
 
 
-def _measure_export(
-    blank: VariantFigures, source: Path, processor: Any, clips: _TestClips, config: Config
-) -> VariantFigures:
+def _measure_export(blank: VariantFigures, source: Path, clips: _TestClips, config: Config) -> VariantFigures:
     if blank.parameters is None or blank.parameters > MAX_EXPORT_PARAMETERS:
         limit = f"{MAX_EXPORT_PARAMETERS / 1e6:.0f} M parameters"
         return replace(blank, reason=f"an export of more than {limit} takes minutes; export_ctranslate2 makes one")
@@ -238,7 +200,7 @@ def _measure_export(
             return replace(blank, reason=_one_line(err))
         _release()
         blank = replace(blank, disk_mb=_weights_mb(export))
-        return _fill(blank, ctranslate2_engine(export, processor, config, quantization=quantization), clips, config)
+        return _fill(blank, ctranslate2_engine(export, config, quantization=quantization), clips, config)
 
 
 def _fill(blank: VariantFigures, engine: Engine, clips: _TestClips, config: Config) -> VariantFigures:
@@ -265,35 +227,6 @@ def _fill(blank: VariantFigures, engine: Engine, clips: _TestClips, config: Conf
         wer_high=None if math.isnan(rates.wer_high) else rates.wer_high,
         normalizer=rates.normalizer,
     )
-
-
-def _features(
-    audios: Sequence[Waveform], num_mel_bins: int, context: str, options: DecodingOptions
-) -> ctranslate2.StorageView:
-    """Return the log-mel that `encode` gives its encoder: (B, mels, frames)."""
-    features = log_mel_batch(
-        audios,
-        options.trailing_silence_sec,
-        num_mel_bins=num_mel_bins,
-        audio_context=context,
-        device=torch.device("cpu"),
-    )
-    return ctranslate2.StorageView.from_array(np.ascontiguousarray(features.numpy()))
-
-
-def _prompts(
-    whisper: Any, features: ctranslate2.StorageView, clips: int, tokenizer: Any, options: DecodingOptions
-) -> list[list[int]]:
-    """Return, per clip, the special tokens that begin a transcript; the language is detected where none is set."""
-    languages: list[list[str]] = [[]] * clips
-    if whisper.is_multilingual:
-        task = f"<|{options.task}|>"
-        if options.language is None:
-            languages = [[found[0][0], task] for found in whisper.detect_language(features)]
-        else:
-            languages = [[f"<|{options.language}|>", task]] * clips
-    rows = [["<|startoftranscript|>", *language, "<|notimestamps|>"] for language in languages]
-    return [[int(token) for token in tokenizer.convert_tokens_to_ids(row)] for row in rows]
 
 
 def _weights_mb(folder: Path) -> float:

@@ -49,7 +49,6 @@ class CTranslate2Engine:
         config = _read_config(folder)
         self.vocabulary = Vocabulary.from_folder(folder)
         self.audio_context = cast(Literal["full", "dynamic"], config.get("audio_context", "full"))
-        self.has_alignment_heads = bool(config.get("alignment_heads"))
         kind, index = find_device(device)
         try:
             self._model = ctranslate2.models.Whisper(
@@ -91,7 +90,7 @@ class CTranslate2Engine:
             encoded,
             [[*prompt, *start, *prefix] for start in starts],
             beam_size=options.num_beams,
-            max_length=min(context_size + max(caps), MAX_POSITIONS),
+            max_length=_max_length(context_size, max(caps)),
             suppress_blank=not prefix,
             return_scores=True,
             return_no_speech_prob=options.no_speech,
@@ -124,8 +123,13 @@ class CTranslate2Engine:
         options = DecodingOptions()
         return self._languages(self.encode(audios, options.trailing_silence_sec), len(audios), options)
 
-    def synchronize(self) -> None:
-        """Do nothing: results are there when a call returns."""
+    def first_token(self, audio: Waveform, options: DecodingOptions) -> int:
+        """Return the likeliest first token of a clip."""
+        encoded = self.encode([audio], options.trailing_silence_sec)
+        (language,) = self._languages(encoded, 1, options)
+        start = self.vocabulary.start_sequence(language, options.task, timestamps=False)
+        (row,) = self._model.generate(encoded, [start], beam_size=1, max_length=_max_length(len(start), 1))
+        return int(row.sequences_ids[0][0])
 
     def _languages(self, encoded: Any, rows: int, options: DecodingOptions) -> list[str | None]:
         if not self.vocabulary.multilingual or options.language is not None:
@@ -175,6 +179,11 @@ def find_device(name: str) -> tuple[str, int]:
             f"device {name!r}: CTranslate2 sees {found} CUDA device(s) here; check nvidia-smi, or set device: auto"
         )
     return kind, index
+
+
+def _max_length(context: int, new: int) -> int:
+    """CTranslate2 stops after half of max_length, or where context and text fill it."""
+    return min(max(2 * new, context + new), MAX_POSITIONS)
 
 
 def _mean_logprob(score: float, tokens: int, forced: int) -> float:

@@ -60,8 +60,8 @@ class Engine(Protocol):
     def detect_languages(self, audios: Sequence[Waveform]) -> list[str | None]:
         """Return the likeliest language of each clip; None for an English-only model."""
 
-    def synchronize(self) -> None:
-        """Wait until all that was asked is computed, for who measures time."""
+    def first_token(self, audio: Waveform, options: DecodingOptions) -> int:
+        """Encode a clip and take the decoder's first step, for who measures how long that takes."""
 
 
 def transcribe(engine: Engine, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
@@ -73,21 +73,24 @@ def load_engine(
     source: str | Path,
     config: Config | None = None,
     *,
-    engine: EngineName = "auto",
-    compute_type: str = "auto",
+    engine: EngineName | None = None,
+    compute_type: str | None = None,
     workers: int | None = 1,
 ) -> Engine:
     """Load a model for transcription.
 
     Args:
         source: a variant such as "base", a Hugging Face folder, or a CTranslate2 folder.
-        config: `device`, `model` and `paths.cache_dir`.
-        engine: "auto" takes CTranslate2 for a CTranslate2 folder and on a CPU, torch else, and logs why.
-        compute_type: "auto" is float16 on a GPU; on a CPU int8 for CTranslate2, float32 for torch.
+        config: `device`, `inference`, `model` and `paths.cache_dir`.
+        engine: "auto" takes CTranslate2 for a CTranslate2 folder and on a CPU, torch else, and logs why; by default
+            what `inference.engine` says.
+        compute_type: "auto" is float16 on a GPU; on a CPU int8 for CTranslate2, float32 for torch; by default what
+            `inference.compute_type` says.
         workers: see `Engine`; of CTranslate2 on a CPU. None takes one a core: more clips a second, each later.
     Raises: ModelError, DeviceError: as `resolve_weights`, `CTranslate2Engine`. ConfigError: an unknown engine.
     """
     config = config or Config()
+    engine, compute_type = engine or config.inference.engine, compute_type or config.inference.compute_type
     if engine not in ("auto", "torch", "ctranslate2"):
         raise ConfigError(f"engine {engine!r} is unknown; known: auto, torch, ctranslate2")
     folder = Path(source).expanduser()

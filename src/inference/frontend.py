@@ -5,7 +5,6 @@ torch is imported where it is used: CTranslate2 does without, and a process's fi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.mel import CONTEXT_SAMPLES, SAMPLES_PER_POSITION, log_mel
+from src.data.mel import CONTEXT_SAMPLES, log_mel, padded_samples
 from src.utils.errors import ModelError
 
 if TYPE_CHECKING:
@@ -60,12 +59,6 @@ def log_mel_on_host(
     for row, audio in enumerate(audios):
         batch[row, : len(audio)] = audio
     return log_mel(batch, num_mel_bins)
-
-
-def padded_samples(samples: int) -> int:
-    """Round up to whole encoder positions (320 samples), within 0.1 and 30 s."""
-    whole = math.ceil(max(samples, SAMPLE_RATE // 10) / SAMPLES_PER_POSITION) * SAMPLES_PER_POSITION
-    return min(whole, CONTEXT_SAMPLES)
 
 
 @lru_cache(maxsize=8)

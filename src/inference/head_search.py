@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ from src.inference.alignment import (
 from src.inference.decoding import decode, encode, languages_of
 from src.inference.options import DecodingOptions
 from src.inference.vocabulary import Vocabulary
+from src.models.modes import evaluation_mode
 from src.utils.atomic import write_text_atomic
 from src.utils.errors import DataError, ModelError
 
@@ -121,7 +121,7 @@ def find_alignment_heads(
         follows the audio; a clip of more than 30 s, or a text that the decoder has no room for.
     """
     options = DecodingOptions(language=language)
-    with _evaluating(model):
+    with evaluation_mode(model), torch.inference_mode():
         clips = list(_read_clips(model, processor, audios, texts, options))
         if not clips:
             raise DataError(
@@ -177,17 +177,6 @@ def write_alignment_heads(folder: Path, heads: Sequence[Head]) -> Path:
     known["alignment_heads"] = [list(head) for head in heads]
     write_text_atomic(path, json.dumps(known, indent=2, sort_keys=True) + "\n", durable=True)
     return path
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _read_clips(

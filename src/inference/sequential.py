@@ -72,9 +72,8 @@ def split_at_timestamps(
     is_time = [token >= begin for token in tokens]
     cuts = [i + 1 for i in range(len(tokens) - 1) if is_time[i] and is_time[i + 1]]
     ends_whole = is_time[-2:] == [False, True]  # speech ended, and nothing was begun after it
-    pieces = [
-        tokens[a:b] for a, b in itertools.pairwise([0, *cuts, *([len(tokens)] if ends_whole or not cuts else [])])
-    ]
+    edges = [0, *cuts, len(tokens)] if ends_whole or not cuts else [0, *cuts]
+    pieces = [tokens[a:b] for a, b in itertools.pairwise(edges)]
     texts = []
     for piece in pieces:
         times = [min((token - begin) * TIMESTAMP_STEP_SEC, window_sec) for token in piece if token >= begin]

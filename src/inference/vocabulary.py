@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,6 @@ from tokenizers import Tokenizer
 
 from src.data.labels import MAX_PROMPT_TOKENS, MULTILINGUAL_END_TOKEN
 from src.utils.errors import ModelError
-
-_NO_SPEECH = ("<|nospeech|>", "<|nocaptions|>")  # the name changed between releases of Whisper
 
 
 class Vocabulary:
@@ -29,7 +28,6 @@ class Vocabulary:
     Attributes:
         end, start, no_timestamps, previous: special tokens: end of text, start of transcript, the switch that turns
             timestamps off, start of the previous text. Each id from `end` on is special or a timestamp.
-        no_speech: the token for silence; None where the vocabulary has none.
         languages: code to token, empty for English-only models.
     """
 
@@ -37,8 +35,6 @@ class Vocabulary:
         self._tokenizer = tokenizer
         self.end, self.start = self._id("<|endoftext|>"), self._id("<|startoftranscript|>")
         self.no_timestamps, self.previous = self._id("<|notimestamps|>"), self._id("<|startofprev|>")
-        found = [token for token in map(tokenizer.token_to_id, _NO_SPEECH) if token is not None]
-        self.no_speech: int | None = found[0] if found else None
         self.languages: dict[str, int] = {}
         if self.end == MULTILINGUAL_END_TOKEN:
             codes = {
@@ -61,8 +57,9 @@ class Vocabulary:
             raise ModelError(f"{path}: not a Whisper tokenizer: {err}") from err
 
     @classmethod
+    @lru_cache(maxsize=8)  # each decoded batch asks, and reading 50,000 names for the languages takes milliseconds
     def of(cls, tokenizer: Any) -> Vocabulary:
-        """Return that of a tokenizer of transformers."""
+        """Return that of a tokenizer of transformers, made once."""
         return cls(tokenizer.backend_tokenizer)
 
     @property

@@ -5,7 +5,8 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+
+from src.inference.vocabulary import Vocabulary
 
 _CLOSING = string.punctuation.replace("'", "") + "。、，！？：”’)]}"  # joins the word before it
 _OPENING = "\"'“¿([{-"  # joins the word after it
@@ -27,14 +28,7 @@ class Word:
     probability: float
 
 
-class TextDecoder(Protocol):
-    """What turns token ids into text: `Vocabulary`, or a tokenizer of transformers."""
-
-    def decode(self, token_ids: list[int]) -> str:
-        """Return the text of tokens, leading space included."""
-
-
-def split_words(vocabulary: TextDecoder, tokens: Sequence[int]) -> list[tuple[str, int]]:
+def split_words(vocabulary: Vocabulary, tokens: Sequence[int]) -> list[tuple[str, int]]:
     """Group tokens into words: a token starts one if it decodes to a leading space, else it extends the last.
 
     Returns: (text, number of tokens) a word; the numbers add up to all tokens.
@@ -61,7 +55,7 @@ def split_words(vocabulary: TextDecoder, tokens: Sequence[int]) -> list[tuple[st
 
 
 def place_words(
-    vocabulary: TextDecoder,
+    vocabulary: Vocabulary,
     tokens: Sequence[int],
     *,
     entered_sec: Sequence[float],

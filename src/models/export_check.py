@@ -19,10 +19,12 @@ from torch import Tensor
 from transformers import logging as transformers_logging
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
-from src.data.features import CONTEXT_SAMPLES, SAMPLES_PER_POSITION, LogMel
+from src.data.features import LogMel
+from src.data.mel import CONTEXT_SAMPLES, padded_samples
 from src.data.parquet import read_parquet
 from src.data.sources import SAMPLE_PARQUET
 from src.models.dynamic_context import DynamicWhisper
+from src.models.modes import evaluation_mode
 from src.utils.errors import ModelError, did_you_mean
 
 VERIFY_IDS = ("010120269", "010330257", "013090339", "021680297", "096390012")  # adults; 2.4 to 3.3 s, 7 to 9 words
@@ -156,15 +158,13 @@ def _clip_mismatch(expected: str, found: str) -> float:
 @contextmanager
 def quiet_inference(model: Any) -> Iterator[None]:
     """Evaluation mode without gradients, and without a warning for each generate call about its own processors."""
-    was_training, verbosity = model.training, transformers_logging.get_verbosity()
-    model.eval()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        with torch.inference_mode():
+        with evaluation_mode(model), torch.inference_mode():
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        model.train(was_training)
 
 
 def _texts(processor: Any, tokens: Sequence[Sequence[int]]) -> list[str]:
@@ -174,8 +174,7 @@ def _texts(processor: Any, tokens: Sequence[Sequence[int]]) -> list[str]:
 def _context_samples(model: Any, samples: int) -> int:
     if not keeps_length(model):
         return CONTEXT_SAMPLES
-    wanted = samples + round(TRAILING_SILENCE_SEC * SAMPLE_RATE)
-    return min(-(-wanted // SAMPLES_PER_POSITION) * SAMPLES_PER_POSITION, CONTEXT_SAMPLES)
+    return padded_samples(samples + round(TRAILING_SILENCE_SEC * SAMPLE_RATE))
 
 
 def _languages(model: Any, features: Tensor, language: str | None) -> list[str]:

@@ -23,8 +23,10 @@ from src.data.dataset import WhisperDataset
 from src.data.labels import IGNORE_INDEX
 from src.inference.alignment import align_words
 from src.inference.decoding import encode
+from src.inference.vocabulary import Vocabulary
 from src.inference.words import split_words
 from src.models.dynamic_context import DynamicWhisper
+from src.models.modes import evaluation_mode
 from src.training.state import tensors_digest
 from src.utils.atomic import write_text_atomic
 
@@ -109,26 +111,24 @@ def time_words(
     model: DynamicWhisper, tokenizer: Any, dataset: WhisperDataset, *, prefix: Sequence[int]
 ) -> dict[str, tuple[TimedWord, ...]]:
     """Align the text of every clip with its audio, from the cross-attention of the alignment heads."""
-    was_training = model.training
-    model.eval()
     order = sorted(range(len(dataset)), key=lambda index: dataset.utterances[index].duration_sec or 0.0)
     times: dict[str, tuple[TimedWord, ...]] = {}
-    for at in tqdm(range(0, len(order), _ALIGNED_TOGETHER), desc="timing words", leave=False):
-        indices = [index for index in order[at : at + _ALIGNED_TOGETHER] if dataset.tokens[index]]
-        audios = [dataset[index]["audio"] for index in indices]
-        hidden = encode(model, audios, _TRAILING_SILENCE_SEC).last_hidden_state if audios else torch.empty(0)
-        for row, index in enumerate(indices):
-            tokens = dataset.tokens[index]
-            words = align_words(
-                model, tokenizer, hidden[row : row + 1], sot_sequence=prefix, tokens=tokens,
-                audio_sec=len(audios[row]) / SAMPLE_RATE,
-            )  # fmt: skip
-            sizes = [size for _, size in split_words(tokenizer, tokens)]
-            if len(words) == len(sizes):  # else a word is empty, and the rest would shift
-                times[dataset.utterances[index].id] = tuple(
-                    TimedWord(size, word.start_sec, word.end_sec) for word, size in zip(words, sizes, strict=True)
-                )
-    model.train(was_training)
+    with evaluation_mode(model):
+        for at in tqdm(range(0, len(order), _ALIGNED_TOGETHER), desc="timing words", leave=False):
+            indices = [index for index in order[at : at + _ALIGNED_TOGETHER] if dataset.tokens[index]]
+            audios = [dataset[index]["audio"] for index in indices]
+            hidden = encode(model, audios, _TRAILING_SILENCE_SEC).last_hidden_state if audios else torch.empty(0)
+            for row, index in enumerate(indices):
+                tokens = dataset.tokens[index]
+                words = align_words(
+                    model, tokenizer, hidden[row : row + 1], sot_sequence=prefix, tokens=tokens,
+                    audio_sec=len(audios[row]) / SAMPLE_RATE,
+                )  # fmt: skip
+                sizes = [size for _, size in split_words(Vocabulary.of(tokenizer), tokens)]
+                if len(words) == len(sizes):  # else a word is empty, and the rest would shift
+                    times[dataset.utterances[index].id] = tuple(
+                        TimedWord(size, word.start_sec, word.end_sec) for word, size in zip(words, sizes, strict=True)
+                    )
     return times
 
 

@@ -214,6 +214,12 @@ def _dead_leftovers(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def is_being_written(hidden: Path) -> bool:
+    """Whether the process that began a file or folder under a hidden name still runs."""
+    process_id, token, _ = hidden.name.split(".")[-3:]
+    return _is_alive(int(process_id), token)
+
+
 def _is_alive(process_id: int, token: str) -> bool:
     if process_id == os.getpid():
         return token.startswith(_PROCESS_TOKEN)

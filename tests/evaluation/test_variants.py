@@ -123,12 +123,12 @@ def test_ctranslate2_gives_the_texts_of_torch_in_either_context(
     model, processor = tiny_en
     model.audio_context = context
     export = export_ctranslate2(model, tmp_path / "export", processor=processor, quantization="float32")
-    engine = ctranslate2_engine(export, processor, config, quantization="float32")
+    engine = ctranslate2_engine(export, config, quantization="float32")
     audios = [jfk, jfk[: 5 * 16_000]]
     assert engine.transcribe(audios) == torch_engine(model, processor, config).transcribe(audios)
     assert (engine.name, engine.audio_context) == ("ctranslate2-float32", context)
     assert engine.first_token is not None
-    ((token,),) = engine.first_token(jfk)  # type: ignore[misc]
+    token = engine.first_token(jfk)
     assert token == torch_engine(model, processor, config).first_token(jfk)  # type: ignore[misc]
 
 
@@ -141,7 +141,7 @@ def test_ctranslate2_detects_or_takes_the_language_as_torch_does(
     clip = jfk[: 4 * 16_000]
     for language in (None, "fr"):
         own = load_config(None, overrides={"model": {"variant": "base", "language": language}, "device": "cpu"})
-        engine = ctranslate2_engine(export, processor, own, quantization="float32")
+        engine = ctranslate2_engine(export, own, quantization="float32")
         assert engine.transcribe([clip]) == torch_engine(model, processor, own).transcribe([clip])
 
 

@@ -9,8 +9,8 @@ import torch
 
 from src.data.audio import load_audio
 from src.data.features import CONTEXT_SAMPLES, LogMel
+from src.data.mel import padded_samples
 from src.inference.decoding import decode, encode
-from src.inference.frontend import padded_samples
 from src.inference.options import DecodingOptions
 from src.utils.errors import ModelError
 

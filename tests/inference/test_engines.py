@@ -74,6 +74,22 @@ def test_both_engines_give_the_same_text_times_and_probabilities(
         assert max(apart_sec) < 0.3
 
 
+def test_a_clip_gets_as_many_tokens_as_its_cap_allows_from_both(
+    engines: tuple[Engine, Engine], clips: Sequence[Clip]
+) -> None:
+    options = DecodingOptions(max_tokens_per_sec=1.0)
+    expected, found = (transcribe(engine, clips, options) for engine in engines)
+    assert [result.tokens for result in found] == [result.tokens for result in expected]
+    assert len(found[0].tokens) == options.token_cap(len(clips[0]))  # the whole text has 24
+
+
+def test_a_model_stays_in_the_mode_that_it_is_in(tiny_en: tuple[Any, Any], jfk: Clip) -> None:
+    model, processor = tiny_en
+    engine = TorchEngine(model.train(), processor)
+    assert "country" in transcribe(engine, [jfk], DecodingOptions())[0].text
+    assert all(module.training for module in model.modules())
+
+
 def test_a_known_text_is_placed_by_both(engines: tuple[Engine, Engine], jfk: Clip) -> None:
     options = DecodingOptions()
     for engine in engines:

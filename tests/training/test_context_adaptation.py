@@ -11,8 +11,8 @@ import torch
 from src.data.audio import SAMPLE_RATE
 from src.data.dataset import decode_audio
 from src.data.features import CONTEXT_SAMPLES
+from src.data.mel import padded_samples
 from src.data.utterance import Utterance
-from src.inference.frontend import padded_samples
 from src.training import state_matching
 from src.training.context_adaptation import _batches, adapt_context
 from src.training.state_matching import Clip, Target, Teacher, matching_losses, state_loss
