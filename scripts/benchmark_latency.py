@@ -5,10 +5,10 @@
 The peer is `WhisperForConditionalGeneration.generate` on features of its own processor, which pads every clip to 30 s.
 A checkpoint with dynamic context is measured at the audio's own length, stock weights padded, as their config says.
 Both sides take turns, round by round, so that other work on the machine meets both; medians over the rounds are shown,
-and the speedup is the median of the rounds' ratios. For a checkpoint with dynamic context, whole systems follow:
-CTranslate2 one by one and in batches beside faster-whisper, torch beside transformers' pipeline, a long recording (see
-latency_systems.py; the peers are in requirements-bench.txt). The last line printed is one JSON object; the tables are
-appended to docs/BENCHMARKS.md.
+and the speedup is the median of the rounds' ratios. With `--model`, on a CPU, whole systems follow: CTranslate2 one by
+one and in batches beside faster-whisper, torch beside transformers' pipeline, a long recording (see latency_systems.py;
+the peers are in requirements-bench.txt). The last line printed is one JSON object; the tables are appended to
+docs/BENCHMARKS.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import torch
 from transformers import WhisperForConditionalGeneration
 from transformers import logging as transformers_logging
 
-from scripts import latency_systems
 from scripts.benchmark_adaptation import read, strided
 from scripts.benchmarking import append_table
 from src.data.audio import SAMPLE_RATE, Waveform
@@ -93,22 +92,28 @@ def main() -> int:
     note = f"{len(clips)} clips of {audio_sec / len(clips):.1f} s on average; medians of {arguments.rounds} rounds."
     record = not (arguments.quick or arguments.no_record)
     show("Latency of transcription", [row(side, peer_of(side, measured)) for side in measured], note, record=record)
-    summary = summarize(measured) | dict.fromkeys(latency_systems.RATIOS)
-    for folder in map(str, arguments.model[:1]):
-        config = load_config(None, overrides={"model": {"variant": folder, "language": "en"}, "device": "cpu"})
-        systems = latency_systems.measure_systems(
-            folder, config, clips, [u.text for u in utterances],
-            rounds=arguments.rounds, long_sec=60 * arguments.long_minutes,
-        )  # fmt: skip
-        show("Systems on the same weights", [system.row() for system in systems], note, record=record)
-        summary |= latency_systems.figures(systems)
-        processes = latency_systems.measure_processes(
-            folder, config, clips, [u.text for u in utterances], arguments.hours
-        )
-        show("Processes", [{name: number(value) for name, value in processes.items()}], note, record=record)
-        summary |= processes
+    summary = summarize(measured)
+    if arguments.model and measured[0].rounds[0].device == "cpu":
+        summary |= measure_whole_systems(arguments, clips, [u.text for u in utterances], note, record=record)
     print(json.dumps(summary))
     return 0
+
+
+def measure_whole_systems(
+    arguments: argparse.Namespace, clips: list[Waveform], references: list[str], note: str, *, record: bool
+) -> Figures:
+    """Measure what users call, on the first `--model`; show the tables, return the figures of the last line."""
+    from scripts import latency_systems  # needs CTranslate2
+
+    folder = str(arguments.model[0])
+    config = load_config(None, overrides={"model": {"variant": folder, "language": "en"}, "device": "cpu"})
+    systems = latency_systems.measure_systems(
+        folder, config, clips, references, rounds=arguments.rounds, long_sec=60 * arguments.long_minutes
+    )
+    show("Systems on the same weights", [system.row() for system in systems], note, record=record)
+    processes = latency_systems.measure_processes(folder, config, clips, references, arguments.hours)
+    show("Processes", [{name: number(value) for name, value in processes.items()}], note, record=record)
+    return latency_systems.figures(systems) | processes
 
 
 def show(title: str, rows: list[dict[str, str]], note: str, *, record: bool) -> None:

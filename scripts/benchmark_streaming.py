@@ -6,8 +6,8 @@ Streams are test clips and the public clip in a row with pauses of 0.3 to 0.8 s;
 at 10 dB that opens for 60 s of silence and 60 s of noise. True word ends come from forced alignment of the transcripts
 with stock base, cut to speech. Audio arrives in real time on a virtual clock that advances by the measured computing
 (`ReplayClock`), so that nothing sleeps. Offline is the same engine and weights on each clip alone. The last line
-printed is one JSON object for the default policy on CTranslate2; tables are appended to docs/BENCHMARKS.md, pictures
-are written to docs/images/.
+printed is one JSON object for the default policy on the first engine; tables are appended to docs/BENCHMARKS.md,
+pictures of a run on a CPU are written to docs/images/.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from src.utils.config import Config, load_config
 from src.utils.figures import save_figure
 
 POLICIES = ("alignatt", "local_agreement", "chunk_merge")
-DEFAULT = "tuned ctranslate2 alignatt"
 FIGURES = {  # of the last line: the row of `StreamingMetrics` that it is
     "wer_offline": "offline_wer",
     "wer_streaming": "wer",
@@ -67,20 +66,21 @@ class Measured:
 def main() -> int:
     arguments = parse_arguments()
     clean, long, noisy = streams(arguments)
-    policies = POLICIES[:1] if arguments.quick else POLICIES
+    default = f"tuned {arguments.engines[0]} {arguments.policies[0]}"
     for weights, variant in (("tuned", arguments.model), ("stock", arguments.stock)):
-        for engine_name in ("ctranslate2", "torch"):
-            if arguments.quick and (weights, engine_name) != ("tuned", "ctranslate2"):
+        for engine_name in arguments.engines:
+            is_default = (weights, engine_name) == ("tuned", arguments.engines[0])
+            if arguments.quick and not is_default:
                 continue
-            engine = load_engine(variant, config_for(arguments, POLICIES[0]), engine=engine_name)
-            for policy in policies:
+            engine = load_engine(variant, config_for(arguments, arguments.policies[0]), engine=engine_name)
+            for policy in arguments.policies:
                 measure(clean, engine, f"{weights} {engine_name} {policy}", config_for(arguments, policy))
-            if (weights, engine_name) == ("tuned", "ctranslate2"):
+            if is_default:
                 for other in (long, noisy):
-                    measure(other, engine, DEFAULT, config_for(arguments, POLICIES[0]))
+                    measure(other, engine, default, config_for(arguments, arguments.policies[0]))
     record(arguments, [clean, long, noisy])
     rows = {
-        name: measured.metrics[DEFAULT].to_row()
+        name: measured.metrics[default].to_row()
         for name, measured in zip(["clean", "long", "noisy"], [clean, long, noisy], strict=True)
     }
     print(
@@ -100,24 +100,42 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="Parquet in the Hugging Face audio layout; default: bundled test set")
     parser.add_argument("--clips", type=int, default=40, help="at a stride over all")
     parser.add_argument("--minutes", type=float, default=10.0, help="of the long stream")
+    parser.add_argument("--device", default="cpu", help="cuda measures a GPU; the aligner runs there too")
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        default=["ctranslate2", "torch"],
+        choices=("ctranslate2", "torch"),
+        help="the first one's figures are in the last line",
+    )
+    parser.add_argument(
+        "--policies", nargs="+", default=list(POLICIES), choices=POLICIES, help="the first one likewise"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="streaming.KEY=VALUE", help="overrides a setting")
     parser.add_argument("--no-record", action="store_true", help="print only")
     parser.add_argument("--quick", action="store_true", help="under a minute: the default system, a few clips")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.clips, arguments.minutes, arguments.aligner = 6, 0.5, arguments.stock
+        arguments.policies = arguments.policies[:1]
     return arguments
 
 
 def config_for(arguments: argparse.Namespace, policy: str) -> Config:
     """Return the configuration of a policy."""
-    overrides: dict[str, Any] = {"device": "cpu", "model": {"language": "en"}, "streaming": {"policy": policy}}
+    overrides: dict[str, Any] = {
+        "device": arguments.device,
+        "model": {"language": "en"},
+        "streaming": {"policy": policy},
+    }
     return load_config(None, overrides=overrides | dict(map(parse_setting, arguments.set)))
 
 
 def streams(arguments: argparse.Namespace) -> tuple[Measured, Measured, Measured]:
     """Return the clean, the long and the noisy stream."""
-    manager = WhisperModelManager(load_config(None, overrides={"device": "cpu", "model": {"language": "en"}}))
+    manager = WhisperModelManager(
+        load_config(None, overrides={"device": arguments.device, "model": {"language": "en"}})
+    )
     aligner = WordAligner(*manager.initialize_model(arguments.aligner))
     clips = [aligner.align(utterance) for utterance in [*load_clips(arguments.data, arguments.clips), PUBLIC_CLIP]]
     gap_sec = 5.0 if arguments.quick else 60.0
@@ -178,8 +196,12 @@ def record(arguments: argparse.Namespace, measured: Sequence[Measured]) -> None:
         note = f"{stream.duration_sec:.0f} s, {len(stream.words)} words; seconds, aware of computing."
         rows = [table_row(name, metrics) for name, metrics in item.metrics.items()]
         append_table(f"Streaming: {stream.name}", rows, note=note)
+    if arguments.device != "cpu":
+        return
     images = ROOT / "docs" / "images"
-    shown = {name: words for name, words in measured[0].timings.items() if name.startswith("tuned ctranslate2")}
+    shown = {
+        name: words for name, words in measured[0].timings.items() if name.startswith(f"tuned {arguments.engines[0]}")
+    }
     save_figure(draw_emission(shown), images, "streaming_emission")
     points = [{**metrics.to_row(), "name": name} for name, metrics in measured[0].metrics.items()]
     save_figure(draw_tradeoff(points), images, "streaming_tradeoff")
