@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.command_line import check_model_path
-from src.models.export import export_ctranslate2, export_huggingface
+from src.models.ct2_export import export_ctranslate2
+from src.models.export import export_huggingface
 from src.models.onnx_export import export_onnx, require_onnx
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import load_config

@@ -21,15 +21,13 @@ from torch import Tensor
 from src.data.features import FRAMES_PER_SEC
 from src.inference.vocabulary import Vocabulary
 from src.inference.words import Word, place_words
+from src.models.alignment_heads import FIND_HEADS, Head, existing_heads, upper_half_heads
 from src.utils.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
-Head = tuple[int, int]  # layer, head
-
 POSITION_SEC = 2 / FRAMES_PER_SEC  # 0.02 s an encoder position
 MEDIAN_WIDTH = 7  # positions
-FIND_HEADS = "python scripts/find_alignment_heads.py --model FOLDER --write"
 
 _warned: WeakSet[Any] = WeakSet()  # models without a list
 
@@ -37,16 +35,9 @@ _warned: WeakSet[Any] = WeakSet()  # models without a list
 def alignment_heads(model: Any) -> list[Head]:
     """Return the heads that time words; those of `upper_half_heads` where the checkpoint lists none, with a warning.
 
-    Raises: ModelError: it lists heads that it does not have, as distilled checkpoints do with their teacher's.
+    Raises: ModelError: as `existing_heads`.
     """
-    listed = listed_heads(model)
-    layers, count = model.config.decoder_layers, model.config.decoder_attention_heads
-    absent = [(layer, head) for layer, head in listed if not (0 <= layer < layers and 0 <= head < count)]
-    if absent:
-        raise ModelError(
-            f"alignment_heads lists {absent[0]}, but the decoder has {layers} layers of {count} heads: the list is "
-            f"another model's; find this one's: {FIND_HEADS}"
-        )
+    listed = existing_heads(model)
     if not listed and model not in _warned:
         _warned.add(model)
         logger.warning(
@@ -54,18 +45,7 @@ def alignment_heads(model: Any) -> list[Head]:
             "better ones can be found: %s",
             FIND_HEADS,
         )
-    return listed or upper_half_heads(model)
-
-
-def listed_heads(model: Any) -> list[Head]:
-    """Return the alignment heads that the generation config lists, whether or not they exist; none by default."""
-    return [(int(layer), int(head)) for layer, head in getattr(model.generation_config, "alignment_heads", None) or ()]
-
-
-def upper_half_heads(model: Any) -> list[Head]:
-    """Return all heads of the upper half of the decoder's layers, as CTranslate2's converter does without a list."""
-    layers, count = model.config.decoder_layers, model.config.decoder_attention_heads
-    return [(layer, head) for layer in range(layers // 2, layers) for head in range(count)]
+    return listed or upper_half_heads(model.config)
 
 
 @contextmanager

@@ -32,18 +32,11 @@ import torch
 from torch import Tensor
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.inference.alignment import (
-    POSITION_SEC,
-    Head,
-    align_words,
-    listed_heads,
-    record_cross_attention,
-    time_tokens,
-    upper_half_heads,
-)
+from src.inference.alignment import POSITION_SEC, align_words, record_cross_attention, time_tokens
 from src.inference.decoding import decode, encode, languages_of
 from src.inference.options import DecodingOptions
 from src.inference.vocabulary import Vocabulary
+from src.models.alignment_heads import Head, listed_heads, upper_half_heads
 from src.models.modes import evaluation_mode
 from src.utils.atomic import write_text_atomic
 from src.utils.errors import DataError, ModelError
@@ -215,7 +208,8 @@ def _score_clip(model: Any, clip: _Clip, heads: Sequence[Head]) -> Tensor:
     ids = torch.tensor([[*clip.start, *clip.tokens]], device=clip.hidden.device)
     with record_cross_attention(model, heads) as recorded:  # a layer each: (1, heads of it, L, positions)
         model.model.decoder(input_ids=ids, encoder_hidden_states=clip.hidden, use_cache=False)
-    consensus = torch.cat([recorded[layer] for layer in sorted({layer for layer, _ in upper_half_heads(model)})], dim=1)
+    upper = sorted({layer for layer, _ in upper_half_heads(model.config)})
+    consensus = torch.cat([recorded[layer] for layer in upper], dim=1)
     first, n = len(clip.start), len(clip.tokens)
     entered_sec = time_tokens(consensus[0], n, first=first, audio_sec=clip.audio_sec)
     audio = max(1, round(clip.audio_sec / POSITION_SEC))
@@ -234,7 +228,7 @@ def _summarise(
         scores=scores,
         clips=len(clips),
         words=len(ends),
-        upper_half_sec=_median_distance(ends, _word_ends(model, processor, clips, upper_half_heads(model))),
+        upper_half_sec=_median_distance(ends, _word_ends(model, processor, clips, upper_half_heads(model.config))),
         listed_sec=_median_distance(ends, _word_ends(model, processor, clips, listed)) if exist else None,
     )
 

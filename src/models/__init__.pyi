@@ -1,6 +1,7 @@
 from .ct2_converter import convert_ct2_to_hf
+from .ct2_export import export_ctranslate2
 from .dynamic_context import DynamicWhisper
-from .export import export_ctranslate2, export_huggingface
+from .export import export_huggingface
 from .hub_push import push_to_hub
 from .onnx_export import export_onnx
 from .weights import resolve_weights

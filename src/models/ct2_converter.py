@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 
 from src.data.labels import MAX_LABEL_TOKENS
+from src.models.alignment_heads import upper_half_heads
 from src.models.ct2_format import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, Ct2Model, FloatArray, read_ct2_model
 from src.models.processor import (
     NO_TIMESTAMPS_TOKEN,
@@ -62,7 +63,7 @@ def convert_ct2_to_hf(source_dir: Path, output_dir: Path) -> Path:
     with atomic_folder(output_dir) as folder:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
-        _generation_config(ct2_config, processor).save_pretrained(folder)
+        _generation_config(ct2_config, config, processor).save_pretrained(folder)
         save_processor(processor, folder)
     return output_dir
 
@@ -146,13 +147,17 @@ def _model_config(source: Ct2Model, state: dict[str, Tensor], processor: Whisper
     )
 
 
-def _generation_config(ct2_config: dict[str, Any], processor: WhisperProcessor) -> GenerationConfig:
+def _generation_config(
+    ct2_config: dict[str, Any], config: WhisperConfig, processor: WhisperProcessor
+) -> GenerationConfig:
     """What the Hub's generation_config.json holds, without `forced_decoder_ids`, which would override the caller's."""
     tokenizer = processor.tokenizer
     token_id = tokenizer.convert_tokens_to_ids
     multilingual = tokenizer.eos_token_id == MULTILINGUAL_END_TOKEN
+    heads = [(layer, head) for layer, head in ct2_config["alignment_heads"]]
+    found = heads != upper_half_heads(config)  # else CTranslate2's converter wrote them for want of a list
     values: dict[str, Any] = {
-        "alignment_heads": ct2_config["alignment_heads"],
+        "alignment_heads": heads if found else None,
         "suppress_tokens": ct2_config["suppress_ids"],
         "begin_suppress_tokens": ct2_config["suppress_ids_begin"],
         "bos_token_id": tokenizer.eos_token_id,

@@ -52,11 +52,20 @@ def build_processor(tokenizer_file: Path, *, num_mel_bins: int, vocab_size: int)
 def save_processor(processor: WhisperProcessor, folder: Path) -> None:
     """Write every file that transformers 4 and 5, faster-whisper and `tokenizer.normalize` read."""
     processor.save_pretrained(folder)
+    _name_special_tokens_as_before(folder / "tokenizer_config.json")
     processor.feature_extractor.save_pretrained(folder)  # preprocessor_config.json
     processor.tokenizer.save_vocabulary(str(folder))  # vocab.json, merges.txt
     spelling = processor.tokenizer.english_spelling_normalizer
     text = _spelling_json() if spelling is None else json.dumps(dict(spelling), indent=2, sort_keys=True)
     (folder / "normalizer.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _name_special_tokens_as_before(config_file: Path) -> None:
+    """Let transformers 4 read the list too: it takes `extra_special_tokens` for a mapping, and fails."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_tokenizer(path: Path) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 from scripts import find_alignment_heads as script
 from src.data.audio import SAMPLE_RATE, load_audio
 from src.data.utterance import Utterance
-from src.inference.alignment import POSITION_SEC, align_words, alignment_heads, upper_half_heads
+from src.inference.alignment import POSITION_SEC, align_words, alignment_heads
 from src.inference.decoding import encode
 from src.inference.head_search import HeadSearch, find_alignment_heads, score_heads, write_alignment_heads
 from src.inference.vocabulary import Vocabulary
+from src.models.alignment_heads import upper_half_heads
 from src.models.dynamic_context import DynamicWhisper
 from src.models.processor import save_processor
 from src.utils.errors import DataError, ModelError
@@ -84,7 +85,7 @@ def test_found_heads_end_words_where_an_aligner_does_closer_than_the_fallback_an
     vocabulary = Vocabulary.of(processor.tokenizer)
     start = vocabulary.start_sequence(None, "transcribe", timestamps=False)
     distances: dict[str, list[float]] = {"found": [], "upper half": [], "official": []}
-    chosen = (found.heads, upper_half_heads(model), model.generation_config.alignment_heads)
+    chosen = (found.heads, upper_half_heads(model.config), model.generation_config.alignment_heads)
     for clip, (text, aligned) in zip(clips, ALIGNED.values(), strict=True):
         hidden = encode(model, [clip], 0.5).last_hidden_state
         for name, heads in zip(distances, chosen, strict=True):

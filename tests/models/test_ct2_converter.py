@@ -111,6 +111,20 @@ def test_text_and_every_log_probability_equal_ctranslate2_running_the_source(
         assert ours.argmax(-1).tolist() == [*result.sequences_ids[0], processor.tokenizer.eos_token_id]  # so is greedy
 
 
+def test_heads_that_stand_for_an_absent_list_do_not_become_one(
+    converted: Callable[[str], Converted], tmp_path: Path
+) -> None:
+    (tmp_path / "ct2").mkdir()
+    for file in converted("tiny.en").ct2_dir.iterdir():
+        (tmp_path / "ct2" / file.name).symlink_to(file)
+    config = json.loads((tmp_path / "ct2" / "config.json").read_text())
+    config["alignment_heads"] = [[layer, head] for layer in (2, 3) for head in range(6)]  # as its converter writes
+    (tmp_path / "ct2" / "config.json").unlink()
+    (tmp_path / "ct2" / "config.json").write_text(json.dumps(config))
+    back = convert_ct2_to_hf(tmp_path / "ct2", tmp_path / "hf")
+    assert "alignment_heads" not in json.loads((back / "generation_config.json").read_text())
+
+
 @pytest.mark.parametrize(("variant", "start", "is_multilingual"), [("tiny.en", 50257, False), ("base", 50258, True)])
 def test_generation_config_is_that_of_the_hub(
     converted: Callable[[str], Converted], variant: str, start: int, is_multilingual: bool

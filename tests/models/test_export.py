@@ -16,10 +16,11 @@ from scripts import export as export_script
 from scripts import export_onnx as export_onnx_script
 from src.data.audio import SAMPLE_RATE
 from src.data.utterance import Utterance
-from src.models import export, export_check
+from src.models import ct2_export, export, export_check
 from src.models.ct2_converter import convert_ct2_to_hf
+from src.models.ct2_export import export_ctranslate2
 from src.models.dynamic_context import DynamicWhisper
-from src.models.export import export_ctranslate2, export_huggingface
+from src.models.export import export_huggingface
 from src.utils.errors import ModelError
 
 
@@ -149,16 +150,24 @@ def test_export_that_says_something_else_is_removed(
     tiny_en: tuple[Any, Any], tmp_path: Path, jfk: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = tiny_en
-    load_model = export.TransformersConverter.load_model
+    load_model = ct2_export.TransformersConverter.load_model
 
     def load_damaged(self: Any, *args: Any, **options: Any) -> Any:
         loaded = load_model(self, *args, **options)
         loaded.model.decoder.layers[0].fc1.weight.data.zero_()
         return loaded
 
-    monkeypatch.setattr(export.TransformersConverter, "load_model", load_damaged)
+    monkeypatch.setattr(ct2_export.TransformersConverter, "load_model", load_damaged)
     with pytest.raises(ModelError, match="of the words, allowed are 20%, so it was not saved"):
         export_ctranslate2(model, tmp_path / "out", processor=processor, verify_clips=[jfk])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_alignment_heads_of_another_model_are_not_exported(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
+    model, processor = tiny_en
+    model.generation_config.alignment_heads = [[31, 0]]
+    with pytest.raises(ModelError, match=r"lists \(31, 0\), but the decoder has 4 layers"):
+        export_ctranslate2(model, tmp_path / "out", processor=processor)
     assert list(tmp_path.iterdir()) == []
 
 
