@@ -5,6 +5,7 @@ from .client import stream_to_server
 from .connection import ServerLimits
 from .decoding import decode
 from .engines import load_engine
+from .head_search import HeadSearch, find_alignment_heads, write_alignment_heads
 from .options import DecodingOptions
 from .server import CaptionServer
 from .streaming import StreamingASR
@@ -15,14 +16,17 @@ __all__ = [
     "CaptionOptions",
     "CaptionServer",
     "DecodingOptions",
+    "HeadSearch",
     "LiveCaptionWriter",
     "ServerLimits",
     "StreamingASR",
     "Transcription",
     "cues_of_segments",
     "decode",
+    "find_alignment_heads",
     "load_engine",
     "make_cues",
     "stream_to_server",
+    "write_alignment_heads",
     "write_captions",
 ]

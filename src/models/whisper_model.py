@@ -12,7 +12,7 @@ from transformers import logging as transformers_logging
 from src.models.dynamic_context import DynamicWhisper
 from src.models.weights import ResolvedWeights, resolve_weights
 from src.utils.config import Config
-from src.utils.runtime import get_device
+from src.utils.runtime import get_device, keep_cudnn_out_of_attention
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class WhisperModelManager:
         Raises: ModelError: no weights to be had; the message lists what was tried. DeviceError: no such device.
         """
         device = get_device(self._config.device)
+        keep_cudnn_out_of_attention(device)
         self.weights = resolve_weights(variant or self._config.model.variant, cache_dir=self._config.paths.cache_dir)
         transformers_logging.disable_progress_bar()  # one bar a file of weights says nothing
         model = DynamicWhisper.from_pretrained(self.weights.path, dtype=torch.float32)

@@ -125,6 +125,19 @@ def allow_tf32(device: torch.device) -> str:
     return f"TF32 on ({torch.cuda.get_device_name(device)} has it)"
 
 
+def keep_cudnn_out_of_attention(device: torch.device) -> None:
+    """Leave attention on a CUDA device to the other backends, in this whole process.
+
+    On Hopper and newer GPUs torch asks cuDNN first, which builds a plan for every new shape: with torch 2.11 about half
+    a second forward and again backward (https://github.com/modelscope/FunASR/issues/3704). Audio at its own length, and
+    a decoder's growing cache, have a new shape at nearly every call.
+    """
+    import torch
+
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def _why(device: str) -> str:
     if device == "cuda":
         import torch

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from src.utils.errors import DeviceError
-from src.utils.runtime import choose_precision, get_device, is_out_of_memory, set_seed
+from src.utils.runtime import (
+    choose_precision,
+    get_device,
+    is_out_of_memory,
+    keep_cudnn_out_of_attention,
+    set_seed,
+)
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 
@@ -36,6 +42,16 @@ def test_unknown_devices_and_precisions_are_refused() -> None:
         choose_precision("int4", torch.device("cpu"))
     with pytest.raises(DeviceError, match="needs a CUDA device"):
         choose_precision("float16", torch.device("cpu"))
+
+
+def test_cudnn_is_kept_out_of_attention_on_a_gpu_alone() -> None:
+    try:
+        keep_cudnn_out_of_attention(torch.device("cpu"))
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        keep_cudnn_out_of_attention(torch.device("cuda"))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def test_the_cpu_trains_in_float32_with_a_reason() -> None:
