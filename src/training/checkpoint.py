@@ -3,6 +3,7 @@
 checkpoints/<run>/checkpoint-00000123/
     model.safetensors, optimizer.safetensors, rng.safetensors
     state.json       everything that is not a tensor
+    metrics.jsonl    the run's rows until here, for a session that lost them with its disk
     manifest.json    size and SHA-256 of each of these files; written last
 
 A folder is written under a hidden name, read back and compared with what is in memory, brought to the disk (fsync), and
@@ -33,7 +34,7 @@ from src.utils.mirror import DriveMirror
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, STATE, METRICS = "manifest.json", "state.json", "metrics.jsonl"
 TENSOR_FILES = ("model", "optimizer", "rng")
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _SPARE_BYTES = 16 << 20  # beside the tensors: JSON, and what others write meanwhile
@@ -46,10 +47,12 @@ class TrainingState:
     Attributes:
         tensors: by file ("model", "optimizer", "rng"), then by name, on the CPU.
         values: JSON: the rest.
+        metrics: content of the run's metrics.jsonl.
     """
 
     tensors: Mapping[str, Mapping[str, Tensor]]
     values: Mapping[str, Any]
+    metrics: str = ""
 
 
 class CheckpointStore:
@@ -192,7 +195,8 @@ def load_checkpoint(checkpoint: Path) -> TrainingState:
         tensors = {name: load_file(checkpoint / f"{name}.safetensors") for name in TENSOR_FILES}
     except SafetensorError as err:
         raise CheckpointError(f"{checkpoint}: {err}") from err
-    return TrainingState(tensors, values)
+    metrics = checkpoint / METRICS
+    return TrainingState(tensors, values, metrics.read_text(encoding="utf-8") if metrics.exists() else "")
 
 
 def _saved_at_ns(checkpoint: Path) -> int:
@@ -214,6 +218,7 @@ def _write(state: TrainingState, folder: Path) -> None:
         raise CheckpointError(
             f"{folder / STATE}: reads back differently from what was written; the disk is not reliable"
         )
+    (folder / METRICS).write_text(state.metrics, encoding="utf-8")
     files = {path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
 

@@ -239,7 +239,8 @@ class RunSaver:
             "data_version": self._data_version(),
             "git_revision": get_git_revision(),
         }
-        return TrainingState({"model": model, "optimizer": optimizer, "rng": rng}, values)
+        metrics = self._experiment.metrics_path.read_text(encoding="utf-8")
+        return TrainingState({"model": model, "optimizer": optimizer, "rng": rng}, values, metrics)
 
     def _restore(self, checkpoint: Path) -> Progress:
         state = load_checkpoint(checkpoint)
@@ -270,7 +271,7 @@ class RunSaver:
             self._restore_best_on_disk(whole, progress, values["run"])
         progress = broadcast_object(progress)
         if self._experiment is not None:
-            self._experiment.resume_at(progress.step, progress.epochs_done)
+            self._experiment.resume_at(progress.step, progress.epochs_done, metrics=state.metrics)
         return progress
 
     def _restore_best_on_disk(self, whole: DynamicWhisper, progress: Progress, run: str) -> None:

@@ -41,8 +41,8 @@ class StreamingConfig(Section):
     """The streaming state machine."""
 
     policy: Literal["alignatt", "local_agreement", "chunk_merge"] = "alignatt"
-    guard_sec: float = Field(0.5, ge=0, le=3)
+    guard_sec: float = Field(0.55, ge=0, le=3)
     display_guard_sec: float = Field(0.2, ge=0, le=3)
-    min_chunk_sec: float = Field(0.5, ge=0.1, le=5)
+    min_chunk_sec: float = Field(0.3, ge=0.1, le=5)
     buffer_sec: float = Field(12.0, ge=2, le=MAX_AUDIO_SEC - 1)
     max_prompt_tokens: int = Field(0, ge=0, le=223)

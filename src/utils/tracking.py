@@ -110,20 +110,26 @@ class ExperimentLogger:
 
         return unsubscribe
 
-    def resume_at(self, step: int, epoch: int) -> None:
+    def resume_at(self, step: int, epoch: int, *, metrics: str = "") -> None:
         """Take back what the last training logged after a checkpoint, so that going on from it leaves no row twice.
 
         Args:
             step: updates done at the checkpoint; later `train_step` rows go.
             epoch: epochs finished at the checkpoint; later `epoch` rows go.
+            metrics: metrics.jsonl as the checkpoint holds it: where this run has no row of a training, as after a new
+                machine was taken, the training's rows are taken from there.
         Raises: WhisperASRError: metrics.jsonl cannot be rewritten; it is as it was.
         """
         try:
             lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
-            kept = _without_later(lines, step, epoch)
-            if len(kept) < len(lines):
+            restored = [] if _training_rows(lines) else _training_rows(metrics.splitlines())
+            kept = _without_later([*restored, *lines], step, epoch)
+            if kept != lines:
                 self._file.replace("".join(f"{line}\n" for line in kept))
-                logger.info("took %d rows after update %d out of %s", len(lines) - len(kept), step, self.metrics_path)
+                logger.info(
+                    "%s: %d rows until update %d, %d of them from the checkpoint",
+                    self.metrics_path, len(kept), step, len(restored),
+                )  # fmt: skip
         except OSError as err:
             raise WhisperASRError(f"{self.metrics_path}: cannot be rewritten: {err.strerror}; free space") from err
 
@@ -231,6 +237,10 @@ def _repair_end(path: Path) -> None:
     with path.open("r+b") as file:
         file.truncate(len(whole))
     logger.warning("%s: a crash cut the last row, it is taken off: %.60r", path, last)
+
+
+def _training_rows(lines: Sequence[str]) -> list[str]:
+    return [line for line in lines if (_parse(line) or {}).get("event") in ("train_step", "epoch")]
 
 
 def _without_later(lines: Sequence[str], step: int, epoch: int) -> list[str]:

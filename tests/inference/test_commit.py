@@ -185,14 +185,23 @@ def test_a_growing_perfect_hypothesis_is_committed_once_and_whole(spoken: list[s
         assert transcript == full
 
 
-def test_alignatt_commits_what_ended_before_the_guard() -> None:
+def test_alignatt_commits_what_ended_before_the_guard_and_was_there_before() -> None:
     policy = AlignAtt(guard_sec=0.5)
-    first = policy.update(said("ask not what your", word_sec=0.4), audio_end_sec=1.75)
-    assert texts(first.committed) == "ask not what"
-    assert texts(first.partial) == "your"
-    second = policy.update(said("Ask not what you're country can", word_sec=0.4), audio_end_sec=2.6)
-    assert texts(second.committed) == "you're country"
+    assert policy.update(said("ask not what", word_sec=0.4), audio_end_sec=1.3).committed == ()
+    second = policy.update(said("ask not what your", word_sec=0.4), audio_end_sec=1.75)
+    assert texts(second.committed) == "ask not what"
+    assert texts(second.partial) == "your"
+    third = policy.update(said("Ask not what you're country can", word_sec=0.4), audio_end_sec=2.6)
+    assert third.committed == ()  # "your" became "you're": not yet
+    fourth = policy.update(said("Ask not what you're country can", word_sec=0.4), audio_end_sec=2.6)
+    assert texts(fourth.committed) == "you're country"
     assert texts(policy.flush(said("ask not what you're country can do", word_sec=0.4)).committed) == "can do"
+
+
+def test_alignatt_does_not_wait_for_ever_for_hypotheses_to_agree() -> None:
+    policy = AlignAtt(guard_sec=0.5)
+    assert policy.update(said("one two", word_sec=0.5), audio_end_sec=2.4).committed == ()
+    assert texts(policy.update(said("won too", word_sec=0.5), audio_end_sec=2.9).committed) == "won"
 
 
 def test_alignatt_never_commits_a_loop() -> None:

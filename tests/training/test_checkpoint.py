@@ -70,7 +70,7 @@ def test_an_optimizer_that_has_not_stepped_yet_is_no_problem(tmp_path: Path) -> 
 def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = store(tmp_path).save(make_state(), 1)
     assert names(path) == [
-        "manifest.json", "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"
+        "manifest.json", "metrics.jsonl", "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json",
     ]  # fmt: skip
     for file in path.iterdir():
         with pytest.raises((pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, AttributeError)):

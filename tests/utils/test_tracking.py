@@ -134,6 +134,19 @@ def test_resuming_takes_rows_of_the_last_training_only(config: Config) -> None:
         assert experiment.metrics_path.read_bytes() == before
 
 
+def test_a_run_on_a_new_machine_takes_the_rows_of_its_training_from_the_checkpoint(config: Config) -> None:
+    with ExperimentLogger(config, run_id="lost") as lost:
+        lost.log("evaluation", name="stock")
+        log_training(lost, range(1, 7))
+    with ExperimentLogger(config, run_id="new") as experiment:
+        experiment.log("data_report", clips=3)
+        experiment.resume_at(step=3, epoch=1, metrics=lost.metrics_path.read_text())
+        log_training(experiment, range(4, 7))
+    assert [place for event, place in shown(experiment) if event == "train_step"] == [1, 2, 3, 4, 5, 6]
+    assert [place for event, place in shown(experiment) if event == "epoch"] == [1, 2, 3]
+    assert "evaluation" not in dict(shown(experiment))
+
+
 def test_rows_that_cannot_be_taken_back_stay_and_the_run_goes_on(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
