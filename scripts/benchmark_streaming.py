@@ -73,7 +73,7 @@ def main() -> int:
             if arguments.quick and not is_default:
                 continue
             engine = load_engine(variant, config_for(arguments, arguments.policies[0]), engine=engine_name)
-            for policy in arguments.policies:
+            for policy in arguments.policies if is_default or arguments.full else arguments.policies[:1]:
                 measure(clean, engine, f"{weights} {engine_name} {policy}", config_for(arguments, policy))
             if is_default:
                 for other in (long, noisy):
@@ -111,6 +111,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--policies", nargs="+", default=list(POLICIES), choices=POLICIES, help="the first one likewise"
     )
+    parser.add_argument("--full", action="store_true", help="every policy on the other engine and on stock weights too")
     parser.add_argument("--set", action="append", default=[], metavar="streaming.KEY=VALUE", help="overrides a setting")
     parser.add_argument("--no-record", action="store_true", help="print only")
     parser.add_argument("--quick", action="store_true", help="under a minute: the default system, a few clips")
