@@ -8,7 +8,7 @@ UV_VERSION := 0.13.9
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint constraints clean
+.PHONY: help setup demo test lint doctor constraints clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+doctor: ## what this machine lacks, with the command that mends each
+	@$(firstword $(wildcard $(BIN)/python) $(PYTHON)) scripts/doctor.py
 
 constraints: $(READY) ## pin the tested set anew: Colab's versions where Colab has the package
 	$(BIN)/uv pip compile --quiet requirements-dev.txt -c tests/data/colab_packages.txt --universal --python-version 3.11 \

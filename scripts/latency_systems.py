@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import os
 import statistics
 import subprocess
 import sys
@@ -189,12 +188,18 @@ def figures(systems: Sequence[System]) -> dict[str, float | None]:
 def cold_process(folder: Path, recording: Path) -> tuple[float, float]:
     """Transcribe a file in a new process; return its seconds, start to end, and its peak memory in MB."""
     command = [sys.executable, str(ROOT / "scripts" / "transcribe.py"), str(recording), "--model", str(folder)]
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{' '.join(command)}: exit status {status}")
-    return time.perf_counter() - began, usage.ru_maxrss / 1000  # Linux counts in kB
+    # from a small process: to Linux the peak of a child begins with what its parent holds
+    done = subprocess.run([sys.executable, "-c", _MEASURE, *command], capture_output=True, text=True, check=True)
+    seconds, peak_kb = map(float, done.stdout.split())
+    return seconds, peak_kb / 1000
+
+
+_MEASURE = """
+import resource, subprocess, sys, time
+began = time.perf_counter()
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
 
 
 def measure_processes(

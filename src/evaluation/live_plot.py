@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-import sys
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -21,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from src.evaluation.figures_style import gap
 from src.evaluation.report import last_training, load_metrics
+from src.utils.colab import in_notebook
 from src.utils.figures import BLUE, FIGURE_STYLE, GREEN, GREY, ORANGE, NotebookFigure
 from src.utils.tracking import ExperimentLogger
 
@@ -144,13 +144,6 @@ class LivePlot:
         update = self._display_id is not None
         self._display_id = self._display_id or secrets.token_hex(8)
         display(Image(data=png, format="png"), display_id=self._display_id, update=update)
-
-
-def in_notebook() -> bool:
-    """Whether a Jupyter or Colab kernel runs this, which can show pictures."""
-    ipython = sys.modules.get("IPython")  # a kernel has imported it
-    shell = None if ipython is None else ipython.get_ipython()
-    return getattr(shell, "kernel", None) is not None
 
 
 def draw_curves(curves: TrainingCurves) -> NotebookFigure:

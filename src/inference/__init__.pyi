@@ -6,6 +6,7 @@ from .connection import ServerLimits
 from .decoding import decode
 from .engines import load_engine
 from .head_search import HeadSearch, find_alignment_heads, write_alignment_heads
+from .live_view import LiveCaptions
 from .options import DecodingOptions
 from .server import CaptionServer
 from .streaming import StreamingASR
@@ -18,6 +19,7 @@ __all__ = [
     "DecodingOptions",
     "HeadSearch",
     "LiveCaptionWriter",
+    "LiveCaptions",
     "ServerLimits",
     "StreamingASR",
     "Transcription",

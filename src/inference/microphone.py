@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,7 @@ class Microphone:
     """
 
     def __init__(self, duration_sec: float) -> None:
-        if duration_sec <= 0:
-            raise ConfigError(f"duration_sec is {duration_sec}; give the seconds to record, above 0")
+        check_duration(duration_sec)
         self._duration_sec = duration_sec
         self._device = _import_sounddevice()
         try:
@@ -41,7 +40,7 @@ class Microphone:
         self.overruns = 0
         self._blocks: queue.Queue[Waveform] = queue.Queue(maxsize=round(MAX_QUEUED_SEC / BLOCK_SEC))
 
-    def blocks(self) -> Iterator[Waveform]:
+    def blocks(self) -> Generator[Waveform, None, None]:
         """Yield (T,) float32 blocks, all that is waiting in one, until `duration_sec` of audio has come.
 
         Raises: AudioError: the device cannot be opened, or delivers nothing for 5 s.
@@ -85,12 +84,19 @@ class Microphone:
         return np.concatenate(blocks)
 
 
+def check_duration(duration_sec: float) -> None:
+    """Raise a ConfigError unless there is something to record."""
+    if duration_sec <= 0:
+        raise ConfigError(f"duration_sec is {duration_sec}; give the seconds to record, above 0")
+
+
 def _import_sounddevice() -> Any:
     try:
         import sounddevice  # type: ignore[import-not-found]
     except (ImportError, OSError) as err:  # OSError: the package is there, the PortAudio library is not
         raise MissingDependencyError(
             f"recording needs sounddevice and PortAudio ({err}): pip install sounddevice, and on Linux "
-            "apt-get install libportaudio2. A notebook in the cloud has no microphone: upload a file instead"
+            "apt-get install libportaudio2. A machine in the cloud has no microphone: in Colab record from a "
+            "cell of the notebook, elsewhere upload a file"
         ) from err
     return sounddevice

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
+from src.inference.browser_microphone import BrowserMicrophone
+from src.inference.client import in_real_time
 from src.inference.events import Event, StreamingResult
 from src.inference.microphone import Microphone
 from src.inference.session import StreamingSession
+from src.utils.colab import in_colab, in_notebook
+
+logger = logging.getLogger(__name__)
+
+OnEvent = Callable[[Event], None]
 
 
 class StreamingASR(StreamingSession):
@@ -31,43 +40,68 @@ class StreamingASR(StreamingSession):
             yield from self.feed(audio[at : at + chunk])
         yield from self.flush()
 
-    def stream_from_file(self, path: str | Path) -> StreamingResult:
-        """Transcribe a file as a stream; see `iter_file`."""
-        return self._result(list(self.iter_file(path)))
+    def stream_from_file(
+        self, path: str | Path, *, real_time: bool = False, on_event: OnEvent | None = None
+    ) -> StreamingResult:
+        """Transcribe a file as a stream; see `iter_file`.
+
+        Args:
+            real_time: hear it no faster than it was recorded, to watch what a microphone would give.
+            on_event: called with each event as it comes, in this thread.
+        """
+        if not real_time:
+            return self._finish(self.iter_file(path), on_event)
+        audio = load_audio(path, allow_silence=True)
+        return self._finish(self._iter_live((block, SAMPLE_RATE) for block in in_real_time(audio)), on_event)
 
     def stream_audio(self, audio: Waveform) -> StreamingResult:
         """Transcribe (T,) float32 at 16 kHz as a stream; see `iter_file`."""
-        return self._result(list(self.iter_audio(audio)))
+        return self._finish(self.iter_audio(audio))
 
-    def stream_from_microphone(
-        self, duration_sec: float, *, on_event: Callable[[Event], None] | None = None
-    ) -> StreamingResult:
-        """Reset, then transcribe the default microphone.
+    def stream_from_microphone(self, duration_sec: float, *, on_event: OnEvent | None = None) -> StreamingResult:
+        """Reset, then transcribe the microphone: in Colab the browser's, elsewhere the default device of this machine.
 
         Args:
             duration_sec: how much audio to record.
             on_event: called with each event as it comes, in this thread.
-        Raises: MissingDependencyError, AudioError, ConfigError: as `Microphone`.
+        Raises: MissingDependencyError, AudioError, ConfigError: as `Microphone` and `BrowserMicrophone`.
         """
-        microphone = Microphone(duration_sec)
+        microphone = open_microphone(duration_sec)
+        with closing(microphone.blocks()) as blocks:  # an error must not leave it open
+            events = self._iter_live((block, microphone.sample_rate) for block in blocks)
+            return replace(self._finish(events, on_event), overruns=microphone.overruns)
+
+    def _iter_live(self, blocks: Iterable[tuple[Waveform, int]]) -> Iterator[Event]:
+        """Reset, then yield the events of samples that come with their rate in Hz, until there are no more."""
         self.reset()
-        events: list[Event] = []
+        for samples, sample_rate in blocks:
+            yield from self.feed(samples, sample_rate)
+        yield from self.flush()
 
-        def show(new: list[Event]) -> None:
-            events.extend(new)
-            for event in new if on_event is not None else ():
-                on_event(event)  # type: ignore[misc]
-
-        for block in microphone.blocks():
-            show(self.feed(block, microphone.sample_rate))
-        show(self.flush())
-        return replace(self._result(events), overruns=microphone.overruns)
-
-    def _result(self, events: Sequence[Event]) -> StreamingResult:
+    def _finish(self, events: Iterable[Event], on_event: OnEvent | None = None) -> StreamingResult:
+        """Run a stream to its end, and gather what it gave."""
+        gathered: list[Event] = []
+        for event in events:
+            gathered.append(event)
+            if on_event is not None:
+                on_event(event)
         return StreamingResult.from_events(
-            events,
+            gathered,
             audio_sec=self.audio_sec,
             compute_sec=self.compute_sec,
             longest_update_sec=self.longest_update_sec,
             updates=self.updates,
         )
+
+
+def open_microphone(duration_sec: float) -> Microphone | BrowserMicrophone:
+    """Return the microphone that a person here can speak into, and log which.
+
+    Raises: MissingDependencyError, AudioError, ConfigError: as `Microphone` and `BrowserMicrophone`.
+    """
+    if in_colab() and in_notebook():
+        logger.info("recording %g s from the browser's microphone; allow it if the browser asks", duration_sec)
+        return BrowserMicrophone(duration_sec)
+    microphone = Microphone(duration_sec)
+    logger.info("recording %g s from this machine's microphone at %d Hz", duration_sec, microphone.sample_rate)
+    return microphone

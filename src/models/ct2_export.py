@@ -34,8 +34,8 @@ FASTER_WHISPER_FILES = ("tokenizer.json", "preprocessor_config.json")
 
 
 def export_ctranslate2(
-    source: Path | Any,
-    output_dir: Path,
+    source: str | Path | Any,
+    output_dir: str | Path,
     *,
     processor: WhisperProcessor | None = None,
     quantization: str = "int8",
@@ -58,7 +58,7 @@ def export_ctranslate2(
     if quantization not in ACCEPTED_MODEL_TYPES:
         raise ModelError(f"unknown quantization {quantization!r}; known: {', '.join(ACCEPTED_MODEL_TYPES)}")
     with source_folder(source, processor) as folder:
-        return _convert(folder, output_dir, quantization, verify_clips, language)
+        return _convert(folder, Path(output_dir), quantization, verify_clips, language)
 
 
 def _convert(

@@ -34,7 +34,7 @@ ADAPTERS_FILE = "adapters.safetensors"
 def export_huggingface(
     model: Any,
     processor: WhisperProcessor,
-    output_dir: Path,
+    output_dir: str | Path,
     *,
     provenance: Mapping[str, Any] | None = None,
     adapters: Mapping[str, Tensor] | None = None,
@@ -51,6 +51,7 @@ def export_huggingface(
     Raises: ModelError: the weights or the text differ after reloading, or the model is not plain Whisper.
         FileExistsError: output_dir holds something else.
     """
+    output_dir = Path(output_dir)
     _check_plain(model)
     recover_folder(output_dir)
     with atomic_folder(output_dir, replace=(output_dir / "config.json").is_file(), durable=True) as folder:

@@ -43,8 +43,8 @@ MAX_LOGIT_DIFFERENCE = 0.01  # measured 2026-11-28, tiny.en and base, one CPU co
 
 
 def export_onnx(
-    source: Path | Any,
-    output_dir: Path,
+    source: str | Path | Any,
+    output_dir: str | Path,
     *,
     processor: WhisperProcessor | None = None,
     quantization: OnnxQuantization = "none",
@@ -70,7 +70,7 @@ def export_onnx(
         raise ModelError(f"unknown quantization {quantization!r}; known: {', '.join(get_args(OnnxQuantization))}")
     require_onnx()
     with source_folder(source, processor) as folder:
-        return _convert(folder, output_dir, quantization, verify_clips, language)
+        return _convert(folder, Path(output_dir), quantization, verify_clips, language)
 
 
 def require_onnx() -> None:

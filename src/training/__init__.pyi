@@ -1,13 +1,18 @@
 from .context_adaptation import AdaptationResult, adapt_context
 from .mixing import MixResult, choose_mix
 from .probe import propose_batch_seconds
+from .readiness import Preflight, preflight, spare_checkpoints, stored_report
 from .trainer import WhisperTrainer
 
 __all__ = [
     "AdaptationResult",
     "MixResult",
+    "Preflight",
     "WhisperTrainer",
     "adapt_context",
     "choose_mix",
+    "preflight",
     "propose_batch_seconds",
+    "spare_checkpoints",
+    "stored_report",
 ]

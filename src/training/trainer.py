@@ -176,6 +176,7 @@ class WhisperTrainer:
                 self._finish_epoch(self._validate(), waiting)
         self._saver.restore_best(self._progress)
         self._report_full_context()
+        self.model.eval()  # it is used from here on: dropout is for training
         self._saver.flush()
         return self.history
 

@@ -5,17 +5,22 @@ from .figures import save_figure
 from .logging_config import setup_logging
 from .mirror import DriveMirror
 from .registry import ModelRegistry
+from .resources import clean_up, watch_resources
 from .runtime import get_device, set_seed
 from .tracking import ExperimentLogger
+from .validation import EnvironmentReport, environment_report
 from .versioning import get_git_revision
 
 __all__ = [
     "Config",
     "DataVersionManager",
     "DriveMirror",
+    "EnvironmentReport",
     "ExperimentLogger",
     "ModelRegistry",
+    "clean_up",
     "copy_verified",
+    "environment_report",
     "get_device",
     "get_git_revision",
     "in_colab",
@@ -24,4 +29,5 @@ __all__ = [
     "save_figure",
     "set_seed",
     "setup_logging",
+    "watch_resources",
 ]

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,13 @@ def in_colab() -> bool:
     """Whether this Python runs in Google Colab."""
     has_google = importlib.util.find_spec("google") is not None  # find_spec of a child imports its parent
     return has_google and importlib.util.find_spec("google.colab") is not None
+
+
+def in_notebook() -> bool:
+    """Whether a Jupyter or Colab kernel runs this, which can show more than text."""
+    ipython = sys.modules.get("IPython")  # a kernel has imported it
+    shell = None if ipython is None else ipython.get_ipython()
+    return getattr(shell, "kernel", None) is not None
 
 
 def mount_drive(folder: str) -> Path:

@@ -63,6 +63,16 @@ def measure_memory(folder: Path, device: torch.device | str | None = None) -> Me
     )
 
 
+def free_memory_mb(device: torch.device | str | None = None) -> float:
+    """Return what this process can still take: of a CUDA device its memory, torch's unused cache included, else RAM."""
+    if str(device).partition(":")[0] != "cuda":
+        return float(psutil.virtual_memory().available / _MB)
+    import torch  # only a GPU's memory needs it
+
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float((torch.cuda.mem_get_info(device)[0] + cached) / _MB)
+
+
 def return_freed_memory() -> None:
     """Give freed memory back to the system, where the C library is glibc.
 

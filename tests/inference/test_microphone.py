@@ -5,13 +5,18 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile as sf
 
 from src.inference import microphone as microphone_module
+from src.inference import streaming
+from src.inference.client import in_real_time
 from src.inference.microphone import Microphone
 from src.inference.options import DecodingResult
 from src.inference.streaming import StreamingASR
@@ -136,6 +141,10 @@ def session(decode_fn: Any) -> StreamingASR:
     return StreamingASR(None, processor, config=Config(), context_silence_sec=2.0, decode_fn=decode_fn)
 
 
+def say_hello(*_: Any) -> list[DecodingResult]:
+    return [DecodingResult("hello", (), 0.0, (Word("hello", 0.1, 0.5, 0.9),))]
+
+
 def test_a_session_decodes_in_the_callers_thread_and_shows_events_as_they_come(install: Callable[..., None]) -> None:
     fake = FakeSoundDevice(blocks=20)
     install(fake)
@@ -164,3 +173,40 @@ def test_the_models_error_closes_the_device_and_reaches_the_caller(install: Call
     with pytest.raises(RuntimeError, match="CUDA out of memory"):
         session(fail).stream_from_microphone(2.0)
     assert fake.closed
+
+
+def test_outside_colab_this_machine_records_and_the_log_says_so(
+    install: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    install(FakeSoundDevice(blocks=5))
+    caplog.set_level("INFO", "src.inference.streaming")
+    assert session(say_hello).stream_from_microphone(0.5).audio_sec == pytest.approx(0.5, abs=0.01)
+    assert caplog.messages == ["recording 0.5 s from this machine's microphone at 48000 Hz"]
+
+
+def test_a_script_in_colab_has_no_page_and_is_told_to_use_a_cell(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(None)
+    monkeypatch.setattr(streaming, "in_colab", lambda: True)
+    with pytest.raises(MissingDependencyError, match="in Colab record from a cell of the notebook"):
+        session(say_hello).stream_from_microphone(1.0)
+
+
+def test_a_file_in_real_time_gives_what_the_file_gives_at_its_pace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, now = tmp_path / "tone.wav", [0.0]
+    sf.write(path, np.sin(np.arange(32_000) / 10), 16_000)
+
+    def sleep(sec: float) -> None:
+        now[0] += sec
+
+    monkeypatch.setattr(streaming, "in_real_time", partial(in_real_time, clock=lambda: now[0], sleep=sleep))
+    shown: list[tuple[float, Any]] = []
+    asr = session(say_hello)
+    result = asr.stream_from_file(path, real_time=True, on_event=lambda event: shown.append((now[0], event)))
+    assert result.text == asr.stream_from_file(path).text == "hello"
+    assert [event for _, event in shown] == list(result.events)
+    assert all(event.audio_sec <= at_sec + 1e-6 for at_sec, event in shown)
+    assert now[0] == pytest.approx(2.0)

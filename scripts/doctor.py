@@ -1,0 +1,61 @@
+"""Say what this machine lacks, with the command that mends each: the first thing to run when something fails.
+
+    python scripts/doctor.py [--config config.yaml] [--profile demo]
+
+Works where packages are absent or broken; ends with 1 where something is an error. Tokens are never shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    from src.utils.config_schema import Config
+    from src.utils.validation import Check
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=ROOT / "config.yaml")
+    parser.add_argument("--profile", help="of the configuration, whose needs are looked at")
+    arguments = parser.parse_args()
+    try:
+        from src.utils.validation import CheckReport, environment_report, run_check
+    except ModuleNotFoundError as err:
+        print(f"error: {err.name} is not installed\nfix: pip install -r requirements.txt -c constraints.txt")
+        return 1
+    loaded: list[Config] = []
+    checks = run_check("config", lambda: load(arguments.config, arguments.profile, loaded))
+    checks += environment_report(loaded[0] if loaded else None).checks
+    if loaded:
+        checks += run_check("to start from", lambda: list_stored(loaded[0]))
+    report = CheckReport(tuple(checks))
+    print(report.to_text())
+    return 0 if report.ok else 1
+
+
+def load(path: Path, profile: str | None, loaded: list[Config]) -> Iterator[Check]:
+    """Load the configuration into the list."""
+    from src.utils.config import load_config
+    from src.utils.validation import Check
+
+    loaded.append(load_config(path, profile=profile))
+    yield Check("config", "ok", f"{path}, profile {loaded[0].profile}")
+
+
+def list_stored(config: Config) -> tuple[Check, ...]:
+    """Look at data, weights and checkpoints; imports torch."""
+    from src.training.readiness import stored_report
+
+    return stored_report(config).checks
+
+
+if __name__ == "__main__":
+    sys.exit(main())

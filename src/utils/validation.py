@@ -1,0 +1,342 @@
+"""Whether this machine can run the project: each check with what was found, and the command that mends it.
+
+A broken package must not hide the others. So nothing but the standard library is imported at the top, a check that
+fails reports that under its own name, and torch is looked at from a process of its own, which it may take down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from src.utils.colab import MOUNT_POINT, in_colab
+from src.utils.errors import WhisperASRError, first_line
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+    from src.utils.config_schema import Config
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["ok", "warning", "error", "absent"]
+STATUSES: tuple[Status, ...] = ("error", "warning", "absent", "ok")
+MIN_PYTHON = (3, 11)
+_ROOT = Path(__file__).resolve().parents[2]
+_PROBE_TIMEOUT_SEC = 600.0  # the first import of torch takes minutes on a cold network disk or a busy machine
+_CELL = 'style="text-align:left;vertical-align:top;white-space:normal;max-width:44em"'
+_LOGINS = {  # token: where a login leaves it, what the file then says, the command that logs in, what goes without
+    "HF_TOKEN": ("~/.cache/huggingface/token", "", "hf auth login", "public models and data need none"),
+    "WANDB_API_KEY": ("~/.netrc", "api.wandb.ai", "wandb login", "wandb then records offline"),
+}
+_TORCH_PROBE = """
+import json
+def show(**found): print(json.dumps(found), flush=True)
+import torch
+cuda = torch.cuda
+gpus = [cuda.get_device_properties(i) for i in range(cuda.device_count())] if cuda.is_available() else []
+show(torch=torch.__version__, cuda=torch.version.cuda, mps=torch.backends.mps.is_available(),
+     gpus=[[gpu.name, gpu.total_memory / 1e6] for gpu in gpus])
+import torchaudio
+show(torchaudio=torchaudio.__version__)
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        status: "absent" is what can be done without.
+        fix: a command, or what to do; empty where there is nothing to do.
+    """
+
+    name: str
+    status: Status
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Checks in the order in which they were made."""
+
+    checks: tuple[Check, ...]
+    title: ClassVar[str] = "Checks"
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is an error."""
+        return all(check.status != "error" for check in self.checks)
+
+    def to_text(self) -> str:
+        """Return one line a check, and one for its fix."""
+        width = max((len(check.name) for check in self.checks), default=0)
+        lines = [f"{self.title}: {self._counts()}"]
+        for check in self.checks:
+            lines.append(f"  {check.status:8}{check.name:{width}}  {check.found}")
+            lines += [f"{'':{width + 12}}fix: {check.fix}"] if check.fix else []
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for check in self.checks:
+            status = check.status if check.status == "ok" else f"<b>{check.status}</b>"
+            fix = f"<br><code>{html.escape(check.fix)}</code>" if check.fix else ""
+            texts = (status, html.escape(check.name), html.escape(check.found) + fix)
+            rows.append("<tr>" + "".join(f"<td {_CELL}>{text}</td>" for text in texts) + "</tr>")
+        # no colours of its own: it takes those of a light or a dark notebook
+        return f"<p><b>{self.title}</b>: {self._counts()}</p><table>{''.join(rows)}</table>"
+
+    def _counts(self) -> str:
+        counts = {status: sum(check.status == status for check in self.checks) for status in STATUSES}
+        return ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+
+
+class EnvironmentReport(CheckReport):
+    """What this machine and its packages are like. Holds no token, nor anything about one beyond its presence."""
+
+    title = "Environment"
+
+
+def environment_report(config: Config | None = None) -> EnvironmentReport:
+    """Look at Python, packages, torch, GPU, audio, disk, memory, Drive and tokens.
+
+    Takes as long as one import of torch. Nothing is changed; in Colab, the browser may ask whether the notebook may
+    read the secrets HF_TOKEN and WANDB_API_KEY.
+
+    Args: config: `paths` and the model's size say what the disk must hold; without it, the working folder is measured.
+    """
+    named: dict[str, Callable[[], Iterable[Check]]] = {
+        "Python": _check_python,
+        "packages": _check_packages,
+        "torch": _check_torch,
+        "torchao": _check_torchao,
+        "FFmpeg": _check_ffmpeg,
+        "microphone": _check_microphone,
+        "RAM and disk": lambda: _check_room(config),
+        "runs and caches": lambda: _check_kept(config),
+        "Google Drive": _check_drive,
+        "tokens": _check_tokens,
+    }
+    return EnvironmentReport(tuple(found for name, check in named.items() for found in run_check(name, check)))
+
+
+def run_check(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
+    """Return what a check finds; its own failure is a finding too."""
+    try:
+        return list(check())
+    except Exception as err:  # boundary: one broken package must not hide the other findings
+        logger.debug("check %r failed", name, exc_info=True)
+        text = str(err) if isinstance(err, WhisperASRError) else f"{type(err).__name__}: {first_line(err)}"
+        return [Check(name, "error", f"cannot be checked: {text}")]
+
+
+def _check_python() -> Iterator[Check]:
+    found = f"{platform.python_version()} on {platform.platform()}"
+    if sys.version_info >= MIN_PYTHON:
+        yield Check("Python", "ok", found)
+    else:
+        least = ".".join(map(str, MIN_PYTHON))
+        yield Check("Python", "error", f"{found}; at least {least} is needed", "make PYTHON=python3.13 setup")
+
+
+def _check_packages() -> Iterator[Check]:
+    """Compare what is installed with the bounds, and with the set that the tests run with."""
+    needed, tested = read_requirements("requirements.txt"), read_requirements("constraints.txt")
+    unfit, others = [], []
+    for name, requirement in needed.items():
+        version = _installed(name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            found = "is not installed" if version is None else f"{version}, needs {requirement.specifier}"
+            unfit.append(Check(name, "error", found, _install(name)))
+        elif name in tested and not tested[name].specifier.contains(version, prereleases=True):
+            others.append(f"{name} {version} ({str(tested[name].specifier).removeprefix('==')})")
+    differing = f"other than in constraints.txt, the tested set: {', '.join(others)}" if others else "none untested"
+    yield Check("packages", "ok", f"{len(needed) - len(unfit)} of {len(needed)} fit requirements.txt; {differing}")
+    yield from unfit
+
+
+def read_requirements(file: str) -> dict[str, Requirement]:
+    """Return the lines of requirements.txt or constraints.txt that hold for this machine, by canonical name."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    lines = [line.split("#")[0].strip() for line in (_ROOT / file).read_text(encoding="utf-8").splitlines()]
+    found = [Requirement(line) for line in lines if line]
+    return {canonicalize_name(r.name): r for r in found if r.marker is None or r.marker.evaluate()}
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _install(name: str) -> str:
+    # not with the constraints in Colab: they would replace what a newer image ships
+    constraints = "" if in_colab() else " -c constraints.txt"
+    return f'pip install "{read_requirements("requirements.txt")[name]}"{constraints}'
+
+
+def _check_torch() -> Iterator[Check]:
+    """Import torch, then torchaudio, in a process of their own, and judge how far it came."""
+    command = [sys.executable, "-c", _TORCH_PROBE]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT_SEC, cwd=_ROOT)
+    except subprocess.TimeoutExpired:  # its text holds the whole command
+        yield Check("torch", "error", f"is not imported within {_PROBE_TIMEOUT_SEC:.0f} s", _torch_fix())
+        return
+    found: dict[str, Any] = {}
+    for line in done.stdout.splitlines():
+        if line.startswith("{"):
+            found |= json.loads(line)
+    problem = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    yield from judge_torch(found, problem)
+
+
+def judge_torch(found: dict[str, Any], problem: str) -> Iterator[Check]:
+    """Turn what the process saw into checks.
+
+    Args:
+        found: `torch`, `cuda`, `mps`, `gpus` once torch was imported, `torchaudio` once that was.
+        problem: the error that ended it; empty where all went well.
+    """
+    if "torch" not in found:
+        yield Check("torch", "error", f"does not import: {problem}", _torch_fix())
+        return
+    build = f"CUDA {found['cuda']}" if found["cuda"] else "no CUDA in this build"
+    yield Check("torch", "ok", f"{found['torch']}, {build}")
+    if "torchaudio" in found:
+        yield Check("torchaudio", "ok", f"{found['torchaudio']} imports beside it")
+    elif _installed("torchaudio") is not None:  # else it is among the packages that are not installed
+        text = f"{_installed('torchaudio')} does not import beside torch {found['torch']} ({problem}), so neither does"
+        yield Check("torchaudio", "error", f"{text} transformers", _torch_fix())
+    yield _judge_gpu(found)
+
+
+def _torch_fix() -> str:
+    pins = read_requirements("constraints.txt")
+    # pip takes a build such as 2.11.0+cpu for 2.11.0, and would leave it
+    first = "pip uninstall -y torch torchaudio && " if "+" in (_installed("torch") or "") else ""
+    return f"{first}pip install {pins['torch']} {pins['torchaudio']}"
+
+
+def _judge_gpu(found: dict[str, Any]) -> Check:
+    if found["gpus"]:
+        return Check("GPU", "ok", ", ".join(f"{name}, {mb:,.0f} MB" for name, mb in found["gpus"]))
+    if found["mps"]:
+        return Check("GPU", "ok", "Apple GPU, which shares the RAM")
+    if shutil.which("nvidia-smi"):
+        text = f"nvidia-smi is here, but torch {found['torch']} sees no CUDA device: another build or driver is needed"
+        return Check("GPU", "warning", text, "nvidia-smi" if found["cuda"] else _torch_fix())
+    if in_colab():
+        return Check("GPU", "absent", "none in this runtime", "Runtime > Change runtime type > T4 GPU")
+    return Check("GPU", "absent", "none; a CPU is enough for the demo profile, tiny and base models, and streaming")
+
+
+def _check_torchao() -> Iterator[Check]:
+    """PEFT refuses an older torchao than it knows, wherever it meets one; our own adapters do not ask for it."""
+    version = _installed("torchao")
+    if version is None:
+        return
+    from packaging.version import Version
+
+    source = importlib.metadata.distribution("peft").locate_file("peft/import_utils.py")  # peft's import costs torch's
+    match = re.search(r'TORCHAO_MINIMUM_VERSION = \S*parse\("([\d.]+)"\)', Path(str(source)).read_text("utf-8"))
+    if match is None or Version(version) >= Version(match[1]):
+        yield Check("torchao", "ok", version)
+        return
+    text = f"{version}; PEFT {_installed('peft')} raises below {match[1]}, though not where adapters are trained here"
+    yield Check("torchao", "warning", text, "pip uninstall -y torchao")
+
+
+def _check_ffmpeg() -> Iterator[Check]:
+    try:
+        import av
+    except (ImportError, OSError) as err:
+        text = f"PyAV, which brings it along, does not import: {first_line(err)}"
+        yield Check("FFmpeg", "error", text, _install("av") + " --force-reinstall --no-deps")
+        return
+    codecs = ".".join(map(str, av.library_versions["libavcodec"]))
+    yield Check("FFmpeg", "ok", f"PyAV {av.__version__} brings its libraries (libavcodec {codecs}); none is needed")
+
+
+def _check_microphone() -> Iterator[Check]:
+    if in_colab():
+        yield Check("microphone", "ok", "the browser's is used")
+        return
+    try:
+        import sounddevice  # type: ignore[import-not-found, unused-ignore]
+
+        yield Check("microphone", "ok", str(sounddevice.query_devices(kind="input")["name"]))
+    except ModuleNotFoundError:
+        yield Check("microphone", "absent", "sounddevice is not installed", "pip install sounddevice")
+    except OSError:  # sounddevice raises it where it finds no PortAudio
+        text = "sounddevice is installed, the PortAudio library is not"
+        yield Check("microphone", "absent", text, "sudo apt-get install libportaudio2")
+    except (sounddevice.PortAudioError, ValueError) as err:
+        yield Check("microphone", "absent", f"no input device: {first_line(err)}", "python -m sounddevice")
+
+
+def _check_room(config: Config | None) -> Iterable[Check]:
+    from src.utils.resources import check_room
+
+    return check_room(config)
+
+
+def _check_kept(config: Config | None) -> Iterable[Check]:
+    from src.utils.resources import check_kept
+
+    return () if config is None else check_kept(config)
+
+
+def _check_drive() -> Iterator[Check]:
+    if not in_colab():
+        return
+    if MOUNT_POINT.is_mount():
+        yield Check("Google Drive", "ok", f"mounted at {MOUNT_POINT}")
+    else:
+        text = "not mounted: a lost session loses its checkpoints"
+        yield Check("Google Drive", "absent", text, "from src.utils import mount_drive; mount_drive('whisper_asr')")
+
+
+def _check_tokens() -> Iterator[Check]:
+    for name, (_, _, login, without) in _LOGINS.items():
+        place = _token_place(name)
+        if place is None:
+            yield Check(name, "absent", f"not here; {without}", login)
+        else:
+            yield Check(name, "ok", f"present in {place}")
+
+
+def _token_place(name: str) -> str | None:
+    """Say where a token is, None if nowhere; its value is neither kept nor shown."""
+    if os.environ.get(name):
+        return "the environment"
+    file, mark, *_ = _LOGINS[name]
+    with contextlib.suppress(OSError):
+        if mark in Path(file).expanduser().read_text(encoding="utf-8", errors="replace"):
+            return file
+    if "google.colab" not in sys.modules:  # a script there has no notebook to ask for secrets
+        return None
+    from google.colab import errors, userdata
+
+    try:
+        return "Colab's secrets" if userdata.get(name) else None
+    except (userdata.NotebookAccessError, errors.Error):  # refused, or no such secret
+        return None

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from src.utils import validation
+from src.utils.config import Config
+from src.utils.errors import ConfigError
+from src.utils.validation import Check, CheckReport, EnvironmentReport, environment_report, judge_torch, run_check
+
+ROOT = Path(__file__).resolve().parents[2]
+SECRETS = {"HF_TOKEN": "hf_NobodyMaySeeThis", "WANDB_API_KEY": "0123456789abcdef-NorThis"}
+HEALTHY = {"torch": "2.11.0", "cuda": "13.0", "mps": False, "gpus": [], "torchaudio": "2.11.0"}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnvironmentReport]:
+    """Of the real environment, with tokens in it."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SECRETS.items():
+            patch.setenv(name, value)
+        yield environment_report(Config.model_validate({"paths": {"runs_dir": home, "checkpoints_dir": home / "new"}}))
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let packages have other versions than they have; None: not installed."""
+    real = importlib.metadata.version
+
+    def change(**versions: str | None) -> None:
+        def version(name: str) -> str:
+            found = versions.get(name, real(name) if name not in versions else None)
+            if found is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return found
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+
+    return change
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Put a module before the real one, in new processes and in this one."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def put(name: str, code: str) -> None:
+        (tmp_path / f"{name}.py").write_text(code)
+
+    return put
+
+
+def by_name(checks: Any) -> dict[str, Check]:
+    return {check.name: check for check in checks}
+
+
+def test_the_environment_of_the_tests_is_in_order(report: EnvironmentReport) -> None:
+    assert report.ok, report.to_text()
+    checks = by_name(report.checks)
+    assert {"Python", "packages", "torch", "torchaudio", "GPU", "FFmpeg", "microphone", "RAM", "runs"} <= set(checks)
+    assert checks["torchaudio"].found.endswith("imports beside it")
+    assert "29 of 29 fit" in checks["packages"].found
+    assert "a run writes up to" in checks["disk of checkpoints"].found
+
+
+def test_tokens_are_seen_and_never_shown(report: EnvironmentReport) -> None:
+    everything = report.to_text() + report._repr_html_() + repr(report)
+    for name, value in SECRETS.items():
+        assert by_name(report.checks)[name] == Check(name, "ok", "present in the environment")
+        assert value not in everything
+
+
+def test_absent_and_old_packages_are_errors_with_their_command(installed: Callable[..., None]) -> None:
+    installed(jiwer=None, av="13.1.0", tqdm="4.68.0")
+    checks = by_name(validation._check_packages())
+    fix = 'pip install "jiwer>=4.0" -c constraints.txt'
+    assert checks["jiwer"] == Check("jiwer", "error", "is not installed", fix)
+    assert (checks["av"].found, checks["av"].fix) == (
+        "13.1.0, needs <19,>=14",
+        'pip install "av<19,>=14" -c constraints.txt',
+    )
+    assert checks["packages"].status == "ok"
+    assert "27 of 29 fit" in checks["packages"].found
+    assert "tqdm 4.68.0 (4.67.3)" in checks["packages"].found
+
+
+@pytest.mark.parametrize(
+    ("build", "fix"),
+    [
+        ("2.14.0", "pip install torch==2.11.0 torchaudio==2.11.0"),
+        ("2.11.0+cpu", "pip uninstall -y torch torchaudio && pip install torch==2.11.0 torchaudio==2.11.0"),
+    ],
+)
+def test_a_torchaudio_that_does_not_fit_torch_is_found(
+    build: str, fix: str, stub: Callable[[str, str], None], installed: Callable[..., None]
+) -> None:
+    installed(torch=build, torchaudio="2.11.0")
+    no = "is_available=lambda: False"
+    stub(
+        "torch",
+        f"from types import SimpleNamespace as N\n__version__ = {build!r}\nversion = N(cuda=None)\n"
+        f"cuda = N({no}, device_count=lambda: 0)\nbackends = N(mps=N({no}))\n",
+    )
+    stub("torchaudio", "raise OSError('libcudart.so.13: cannot open shared object file')")
+    checks = by_name(validation._check_torch())
+    assert checks["torch"].status == "ok"
+    assert checks["torchaudio"].status == "error"
+    assert "libcudart.so.13" in checks["torchaudio"].found
+    assert "transformers" in checks["torchaudio"].found
+    assert checks["torchaudio"].fix == fix
+
+
+def test_a_torch_that_ends_its_process_is_reported(stub: Callable[[str, str], None]) -> None:
+    stub("torch", "import os; os.abort()")
+    (check,) = validation._check_torch()
+    assert (check.name, check.status) == ("torch", "error")
+    assert "exit code" in check.found
+
+
+def test_a_gpu_is_named_and_its_absence_comes_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gpu(**found: Any) -> Check:
+        return by_name(judge_torch({**HEALTHY, **found}, ""))["GPU"]
+
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert gpu(gpus=[["Tesla T4", 15_828.3]]) == Check("GPU", "ok", "Tesla T4, 15,828 MB")
+    assert gpu().status == "absent"
+    monkeypatch.setattr(validation, "in_colab", lambda: True)
+    assert gpu().fix == "Runtime > Change runtime type > T4 GPU"
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert gpu().status == "warning"
+
+
+def test_the_torchao_that_peft_refuses_is_found(installed: Callable[..., None]) -> None:
+    installed(torchao="0.10.0")
+    (check,) = validation._check_torchao()
+    assert check.status == "warning"
+    assert "raises below 0.16.0" in check.found
+    installed(torchao="0.16.0")
+    assert [check.status for check in validation._check_torchao()] == ["ok"]
+    installed(torchao=None)
+    assert not list(validation._check_torchao())
+
+
+def test_a_microphone_needs_sounddevice_and_portaudio(
+    stub: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub("sounddevice", "raise OSError('PortAudio library not found')")
+    (check,) = validation._check_microphone()
+    assert (check.status, check.fix) == ("absent", "sudo apt-get install libportaudio2")
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    (check,) = validation._check_microphone()
+    assert (check.status, check.fix) == ("absent", "pip install sounddevice")
+
+
+def test_colabs_secrets_are_asked_and_a_refusal_is_an_absence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class NotebookAccessError(Exception):
+        pass
+
+    class Error(Exception):
+        pass
+
+    def get(name: str) -> str:
+        if name == "WANDB_API_KEY":
+            raise NotebookAccessError(name)
+        return SECRETS[name]
+
+    errors = types.SimpleNamespace(Error=Error)
+    userdata = types.SimpleNamespace(get=get, NotebookAccessError=NotebookAccessError)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in SECRETS:
+        monkeypatch.delenv(name, raising=False)
+    assert {check.status for check in validation._check_tokens()} == {"absent"}
+    monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(errors=errors, userdata=userdata))
+    checks = by_name(validation._check_tokens())
+    assert checks["HF_TOKEN"].found == "present in Colab's secrets"
+    assert checks["WANDB_API_KEY"].status == "absent"
+    monkeypatch.setattr(userdata, "get", lambda name: (_ for _ in ()).throw(Error("no such secret")))
+    assert {check.status for check in validation._check_tokens()} == {"absent"}
+
+
+def test_a_check_that_fails_says_so_under_its_name_and_hides_no_other() -> None:
+    def broken() -> Iterator[Check]:
+        yield Check("half", "ok", "seen")
+        raise AttributeError("no such thing\nand more")
+
+    def wrong() -> Iterator[Check]:
+        raise ConfigError("2 problems:\n  - a\n  - b")
+
+    assert run_check("Drive", broken) == [Check("Drive", "error", "cannot be checked: AttributeError: no such thing")]
+    assert run_check("config", wrong)[0].found.endswith("- b")
+
+
+def test_a_report_reads_as_text_and_shows_in_light_and_dark_notebooks() -> None:
+    report = CheckReport((Check("a", "ok", "fine"), Check("bcd", "error", "<3.11", 'pip install "x>=1"')))
+    assert not report.ok
+    assert report.to_text().splitlines() == [
+        "Checks: 1 error, 1 ok",
+        "  ok      a    fine",
+        "  error   bcd  <3.11",
+        '               fix: pip install "x>=1"',
+    ]
+    html = report._repr_html_()
+    assert "&lt;3.11" in html
+    assert "<code>pip install &quot;x&gt;=1&quot;</code>" in html
+    assert "color" not in html
+
+
+def test_the_doctor_works_beside_a_broken_torch_and_ends_with_1(stub: Callable[[str, str], None]) -> None:
+    stub("torch", "raise OSError('libtorch_cpu.so: cannot open shared object file')")
+    done = run_doctor("--profile", "demo")
+    assert done.returncode == 1, done.stderr
+    assert "does not import: OSError: libtorch_cpu.so" in done.stdout
+    assert "fix: pip install torch==2.11.0 torchaudio==2.11.0" in done.stdout
+    assert "to start from" in done.stdout  # it imports torch, and says that it failed
+    assert "profile demo" in done.stdout
+    assert "RAM" in done.stdout
+    assert not any(value in done.stdout + done.stderr for value in SECRETS.values())
+
+
+def test_the_doctor_names_what_its_own_import_lacks(stub: Callable[[str, str], None]) -> None:
+    stub("lazy_loader", "raise ModuleNotFoundError('absent', name='lazy_loader')")
+    done = run_doctor()
+    assert done.returncode == 1
+    assert done.stdout.startswith("error: lazy_loader is not installed\nfix: pip install -r requirements.txt")
+
+
+def run_doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "doctor.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **SECRETS})
