@@ -4,6 +4,7 @@ from .captions import CaptionOptions, cues_of_segments, make_cues
 from .client import stream_to_server
 from .connection import ServerLimits
 from .decoding import decode
+from .demo import launch_demo
 from .engines import load_engine
 from .head_search import HeadSearch, find_alignment_heads, write_alignment_heads
 from .live_view import LiveCaptions
@@ -26,6 +27,7 @@ __all__ = [
     "cues_of_segments",
     "decode",
     "find_alignment_heads",
+    "launch_demo",
     "load_engine",
     "make_cues",
     "stream_to_server",

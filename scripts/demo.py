@@ -1,0 +1,107 @@
+"""Serve a web page to try models on: live captions, files, and two models side by side.
+
+    python scripts/demo.py --model tiny.en
+    python scripts/demo.py --model runs/demo/best_model_hf --stock tiny.en
+    python scripts/demo.py --model draft_hf --model final_hf --stock base --share
+
+Prints the address, and serves until Ctrl-C or SIGTERM. Only this machine can open it, unless `--host` or `--share` says
+otherwise. It needs gradio 6: pip install gradio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.command_line import check_model_path, parse_setting
+from src.inference.connection import ServerLimits
+from src.inference.demo import Demo, launch_demo
+from src.inference.demo_files import MAX_UPLOAD_SEC
+from src.inference.server import LOOPBACK
+from src.utils.config import load_config
+from src.utils.errors import WhisperASRError
+from src.utils.logging_config import setup_logging
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(given)
+    setup_logging("INFO")
+    try:
+        demo = make_demo(arguments)
+    except WhisperASRError as err:
+        print(f"{type(err).__name__}: {err}", file=sys.stderr)
+        return 1
+    serve(demo)
+    return 0
+
+
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    limits = ServerLimits()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model", action="append", required=True, help="folder of a checkpoint, or a name such as tiny.en; may repeat"
+    )
+    parser.add_argument("--stock", metavar="VARIANT", help="to compare with, such as tiny.en")
+    parser.add_argument("--share", action="store_true", help="open a public address through Gradio's servers")
+    parser.add_argument("--host", default=LOOPBACK, help="to listen on; default: %(default)s, this machine only")
+    parser.add_argument("--port", type=int, help="default: a free one from 7860 on")
+    parser.add_argument(
+        "--max-sessions", type=int, default=limits.max_sessions, help="microphones; default: %(default)s"
+    )
+    parser.add_argument(
+        "--max-upload-sec", type=float, default=MAX_UPLOAD_SEC, metavar="SEC", help="of a file; default: %(default)g"
+    )
+    parser.add_argument("--config", type=Path, default=ROOT / "config.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting; may repeat"
+    )
+    return parser.parse_args(given)
+
+
+def make_demo(arguments: argparse.Namespace) -> Demo:
+    """Load the models, and serve the page."""
+    for model in arguments.model:
+        check_model_path(model)
+    return launch_demo(
+        models=named(arguments.model),
+        stock=arguments.stock,
+        config=load_config(arguments.config, overrides=dict(parse_setting(text) for text in arguments.set)),
+        share=arguments.share,
+        server_name=arguments.host,
+        port=arguments.port,
+        limits=ServerLimits(max_sessions=arguments.max_sessions),
+        max_upload_sec=arguments.max_upload_sec,
+    )
+
+
+def named(models: Sequence[str]) -> dict[str, str]:
+    """Give each model the shortest end of its path that no other has, such as "draft/best_model_hf"."""
+    names = {}
+    for model in models:
+        parts = Path(model).parts
+        ends = ["/".join(parts[-size:]) for size in range(1, len(parts) + 1)]
+        others = [other for other in models if other != model]
+        alone = (end for end in ends if not any(f"/{other}".endswith(f"/{end}") for other in others))
+        names[next(alone, model)] = model
+    return names
+
+
+def serve(demo: Demo) -> None:
+    """Serve until the process is told to stop."""
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    with demo:
+        print(f"open {demo.share_url or demo.url}", flush=True)
+        stopped.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

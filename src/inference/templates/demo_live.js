@@ -1,0 +1,216 @@
+// Live captions: a worklet hears the microphone, the server answers with events, the page only ever adds final words.
+// Given by gr.HTML: `element`, `props` (tab, model) and `server` (hear).
+const MESSAGE_SEC = 0.2, TURN_SEC = 0.5; // of audio in a message, at least and at most
+const PARAGRAPH_SEC = 2; // a pause that begins a new paragraph
+const UNREACHABLE = "The server does not answer. What is on this page stays; press Start to try again.";
+const WORKLET = `registerProcessor("microphone", class extends AudioWorkletProcessor {
+  blocks = [];
+  process([[block]]) {
+    if (block) this.blocks.push(block.slice());
+    if (this.blocks.length < 4) return true;
+    this.port.postMessage(this.blocks);
+    this.blocks = [];
+    return true;
+  }
+});`;
+
+const find = selector => element.querySelector(selector);
+const [live, toggle, clear, page, files] = [".live", ".toggle", ".clear", ".page", ".files"].map(find);
+const hint = find(".hint").cloneNode(true);
+const tail = document.createElement("span");
+tail.className = "partial";
+let recording = null, words = 0, lastEnd = 0;
+
+class Recording {
+  // (n,) samples wait in `blocks`; `origin` is the page's clock, in seconds, when the first sample was heard.
+  constructor(stream, context) {
+    Object.assign(this, {stream, context, rate: context.sampleRate, blocks: [], waiting: 0, heard: 0, stopped: false});
+    this.origin = Infinity;
+    this.wake = () => {};
+  }
+
+  hear(blocks) {
+    for (const block of blocks) {
+      this.blocks.push(block);
+      this.waiting += block.length;
+      this.heard += block.length;
+    }
+    // the least delayed message tells best when the recording began
+    this.origin = Math.min(this.origin, performance.now() / 1000 - this.heard / this.rate);
+    live.style.setProperty("--level", Math.min(1, 4 * Math.max(...blocks.map(level))));
+    this.wake();
+  }
+
+  async enough() {
+    while (!this.stopped && this.waiting < MESSAGE_SEC * this.rate) await new Promise(wake => { this.wake = wake; });
+  }
+
+  take() {
+    const taken = [];
+    let samples = 0;
+    while (this.blocks.length && samples + this.blocks[0].length <= TURN_SEC * this.rate) {
+      taken.push(this.blocks.shift());
+      samples += taken.at(-1).length;
+    }
+    this.waiting -= samples;
+    return taken;
+  }
+
+  stop() {
+    this.stopped = true;
+    this.stream.getTracks().forEach(track => track.stop());
+    this.context.close();
+    this.wake();
+  }
+}
+
+const level = block => Math.sqrt(block.reduce((sum, sample) => sum + sample * sample, 0) / block.length);
+
+function encode(blocks) {
+  // base64 of int16, as `read_samples` takes "s16le"
+  const samples = blocks.flatMap(block => Array.from(block, x => Math.max(-32768, Math.min(32767, Math.round(x * 32768)))));
+  return btoa(Array.from(new Uint8Array(Int16Array.from(samples).buffer), byte => String.fromCharCode(byte)).join(""));
+}
+
+function openSource(stream) {
+  let refusal = null;
+  for (const wish of [{sampleRate: 16000}, {}]) { // Firefox takes a device at its own rate only
+    const context = new AudioContext(wish);
+    try {
+      return context.createMediaStreamSource(stream);
+    } catch (error) {
+      refusal = error;
+      context.close();
+    }
+  }
+  throw refusal;
+}
+
+async function start() {
+  const audio = {channelCount: 1, echoCancellation: false, noiseSuppression: false}; // for calls; they cut words
+  const stream = await navigator.mediaDevices.getUserMedia({audio});
+  const source = openSource(stream), begun = new Recording(stream, source.context);
+  await source.context.audioWorklet.addModule(URL.createObjectURL(new Blob([WORKLET], {type: "text/javascript"})));
+  const mono = {numberOfOutputs: 0, channelCount: 1, channelCountMode: "explicit"};
+  const node = new AudioWorkletNode(source.context, "microphone", mono);
+  node.port.onmessage = message => begun.hear(message.data);
+  source.connect(node);
+  await source.context.resume(); // Safari forgets the click while it asks the user
+  return begun;
+}
+
+async function run() {
+  let first = true, last = false;
+  while (!last) {
+    await recording.enough();
+    const pcm = encode(recording.take());
+    last = recording.stopped && recording.waiting === 0;
+    const reply = await server.hear({tab: props.tab, model: props.model, rate: recording.rate, pcm, first, last});
+    first = false;
+    if (!reply || reply.error) throw new Error(reply?.error ?? UNREACHABLE);
+    reply.events.forEach(show);
+    find(".heard").textContent = clock(reply.audio_sec);
+    if (reply.note) say(reply.note);
+    if ("srt" in reply) {
+      offer(reply);
+      last = true;
+    }
+  }
+}
+
+function show(event) {
+  if (event.kind === "final") return;
+  const follows = page.scrollHeight - page.scrollTop - page.clientHeight < 40;
+  if (event.kind === "partial") {
+    place(event.words[0]);
+    tail.textContent = event.words.map(word => word.text).join("");
+  }
+  if (event.kind === "commit") {
+    tail.textContent = "";
+    event.words.forEach(commit);
+    find(".count").textContent = words;
+    find(".delay").textContent = `${(performance.now() / 1000 - recording.origin - lastEnd).toFixed(1)} s`;
+  }
+  if (follows) page.scrollTop = page.scrollHeight;
+}
+
+function commit(word) {
+  place(word);
+  const shown = document.createElement("span");
+  shown.className = "word";
+  shown.textContent = word.text.trimStart();
+  shown.title = `${word.start.toFixed(2)} to ${word.end.toFixed(2)} s`;
+  tail.before(word.text.startsWith(" ") ? " " : "", shown);
+  words += 1;
+  lastEnd = word.end;
+}
+
+function place(word) {
+  // move the tail to where the word belongs: after a pause into a new paragraph
+  const last = page.lastElementChild, begins = !last || (word && word.start - lastEnd > PARAGRAPH_SEC && last.children.length > 1);
+  if (begins) page.append(document.createElement("p"));
+  page.lastElementChild.append(tail);
+}
+
+function clock(seconds) {
+  return `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
+}
+
+function offer(captions) {
+  for (const kind of ["srt", "vtt"]) {
+    find(`.${kind}`).href = `data:text/plain;charset=utf-8,${encodeURIComponent(captions[kind])}`;
+  }
+  files.hidden = words === 0;
+  if (!words) say("No speech was heard.");
+}
+
+function say(text) {
+  find(".note").textContent = text;
+}
+
+function enter(state) {
+  live.dataset.state = state;
+  toggle.querySelector("span").textContent = state === "live" ? "Stop" : "Start";
+  toggle.disabled = state === "busy";
+  clear.disabled = state !== "idle" || !words;
+}
+
+function wipe() {
+  page.replaceChildren();
+  tail.remove();
+  tail.textContent = "";
+  [words, lastEnd, files.hidden] = [0, 0, true];
+  find(".count").textContent = "0";
+  find(".heard").textContent = "0:00";
+  find(".delay").textContent = "–";
+  say("");
+}
+
+toggle.addEventListener("click", async () => {
+  if (recording) {
+    enter("busy");
+    recording.stop();
+    return;
+  }
+  enter("busy");
+  wipe();
+  try {
+    recording = await start();
+    enter("live");
+    await run();
+  } catch (error) {
+    say(error.name === "NotAllowedError" ? "The browser does not let this page use the microphone; allow it, and press Start." : error.message);
+  } finally {
+    tail.textContent = "";
+    if (recording && !recording.stopped) recording.stop();
+    recording = null;
+    if (!page.children.length) page.append(hint.cloneNode(true));
+    enter("idle");
+  }
+});
+watch("tab", () => enter("idle"));
+clear.addEventListener("click", () => {
+  wipe();
+  page.append(hint.cloneNode(true));
+  enter("idle");
+});
