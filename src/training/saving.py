@@ -239,8 +239,8 @@ class RunSaver:
             "data_version": self._data_version(),
             "git_revision": get_git_revision(),
         }
-        metrics = self._experiment.metrics_path.read_text(encoding="utf-8")
-        return TrainingState({"model": model, "optimizer": optimizer, "rng": rng}, values, metrics)
+        rows = self._experiment.read_rows()
+        return TrainingState({"model": model, "optimizer": optimizer, "rng": rng}, values, rows)
 
     def _restore(self, checkpoint: Path) -> Progress:
         state = load_checkpoint(checkpoint)

@@ -110,6 +110,14 @@ class ExperimentLogger:
 
         return unsubscribe
 
+    def read_rows(self) -> str:
+        """Return what metrics.jsonl holds; nothing, after a warning, where it cannot be read."""
+        try:
+            return self.metrics_path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as err:
+            logger.warning("%s: cannot be read for the checkpoint: %s", self.metrics_path, err)
+            return ""
+
     def resume_at(self, step: int, epoch: int, *, metrics: str = "") -> None:
         """Take back what the last training logged after a checkpoint, so that going on from it leaves no row twice.
 

@@ -147,6 +147,15 @@ def test_a_run_on_a_new_machine_takes_the_rows_of_its_training_from_the_checkpoi
     assert "evaluation" not in dict(shown(experiment))
 
 
+def test_rows_that_cannot_be_read_do_not_end_a_training(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    with ExperimentLogger(config, run_id="r") as experiment:
+        experiment.log("epoch", epoch=1)
+        assert '"epoch": 1' in experiment.read_rows()
+        experiment.metrics_path.unlink()  # somebody cleans up
+        assert experiment.read_rows() == ""
+    assert "cannot be read for the checkpoint" in caplog.text
+
+
 def test_rows_that_cannot_be_taken_back_stay_and_the_run_goes_on(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
