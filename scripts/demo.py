@@ -1,7 +1,7 @@
 """Serve a web page to try models on: live captions, files, and two models side by side.
 
     python scripts/demo.py --model tiny.en
-    python scripts/demo.py --model runs/demo/best_model_hf --stock tiny.en
+    python scripts/demo.py --model runs/demo/checkpoints/best_model_hf --stock tiny.en
     python scripts/demo.py --model draft_hf --model final_hf --stock base --share
 
 Prints the address, and serves until Ctrl-C or SIGTERM. Only this machine can open it, unless `--host` or `--share` says

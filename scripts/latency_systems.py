@@ -46,6 +46,13 @@ RATIOS = {  # figure: (peer, ours)
     "long_vs_batched_pipeline": ("faster-whisper batched, long", "CTranslate2 int8, long"),
 }
 
+_MEASURE = """
+import resource, subprocess, sys, time
+began = time.perf_counter()
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
 
 @dataclass
 class System:
@@ -192,14 +199,6 @@ def cold_process(folder: Path, recording: Path) -> tuple[float, float]:
     done = subprocess.run([sys.executable, "-c", _MEASURE, *command], capture_output=True, text=True, check=True)
     seconds, peak_kb = map(float, done.stdout.split())
     return seconds, peak_kb / 1000
-
-
-_MEASURE = """
-import resource, subprocess, sys, time
-began = time.perf_counter()
-subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-"""
 
 
 def measure_processes(

@@ -1,6 +1,6 @@
 """Serve live captions over a WebSocket: several sessions on one model.
 
-    python scripts/serve.py --model runs/demo/best_model_hf
+    python scripts/serve.py --model runs/demo/checkpoints/best_model_hf
     python scripts/serve.py --model base --port 0 --max-sessions 2 --set model.language=de
 
 Prints the address when ready, and serves until Ctrl-C or SIGTERM; then every session is decoded to its end. Only this

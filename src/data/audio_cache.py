@@ -18,7 +18,7 @@ import soundfile as sf
 from numpy.typing import NDArray
 
 from src.data.audio import SAMPLE_RATE, AudioSource, Waveform, load_audio, read_encoded
-from src.utils.atomic import is_being_written, write_bytes_atomic
+from src.utils.atomic import read_hidden_name, write_bytes_atomic
 from src.utils.errors import WhisperASRError
 
 logger = logging.getLogger(__name__)
@@ -88,8 +88,7 @@ class AudioCache:
         Raises: WhisperASRError: a file cannot be removed.
         """
         try:
-            halves = self.folder.glob("??/.*.flac.*.partial")
-            for path in [*self._files(), *(half for half in halves if not is_being_written(half))]:
+            for path in [*self._files(), *filter(_is_dead_half, self.folder.glob("??/.*.flac.*.partial"))]:
                 path.unlink(missing_ok=True)
         except OSError as err:
             raise WhisperASRError(f"{self.folder}: the cache cannot be cleared: {err.strerror}") from err
@@ -120,6 +119,11 @@ class AudioCache:
 
 class _DamagedError(Exception):
     """A cached file is not what was written."""
+
+
+def _is_dead_half(path: Path) -> bool:
+    hidden = read_hidden_name(path)
+    return hidden is not None and not hidden.is_in_use
 
 
 def _quantize(samples: Waveform) -> tuple[NDArray[np.int16], float]:

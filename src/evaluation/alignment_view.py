@@ -14,8 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from importlib import resources
+from functools import partial
 from string import Template
 from types import MappingProxyType
 from typing import Any
@@ -31,6 +30,7 @@ from src.evaluation.results import Prediction
 from src.evaluation.text import get_normalizer
 from src.utils.errors import DataError
 from src.utils.figures import BLUE, GREEN, ORANGE
+from src.utils.templates import read_template
 
 MAX_CLIPS = 5_000  # about 5 MB of text
 MAX_AUDIO_CLIPS = 50
@@ -109,9 +109,11 @@ class AlignmentView:
 
     def to_html(self) -> str:
         """Return the view as a piece of HTML with its style and script in it."""
-        return Template(read_template("alignment_view.html")).substitute(
-            css=Template(read_template("alignment_view.css")).substitute(blue=BLUE, orange=ORANGE, green=GREEN),
-            js=read_template("alignment_view.js"),
+        return Template(read_template("src.evaluation", "alignment_view.html")).substitute(
+            css=Template(read_template("src.evaluation", "alignment_view.css")).substitute(
+                blue=BLUE, orange=ORANGE, green=GREEN
+            ),
+            js=read_template("src.evaluation", "alignment_view.js"),
             note=html.escape(self._note()),
             data=_json_for_script(self._payload()),
         )
@@ -255,9 +257,3 @@ def _json_for_script(value: Any) -> str:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
-
-
-@cache
-def read_template(name: str) -> str:
-    """Return a file of `templates/`."""
-    return resources.files("src.evaluation").joinpath("templates", name).read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from src.data.report import REPORT_FILE, DataReport
 from src.data.utterance import Utterance
-from src.evaluation.alignment_view import AlignmentView, ViewOptions, read_template
+from src.evaluation.alignment_view import AlignmentView, ViewOptions
 from src.evaluation.forgetting_report import is_guard
 from src.evaluation.origin import RunOrigin, read_origin
 from src.evaluation.report import (
@@ -44,6 +44,7 @@ from src.evaluation.visualization import EvaluationVisualizer, TrainingVisualize
 from src.utils.atomic import write_text_atomic
 from src.utils.errors import DataError
 from src.utils.figures import BLUE, FIGURE_STYLE, GREEN, ORANGE
+from src.utils.templates import read_template
 
 NOTHING = '<p class="muted">Not shown: nothing was evaluated in this run; evaluate a model and save the result</p>'
 _MORE_RATES = {  # label: (key, digits)
@@ -150,10 +151,10 @@ def _rate(part: Slice) -> str:
 
 def _page(title: str, subtitle: str, sections: Mapping[str, str]) -> str:
     anchors = {name: name.lower().replace(" ", "-") for name in sections}
-    return Template(read_template("report.html")).substitute(
+    return Template(read_template("src.evaluation", "report.html")).substitute(
         title=html.escape(title),
         subtitle=html.escape(subtitle),
-        css=Template(read_template("report.css")).substitute(blue=BLUE, orange=ORANGE, green=GREEN),
+        css=Template(read_template("src.evaluation", "report.css")).substitute(blue=BLUE, orange=ORANGE, green=GREEN),
         nav="\n".join(f'<a href="#{anchor}">{name}</a>' for name, anchor in anchors.items()),
         sections="\n".join(f'<h2 id="{anchors[name]}">{name}</h2>\n{body}' for name, body in sections.items()),
     )

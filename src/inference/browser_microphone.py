@@ -20,6 +20,7 @@ from src.data.audio import SAMPLE_RATE, Waveform
 from src.inference.microphone import MAX_QUEUED_SEC, PATIENCE_SEC, check_duration
 from src.inference.protocol import read_samples
 from src.utils.errors import AudioError, MissingDependencyError
+from src.utils.templates import read_template
 
 logger = logging.getLogger(__name__)
 
@@ -56,150 +57,6 @@ _PATIENCE: Mapping[str, tuple[float, str]] = MappingProxyType(
     }
 )
 
-# States: asking (for permission), paused (until a click, where the browser wants one), recording; then stopped (by the
-# button), ended, abandoned or failed.
-_OPEN = """
-((options) => {
-  "use strict";
-  const { rate, blockFrames, queueSec, takeSec, waitMs, abandonedMs } = options;
-  const WORKLET = `
-    registerProcessor("blocks", class extends AudioWorkletProcessor {
-      constructor({ processorOptions }) {
-        super();
-        this.frames = processorOptions.frames;
-        this.filled = 0;
-        this.block = new Float32Array(this.frames);
-      }
-      process([[samples]]) {
-        if (!samples) return true; // no audio yet
-        this.block.set(samples, this.filled);
-        this.filled += samples.length;
-        if (this.filled === this.frames) {
-          this.port.postMessage(this.block); // a copy
-          this.filled = 0;
-        }
-        return true;
-      }
-    });`;
-  const queue = [];
-  const button = document.createElement("button");
-  const microphone = { state: "asking", error: null, lost: 0 };
-  let source = null, queued = 0, wake = () => {}, takenAt = performance.now();
-
-  const isLive = () => ["asking", "paused", "recording"].includes(microphone.state);
-
-  const release = (stream) => stream.getTracks().forEach((track) => track.stop());
-
-  const end = (state, error = null) => {
-    if (!isLive()) return;
-    Object.assign(microphone, { state, error });
-    if (source) {
-      release(source.mediaStream);
-      source.context.close();
-    }
-    button.remove();
-    wake();
-  };
-
-  const push = (samples) => {
-    if (microphone.state !== "recording") return;
-    if (performance.now() - takenAt > abandonedMs) {
-      end("abandoned");
-    } else if (queued + samples.length > queueSec * source.context.sampleRate) {
-      microphone.lost += 1;
-    } else {
-      queue.push(samples);
-      queued += samples.length;
-    }
-    wake();
-  };
-
-  const openSource = (stream) => {
-    let refusal = null;
-    for (const wish of [{ sampleRate: rate }, {}]) { // Firefox takes a device at its own rate only
-      const context = new AudioContext(wish);
-      try {
-        return context.createMediaStreamSource(stream);
-      } catch (error) {
-        refusal = error;
-        context.close();
-      }
-    }
-    throw refusal;
-  };
-
-  const makeListener = async (context) => {
-    const mono = { channelCount: 1, channelCountMode: "explicit" };
-    try {
-      const module = URL.createObjectURL(new Blob([WORKLET], { type: "text/javascript" }));
-      await context.audioWorklet.addModule(module);
-      const node = new AudioWorkletNode(context, "blocks", { ...mono, processorOptions: { frames: blockFrames } });
-      node.port.onmessage = ({ data }) => push(data);
-      return node;
-    } catch { // an old browser, or a page that forbids modules of its own making
-      const node = context.createScriptProcessor(blockFrames, 1, 1);
-      node.onaudioprocess = ({ inputBuffer }) => push(inputBuffer.getChannelData(0).slice());
-      return node;
-    }
-  };
-
-  const show = (label, onclick) => {
-    Object.assign(button, { textContent: label, onclick });
-    document.body.append(button);
-  };
-
-  const open = async () => {
-    if (!navigator.mediaDevices) throw new DOMException("this page may not use devices", "SecurityError");
-    const audio = { channelCount: 1, echoCancellation: false, noiseSuppression: false }; // for calls; they cut words
-    const stream = await navigator.mediaDevices.getUserMedia({ audio });
-    if (!isLive()) return release(stream); // allowed too late
-    source = openSource(stream);
-    stream.getAudioTracks()[0].onended = () => end("ended");
-    const listener = await makeListener(source.context);
-    if (!isLive()) return;
-    microphone.state = "paused";
-    show("Start recording", () => source.context.resume());
-    await source.context.resume(); // at once, unless the browser wants a click
-    if (!isLive()) return;
-    microphone.state = "recording";
-    show("Stop recording", () => end("stopped"));
-    source.connect(listener).connect(source.context.destination); // silence; what leads nowhere may not run
-  };
-
-  const toBase64 = (blocks, frames) => {
-    const pcm = new Int16Array(frames);
-    let at = 0;
-    for (const block of blocks) {
-      for (const sample of block) pcm[at++] = Math.max(-32768, Math.min(32767, Math.round(32768 * sample)));
-    }
-    return btoa(Array.from(new Uint8Array(pcm.buffer), (byte) => String.fromCharCode(byte)).join(""));
-  };
-
-  microphone.take = async () => {
-    takenAt = performance.now();
-    if (!queue.length && isLive()) {
-      await new Promise((done) => {
-        wake = done;
-        setTimeout(done, waitMs);
-      });
-    }
-    const blocks = [];
-    let frames = 0;
-    while (queue.length && frames < takeSec * source.context.sampleRate) {
-      blocks.push(queue.shift());
-      frames += blocks.at(-1).length;
-    }
-    queued -= frames;
-    const { state, error, lost } = microphone;
-    return { state, error, lost, rate: source ? source.context.sampleRate : rate, pcm: toBase64(blocks, frames) };
-  };
-  microphone.close = () => end("closed");
-
-  window.whisperMicrophone?.close();
-  window.whisperMicrophone = microphone;
-  open().catch(({ name, message }) => end("failed", { name, message }));
-  return true;
-})"""
 _TAKE = """window.whisperMicrophone ? window.whisperMicrophone.take() : { state: "gone" }"""
 _CLOSE = """window.whisperMicrophone?.close(), true"""
 
@@ -235,7 +92,7 @@ class BrowserMicrophone:
         Raises: AudioError: the browser has no microphone or may not use it, the microphone or the page goes away, or
             nothing comes: for 5 s while it records, for 60 s while a person is asked.
         """
-        self._eval_js(f"{_OPEN}({json.dumps(_page_options())})")
+        self._eval_js(_open_script())
         try:
             yield from self._recorded()
         finally:
@@ -300,8 +157,8 @@ def eval_in_colab(script: str) -> Any:
     return answer
 
 
-def _page_options() -> dict[str, float]:
-    return {
+def _open_script() -> str:
+    options = {
         "rate": SAMPLE_RATE,
         "blockFrames": BLOCK_FRAMES,
         "queueSec": MAX_QUEUED_SEC,
@@ -309,3 +166,5 @@ def _page_options() -> dict[str, float]:
         "waitMs": 1000 * TAKE_WAIT_SEC,
         "abandonedMs": 1000 * ABANDONED_SEC,
     }
+    body = "".join(read_template("src.inference", name) for name in ("audio_source.js", "browser_microphone.js"))
+    return f'((options) => {{\n"use strict";\n{body}}})({json.dumps(options)})'

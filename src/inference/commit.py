@@ -79,6 +79,7 @@ class _Transcript:
         self._committed: list[Word] = []  # those whose audio is still held, and a few before
         self._held_from_sec = 0.0
         self._last_end_sec = 0.0
+        self._previous: tuple[str, ...] = ()  # keys of the last hypothesis after what is committed, for who compares
 
     def window_start_sec(self, held_from_sec: float, audio_end_sec: float) -> float:
         """All audio held is decoded."""
@@ -86,6 +87,7 @@ class _Transcript:
 
     def flush(self, words: Sequence[Word]) -> CommitResult:
         """Commit every word of a hypothesis; loops are dropped."""
+        self._previous = ()
         return CommitResult(self._commit(self._new_words(words)), ())
 
     def discard_before(self, sec: float) -> None:
@@ -125,10 +127,6 @@ class _Transcript:
 class LocalAgreement(_Transcript):
     """LocalAgreement-2: commits the longest common beginning of the last two hypotheses."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._previous: tuple[str, ...] = ()  # keys of the last hypothesis after what is committed
-
     def update(self, words: Sequence[Word], *, audio_end_sec: float) -> CommitResult:
         """Commit what this hypothesis and the last one agree on.
 
@@ -144,11 +142,6 @@ class LocalAgreement(_Transcript):
             agreed += 1
         self._previous = keys[agreed:]
         return CommitResult(self._commit(new[:agreed], audio_end_sec), new[agreed:])
-
-    def flush(self, words: Sequence[Word]) -> CommitResult:
-        """Commit every word of a hypothesis; loops are dropped."""
-        self._previous = ()
-        return super().flush(words)
 
 
 class AlignAtt(_Transcript):
@@ -171,7 +164,6 @@ class AlignAtt(_Transcript):
     def __init__(self, guard_sec: float) -> None:
         super().__init__()
         self._guard_sec = guard_sec
-        self._previous: tuple[str, ...] = ()  # keys of the last hypothesis after what is committed
 
     def update(self, words: Sequence[Word], *, audio_end_sec: float) -> CommitResult:
         """Commit the words that ended before the guard; see `LocalAgreement.update`."""
@@ -185,11 +177,6 @@ class AlignAtt(_Transcript):
             settled += 1
         self._previous = keys[settled:]
         return CommitResult(self._commit(new[:settled], audio_end_sec), new[settled:])
-
-    def flush(self, words: Sequence[Word]) -> CommitResult:
-        """Commit every word of a hypothesis; loops are dropped."""
-        self._previous = ()
-        return super().flush(words)
 
 
 class ChunkMerge(_Transcript):

@@ -15,8 +15,8 @@ import gradio as gr
 
 from src.inference.demo_backend import Backend
 from src.inference.demo_live import LiveSessions
-from src.inference.demo_views import load_template
 from src.utils.errors import WhisperASRError, first_line
+from src.utils.templates import read_template
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def serve(page: gr.Blocks, **address: Any) -> None:
         prevent_thread_lock=True,
         quiet=True,
         theme=_theme(),
-        css=load_template("demo.css"),
+        css=_template("demo.css"),
         footer_links=[],
         run_history=False,
         enable_monitoring=False,
@@ -89,8 +89,8 @@ def _live_tab(page: Any, sessions: LiveSessions, model: str) -> Any:
         sessions.leave(str(request.session_hash))
 
     live = gr.HTML(
-        html_template=load_template("demo_live.html"),
-        js_on_load=load_template("demo_live.js"),
+        html_template=_template("demo_live.html"),
+        js_on_load=_template("audio_source.js") + _template("demo_live.js"),
         server_functions=[hear],
         apply_default_css=False,
         elem_id="live",
@@ -139,8 +139,15 @@ def _audio_input(elem_id: str) -> Any:
 
 def _words_output(audio_id: str, elem_id: str) -> Any:
     return gr.HTML(
-        js_on_load=load_template("demo_words.js"), apply_default_css=False, elem_id=elem_id, player=f"#{audio_id}"
+        js_on_load=_template("demo_words.js"),
+        apply_default_css=False,
+        elem_id=elem_id,
+        player=f"#{audio_id}",
     )
+
+
+def _template(name: str) -> str:
+    return read_template("src.inference", name)
 
 
 def _private() -> dict[str, Any]:

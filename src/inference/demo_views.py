@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence, Set
-from importlib import resources
 from urllib.parse import quote
 
 from src.inference.caption_files import to_srt, to_vtt
@@ -20,11 +19,6 @@ _LEGEND = (
     f"{UNSURE_PROBABILITY:.0%} probability</span><span>Point at a word for its times, click it to hear it.</span></p>"
 )
 _DIFFERENCE = '<p class="legend"><span><mark>marked</mark> words that the other model does not have there</span></p>'
-
-
-def load_template(name: str) -> str:
-    """Return a file of `templates/`."""
-    return resources.files("src.inference").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def transcript_html(transcript: FileTranscript, stem: str) -> str:

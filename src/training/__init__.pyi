@@ -1,7 +1,8 @@
 from .context_adaptation import AdaptationResult, adapt_context
 from .mixing import MixResult, choose_mix
 from .probe import propose_batch_seconds
-from .readiness import Preflight, preflight, spare_checkpoints, stored_report
+from .readiness import Preflight, preflight
+from .stored import spare_checkpoints, stored_report
 from .trainer import WhisperTrainer
 
 __all__ = [

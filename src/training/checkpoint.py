@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from src.utils.atomic import atomic_folder, recover_folder
+from src.utils.atomic import atomic_folder, recover_folder, remove_folder, removed_name
 from src.utils.colab import sha256_of
 from src.utils.errors import CheckpointError
 from src.utils.mirror import DriveMirror
@@ -110,11 +110,8 @@ class CheckpointStore:
         for old in others[: max(0, len(others) + 1 - self._limit)]:
             if self._mirror is not None and self._mirror.is_busy(old):
                 continue  # it goes after the next one
-            doomed = old.with_name(f".{old.name}.removed")  # never half of one under its name
-            shutil.rmtree(doomed, ignore_errors=True)
             try:
-                old.rename(doomed)
-                shutil.rmtree(doomed)
+                remove_folder(old)
             except OSError as err:
                 logger.warning("%s: an old checkpoint cannot be removed: %s", old, err)
 
@@ -137,7 +134,7 @@ def clean_up(folder: Path) -> None:
         return
     for name in {match[0] for path in folder.iterdir() if (match := _NAME.search(path.name))}:
         recover_folder(folder / name)
-        shutil.rmtree(folder / f".{name}.removed", ignore_errors=True)
+        shutil.rmtree(removed_name(folder / name), ignore_errors=True)
 
 
 def read_values(checkpoint: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Before a training: does it fit, how many updates, how long; and what is there already that it can start from.
+"""Before a training: does it fit, how many updates, how long.
 
 Time and memory are tried on a copy of the model, with real batches and with the probe's: true for this machine and
 these clips, at the price of the copy. The model, every random generator and every loader of the caller stay as they
@@ -8,54 +8,43 @@ are.
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import itertools
 import logging
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
-from src.data.audio import SAMPLE_RATE
 from src.data.batching import batch_generator
-from src.data.features import FRAMES_PER_SEC
+from src.data.features import FRAMES_PER_SEC, HOP_SAMPLES
 from src.data.labels import resolve_case
 from src.data.loader import SpeechLoader, create_loader
 from src.data.preparation import DatasetSplits
-from src.data.sources import SAMPLES_DIR
 from src.models.dynamic_context import DynamicWhisper
-from src.models.export import read_provenance
-from src.models.packaged_weights import PACKAGED_MODELS, PackagedModel
-from src.models.weights import HUB_REPOSITORIES
-from src.training.checkpoint import list_checkpoints, read_values, verify_checkpoint
 from src.training.inputs import TrainingInputs
 from src.training.loss import TokenLoss
 from src.training.methods import has_adapters, prepare_model, trainable
 from src.training.probe import propose_batch_seconds
-from src.training.resume import config_differences
-from src.training.saving import BEST_MODEL_NAME
-from src.training.schedule import count_updates
+from src.training.schedule import count_updates, count_warmup
 from src.training.state import random_state, restore_random_state
+from src.training.updates import CPU_FRAMES
 from src.utils.config import Config
 from src.utils.config_section import MAX_AUDIO_SEC
 from src.utils.distributed import world_size
-from src.utils.errors import CheckpointError, DeviceError, first_line
+from src.utils.errors import DeviceError, first_line
 from src.utils.memory import free_memory_mb
-from src.utils.resources import check_disk, run_disk_mb, run_memory_mb, size_mb
+from src.utils.resources import check_disk, run_disk_mb, run_memory_mb
 from src.utils.runtime import choose_precision, is_out_of_memory, release_memory
-from src.utils.validation import Check, CheckReport, environment_report
+from src.utils.validation import Check, CheckReport, EnvironmentReport, environment_report
 
 logger = logging.getLogger(__name__)
 
 FEW_UPDATES = 50  # fewer teach a model little beyond when to stop
 MEASURED_BATCHES = 2
-CPU_PIECE_SEC = 26.0  # of audio that goes through a CPU at once: `training.updates` cuts batches there
 _SHOWN_CHARACTERS = 60
 
 
@@ -78,131 +67,35 @@ class Preflight(CheckReport):
     title = "Pre-flight"
 
 
-class StoredReport(CheckReport):
-    """Bundled data, weights and checkpoints on this machine."""
-
-    title = "To start from"
-
-
-@dataclass(frozen=True)
-class StoredCheckpoint:
-    """A checkpoint on the disk.
-
-    Attributes:
-        update, epochs_done, saved_at: None where its state cannot be read; `saved_at` in seconds since 1970.
-        problem: why it is damaged; empty where every file is as it was written.
-        differences: settings of another training; "auto" does not resume it.
-    """
-
-    path: Path
-    mb: float
-    update: int | None = None
-    epochs_done: int | None = None
-    saved_at: float | None = None
-    problem: str = ""
-    differences: tuple[str, ...] = ()
-
-
-def preflight(config: Config, splits: DatasetSplits, model: DynamicWhisper, processor: Any) -> Preflight:
+def preflight(
+    config: Config,
+    splits: DatasetSplits,
+    model: DynamicWhisper,
+    processor: Any,
+    *,
+    environment: EnvironmentReport | None = None,
+) -> Preflight:
     """Look at a training before it starts.
 
     Args:
         splits: as the training will see them, with their final label case.
         model: stock, or as a trainer has prepared it; on its device, with room for a copy.
         processor: of the model.
+        environment: what was found before; by default the machine is looked at anew, which imports torch once more.
     Raises: DataError: the labels cannot be made. ModelError, DeviceError: as training would, for a method or precision
         that cannot be.
     """
     before = random_state()
     try:
-        return _look_at(config, splits, model, processor)
+        return _look_at(config, splits, model, processor, environment or environment_report(config))
     finally:
         restore_random_state(*before)
         release_memory()
 
 
-def stored_report(config: Config) -> StoredReport:
-    """Look at what a training can start from; every file of every checkpoint is read and compared."""
-    return StoredReport(tuple(_check_stored(config)))
-
-
-def stored_checkpoints(config: Config) -> list[StoredCheckpoint]:
-    """Read and verify every checkpoint below `paths.checkpoints_dir`, run by run."""
-    root = config.paths.checkpoints_dir
-    runs = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    return [_inspect(path, config) for run in runs for path in list_checkpoints(run)]
-
-
-def spare_checkpoints(config: Config, *, keep: int = 1) -> list[Path]:
-    """Return the checkpoints that `clean_up` may remove: all but the newest `keep` whole ones of each run."""
-    spare: list[Path] = []
-    for _, stored in itertools.groupby(stored_checkpoints(config), key=lambda each: each.path.parent):
-        ordered = sorted(stored, key=lambda each: (not each.problem, each.saved_at or 0.0))  # damaged, old, new
-        kept = [each for each in ordered if not each.problem][-keep:]
-        spare += [each.path for each in ordered if each not in kept]
-    return spare
-
-
-def _check_stored(config: Config) -> Iterator[Check]:
-    samples = [path for path in sorted(SAMPLES_DIR.iterdir()) if path.suffix != ".md"]
-    yield Check("bundled data", "ok", ", ".join(f"{path.name} {size_mb(path):.1f} MB" for path in samples))
-    yield _check_weights(config.model.variant)
-    stored = stored_checkpoints(config)
-    yield from map(_describe, stored)
-    if not stored:
-        yield Check("checkpoints", "absent", f"none below {config.paths.checkpoints_dir}")
-    best = config.paths.checkpoints_dir / BEST_MODEL_NAME
-    if best.is_dir():
-        made = read_provenance(best)
-        found = f"run {made.get('run')}, epoch {made.get('epoch')}, {size_mb(best):,.0f} MB"
-        yield Check("best model", "ok", f"{found}, validation WER {made.get('validation_wer', math.nan):.3f}")
-
-
-def _inspect(path: Path, config: Config) -> StoredCheckpoint:
-    found: dict[str, Any] = {}
-    try:
-        values = read_values(path)
-        found["update"], found["epochs_done"] = int(values["progress"]["step"]), int(values["progress"]["epochs_done"])
-        found["saved_at"] = float(values["saved_at"])
-        found["differences"] = tuple(config_differences(values["config"], config))
-        verify_checkpoint(path)
-    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as err:  # damage may hit a key's name
-        reason = first_line(err) if isinstance(err, CheckpointError) else f"{err!r} in its state"
-        found["problem"] = reason.removeprefix(f"{path}: ")
-    return StoredCheckpoint(path, size_mb(path), **found)
-
-
-def _describe(stored: StoredCheckpoint) -> Check:
-    name = f"checkpoint {stored.path.parent.name}/{stored.path.name}"
-    if stored.problem:
-        fix = "clean_up(config, checkpoints=spare_checkpoints(config)) lists it with what else can go"
-        return Check(name, "warning", f"damaged, {stored.mb:,.0f} MB: {stored.problem}", fix)
-    stale = f"; stale, of another training: {stored.differences[0]}" if stored.differences else ""
-    found = f"whole, {stored.mb:,.0f} MB, update {stored.update}, {stored.epochs_done} epoch(s) done{stale}"
-    return Check(name, "ok", found)
-
-
-def _check_weights(wanted: str) -> Check:
-    """Find the variants whose weights are on this machine."""
-    here = [name for name, model in PACKAGED_MODELS.items() if _is_installed(model)]
-    for name, repository in HUB_REPOSITORIES.items():
-        if isinstance(try_to_load_from_cache(repository, "model.safetensors"), str):
-            here.append(name)
-    found = f"here without a network: {', '.join(here) or 'none'}"
-    if wanted in here or Path(wanted).is_dir():
-        return Check("weights", "ok", f"{wanted}; {found}")
-    fix = f"hf download {HUB_REPOSITORIES.get(wanted, wanted)}"
-    return Check("weights", "absent", f"{wanted} has to be fetched; {found}", fix)
-
-
-def _is_installed(model: PackagedModel) -> bool:
-    try:
-        return all(importlib.metadata.version(name) == version for name, version in model.distributions)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
-def _look_at(config: Config, splits: DatasetSplits, model: DynamicWhisper, processor: Any) -> Preflight:
+def _look_at(
+    config: Config, splits: DatasetSplits, model: DynamicWhisper, processor: Any, environment: EnvironmentReport
+) -> Preflight:
     serial = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
     loader = create_loader(splits.train, processor, serial, shuffle=True)
     trial = _prepared_copy(model, config)
@@ -213,10 +106,10 @@ def _look_at(config: Config, splits: DatasetSplits, model: DynamicWhisper, proce
     disk_mb = run_disk_mb(total, trained=trained, kept=kept, optimizer=training.optimizer)
     batches = [loader.batches_in(epoch) for epoch in range(training.epochs)]
     updates = sum(count_updates(number, training.gradient_accumulation_steps, 1) for number in batches)
-    warmup = math.ceil(training.warmup_ratio * updates)
+    warmup = count_warmup(updates, training.warmup_ratio)
     seconds = _try_batches(trial, loader, config)
     checks = (
-        *(check for check in environment_report(config).checks if check.status == "error"),
+        *(check for check in environment.checks if check.status == "error"),
         _check_labels(splits),
         _check_updates(updates, warmup, loader, config),
         _check_memory(trial, memory_mb),
@@ -276,7 +169,7 @@ def _measure_batches(model: DynamicWhisper, loader: SpeechLoader, config: Config
 def _on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     rows = len(batch["ids"])
     if device.type == "cpu":
-        rows = max(1, int(CPU_PIECE_SEC * SAMPLE_RATE / batch["audio"].shape[1]))
+        rows = max(1, CPU_FRAMES * HOP_SAMPLES // batch["audio"].shape[1])
     cut = {key: value[:rows] for key, value in batch.items()}
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in cut.items()}
 

@@ -51,6 +51,11 @@ def build_optimizer(
     return AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPS, fused=fused)
 
 
+def count_warmup(total_updates: int, warmup_ratio: float) -> int:
+    """Return the updates of the warm-up; at least one where its share is not zero."""
+    return math.ceil(warmup_ratio * total_updates)
+
+
 def build_schedule(optimizer: Optimizer, *, total_updates: int, warmup_ratio: float, done_updates: int = 0) -> LambdaLR:
     """Linear warm-up over a share of the real updates, then linear to zero.
 
@@ -59,7 +64,7 @@ def build_schedule(optimizer: Optimizer, *, total_updates: int, warmup_ratio: fl
         warmup_ratio: share of them; at least one update where it is not zero.
         done_updates: those of a resumed run, which lie behind.
     """
-    warmup = math.ceil(warmup_ratio * total_updates)
+    warmup = count_warmup(total_updates, warmup_ratio)
 
     def factor(update: int) -> float:
         if update < warmup:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 Batch = dict[str, Any]
 _RECENT_NORMS = 50  # updates that the median gradient norm is taken over
 _FEW_NORMS = 10  # fewer say nothing yet
-_CPU_FRAMES = 2600  # of the rows that go through at once; more take memory and are no faster there
+CPU_FRAMES = 2600  # of the rows that go through at once; more take memory and are no faster there
 OWN_LENGTH_SLACK = 1.2  # slower speech is longer than its recording: not yet a reason to cut a batch
 
 
@@ -190,7 +190,7 @@ class Updater:
         else:
             size = min(size, int(max(rows * own_frames * OWN_LENGTH_SLACK, self._largest) / frames))
         if features.device.type == "cpu":
-            size = min(size, _CPU_FRAMES // frames)
+            size = min(size, CPU_FRAMES // frames)
         size = max(1, size)
         return math.ceil(rows / math.ceil(rows / size))  # as many pieces, of equal size
 

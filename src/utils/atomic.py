@@ -22,6 +22,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,7 +35,23 @@ _RENAME_SWAP = 2  # RENAME_EXCHANGE of Linux and RENAME_SWAP of macOS have one v
 # What kernels, drivers and container filters answer to a call that they do not know or do not allow.
 _NOT_POSSIBLE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV}
 _PROCESS_TOKEN = secrets.token_hex(4)  # begins the tokens: a restarted container may give the old process id again
+_HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.(?P<token>[0-9a-f]+)\.(?P<kind>partial|replaced)")
 _counter = itertools.count()
+
+
+@dataclass(frozen=True)
+class HiddenName:
+    """What the hidden name of a file or folder says.
+
+    Attributes:
+        final: what it becomes, or was.
+        kind: "partial" or "replaced".
+        is_in_use: the process that chose the name still runs.
+    """
+
+    final: Path
+    kind: str
+    is_in_use: bool
 
 
 @contextmanager
@@ -204,20 +221,37 @@ def _bring_back(replaced: Path, output_dir: Path) -> bool:
 
 def _dead_leftovers(output_dir: Path) -> list[Path]:
     """Return what dead processes left of a folder under hidden names, from old to new."""
-    pattern = re.compile(rf"\.{re.escape(output_dir.name)}\.(\d+)\.([0-9a-f]+)\.(partial|replaced)")
     found: list[tuple[int, Path]] = []
     for path in output_dir.parent.iterdir() if output_dir.parent.is_dir() else ():
-        match = pattern.fullmatch(path.name)
-        if match and not _is_alive(int(match[1]), match[2]):
+        hidden = read_hidden_name(path)
+        if hidden is not None and hidden.final.name == output_dir.name and not hidden.is_in_use:
             with contextlib.suppress(FileNotFoundError):  # another process cleans up as well
                 found.append((path.lstat().st_ctime_ns, path))
     return [path for _, path in sorted(found)]
 
 
-def is_being_written(hidden: Path) -> bool:
-    """Whether the process that began a file or folder under a hidden name still runs."""
-    process_id, token, _ = hidden.name.split(".")[-3:]
-    return _is_alive(int(process_id), token)
+def read_hidden_name(path: Path) -> HiddenName | None:
+    """Return what a name says; None where it is no hidden one of this module."""
+    match = _HIDDEN.fullmatch(path.name)
+    if match is None:
+        return None
+    return HiddenName(path.with_name(match["name"]), match["kind"], _is_alive(int(match["process"]), match["token"]))
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that half of it is never there under its name; a crash leaves it under `removed_name`.
+
+    Raises: OSError: it cannot be renamed or removed.
+    """
+    doomed = removed_name(folder)
+    shutil.rmtree(doomed, ignore_errors=True)  # of an earlier crash
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def removed_name(folder: Path) -> Path:
+    """Return what a folder is called while it is removed."""
+    return folder.with_name(f".{folder.name}.removed")
 
 
 def _is_alive(process_id: int, token: str) -> bool:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from src.utils.atomic import is_being_written
+from src.utils.atomic import read_hidden_name, remove_folder
 from src.utils.config_schema import Config
 from src.utils.errors import WhisperASRError
 from src.utils.memory import MemoryUse, free_memory_mb, measure_memory, return_freed_memory
@@ -41,7 +41,6 @@ PARAMETERS_M = {"tiny": 37.8, "base": 72.6, "small": 241.7, "medium": 763.9, "di
 _WEIGHT_BYTES = 4  # float32
 _EXPORTS = 3  # the best model, its successor while that is written, and a mix with the stock weights
 _DECODED = re.compile(r"[0-9a-f]{64}\.flac")  # as `data.audio_cache` names them
-_HALF = re.compile(r"\.(?P<final>.+)\.\d+\.[0-9a-f]+\.(?P<kind>partial|replaced)")  # as `utils.atomic` does
 _REMOVED = re.compile(r"\.checkpoint-\d{8}\.removed")  # as `training.checkpoint` does
 
 
@@ -132,7 +131,7 @@ def clean_up(
         config: `paths`.
         dry_run: list only, with sizes.
         decoded_audio: also the cache that `data.cache_decoded` fills; it is filled again when needed.
-        checkpoints: these too, for example `spare_checkpoints(config)` of `training.readiness`; no training may be
+        checkpoints: these too, for example `spare_checkpoints(config)` of `training.stored`; no training may be
             writing there.
     Raises: WhisperASRError: a checkpoint lies outside `paths.checkpoints_dir` or is a link; or something cannot be
         removed.
@@ -286,10 +285,10 @@ def _is_leftover(path: Path) -> bool:
         return False
     if _REMOVED.fullmatch(path.name):
         return True
-    match = _HALF.fullmatch(path.name)
-    if match is None or is_being_written(path):
+    hidden = read_hidden_name(path)
+    if hidden is None or hidden.is_in_use:
         return False
-    return match["kind"] == "partial" or path.with_name(match["final"]).exists()
+    return hidden.kind == "partial" or hidden.final.exists()
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
@@ -301,9 +300,10 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 def _remove(path: Path) -> None:
     try:
-        if path.is_dir():
-            doomed = path if path.name.startswith(".") else path.rename(path.with_name(f".{path.name}.removed"))
-            shutil.rmtree(doomed)  # never half of one under its name
+        if path.is_dir() and path.name.startswith("."):
+            shutil.rmtree(path)
+        elif path.is_dir():
+            remove_folder(path)
         else:
             path.unlink(missing_ok=True)
     except OSError as err:

@@ -15,12 +15,12 @@ from src.training import readiness as module
 from src.training.loss import TokenLoss
 from src.training.methods import prepare_model, trainable
 from src.training.probe import BatchProposal
-from src.training.readiness import Preflight, preflight, spare_checkpoints, stored_checkpoints, stored_report
+from src.training.readiness import Preflight, preflight
 from src.training.state import random_state
 from src.training.trainer import WhisperTrainer
 from src.utils.config import Config
 from src.utils.errors import DeviceError
-from src.utils.resources import PARAMETERS_M, clean_up, run_disk_mb, size_mb
+from src.utils.resources import PARAMETERS_M, run_disk_mb, size_mb
 from src.utils.validation import Check, EnvironmentReport
 
 TrainerFactory = Callable[..., WhisperTrainer]
@@ -202,43 +202,3 @@ def test_time_grows_with_epochs_and_with_the_share_at_30_s(
     assert 2 < once < 4  # three batches
     # half of the six clips as 30 s, of which the measured ones have some 2 s each
     assert seconds(training__epochs=2, training__full_context_prob=0.5) > 2 * 4 * once
-
-
-@pytest.mark.slow  # trains
-def test_checkpoints_are_whole_stale_or_damaged_and_the_newest_whole_one_is_not_spare(
-    make_trainer: TrainerFactory, configure: Callable[..., Config]
-) -> None:
-    trainer = make_trainer(training__epochs=1, checkpoints__save_minutes=0, checkpoints__save_total_limit=3)
-    trainer.train()
-    config = trainer.config
-    first, second, third = stored_checkpoints(config)
-    assert [each.update for each in (first, second, third)] == [1, 2, 3]
-    assert {each.problem for each in (first, second, third)} == {""}
-    assert stored_report(config).ok
-    stale = by_name(stored_report(configure(training__batch_size=4)).checks)
-    assert (
-        "stale, of another training: training.batch_size: 2 then, 4 now"
-        in stale[f"checkpoint run-000/{third.path.name}"].found
-    )
-
-    content = bytearray((third.path / "model.safetensors").read_bytes())
-    content[-1] ^= 1
-    (third.path / "model.safetensors").write_bytes(content)
-    (first.path / "state.json").write_text("{")
-    checks = by_name(stored_report(config).checks)
-    assert "SHA-256 differs" in checks[f"checkpoint run-000/{third.path.name}"].found
-    assert "state.json cannot be read" in checks[f"checkpoint run-000/{first.path.name}"].found
-    assert checks[f"checkpoint run-000/{second.path.name}"].found.startswith("whole, ")
-    assert checks["best model"].found.startswith("run run-000, epoch ")
-    assert set(spare_checkpoints(config)) == {first.path, third.path}
-    clean_up(config, dry_run=False, decoded_audio=False, checkpoints=spare_checkpoints(config))
-    assert [each.path for each in stored_checkpoints(config)] == [second.path]
-
-
-def test_weights_and_data_that_need_no_network_are_named(configure: Callable[..., Config]) -> None:
-    checks = by_name(stored_report(configure()).checks)
-    assert checks["weights"] == Check("weights", "ok", "tiny.en; here without a network: tiny.en, base")
-    assert "speechocean762-mini.parquet" in checks["bundled data"].found
-    assert checks["checkpoints"].status == "absent"
-    small = by_name(stored_report(configure(model__variant="small")).checks)["weights"]
-    assert (small.status, small.fix) == ("absent", "hf download openai/whisper-small")

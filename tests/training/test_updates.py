@@ -404,7 +404,7 @@ def test_a_batch_padded_to_30_s_goes_through_in_pieces_of_its_own_length(
 def test_a_padded_batch_may_take_the_memory_of_the_largest_batch_so_far(
     small: tuple[Any, Any], batches: list[Batch], configure: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(updates, "_CPU_FRAMES", 10**6)  # as on a GPU
+    monkeypatch.setattr(updates, "CPU_FRAMES", 10**6)  # as on a GPU
     bench = Bench(small[0], configure(training__full_context_prob=0.0))
     own, padded = batches[0], torch.zeros(4, 80, 3_000)
 

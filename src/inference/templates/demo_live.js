@@ -1,5 +1,5 @@
 // Live captions: a worklet hears the microphone, the server answers with events, the page only ever adds final words.
-// Given by gr.HTML: `element`, `props` (tab, model) and `server` (hear).
+// Given by gr.HTML: `element`, `props` (tab, model) and `server` (hear); by audio_source.js before it: the source.
 const MESSAGE_SEC = 0.2, TURN_SEC = 0.5; // of audio in a message, at least and at most
 const PARAGRAPH_SEC = 2; // a pause that begins a new paragraph
 const UNREACHABLE = "The server does not answer. What is on this page stays; press Start to try again.";
@@ -66,33 +66,11 @@ class Recording {
 
 const level = block => Math.sqrt(block.reduce((sum, sample) => sum + sample * sample, 0) / block.length);
 
-function encode(blocks) {
-  // base64 of int16, as `read_samples` takes "s16le"
-  const samples = blocks.flatMap(block => Array.from(block, x => Math.max(-32768, Math.min(32767, Math.round(x * 32768)))));
-  return btoa(Array.from(new Uint8Array(Int16Array.from(samples).buffer), byte => String.fromCharCode(byte)).join(""));
-}
-
-function openSource(stream) {
-  let refusal = null;
-  for (const wish of [{sampleRate: 16000}, {}]) { // Firefox takes a device at its own rate only
-    const context = new AudioContext(wish);
-    try {
-      return context.createMediaStreamSource(stream);
-    } catch (error) {
-      refusal = error;
-      context.close();
-    }
-  }
-  throw refusal;
-}
-
 async function start() {
-  const audio = {channelCount: 1, echoCancellation: false, noiseSuppression: false}; // for calls; they cut words
-  const stream = await navigator.mediaDevices.getUserMedia({audio});
-  const source = openSource(stream), begun = new Recording(stream, source.context);
+  const stream = await navigator.mediaDevices.getUserMedia({audio: AUDIO});
+  const source = openSource(stream, 16000), begun = new Recording(stream, source.context);
   await source.context.audioWorklet.addModule(URL.createObjectURL(new Blob([WORKLET], {type: "text/javascript"})));
-  const mono = {numberOfOutputs: 0, channelCount: 1, channelCountMode: "explicit"};
-  const node = new AudioWorkletNode(source.context, "microphone", mono);
+  const node = new AudioWorkletNode(source.context, "microphone", {...MONO, numberOfOutputs: 0});
   node.port.onmessage = message => begun.hear(message.data);
   source.connect(node);
   await source.context.resume(); // Safari forgets the click while it asks the user
@@ -103,7 +81,7 @@ async function run() {
   let first = true, last = false;
   while (!last) {
     await recording.enough();
-    const pcm = encode(recording.take());
+    const pcm = toBase64(recording.take());
     last = recording.stopped && recording.waiting === 0;
     const reply = await server.hear({tab: props.tab, model: props.model, rate: recording.rate, pcm, first, last});
     first = false;
