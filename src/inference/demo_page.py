@@ -9,7 +9,7 @@ import html
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import gradio as gr
 
@@ -42,7 +42,7 @@ def build_page(backend: Backend) -> gr.Blocks:
                 with gr.Tab("Compare"):
                     _compare_tab(backend, names)
         model.change(lambda name: (gr.HTML(model=name), _title_html(backend, name)), model, [live, title], **_private())
-    return cast("gr.Blocks", page)
+    return page
 
 
 def serve(page: gr.Blocks, **address: Any) -> None:
