@@ -147,6 +147,14 @@ class SpeechLoader:
         self._epoch = epoch
         self.batch_sampler.set_epoch(epoch)
 
+    @property
+    def data_version(self) -> str:
+        """Number of utterances, and a hash of their ids, lengths and texts."""
+        digest = hashlib.sha256()
+        for utterance in self.dataset.utterances:
+            digest.update(f"{utterance.id}\t{utterance.duration_sec}\t{utterance.text}\n".encode())
+        return f"{len(self.dataset)} ({digest.hexdigest()[:16]})"
+
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch, the number of batches handed over, and what both depend on; it can be saved as JSON."""
         return {"epoch": self._epoch, "batches": self._handed_over, "made_from": self._made_from()}
@@ -172,12 +180,9 @@ class SpeechLoader:
         self._handed_over = self._start = batches
 
     def _made_from(self) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        for utterance in self.dataset.utterances:
-            digest.update(f"{utterance.id}\t{utterance.duration_sec}\n".encode())
         sampler = self.batch_sampler
         return {
-            "utterances": f"{len(self.dataset)} ({digest.hexdigest()[:16]})",
+            "utterances": self.data_version,
             "batch_size": sampler.batch_size,
             "batch_seconds": sampler.batch_seconds,
             "shuffle": sampler.shuffle,

@@ -59,6 +59,11 @@ class DatasetSplits:
             for name, part in (("train", self.train), ("validation", self.validation), ("test", self.test))
         ]
 
+    @property
+    def utterances(self) -> list[Utterance]:
+        """Of all splits."""
+        return [*self.train, *self.validation, *self.test]
+
     def with_label_case(self, label_case: LabelCase) -> DatasetSplits:
         """Return the same utterances with their source's transcripts in another case."""
         train, validation, test = (

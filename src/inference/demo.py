@@ -18,7 +18,7 @@ from src.inference.demo_turns import SharedEngine, Turns
 from src.inference.engines import Engine, load_engine
 from src.inference.server import LOOPBACK
 from src.utils.config import Config
-from src.utils.errors import ConfigError, MissingDependencyError
+from src.utils.errors import ConfigError, MissingDependencyError, ModelError
 
 TUNED, STOCK = "tuned", "stock"
 ModelSource = str | Path | Engine
@@ -83,6 +83,8 @@ def launch_demo(
     Raises: MissingDependencyError: gradio is absent. ModelError: no model. ConfigError: the address or port cannot be
         had, or no tunnel can be opened. And what `load_engine` raises.
     """
+    if (model is None) != (processor is None) or (model is None and not models):
+        raise ModelError("launch_demo needs a model and its processor, or models={name: folder}")
     demo_page = _import_page()
     config = config or Config()
     turns = Turns()

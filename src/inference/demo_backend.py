@@ -19,7 +19,7 @@ from src.inference.engines import Engine, transcribe
 from src.inference.options import DecodingOptions
 from src.inference.session import StreamingSession
 from src.utils.config import Config
-from src.utils.errors import AudioError, ConfigError, ModelError
+from src.utils.errors import AudioError, ConfigError
 
 CPU_BATCH = 1  # segments of a file in a turn: live captions wait for one, not for sixteen; on a CPU it is as fast
 CONTEXTS = {"full": "padded to 30 s", "dynamic": "at the audio's own length"}
@@ -59,11 +59,8 @@ def make_backend(
 ) -> Backend:
     """Warm the engines up, and put before them what the page needs.
 
-    Args: engines: by the name that the page shows; several threads call them at once.
-    Raises: ModelError: there are none.
+    Args: engines: by the name that the page shows, at least one; several threads call them at once.
     """
-    if not engines:
-        raise ModelError("launch_demo needs a model and its processor, or models={name: folder}")
     vad = VoiceActivityDetector(config.vad)
 
     def make_session(name: str) -> StreamingSession:

@@ -161,9 +161,8 @@ class LiveSessions:
         try:
             return self._recordings[tab]
         except KeyError as err:
-            raise StreamError(
-                "idle", f"this recording ended: nothing came for {self._limits.idle_sec:g} s", fix="press Start again"
-            ) from err
+            silent = f"nothing came for {self._limits.idle_sec:g} s, or the connection was lost"
+            raise StreamError("idle", f"this recording has ended: {silent}", fix="press Start again") from err
 
 
 def _on_page(events: Sequence[Event], recording: _Recording) -> list[dict[str, Any]]:

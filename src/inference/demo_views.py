@@ -14,11 +14,9 @@ from src.inference.words import Word
 
 UNSURE_PROBABILITY = 0.5  # of a word, below which it is marked
 _NOTHING = '<span class="quiet">no words</span>'
-_LEGEND = (
-    '<p class="legend"><span><i class="unsure">dotted</i> below '
-    f"{UNSURE_PROBABILITY:.0%} probability</span><span>Point at a word for its times, click it to hear it.</span></p>"
-)
-_DIFFERENCE = '<p class="legend"><span><mark>marked</mark> words that the other model does not have there</span></p>'
+_UNSURE = f'<span><i class="unsure">dotted</i> below {UNSURE_PROBABILITY:.0%} probability</span>'
+_LEGEND = f'<p class="legend">{_UNSURE}<span>Point at a word for its times, click it to hear it.</span></p>'
+_DIFFERENCE = f'<p class="legend"><span><mark>marked</mark> where the other model has other words</span>{_UNSURE}</p>'
 
 
 def transcript_html(transcript: FileTranscript, stem: str) -> str:

@@ -2,6 +2,7 @@ from .context_adaptation import AdaptationResult, adapt_context
 from .mixing import MixResult, choose_mix
 from .probe import propose_batch_seconds
 from .readiness import Preflight, preflight
+from .restart import RestartedRun, restart
 from .stored import spare_checkpoints, stored_report
 from .trainer import WhisperTrainer
 
@@ -9,11 +10,13 @@ __all__ = [
     "AdaptationResult",
     "MixResult",
     "Preflight",
+    "RestartedRun",
     "WhisperTrainer",
     "adapt_context",
     "choose_mix",
     "preflight",
     "propose_batch_seconds",
+    "restart",
     "spare_checkpoints",
     "stored_report",
 ]

@@ -58,12 +58,15 @@ def prepare_model(model: DynamicWhisper, config: TrainingConfig) -> MethodChoice
     The encoder's position table stays as it is in any case: it holds sinusoids, and audio at its own length would
     train, and weight decay would shrink, some of its rows only.
 
-    Raises: ModelError: more frozen layers than the encoder has, no layer of the names in `lora.target_modules`, or
-        adapters that are in the model already.
+    Adapters of an earlier training are taken off, so that a cell can run again: what they learnt is in that training's
+    checkpoints and in its `merged_model`.
+
+    Raises: ModelError: more frozen layers than the encoder has, or no layer of the names in `lora.target_modules`.
     """
     choice = choose_method(config, model.config.d_model)
     if has_adapters(model):
-        raise ModelError("the model holds adapters of another training already; load it anew, or pass merged_model(it)")
+        logger.info("the adapters of an earlier training are taken off; this one begins from the weights below them")
+        _remove_adapters(model)
     model.float()  # master weights, whatever the checkpoint's type
     model.requires_grad_(True)
     model.model.encoder.embed_positions.requires_grad_(False)
@@ -138,6 +141,13 @@ def _add_adapters(model: DynamicWhisper, config: LoRAConfig) -> None:
     # named outright, else PEFT asks every quantisation library in turn, and refuses the torchao that Colab ships
     settings._register_custom_module({nn.Linear: LoraLinear})
     inject_adapter_in_model(settings, model)
+
+
+def _remove_adapters(model: DynamicWhisper) -> None:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
 
 
 def _freeze_encoder(model: DynamicWhisper, amount: bool | int) -> None:

@@ -46,13 +46,13 @@ class ResumeReport:
 
 
 def find_checkpoint(
-    roots: Sequence[Path], config: Config, *, made_from: Mapping[str, str] | None = None
+    roots: Sequence[Path], config: Config | None, *, made_from: Mapping[str, str] | None = None
 ) -> ResumeReport:
-    """Search `<root>/<run>/checkpoint-*` for the newest whole checkpoint of this training.
+    """Search `<root>/<run>/checkpoint-*` for the newest whole checkpoint of this training, or of any.
 
     Args:
         roots: the local folder first; absent ones are passed over.
-        config: of the run that is to go on.
+        config: of the run that is to go on; None takes the newest of any training.
         made_from: values of a checkpoint that must be the same too, such as its `data_version`.
     """
     refused: list[tuple[Path, str]] = []
@@ -69,7 +69,8 @@ def find_checkpoint(
                     refused.append((path, _reason(err)))
     for _, _, path, found in sorted(candidates, key=lambda entry: entry[:2], reverse=True):
         try:
-            _check_training(path, found, config, made_from or {})
+            if config is not None:
+                _check_training(path, found, config, made_from or {})
             verify_checkpoint(path)
         except (CheckpointError, KeyError, TypeError, AttributeError) as err:  # a damaged byte may hit a key's name
             refused.append((path, _reason(err)))

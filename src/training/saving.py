@@ -81,6 +81,7 @@ class RunSaver:
         self._frozen = frozen_digest(model)
         self._saved_at_sec = time.monotonic()
         self._holds_best = False  # instead of the last epoch's weights
+        self._resumed: Path | None = None  # it may lie in the mirror alone
         self.best_model_dir: Path = config.paths.checkpoints_dir / BEST_MODEL_NAME
         self._mirror = _make_mirror(config) if experiment is not None else None
         self._store: CheckpointStore | None = None
@@ -156,9 +157,11 @@ class RunSaver:
         if not self._holds_best:
             return
         self._holds_best = False
-        folder = broadcast_object(None if self._store is None else self._store.folder)
-        assert folder is not None
-        load_model_tensors(self._model, load_checkpoint(checkpoint_path(folder, progress.step)).tensors["model"])
+        last = broadcast_object(None if self._store is None else checkpoint_path(self._store.folder, progress.step))
+        assert last is not None
+        if not last.exists() and self._resumed is not None and self._resumed.name == last.name:
+            last = self._resumed
+        load_model_tensors(self._model, load_checkpoint(last).tensors["model"])
 
     def resume(self, checkpoint: str | Path) -> tuple[ResumeReport, Progress | None]:
         """Find, check and take up a checkpoint.
@@ -171,6 +174,7 @@ class RunSaver:
         if report.checkpoint is None:
             return report, None
         progress = self._restore(report.checkpoint)
+        self._resumed = report.checkpoint
         if self._store is not None and checkpoint == "auto":  # the newest goes on in its folder, any other branches off
             self._store.folder = self._config.paths.checkpoints_dir / report.checkpoint.parent.name
         logger.info(
@@ -214,8 +218,7 @@ class RunSaver:
         return find_checkpoint(roots, self._config, made_from=made_from)
 
     def _data_version(self) -> str:
-        version: str = self._loader.state_dict()["made_from"]["utterances"]
-        return version
+        return self._loader.data_version
 
     def _collect_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         return model_tensors(self._model), *optimizer_tensors(self._optimizer.optimizer, self._model)

@@ -130,6 +130,11 @@ class WhisperTrainer:
         return self._progress.best_epoch
 
     @property
+    def ended(self) -> bool:
+        """Whether `train` has nothing left to do: all epochs of the configuration are done, or patience ran out."""
+        return self._progress.epochs_done >= self.config.training.epochs or self._out_of_patience()
+
+    @property
     def best_model_dir(self) -> Path:
         """Where the best model is saved."""
         return self._saver.best_model_dir
@@ -174,11 +179,21 @@ class WhisperTrainer:
                 waiting = self._train_epoch(schedule, bar)
                 bar.set_postfix_str("validating")
                 self._finish_epoch(self._validate(), waiting)
-        self._saver.restore_best(self._progress)
+        if self._progress.epochs_done < epochs:
+            patience, best = self.config.training.patience, self._progress.best_epoch
+            logger.info("stopped early: no lower WER in the %d epoch(s) since epoch %d", patience, best)
+        self.restore_best()
         self._report_full_context()
-        self.model.eval()  # it is used from here on: dropout is for training
         self._saver.flush()
         return self.history
+
+    def restore_best(self) -> None:
+        """Put the best epoch's weights into the model, for use; `train` puts back the last ones before it goes on.
+
+        Raises: CheckpointError: the best model is not on the disk any more.
+        """
+        self._saver.restore_best(self._progress)
+        self.model.eval()  # dropout is for training
 
     def merged_model(self) -> DynamicWhisper:
         """Return the plain model: the trained one itself, or a copy with its adapters merged.
@@ -269,10 +284,7 @@ class WhisperTrainer:
 
     def _out_of_patience(self) -> bool:
         patience, best = self.config.training.patience, self._progress.best_epoch
-        if patience is None or best is None or self._progress.epochs_done - best < patience:
-            return False
-        logger.info("stopped early: no lower WER in the %d epoch(s) since epoch %d", patience, best)
-        return True
+        return patience is not None and best is not None and self._progress.epochs_done - best >= patience
 
     def _report_full_context(self) -> None:
         """Measure the validation WER at 30 s too, where training made the model for both."""

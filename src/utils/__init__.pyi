@@ -1,4 +1,4 @@
-from .colab import copy_verified, in_colab, mount_drive
+from .colab import copy_verified, in_colab, mount_drive, start_session
 from .config import Config, load_config
 from .data_versions import DataVersionManager
 from .figures import save_figure
@@ -29,5 +29,6 @@ __all__ = [
     "save_figure",
     "set_seed",
     "setup_logging",
+    "start_session",
     "watch_resources",
 ]

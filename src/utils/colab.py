@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from src.utils.errors import WhisperASRError
 logger = logging.getLogger(__name__)
 
 MOUNT_POINT = Path("/content/drive")
+_ROOT = Path(__file__).resolve().parents[2]
 _MAX_BLOCK_BYTES = 1 << 20
 _MIN_BLOCK_BYTES = 1 << 12
 _NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -73,6 +75,25 @@ def in_notebook() -> bool:
     ipython = sys.modules.get("IPython")  # a kernel has imported it
     shell = None if ipython is None else ipython.get_ipython()
     return getattr(shell, "kernel", None) is not None
+
+
+def start_session(drive_folder: str | None = None) -> Path | None:
+    """Begin a session of the notebook: install what Colab's image lacks, and mount Google Drive if it is wanted.
+
+    Args:
+        drive_folder: below "MyDrive"; None goes without Drive.
+    Returns: the folder on Drive, for copies of checkpoints; None without.
+    Raises: WhisperASRError: pip cannot install `requirements.txt`; and as `mount_drive`.
+    """
+    if in_colab():
+        requirements = _ROOT / "requirements.txt"
+        done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", str(requirements)])
+        if done.returncode:
+            raise WhisperASRError(
+                f"pip could not install {requirements}, see above; run the cell again, or take a fresh runtime: "
+                "Runtime > Disconnect and delete runtime"
+            )
+    return None if drive_folder is None else mount_drive(drive_folder)
 
 
 def mount_drive(folder: str) -> Path:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from src.utils.config_schema import Config
 from src.utils.errors import ConfigError, did_you_mean
 
-__all__ = ["DEFAULT_CONFIG_PATH", "Config", "flatten", "load_config"]
+__all__ = ["DEFAULT_CONFIG_PATH", "Config", "flatten", "load_config", "load_profiles"]
 
 DEFAULT_CONFIG_PATH = Path("config.yaml")
 
@@ -58,6 +58,15 @@ def load_config(
         where = f" in {path}" if path is not None else ""
         raise ConfigError("\n  - ".join([f"{len(problems)} problem(s){where}:", *problems]))
     return Config.model_validate(merged)
+
+
+def load_profiles(path: str | Path = DEFAULT_CONFIG_PATH) -> dict[str, Config]:
+    """Load a configuration under each of the profiles that it names, by name.
+
+    Raises: ConfigError: as `load_config`.
+    """
+    names = _read_yaml(Path(path)).get("profiles") or {}
+    return {name: load_config(path, profile=name) for name in names}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import soundfile as sf
-from playwright.sync_api import Browser, Page, Playwright, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.sources import SAMPLE_CLIP
 from src.inference.connection import ServerLimits
 from src.inference.demo import Demo, launch_demo
 from src.inference.demo_files import FileTranscript, differing_words, read_upload
@@ -29,9 +31,10 @@ from src.inference.transcription import TranscribedSegment
 from src.inference.words import Word
 from src.utils.config import load_config
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError, ModelError
-from tests.evaluation.test_report_in_browser import CHROMIUM
+from tests.evaluation.test_report_in_browser import CHROMIUM, CONTRASTS, READABLE
 from tests.inference.test_captions import parsed
 
+MICROPHONE = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 in_a_browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium on the PATH: apt-get install chromium")
 PATIENCE_SEC = 120.0  # a test must not fail because the machine is busy
 MAX_UPLOAD_SEC = 20.0
@@ -97,7 +100,7 @@ def test_tabs_do_not_mix_and_the_last_answer_holds_the_captions() -> None:
     assert [cue[2] for cue in parsed(last["srt"])] == [("0.1 0.1 0.1 0.1",)]
     assert parsed(last["srt"]) == parsed(last["vtt"])
     assert len(live) == 1
-    assert "this recording ended" in live.answer(message("a"))["error"]
+    assert "this recording has ended" in live.answer(message("a"))["error"]
 
 
 def test_sessions_are_bounded_and_the_idle_and_the_left_give_way() -> None:
@@ -216,13 +219,7 @@ def test_what_is_missing_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delitem(sys.modules, "src.inference.demo_page", raising=False)
     monkeypatch.delattr("src.inference.demo_page", raising=False)
     with pytest.raises(MissingDependencyError, match="pip install gradio"):
-        launch_demo()
-
-
-@pytest.fixture(scope="module")
-def playwright() -> Iterator[Playwright]:
-    with sync_playwright() as started:
-        yield started
+        launch_demo(models={"tuned": "tiny.en"})
 
 
 @pytest.fixture(scope="module")
@@ -234,31 +231,20 @@ def demo() -> Iterator[Demo]:
         yield demo
 
 
-def launched(playwright: Playwright, heard: Waveform, path: Path) -> Browser:
-    """Start a browser whose microphone hears a signal at 16 kHz, once."""
-    sf.write(path, heard, SAMPLE_RATE)
-    microphone = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-    return playwright.chromium.launch(
-        executable_path=CHROMIUM,
-        args=["--no-sandbox", *microphone, f"--use-file-for-fake-audio-capture={path}%noloop"],
-    )
-
-
 @pytest.fixture(scope="module")
-def browsers(
-    playwright: Playwright, jfk: Waveform, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[list[Browser]]:
-    """One hears "ask not what your country can do for you", the other what comes before it."""
-    folder = tmp_path_factory.mktemp("microphones")
-    cut = round(3.0 * SAMPLE_RATE)
-    quiet = np.zeros(SAMPLE_RATE, np.float32)
-    parts = [jfk[cut : round(8.0 * SAMPLE_RATE)], jfk[:cut]]
-    started = [
-        launched(playwright, np.concatenate([quiet, part, quiet]), folder / f"{i}.wav") for i, part in enumerate(parts)
-    ]
-    yield started
-    for each in started:
-        each.close()
+def browsers(jfk: Waveform, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Browser]]:
+    """Two browsers whose microphones hear "ask not what your country can do for you", and what comes before it."""
+    folder, cut, second = tmp_path_factory.mktemp("heard"), 3 * SAMPLE_RATE, np.zeros(SAMPLE_RATE, np.float32)
+    with sync_playwright() as playwright:
+        started = []
+        for number, clip in enumerate([jfk[cut : 8 * SAMPLE_RATE], jfk[:cut]]):
+            path = folder / f"{number}.wav"
+            sf.write(path, np.concatenate([second, clip, second]), SAMPLE_RATE)
+            arguments = [*MICROPHONE, f"--use-file-for-fake-audio-capture={path}%noloop"]
+            started.append(playwright.chromium.launch(executable_path=CHROMIUM, args=arguments))
+        yield started
+        for each in started:
+            each.close()
 
 
 def opened(browser: Browser, demo: Demo, *, scheme: Any = "light", width: int = 1280) -> tuple[Page, list[str]]:
@@ -266,10 +252,136 @@ def opened(browser: Browser, demo: Demo, *, scheme: Any = "light", width: int = 
     page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
     page.set_default_timeout(PATIENCE_SEC * 1000)
     said: list[str] = []
+    own = (demo.url, "data:", "blob:")
     page.on("pageerror", lambda error: said.append(f"error: {error}"))
     page.on("console", lambda line: said.append(line.text) if "js_on_load" in line.text else None)
-    own = (demo.url, "data:", "blob:")
     page.on("request", lambda request: None if request.url.startswith(own) else said.append(request.url))
     page.goto(demo.url)
     page.locator(".toggle:enabled").wait_for()
     return page, said
+
+
+def uploaded(page: Page, tab: str, path: Path) -> None:
+    page.get_by_role("tab", name=tab).click()
+    page.locator(f"#{tab.lower()}-audio input[type=file]").set_input_files(path)
+    page.locator(f"#{tab.lower()}-audio audio").wait_for()
+
+
+def captions_of(page: Page, link: str) -> str:
+    with page.expect_download() as download:
+        page.locator(link).click()
+    return download.value.path().read_text(encoding="utf-8")
+
+
+def check_looks(page: Page, width: int) -> None:
+    """Every text can be read, and nothing is wider than the window."""
+    contrasts = page.evaluate(CONTRASTS, TEXTS)
+    assert len(contrasts) > 20
+    assert [text for ratio, text in contrasts if ratio < READABLE] == []
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_tabs_show_their_own_words_which_never_change_and_give_captions(browsers: list[Browser], demo: Demo) -> None:
+    tabs = [opened(browser, demo) for browser in browsers]
+    for page, _ in tabs:
+        page.evaluate(WATCH)
+        page.locator(".toggle").click()
+    expected = [("can do for you", "fellow"), ("fellow Americans", "country")]
+    for (page, said), (end, other) in zip(tabs, expected, strict=True):
+        page.wait_for_function("end => document.querySelector('.page').textContent.includes(end)", arg=end)
+        page.locator(".toggle").click()
+        page.locator(".live .files").wait_for()
+        text = " ".join(page.locator(".page").inner_text().split())
+        assert other not in text
+        assert page.evaluate("window.broken") == []
+        assert page.locator(".count").inner_text() == str(len(text.split()))
+        assert re.fullmatch(r"\d+\.\d s", page.locator(".delay").inner_text())
+        cues = parsed(captions_of(page, ".live .srt"))
+        assert " ".join(line for *_, lines in cues for line in lines) == text
+        page.locator(".clear").click()
+        assert "Press Start" in page.locator(".page").inner_text()
+        assert said == []
+        page.close()
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_a_tab_that_is_closed_frees_its_session(
+    browsers: list[Browser], demo: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, _ = opened(browsers[0], demo)
+    page.locator(".toggle").click()
+    page.locator(".heard", has_text=re.compile("0:0[1-9]")).wait_for()
+    free, leave = threading.Event(), LiveSessions.leave
+
+    def leaving(self: LiveSessions, tab: str) -> None:
+        assert len(self) == 1
+        leave(self, tab)
+        if not len(self):
+            free.set()
+
+    monkeypatch.setattr(LiveSessions, "leave", leaving)
+    page.close()
+    assert free.wait(PATIENCE_SEC)
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_a_file_becomes_words_that_play_and_captions(browsers: list[Browser], demo: Demo) -> None:
+    page, said = opened(browsers[0], demo)
+    uploaded(page, "File", SAMPLE_CLIP)
+    page.locator("#transcribe").click()
+    page.locator("#file-result .files").wait_for()
+    shown = page.locator("#file-result [data-start]")
+    text = " ".join(shown.all_inner_texts())
+    assert "what you can do for your country." in text
+    starts = [float(start) for start in shown.evaluate_all("words => words.map(word => word.dataset.start)")]
+    assert starts == sorted(starts)
+    cues = parsed(captions_of(page, "#file-result a >> text=SRT"))
+    assert " ".join(line for *_, lines in cues for line in lines) == text
+    shown.last.click()
+    page.locator("#file-result .now").wait_for()
+    assert page.evaluate("document.querySelector('#file-audio audio').currentTime") >= starts[-1]
+    check_looks(page, 1280)
+    assert said == []
+    page.close()
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_models_stand_side_by_side_in_the_dark_and_on_a_phone(
+    browsers: list[Browser], demo: Demo, jfk: Waveform, tmp_path: Path
+) -> None:
+    page, said = opened(browsers[0], demo, scheme="dark", width=390)
+    sf.write(tmp_path / "short.wav", jfk[: 3 * SAMPLE_RATE], SAMPLE_RATE)
+    uploaded(page, "Compare", tmp_path / "short.wav")
+    page.locator("#compare").click()
+    page.locator("#compare-result .sides").wait_for()
+    assert page.locator(".side h3").all_inner_texts() == ["stock", "tuned"]
+    assert all("fellow Americans" in text for text in page.locator(".side p").all_inner_texts())
+    assert page.locator("#compare-result mark[data-start]").count() == 0  # it is the same model
+    check_looks(page, 390)
+    assert said == []
+    page.close()
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_a_bad_a_long_and_a_silent_upload_are_said_to_be_that(
+    browsers: list[Browser], demo: Demo, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    sf.write(tmp_path / "long.wav", np.zeros(21 * SAMPLE_RATE), SAMPLE_RATE)
+    sf.write(tmp_path / "silent.wav", np.zeros(SAMPLE_RATE), SAMPLE_RATE)
+    for name, message in (
+        ("broken.wav", "broken.wav: "),
+        ("long.wav", "scripts/transcribe.py"),
+        ("silent.wav", "No speech was found in silent.wav"),
+    ):
+        page, _ = opened(browsers[0], demo)
+        uploaded(page, "File", tmp_path / name)
+        page.locator("#transcribe").click()
+        page.get_by_text(message).wait_for()
+        page.close()

@@ -165,13 +165,19 @@ def test_a_model_without_adapters_is_its_own_merged_one(small: tuple[Any, Any]) 
     assert merged_model(small[0]) is small[0]
 
 
-def test_adapters_of_another_training_are_refused_and_the_merged_model_is_not(small: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_second_training_begins_below_the_adapters_of_the_first(small: tuple[Any, Any], method: Any) -> None:
     model, _ = small
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prepare_model(model, TrainingConfig(method="lora"))
-    for method in ("lora", "full"):
-        with pytest.raises(ModelError, match="holds adapters of another training already"):
-            prepare_model(model, TrainingConfig(method=method))
-    prepare_model(merged_model(model), TrainingConfig(method="lora"))
+    names = set(model.state_dict())
+    for parameter in trainable(model):
+        torch.nn.init.ones_(parameter)
+    prepare_model(model, TrainingConfig(method=method))
+    assert has_adapters(model) == (method == "lora")
+    assert set(model.state_dict()) == (names if method == "lora" else set(before))
+    plain = merged_model(model).state_dict()
+    assert all(torch.equal(plain[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("names", [("q_proj", "nonsense"), ("proj_out",), ()])

@@ -113,3 +113,20 @@ def test_a_pace_bounds_every_stretch_of_a_stream() -> None:
     for first, (start, _) in enumerate(passed):
         for last in range(first, len(passed)):  # all but the last block of a stretch fit into its time
             assert sum(n for _, n in passed[first:last]) <= 1000 * (passed[last][0] - start) + 1e-6
+
+
+def test_a_session_starts_with_what_colab_lacks_and_drive_if_it_is_wanted(
+    fake_colab: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(colab, "_ROOT", tmp_path)
+    (tmp_path / "requirements.txt").write_text("pip")
+    assert colab.start_session() is None
+    assert colab.start_session("whisper_asr") == tmp_path / "drive" / "MyDrive" / "whisper_asr"
+    (tmp_path / "requirements.txt").write_text("no package has such a name")
+    with pytest.raises(WhisperASRError, match=r"pip could not install .*requirements\.txt, see above"):
+        colab.start_session()
+
+
+def test_a_session_elsewhere_installs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(colab, "_ROOT", tmp_path)
+    assert colab.start_session() is None

@@ -3,6 +3,8 @@
 const MESSAGE_SEC = 0.2, TURN_SEC = 0.5; // of audio in a message, at least and at most
 const PARAGRAPH_SEC = 2; // a pause that begins a new paragraph
 const UNREACHABLE = "The server does not answer. What is on this page stays; press Start to try again.";
+const REFUSED = "The browser does not let this page use the microphone; allow it, and press Start.";
+const INSECURE = "Browsers give a microphone to pages of this machine (127.0.0.1) and of https alone; open one of those.";
 const WORKLET = `registerProcessor("microphone", class extends AudioWorkletProcessor {
   blocks = [];
   process([[block]]) {
@@ -58,20 +60,32 @@ class Recording {
 
   stop() {
     this.stopped = true;
-    this.stream.getTracks().forEach(track => track.stop());
+    release(this.stream);
     this.context.close();
     this.wake();
   }
 }
 
+const release = stream => stream.getTracks().forEach(track => track.stop());
 const level = block => Math.sqrt(block.reduce((sum, sample) => sum + sample * sample, 0) / block.length);
 
 async function start() {
+  if (!navigator.mediaDevices) throw new Error(INSECURE);
   const stream = await navigator.mediaDevices.getUserMedia({audio: AUDIO});
+  try {
+    return await listen(stream);
+  } catch (error) {
+    release(stream);
+    throw error;
+  }
+}
+
+async function listen(stream) {
   const source = openSource(stream, 16000), begun = new Recording(stream, source.context);
   await source.context.audioWorklet.addModule(URL.createObjectURL(new Blob([WORKLET], {type: "text/javascript"})));
   const node = new AudioWorkletNode(source.context, "microphone", {...MONO, numberOfOutputs: 0});
   node.port.onmessage = message => begun.hear(message.data);
+  stream.getAudioTracks()[0].onended = () => begun.stop(); // unplugged
   source.connect(node);
   await source.context.resume(); // Safari forgets the click while it asks the user
   return begun;
@@ -125,8 +139,8 @@ function commit(word) {
 
 function place(word) {
   // move the tail to where the word belongs: after a pause into a new paragraph
-  const last = page.lastElementChild, begins = !last || (word && word.start - lastEnd > PARAGRAPH_SEC && last.children.length > 1);
-  if (begins) page.append(document.createElement("p"));
+  const last = page.lastElementChild, paused = word && word.start - lastEnd > PARAGRAPH_SEC;
+  if (!last || (paused && last.querySelector(".word"))) page.append(document.createElement("p"));
   page.lastElementChild.append(tail);
 }
 
@@ -177,7 +191,7 @@ toggle.addEventListener("click", async () => {
     enter("live");
     await run();
   } catch (error) {
-    say(error.name === "NotAllowedError" ? "The browser does not let this page use the microphone; allow it, and press Start." : error.message);
+    say(error.name === "NotAllowedError" ? REFUSED : error.message);
   } finally {
     tail.textContent = "";
     if (recording && !recording.stopped) recording.stop();

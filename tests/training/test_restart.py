@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+import torch
+import yaml
+
+from src.data.audio import load_audio
+from src.data.loader import create_dataloaders
+from src.data.preparation import prepare_datasets
+from src.data.utterance import Utterance
+from src.models.whisper_model import WhisperModelManager
+from src.training.restart import restart
+from src.training.trainer import WhisperTrainer
+from src.utils.colab import sha256_of
+from src.utils.config import load_config
+from src.utils.errors import CheckpointError
+from src.utils.tracking import ExperimentLogger
+
+PROFILE = "tried"
+
+
+@pytest.fixture
+def config_path(small: tuple[Any, Any], clips: list[Utterance], tmp_path: Path) -> Path:
+    """A config.yaml with one profile, that trains a small random model on nine clips of three speakers in capitals."""
+    model, processor = small
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    data = tmp_path / "data"
+    data.mkdir()
+    lines = ["file_name,text,speaker,split"]
+    for number, clip in enumerate(clips[:9]):
+        split = ("train", "validation", "test")[max(0, number - 6)]
+        soundfile.write(data / f"{number}.wav", load_audio(clip.audio), 16_000)
+        lines.append(f"{number}.wav,{clip.text.upper()},{split},{split}")
+    (data / "metadata.csv").write_text("\n".join(lines))
+    tree = {
+        "device": "cpu",
+        "model": {"variant": str(tmp_path / "model"), "language": "en"},
+        "data": {"source": "folder", "path": str(data), "num_workers": 0},
+        "paths": {"runs_dir": str(tmp_path / "runs"), "cache_dir": str(tmp_path / "cache")},
+        "augmentation": {"enabled": False},
+        "training": {"batch_size": 2, "epochs": 2},
+        "checkpoints": {"save_minutes": None, "mirror_dir": str(tmp_path / "mirror")},
+        "inference": {"max_tokens_per_sec": 2.0},
+        "profiles": {PROFILE: {"paths": {"checkpoints_dir": str(tmp_path / "checkpoints")}}},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def begin(config_path: Path, **overrides: Any) -> WhisperTrainer:
+    """Do what the notebook's cells do, up to the training."""
+    config = load_config(config_path, profile=PROFILE, overrides=overrides)
+    splits = prepare_datasets(config).with_label_case("lower")
+    model, processor = WhisperModelManager(config).initialize_model()
+    loaders = create_dataloaders(splits, processor, config)
+    experiment = ExperimentLogger(config, run_id="first")
+    return WhisperTrainer(model, processor, loaders.train, loaders.validation, config, experiment=experiment)
+
+
+def test_it_goes_on_as_if_nothing_had_happened(config_path: Path, tmp_path: Path) -> None:
+    through = begin(config_path)
+    through.train()
+    weights = {name: tensor.clone() for name, tensor in through.model.state_dict().items()}
+    for name in ("checkpoints", "mirror", "runs"):
+        shutil.rmtree(tmp_path / name)
+    stopped = begin(config_path)
+
+    def interrupt(row: dict[str, Any]) -> None:
+        if row.get("step") == 5:  # the first of the second epoch
+            raise KeyboardInterrupt
+
+    assert stopped.experiment is not None
+    stopped.experiment.subscribe(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+
+    run = restart(config_path=config_path)
+    assert run.config.model_dump(exclude={"checkpoints"}) == through.config.model_dump(exclude={"checkpoints"})
+    assert run.config.checkpoints.mirror_dir is None
+    assert run.experiment.run_id == "first"
+    assert (run.splits.label_case, run.labelled_splits.label_case) == ("sentence", "lower")
+    assert run.data_version.clips == 9
+    assert len(run.trainer.history["epoch"]) == 1
+    assert not run.trainer.ended
+    assert run.trainer.train() == through.history
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in run.model.state_dict().items())
+
+
+def test_the_mirror_stands_in_for_a_lost_disk_and_the_best_weights_are_in_the_model(
+    config_path: Path, tmp_path: Path
+) -> None:
+    trainer = begin(config_path, **{"training.learning_rate": 1e-9})  # two equal rates: the first epoch is the best
+    trainer.train()
+    assert trainer.best_epoch == 1
+    rows = trainer.experiment.read_rows() if trainer.experiment else ""
+    shutil.rmtree(tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(CheckpointError, match=r"no checkpoint to go on from in .*train first"):
+        restart(config_path=config_path)
+
+    run = restart(tmp_path / "mirror", config_path=config_path)
+    assert run.trainer.ended
+    assert run.trainer.history == trainer.history
+    assert all(line in run.experiment.read_rows().splitlines() for line in rows.splitlines() if '"epoch"' in line)
+    best = trainer.model.state_dict()
+    assert all(torch.equal(tensor, best[name]) for name, tensor in run.model.state_dict().items())
+    assert len(run.trainer.train(3)["epoch"]) == 3  # the last epoch's weights are in the mirror alone
+
+
+def test_other_data_are_refused(config_path: Path, tmp_path: Path) -> None:
+    begin(config_path).train(1)
+    metadata = tmp_path / "data" / "metadata.csv"
+    lines = metadata.read_text().splitlines()
+    lines[1] = "0.wav,SOMETHING ELSE,train,train"
+    metadata.write_text("\n".join(lines))
+    with pytest.raises(CheckpointError, match=r"was trained on other data: 7 \(\w+\) then, 7 \(\w+\) or .* now"):
+        restart(config_path=config_path)
+
+
+def test_settings_of_another_version_are_named(config_path: Path, tmp_path: Path) -> None:
+    begin(config_path).train(1)
+    state = next((tmp_path / "checkpoints").rglob("state.json"))
+    manifest = state.parent / "manifest.json"
+    digest = sha256_of(state)
+    state.write_text(state.read_text().replace('"label_case"', '"label_kase"', 1))
+    manifest.write_text(manifest.read_text().replace(digest, sha256_of(state)))
+    with pytest.raises(CheckpointError, match=r"(?s)not those of this version .*label_kase.*the version that wrote it"):
+        restart(config_path=config_path)
