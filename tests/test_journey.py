@@ -108,7 +108,7 @@ class Runtime:
 
     def rows(self, event: str) -> list[dict[str, Any]]:
         """Return the rows of an event in the metrics of the one run."""
-        (metrics,) = self.folder.rglob("metrics.jsonl")
+        (metrics,) = self.folder.glob("runs/*/metrics.jsonl")
         found = map(json.loads, metrics.read_text().splitlines())
         return [row for row in found if row["event"] == event]
 
@@ -136,7 +136,7 @@ def table(cells: Cells) -> str:
     """Return the table of stock and tuned model, less what depends on the machine's speed."""
     (cell,) = (cell for cell in cells if cell.id == TABLE)
     text = next(output.data["text/plain"] for output in cell.outputs if "text/html" in output.get("data", {}))
-    return "\n".join(re.sub(r"\s+", " ", line) for line in text.splitlines() if "RTF" not in line)
+    return re.sub(r"[\d.]+(?= +(full|dynamic) )", "", text)  # the column before the audio context is RTF
 
 
 @pytest.fixture
@@ -147,23 +147,21 @@ def drive(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_three_kills_cost_nothing(drive: Path, tmp_path: Path) -> None:
     form = {"PROFILE": "demo", "USE_DRIVE": True}
-    reference = Runtime(tmp_path / "0", None).run({"PROFILE": "demo"}, until=TABLE)
-
-    Runtime(tmp_path / "1", drive).run(form, kill_at="cell-18")  # before there is anything to keep
+    Runtime(tmp_path / "1", drive).run(form, kill_at="cell-09")  # before there is anything to keep
     assert not list(drive.rglob("checkpoint-*"))
 
     kept = drive / "MyDrive" / "whisper_asr"
     Runtime(tmp_path / "2", drive).run(form, kill_at=TRAIN, when=lambda: any(kept.glob("*/checkpoint-*")))
 
     third = Runtime(tmp_path / "3", drive)
-    done = third.run(form, kill_at="cell-33")
+    done = third.run(form, kill_at="cell-30")
     assert [row["step"] for row in third.rows("train_step")] == list(range(1, 9))
-    assert table(done) == table(reference)
+    assert [row["epoch"] for row in third.rows("epoch")] == [1, 2]
 
     fourth = Runtime(tmp_path / "4", drive)
     last = fourth.run({"USE_DRIVE": True, "QUICK_RESTART": True}, first=TRAIN)
     assert fourth.rows("train_step") == third.rows("train_step")  # none was made again
-    assert table(last) == table(reference)
+    assert table(last) == table(done)
     assert (kept / "result" / "model.safetensors").stat().st_size > 0
     assert list((kept / "runs").glob("*/report.html"))
 
@@ -201,6 +199,6 @@ def test_each_choice_of_data_that_needs_no_network(source: str, sample: list[Utt
     WRITERS[source](sample[::20], data)
     choice = {"data.source": source, "data.path": str(data), "training.epochs": 1}
     runtime = Runtime(tmp_path / "runtime", None)
-    cells = runtime.run({"PROFILE": "demo"}, overrides={**SETTINGS_OF_TESTS, **choice}, until=TABLE)
-    assert "stock" in table(cells)
-    assert len(runtime.rows("epoch")) == 1
+    runtime.run({"PROFILE": "demo"}, overrides={**SETTINGS_OF_TESTS, **choice}, until=TRAIN)
+    (epoch,) = runtime.rows("epoch")
+    assert epoch["val_wer"] > 0

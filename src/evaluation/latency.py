@@ -8,6 +8,7 @@ counted, and a GPU is waited for. Clips go from long to short, as in `BatchInfer
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,8 @@ from src.utils.errors import AudioError, DataError, first_line
 from src.utils.memory import measure_memory
 from src.utils.runtime import is_out_of_memory, release_memory
 from src.utils.tracking import ExperimentLogger
+
+logger = logging.getLogger(__name__)
 
 WARMUP_CALLS = 2  # of the longest batch: the first allocates, the second runs as all later ones
 MIN_CALLS = {50: 2, 95: 20, 99: 100}  # for a percentile: so many that one call is expected beyond it
@@ -171,12 +174,15 @@ class LatencyBenchmark:
     ) -> list[LatencyResult]:
         """Transcribe the same clips once at each batch size: one result a size, for `latency_table`.
 
+        Args: batch_sizes: what is larger than the number of clips is left out, with a warning.
         Raises: as `benchmark_batch`, before anything is measured.
         """
         clips = check_clips(test_audios, sr)
-        for size in batch_sizes:
+        if larger := [size for size in batch_sizes if size > len(clips)]:
+            logger.warning("batch sizes %s are left out: there are %d clips", larger, len(clips))
+        for size in (sizes := [size for size in batch_sizes if size <= len(clips)]):
             _check_request(clips, size, 1)
-        return [self._measure(clips, size, 1) for size in batch_sizes]
+        return [self._measure(clips, size, 1) for size in sizes]
 
     def _measure(self, clips: Sequence[Waveform], batch_size: int, passes: int) -> LatencyResult:
         result = measure_engine(self._engine, clips, batch_size=batch_size, passes=passes, name=self._name)

@@ -266,8 +266,17 @@ def test_a_batch_size_that_does_not_fit_is_reported_and_the_others_are_measured(
     assert (too_large.batch_size, too_large.rtf, too_large.calls) == (2, None, 0)
     assert too_large.reason is not None
     assert benchmark.benchmark_batch([jfk[:RATE]] * 2, batch_size=2).reason == too_large.reason
-    with pytest.raises(DataError, match="batch size 2"):
-        benchmark.throughput([jfk])
+    with pytest.raises(DataError, match="batch size 0"):
+        benchmark.throughput([jfk], batch_sizes=(1, 0))
+
+
+@pytest.mark.slow
+def test_batches_that_the_clips_do_not_fill_are_left_out_and_said(
+    tiny_en: tuple[Any, Any], jfk: np.ndarray, config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    (alone,) = LatencyBenchmark(*tiny_en, config).throughput([jfk[:RATE]], batch_sizes=(1, 4, 16))
+    assert alone.batch_size == 1
+    assert "batch sizes [4, 16] are left out: there are 1 clips" in caplog.messages
 
 
 @pytest.mark.slow
