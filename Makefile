@@ -8,7 +8,7 @@ UV_VERSION := 0.13.9
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint doctor constraints clean
+.PHONY: help setup demo test lint bench doctor constraints clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,10 @@ doctor: ## what this machine lacks, with the command that mends each
 constraints: $(READY) ## pin the tested set anew: Colab's versions where Colab has the package
 	$(BIN)/uv pip compile --quiet requirements-dev.txt -c tests/data/colab_packages.txt --universal --python-version 3.11 \
 		--no-annotate --custom-compile-command "make constraints" -o constraints.txt
+
+bench: $(READY) ## every benchmark that needs no data of its own, short: nothing is recorded
+	@for script in data evaluation page; do echo "== benchmark_$$script.py"; $(BIN)/python scripts/benchmark_$$script.py --quick || exit 1; done
+	$(BIN)/python scripts/compare_variants.py --quick
 
 clean: ## remove caches and runs; keeps environments and checkpoints
 	rm -rf runs .mypy_cache .pytest_cache .ruff_cache

@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 PARQUET_REVISION = "refs/convert/parquet"  # the Hub's own conversion of data sets that are scripts
 _OFFLINE_CHOICES = (
     "Offline there are data.source: sample (bundled), folder (your recordings), parquet (files that you downloaded) "
-    "and common_voice (an extracted archive)"
+    "and common_voice (an archive of the corpus)"
 )
 # OSError has ConnectionError, FileNotFoundError (datasets' name for an unknown or unreachable data set) and time-outs
 _UNREACHABLE = (OSError, httpx.HTTPError, HfHubHTTPError)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from src.data.archives import unpack
 from src.data.hub import stream_hub
 from src.data.manifest import read_folder, utterances_from_rows
 from src.data.parquet import read_parquet
@@ -62,13 +63,13 @@ def _load_parquet(config: DataConfig) -> list[Utterance]:
 
 
 def _load_common_voice(config: DataConfig) -> list[Utterance]:
-    """Read an extracted archive of Common Voice: clips/ and train.tsv, dev.tsv, test.tsv."""
+    """Read an archive of Common Voice, extracted or not: clips/ and train.tsv, dev.tsv, test.tsv."""
     folder = _path(config)
     lists = {split: folder / name for split, name in _COMMON_VOICE_LISTS.items() if (folder / name).is_file()}
     if not (folder / "clips").is_dir() or "train" not in lists:
         raise SourceUnavailableError(
-            f"{folder}: not an extracted Common Voice archive, which has clips/ and train.tsv; extract it (tar -xf) "
-            "and set data.path to the folder of one language, for example cv-corpus-23.0/en"
+            f"{folder}: not a Common Voice archive, which has clips/ and train.tsv; set data.path to the archive of "
+            "one language, or to where that was extracted, for example cv-corpus-23.0/en"
         )
     listed: list[Utterance] = []
     for split, manifest in lists.items():
@@ -78,7 +79,7 @@ def _load_common_voice(config: DataConfig) -> list[Utterance]:
 
 def _path(config: DataConfig) -> Path:
     assert config.path is not None  # DataConfig requires it for these sources
-    return config.path.expanduser()
+    return unpack(config.path.expanduser())
 
 
 SOURCES: dict[SourceName, Callable[[DataConfig], list[Utterance] | Streams]] = {

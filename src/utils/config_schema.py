@@ -127,7 +127,7 @@ class DataConfig(Section):
         if needing_path and self.path is None:
             wanted = {
                 "folder": "a folder with audio, and a CSV, TSV or JSONL in it",
-                "common_voice": "an extracted archive, the folder with clips/ and train.tsv",
+                "common_voice": "an archive, or the folder with clips/ and train.tsv",
                 "parquet": "a Parquet file or a folder of them",
             }
             raise ValueError(f"source {needing_path[0]!r} needs data.path: {wanted[needing_path[0]]}")
