@@ -27,6 +27,12 @@ from src.utils.config_schema import DataConfig
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take minutes first: where two processes share the files, neither ends with one of them."""
+    first = ("test_journey.py", "test_data_choices.py", "test_notebook.py")
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     """Defaults, writing into the test's own folder."""

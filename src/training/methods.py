@@ -148,6 +148,7 @@ def _remove_adapters(model: DynamicWhisper) -> None:
         if isinstance(module, LoraLayer):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
+    del model.peft_config  # PEFT's note, from which it would take them for a second set
 
 
 def _freeze_encoder(model: DynamicWhisper, amount: bool | int) -> None:
