@@ -200,10 +200,14 @@ def record(arguments: argparse.Namespace, measured: Sequence[Measured]) -> None:
     if arguments.device != "cpu":
         return
     images = ROOT / "docs" / "images"
-    first = f"tuned {arguments.engines[0]} "  # the pictures name its policies alone
-    shown = {name.removeprefix(first): words for name, words in measured[0].timings.items() if name.startswith(first)}
+    first = f"tuned {arguments.engines[0]} "
+
+    def short(name: str) -> str:  # for the pictures: of the first engine the policies alone
+        return name.removeprefix(first).replace(f"{arguments.engines[0]} ", "")
+
+    shown = {short(name): words for name, words in measured[0].timings.items() if name.startswith(first)}
     save_figure(draw_emission(shown), images, "streaming_emission")
-    points = [{**metrics.to_row(), "name": name.removeprefix(first)} for name, metrics in measured[0].metrics.items()]
+    points = [{**metrics.to_row(), "name": short(name)} for name, metrics in measured[0].metrics.items()]
     save_figure(draw_tradeoff(points), images, "streaming_tradeoff")
 
 
