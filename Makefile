@@ -26,7 +26,7 @@ demo: $(READY) ## fine-tune, measure and stream tiny.en on bundled speech, offli
 	$(BIN)/python scripts/run_demo.py
 
 test: lint ## lint, types and every test, the notebook included
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -100,6 +101,18 @@ def click(page: Any, label: str) -> None:
     page.do(lambda page: page.get_by_role("button", name=label).click())
 
 
+def places_of(heard: np.ndarray, said: np.ndarray) -> list[tuple[int, int]]:
+    """Return, for each quarter of a second of the first that is found in the second, its place in both, in samples."""
+    size, places = SAMPLE_RATE // 4, []
+    energies = np.convolve(said**2, np.ones(size), "valid")
+    for at in range(0, len(heard) - size, size):
+        window = heard[at : at + size]
+        likeness = correlate(said, window, "valid") / np.sqrt(energies * (window**2).sum() + 1e-6)
+        if likeness.max() > 0.95:
+            places.append((at, int(likeness.argmax())))
+    return places
+
+
 @pytest.mark.slow
 class TestInABrowser:
     @pytest.mark.parametrize("lack", ["", NO_WORKLETS, NO_RESAMPLING], ids=["all", "no worklets", "no resampling"])
@@ -109,12 +122,12 @@ class TestInABrowser:
         heard = np.concatenate(list(microphone.blocks()))
         assert len(heard) == 2 * microphone.sample_rate
         assert (microphone.sample_rate == SAMPLE_RATE) == (lack != NO_RESAMPLING)
-        heard = soxr.resample(heard, microphone.sample_rate, SAMPLE_RATE)
-        said = jfk[: 3 * SAMPLE_RATE]
-        late = len(heard) - 1 - int(np.argmax(correlate(said, heard)))
-        assert abs(late) < 0.3 * SAMPLE_RATE  # the device was open before all was ready, or answers with a delay
-        heard, said = heard[max(0, late) :], said[max(0, -late) :]
-        assert np.corrcoef(heard[:SAMPLE_RATE], said[:SAMPLE_RATE])[0, 1] > 0.95
+        found = places_of(soxr.resample(heard, microphone.sample_rate, SAMPLE_RATE), jfk[: 4 * SAMPLE_RATE])
+        assert len(found) >= 3
+        # on a busy machine the browser's device loses blocks or puts silence between them; it never turns them round
+        assert all(later > earlier for (_, earlier), (_, later) in itertools.pairwise(found))
+        lags = [in_said - in_heard for in_heard, in_said in found]
+        assert any(abs(later - earlier) < 0.01 * SAMPLE_RATE for earlier, later in itertools.pairwise(lags))
         assert (microphone.overruns, state_of(page)) == (0, "closed")
 
     def test_the_button_ends_the_recording_and_frees_the_device(self, page: Any) -> None:
