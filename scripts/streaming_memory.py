@@ -3,7 +3,7 @@
     python scripts/streaming_memory.py --model FOLDER [--hours 10] [--pause-sec 10] [--quick]
 
 Clips at a stride are fed without end, as fast as they are decoded, each after a pause; what was fed is dropped. The
-memory of the process is read after each simulated half hour. The last line printed is one JSON object; the table is
+memory of the process is read twenty times. The last line printed is one JSON object; the table is
 appended to docs/BENCHMARKS.md.
 """
 
