@@ -132,7 +132,7 @@ class WhisperTrainer:
     @property
     def ended(self) -> bool:
         """Whether `train` has nothing left to do: all epochs of the configuration are done, or patience ran out."""
-        return self._progress.epochs_done >= self.config.training.epochs or self._out_of_patience()
+        return self._has_ended(self.config.training.epochs)
 
     @property
     def best_model_dir(self) -> Path:
@@ -175,7 +175,7 @@ class WhisperTrainer:
         self._saver.restore_last(self._progress)
         show = is_main_process()
         with tqdm(total=total, initial=self._progress.step, desc="training", unit="update", disable=not show) as bar:
-            while self._progress.epochs_done < epochs and not self._out_of_patience():
+            while not self._has_ended(epochs):
                 waiting = self._train_epoch(schedule, bar)
                 bar.set_postfix_str("validating")
                 self._finish_epoch(self._validate(), waiting)
@@ -282,9 +282,11 @@ class WhisperTrainer:
         if is_best:
             self._saver.export_best(self._progress)
 
-    def _out_of_patience(self) -> bool:
-        patience, best = self.config.training.patience, self._progress.best_epoch
-        return patience is not None and best is not None and self._progress.epochs_done - best >= patience
+    def _has_ended(self, epochs: int) -> bool:
+        done, best = self._progress.epochs_done, self._progress.best_epoch
+        patience = self.config.training.patience
+        out_of_patience = patience is not None and best is not None and done - best >= patience
+        return done >= epochs or out_of_patience
 
     def _report_full_context(self) -> None:
         """Measure the validation WER at 30 s too, where training made the model for both."""
