@@ -57,8 +57,10 @@ def test_three_kills_cost_nothing(drive: Path, recordings: Path, tmp_path: Path)
     assert [row["epoch"] for row in third.rows("epoch")] == [1, 2]
 
     fourth = Runtime(tmp_path / "4", drive)
-    last = fourth.run({"USE_DRIVE": True, "QUICK_RESTART": True}, first=TRAIN)
+    last = fourth.run({"USE_DRIVE": True, "QUICK_RESTART": True, "LAUNCH_PAGE": True}, first=TRAIN)
     assert fourth.rows("train_step") == third.rows("train_step")  # none was made again
     assert table(last) == table(done)
+    (page,) = (cell for cell in last if cell.id == "page")
+    assert "Demo(http://127.0.0.1:" in "".join(output.get("text", "") for output in page.outputs)
     assert (kept / "result" / "model.safetensors").stat().st_size > 0
     assert list((kept / "runs").glob("*/report.html"))
