@@ -2,16 +2,21 @@
 
     python scripts/compare_variants.py [--variant tiny.en --variant base] [--model FOLDER] [--data FILE] [--quick]
 
-Stock weights are padded to 30 s, a tuned folder works as its checkpoint says. A variant whose weights cannot be had is
-a row with the reason. The last line printed is one JSON object; the table is appended to docs/BENCHMARKS.md.
+Stock weights are padded to 30 s, a tuned folder works as its checkpoint says. Each row is measured in a process of its
+own, so that no memory of the one before counts. A variant whose weights cannot be had is a row with the reason. The
+last line printed is one JSON object; the table is appended to docs/BENCHMARKS.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
+import multiprocessing
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,8 +24,9 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.benchmark_latency import load_clips
 from scripts.benchmarking import append_table
-from src.evaluation.variants import ENGINES, VariantFigures, compare_models
-from src.utils.config import load_config
+from src.data.utterance import Utterance
+from src.evaluation.variants import ENGINES, VariantComparison, VariantFigures, compare_models
+from src.utils.config import Config, load_config
 
 DEFAULT_VARIANTS = ("tiny.en", "base")
 
@@ -40,13 +46,27 @@ def main() -> int:
     variants = [*(arguments.variant or DEFAULT_VARIANTS[: 1 if arguments.quick else None]), *arguments.model]
     clips = load_clips(arguments.data, 6 if arguments.quick else arguments.clips)
     config = load_config(None, overrides={"device": arguments.device, "model": {"language": "en"}})
-    found = compare_models(config, clips, variants=variants, engines=arguments.engine or ENGINES)
+    found = measure_apart(config, clips, variants, arguments.engine or ENGINES)
     rows = [table_row(row) for row in found.rows]
     print(found.to_frame().to_string(index=False))
     if not (arguments.quick or arguments.no_record):
-        append_table("Variants", rows, note=f"{len(clips)} clips, in batches; memory is the peak of the process.")
+        note = f"{len(clips)} clips, in batches; memory is the peak of a process of its own."
+        append_table("Variants", rows, note=note)
     print(json.dumps({f"{row.variant} {row.engine}": {"rtf": row.rtf, "wer": row.wer} for row in found.rows}))
     return 0
+
+
+def measure_apart(
+    config: Config, clips: Sequence[Utterance], variants: Sequence[str], engines: Sequence[str]
+) -> VariantComparison:
+    """Call `compare_models` for each variant and engine in a new process, one after the other."""
+    rows: list[VariantFigures] = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        for variant, engine in itertools.product(variants, engines):
+            job = pool.submit(compare_models, config, clips, variants=[variant], engines=[engine])
+            rows += job.result().rows
+    return VariantComparison(tuple(rows))
 
 
 def table_row(row: VariantFigures) -> dict[str, str]:
