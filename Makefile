@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 UV_VERSION := 0.13.9
 TEST_PROCESSES ?= 2
+BENCHMARKS := benchmark_data benchmark_training benchmark_adaptation benchmark_context_share benchmark_evaluation \
+	benchmark_latency benchmark_page compare_variants
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench doctor constraints clean
@@ -19,7 +21,7 @@ $(READY): requirements.txt requirements-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed; name one: make PYTHON=python3.13 ..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python -m venv failed. On Debian: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements-dev.txt -c constraints.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
 demo: $(READY) ## fine-tune, measure and stream tiny.en on bundled speech, offline
@@ -40,9 +42,8 @@ constraints: $(READY) ## pin the tested set anew: Colab's versions where Colab h
 	$(BIN)/uv pip compile --quiet requirements-dev.txt -c tests/data/colab_packages.txt --universal --python-version 3.11 \
 		--no-annotate --custom-compile-command "make constraints" -o constraints.txt
 
-bench: $(READY) ## every benchmark that needs no data of its own, short: nothing is recorded
-	@for script in data evaluation page; do echo "== benchmark_$$script.py"; $(BIN)/python scripts/benchmark_$$script.py --quick || exit 1; done
-	$(BIN)/python scripts/compare_variants.py --quick
+bench: $(READY) ## the benchmarks that need no tuned model, short: nothing is recorded
+	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python scripts/$$script.py --quick || exit 1; done
 
 clean: ## remove caches and runs; keeps environments and checkpoints
 	rm -rf runs .mypy_cache .pytest_cache .ruff_cache
