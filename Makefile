@@ -15,7 +15,7 @@ BENCHMARKS := benchmark_data benchmark_training benchmark_adaptation benchmark_c
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-setup: $(READY) ## create the environment (about 3 GB, once)
+setup: $(READY) ## create the environment, once: 3 GB to download, 7 GB on the disk
 
 $(READY): requirements.txt requirements-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed; name one: make PYTHON=python3.13 ..." >&2; exit 1; }
