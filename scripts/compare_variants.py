@@ -45,8 +45,11 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING)
     variants = [*(arguments.variant or DEFAULT_VARIANTS[: 1 if arguments.quick else None]), *arguments.model]
     clips = load_clips(arguments.data, 6 if arguments.quick else arguments.clips)
-    config = load_config(None, overrides={"device": arguments.device, "model": {"language": "en"}})
-    found = measure_apart(config, clips, variants, arguments.engine or ENGINES)
+    configs = [  # all names are checked before the first is measured
+        load_config(None, overrides={"device": arguments.device, "model": {"language": "en", "variant": variant}})
+        for variant in variants
+    ]
+    found = measure_apart(configs, clips, arguments.engine or ENGINES)
     rows = [table_row(row) for row in found.rows]
     print(found.to_frame().to_string(index=False))
     if not (arguments.quick or arguments.no_record):
@@ -56,16 +59,13 @@ def main() -> int:
     return 0
 
 
-def measure_apart(
-    config: Config, clips: Sequence[Utterance], variants: Sequence[str], engines: Sequence[str]
-) -> VariantComparison:
-    """Call `compare_models` for each variant and engine in a new process, one after the other."""
+def measure_apart(configs: Sequence[Config], clips: Sequence[Utterance], engines: Sequence[str]) -> VariantComparison:
+    """Call `compare_models` for each configuration's variant and each engine in a new process, one after the other."""
     rows: list[VariantFigures] = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        for variant, engine in itertools.product(variants, engines):
-            job = pool.submit(compare_models, config, clips, variants=[variant], engines=[engine])
-            rows += job.result().rows
+        for config, engine in itertools.product(configs, engines):
+            rows += pool.submit(compare_models, config, clips, engines=[engine]).result().rows
     return VariantComparison(tuple(rows))
 
 
