@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 UV_VERSION := 0.13.9
 TEST_PROCESSES ?= 2
-BENCHMARKS := benchmark_data benchmark_training benchmark_adaptation benchmark_context_share benchmark_evaluation \
-	benchmark_latency benchmark_page compare_variants
+BENCHMARKS := benchmarks/data benchmarks/training benchmarks/adaptation benchmarks/context_share benchmarks/evaluation \
+	scripts/benchmark_latency benchmarks/page benchmarks/variants
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench doctor constraints clean
@@ -43,7 +43,7 @@ constraints: $(READY) ## pin the tested set anew: Colab's versions where Colab h
 		--no-annotate --custom-compile-command "make constraints" -o constraints.txt
 
 bench: $(READY) ## the benchmarks that need no tuned model, short: nothing is recorded
-	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python scripts/$$script.py --quick || exit 1; done
+	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script.py --quick || exit 1; done
 
 clean: ## remove caches and runs; keeps environments and checkpoints
 	rm -rf runs .mypy_cache .pytest_cache .ruff_cache

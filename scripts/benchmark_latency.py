@@ -31,11 +31,11 @@ import torch
 from transformers import WhisperForConditionalGeneration
 from transformers import logging as transformers_logging
 
-from scripts.benchmark_adaptation import read, strided
-from scripts.benchmarking import append_table
+from benchmarks.adaptation import read, strided
+from benchmarks.benchmarking import append_table
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
-from src.data.sources import load_utterances
+from src.data.sources.catalog import load_utterances
 from src.data.utterance import Utterance
 from src.evaluation.edits import error_rate, word_counts
 from src.evaluation.latency import Engine, LatencyResult, check_clips, measure_engine, torch_engine

@@ -28,14 +28,14 @@ from scripts.command_line import check_model_path, parse_setting
 from src.data import create_loader
 from src.data.checking import SkippedUtterance, check_listed, enforce_skip_policy
 from src.data.labels import apply_case, resolve_case
-from src.data.manifest import MANIFEST_SUFFIXES
 from src.data.quality import ClipStats
-from src.data.sources import load_utterances
+from src.data.sources.catalog import load_utterances
+from src.data.sources.manifest import MANIFEST_SUFFIXES
 from src.data.utterance import SPLIT_NAMES, Utterance
 from src.evaluation import EvaluationResult, ModelEvaluator
-from src.evaluation.html_report import write_html_report
-from src.evaluation.origin import DATA_VERSIONS_DIR, MEASURED_EVENT
-from src.evaluation.report import STOCK, TUNED, bootstrap_of, format_comparison
+from src.evaluation.report.html import write_html_report
+from src.evaluation.report.origin import DATA_VERSIONS_DIR, MEASURED_EVENT
+from src.evaluation.report.summary import STOCK, TUNED, bootstrap_of, format_comparison
 from src.evaluation.results import compare_predictions
 from src.evaluation.text import get_normalizer, whisper_normalizer_for
 from src.models import WhisperModelManager

@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.command_line import check_model_path
-from src.models.ct2_export import export_ctranslate2
-from src.models.export import export_huggingface
-from src.models.onnx_export import export_onnx, require_onnx
+from src.models.export.ctranslate2 import export_ctranslate2
+from src.models.export.huggingface import export_huggingface
+from src.models.export.onnx import export_onnx, require_onnx
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import load_config
 from src.utils.errors import ModelError, WhisperASRError

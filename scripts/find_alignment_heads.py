@@ -26,9 +26,9 @@ from scripts.evaluate import source_of
 from src.data.audio import load_audio
 from src.data.checking import audio_name
 from src.data.labels import apply_case, resolve_case
-from src.data.sources import load_utterances
+from src.data.sources.catalog import load_utterances
 from src.data.utterance import SPLIT_NAMES, Utterance
-from src.inference.head_search import DEFAULT_COUNT, HeadSearch, find_alignment_heads, write_alignment_heads
+from src.inference.alignment_heads import DEFAULT_COUNT, HeadSearch, find_alignment_heads, write_alignment_heads
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import Config, load_config
 from src.utils.config_section import MAX_AUDIO_SEC

@@ -46,7 +46,9 @@ def main() -> int:
     print(f"running {NOTEBOOK.name} with the demo profile; this takes some minutes", flush=True)
     began = time.perf_counter()
     execute_notebook(run_dir, QUICK if arguments.quick else {})
-    from src.evaluation.report import summarize_run  # loads torch: not while the kernel needs the memory and cores
+    from src.evaluation.report.summary import (
+        summarize_run,  # loads torch: not while the kernel needs the memory and cores
+    )
 
     summary = summarize_run(run_dir)
     print(summary.to_text())

@@ -5,7 +5,7 @@
 
 Prints the address when ready, and serves until Ctrl-C or SIGTERM; then every session is decoded to its end. Only this
 machine can connect, unless `--host` says otherwise. scripts/stream_client.py is a client; the wire format is in
-src/inference/protocol.py.
+src/inference/server/protocol.py.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT))
 from scripts.command_line import check_model_path, parse_setting
 from scripts.stream_client import read_token
 from src.data.vad import VoiceActivityDetector
-from src.inference.connection import ServerLimits
 from src.inference.engines import Engine, load_engine
-from src.inference.server import DEFAULT_PORT, LOOPBACK, CaptionServer, SessionFactory
-from src.inference.session import StreamingSession
+from src.inference.server.connection import ServerLimits
+from src.inference.server.server import DEFAULT_PORT, LOOPBACK, CaptionServer, SessionFactory
+from src.inference.streaming.session import StreamingSession
 from src.utils import load_config, setup_logging
 from src.utils.config import Config
 from src.utils.errors import ConfigError, WhisperASRError

@@ -28,16 +28,16 @@ from scripts.command_line import check_model_path, parse_setting
 from scripts.recordings import Recording, caption_paths, find_recordings
 from src.inference.caption_files import write_captions
 from src.inference.captions import cues_of_segments, make_cues
-from src.inference.jobs import JobReport, deal, run_job
-from src.inference.transcription import Transcription
-from src.utils.atomic import write_text_atomic
+from src.inference.files.jobs import JobReport, deal, run_job
+from src.inference.files.transcription import Transcription
 from src.utils.config import Config, flatten, load_config
 from src.utils.distributed import from_main, gather_objects, is_main_process, join_processes, rank, world_size
 from src.utils.errors import AudioError, DataError, WhisperASRError, did_you_mean
+from src.utils.files import write_text_atomic
 from src.utils.logging_config import setup_logging
 
 if TYPE_CHECKING:
-    from src.inference.batch import BatchInference
+    from src.inference.files.transcribe import BatchInference
 
 FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 TIMED_BY_WORDS = {"srt", "vtt", "tsv"}  # a segment of up to 28 s is no caption
@@ -191,8 +191,8 @@ def transcribe(
 
 def load_inference(model: str, config: Config, *, workers: int | None) -> BatchInference:
     """Load the model; what it needs is imported only now, as that takes time."""
-    from src.inference.batch import BatchInference
     from src.inference.engines import load_engine
+    from src.inference.files.transcribe import BatchInference
 
     return BatchInference(config=config, engine=load_engine(model, config, workers=workers))
 

@@ -35,8 +35,8 @@ from scripts.transcribe import (
     positive,
     tell,
 )
-from src.inference.jobs import run_job
-from src.inference.transcription import Transcription
+from src.inference.files.jobs import run_job
+from src.inference.files.transcription import Transcription
 from src.utils.config import Config
 from src.utils.errors import MissingDependencyError
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from src.data.audio import load_audio
-from src.data.sources import SAMPLE_CLIP, load_utterances
+from src.data.sources.catalog import SAMPLE_CLIP, load_utterances
 from src.data.utterance import Utterance
 from src.utils.config import Config, load_config
 from src.utils.config_schema import DataConfig

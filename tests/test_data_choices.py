@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from src.data.audio import load_audio
-from src.data.sources import SAMPLE_PARQUET
+from src.data.sources.catalog import SAMPLE_PARQUET
 from src.data.utterance import Utterance
 from tests.runtime import SETTINGS_OF_TESTS, TRAIN, Runtime
 

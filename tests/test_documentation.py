@@ -28,7 +28,7 @@ TROUBLESHOOTING = ROOT / "docs" / "TROUBLESHOOTING.md"
 DOCUMENTS = sorted(
     path for place in ("*.md", "docs/**/*.md", "src/**/*.md", "checkpoints/*.md") for path in ROOT.glob(place)
 )
-CODE = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "scripts").glob("*.py")])
+CODE = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "scripts").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 # headings that the notebook links to, as "if this fails"
 SECTIONS = {
     "set-up", "settings", "data", "model", "training", "comparison", "transcribing", "streaming", "export", "drive",
@@ -199,11 +199,11 @@ def test_commands_name_targets_scripts_and_options_that_exist(
         if words[0] == "make" and not {word for word in words[1:] if "=" not in word} <= targets:
             refused.append(command)
         for at, word in enumerate(words):
-            if not re.fullmatch(r"scripts/\w+\.py", word):
+            if not re.fullmatch(r"(scripts|benchmarks)/\w+\.py", word):
                 continue
             monkeypatch.setattr(sys, "argv", words[at:])
             try:
-                importlib.import_module(f"scripts.{Path(word).stem}").main()
+                importlib.import_module(word.removesuffix(".py").replace("/", ".")).main()
             except ParsedError:
                 accepted += 1
             except SystemExit:

@@ -1,7 +1,8 @@
 from .audio import SAMPLE_RATE, load_audio
 from .audio_cache import AudioCache
-from .augmentation import AudioAugmenter
-from .augmentation_demo import demonstrate, draw_examples, players
+from .augmentation.augmenter import AudioAugmenter
+from .augmentation.demo import demonstrate, draw_examples, players
+from .augmentation.spec_augment import SpecAugment
 from .batching import LengthBatchSampler
 from .dataset import DataCollator, WhisperDataset, decode_audio
 from .features import LogMel
@@ -9,10 +10,9 @@ from .labels import LabelEncoder
 from .loader import SpeechLoader, create_dataloaders, create_loader
 from .preparation import DatasetSplits, prepare_datasets
 from .preprocessing import AudioPreprocessor
-from .report import DataReport, build_data_report
-from .report_figure import draw_data_report
-from .sources import SAMPLE_CLIP
-from .spec_augment import SpecAugment
+from .report.figure import draw_data_report
+from .report.report import DataReport, build_data_report
+from .sources.catalog import SAMPLE_CLIP
 from .utterance import Utterance
 from .vad import VoiceActivityDetector
 

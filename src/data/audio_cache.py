@@ -18,8 +18,8 @@ import soundfile as sf
 from numpy.typing import NDArray
 
 from src.data.audio import SAMPLE_RATE, AudioSource, Waveform, load_audio, read_encoded
-from src.utils.atomic import read_hidden_name, write_bytes_atomic
 from src.utils.errors import WhisperASRError
+from src.utils.files import read_hidden_name, write_bytes_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import soundfile as sf
 import torch
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.noise import coloured_noise
+from src.data.augmentation.noise import coloured_noise
 from src.data.utterance import Utterance
 from src.utils.errors import DataError
 

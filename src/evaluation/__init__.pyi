@@ -1,23 +1,23 @@
-from .alignment_view import AlignmentView
 from .data_checks import add_model_checks, choose_label_case
 from .evaluator import ModelEvaluator
-from .figures_streaming import draw_emission, draw_tradeoff
-from .figures_variants import variants_chart
-from .figures_words import draw_words
 from .guard import GuardSet, evaluate_guard, prepare_guard_set
-from .html_report import write_html_report
 from .latency import LatencyBenchmark, latency_table
-from .live_plot import LivePlot
 from .metrics import MetricsCalculator
-from .model_card import write_model_card
-from .report import comparison_table, describe_comparison, summarize_run
+from .report.clips import AlignmentView
+from .report.html import write_html_report
+from .report.model_card import write_model_card
+from .report.summary import comparison_table, describe_comparison, summarize_run
 from .results import EvaluationResult, ModelComparison
 from .slices import slice_rates
 from .streaming import ReplayClock, evaluate_stream, make_stream, replay
 from .streaming_metrics import measure_stream
 from .streams import WordAligner, add_noise, join_clips
 from .variants import compare_models
-from .visualization import EvaluationVisualizer, TrainingVisualizer
+from .visualization.evaluation import EvaluationVisualizer, TrainingVisualizer
+from .visualization.streaming import draw_emission, draw_tradeoff
+from .visualization.training import LivePlot
+from .visualization.variants import variants_chart
+from .visualization.words import draw_words
 from .word_timing import time_words
 
 __all__ = [

@@ -19,11 +19,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from src.data.dataset import decode_audio
-from src.data.findings import Finding, count_clips, sort_findings
 from src.data.labels import IGNORE_INDEX, EncodedLabel, LabelCase, LabelEncoder, apply_case, resolve_case
 from src.data.loader import create_loader
-from src.data.report import DataReport
-from src.data.report_clips import hashed_choice
+from src.data.report.findings import Finding, count_clips, sort_findings
+from src.data.report.report import DataReport
+from src.data.report.table import hashed_choice
 from src.data.utterance import Utterance
 from src.evaluation.edits import word_counts
 from src.evaluation.evaluator import ModelEvaluator

@@ -24,14 +24,14 @@ from src.data.checking import (
     check_utterance,
     enforce_skip_policy,
 )
-from src.data.hub import CORPORA
 from src.data.labels import apply_case, resolve_case
 from src.data.loader import create_loader
 from src.data.quality import ClipStats
-from src.data.sources import SAMPLE_CLIP, load_utterances, open_source
+from src.data.sources.catalog import SAMPLE_CLIP, load_utterances, open_source
+from src.data.sources.hub import CORPORA
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator
-from src.evaluation.forgetting_report import guard_name
+from src.evaluation.report.forgetting import guard_name
 from src.evaluation.results import EvaluationResult
 from src.models.weights import HUB_ERRORS, HUB_TIMEOUT_SEC
 from src.utils.config import Config

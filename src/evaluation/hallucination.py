@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 
 from src.evaluation.edits import EditCounts
-from src.inference.commit import find_loop
 from src.inference.options import MIN_NEW_TOKENS
+from src.inference.streaming.commit import find_loop
 from src.inference.words import Word
 
 MAX_TOKENS_PER_SEC = 8.0  # text tokens; fast speech has about 6

@@ -11,8 +11,8 @@ from typing import Any
 
 from src.evaluation.edits import EditCounts
 from src.evaluation.metrics import Bootstrap, ErrorRates, PairedComparison, compare_counts
-from src.utils.atomic import write_text_atomic
 from src.utils.errors import DataError
+from src.utils.files import write_text_atomic
 from src.utils.tracking import ExperimentLogger
 
 

@@ -25,10 +25,10 @@ from src.evaluation.metrics import ErrorRates, MetricsCalculator
 from src.evaluation.results import EvaluationResult
 from src.evaluation.streams import draw_pause, join_audios
 from src.evaluation.text import WHISPER_ENGLISH
-from src.inference.events import StreamingResult
-from src.inference.microphone import BLOCK_SEC
-from src.inference.session import StreamingSession
-from src.inference.streaming import StreamingASR
+from src.inference.streaming.events import StreamingResult
+from src.inference.streaming.live import StreamingASR
+from src.inference.streaming.microphone import BLOCK_SEC
+from src.inference.streaming.session import StreamingSession
 from src.utils.errors import DataError
 from src.utils.tracking import ExperimentLogger
 

@@ -41,7 +41,7 @@ from src.evaluation.word_timing import (
     match_words,
     texts_by_clip,
 )
-from src.inference.events import Event, StreamingResult
+from src.inference.streaming.events import Event, StreamingResult
 from src.inference.words import Word
 from src.utils.errors import DataError
 

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.augmentation.noise import EXPONENTS, NoiseKind, coloured_noise, mix_at_snr
 from src.data.dataset import decode_audio
 from src.data.labels import LabelEncoder, apply_case, resolve_case
-from src.data.noise import EXPONENTS, NoiseKind, coloured_noise, mix_at_snr
-from src.data.sources import SAMPLE_CLIP
+from src.data.sources.catalog import SAMPLE_CLIP
 from src.data.utterance import Utterance
 from src.data.vad import SpeechSegment, VoiceActivityDetector
 from src.evaluation.guard import CLIP_TEXT

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from src.evaluation.edits import align_words
 from src.evaluation.streams import SpokenWord, TimedStream
 from src.evaluation.text import PLAIN, normalize_plain
-from src.inference.commit import word_key
-from src.inference.events import Event
+from src.inference.streaming.commit import word_key
+from src.inference.streaming.events import Event
 from src.inference.words import Word
 
 

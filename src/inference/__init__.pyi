@@ -1,17 +1,17 @@
-from .batch import BatchInference
+from .alignment_heads import HeadSearch, find_alignment_heads, write_alignment_heads
 from .caption_files import LiveCaptionWriter, write_captions
 from .captions import CaptionOptions, cues_of_segments, make_cues
-from .client import stream_to_server
-from .connection import ServerLimits
 from .decoding import decode
-from .demo import launch_demo
 from .engines import load_engine
-from .head_search import HeadSearch, find_alignment_heads, write_alignment_heads
-from .live_view import LiveCaptions
+from .files.transcribe import BatchInference
+from .files.transcription import Transcription
 from .options import DecodingOptions
-from .server import CaptionServer
-from .streaming import StreamingASR
-from .transcription import Transcription
+from .server.client import stream_to_server
+from .server.connection import ServerLimits
+from .server.page import launch_demo
+from .server.server import CaptionServer
+from .streaming.live import StreamingASR
+from .streaming.view import LiveCaptions
 
 __all__ = [
     "BatchInference",

@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from src.inference.captions import DEFAULT_OPTIONS, CaptionOptions, Cue, CueBuilder, spaced
-from src.inference.events import Event
+from src.inference.streaming.events import Event
 from src.inference.words import Word
-from src.utils.atomic import write_text_atomic
 from src.utils.errors import DataError, did_you_mean
+from src.utils.files import write_text_atomic
 
 _HEADERS: Mapping[str, str] = {".srt": "", ".vtt": "WEBVTT\n\n"}
 

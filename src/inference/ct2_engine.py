@@ -18,7 +18,7 @@ from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.mel import HOP_SAMPLES
 from src.inference.frontend import log_mel_on_host
 from src.inference.options import DecodingOptions, DecodingResult
-from src.inference.vocabulary import Vocabulary
+from src.inference.tokens import Vocabulary
 from src.inference.words import Word, place_words
 from src.utils.errors import DeviceError, ModelError
 from src.utils.runtime import cpu_threads

@@ -21,7 +21,7 @@ from src.data.audio import SAMPLE_RATE, Waveform
 from src.inference.alignment import align_words, alignment_heads, record_cross_attention, words_from_attention
 from src.inference.frontend import log_mel_batch
 from src.inference.options import DecodingOptions, DecodingResult
-from src.inference.vocabulary import Vocabulary
+from src.inference.tokens import Vocabulary
 from src.inference.words import Word
 from src.models.dynamic_context import get_audio_context
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from src.data.audio import Waveform
 from src.inference.options import DecodingOptions, DecodingResult
-from src.inference.vocabulary import Vocabulary
+from src.inference.tokens import Vocabulary
 from src.inference.words import Word
 from src.utils.config import Config
 from src.utils.errors import ConfigError, ModelError

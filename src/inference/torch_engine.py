@@ -11,7 +11,7 @@ from src.data.audio import SAMPLE_RATE, Waveform
 from src.inference.alignment import align_words
 from src.inference.decoding import decode, encode, languages_of
 from src.inference.options import DecodingOptions, DecodingResult
-from src.inference.vocabulary import Vocabulary
+from src.inference.tokens import Vocabulary
 from src.inference.words import Word
 from src.models.dynamic_context import get_audio_context
 from src.models.modes import evaluation_mode

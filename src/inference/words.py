@@ -6,7 +6,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from src.inference.vocabulary import Vocabulary
+from src.inference.tokens import Vocabulary
 
 _CLOSING = string.punctuation.replace("'", "") + "。、，！？：”’)]}"  # joins the word before it
 _OPENING = "\"'“¿([{-"  # joins the word after it

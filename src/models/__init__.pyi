@@ -1,9 +1,9 @@
 from .ct2_converter import convert_ct2_to_hf
-from .ct2_export import export_ctranslate2
 from .dynamic_context import DynamicWhisper
-from .export import export_huggingface
-from .hub_push import push_to_hub
-from .onnx_export import export_onnx
+from .export.ctranslate2 import export_ctranslate2
+from .export.hub import push_to_hub
+from .export.huggingface import export_huggingface
+from .export.onnx import export_onnx
 from .weights import resolve_weights
 from .whisper_model import WhisperModelManager
 

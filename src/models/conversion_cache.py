@@ -16,8 +16,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from src.utils.atomic import atomic_folder
 from src.utils.errors import ModelError
+from src.utils.files import atomic_folder
 
 logger = logging.getLogger(__name__)
 

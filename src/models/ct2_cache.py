@@ -31,7 +31,7 @@ def ct2_folder(source: str, *, quantization: str, cache_dir: Path) -> Path:
     digest = hashlib.sha256(f"{content} {quantization}".encode()).hexdigest()
 
     def convert(target: Path) -> None:
-        from src.models.ct2_export import export_ctranslate2
+        from src.models.export.ctranslate2 import export_ctranslate2
 
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             exported = export_ctranslate2(weights.path, Path(scratch) / "exported", quantization=quantization)

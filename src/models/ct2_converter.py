@@ -27,8 +27,8 @@ from src.models.processor import (
     build_processor,
     save_processor,
 )
-from src.utils.atomic import atomic_folder
 from src.utils.errors import ModelError
+from src.utils.files import atomic_folder
 
 SPEC_NAME = "WhisperSpec"
 NEWEST_REVISION = 3

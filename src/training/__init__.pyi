@@ -1,7 +1,7 @@
-from .context_adaptation import AdaptationResult, adapt_context
+from .adapt import AdaptationResult, adapt_context
 from .mixing import MixResult, choose_mix
+from .preflight import Preflight, preflight
 from .probe import propose_batch_seconds
-from .readiness import Preflight, preflight
 from .restart import RestartedRun, restart
 from .stored import spare_checkpoints, stored_report
 from .trainer import WhisperTrainer

@@ -26,9 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from src.utils.atomic import atomic_folder, recover_folder, remove_folder, removed_name
 from src.utils.colab import sha256_of
 from src.utils.errors import CheckpointError
+from src.utils.files import atomic_folder, recover_folder, remove_folder, removed_name
 from src.utils.mirror import DriveMirror
 
 logger = logging.getLogger(__name__)

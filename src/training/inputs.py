@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from src.data.audio import SAMPLE_RATE
-from src.data.augmentation import AudioAugmenter
+from src.data.augmentation.augmenter import AudioAugmenter
+from src.data.augmentation.spec_augment import SpecAugment
 from src.data.features import CONTEXT_SAMPLES, HOP_SAMPLES
 from src.data.mel import padded_samples
-from src.data.spec_augment import SpecAugment
 from src.inference.frontend import log_mel_for
 from src.training.prefixes import PrefixCutter
 from src.utils.config_schema import Config

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from src.evaluation.evaluator import ModelEvaluator
-from src.evaluation.forgetting_report import describe_mix
+from src.evaluation.report.forgetting import describe_mix
 from src.models.dynamic_context import DynamicWhisper, get_audio_context
-from src.models.export import export_huggingface
+from src.models.export.huggingface import export_huggingface
 from src.utils.config import Config
 from src.utils.distributed import broadcast_object, is_main_process, wait_for_all
 from src.utils.errors import DataError, ModelError

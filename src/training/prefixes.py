@@ -23,12 +23,12 @@ from src.data.dataset import WhisperDataset
 from src.data.labels import IGNORE_INDEX
 from src.inference.alignment import align_words
 from src.inference.decoding import encode
-from src.inference.vocabulary import Vocabulary
+from src.inference.tokens import Vocabulary
 from src.inference.words import split_words
 from src.models.dynamic_context import DynamicWhisper
 from src.models.modes import evaluation_mode
 from src.training.state import tensors_digest
-from src.utils.atomic import write_text_atomic
+from src.utils.files import write_text_atomic
 
 logger = logging.getLogger(__name__)
 

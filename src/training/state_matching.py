@@ -25,7 +25,7 @@ from src.data.mel import padded_samples
 from src.inference.decoding import decode, encode
 from src.inference.frontend import log_mel_for
 from src.inference.options import DecodingOptions
-from src.inference.vocabulary import Vocabulary
+from src.inference.tokens import Vocabulary
 from src.models.dynamic_context import DynamicWhisper
 from src.training.schedule import build_optimizer, build_schedule
 from src.utils.config import Config

@@ -12,13 +12,13 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from src.data.sources import SAMPLES_DIR
-from src.models.export import read_provenance
-from src.models.packaged_weights import PACKAGED_MODELS, PackagedModel
+from src.data.sources.catalog import SAMPLES_DIR
+from src.models.export.huggingface import read_provenance
+from src.models.offline_weights import PACKAGED_MODELS, PackagedModel
 from src.models.weights import HUB_REPOSITORIES
 from src.training.checkpoint import list_checkpoints, read_values, verify_checkpoint
 from src.training.resume import config_differences
-from src.training.saving import BEST_MODEL_NAME
+from src.training.saver import BEST_MODEL_NAME
 from src.utils.config import Config
 from src.utils.errors import CheckpointError, first_line
 from src.utils.resources import size_mb

@@ -33,7 +33,7 @@ from src.training.methods import merged_model, prepare_model
 from src.training.prefixes import PrefixCutter, load_or_time_words
 from src.training.progress import Progress
 from src.training.resume import ResumeReport
-from src.training.saving import RunSaver
+from src.training.saver import RunSaver
 from src.training.schedule import build_optimizer, build_schedule, count_updates, default_learning_rate
 from src.training.sharding import shard_model
 from src.training.updates import Batch, Updater, UpdateReport

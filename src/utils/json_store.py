@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from filelock import FileLock
 
-from src.utils.atomic import write_text_atomic
 from src.utils.errors import DataError
+from src.utils.files import write_text_atomic
 
 T = TypeVar("T")
 

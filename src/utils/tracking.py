@@ -24,9 +24,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from src.utils.atomic import write_text_atomic
 from src.utils.config import Config
 from src.utils.errors import WhisperASRError
+from src.utils.files import write_text_atomic
 from src.utils.trackers import Trackers
 from src.utils.versioning import get_git_revision
 

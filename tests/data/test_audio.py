@@ -11,7 +11,7 @@ import soundfile as sf
 
 from src.data import audio as audio_module
 from src.data.audio import SAMPLE_RATE, decode, load_audio, read_encoded, to_mono_16k
-from src.data.sources import SAMPLE_CLIP
+from src.data.sources.catalog import SAMPLE_CLIP
 from src.utils.errors import AudioError
 
 

@@ -13,7 +13,7 @@ import soundfile as sf
 from src.data import audio_cache
 from src.data.audio import SAMPLE_RATE, load_audio
 from src.data.audio_cache import AudioCache
-from src.data.sources import SAMPLE_CLIP
+from src.data.sources.catalog import SAMPLE_CLIP
 from src.utils.errors import AudioError, WhisperASRError
 from tests.utils.full_disk import fill_disk
 

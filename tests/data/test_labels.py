@@ -17,7 +17,7 @@ from src.data.labels import (
     apply_case,
     resolve_case,
 )
-from src.data.sources import SAMPLE_CLIP
+from src.data.sources.catalog import SAMPLE_CLIP
 from src.data.utterance import Utterance
 from src.utils.errors import DataError
 

@@ -200,7 +200,7 @@ PROCESS = """
 import json, sys
 from src.data.checking import check_utterance
 from src.data.loader import create_loader
-from src.data.sources import load_utterances
+from src.data.sources.catalog import load_utterances
 from src.utils.config import load_config
 from tests.data.word_tokenizer import word_processor
 task = json.load(sys.stdin)

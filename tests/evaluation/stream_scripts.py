@@ -8,7 +8,7 @@ import numpy as np
 
 from src.data.audio import SAMPLE_RATE
 from src.evaluation.streams import SpokenWord, StreamClip, TimedStream
-from src.inference.events import Event, StreamingResult
+from src.inference.streaming.events import Event, StreamingResult
 from src.inference.words import Word
 
 WORD_SEC = 0.5

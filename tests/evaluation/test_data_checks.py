@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from src.data.labels import apply_case
-from src.data.report import DataReport, build_data_report
-from src.data.sources import SAMPLE_CLIP
+from src.data.report.report import DataReport, build_data_report
+from src.data.sources.catalog import SAMPLE_CLIP
 from src.data.utterance import Utterance
 from src.evaluation.data_checks import LabelStyles, StyleCost, add_model_checks, find_hard_clips, measure_label_styles
 from src.utils.config import Config

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from src.evaluation.figures_speed import latest_latencies
 from src.evaluation.latency import (
     WARMUP_CALLS,
     Engine,
@@ -21,9 +20,10 @@ from src.evaluation.latency import (
     readable,
     torch_engine,
 )
-from src.evaluation.report import load_metrics
+from src.evaluation.report.summary import load_metrics
+from src.evaluation.visualization.speed import latest_latencies
 from src.inference import decoding
-from src.inference.batch import BatchInference
+from src.inference.files.transcribe import BatchInference
 from src.utils.config import Config, load_config
 from src.utils.errors import AudioError, DataError
 from src.utils.memory import MemoryUse

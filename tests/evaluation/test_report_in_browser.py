@@ -16,11 +16,11 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from src.data.checking import check_utterance
 from src.data.loader import create_loader
 from src.data.utterance import Utterance
-from src.evaluation.alignment_view import clip_kinds
 from src.evaluation.edits import word_counts
 from src.evaluation.evaluator import ModelEvaluator
-from src.evaluation.html_report import write_html_report
-from src.evaluation.report import load_predictions
+from src.evaluation.report.clips import clip_kinds
+from src.evaluation.report.html import write_html_report
+from src.evaluation.report.summary import load_predictions
 from src.evaluation.results import Prediction
 from src.evaluation.text import WHISPER_ENGLISH
 from src.utils.config import load_config

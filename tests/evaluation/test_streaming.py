@@ -10,7 +10,7 @@ import pytest
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.utterance import Utterance
 from src.evaluation.streaming import ReplayClock, make_stream, replay
-from src.inference.events import Event
+from src.inference.streaming.events import Event
 from src.utils.errors import DataError
 
 

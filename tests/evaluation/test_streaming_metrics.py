@@ -10,7 +10,7 @@ import scipy.stats
 
 from src.evaluation.metrics import Bootstrap
 from src.evaluation.streaming_metrics import measure_stream, summarize_latency
-from src.inference.events import Event
+from src.inference.streaming.events import Event
 from src.utils.errors import DataError
 from tests.evaluation.stream_scripts import event, result_of, spoken
 

@@ -21,7 +21,7 @@ from src.evaluation.variants import (
     compare_models,
     ctranslate2_engine,
 )
-from src.models.ct2_export import export_ctranslate2
+from src.models.export.ctranslate2 import export_ctranslate2
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import Config, load_config
 from src.utils.errors import ConfigError, ModelError

@@ -10,10 +10,10 @@ import pytest
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.vad import VoiceActivityDetector
-from src.inference.commit import word_key
 from src.inference.engines import Engine, load_engine
-from src.inference.events import Event
-from src.inference.streaming import StreamingASR
+from src.inference.streaming.commit import word_key
+from src.inference.streaming.events import Event
+from src.inference.streaming.live import StreamingASR
 from src.inference.torch_engine import TorchEngine
 from src.utils.config import load_config
 

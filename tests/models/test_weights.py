@@ -14,7 +14,8 @@ import pytest
 from huggingface_hub import constants
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-from src.models import packaged_weights, weights
+from src.models import offline_weights as packaged_weights
+from src.models import weights
 from src.models.conversion_cache import MANIFEST_FILE, convert_once
 from src.models.weights import PACKAGED_MODELS, ResolvedWeights, resolve_weights
 from src.utils.config_schema import VARIANTS

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.benchmarking import BENCHMARKS
 from scripts.benchmark_latency import Measured, row, speedup, summarize
-from scripts.benchmarking import BENCHMARKS
 from src.evaluation.latency import LatencyResult
 
 ROOT = Path(__file__).resolve().parents[2]

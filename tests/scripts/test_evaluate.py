@@ -16,10 +16,10 @@ from transformers import WhisperConfig
 from scripts import evaluate
 from scripts.command_line import check_model_path
 from src.data.audio import SAMPLE_RATE
-from src.data.sources import SAMPLE_PARQUET
+from src.data.sources.catalog import SAMPLE_PARQUET
 from src.data.utterance import Utterance
-from src.evaluation.report import summarize_run
-from src.models.export import export_huggingface
+from src.evaluation.report.summary import summarize_run
+from src.models.export.huggingface import export_huggingface
 from src.utils.errors import DataError, ModelError
 
 

@@ -16,8 +16,8 @@ import soundfile as sf
 from scripts import transcribe
 from scripts.recordings import caption_paths, find_recordings
 from src.data.audio import SAMPLE_RATE
-from src.data.sources import SAMPLE_CLIP
-from src.models.ct2_export import export_ctranslate2
+from src.data.sources.catalog import SAMPLE_CLIP
+from src.models.export.ctranslate2 import export_ctranslate2
 from src.utils.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts.transcribe_ray import main
-from src.data.sources import SAMPLE_CLIP
+from src.data.sources.catalog import SAMPLE_CLIP
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from transformers import WhisperProcessor
 from src.data.batching import Batches, LengthBatchSampler
 from src.data.checking import check_utterance
 from src.data.loader import create_loader
-from src.data.sources import load_utterances
+from src.data.sources.catalog import load_utterances
 from src.evaluation.evaluator import ModelEvaluator
 from src.models.dynamic_context import DynamicWhisper
 from src.training import updates

@@ -11,7 +11,7 @@ from peft import import_utils
 from torch import Tensor, nn
 from transformers import WhisperForConditionalGeneration
 
-from src.models.export import export_huggingface
+from src.models.export.huggingface import export_huggingface
 from src.training.loss import TokenLoss
 from src.training.methods import choose_method, has_adapters, merged_model, prepare_model, trainable
 from src.training.schedule import build_optimizer

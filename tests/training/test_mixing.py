@@ -13,9 +13,9 @@ from src.data.checking import check_utterance
 from src.data.loader import create_loader
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator
-from src.evaluation.report import summarize_run
+from src.evaluation.report.summary import summarize_run
 from src.models.dynamic_context import DynamicWhisper
-from src.models.export import read_provenance
+from src.models.export.huggingface import read_provenance
 from src.training import mixing
 from src.training.methods import prepare_model
 from src.training.mixing import choose_mix, mix_state

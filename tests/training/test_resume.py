@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from src.data.utterance import Utterance
-from src.models.export import read_provenance
+from src.models.export.huggingface import read_provenance
 from src.training.checkpoint import CheckpointStore, TrainingState, list_checkpoints, load_checkpoint
 from src.training.progress import Progress
 from src.training.resume import config_differences, find_checkpoint
@@ -316,7 +316,7 @@ def test_a_run_killed_before_the_best_was_exported_exports_it_when_resumed(
 
     first = make_trainer(training__method=method)
     with monkeypatch.context() as patch:
-        patch.setattr("src.training.saving.export_huggingface", kill)
+        patch.setattr("src.training.saver.export_huggingface", kill)
         with pytest.raises(KilledError):
             first.train()
     assert not first.best_model_dir.exists()

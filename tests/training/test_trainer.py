@@ -19,8 +19,8 @@ from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator
 from src.inference.decoding import decode
 from src.inference.options import DecodingOptions
-from src.models.export import read_provenance
-from src.training import saving
+from src.models.export.huggingface import read_provenance
+from src.training import saver as saving
 from src.training.checkpoint import list_checkpoints, load_checkpoint
 from src.training.trainer import WhisperTrainer
 from src.training.updates import Updater, UpdateReport

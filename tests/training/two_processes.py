@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from src.data.batching import Batches, LengthBatchSampler
 from src.data.checking import check_utterance
 from src.data.loader import create_loader
-from src.data.sources import load_utterances
+from src.data.sources.catalog import load_utterances
 from src.evaluation.evaluator import ModelEvaluator
 from src.models.whisper_model import WhisperModelManager
 from src.training.trainer import WhisperTrainer

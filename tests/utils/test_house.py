@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -28,6 +29,28 @@ def test_imports_point_one_way(package: str) -> None:
     allowed = set(ORDER[: ORDER.index(package) + 1])
     for path in (ROOT / "src" / package).rglob("*.py"):
         assert imported_packages(path) <= allowed, path
+
+
+def modules() -> dict[str, Path]:
+    """All modules of `src` by dotted name; a package goes by its own name."""
+    found = (ROOT / "src").rglob("*.py")
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in found}
+
+
+def imports_of(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of `src` that a module imports when it is imported itself."""
+    imported: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            imported |= (names & known.keys()) or {node.module}
+    return imported & known.keys()
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    known = modules()
+    sorter = graphlib.TopologicalSorter({name: imports_of(path, known) for name, path in known.items()})
+    sorter.prepare()  # raises CycleError, which names the modules
 
 
 def test_import_src_loads_no_torch() -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from src.data.audio_cache import AudioCache
-from src.data.sources import SAMPLE_CLIP
-from src.utils.atomic import atomic_folder
+from src.data.sources.catalog import SAMPLE_CLIP
 from src.utils.config import Config, load_config
 from src.utils.errors import WhisperASRError
+from src.utils.files import atomic_folder
 from src.utils.resources import (
     check_disk,
     check_kept,

@@ -1,0 +1,220 @@
+"""Whole systems on the same weights: this project's engines, faster-whisper, and transformers' pipeline.
+
+Each system is what its user would call, features and all. The rounds go through all systems in turn, so that other work
+on the machine meets each of them; a ratio is the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
+
+from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.sources.catalog import SAMPLE_CLIP
+from src.evaluation.edits import error_rate, word_counts
+from src.evaluation.streams import join_audios
+from src.evaluation.text import whisper_normalizer_for
+from src.inference.ct2_engine import CTranslate2Engine
+from src.inference.engines import load_engine, transcribe
+from src.inference.files.transcribe import BatchInference
+from src.inference.options import DecodingOptions
+from src.models.ct2_cache import ct2_folder
+from src.utils.config import Config
+from src.utils.runtime import usable_cores
+
+ROOT = Path(__file__).resolve().parents[1]
+PAUSE_SEC = (0.3, 1.2)  # between the clips of the long recording
+GREEDY = {"language": "en", "beam_size": 1, "temperature": 0.0, "without_timestamps": True}  # of faster-whisper
+RATIOS = {  # figure: (peer, ours)
+    "single_vs_faster_whisper": ("faster-whisper int8", "CTranslate2 int8"),
+    "batched_vs_faster_whisper": ("faster-whisper int8", "CTranslate2 int8, batches"),
+    "torch_vs_hf_pipeline": ("transformers pipeline", "torch, batches"),
+    "long_vs_batched_pipeline": ("faster-whisper batched, long", "CTranslate2 int8, long"),
+}
+
+_MEASURE = """
+import resource, subprocess, sys, time
+began = time.perf_counter()
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+@dataclass
+class System:
+    """Something that is measured: `run` returns texts, `references` are what was said in them."""
+
+    name: str
+    run: Callable[[], list[str]]
+    references: Sequence[str]
+    audio_sec: float
+    seconds: list[float] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+    def measure(self) -> None:
+        """Run once more."""
+        began = time.perf_counter()
+        self.texts = self.run()
+        self.seconds.append(time.perf_counter() - began)
+
+    @property
+    def wer(self) -> float | None:
+        """Word error rate of the last round's texts."""
+        return error_rate(word_counts(self.references, self.texts, whisper_normalizer_for("en")))
+
+    def row(self) -> dict[str, str]:
+        """Lay it out."""
+        seconds = statistics.median(self.seconds)
+        wer = "-" if self.wer is None else f"{100 * self.wer:.1f} %"
+        return {
+            "system": self.name,
+            "audio": f"{self.audio_sec:.0f} s",
+            "compute": f"{seconds:.1f} s",
+            "RTFx": f"{self.audio_sec / seconds:.1f}",
+            "WER": wer,
+        }
+
+
+def measure_systems(
+    model: str, config: Config, clips: Sequence[Waveform], references: Sequence[str], *, rounds: int, long_sec: float
+) -> list[System]:
+    """Measure every system on the clips, and the two for long recordings on clips joined with pauses.
+
+    Raises: ImportError: faster-whisper is absent.
+    """
+    if importlib.util.find_spec("faster_whisper") is None:
+        raise ImportError("the peers are not installed: pip install -r requirements-bench.txt -c constraints.txt")
+    folder = ct2_folder(model, quantization="int8", cache_dir=config.paths.cache_dir)
+    joined, spoken = join_clips(clips, references, long_sec)
+    audio_sec, joined_sec = sum(map(len, clips)) / SAMPLE_RATE, len(joined) / SAMPLE_RATE
+    runs = {**our_systems(model, folder, config, clips, joined), **peer_systems(model, folder, config, clips, joined)}
+    systems = [
+        System(name, run, [spoken], joined_sec) if "long" in name else System(name, run, references, audio_sec)
+        for name, run in runs.items()
+    ]
+    for _ in range(rounds):
+        for system in systems:
+            system.measure()
+    return systems
+
+
+def our_systems(
+    model: str, folder: Path, config: Config, clips: Sequence[Waveform], joined: Waveform
+) -> dict[str, Callable[[], list[str]]]:
+    """Return this project's systems; each has been warmed up."""
+    single = CTranslate2Engine(folder, device="cpu")
+    batched = BatchInference(engine=CTranslate2Engine(folder, device="cpu", workers=usable_cores()), config=config)
+    on_torch = BatchInference(engine=load_engine(model, config, engine="torch"), config=config)
+    options = DecodingOptions.from_config(config)
+    for inference in (batched, on_torch):
+        inference.transcribe_batch(clips[:2])
+    transcribe(single, clips[:1], options)
+    return {
+        "CTranslate2 int8": lambda: [transcribe(single, [clip], options)[0].text for clip in clips],
+        "CTranslate2 int8, batches": lambda: [item.text or "" for item in batched.transcribe_batch(clips)],
+        "torch, batches": lambda: [item.text or "" for item in on_torch.transcribe_batch(clips)],
+        "CTranslate2 int8, long": lambda: [batched.transcribe_batch([joined])[0].text or ""],
+    }
+
+
+def peer_systems(
+    model: str, folder: Path, config: Config, clips: Sequence[Waveform], joined: Waveform
+) -> dict[str, Callable[[], list[str]]]:
+    """Return the peers, greedy and in English; each has been warmed up."""
+    from faster_whisper import BatchedInferencePipeline, WhisperModel
+
+    whisper = WhisperModel(str(folder), device="cpu", compute_type="int8", cpu_threads=usable_cores())
+    batched = BatchedInferencePipeline(whisper)
+    stock = WhisperForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+    processor = WhisperProcessor.from_pretrained(model)
+    hf: Any = pipeline(
+        "automatic-speech-recognition",
+        model=stock,
+        tokenizer=processor.tokenizer,
+        feature_extractor=processor.feature_extractor,
+    )
+
+    def text_of(found: tuple[Any, Any]) -> str:
+        return " ".join(segment.text.strip() for segment in found[0])
+
+    def one(clip: Waveform) -> str:
+        return text_of(whisper.transcribe(clip, condition_on_previous_text=False, **GREEDY))
+
+    one(clips[0])
+    hf(clips[0].copy())
+    return {
+        "faster-whisper int8": lambda: [one(clip) for clip in clips],
+        "transformers pipeline": lambda: [hf(clip.copy())["text"] for clip in clips],
+        "faster-whisper batched, long": lambda: [text_of(batched.transcribe(joined, batch_size=16, **GREEDY))],
+    }
+
+
+def join_clips(clips: Sequence[Waveform], references: Sequence[str], seconds: float) -> tuple[Waveform, str]:
+    """Join clips with pauses, over and over, to a recording of some length; return it and what is said in it."""
+    rng = np.random.default_rng(0)
+    audios: list[Waveform] = []
+    pauses: list[int] = []
+    said: list[str] = []
+    samples = 0
+    for clip, text in itertools.cycle(zip(clips, references, strict=True)):
+        if samples >= seconds * SAMPLE_RATE:
+            break
+        audios.append(clip)
+        pauses.append(round(rng.uniform(*PAUSE_SEC) * SAMPLE_RATE))
+        said.append(text)
+        samples += len(clip) + pauses[-1]
+    return join_audios(audios, pauses)[0], " ".join(said)
+
+
+def figures(systems: Sequence[System]) -> dict[str, float | None]:
+    """Return the ratios, and the WER of each system."""
+    by_name = {system.name: system for system in systems}
+    found: dict[str, float | None] = {
+        name: statistics.median(
+            theirs / ours for theirs, ours in zip(by_name[peer].seconds, by_name[own].seconds, strict=True)
+        )
+        for name, (peer, own) in RATIOS.items()
+    }
+    return found | {f"wer {system.name}": system.wer for system in systems}
+
+
+def cold_process(folder: Path, recording: Path) -> tuple[float, float]:
+    """Transcribe a file in a new process; return its seconds, start to end, and its peak memory in MB."""
+    command = [sys.executable, str(ROOT / "scripts" / "transcribe.py"), str(recording), "--model", str(folder)]
+    # from a small process: to Linux the peak of a child begins with what its parent holds
+    done = subprocess.run([sys.executable, "-c", _MEASURE, *command], capture_output=True, text=True, check=True)
+    seconds, peak_kb = map(float, done.stdout.split())
+    return seconds, peak_kb / 1000
+
+
+def measure_processes(
+    model: str, config: Config, clips: Sequence[Waveform], references: Sequence[str], hours: float
+) -> dict[str, float | None]:
+    """Return how long a cold process takes for its first transcript, and what a long file costs in memory."""
+    folder = ct2_folder(model, quantization="int8", cache_dir=config.paths.cache_dir)
+    found: dict[str, float | None] = {
+        "first_transcript_sec": statistics.median(cold_process(folder, SAMPLE_CLIP)[0] for _ in range(3)),
+        "memory_short_mb": None,
+        "memory_long_mb": None,
+    }
+    if hours:
+        for name, length in (("memory_short_mb", hours / 6), ("memory_long_mb", hours)):
+            with tempfile.TemporaryDirectory() as scratch:
+                recording = Path(scratch) / "long.wav"
+                soundfile.write(recording, join_clips(clips, references, 3600 * length)[0], SAMPLE_RATE)
+                found[name] = cold_process(folder, recording)[1]
+    return found

@@ -1,0 +1,1 @@
+"""Sources of utterances: folders, archives, manifests, Parquet files and the Hub."""

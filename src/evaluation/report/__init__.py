@@ -1,0 +1,1 @@
+"""Reports of a run: tables, an HTML page, a model card."""

@@ -1,0 +1,1 @@
+"""Live captions for other programs and for a web page."""

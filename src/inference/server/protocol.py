@@ -1,0 +1,278 @@
+"""Live captions over a WebSocket: what client and server say to each other. Version 1.
+
+The client sends
+1. optionally, as its first message, text: `{"type": "hello", "version": 1, "sample_rate": 16000, "format": "f32le",
+   "language": "en", "token": "..."}`. All but `type` may be left out; without `language` the server's own setting
+   holds. `token` is for browsers, which cannot send the header `Authorization: Bearer TOKEN`.
+2. binary messages: any number of samples of one channel, in the format that hello named: "f32le" in [-1, 1], or
+   "s16le".
+3. text: `{"type": "end"}`. What was sent is then decoded to its end; closing the connection instead discards it.
+
+The server sends text, JSON objects with a `kind`:
+- "ready", after hello or the first audio: `version`, `sample_rate`, `format`, and its limits `max_message_bytes`,
+  `queue_sec`, `idle_sec`, `max_session_sec`.
+- "partial", "commit", "final": an `Event`, words as `{text, start, end, probability}`, times
+  in seconds since the first sample. `emitted_at` is a monotone clock of the server, in seconds: only differences mean
+  something. `lag_sec` is audio that the server has received and not heard yet.
+- "done", the last message: `reason` ("end", or "shutdown" of the server), `text`: all commits, and the `audio_sec`
+  heard.
+- "error", the last message instead: `code`, `message`, `fix`, and `audio_sec` heard where a session had begun. The
+  connection closes with `CLOSE_CODES[code]`.
+
+A server that is `queue_sec` behind stops reading until it has caught up, pings included: clients should wait for
+events, not for pongs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from src.data.audio import MAX_PEAK, SAMPLE_RATE, Waveform
+from src.inference.streaming.events import Event
+from src.inference.words import Word
+from src.utils.errors import WhisperASRError
+
+VERSION: Literal[1] = 1
+MIN_WIRE_RATE, MAX_WIRE_RATE = 8_000, 96_000  # Hz: telephony, studio; bounds what a second of queue may hold
+FULL_SCALE = 32_768  # of int16
+MAX_PROBLEMS = 5  # named in an error; a message may have thousands
+
+SampleFormat = Literal["f32le", "s16le"]
+ErrorCode = Literal[
+    "bad_message",
+    "bad_audio",
+    "unauthorized",
+    "idle",
+    "session_too_long",
+    "too_many_sessions",
+    "shutdown",
+    "engine_failed",
+]
+DTYPES: Mapping[SampleFormat, str] = {"f32le": "<f4", "s16le": "<i2"}
+CLOSE_CODES: Mapping[str, int] = {  # RFC 6455, 7.4.1; 1013 of the IANA registry: try again later
+    "bad_message": 1007,
+    "bad_audio": 1007,
+    "unauthorized": 1008,
+    "idle": 1008,
+    "session_too_long": 1008,
+    "too_many_sessions": 1013,
+    "shutdown": 1001,
+    "engine_failed": 1011,
+}
+
+
+class StreamError(WhisperASRError):
+    """A live session was refused, or ended before its audio did.
+
+    Args:
+        code: an `ErrorCode` of the server, or "unreachable", "refused" or "lost" of the client.
+        message: what happened.
+        fix: what to do about it.
+        audio_sec: audio heard until then; None where no session had begun.
+    """
+
+    def __init__(self, code: str, message: str, *, fix: str, audio_sec: float | None = None) -> None:
+        super().__init__(f"{message}; {fix}")
+        self.code, self.message, self.fix, self.audio_sec = code, message, fix, audio_sec
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def to_text(self) -> str:
+        """Return the JSON that travels; unset fields do not."""
+        return self.model_dump_json(exclude_none=True)
+
+
+class Hello(_Message):
+    """What the audio is, and who sends it."""
+
+    type: Literal["hello"] = "hello"
+    version: Literal[1] = VERSION
+    sample_rate: int = Field(SAMPLE_RATE, ge=MIN_WIRE_RATE, le=MAX_WIRE_RATE)
+    format: SampleFormat = "f32le"
+    language: str | None = None
+    token: str | None = Field(None, repr=False)
+
+
+class End(_Message):
+    """The audio is complete."""
+
+    type: Literal["end"] = "end"
+
+
+class Ready(_Message):
+    """The session has begun; audio may come."""
+
+    kind: Literal["ready"] = "ready"
+    version: Literal[1] = VERSION
+    sample_rate: int
+    format: SampleFormat
+    max_message_bytes: int
+    queue_sec: float
+    idle_sec: float
+    max_session_sec: float
+
+
+class WireWord(_Message):
+    """A word, in seconds since the first sample."""
+
+    text: str
+    start: float
+    end: float
+    probability: float
+
+
+class LiveEvent(_Message):
+    """An event of the session, and how far the server was behind when it sent it."""
+
+    kind: Literal["partial", "commit", "final"]
+    sequence: int
+    text: str
+    words: tuple[WireWord, ...]
+    audio_sec: float
+    emitted_at: float
+    lag_sec: float
+
+    @classmethod
+    def of(cls, event: Event, *, lag_sec: float) -> Self:
+        """Wrap an event for the wire."""
+        return cls(
+            kind=event.kind,
+            sequence=event.sequence,
+            text=event.text,
+            words=tuple(
+                WireWord(text=word.text, start=word.start_sec, end=word.end_sec, probability=word.probability)
+                for word in event.words
+            ),
+            audio_sec=event.audio_sec,
+            emitted_at=event.emitted_at,
+            lag_sec=lag_sec,
+        )
+
+    @property
+    def event(self) -> Event:
+        """The event as the session emitted it."""
+        words = tuple(Word(word.text, word.start, word.end, word.probability) for word in self.words)
+        return Event(self.kind, words, self.text, self.audio_sec, self.emitted_at, self.sequence)
+
+
+class Done(_Message):
+    """The session is complete."""
+
+    kind: Literal["done"] = "done"
+    reason: Literal["end", "shutdown"]
+    text: str
+    audio_sec: float
+
+
+class Failure(_Message):
+    """A `StreamError` on the wire."""
+
+    kind: Literal["error"] = "error"
+    code: ErrorCode
+    message: str
+    fix: str
+    audio_sec: float | None = None
+
+    @classmethod
+    def of(cls, error: StreamError) -> Self:
+        """Wrap an error for the wire.
+
+        Raises: ValidationError: its code is one of the client's.
+        """
+        return cls.model_validate(
+            {"code": error.code, "message": error.message, "fix": error.fix, "audio_sec": error.audio_sec}
+        )
+
+    @property
+    def error(self) -> StreamError:
+        """The error to raise."""
+        return StreamError(self.code, self.message, fix=self.fix, audio_sec=self.audio_sec)
+
+
+ServerMessage = Ready | LiveEvent | Done | Failure
+_CLIENT: TypeAdapter[Hello | End] = TypeAdapter(Annotated[Hello | End, Field(discriminator="type")])
+_SERVER: TypeAdapter[ServerMessage] = TypeAdapter(Annotated[ServerMessage, Field(discriminator="kind")])
+_ORDER = 'send {"type": "hello", ...} first if at all, then binary audio, then {"type": "end"}'
+M = TypeVar("M")
+
+
+def read_hello(text: str) -> Hello:
+    """Read the text message that a client may begin with.
+
+    Raises: StreamError: not JSON, not a hello, or not of this version.
+    """
+    return _read_client(text, Hello)
+
+
+def read_end(text: str) -> End:
+    """Read the text message that ends a client's audio.
+
+    Raises: StreamError: anything else.
+    """
+    return _read_client(text, End)
+
+
+def read_server(text: str) -> ServerMessage:
+    """Read a message of the server.
+
+    Raises: StreamError: not JSON, or not a message of this version.
+    """
+    return _read(_SERVER, text, fix="connect to a caption server of the same version")
+
+
+def _read_client(text: str, expected: type[M]) -> M:
+    message = _read(_CLIENT, text, fix=_ORDER)
+    if not isinstance(message, expected):
+        raise StreamError("bad_message", f"not understood: {message.type!r} at the wrong time", fix=_ORDER)
+    return message
+
+
+def _read(adapter: TypeAdapter[M], text: str, *, fix: str) -> M:
+    try:
+        return adapter.validate_json(text)
+    except ValidationError as err:
+        problems = [f"{'.'.join(map(str, each['loc'])) or 'message'}: {each['msg']}" for each in err.errors()]
+        raise StreamError("bad_message", f"not understood: {'; '.join(problems[:MAX_PROBLEMS])}", fix=fix) from err
+
+
+def read_samples(message: bytes, sample_format: SampleFormat) -> Waveform:
+    """Decode a binary message.
+
+    Returns: (T,) float32.
+    Raises: StreamError: half a sample, or floats that are not audio.
+    """
+    dtype = np.dtype(DTYPES[sample_format])
+    if len(message) % dtype.itemsize:
+        raise StreamError(
+            "bad_audio",
+            f"{len(message)} bytes are no whole number of {sample_format} samples",
+            fix=f"send a multiple of {dtype.itemsize} bytes, and name the format in hello",
+        )
+    samples = np.frombuffer(message, dtype)
+    if sample_format == "s16le":
+        return samples.astype(np.float32) / FULL_SCALE
+    peak = float(np.abs(samples).max(initial=0.0))
+    if not peak <= MAX_PEAK:  # NaN is not
+        raise StreamError(
+            "bad_audio",
+            f"samples up to {peak:.3g}, floats belong in [-1, 1]",
+            fix="divide integers by their full scale, or name the format in hello",
+        )
+    return samples.astype(np.float32)
+
+
+def write_samples(samples: Waveform, sample_format: SampleFormat) -> bytes:
+    """Encode audio for a binary message.
+
+    Args:
+        samples: (T,) float32; "s16le" clips it to [-1, 1].
+    """
+    if sample_format == "s16le":
+        samples = (samples * FULL_SCALE).round().clip(-FULL_SCALE, FULL_SCALE - 1)
+    return samples.astype(DTYPES[sample_format]).tobytes()

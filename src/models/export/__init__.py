@@ -1,0 +1,1 @@
+"""Exports: Hugging Face, CTranslate2, ONNX and the Hub."""

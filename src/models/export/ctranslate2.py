@@ -1,0 +1,104 @@
+"""Checkpoints for CTranslate2 and faster-whisper.
+
+Nothing counts as saved before CTranslate2 has loaded it and given the source model's text. An older export of the same
+name is replaced when the new one is complete; any other folder is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ctranslate2
+import numpy as np
+import torch
+from ctranslate2.converters import TransformersConverter
+from ctranslate2.specs.model_spec import ACCEPTED_MODEL_TYPES
+from transformers import WhisperProcessor
+
+from src.data.audio import Waveform
+from src.models.alignment_heads import existing_heads
+from src.models.dynamic_context import DynamicWhisper, get_audio_context
+from src.models.export.huggingface import source_folder
+from src.models.export.verify import MAX_WORD_MISMATCH_QUANTISED, ClipBatch, verify_transcripts
+from src.utils.errors import ModelError
+from src.utils.files import atomic_folder, recover_folder
+
+logger = logging.getLogger(__name__)
+
+EXACT_QUANTIZATIONS = ("float32", "float16")  # no word may change
+FASTER_WHISPER_FILES = ("tokenizer.json", "preprocessor_config.json")
+
+
+def export_ctranslate2(
+    source: str | Path | Any,
+    output_dir: str | Path,
+    *,
+    processor: WhisperProcessor | None = None,
+    quantization: str = "int8",
+    verify_clips: Sequence[Waveform] | None = None,
+    language: str | None = None,
+) -> Path:
+    """Convert for CTranslate2 and faster-whisper, and prove it by transcribing.
+
+    Args:
+        source: a Hugging Face folder, or a model together with its `processor`.
+        output_dir: replaced if it is an older export; appears whole or not at all.
+        quantization: of the weights: "int8", "float16", "float32", ... as CTranslate2 names them.
+        verify_clips: (T,) float32 each, 16 kHz, up to 30 s, transcribed by both; five bundled ones by default.
+        language: of the clips, for multilingual models; by default what the generation config says, else detected.
+    Returns: output_dir; its config.json keeps `audio_context`, which CTranslate2 ignores.
+    Raises: ModelError: unknown quantization, alignment heads that the model does not have, or more than 20% of the
+            words differ (float32 and float16: any word).
+        FileExistsError: output_dir holds something else.
+    """
+    if quantization not in ACCEPTED_MODEL_TYPES:
+        raise ModelError(f"unknown quantization {quantization!r}; known: {', '.join(ACCEPTED_MODEL_TYPES)}")
+    with source_folder(source, processor) as folder:
+        return _convert(folder, Path(output_dir), quantization, verify_clips, language)
+
+
+def _convert(
+    hf_dir: Path, output_dir: Path, quantization: str, clips: Sequence[Waveform] | None, language: str | None
+) -> Path:
+    model = DynamicWhisper.from_pretrained(hf_dir, dtype=torch.float32).eval()
+    existing_heads(model)  # CTranslate2 copies the list as it stands
+    processor = WhisperProcessor.from_pretrained(hf_dir)
+    recover_folder(output_dir)
+    with atomic_folder(output_dir, replace=(output_dir / "model.bin").is_file(), durable=True) as folder:
+        converter = TransformersConverter(str(hf_dir), copy_files=list(FASTER_WHISPER_FILES))
+        converter.convert(str(folder), quantization=quantization, force=True)
+        _write_audio_context(folder / "config.json", get_audio_context(model.config))
+        mismatch = verify_transcripts(
+            model,
+            processor,
+            _transcriber(folder, quantization),
+            name=f"{output_dir}: the {quantization} model",
+            allowed=0.0 if quantization in EXACT_QUANTIZATIONS else MAX_WORD_MISMATCH_QUANTISED,
+            clips=clips,
+            language=language,
+        )
+    logger.info("saved %s (CTranslate2 %s, %.0f%% of words differ)", output_dir, quantization, 100 * mismatch)
+    return output_dir
+
+
+def _transcriber(folder: Path, quantization: str) -> Callable[[ClipBatch], list[list[int]]]:
+    compute_type = "int8" if quantization.startswith("int8") else "float32"  # no CPU computes in 16 bits
+    threads = torch.get_num_threads()
+    engine = ctranslate2.models.Whisper(str(folder), device="cpu", compute_type=compute_type, intra_threads=threads)
+
+    def transcribe(batch: ClipBatch) -> list[list[int]]:
+        mel = ctranslate2.StorageView.from_array(np.ascontiguousarray(batch.features.numpy()))
+        cap = 2 * batch.max_new_tokens  # CTranslate2 gives half of it to new tokens
+        return [result.sequences_ids[0] for result in engine.generate(mel, batch.prompts, beam_size=1, max_length=cap)]
+
+    return transcribe
+
+
+def _write_audio_context(config_file: Path, audio_context: str) -> None:
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["audio_context"] = audio_context
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,339 @@
+"""Augmentation of batches: what is drawn, what it does, and what it must leave alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import numpy as np
+import pytest
+import scipy.stats
+import soundfile as sf
+import torch
+from torch import Tensor
+
+from src.data.audio import SAMPLE_RATE
+from src.data.augmentation.augmenter import NOTHING, RT60_SEC, AudioAugmenter, Effects
+from src.data.augmentation.effects import pitch_ratios, semitones
+from src.evaluation.text import normalize_plain
+from src.inference.decoding import decode
+from src.inference.options import DecodingOptions
+from src.utils.config_schema import AugmentationConfig
+from src.utils.errors import AudioError, ConfigError, DataError, DeviceError
+
+OFF: dict[str, Any] = {
+    "speed_factors": (1.0,), "pitch_prob": 0.0, "noise_prob": 0.0, "max_gain_db": 0.0, "room_prob": 0.0,
+    "codec_prob": 0.0,
+}  # fmt: skip
+ONE_EFFECT: dict[str, dict[str, Any]] = {
+    "speed": {"speed_factors": (0.9, 1.1)},
+    "pitch": {"pitch_prob": 1.0},
+    "noise": {"noise_prob": 1.0},
+    "gain": {"max_gain_db": 6.0},
+    "room": {"room_prob": 1.0},
+    "codec": {"codec_prob": 1.0},
+}
+EVERYTHING: dict[str, Any] = {key: value for effect in ONE_EFFECT.values() for key, value in effect.items()}
+
+
+def only(**changes: Any) -> AugmentationConfig:
+    return AugmentationConfig(**{**OFF, **changes})
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def batch(jfk: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Four clips of speech, 0.1 to 3 s, at levels between which nothing clips."""
+    lengths = torch.tensor([48_000, 1_600, 33_333, 20_000])
+    audio = torch.zeros(4, 48_000)
+    for row, length in enumerate(lengths.tolist()):
+        audio[row, :length] = 0.3 * torch.from_numpy(jfk[row * 16_000 + 8_000 :][:length])
+    return audio, lengths
+
+
+@pytest.mark.parametrize("config", [only(), AugmentationConfig(enabled=False)], ids=["nothing on", "not enabled"])
+def test_nothing_switched_on_is_the_identity(batch: tuple[Tensor, Tensor], config: AugmentationConfig) -> None:
+    audio, lengths = batch
+    result = AudioAugmenter(config)(audio * 5, lengths, generator=generator())  # over range: that is not ours to change
+    assert torch.equal(result.audio, audio * 5)
+    assert torch.equal(result.lengths, lengths)
+    assert result.applied == (NOTHING,) * 4
+
+
+def test_clips_for_which_nothing_was_drawn_keep_every_bit(batch: tuple[Tensor, Tensor]) -> None:
+    audio, lengths = batch
+    effects = [Effects(speed=0.9), NOTHING, Effects(pitch=Fraction(12, 11)), Effects(telephone=True, gain_db=3.0)]
+    changed = AudioAugmenter().apply(audio, lengths, effects, seed=0).audio
+    assert torch.equal(changed[1, :48_000], audio[1])
+    assert not changed[1, 48_000:].any()
+
+
+def test_the_input_is_not_changed(batch: tuple[Tensor, Tensor]) -> None:
+    audio, lengths = batch
+    kept = audio.clone(), lengths.clone()
+    AudioAugmenter(only(**EVERYTHING))(audio, lengths, generator=generator())
+    assert torch.equal(audio, kept[0]) and torch.equal(lengths, kept[1])
+
+
+def test_the_seed_decides_everything(batch: tuple[Tensor, Tensor]) -> None:
+    augmenter = AudioAugmenter(only(**EVERYTHING))
+    first, again, other = (augmenter(*batch, generator=generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first.audio, again.audio) and first.applied == again.applied
+    assert first.applied != other.applied and not torch.equal(first.audio[:, :9_000], other.audio[:, :9_000])
+
+
+def draw_many(config: AugmentationConfig, clips: int = 4_000) -> tuple[Effects, ...]:
+    audio = torch.full((clips, 1_600), 0.1)
+    return AudioAugmenter(config).draw(audio, torch.full((clips,), 1_600), generator(7))
+
+
+def test_speeds_and_pitches_are_drawn_evenly() -> None:
+    drawn = draw_many(only(speed_factors=(0.9, 1.0, 1.1), pitch_prob=1.0))
+    assert scipy.stats.chisquare(list(Counter(effect.speed for effect in drawn).values())).pvalue > 0.01
+    pitches = Counter(effect.pitch for effect in drawn)
+    assert set(pitches) == set(pitch_ratios(2.0))
+    assert scipy.stats.chisquare(list(pitches.values())).pvalue > 0.01
+
+
+def test_effects_come_at_their_rates() -> None:
+    drawn = draw_many(only(pitch_prob=0.2, noise_prob=0.3, room_prob=0.4, codec_prob=0.5))
+    counts = {
+        0.2: sum(effect.pitch != 1 for effect in drawn),
+        0.3: sum(effect.noise is not None for effect in drawn),
+        0.4: sum(effect.rt60_sec is not None for effect in drawn),
+        0.5: sum(effect.telephone for effect in drawn),
+    }
+    for prob, count in counts.items():
+        assert scipy.stats.binomtest(count, len(drawn), prob).pvalue > 0.01
+    both = sum(effect.telephone and effect.noise is not None for effect in drawn)
+    assert scipy.stats.binomtest(both, len(drawn), 0.15).pvalue > 0.01  # drawn independently
+
+
+def test_ratios_gains_and_rooms_are_uniform_in_their_ranges() -> None:
+    drawn = draw_many(only(noise_prob=1.0, min_snr_db=3.0, max_snr_db=21.0, max_gain_db=4.0, room_prob=1.0))
+    for low, high, values in (
+        (3.0, 21.0, [effect.snr_db for effect in drawn]),
+        (-4.0, 4.0, [effect.gain_db for effect in drawn]),
+        (*RT60_SEC, [effect.rt60_sec for effect in drawn]),
+    ):
+        assert low <= min(values) and max(values) <= high
+        assert scipy.stats.kstest(values, scipy.stats.uniform(low, high - low).cdf).pvalue > 0.01
+    kinds = Counter(effect.noise for effect in drawn)
+    assert set(kinds) == {"white", "pink", "brown", "babble"}
+    assert scipy.stats.chisquare(list(kinds.values())).pvalue > 0.01
+
+
+def test_switching_an_effect_off_leaves_the_draws_of_the_others() -> None:
+    with_noise, without = draw_many(only(**EVERYTHING), 50), draw_many(only(**{**EVERYTHING, "noise_prob": 0.0}), 50)
+    assert [effect.pitch for effect in with_noise] == [effect.pitch for effect in without]
+    assert [effect.gain_db for effect in with_noise] == [effect.gain_db for effect in without]
+
+
+def test_lengths_follow_the_speed_and_only_the_speed(batch: tuple[Tensor, Tensor]) -> None:
+    audio, lengths = batch
+    result = AudioAugmenter(only(**EVERYTHING))(audio, lengths, generator=generator(3))
+    expected = [round(n / effect.speed) for n, effect in zip(lengths.tolist(), result.applied, strict=True)]
+    assert result.lengths.tolist() == expected
+    assert result.audio.shape[1] == max(expected)
+
+
+def test_clips_with_times_in_their_labels_keep_their_speed(batch: tuple[Tensor, Tensor]) -> None:
+    keep = torch.tensor([True, False, True, False])
+    result = AudioAugmenter(only(speed_factors=(0.9,)))(*batch, generator=generator(), keep_speed=keep)
+    assert [effect.speed for effect in result.applied] == [1.0, 0.9, 1.0, 0.9]
+
+
+def test_a_clip_that_would_outgrow_30_s_keeps_its_speed() -> None:
+    audio = 0.1 * torch.randn(2, 29 * SAMPLE_RATE, generator=generator())
+    lengths = torch.tensor([29 * SAMPLE_RATE, 26 * SAMPLE_RATE])
+    result = AudioAugmenter(only(speed_factors=(0.9,)))(audio, lengths, generator=generator())
+    assert [effect.speed for effect in result.applied] == [1.0, 0.9]
+
+
+@pytest.mark.parametrize("name", [*ONE_EFFECT, "everything"])
+@pytest.mark.parametrize("clips", [1, 4])
+def test_padding_stays_zero_and_everything_finite(batch: tuple[Tensor, Tensor], name: str, clips: int) -> None:
+    audio, lengths = batch[0][-clips:], batch[1][-clips:]
+    augmenter = AudioAugmenter(only(**ONE_EFFECT.get(name, EVERYTHING)))
+    for seed in range(3):
+        result = augmenter(audio, lengths, generator=generator(seed))
+        assert bool(result.audio.isfinite().all()) and float(result.audio.abs().max()) <= 1.0
+        for row, length in enumerate(result.lengths.tolist()):
+            assert result.audio[row, :length].any()
+            assert not result.audio[row, length:].any()
+
+
+@pytest.mark.parametrize("name", [*ONE_EFFECT, "everything"])
+def test_silence_stays_silence(name: str) -> None:
+    result = AudioAugmenter(only(**ONE_EFFECT.get(name, EVERYTHING)))(torch.zeros(2, 1_600), generator=generator())
+    assert not result.audio.any()  # nan would be true
+    assert all(effect.noise is None for effect in result.applied)
+
+
+def test_a_silent_clip_between_others_gets_no_noise(batch: tuple[Tensor, Tensor]) -> None:
+    audio, lengths = batch[0].clone(), batch[1]
+    audio[2] = 0
+    result = AudioAugmenter(only(noise_prob=1.0))(audio, lengths, generator=generator())
+    assert [effect.noise is None for effect in result.applied] == [False, False, True, False]
+    assert not result.audio[2].any()
+
+
+@pytest.mark.parametrize("kind", ["white", "pink", "brown", "babble"])
+def test_snr_measured_equals_snr_asked(batch: tuple[Tensor, Tensor], kind: Any) -> None:
+    audio, lengths = batch
+    ratios_db = [5.0, 12.0, 18.5, 25.0]
+    effects = [Effects(noise=kind, snr_db=snr_db) for snr_db in ratios_db]
+    trailing = torch.tensor([0, 4_000, 8_000, 100])
+    mixed = AudioAugmenter().apply(audio, lengths, effects, seed=1, trailing_samples=trailing).audio
+    for row, length in enumerate(lengths.tolist()):
+        speech = audio[row, :length].double().numpy()
+        noise = mixed[row, :length].double().numpy() - speech
+        measured = 10 * np.log10(np.sum(speech**2) / np.sum(noise**2))
+        assert measured == pytest.approx(ratios_db[row], abs=0.1)
+
+
+def test_noise_goes_on_through_the_pause_and_ends_there(batch: tuple[Tensor, Tensor]) -> None:
+    audio, lengths = batch
+    trailing = torch.tensor([8_000, 8_000, 0, 16_000])
+    effects = [Effects(noise="white", snr_db=10.0), Effects(telephone=True), NOTHING, Effects(noise="pink", snr_db=5.0)]
+    result = AudioAugmenter().apply(audio, lengths, effects, seed=1, trailing_samples=trailing)
+    assert torch.equal(result.lengths, lengths)
+    assert result.audio.shape[1] == 56_000
+    in_clip = (result.audio[0, :48_000] - audio[0]).square().mean()
+    assert float(result.audio[0, 48_000:].square().mean()) == pytest.approx(float(in_clip), rel=0.1)
+    assert not result.audio[1, 1_600:].any() and not result.audio[2, 33_333:].any()
+    assert result.audio[3, 35_900:36_000].any() and not result.audio[3, 36_000:].any()
+
+
+def test_the_pause_has_room_where_nothing_is_drawn(batch: tuple[Tensor, Tensor]) -> None:
+    audio, lengths = batch
+    result = AudioAugmenter(only())(audio, lengths, generator=generator(), trailing_samples=torch.full((4,), 5_000))
+    assert result.audio.shape[1] == 53_000
+    assert torch.equal(result.audio[:, :48_000], audio) and not result.audio[:, 48_000:].any()
+
+
+def test_gains_are_as_drawn_and_never_clip(jfk: np.ndarray) -> None:
+    clip = torch.from_numpy(jfk[:48_000])
+    audio = torch.stack([0.1 * clip / clip.abs().max(), 0.9 * clip / clip.abs().max(), 1.5 * clip / clip.abs().max()])
+    effects = [Effects(gain_db=6.0)] * 3
+    changed = AudioAugmenter().apply(audio, torch.full((3,), 48_000), effects, seed=0).audio
+    torch.testing.assert_close(changed[0], audio[0] * 10 ** (6 / 20))
+    assert changed.abs().amax(dim=1).tolist() == pytest.approx([0.1 * 10 ** (6 / 20), 1.0, 1.0])
+    assert float(changed.max()) <= 1.0
+
+
+def test_a_batch_gives_each_clip_what_it_gets_alone(batch: tuple[Tensor, Tensor]) -> None:
+    audio, lengths = batch
+    effects = [
+        Effects(speed=0.9, pitch=Fraction(12, 11), gain_db=-3.0),
+        Effects(speed=0.9, gain_db=2.0),
+        Effects(pitch=Fraction(12, 11), telephone=True),
+        Effects(speed=1.1, pitch=Fraction(11, 12)),
+    ]
+    augmenter = AudioAugmenter()
+    together = augmenter.apply(audio, lengths, effects, seed=0)
+    for row, length in enumerate(lengths.tolist()):
+        alone = augmenter.apply(audio[row : row + 1, :length], lengths[row : row + 1], effects[row : row + 1], seed=0)
+        assert alone.lengths[0] == together.lengths[row]
+        error = together.audio[row, : alone.audio.shape[1]] - alone.audio[0]
+        assert float(error.abs().max()) < 1e-3
+
+
+def test_one_waveform_gives_one_back(jfk: np.ndarray) -> None:
+    audio = torch.from_numpy(jfk)
+    augmenter = AudioAugmenter(only(**EVERYTHING))
+    alone, batch_of_one = (augmenter(a, generator=generator(4)) for a in (audio, audio[None]))
+    assert alone.audio.shape == (int(alone.lengths[0]),)
+    assert torch.equal(alone.audio, batch_of_one.audio[0]) and alone.applied == batch_of_one.applied
+    assert alone.applied[0].noise in {"white", "pink", "brown"}  # no other clip to babble
+
+
+def test_autocast_does_not_reach_the_audio(batch: tuple[Tensor, Tensor]) -> None:
+    augmenter = AudioAugmenter(only(**EVERYTHING))
+    expected = augmenter(*batch, generator=generator())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(augmenter(*batch, generator=generator()).audio, expected.audio)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_seed_means_the_same_on_a_gpu(batch: tuple[Tensor, Tensor]) -> None:
+    augmenter = AudioAugmenter(only(**{**EVERYTHING, "codec_prob": 0.0}))  # a quantiser may step at another digit
+    here = augmenter(*batch, generator=generator())
+    there = augmenter(batch[0].cuda(), batch[1].cuda(), generator=generator())
+    assert here.applied == there.applied
+    torch.testing.assert_close(there.audio.cpu(), here.audio, atol=1e-3, rtol=0)
+
+
+def test_recordings_of_noise_come_from_the_folder(batch: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    hum = 0.2 * np.sin(2 * np.pi * 5_000 * np.arange(8_000) / SAMPLE_RATE)
+    sf.write(tmp_path / "hum.wav", hum, SAMPLE_RATE)
+    audio, lengths = batch
+    config = only(noise_prob=1.0, noise_dir=tmp_path, min_snr_db=10.0, max_snr_db=10.0)
+    result = AudioAugmenter(config)(audio, lengths, generator=generator())
+    assert {effect.noise for effect in result.applied} == {"recording"}
+    noise = (result.audio[0] - audio[0]).numpy()
+    assert np.abs(np.fft.rfft(noise)).argmax() * SAMPLE_RATE / 48_000 == pytest.approx(5_000, abs=2)
+
+
+def test_a_noise_folder_is_checked_at_once_and_only_where_it_is_used(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no audio file"):
+        AudioAugmenter(only(noise_prob=0.1, noise_dir=tmp_path))
+    AudioAugmenter(only(noise_dir=tmp_path))
+    AudioAugmenter(AugmentationConfig(enabled=False, noise_dir=tmp_path))
+
+
+def test_what_does_not_fit_is_refused(batch: tuple[Tensor, Tensor]) -> None:
+    audio, lengths = batch
+    augmenter = AudioAugmenter()
+    with pytest.raises(AudioError, match="float32"):
+        augmenter(audio.double(), lengths, generator=generator())
+    with pytest.raises(AudioError, match="do not fit 4 clips"):
+        augmenter(audio, lengths + 1, generator=generator())
+    with pytest.raises(AudioError, match="do not fit 4 clips"):
+        augmenter(audio, lengths[:3], generator=generator())
+    with pytest.raises(ConfigError, match=r"max_pitch_semitones is 0\.1"):
+        AudioAugmenter(only(pitch_prob=0.5, max_pitch_semitones=0.1))
+
+
+def test_the_generator_must_be_on_the_cpu(batch: tuple[Tensor, Tensor]) -> None:
+    class Elsewhere:
+        device = torch.device("cuda:0")
+
+    with pytest.raises(DeviceError, match="cuda:0"):
+        AudioAugmenter()(*batch, generator=Elsewhere())  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_changed_speech_stays_intelligible(tiny_en: tuple[Any, Any], jfk: np.ndarray) -> None:
+    changes = {
+        **{f"{semitones(ratio):+.1f} semitones": Effects(pitch=ratio) for ratio in pitch_ratios(2.0)[::7]},
+        "slow": Effects(speed=0.9),
+        "fast": Effects(speed=1.1),
+        "room": Effects(rt60_sec=0.6),
+        "telephone": Effects(telephone=True),
+        "noise": Effects(noise="pink", snr_db=15.0),
+    }
+    audio = torch.from_numpy(jfk)[None].expand(len(changes), -1)
+    result = AudioAugmenter().apply(audio, torch.full((len(changes),), len(jfk)), list(changes.values()), seed=0)
+    clips = [jfk] + [row[:n].numpy() for row, n in zip(result.audio, result.lengths.tolist(), strict=True)]
+    texts = [normalize_plain(decoded.text) for decoded in decode(*tiny_en, clips, DecodingOptions())]
+    errors = {name: jiwer.wer(texts[0], text) for name, text in zip(changes, texts[1:], strict=True)}
+    assert max(errors.values()) < 0.06, errors  # one of 22 words
+
+
+@pytest.mark.parametrize(("clips", "babbles"), [(2, False), (3, False), (4, True)])
+def test_babble_needs_three_other_voices(jfk: np.ndarray, clips: int, babbles: bool) -> None:
+    """Fewer can be followed, and a clip without speech, whose label is empty, may be the one beside them."""
+    audio = torch.from_numpy(jfk[: 16_000 * clips]).reshape(clips, 16_000)
+    augmenter = AudioAugmenter(AugmentationConfig(noise_prob=1.0))
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.full((clips,), 16_000)
+    kinds = {effects.noise for _ in range(50) for effects in augmenter.draw(audio, lengths, generator)}
+    assert ("babble" in kinds) == babbles

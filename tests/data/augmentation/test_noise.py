@@ -1,0 +1,182 @@
+"""Noise: its colour by Welch's method, its level by NumPy, its voices by their tones, its folder by its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.signal
+import soundfile as sf
+import torch
+from torch import Tensor
+
+from src.data.audio import SAMPLE_RATE
+from src.data.augmentation.noise import BABBLE_VOICES, EXPONENTS, NoisePool, babble, coloured_noise, mix_at_snr
+from src.utils.errors import AudioError, DataError
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def measured_snr_db(speech: np.ndarray, mixture: np.ndarray) -> float:
+    noise = mixture.astype(np.float64) - speech.astype(np.float64)
+    return float(10 * np.log10(np.sum(speech.astype(np.float64) ** 2) / np.sum(noise**2)))
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
+def test_power_falls_with_the_exponent(exponent: float) -> None:
+    noise = coloured_noise((3, 160_000), torch.tensor([exponent] * 3), generator()).double()
+    hertz, density = scipy.signal.welch(noise.numpy(), SAMPLE_RATE, nperseg=4_096)
+    fit = (hertz > 50) & (hertz < 7_000)
+    for row in density:
+        assert np.polyfit(np.log10(hertz[fit]), np.log10(row[fit]), 1)[0] == pytest.approx(-exponent, abs=0.1)
+
+
+def test_rows_have_their_own_colour_and_the_same_power() -> None:
+    noise = coloured_noise((3, 64_000), torch.tensor(list(EXPONENTS.values())), generator())
+    torch.testing.assert_close(noise.square().mean(1), torch.ones(3))
+    above_1_khz = torch.fft.rfft(noise).abs().square()[:, 4_000:].sum(1)
+    assert above_1_khz[0] > 2 * above_1_khz[1] > 20 * above_1_khz[2]
+
+
+def test_noise_is_reproduced_by_its_seed() -> None:
+    make = [coloured_noise((2, 8_000), torch.ones(2), generator(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(make[0], make[1])
+    assert not torch.equal(make[0], make[2])
+
+
+@pytest.mark.parametrize("snr_db", [-5.0, 0.0, 7.5, 30.0])
+def test_snr_measured_equals_snr_asked(jfk: np.ndarray, snr_db: float) -> None:
+    noise = coloured_noise((1, len(jfk)), torch.ones(1), generator())[0]
+    mixture = mix_at_snr(torch.from_numpy(jfk), noise, snr_db=snr_db).numpy()
+    assert measured_snr_db(jfk, mixture) == pytest.approx(snr_db, abs=0.02)
+
+
+def test_each_clip_has_its_own_ratio_over_its_own_samples(jfk: np.ndarray) -> None:
+    lengths, ratios_db = [48_000, 20_000, 1_600], torch.tensor([5.0, 15.0, 25.0])
+    speech = torch.zeros(3, 60_000)
+    for row, length in enumerate(lengths):
+        speech[row, :length] = torch.from_numpy(jfk[30_000 : 30_000 + length])
+    noise = coloured_noise((3, 60_000), torch.full((3,), 2.0), generator())
+    mixture = mix_at_snr(speech, noise, snr_db=ratios_db, lengths=torch.tensor(lengths))
+    for row, length in enumerate(lengths):
+        measured = measured_snr_db(speech[row, :length].numpy(), mixture[row, :length].numpy())
+        assert measured == pytest.approx(float(ratios_db[row]), abs=0.05)
+        scale = mixture[row, length:] / noise[row, length:]  # it goes on behind the clip, at the same level
+        torch.testing.assert_close(scale, scale[:1].expand_as(scale), rtol=1e-3, atol=0)
+
+
+def test_silence_has_no_ratio(jfk: np.ndarray) -> None:
+    speech, silence = torch.from_numpy(jfk), torch.zeros(len(jfk))
+    with pytest.raises(AudioError, match="the speech is silent"):
+        mix_at_snr(silence, speech, snr_db=10)
+    with pytest.raises(AudioError, match="the noise is silent"):
+        mix_at_snr(speech, silence, snr_db=10)
+
+
+def voices(count: int) -> tuple[Tensor, Tensor]:
+    """Clips of one tone each, of different lengths and levels; clip i sounds at 200 (i + 1) Hz."""
+    lengths = torch.tensor([8_000 + 1_600 * row for row in range(count)])
+    clips = torch.zeros(count, int(lengths.max()))
+    for row, length in enumerate(lengths.tolist()):
+        clips[row, :length] = (
+            0.05 * (row + 1) * torch.sin(2 * torch.pi * 200 * (row + 1) * torch.arange(length) / 16_000)
+        )
+    return clips, lengths
+
+
+def heard(noise: Tensor, count: int) -> set[int]:
+    spectrum = np.abs(np.fft.rfft(noise.numpy() * np.hanning(len(noise))))
+    level = [spectrum[round(200 * (row + 1) * len(noise) / 16_000)] for row in range(count)]
+    return {row for row in range(count) if level[row] > 0.2 * max(level)}
+
+
+def test_babble_has_four_equal_voices_and_never_its_own() -> None:
+    clips, lengths = voices(8)
+    targets = torch.arange(8)
+    mixed = babble(
+        clips, lengths, targets=targets, target_lengths=lengths, num_samples=32_000, generator=generator()
+    )  # fmt: skip
+    chosen = [heard(row, 8) for row in mixed]
+    assert all(len(voices) == BABBLE_VOICES and own not in voices for own, voices in enumerate(chosen))
+    assert len(set(map(frozenset, chosen))) > 3
+    assert mixed.square().mean(1).sqrt().numpy() == pytest.approx(BABBLE_VOICES**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_babble_takes_as_many_others_as_there_are(count: int) -> None:
+    clips, lengths = voices(count)
+    mixed = babble(
+        clips, lengths, targets=torch.tensor([0]), target_lengths=lengths[:1], num_samples=16_000, generator=generator()
+    )  # fmt: skip
+    assert heard(mixed[0], count) == set(range(1, count))
+
+
+def test_babble_needs_another_clip_that_is_not_silent() -> None:
+    clips, lengths = voices(2)
+    clips[1] = 0
+    with pytest.raises(AudioError, match="another clip"):
+        babble(
+            clips, lengths, targets=torch.tensor([0]), target_lengths=lengths[:1], num_samples=9, generator=generator()
+        )  # fmt: skip
+
+
+def test_babble_reaches_short_clips_whose_neighbours_pause() -> None:
+    clips = torch.zeros(2, 64_000)
+    clips[0, :1_600] = 0.1
+    clips[1, 50_000:50_100] = 0.1
+    for seed in range(20):
+        mixed = babble(
+            clips, torch.tensor([1_600, 64_000]), targets=torch.tensor([0]), target_lengths=torch.tensor([1_600]),
+            num_samples=1_600, generator=generator(seed),
+        )  # fmt: skip
+        assert mixed.any()
+
+
+def ramp(samples: int, offset: float) -> np.ndarray:
+    return (np.arange(samples) / 60_000 * 0.2 + offset).astype(np.float32)
+
+
+def test_crops_come_from_the_recordings_and_loop(tmp_path: Path) -> None:
+    (tmp_path / "deeper").mkdir()
+    recordings = [ramp(20_000, 0.1), ramp(5_000, 0.6)]
+    sf.write(tmp_path / "a.wav", recordings[0], SAMPLE_RATE, subtype="FLOAT")
+    sf.write(tmp_path / "deeper" / "b.wav", recordings[1], SAMPLE_RATE, subtype="FLOAT")
+    (tmp_path / "LICENSE").write_text("not audio")
+    crops = NoisePool(tmp_path).crops(torch.full((40,), 12_000), 12_000, generator()).numpy()
+    assert crops.shape == (40, 12_000)
+    starts = {0: set(), 1: set()}
+    for crop in crops:
+        which = int(crop[0] > 0.5)
+        start = int(np.abs(recordings[which] - crop[0]).argmin())
+        expected = np.take(recordings[which], np.arange(start, start + 12_000), mode="wrap")
+        np.testing.assert_array_equal(crop, expected)
+        starts[which].add(start)
+    assert min(map(len, starts.values())) > 5
+
+
+def test_recordings_are_resampled_and_mixed_down(tmp_path: Path) -> None:
+    time_sec = np.arange(44_100) / 44_100
+    sf.write(tmp_path / "hum.flac", np.stack([np.sin(2 * np.pi * 440 * time_sec)] * 2, axis=1) * 0.3, 44_100)
+    crop = NoisePool(tmp_path).crops(torch.tensor([16_000]), 16_000, generator())[0].numpy()
+    assert np.abs(np.fft.rfft(crop)).argmax() == pytest.approx(440, abs=1)
+
+
+def test_a_pause_of_the_recording_is_not_taken(tmp_path: Path) -> None:
+    recording = np.zeros(160_000, dtype=np.float32)
+    recording[100_000:100_400] = 0.2
+    sf.write(tmp_path / "drip.wav", recording, SAMPLE_RATE)
+    crops = NoisePool(tmp_path).crops(torch.full((30,), 1_600), 4_000, generator())
+    assert bool(crops[:, :1_600].any(dim=1).all())
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"noise_dir: .*absent is not a folder"):
+        NoisePool(tmp_path / "absent")
+    with pytest.raises(DataError, match=f"no audio file in {tmp_path}"):
+        NoisePool(tmp_path)
+    (tmp_path / "broken.wav").write_bytes(b"RIFF this is no sound")
+    with pytest.raises(AudioError, match=r"broken\.wav"):
+        NoisePool(tmp_path)

@@ -1,0 +1,284 @@
+"""The data report finds what was put into the data, says nothing else, and survives being saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import soxr
+
+from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.checking import SkippedUtterance
+from src.data.preparation import DatasetSplits
+from src.data.report.findings import Finding
+from src.data.report.report import CLIPS_FILE, REPORT_FILE, DataReport, build_data_report
+from src.data.report.table import CLIP_TYPES, find_rate_outliers, hashed_choice
+from src.data.splitting import SPLITS
+from src.data.utterance import Utterance
+from src.data.vad import VoiceActivityDetector
+from src.utils.config import Config
+from src.utils.errors import DataError
+from tests.data.report_data import clip, noise, plain_clips, splits_of
+
+
+@pytest.fixture(scope="module")
+def detector() -> VoiceActivityDetector:
+    return VoiceActivityDetector()
+
+
+@pytest.fixture(scope="module")
+def clean() -> list[Utterance]:
+    return plain_clips("a", 20, speakers=10)
+
+
+@pytest.fixture(scope="module")
+def bundled(sample: list[Utterance]) -> DatasetSplits:
+    parts = ([u for u in sample if u.meta["split"] == name][:n] for name, n in zip(SPLITS, (40, 10, 30), strict=True))
+    return splits_of(*parts)
+
+
+@pytest.fixture(scope="module")
+def bundled_report(bundled: DatasetSplits, detector: VoiceActivityDetector) -> DataReport:
+    return build_data_report(bundled, Config(), vad=detector)
+
+
+def build(
+    train: Sequence[Utterance], validation: Sequence[Utterance] = (), test: Sequence[Utterance] = (), **options: Any
+) -> DataReport:
+    return build_data_report(splits_of(train, validation, test), Config(), **options)
+
+
+def topics(report: DataReport) -> dict[str, Finding]:
+    return {finding.topic: finding for finding in report.findings}
+
+
+def test_clean_data_has_nothing_to_warn_of_but_its_amount(clean: list[Utterance]) -> None:
+    report = build(clean)
+    assert set(topics(report)) == {"amount", "speech detection", "tokens"}
+    assert [f.level for f in report.findings] == ["warning", "info", "info"]
+    assert "not measured" in topics(report)["speech detection"].message
+    assert "not measured" in topics(report)["tokens"].message
+    assert report.clips["tokens"].isna().all()
+    assert report.clips["speech_fraction"].isna().all()
+
+
+def test_the_bundled_data_is_described_as_it_is(bundled_report: DataReport, bundled: DatasetSplits) -> None:
+    assert list(bundled_report.clips.columns) == list(CLIP_TYPES)
+    summary = bundled_report.summary().set_index("split")
+    assert summary["clips"].tolist() == [40, 10, 30]
+    assert summary.loc["train", "hours"] == pytest.approx(sum(u.duration_sec or 0 for u in bundled.train) / 3600)
+    assert summary.loc["test", "speakers"] == len({u.speaker for u in bundled.test})
+    assert set(summary["sample_rates"]) == {"16000"}
+    assert not [f for f in bundled_report.findings if f.level == "error"]
+    clips = bundled_report.clips
+    assert clips["leading_silence_sec"].between(0, 6).all()
+    total = clips["speech_fraction"] * clips["duration_sec"] + clips["leading_silence_sec"]
+    assert (total + clips["trailing_silence_sec"] <= clips["duration_sec"] + 1e-6).all()
+
+
+def test_rates_of_the_files_are_told(clean: list[Utterance]) -> None:
+    telephone = [
+        clip(f"t{i}", soxr.resample(noise(2, i), SAMPLE_RATE, 8_000), f"Text {i}.", rate=8_000) for i in range(3)
+    ]
+    upsampled = soxr.resample(soxr.resample(noise(2, 9), SAMPLE_RATE, 8_000), 8_000, 48_000)
+    found = topics(build(clean, test=[*telephone, clip("u", upsampled, "Text u.", rate=48_000)]))
+    assert found["sample rate"].ids == ("t0", "t1", "t2")
+    assert "nothing above 4,000 Hz" in found["sample rate"].message
+    assert found["bandwidth"].ids == ("u",)
+    assert found["mixed rates"].level == "warning"  # only the test is narrowband
+    assert "8,000 Hz (3)" in found["mixed rates"].message
+
+
+def test_clipped_silent_and_quiet_clips_are_told(clean: list[Utterance]) -> None:
+    clipped = np.clip(noise(2, 1, 0.8), -1, 1)
+    padded = np.concatenate([noise(1, 2), np.zeros(9 * SAMPLE_RATE, np.float32)])
+    found = topics(build([*clean, clip("c", clipped, "Text c."), clip("p", padded, "Text p."),
+                          clip("q", noise(2, 3, 0.002), "Text q.")]))  # fmt: skip
+    assert found["clipping"].ids == ("c",)
+    assert found["silence"].ids == ("p",)
+    assert found["level"].ids == ("q",)
+
+
+def test_clips_without_speech_and_with_long_silence_are_told(jfk: Waveform, detector: VoiceActivityDetector) -> None:
+    late = np.concatenate([np.zeros(3 * SAMPLE_RATE, np.float32), jfk[: 4 * SAMPLE_RATE]])
+    train = [clip("good", jfk, "And so, my fellow Americans."), clip("late", late, "And so."),
+             clip("none", noise(3, 1, 0.003), "Hello there.")]  # fmt: skip
+    report = build(train, vad=detector)
+    found = topics(report)
+    assert found["no speech"].ids == ("none",)
+    assert found["no speech"].level == "error"  # one of three: the set is at fault
+    assert found["long silence"].ids == ("late",)
+    rows = report.clips.set_index("id")
+    alone = detector.speech_segments(jfk)
+    assert rows.loc["good", "leading_silence_sec"] == pytest.approx(alone[0].start_sec, abs=0.04)
+    assert rows.loc["late", "leading_silence_sec"] == pytest.approx(3 + alone[0].start_sec, abs=0.1)
+    assert rows.loc["none", "speech_fraction"] == 0
+    assert np.isnan(rows.loc["none", "leading_silence_sec"])
+
+
+def test_speech_detection_takes_a_sample_and_says_so(bundled: DatasetSplits, detector: VoiceActivityDetector) -> None:
+    report = build_data_report(bundled, Config(), vad=detector, max_vad_clips=5)
+    assert report.clips["speech_fraction"].notna().sum() == 5
+    assert "on 5 of 80 clips" in topics(report)["speech detection"].message
+    again = build_data_report(bundled, Config(), vad=detector, max_vad_clips=5)
+    pd.testing.assert_frame_equal(again.clips, report.clips)
+
+
+def test_swapped_transcripts_show_in_the_pace(bundled: DatasetSplits) -> None:
+    long, short = (f(bundled.train, key=lambda u: u.duration_sec or 0) for f in (max, min))
+    texts = {long.id: "No.", short.id: "I would like to know where all of these people went after the long day. " * 2}
+    train = [replace(u, text=texts.get(u.id, u.text)) for u in bundled.train]
+    found = topics(build_data_report(replace(bundled, train=train), Config()))["pace"]
+    assert set(found.ids[:2]) == {long.id, short.id}
+    assert "1 too fast" in found.message
+
+
+def test_pace_has_no_outlier_among_equals_or_a_few() -> None:
+    rng = np.random.default_rng(0)
+    rates = np.exp(rng.normal(2.5, 0.25, 2_000))
+    assert find_rate_outliers(rates).mean() < 0.002  # 3.5 sigma of a normal distribution: 0.0005
+    assert not find_rate_outliers(np.full(50, 12.0)).any()
+    assert not find_rate_outliers(np.array([1.0, 12.0, 90.0])).any()
+    assert find_rate_outliers(np.array([*rates, 0.0, 200.0]))[-2:].all()
+
+
+def test_copies_are_found_through_containers_and_splits(clean: list[Utterance]) -> None:
+    audio = noise(2, 77)
+    pcm = np.round(audio * 32_768).astype(np.int16)
+    original = clip("o", pcm, "One text.")
+    report = build(
+        [*clean, original, clip("w", pcm, "one text", kind="FLAC"), clip("x", pcm, "Another text.")],
+        test=[clip("t", pcm, "One text.", speaker="s9")],
+    )
+    found = topics(report)
+    assert (found["same audio"].level, found["same audio"].ids) == ("warning", ("w", "x"))
+    assert (found["same audio across splits"].level, found["same audio across splits"].ids) == ("error", ("t",))
+    assert found["same audio, other text"].ids == ("x",)
+    rows = report.clips.set_index("id")
+    assert rows.loc[["w", "x", "t"], "duplicate_audio_of"].tolist() == ["o"] * 3
+    assert rows.loc["o", "duplicate_audio_of"] is None
+    assert rows.loc[["o", "w", "t"], "duplicate_text_count"].tolist() == [3, 3, 3]
+    assert found["same texts"].level == "warning"
+    assert "1 of 1 test texts are also in training" in found["same texts"].message
+
+
+def test_speakers_that_are_shared_few_or_unknown_are_told(clean: list[Utterance]) -> None:
+    test = [clip("t0", noise(2, 50), "A."), clip("t1", noise(2, 51), "B.", speaker="a3")]
+    found = topics(build([*clean, clip("n", noise(2, 52), "C.", speaker=None)], test=test))
+    assert found["unknown speakers"].ids == ("n",)
+    assert "1 speaker in more than one split, with 3 clips" in found["shared speakers"].message
+    assert "the test has 2 speakers" in found["few test speakers"].message
+
+
+def test_texts_too_long_for_the_decoder_are_an_error(clean: list[Utterance], _tiny_en: tuple[Any, Any]) -> None:
+    _, processor = _tiny_en
+    long = clip("long", noise(29, 60), "Five, six, seven, eight. " * 60)
+    report = build([*clean, long], tokenizer=processor.tokenizer)
+    assert topics(report)["tokens"].level == "error"
+    assert topics(report)["tokens"].ids == ("long",)
+    row = report.clips.set_index("id").loc["a0"]
+    assert row["tokens"] == len(processor.tokenizer(" " + row["text"]).input_ids)  # the same specials, another order
+
+
+@pytest.mark.parametrize(
+    ("change", "topic", "message"),
+    [
+        (str.upper, "capitals", "in capitals, which"),
+        (lambda text: text.lower().replace(".", ""), "punctuation", "no punctuation"),
+        (lambda text: text.replace("a", "7"), "digits", "with digits"),
+    ],
+)
+def test_the_style_of_the_transcripts_is_told(clean: list[Utterance], change: Any, topic: str, message: str) -> None:
+    found = topics(build([replace(u, text=change(u.text)) for u in clean]))
+    assert message in found[topic].message
+
+
+def test_mixed_styles_name_the_fewer(clean: list[Utterance]) -> None:
+    mixed = [replace(u, text=u.text.upper().replace(".", "")) if i < 4 else u for i, u in enumerate(clean)]
+    found = topics(build(mixed))
+    assert found["capitals"].ids == tuple(u.id for u in clean[:4])
+    assert "20% of the transcripts are in capitals" in found["capitals"].message
+    assert "80% of the transcripts are with punctuation" in found["punctuation"].message
+
+
+def test_skipped_and_short_clips_are_told(clean: list[Utterance]) -> None:
+    skipped = [SkippedUtterance("z", "31.00 s, allowed are 0.1 to 30 s (data.min_duration_sec, data.max_duration_sec)")]
+    splits = replace(splits_of([*clean, clip("s", noise(0.3, 1), "Yes.")]), skipped=skipped)
+    found = topics(build_data_report(splits, Config()))
+    assert "1 clip left out while checking, 1 for the duration" in found["skipped"].message
+    assert found["short"].ids == ("s",)
+
+
+def test_errors_come_first(clean: list[Utterance]) -> None:
+    report = build(clean, test=[replace(clean[0], id="copy", speaker="s9")])
+    levels = [f.level for f in report.findings]
+    assert levels == sorted(levels, key=("error", "warning", "info").index)
+    assert levels[0] == "error"
+
+
+def test_a_report_comes_back_as_it_was_saved(bundled_report: DataReport, tmp_path: Path) -> None:
+    clips = bundled_report.clips.copy()
+    clips.loc[0, "text"], clips.loc[1, "text"] = "NA", 'None, "nan"\nin two lines'
+    clips.loc[2, "speaker"] = None
+    clips.loc[3, ["leading_silence_sec", "speech_fraction"]] = np.nan
+    clips["tokens"] = clips["tokens"].where(clips.index != 4, 17)
+    styles = pd.DataFrame([{"style": "keep", "space": True, "nats": 7.5, "clips": 3, "example": "Hi."}])
+    report = replace(bundled_report, clips=clips, skipped=(SkippedUtterance("x", "bad"),), label_styles=styles)
+    paths = report.save(tmp_path / "run")
+    assert [path.name for path in paths] == [REPORT_FILE, CLIPS_FILE]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted([REPORT_FILE, CLIPS_FILE])
+    again = DataReport.load(tmp_path / "run")
+    pd.testing.assert_frame_equal(again.clips, clips)
+    assert (again.findings, again.skipped, again.source) == (report.findings, report.skipped, report.source)
+    assert again.label_styles is not None
+    pd.testing.assert_frame_equal(again.label_styles, styles)
+    assert again.hard_clips is None
+    assert again.to_text() == report.to_text()
+
+
+def test_json_has_no_nan(clean: list[Utterance], tmp_path: Path) -> None:
+    path, _ = build(clean).save(tmp_path)  # no validation, no test, no speech detection
+    content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
+    assert [row["clips"] for row in content["summary"]] == [20, 0, 0]
+    assert content["summary"][1]["median_sec"] is None
+    assert content["summary"][0]["no_speech_share"] is None
+
+
+def test_an_absent_or_damaged_report_is_an_error(clean: list[Utterance], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        DataReport.load(tmp_path)
+    path, _ = build(clean).save(tmp_path)
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(DataError, match="damaged"):
+        DataReport.load(tmp_path)
+
+
+def test_a_notebook_shows_levels_and_escapes_texts(clean: list[Utterance]) -> None:
+    report = build([*clean, clip("<b>", noise(2, 3, 0.002), "A text.", speaker=None)])
+    hard = pd.DataFrame([{"id": "x", "reference": "A <script> text.", "hypothesis": "A long text. " * 9, "wer": 9.0}])
+    page = replace(report, hard_clips=hard)._repr_html_()
+    assert "<script>" not in page
+    assert ("A long text. " * 9).strip() in page
+    assert "&lt;b&gt;" in page
+    assert "unknown speakers" in page
+    assert "NaN" not in page
+
+
+def test_clips_that_were_not_measured_are_refused(clean: list[Utterance]) -> None:
+    with pytest.raises(DataError, match="utterance a0: it was not measured"):
+        build_data_report(replace(splits_of(clean), stats={}), Config())
+
+
+def test_a_hashed_choice_is_the_same_in_any_order(clean: list[Utterance]) -> None:
+    chosen = [u.id for u in hashed_choice(clean, 5, 0)]
+    assert [u.id for u in hashed_choice(clean[::-1], 5, 0)] == chosen
+    assert chosen != [u.id for u in hashed_choice(clean, 5, 1)]
+    assert len(hashed_choice(clean, 1_000, 0)) == 20
+    with pytest.raises(DataError, match="at least one"):
+        hashed_choice(clean, 0, 0)

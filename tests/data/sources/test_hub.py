@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from src.data.audio import load_audio
+from src.data.preparation import prepare_datasets
+from src.data.sources.hub import CORPORA, stream_hub
+from src.data.utterance import Utterance
+from src.utils.config import Config, load_config
+from src.utils.config_schema import HubConfig
+from src.utils.errors import DataError, SourceUnavailableError
+from tests.data.hub_layout import write_librispeech, write_minds14, write_speechocean762
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def train(sample: list[Utterance]) -> list[Utterance]:
+    """24 clips of 12 speakers."""
+    by_speaker: dict[str | None, list[Utterance]] = {}
+    for utterance in sample:
+        by_speaker.setdefault(utterance.speaker, []).append(utterance)
+    return [u for clips in list(by_speaker.values())[:12] for u in clips[:2]]
+
+
+@pytest.fixture(scope="module")
+def minds14(tmp_path_factory: pytest.TempPathFactory, train: list[Utterance]) -> Path:
+    return write_minds14(tmp_path_factory.mktemp("minds14"), train)
+
+
+@pytest.fixture(scope="module")
+def librispeech(tmp_path_factory: pytest.TempPathFactory, train: list[Utterance]) -> Path:
+    splits = {"train.100": train[:14], "validation": train[14:18], "test": train[18:]}
+    return write_librispeech(tmp_path_factory.mktemp("librispeech"), splits)
+
+
+def hub_config(source: str, root: Path | str, **data: Any) -> Config:
+    hub = {"id": str(root), **data.pop("hub", {})}
+    return load_config(None, overrides={"data": {"source": source, "hub": hub, **data}})
+
+
+def test_minds14_is_read_from_the_parquet_branch_at_8_khz(minds14: Path, train: list[Utterance]) -> None:
+    streams = stream_hub("minds14", HubConfig(id=str(minds14)))
+    assert list(streams) == ["train"]
+    first = next(streams["train"])
+    assert (first.id, first.text, first.language) == (train[0].id, train[0].text.lower(), "en")
+    assert first.speaker is None
+    assert first.meta["intent_class"] == "abroad"
+    assert len(load_audio(first.audio)) == pytest.approx(len(load_audio(train[0].audio)), rel=0.01)
+    assert CORPORA["minds14"].revision == "refs/convert/parquet"
+
+
+def test_minds14_is_split_and_its_rate_is_seen(minds14: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = hub_config("minds14", minds14, max_train=2_000)
+    with caplog.at_level("INFO"):
+        splits = prepare_datasets(config)
+    assert len(splits.train) + len(splits.validation) + len(splits.test) == 24
+    assert "24 exist; taking all of them" in caplog.text
+    assert "speakers are unknown" in caplog.text
+    assert {splits.stats[u.id].sample_rate for u in splits.train} == {8_000}
+    assert splits.source == "minds14"
+
+
+def test_librispeech_honours_the_splits_and_takes_the_first_n(librispeech: Path, train: list[Utterance]) -> None:
+    splits = prepare_datasets(hub_config("librispeech", librispeech, max_train=5, max_validation=2, max_test=3))
+    assert [u.id for u in splits.train] == [u.id for u in train[:5]]
+    assert [u.id for u in splits.validation] == [u.id for u in train[14:16]]
+    assert [u.id for u in splits.test] == [u.id for u in train[18:21]]
+    assert splits.train[0].speaker == str(int(train[0].speaker or 0))
+    assert splits.train[0].language == "en"
+
+
+def test_n_clips_cost_n_clips(librispeech: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import src.data.sources.catalog as sources
+
+    drawn: list[str] = []
+
+    def counted(source: str, options: HubConfig) -> dict[str, Iterator[Utterance]]:
+        def count(stream: Iterator[Utterance]) -> Iterator[Utterance]:
+            for utterance in stream:
+                drawn.append(utterance.id)
+                yield utterance
+
+        return {name: count(stream) for name, stream in stream_hub(source, options).items()}
+
+    monkeypatch.setattr(sources, "stream_hub", counted)
+    prepare_datasets(hub_config("librispeech", librispeech, max_train=5, max_validation=2, max_test=3))
+    assert len(drawn) == 10
+
+
+def test_a_stream_passes_over_what_fails_and_still_gives_n(
+    tmp_path: Path, train: list[Utterance], caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = Utterance(train[1].id, train[1].audio, "", train[1].speaker)  # no transcript
+    root = write_librispeech(
+        tmp_path, {"train.100": [train[0], broken, *train[2:14]], "validation": train[14:18], "test": train[18:]}
+    )
+    splits = prepare_datasets(hub_config("librispeech", root, max_train=5, on_error="skip", max_skip_fraction=0.5))
+    assert [u.id for u in splits.train] == [train[i].id for i in (0, 2, 3, 4, 5)]
+    assert [row.id for row in splits.skipped] == [broken.id]
+    with pytest.raises(DataError, match=broken.id):
+        prepare_datasets(hub_config("librispeech", root, max_train=5))
+
+
+def test_speechocean762_has_its_test_split_and_validation_is_cut_by_speaker(
+    tmp_path: Path, train: list[Utterance]
+) -> None:
+    root = write_speechocean762(tmp_path, {"train": train[:18], "test": train[18:]})
+    splits = prepare_datasets(hub_config("speechocean762", root, validation_fraction=0.2))
+    assert {u.id for u in splits.test} == {u.id for u in train[18:]}
+    assert len(splits.train) + len(splits.validation) == 18
+    assert not {u.speaker for u in splits.train} & {u.speaker for u in splits.validation}
+    assert splits.train[0].meta["gender"] in ("m", "f")
+    assert "words" not in splits.train[0].meta
+
+
+def test_any_data_set_with_its_columns_found(librispeech: Path) -> None:
+    config = hub_config("hub", librispeech, hub={"config": "clean", "train_split": "train.100"}, max_train=3)
+    assert len(prepare_datasets(config).train) == 3
+
+
+@pytest.mark.parametrize(
+    ("hub", "reason"),
+    [
+        ({"config": "clean"}, r"no split 'train' among train\.100, validation, test"),
+        ({"config": "clean", "train_split": "train.360"}, r"no split 'train\.360'"),
+        ({"config": "clear", "train_split": "train.100"}, r"'clear' not found.*clean"),
+        ({"config": "clean", "train_split": "train.100", "text_column": "words"}, "no column 'words'; it has file"),
+    ],
+)
+def test_wrong_names_are_refused_with_those_that_exist(librispeech: Path, hub: dict[str, str], reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        prepare_datasets(hub_config("hub", librispeech, hub=hub, max_train=3))
+
+
+def test_another_language_than_the_models_is_refused(tmp_path: Path, train: list[Utterance]) -> None:
+    root = write_minds14(tmp_path, train, config="fr-FR")
+    config = load_config(
+        None,
+        overrides={
+            "model": {"variant": "base", "language": "en"},
+            "data": {"source": "minds14", "hub": {"id": str(root), "config": "fr-FR"}, "max_train": 8},
+        },
+    )
+    with pytest.raises(DataError, match=r"its language is 'fr'.*model\.language: fr"):
+        prepare_datasets(config)
+
+
+@pytest.mark.parametrize("source", ["minds14", "librispeech", "speechocean762"])
+def test_offline_names_the_data_set_and_the_offline_choices(source: str) -> None:
+    with pytest.raises(SourceUnavailableError, match=CORPORA[source].id) as caught:
+        prepare_datasets(load_config(None, overrides={"data.source": source}))
+    for choice in ("sample", "folder", "parquet", "common_voice"):
+        assert choice in str(caught.value)
+
+
+def test_a_cut_network_is_named_too() -> None:
+    """A fresh process without offline mode, whose Hub is a port where nobody listens."""
+    code = (
+        "import json\nfrom src.data.preparation import prepare_datasets\nfrom src.utils.config import load_config\n"
+        "from src.utils.errors import SourceUnavailableError\n"
+        "try:\n    prepare_datasets(load_config(None, overrides={'data.source': 'minds14'}))\n"
+        "except SourceUnavailableError as err:\n    print(json.dumps(str(err)))\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    message = json.loads(done.stdout)
+    assert "'PolyAI/minds14' cannot be reached" in message
+    assert "sample (bundled)" in message
+
+
+def test_the_next_source_is_tried_only_where_the_config_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    config = load_config(None, overrides={"data": {"sources": ["minds14", "sample"], "max_train": 8, "max_test": 4}})
+    with caplog.at_level("WARNING"):
+        splits = prepare_datasets(config)
+    assert splits.source == "sample"
+    assert "source 'minds14' cannot be had, going on to the next of data.sources" in caplog.text
+
+
+def test_a_fault_in_the_data_never_switches_the_source(tmp_path: Path, train: list[Utterance]) -> None:
+    (tmp_path / "metadata.csv").write_text("file_name,text,split\nabsent.wav,hello,train\n")
+    config = load_config(None, overrides={"data": {"sources": ["folder", "sample"], "path": str(tmp_path)}})
+    with pytest.raises(DataError, match=r"cannot cut|absent\.wav"):
+        prepare_datasets(config)

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from src.data.audio import load_audio
+from src.data.preparation import prepare_datasets
+from src.data.sources import parquet as parquet_module
+from src.data.sources.catalog import SAMPLE_PARQUET, load_utterances
+from src.data.sources.parquet import ParquetCell, read_parquet, split_of
+from src.data.utterance import Utterance
+from src.utils.config import load_config
+from src.utils.config_schema import DataConfig
+from src.utils.errors import AudioError, DataError, SourceUnavailableError
+from tests.data.hub_layout import encoded, write_speechocean762
+
+
+def test_cells_are_read_when_asked_and_equal_the_table(sample: list[Utterance]) -> None:
+    table = pq.read_table(SAMPLE_PARQUET)
+    assert table.num_rows == len(sample)
+    for index in (0, 99, 100, 499):  # across row groups
+        audio = sample[index].audio
+        assert isinstance(audio, ParquetCell)
+        assert audio.read() == table["audio"][index].as_py()["bytes"]
+        assert sample[index].text == table["text"][index].as_py()
+
+
+def test_memory_keeps_the_newest_row_groups_only(sample: list[Utterance], monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = parquet_module._RowGroupCache()
+    monkeypatch.setattr(parquet_module, "_ROW_GROUPS", cache)
+    monkeypatch.setattr(parquet_module, "KEPT_BYTES", 2_500_000)  # the file has five groups of about 1 MB
+    for utterance in sample[::20]:
+        assert not isinstance(utterance.audio, Path | bytes)
+        utterance.audio.read()
+    assert 1 <= len(cache._kept) <= 3
+    assert cache._bytes == sum(array.nbytes for array in cache._kept.values()) <= 2_500_000
+
+
+def test_a_folder_of_shards_has_its_splits_from_the_names(tmp_path: Path, sample: list[Utterance]) -> None:
+    splits = {"train": sample[:30], "test": sample[400:410]}
+    write_speechocean762(tmp_path, splits)
+    listed = load_utterances(DataConfig(source="parquet", path=tmp_path))
+    assert {u.id for u in listed if u.meta["split"] == "train"} == {u.id for u in sample[:30]}
+    assert {u.id for u in listed if u.meta["split"] == "test"} == {u.id for u in sample[400:410]}
+    np.testing.assert_allclose(
+        load_audio(next(u for u in listed if u.id == sample[3].id).audio), load_audio(sample[3].audio), atol=1e-4
+    )
+    config = load_config(None, overrides={"data": {"source": "parquet", "path": str(tmp_path), "max_train": 12}})
+    prepared = prepare_datasets(config)
+    assert len(prepared.train) == 12
+    assert {u.id for u in prepared.test} == {u.id for u in sample[400:410]}
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("data/train-00000-of-00002.parquet", "train"),
+        ("en/validation/0000.parquet", "validation"),
+        ("speechocean762-dev.parquet", "validation"),
+        ("test.clean.parquet", "test"),
+        ("0000.parquet", None),
+        ("pretraining/0000.parquet", None),
+    ],
+)
+def test_the_split_is_in_the_name(path: str, split: str | None) -> None:
+    assert split_of(Path(path)) == split
+
+
+def test_names_that_repeat_in_an_archive_get_numbers(tmp_path: Path) -> None:
+    audio = [{"bytes": b"x", "path": "audio.wav"}] * 3
+    pq.write_table(pa.table({"audio": audio, "text": ["a", "b", "c"]}), tmp_path / "x.parquet")
+    assert [u.id for u in read_parquet(tmp_path / "x.parquet")] == ["audio", "audio#2", "audio#3"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"text": ["a"]}, "no column with recordings among text"),
+        ({"audio": [{"bytes": b"x", "path": "a"}], "words": ["a"]}, "no text column among words"),
+        ({"a": [{"bytes": b"x"}], "b": [{"bytes": b"y"}], "text": ["a"]}, r"no audio column among a, b"),
+    ],
+)
+def test_unknown_columns_are_refused(tmp_path: Path, columns: dict[str, list[object]], reason: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=reason):
+        read_parquet(tmp_path / "x.parquet")
+
+
+def test_a_damaged_file_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceUnavailableError, match=r"no \.parquet file"):
+        read_parquet(tmp_path)
+    with pytest.raises(SourceUnavailableError, match="no such file or folder"):
+        read_parquet(tmp_path / "absent")
+    (tmp_path / "cut.parquet").write_bytes(SAMPLE_PARQUET.read_bytes()[:100_000])
+    with pytest.raises(DataError, match=r"cut\.parquet: not a Parquet file that can be read"):
+        read_parquet(tmp_path)
+
+
+def test_a_cell_without_a_recording_is_named_and_one_that_names_a_file_reads_it(
+    tmp_path: Path, sample: list[Utterance]
+) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"audio": [{"bytes": None, "path": "a.wav"}, None], "text": ["a", "b"]}), path)
+    for utterance in read_parquet(path, audio_column="audio"):
+        with pytest.raises(AudioError, match=r"x\.parquet, row group 0, row .: (names a\.wav|the cell holds no rec)"):
+            load_audio(utterance.audio)
+    (tmp_path / "a.wav").write_bytes(encoded(sample[0], 16_000, "WAV"))
+    assert len(load_audio(read_parquet(path)[0].audio)) > 16_000
+    gone = ParquetCell(tmp_path / "gone.parquet", 0, 0, "audio")
+    with pytest.raises(AudioError, match=r"gone\.parquet, row group 0: cannot be read"):
+        gone.read()

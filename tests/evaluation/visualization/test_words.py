@@ -1,0 +1,99 @@
+"""Words over a spectrogram: each text by its word, none over another."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from src.evaluation.visualization.words import draw_words
+from src.inference.decoding import decode
+from src.inference.options import DecodingOptions
+from src.inference.words import Word
+from src.utils.errors import AudioError, DataError
+from src.utils.figures import save_figure
+
+pytestmark = pytest.mark.usefixtures("no_warning_and_no_global_change")
+
+
+def words_every(step_sec: float, end_sec: float, text: str = "word") -> list[Word]:
+    times = np.arange(0, end_sec - step_sec / 2, step_sec)
+    return [Word(text, float(at), float(at) + step_sec, 0.9) for at in times]
+
+
+def check_apart(figure: Any) -> None:
+    band = figure.axes[1]
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in band.texts]
+    for a, b in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b)
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
+
+
+@pytest.mark.parametrize(("step_sec", "end_sec"), [(0.5, 11.0), (0.25, 11.0), (0.4, 30.0)])
+def test_texts_do_not_collide(jfk: np.ndarray, step_sec: float, end_sec: float) -> None:
+    audio = np.tile(jfk, 3)[: round(16_000 * end_sec)]
+    figure = draw_words(audio, words_every(step_sec, end_sec))
+    check_apart(figure)
+    assert figure.get_size_inches()[0] <= 10
+    assert figure.get_size_inches()[1] <= 4
+
+
+def test_bars_boundaries_and_axis_are_in_seconds(jfk: np.ndarray, tmp_path: Path) -> None:
+    words = [Word("a", 1.0, 2.0, 0.9), Word("b", 2.0, 2.5, 0.9), Word("c", 4.0, 4.0, 0.9)]
+    figure = draw_words(jfk, words, title="jfk $x$")
+    mel, band = figure.axes
+    starts, ends = (
+        [float(segment[0, 0]) for segment in each.get_segments()]  # type: ignore[attr-defined]
+        for each in mel.collections
+    )
+    assert starts == [1.0, 2.0, 4.0]
+    assert ends == [2.5]  # where silence follows; 2.0 begins the next word, 4.0 its own
+    spans = [each.get_paths()[0].get_extents() for each in band.collections]
+    assert [(span.x0, round(span.x1 - span.x0, 3)) for span in spans] == [(1.0, 1.0), (2.0, 0.5), (4.0, 0.02)]
+    assert [text.get_text() for text in band.texts] == ["a", "b", "c"]
+    assert mel.get_xlim() == (0, pytest.approx(len(jfk) / 16_000))
+    assert mel.get_xlabel() == "s"
+    save_figure(figure, tmp_path, "words")
+
+
+def test_a_part_has_the_words_of_that_part_at_their_times(jfk: np.ndarray) -> None:
+    figure = draw_words(jfk, words_every(1.0, 11.0), between_sec=(2.5, 5.0))
+    assert len(figure.axes[1].texts) == 3
+    assert figure.axes[0].get_xlim() == (2.5, 5.0)
+    assert figure.axes[0].images[0].get_extent()[:2] == [2.5, 5.0]
+
+
+def test_words_of_any_script_are_drawn(jfk: np.ndarray, tmp_path: Path) -> None:
+    texts = ["你好", "مرحبا", "😀", "$5", "fin"]
+    words = [Word(text, float(i), i + 0.5, 0.9) for i, text in enumerate(texts)]
+    save_figure(draw_words(jfk, words), tmp_path, "scripts")
+
+
+def test_what_cannot_be_drawn_is_an_error(jfk: np.ndarray) -> None:
+    words = words_every(1.0, 11.0)
+    with pytest.raises(DataError, match="no words in this part; decode with word_timestamps=True"):
+        draw_words(jfk, [])
+    with pytest.raises(AudioError, match=r"shape \(10,\)"):
+        draw_words(jfk[:10], words)
+    with pytest.raises(AudioError, match="shape"):
+        draw_words(jfk[None], words)
+    with pytest.raises(DataError, match="at most 30 s"):
+        draw_words(np.tile(jfk, 4), words)
+    for part in ((5.0, 5.0), (-1.0, 2.0), (5.0, 90.0)):
+        with pytest.raises(DataError, match="within the recording"):
+            draw_words(jfk, words, between_sec=part)
+    with pytest.raises(DataError, match="do not fit"):
+        draw_words(np.tile(jfk, 3)[:480_000], words_every(0.05, 30.0, "incomprehensible"))
+
+
+@pytest.mark.slow
+def test_the_words_of_a_real_recording_are_drawn(tiny_en: tuple[Any, Any], jfk: np.ndarray, tmp_path: Path) -> None:
+    (result,) = decode(*tiny_en, [jfk], DecodingOptions(word_timestamps=True))
+    figure = draw_words(jfk, result.words or ())
+    assert [text.get_text() for text in figure.axes[1].texts][-1] == "country."
+    check_apart(figure)
+    save_figure(figure, tmp_path, "jfk")

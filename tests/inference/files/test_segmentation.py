@@ -1,0 +1,153 @@
+"""Cutting at silences: nothing that was said is lost or heard twice, and memory does not grow with the recording."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.vad import VADEvent, VoiceActivityDetector
+from src.inference.files.segmentation import Segment, cut_at_silences
+from src.utils.config_inference import VADConfig
+
+MIN_SILENCE_SEC = 0.5
+
+
+class LoudDetector:
+    """Takes loud samples for speech, and reports as late as silero-vad does."""
+
+    config = VADConfig(min_silence_sec=MIN_SILENCE_SEC)
+
+    def stream(self) -> LoudStream:
+        return LoudStream()
+
+    def speech_segments_batch(self, audios: Sequence[Waveform]) -> list[list[object]]:
+        return [[] for _ in audios]
+
+
+class LoudStream:
+    def __init__(self) -> None:
+        self._heard = 0
+        self._start: int | None = None
+        self._last = 0
+
+    def feed(self, samples: Waveform) -> list[VADEvent]:
+        events = []
+        window = SAMPLE_RATE // 20
+        for at in range(0, len(samples), window):
+            piece = samples[at : at + window]
+            loud = float(np.abs(piece).max()) > 0.1
+            if loud and self._start is None:
+                self._start = self._heard
+                events.append(self._event("start", self._start))
+            self._heard += len(piece)
+            if loud:
+                self._last = self._heard
+            elif self._start is not None and self._heard - self._last >= MIN_SILENCE_SEC * SAMPLE_RATE:
+                events.append(self._event("end", self._last))
+                self._start = None
+        return events
+
+    def finish(self) -> list[VADEvent]:
+        return [] if self._start is None else [self._event("end", self._heard)]
+
+    def _event(self, kind: str, at: int) -> VADEvent:
+        return VADEvent(kind, at / SAMPLE_RATE, self._heard / SAMPLE_RATE)  # type: ignore[arg-type]
+
+
+def recording(stretches: Sequence[tuple[bool, float]]) -> Waveform:
+    """Loud and silent stretches, seconds each; each loud sample is another, so that it can be found again."""
+    pieces = [np.full(round(sec * SAMPLE_RATE), 0.5 if loud else 0.0, dtype=np.float32) for loud, sec in stretches]
+    audio = np.concatenate(pieces)
+    ramp = np.linspace(0.2, 0.9, len(audio), dtype=np.float32)
+    return np.where(audio > 0, ramp, np.float32(0))
+
+
+def blocks(audio: Waveform, size: int) -> Iterator[Waveform]:
+    return (audio[at : at + size] for at in range(0, len(audio), size))
+
+
+def cut(audio: Waveform, *, max_sec: float, join_pause_sec: float = 0.0, size: int = SAMPLE_RATE) -> list[Segment]:
+    return list(cut_at_silences(blocks(audio, size), LoudDetector(), max_sec=max_sec, join_pause_sec=join_pause_sec))
+
+
+stretches = st.lists(st.tuples(st.booleans(), st.sampled_from([0.1, 0.3, 0.6, 1.0, 2.5, 7.0])), min_size=1, max_size=12)
+
+
+@settings(max_examples=40, deadline=None)
+@example(stretches=[(False, 7.4), (True, 3.9), (False, 1.0)], join=0.0, size=16_000)  # ends where it no longer fits
+@given(stretches=stretches, join=st.sampled_from([0.0, 0.8, 30.0]), size=st.sampled_from([1_600, 16_000, 99_999]))
+def test_all_speech_is_in_one_segment_once(stretches: list[tuple[bool, float]], join: float, size: int) -> None:
+    audio = recording(stretches)
+    segments = cut(audio, max_sec=4.0, join_pause_sec=join, size=size)
+    covered = np.zeros(len(audio), dtype=int)
+    for segment in segments:
+        first = round(segment.start_sec * SAMPLE_RATE)
+        np.testing.assert_array_equal(segment.audio, audio[first : first + len(segment.audio)])
+        covered[first : first + len(segment.audio)] += 1
+        assert len(segment.audio) <= 4.0 * SAMPLE_RATE
+        assert segment.end_sec == pytest.approx(segment.start_sec + len(segment.audio) / SAMPLE_RATE)
+    assert covered.max(initial=0) <= 1
+    assert (covered[audio > 0] == 1).all()
+
+
+def test_a_short_recording_stays_whole() -> None:
+    audio = recording([(False, 1.0), (True, 1.0), (False, 1.5)])
+    (segment,) = cut(audio, max_sec=4.0)
+    assert (segment.start_sec, len(segment.audio)) == (0.0, len(audio))
+
+
+def test_a_short_recording_is_cut_at_pauses_that_a_segment_may_not_hold() -> None:
+    audio = recording([(False, 0.5), (True, 1.0), (False, 1.5), (True, 0.5)])
+    assert len(cut(audio, max_sec=4.0, join_pause_sec=1.0)) == 2
+    (whole,) = cut(audio, max_sec=4.0, join_pause_sec=2.0)
+    assert len(whole.audio) == len(audio)
+    assert len(cut(recording([(True, 3.95)]), max_sec=4.0)) == 1
+    assert cut(np.zeros(0, np.float32), max_sec=4.0) == []
+
+
+def test_pauses_up_to_the_limit_stay_within_a_segment() -> None:
+    audio = recording([(True, 1.0), (False, 0.7), (True, 1.0), (False, 1.5), (True, 1.0)])
+    assert len(cut(audio, max_sec=4.0, join_pause_sec=0.0)) == 3
+    assert len(cut(audio, max_sec=4.0, join_pause_sec=1.0)) == 2
+
+
+def test_speech_without_a_pause_is_cut_at_its_quietest_moment() -> None:
+    audio = np.full(10 * SAMPLE_RATE, 0.5, dtype=np.float32)
+    audio[3 * SAMPLE_RATE : 3 * SAMPLE_RATE + 3_200] = 0.12
+    first, *_ = cut(audio, max_sec=4.0)
+    assert first.end_sec == pytest.approx(3.1, abs=0.06)
+
+
+def test_three_hours_need_the_memory_of_a_minute() -> None:
+    minute = recording([(True, 3.0), (False, 2.0)] * 12)
+
+    def peak(minutes: int) -> int:
+        tracemalloc.start()
+        source = (block for _ in range(minutes) for block in blocks(minute, 10 * SAMPLE_RATE))
+        total = sum(
+            len(segment.audio) for segment in cut_at_silences(source, LoudDetector(), max_sec=28.0, join_pause_sec=0.0)
+        )
+        assert total >= 36 * SAMPLE_RATE * minutes
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    assert peak(180) < 1.2 * peak(3)
+
+
+@pytest.mark.slow
+def test_real_speech_is_cut_where_silero_hears_none(jfk: Waveform) -> None:
+    pause = np.zeros(SAMPLE_RATE, dtype=np.float32)
+    audio = np.concatenate([jfk, pause, jfk, pause, jfk])
+    segments = list(cut_at_silences(blocks(audio, 50_000), VoiceActivityDetector(), max_sec=28.0, join_pause_sec=0.0))
+    edges = [edge for segment in segments for edge in (segment.start_sec, segment.end_sec)]
+    assert edges == sorted(edges)
+    for edge in edges[1:-1]:
+        near = audio[round((edge - 0.02) * SAMPLE_RATE) : round((edge + 0.02) * SAMPLE_RATE)]
+        assert float(np.abs(near).mean()) < 0.05

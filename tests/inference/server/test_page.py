@@ -1,0 +1,387 @@
+"""The web page: its parts alone, and in a browser with a microphone that plays a file."""
+
+from __future__ import annotations
+
+import base64
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import soundfile as sf
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.sources.catalog import SAMPLE_CLIP
+from src.inference.engines import load_engine
+from src.inference.files.transcription import TranscribedSegment
+from src.inference.server.connection import ServerLimits
+from src.inference.server.page import Demo, launch_demo
+from src.inference.server.page_files import FileTranscript, differing_words, read_upload
+from src.inference.server.page_live import LiveSessions
+from src.inference.server.page_turns import Turns
+from src.inference.server.page_views import transcript_html
+from src.inference.server.protocol import write_samples
+from src.inference.streaming.events import Event, join_words
+from src.inference.words import Word
+from src.utils.config import load_config
+from src.utils.errors import AudioError, ConfigError, MissingDependencyError, ModelError
+from tests.evaluation.test_report_in_browser import CHROMIUM, CONTRASTS, READABLE
+from tests.inference.test_captions import parsed
+
+MICROPHONE = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+in_a_browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium on the PATH: apt-get install chromium")
+PATIENCE_SEC = 120.0  # a test must not fail because the machine is busy
+MAX_UPLOAD_SEC = 20.0
+ATTACK = "<img src=x onerror=\"document.title = 'attacked'\">"
+TEXTS = "h1, h3, p, dt, dd, time, a, label, button, .word, .partial, [data-start], .legend span"
+WATCH = """() => {
+  window.broken = [];
+  let before = [];
+  const said = () => [...document.querySelectorAll(".word")].map(word => word.textContent);
+  new MutationObserver(() => {
+    const now = said();
+    if (now.length < before.length || before.some((word, i) => word !== now[i])) window.broken.push([before, now]);
+    before = now;
+  }).observe(document.querySelector(".page"), {childList: true, subtree: true, characterData: true});
+}"""
+
+
+class CountingSession:
+    """Commits a word for each second heard, which names the loudness of its first sample."""
+
+    def __init__(self) -> None:
+        self.words: tuple[Word, ...] = ()
+        self.audio_sec, self.sharers = 0.0, 0
+
+    def feed(self, samples: Waveform, sample_rate: int) -> list[Event]:
+        if len(samples) and samples[0] < 0:
+            raise RuntimeError("CUDA error\nmore of it")
+        self.audio_sec += len(samples) / sample_rate
+        new = [Word(f"{samples[0]:.1f}", i, i + 1, 0.9) for i in range(len(self.words), int(self.audio_sec))]
+        self.words += tuple(new)
+        return [Event("commit", tuple(new), join_words(new), self.audio_sec, 0.0, 0)] if new else []
+
+    def flush(self) -> list[Event]:
+        return [Event("final", self.words, join_words(self.words), self.audio_sec, 0.0, 1)]
+
+
+def sessions(**limits: Any) -> tuple[LiveSessions, list[float]]:
+    """Return sessions, and the time on their clock."""
+    now = [0.0]
+
+    def make_session(model: str) -> Any:
+        if model != "tuned":
+            raise ConfigError(f"model {model!r} is not on this page")
+        return CountingSession()
+
+    return LiveSessions(make_session, limits=ServerLimits(**limits), clock=lambda: now[0]), now
+
+
+def message(tab: str, loudness: float = 0.1, *, sec: float = 1.0, **fields: Any) -> dict[str, Any]:
+    samples = np.full(round(sec * SAMPLE_RATE), loudness, np.float32)
+    pcm = base64.b64encode(write_samples(samples, "s16le")).decode()
+    return {"tab": tab, "model": "tuned", "rate": SAMPLE_RATE, "pcm": pcm, **fields}
+
+
+def test_tabs_do_not_mix_and_the_last_answer_holds_the_captions() -> None:
+    live, _ = sessions()
+    for number in range(3):
+        for tab, loudness in (("a", 0.1), ("b", 0.2)):
+            live.answer(message(tab, loudness, first=number == 0))
+    last = live.answer(message("a", 0.1, last=True))
+    assert [event["kind"] for event in last["events"]] == ["commit", "final"]
+    assert last["audio_sec"] == 4.0
+    assert [cue[2] for cue in parsed(last["srt"])] == [("0.1 0.1 0.1 0.1",)]
+    assert parsed(last["srt"]) == parsed(last["vtt"])
+    assert len(live) == 1
+    assert "this recording has ended" in live.answer(message("a"))["error"]
+
+
+def test_sessions_are_bounded_and_the_idle_and_the_left_give_way() -> None:
+    live, now = sessions(max_sessions=2, idle_sec=30.0)
+    live.answer(message("a", first=True))
+    live.answer(message("b", first=True))
+    assert live.answer(message("c", first=True)) == {"error": "all 2 sessions are taken; try again later"}
+    assert "error" not in live.answer(message("b", first=True))  # its own does not count
+    now[0] = 31.0
+    live.answer(message("b"))
+    assert "error" not in live.answer(message("c", first=True))  # instead of a
+    assert live.answer(message("d", first=True))["error"]
+    live.leave("c")
+    assert "error" not in live.answer(message("d", first=True))
+
+
+def test_a_recording_ends_at_its_limit_with_its_captions() -> None:
+    live, _ = sessions(max_session_sec=60.0)
+    live.answer(message("a", sec=0.5, first=True))
+    for _ in range(59):
+        assert "srt" not in live.answer(message("a"))
+    full = live.answer(message("a"))
+    assert full["note"] == "A recording ends after 1 minutes here; press Start for another."
+    assert len(parsed(full["srt"])) > 1
+    assert len(live) == 0
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        ({"pcm": "no base64"}, "not base64"),
+        ({"pcm": "AAAA"}, "no whole number"),
+        ({"pcm": "A" * (1 << 20)}, "at most 262144 characters"),
+        ({"rate": 0}, "greater than or equal to 8000"),
+        ({"model": "other"}, "'other' is not on this page"),
+        ({"loud": True}, "Extra inputs"),
+    ],
+)
+def test_what_is_no_message_is_refused_in_a_line(sent: dict[str, Any], said: str) -> None:
+    live, _ = sessions()
+    assert said in live.answer({**message("a", first=True), **sent})["error"]
+    assert len(live) == 0
+
+
+def test_a_recording_that_fails_is_freed_and_says_so() -> None:
+    live, _ = sessions()
+    live.answer(message("a", first=True))
+    live.answer(message("b", first=True))
+    assert live.answer(message("a", -0.5))["error"] == "RuntimeError: CUDA error; the server's log has the traceback"
+    assert "error" not in live.answer(message("b"))
+    assert len(live) == 1
+
+
+def test_calls_take_turns_in_the_order_in_which_they_came() -> None:
+    turns, done, may_end = Turns(), [], threading.Event()
+    first = threading.Thread(target=turns.take, args=(may_end.wait,))
+    first.start()
+    rest = [turns._worker.submit(done.append, number) for number in range(20)]
+    assert done == []
+    may_end.set()
+    assert turns.take(list, done) == list(range(20))
+    first.join()
+    assert all(each.done() for each in rest)
+    with pytest.raises(ZeroDivisionError):
+        turns.take(lambda: 1 / 0)
+    turns.close()
+
+
+def words(text: str) -> tuple[Word, ...]:
+    return tuple(Word(each, float(i), i + 0.5, 0.9) for i, each in enumerate(text.split()))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ("The box was large.", "the box, was large", ((), ())),
+        ("the box was large", "the fox was very large", ((1,), (1, 3))),
+        ("", "hello there", ((), (0, 1))),
+    ],
+)
+def test_words_differ_that_the_other_text_lacks(first: str, second: str, expected: Any) -> None:
+    found = differing_words(words(first), words(second))
+    assert tuple(tuple(sorted(side)) for side in found) == expected
+
+
+def test_a_transcript_is_text_marks_what_is_unsure_and_carries_its_captions() -> None:
+    said = (Word("sure", 0.0, 0.5, 0.9), Word(ATTACK, 0.5, 1.0, 0.2), Word("end", 65.0, 65.5, float("nan")))
+    segments = [
+        TranscribedSegment(part[0].start_sec, part[-1].end_sec, part[0].text, -0.1, None, 1.0, 0.0, part, None)
+        for part in (said[:2], said[2:])
+    ]
+    html = transcript_html(FileTranscript("tuned", tuple(segments), 66.0, 3.3), 'a"b')
+    assert "<img" not in html
+    assert html.count('class="unsure" data-start="0.50" data-tip="0.50 to 1.00 s, 20%"') == 1
+    assert 'data-start="65.00" data-tip="65.00 to 65.50 s">end<' in html
+    assert "<time>1:05</time>" in html
+    assert "<dd>0.050</dd>" in html
+    srt = unquote(html.split('download="a&quot;b.srt" href="data:text/plain;charset=utf-8,')[1].split('"')[0])
+    assert parsed(srt)[0][0] == 0.0
+
+
+def test_an_upload_is_refused_by_name(tmp_path: Path) -> None:
+    sf.write(tmp_path / "long.wav", np.zeros(3 * 8000), 8000)
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    with pytest.raises(AudioError, match=r"long\.wav: longer than 0\.03.* minutes.*scripts/transcribe\.py"):
+        read_upload(tmp_path / "long.wav", max_sec=2.0)
+    with pytest.raises(AudioError, match=r"^broken\.wav: "):
+        read_upload(tmp_path / "broken.wav")
+    assert len(read_upload(tmp_path / "long.wav", max_sec=3.0)) == 3 * SAMPLE_RATE
+
+
+def test_what_is_missing_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="needs a model and its processor"):
+        launch_demo()
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "src.inference.server.page_layout", raising=False)
+    monkeypatch.delattr("src.inference.server.page_layout", raising=False)
+    with pytest.raises(MissingDependencyError, match="pip install gradio"):
+        launch_demo(models={"tuned": "tiny.en"})
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Demo]:
+    """Stock tiny.en in 8 bits, under two names."""
+    config = load_config(None, overrides={"device": "cpu"})
+    engine = load_engine("tiny.en", config, engine="ctranslate2")
+    with launch_demo(models={"tuned": engine}, stock=engine, config=config, max_upload_sec=MAX_UPLOAD_SEC) as demo:
+        yield demo
+
+
+@pytest.fixture(scope="module")
+def browsers(jfk: Waveform, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Browser]]:
+    """Two browsers whose microphones hear "ask not what your country can do for you", and what comes before it."""
+    folder, cut, second = tmp_path_factory.mktemp("heard"), 3 * SAMPLE_RATE, np.zeros(SAMPLE_RATE, np.float32)
+    with sync_playwright() as playwright:
+        started = []
+        for number, clip in enumerate([jfk[cut : 8 * SAMPLE_RATE], jfk[:cut]]):
+            path = folder / f"{number}.wav"
+            sf.write(path, np.concatenate([second, clip, second]), SAMPLE_RATE)
+            arguments = [*MICROPHONE, f"--use-file-for-fake-audio-capture={path}%noloop"]
+            started.append(playwright.chromium.launch(executable_path=CHROMIUM, args=arguments))
+        yield started
+        for each in started:
+            each.close()
+
+
+def opened(browser: Browser, demo: Demo, *, scheme: Any = "light", width: int = 1280) -> tuple[Page, list[str]]:
+    """Open the page; the list gets what errors and requests to elsewhere say."""
+    page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
+    page.set_default_timeout(PATIENCE_SEC * 1000)
+    said: list[str] = []
+    own = (demo.url, "data:", "blob:")
+    page.on("pageerror", lambda error: said.append(f"error: {error}"))
+    page.on("console", lambda line: said.append(line.text) if "js_on_load" in line.text else None)
+    page.on("request", lambda request: None if request.url.startswith(own) else said.append(request.url))
+    page.goto(demo.url)
+    page.locator(".toggle:enabled").wait_for()
+    return page, said
+
+
+def uploaded(page: Page, tab: str, path: Path) -> None:
+    page.get_by_role("tab", name=tab).click()
+    page.locator(f"#{tab.lower()}-audio input[type=file]").set_input_files(path)
+    page.locator(f"#{tab.lower()}-audio audio").wait_for()
+
+
+def captions_of(page: Page, link: str) -> str:
+    with page.expect_download() as download:
+        page.locator(link).click()
+    return download.value.path().read_text(encoding="utf-8")
+
+
+def check_looks(page: Page, width: int) -> None:
+    """Every text can be read, and nothing is wider than the window."""
+    contrasts = page.evaluate(CONTRASTS, TEXTS)
+    assert len(contrasts) > 20
+    assert [text for ratio, text in contrasts if ratio < READABLE] == []
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_tabs_show_their_own_words_which_never_change_and_give_captions(browsers: list[Browser], demo: Demo) -> None:
+    tabs = [opened(browser, demo) for browser in browsers]
+    for page, _ in tabs:
+        page.evaluate(WATCH)
+        page.locator(".toggle").click()
+    expected = [("can do for you", "fellow"), ("fellow Americans", "country")]
+    for (page, said), (end, other) in zip(tabs, expected, strict=True):
+        page.wait_for_function("end => document.querySelector('.page').textContent.includes(end)", arg=end)
+        page.locator(".toggle").click()
+        page.locator(".live .files").wait_for()
+        text = " ".join(page.locator(".page").inner_text().split())
+        assert other not in text
+        assert page.evaluate("window.broken") == []
+        assert page.locator(".count").inner_text() == str(len(text.split()))
+        assert re.fullmatch(r"\d+\.\d s", page.locator(".delay").inner_text())
+        cues = parsed(captions_of(page, ".live .srt"))
+        assert " ".join(line for *_, lines in cues for line in lines) == text
+        page.locator(".clear").click()
+        assert "Press Start" in page.locator(".page").inner_text()
+        assert said == []
+        page.close()
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_a_tab_that_is_closed_frees_its_session(
+    browsers: list[Browser], demo: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, _ = opened(browsers[0], demo)
+    page.locator(".toggle").click()
+    page.locator(".heard", has_text=re.compile("0:0[1-9]")).wait_for()
+    free, leave = threading.Event(), LiveSessions.leave
+
+    def leaving(self: LiveSessions, tab: str) -> None:
+        assert len(self) == 1
+        leave(self, tab)
+        if not len(self):
+            free.set()
+
+    monkeypatch.setattr(LiveSessions, "leave", leaving)
+    page.close()
+    assert free.wait(PATIENCE_SEC)
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_a_file_becomes_words_that_play_and_captions(browsers: list[Browser], demo: Demo) -> None:
+    page, said = opened(browsers[0], demo)
+    uploaded(page, "File", SAMPLE_CLIP)
+    page.locator("#transcribe").click()
+    page.locator("#file-result .files").wait_for()
+    shown = page.locator("#file-result [data-start]")
+    text = " ".join(shown.all_inner_texts())
+    assert "what you can do for your country." in text
+    starts = [float(start) for start in shown.evaluate_all("words => words.map(word => word.dataset.start)")]
+    assert starts == sorted(starts)
+    cues = parsed(captions_of(page, "#file-result a >> text=SRT"))
+    assert " ".join(line for *_, lines in cues for line in lines) == text
+    shown.last.click()
+    page.locator("#file-result .now").wait_for()
+    assert page.evaluate("document.querySelector('#file-audio audio').currentTime") >= starts[-1]
+    check_looks(page, 1280)
+    assert said == []
+    page.close()
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_models_stand_side_by_side_in_the_dark_and_on_a_phone(
+    browsers: list[Browser], demo: Demo, jfk: Waveform, tmp_path: Path
+) -> None:
+    page, said = opened(browsers[0], demo, scheme="dark", width=390)
+    sf.write(tmp_path / "short.wav", jfk[: 3 * SAMPLE_RATE], SAMPLE_RATE)
+    uploaded(page, "Compare", tmp_path / "short.wav")
+    page.locator("#compare").click()
+    page.locator("#compare-result .sides").wait_for()
+    assert page.locator(".side h3").all_inner_texts() == ["stock", "tuned"]
+    assert all("fellow Americans" in text for text in page.locator(".side p").all_inner_texts())
+    assert page.locator("#compare-result mark[data-start]").count() == 0  # it is the same model
+    check_looks(page, 390)
+    assert said == []
+    page.close()
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_a_bad_a_long_and_a_silent_upload_are_said_to_be_that(
+    browsers: list[Browser], demo: Demo, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    sf.write(tmp_path / "long.wav", np.zeros(21 * SAMPLE_RATE), SAMPLE_RATE)
+    sf.write(tmp_path / "silent.wav", np.zeros(SAMPLE_RATE), SAMPLE_RATE)
+    for name, message in (
+        ("broken.wav", "broken.wav: "),
+        ("long.wav", "scripts/transcribe.py"),
+        ("silent.wav", "No speech was found in silent.wav"),
+    ):
+        page, _ = opened(browsers[0], demo)
+        uploaded(page, "File", tmp_path / name)
+        page.locator("#transcribe").click()
+        page.get_by_text(message).wait_for()
+        page.close()

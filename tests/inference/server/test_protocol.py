@@ -1,0 +1,130 @@
+"""What travels between caption client and server, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.inference.server.protocol import (
+    CLOSE_CODES,
+    End,
+    ErrorCode,
+    Failure,
+    Hello,
+    LiveEvent,
+    StreamError,
+    read_end,
+    read_hello,
+    read_samples,
+    read_server,
+    write_samples,
+)
+from src.inference.streaming.events import Event
+from src.inference.words import Word
+
+
+def test_float_samples_arrive_unchanged_and_integers_to_half_a_step() -> None:
+    samples = np.random.default_rng(0).uniform(-1, 1, 1_000).astype(np.float32)
+    assert np.array_equal(read_samples(write_samples(samples, "f32le"), "f32le"), samples)
+    heard = read_samples(write_samples(samples, "s16le"), "s16le")
+    assert heard.dtype == np.float32
+    assert np.abs(heard - samples).max() <= 0.5 / 32_768 + 1e-7
+
+
+def test_integers_clip_where_floats_are_out_of_range() -> None:
+    loud = np.array([-3.0, -1.0, 1.0, 3.0], dtype=np.float32)
+    assert write_samples(loud, "s16le") == np.array([-32_768, -32_768, 32_767, 32_767], dtype="<i2").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("message", "sample_format"),
+    [
+        (b"\0" * 6, "f32le"),
+        (b"\0", "s16le"),
+        (np.array([0.1, np.nan], "<f4").tobytes(), "f32le"),
+        (np.array([0.1, -np.inf], "<f4").tobytes(), "f32le"),
+        (np.arange(1_000, dtype="<f4").tobytes(), "f32le"),  # integers sent as floats
+    ],
+)
+def test_bytes_that_are_no_audio_are_refused(message: bytes, sample_format: str) -> None:
+    with pytest.raises(StreamError) as caught:
+        read_samples(message, sample_format)  # type: ignore[arg-type]
+    assert caught.value.code == "bad_audio"
+
+
+def test_hello_has_defaults_and_hides_its_token() -> None:
+    assert read_hello('{"type": "hello"}') == Hello()
+    hello = read_hello(
+        '{"type": "hello", "sample_rate": 48000, "format": "s16le", "language": "de", "token": "secret"}'
+    )
+    assert hello == Hello(sample_rate=48_000, format="s16le", language="de", token="secret")
+    assert read_hello(hello.to_text()) == hello
+    assert "secret" not in repr(hello)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "hello",
+        "[" * 100_000,
+        "[]",
+        "{}",
+        '{"type": "end"}',
+        '{"type": "hello", "version": 2}',
+        '{"type": "hello", "sample_rate": 1}',
+        '{"type": "hello", "sample_rate": "16000"}',
+        '{"type": "hello", "sample_rate": NaN}',
+        '{"type": "hello", "format": "mp3"}',
+        '{"type": "hello", "rate": 16000}',
+    ],
+)
+def test_anything_but_a_hello_of_this_version_is_refused(text: str) -> None:
+    with pytest.raises(StreamError, match="not understood") as caught:
+        read_hello(text)
+    assert caught.value.code == "bad_message"
+
+
+def test_an_error_stays_short_whatever_it_is_about() -> None:
+    text = json.dumps({"type": "hello", **{f"key{i}": i for i in range(10_000)}})
+    with pytest.raises(StreamError) as caught:
+        read_hello(text)
+    assert len(str(caught.value)) < 1_000
+
+
+@given(st.text())
+def test_no_text_breaks_the_readers(text: str) -> None:
+    for read in (read_hello, read_end, read_server):
+        with pytest.raises(StreamError):
+            read(text)
+
+
+def test_only_end_ends() -> None:
+    assert read_end(End().to_text()) == End()
+    with pytest.raises(StreamError, match="end"):
+        read_end(Hello().to_text())
+
+
+def test_an_event_arrives_as_it_was_emitted() -> None:
+    words = (Word("Grüße,", 0.1, 1 / 3, 0.9), Word("世界", 1 / 3, 2.0, 1.0))
+    event = Event("commit", words, "Grüße, 世界", 2.5, 12_345.678_901, 7)
+    message = LiveEvent.of(event, lag_sec=0.5)
+    assert set(json.loads(message.to_text())) == {
+        "kind", "sequence", "text", "words", "audio_sec", "emitted_at", "lag_sec",
+    }  # fmt: skip
+    received = read_server(message.to_text())
+    assert isinstance(received, LiveEvent)
+    assert (received.event, received.lag_sec) == (event, 0.5)
+
+
+def test_an_error_arrives_as_it_was_raised_and_every_code_closes() -> None:
+    error = StreamError("engine_failed", "CUDA error", fix="stream again", audio_sec=3.5)
+    received = read_server(Failure.of(error).to_text())
+    assert isinstance(received, Failure)
+    assert vars(received.error) == vars(error)
+    assert set(CLOSE_CODES) == set(get_args(ErrorCode))

@@ -1,0 +1,689 @@
+"""The caption server on loopback, with scripted decoders for its manners and real weights for its text."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import gc
+import itertools
+import logging
+import os
+import random
+import signal
+import socket
+import threading
+import weakref
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile as sf
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.typing import Origin
+
+from scripts import serve, stream_client
+from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.vad import VoiceActivityDetector
+from src.inference.options import DecodingOptions, DecodingResult
+from src.inference.server.audio_queue import TURN_SEC, AudioQueue
+from src.inference.server.client import in_real_time, stream_to_server
+from src.inference.server.connection import ServerLimits
+from src.inference.server.protocol import CLOSE_CODES, Done, End, Hello, LiveEvent, Ready, StreamError, read_server
+from src.inference.server.server import MAX_WAITING, CaptionServer
+from src.inference.streaming.events import Event
+from src.inference.streaming.live import StreamingASR
+from src.inference.streaming.session import StreamingSession
+from src.inference.words import Word
+from src.utils.config import load_config
+from src.utils.errors import AudioError, ConfigError
+
+PROCESSOR = SimpleNamespace(tokenizer=SimpleNamespace(encode=lambda text, add_special_tokens: text.split()))
+CONFIG = load_config(None, overrides={"streaming": {"policy": "local_agreement", "min_chunk_sec": 0.8}})
+WORD_SEC = 0.4
+SEC_PER_UNIT = 200.0  # of the fraction of a scripted sample
+BROKEN_SPEAKER = 90  # the engine fails once it has heard three seconds of him
+GIVE_UP_SEC = 60.0  # a test that hangs fails
+HELLO, END = Hello().to_text(), End().to_text()
+
+
+def in_a_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), float(os.environ.get("CAPTION_TEST_SEC", GIVE_UP_SEC))))
+
+    return run
+
+
+def speech(speaker: int, duration_sec: float) -> Waveform:
+    """Audio whose samples are their speaker and their own position, so that a decoder knows what it was given."""
+    return (speaker + np.arange(round(duration_sec * SAMPLE_RATE)) / SAMPLE_RATE / SEC_PER_UNIT).astype(np.float32)
+
+
+def decode(model: Any, processor: Any, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
+    """Hear a numbered word of the speaker every 0.4 s; the last one is garbled while it is being said."""
+    (audio,) = audios
+    speaker, place = divmod(float(audio[0]), 1.0)
+    begin, end = place * SEC_PER_UNIT, place * SEC_PER_UNIT + len(audio) / SAMPLE_RATE
+    if speaker == BROKEN_SPEAKER and end > 3.0:
+        raise RuntimeError("CUDA error: device-side assert\nmore of it")
+    words = []
+    for i in range(round((begin + 0.1) / WORD_SEC), round((end - 0.1) / WORD_SEC + 0.5)):
+        start, stop = i * WORD_SEC, (i + 1) * WORD_SEC
+        text = f"{speaker:.0f}.{i}" if stop <= end + 0.05 else "garbled"
+        words.append(Word(text, max(0.0, start - begin), min(stop, end) - begin, 0.9))
+    return [DecodingResult(" ".join(word.text for word in words), (), -0.1, tuple(words))]
+
+
+def new_session(decode_fn: Callable[..., Any] = decode) -> StreamingSession:
+    return StreamingSession(
+        None, PROCESSOR, config=CONFIG, context_silence_sec=2.0, clock=lambda: 0.0, decode_fn=decode_fn
+    )
+
+
+def expected_events(audio: Waveform) -> list[Event]:
+    session = new_session()
+    return session.feed(audio) + session.flush()
+
+
+class Sessions:
+    """Makes sessions, and knows when they are freed."""
+
+    def __init__(self, decode_fn: Callable[..., Any] = decode) -> None:
+        self.decode_fn = decode_fn
+        self.alive: weakref.WeakSet[StreamingSession] = weakref.WeakSet()
+        self.freed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def __call__(self, language: str | None) -> StreamingSession:
+        if language == "xx":
+            raise ConfigError("language 'xx' is not known to this model; known: en")
+        session = new_session(self.decode_fn)
+        self.alive.add(session)
+        weakref.finalize(session, self._tell)
+        return session
+
+    def _tell(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the test is over
+            self._loop.call_soon_threadsafe(self.freed.set)
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    decode_fn: Callable[..., Any] = decode, *, token: str | None = None, origins: Sequence[str] = (), **limits: Any
+) -> AsyncIterator[tuple[str, Sessions]]:
+    sessions = Sessions(decode_fn)
+    server = CaptionServer(sessions, limits=ServerLimits(**limits), token=token, origins=origins)
+    async with server.listen(port=0) as url:
+        yield url, sessions
+
+
+async def captions(url: str, blocks: Iterable[Waveform], **options: Any) -> list[Ready | LiveEvent | Done]:
+    return [message async for message in stream_to_server(url, blocks, **options)]
+
+
+async def exchange(url: str, *messages: str | bytes, **options: Any) -> tuple[list[Any], int | None]:
+    """Send messages as they are; return all answers, and the code that the connection was closed with."""
+    async with connect(url, **options) as client:
+        with contextlib.suppress(ConnectionClosed):
+            for message in messages:
+                await client.send(message)
+        return await answers(client), client.close_code
+
+
+async def answers(client: ClientConnection) -> list[Any]:
+    received = []
+    with contextlib.suppress(ConnectionClosed):
+        while True:
+            received.append(read_server(await client.recv(decode=True)))
+    return received
+
+
+async def assert_serves(url: str, **options: Any) -> None:
+    audio = speech(1, 2.0)
+    assert events_of(await captions(url, [audio], **options)) == expected_events(audio)
+
+
+def events_of(messages: Sequence[Any]) -> list[Event]:
+    return [message.event for message in messages if isinstance(message, LiveEvent)]
+
+
+def committed(events: Sequence[Event]) -> str:
+    return " ".join(event.text for event in events if event.kind == "commit")
+
+
+def in_blocks(audio: Waveform, block_sec: float) -> list[Waveform]:
+    return np.split(audio, range(0, len(audio), round(block_sec * SAMPLE_RATE))[1:])
+
+
+@in_a_loop
+async def test_every_client_gets_the_events_of_its_own_audio_whatever_its_blocks() -> None:
+    audios = [speech(speaker, 3.0 + speaker) for speaker in range(1, 5)]
+    threads: set[threading.Thread] = set()
+
+    def watched(*given: Any) -> Any:
+        threads.add(threading.current_thread())
+        return decode(*given)
+
+    async with serving(watched) as (url, _):
+        blocks = [in_blocks(audio, sec) for audio, sec in zip(audios, (0.02, 0.3, 1.1, 9.0), strict=True)]
+        received = await asyncio.gather(*(captions(url, each) for each in blocks))
+    for audio, messages in zip(audios, received, strict=True):
+        events = expected_events(audio)
+        assert isinstance(messages[0], Ready)
+        assert events_of(messages) == events
+        assert messages[-1] == Done(reason="end", text=committed(events), audio_sec=len(audio) / SAMPLE_RATE)
+    assert len(threads) == 1
+    assert threading.main_thread() not in threads
+
+
+@in_a_loop
+async def test_audio_without_hello_is_float32_at_16_khz() -> None:
+    audio = speech(1, 2.0)
+    async with serving() as (url, _):
+        received, code = await exchange(url, audio.tobytes(), END)
+    assert events_of(received) == expected_events(audio)
+    assert code == 1000
+
+
+@in_a_loop
+async def test_audio_of_another_rate_and_format_is_heard_at_its_length() -> None:
+    async with serving() as (url, _):
+        silence = np.zeros(44_100 * 3, dtype=np.float32)
+        *_, done = await captions(url, [silence], sample_rate=44_100, sample_format="s16le", language="en")
+    assert isinstance(done, Done)
+    assert done.audio_sec == pytest.approx(3.0, abs=0.01)
+
+
+@in_a_loop
+async def test_a_client_with_much_to_say_does_not_keep_the_worker_from_others() -> None:
+    calls: list[int] = []
+    arrived = threading.Event()
+
+    def slow(*given: Any) -> Any:
+        calls.append(int(given[2][0][0]))
+        assert arrived.wait(GIVE_UP_SEC)
+        return decode(*given)
+
+    async with serving(slow, queue_sec=60) as (url, _):
+        long = asyncio.create_task(captions(url, [speech(1, 40.0)]))
+        async with connect(url) as client:
+            await client.send(speech(2, 4.0).tobytes())
+            await client.send(END)
+            arrived.set()
+            await answers(client)
+        await long
+    short = [at for at, speaker in enumerate(calls) if speaker == 2]
+    assert max(calls[a:b].count(1) for a, b in itertools.pairwise(short)) <= 3
+    assert calls[short[-1] :].count(1) >= 20  # the short one was served before the long one was done
+
+
+@pytest.fixture
+def accepted(monkeypatch: pytest.MonkeyPatch) -> list[ServerConnection]:
+    """The server's sides of its connections, with the smallest buffers."""
+    connections: list[ServerConnection] = []
+    handle = CaptionServer._handle
+
+    async def watched(self: CaptionServer, websocket: ServerConnection) -> None:
+        connections.append(websocket)
+        websocket.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        await handle(self, websocket)
+
+    monkeypatch.setattr(CaptionServer, "_handle", watched)
+    return connections
+
+
+class TestBackPressure:
+    @in_a_loop
+    async def test_a_full_queue_takes_no_more_until_a_turn_was_taken(self) -> None:
+        queue = AudioQueue(SAMPLE_RATE, max_sec=2.0)
+        writer = asyncio.create_task(queue.put(speech(1, 7.3)))
+        writer.add_done_callback(lambda _: queue.end("end"))
+        taken = []
+        while (turn := await queue.get()) is not None:
+            assert queue.waiting_sec <= 2.0
+            taken.append(turn)
+        assert max(map(len, taken)) <= TURN_SEC * SAMPLE_RATE
+        assert np.array_equal(np.concatenate(taken), speech(1, 7.3))
+
+    @in_a_loop
+    async def test_a_writer_that_waits_goes_on_when_nobody_wants_more(self) -> None:
+        queue = AudioQueue(SAMPLE_RATE, max_sec=2.0)
+        writer = asyncio.create_task(queue.put(speech(1, 7.3)))
+        assert await queue.get() is not None
+        queue.end("shutdown", drop=True)
+        await writer
+        assert await queue.get() is None
+
+    @in_a_loop
+    async def test_small_blocks_that_wait_make_one_turn(self) -> None:
+        queue = AudioQueue(SAMPLE_RATE, max_sec=2.0)
+        for block in in_blocks(speech(1, 1.0), TURN_SEC / 5):
+            await queue.put(block)
+        turns = [await queue.get(), await queue.get()]
+        assert [len(turn) for turn in turns if turn is not None] == [TURN_SEC * SAMPLE_RATE] * 2
+
+    @in_a_loop
+    async def test_a_server_that_is_behind_stops_reading_and_says_how_far_behind_it_is(
+        self, accepted: list[ServerConnection]
+    ) -> None:
+        free = threading.Event()
+
+        def busy(*given: Any) -> Any:
+            assert free.wait(GIVE_UP_SEC)
+            return decode(*given)
+
+        audio = speech(1, 40.0)
+        async with serving(busy, queue_sec=1.5) as (url, _):
+            streaming = asyncio.create_task(captions(url, in_blocks(audio, 1.0)))
+            while not accepted or accepted[0].transport.is_reading():
+                await asyncio.sleep(0)
+            free.set()
+            messages = await streaming
+        assert events_of(messages) == expected_events(audio)
+        lags = [message.lag_sec for message in messages if isinstance(message, LiveEvent)]
+        assert 1.0 <= max(lags) <= 1.5
+        assert lags[-1] == 0.0
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("given", "code"),
+        [
+            (["garbage"], "bad_message"),
+            (['{"type": "hello", "sample_rate": 7}'], "bad_message"),
+            ([END], "bad_message"),
+            (['{"type": "hello", "language": "xx"}'], "bad_message"),
+            ([HELLO, HELLO], "bad_message"),
+            ([HELLO, b"\0\0\0\0", "garbage"], "bad_message"),
+            ([b"\0"], "bad_audio"),
+            ([HELLO, b"\xff" * 40_000], "bad_audio"),
+        ],
+    )
+    @in_a_loop
+    async def test_garbage_is_answered_with_what_is_wrong_and_the_server_goes_on(
+        self, given: list[str | bytes], code: str
+    ) -> None:
+        async with serving() as (url, _):
+            received, close_code = await exchange(url, *given)
+            last = received[-1]
+            assert (last.kind, last.code, close_code) == ("error", code, CLOSE_CODES[code])
+            assert last.message
+            assert last.fix
+            await assert_serves(url)
+
+    @in_a_loop
+    async def test_an_error_reaches_a_client_that_has_much_more_to_send(self, accepted: list[ServerConnection]) -> None:
+        async with serving() as (url, _):
+            received, close_code = await exchange(url, HELLO, b"\xff" * 400, *[bytes(200_000)] * 30)
+            await accepted[0].wait_closed()
+            await assert_serves(url)
+        assert (received[-1].code, close_code) == ("bad_audio", 1007)
+        assert accepted[0].close_code == 1007  # its answer was read behind all that, and it was not cut off
+
+    @in_a_loop
+    async def test_what_is_not_a_websocket_is_shown_out(self) -> None:
+        async with serving() as (url, _):
+            for sent in (b"GET / HTTP/1.1\r\n\r\n", bytes(2_000), b"\x16\x03\x01\x02\x00\x01\x00"):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port_of(url))
+                writer.write(sent)
+                writer.write_eof()
+                with contextlib.suppress(ConnectionError):
+                    await reader.read()
+                writer.close()
+            await assert_serves(url)
+
+    @in_a_loop
+    async def test_without_the_token_nobody_is_served(self) -> None:
+        async with serving(token="correct horse") as (url, _):
+            await assert_serves(url, token="correct horse")
+            received, _ = await exchange(url, Hello(token="correct horse").to_text(), END)
+            assert received[-1].kind == "done"
+            with pytest.raises(StreamError, match="HTTP 401; wrong token"):
+                await captions(url, [speech(1, 1.0)], token="wrong horse")
+            for first in (HELLO, Hello(token="None").to_text(), Hello(token="").to_text(), bytes(4_000)):
+                received, close_code = await exchange(url, first)
+                assert ([each.code for each in received], close_code) == (["unauthorized"], 1008)
+
+    @in_a_loop
+    async def test_pages_of_other_origins_are_not_served(self) -> None:
+        async with serving(origins=["https://captions.example"]) as (url, _):
+            for origin in ("https://evil.example", "null", "http://captions.example", url):
+                with pytest.raises(InvalidStatus, match="403"):
+                    await connect(url, origin=Origin(origin))
+            received, _ = await exchange(url, HELLO, END, origin=Origin("https://captions.example"))
+            assert received[-1].kind == "done"
+
+    @in_a_loop
+    async def test_one_session_too_many_is_told_so_and_a_place_becomes_free(self) -> None:
+        async with serving(max_sessions=1) as (url, sessions):
+            async with connect(url) as first:
+                await first.send(HELLO)
+                assert read_server(await first.recv(decode=True)).kind == "ready"
+                with pytest.raises(StreamError, match="all 1 sessions are taken") as caught:
+                    await captions(url, [speech(2, 1.0)])
+                assert caught.value.code == "too_many_sessions"
+            await sessions.freed.wait()
+            await assert_serves(url)
+
+    @in_a_loop
+    async def test_connections_that_say_nothing_are_bounded(self) -> None:
+        async with serving() as (url, _):
+            waiting = [await connect(url) for _ in range(MAX_WAITING)]
+            with pytest.raises(StreamError, match="too many connections"):
+                await captions(url, [speech(1, 1.0)])
+            await asyncio.gather(*(client.close() for client in waiting))
+            await assert_serves(url)
+
+    @in_a_loop
+    async def test_a_message_too_large_closes_the_connection(self) -> None:
+        async with serving(max_message_bytes=100_000) as (url, _):
+            assert await exchange(url, bytes(100_004)) == ([], 1009)
+            await assert_serves(url)  # 128,000 bytes: the client cuts them to what fits
+
+    @pytest.mark.parametrize("limits", [{"max_session_sec": 3.0}, {"idle_sec": 0.5}])
+    @in_a_loop
+    async def test_a_session_that_is_too_long_or_idle_is_decoded_to_its_end(self, limits: dict[str, float]) -> None:
+        blocks = [block.tobytes() for block in in_blocks(speech(1, 3.0 if "idle_sec" in limits else 4.0), 1.0)]
+        async with serving(**limits) as (url, _):
+            received, close_code = await exchange(url, HELLO, *blocks)
+        *before, last = received
+        assert events_of(before) == expected_events(speech(1, 3.0))
+        assert last.code == ("idle" if "idle_sec" in limits else "session_too_long")
+        assert (last.audio_sec, close_code) == (3.0, 1008)
+
+
+@pytest.fixture
+def no_garbage_collection() -> Iterator[None]:
+    """What is freed is freed at once, not whenever a cycle is found."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_garbage_collection")
+class TestClientsThatGoAway:
+    @in_a_loop
+    async def test_a_client_that_vanishes_leaves_nothing_behind(self) -> None:
+        async with serving() as (url, sessions):
+            client = await connect(url)
+            await client.send(speech(1, 2.0).tobytes())
+            assert read_server(await client.recv(decode=True)).kind == "ready"
+            client.transport.abort()
+            await sessions.freed.wait()
+            assert not sessions.alive
+            await assert_serves(url)
+
+    @in_a_loop
+    async def test_a_client_that_stalls_or_breaks_the_rules_leaves_nothing_behind(self) -> None:
+        async with serving(idle_sec=0.5) as (url, sessions):
+            for ending in ([], ["garbage"], [b"\0"]):
+                sessions.freed.clear()
+                received, _ = await exchange(url, HELLO, speech(1, 1.0).tobytes(), *ending)
+                assert received[-1].kind == "error"
+                await sessions.freed.wait()
+            assert not sessions.alive
+
+    @in_a_loop
+    async def test_a_client_that_reads_nothing_is_cut_off(self, accepted: list[ServerConnection]) -> None:
+        def verbose(*given: Any) -> Any:
+            (result,) = decode(*given)
+            words = tuple(Word(w.text + "x" * 500, w.start_sec, w.end_sec, 0.9) for w in result.words or ())
+            return [DecodingResult("", (), -0.1, words)]
+
+        async with serving(verbose, send_sec=0.1) as (url, sessions):
+            narrow = socket.socket()
+            narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            narrow.connect(("127.0.0.1", port_of(url)))
+            client = await connect(url, sock=narrow, max_queue=1)
+            sending = asyncio.create_task(send_all(client, in_blocks(speech(1, 100.0), 1.0)))
+            await sessions.freed.wait()
+            sending.cancel()
+            sessions.decode_fn = decode
+            await assert_serves(url)
+            client.transport.abort()
+
+
+@in_a_loop
+async def test_a_failing_engine_ends_one_session_and_says_when() -> None:
+    healthy = speech(1, 8.0)
+    received = []
+    async with serving() as (url, _):
+        other = asyncio.create_task(captions(url, in_blocks(healthy, 0.2)))
+        with pytest.raises(StreamError) as caught:
+            async for message in stream_to_server(url, in_blocks(speech(BROKEN_SPEAKER, 8.0), 0.2)):
+                received.append(message)
+        assert events_of(await other) == expected_events(healthy)
+        await assert_serves(url)
+    assert caught.value.code == "engine_failed"
+    assert caught.value.message.startswith("RuntimeError: CUDA error: device-side assert, while streaming 0.00 to 3.2")
+    assert caught.value.audio_sec == pytest.approx(3.2, abs=0.1)
+    assert committed(events_of(received)).startswith(f"{BROKEN_SPEAKER}.0 {BROKEN_SPEAKER}.1")
+
+
+@in_a_loop
+async def test_a_stopped_server_decodes_what_it_heard_and_says_done() -> None:
+    received: list[Any] = []
+    async with serving(queue_sec=1.0) as (url, _):
+        silent, client = await connect(url), await connect(url)
+        sending = asyncio.create_task(send_all(client, in_blocks(speech(1, 100.0), 0.5)))
+        while not received or received[-1].kind != "commit":
+            received.append(read_server(await client.recv(decode=True)))
+        reading = asyncio.create_task(answers(client))
+    received += await reading
+    await sending
+    done = received[-1]
+    assert (done.kind, done.reason, client.close_code) == ("done", "shutdown", 1001)
+    assert done.audio_sec < 100.0
+    assert events_of(received) == expected_events(speech(1, done.audio_sec))
+    await silent.wait_closed()
+    assert silent.close_code == 1001
+    with pytest.raises(StreamError, match="start scripts/serve") as caught:
+        await captions(url, [speech(1, 1.0)])
+    assert caught.value.code == "unreachable"
+
+
+def port_of(url: str) -> int:
+    return int(url.rpartition(":")[2])
+
+
+async def send_all(client: ClientConnection, blocks: Sequence[Waveform]) -> None:
+    with contextlib.suppress(ConnectionClosed):
+        for block in blocks:
+            await client.send(block.tobytes())
+
+
+class TestManyClients:
+    """One method a kind of client; each returns what became of it."""
+
+    @in_a_loop
+    async def test_clients_of_every_kind_at_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        """CAPTION_SOAK_ROUNDS=60 CAPTION_TEST_SEC=600 takes about a minute."""
+        caplog.set_level(
+            logging.CRITICAL, "src.inference.server.server"
+        )  # pytest keeps records, and with them tracebacks
+        kinds = [self.is_served, self.is_failed, self.vanishes, self.talks_garbage, self.falls_silent]
+        became: Counter[str] = Counter()
+        rng = random.Random(0)
+        async with serving(max_sessions=12, queue_sec=1.0, idle_sec=1.0) as (url, sessions):
+            for _ in range(int(os.environ.get("CAPTION_SOAK_ROUNDS", "2"))):
+                clients = [kind(url, rng) for kind in rng.choices(kinds, k=20)]
+                became.update(await asyncio.gather(*clients))
+                await assert_serves(url)
+            while sessions.alive:
+                await sessions.freed.wait()
+                sessions.freed.clear()
+        refused = {"refused", "too_many_sessions"}
+        assert set(became) <= {"served", "engine_failed", "vanished", "bad_message", "bad_audio", "idle"} | refused
+
+    async def is_served(self, url: str, rng: random.Random) -> str:
+        audio = speech(rng.randrange(1, 80), rng.uniform(0.5, 4.0))
+        try:
+            messages = await captions(url, in_blocks(audio, rng.uniform(0.05, 2.0)))
+        except StreamError as err:
+            return err.code
+        assert events_of(messages) == expected_events(audio)
+        return "served"
+
+    async def is_failed(self, url: str, rng: random.Random) -> str:
+        with pytest.raises(StreamError) as caught:
+            await captions(url, in_blocks(speech(BROKEN_SPEAKER, 5.0), rng.uniform(0.05, 2.0)))
+        return caught.value.code
+
+    async def vanishes(self, url: str, rng: random.Random) -> str:
+        try:
+            client = await connect(url)
+        except InvalidStatus:
+            return "refused"
+        await send_all(client, in_blocks(speech(1, rng.uniform(0.1, 3.0)), 0.5))
+        client.transport.abort()
+        return "vanished"
+
+    async def talks_garbage(self, url: str, rng: random.Random) -> str:
+        garbage = [rng.randbytes(rng.randrange(4_000)), "garbage", "[" * 5_000, speech(1, 1.0).tobytes(), HELLO]
+        try:
+            received, _ = await exchange(url, *rng.sample(garbage, 4))
+        except InvalidStatus:
+            return "refused"
+        return str(received[-1].code)
+
+    async def falls_silent(self, url: str, rng: random.Random) -> str:
+        try:
+            received, _ = await exchange(url, speech(1, rng.uniform(0.1, 1.5)).tobytes())
+        except InvalidStatus:
+            return "refused"
+        return str(received[-1].code)
+
+
+class TestClient:
+    @in_a_loop
+    async def test_what_the_source_raises_comes_out(self) -> None:
+        def blocks() -> Iterator[Waveform]:
+            yield speech(1, 1.0)
+            raise AudioError("the microphone delivered nothing for 5 s")
+
+        async with serving() as (url, _):
+            with pytest.raises(AudioError, match="delivered nothing"):
+                await captions(url, blocks())
+
+    @in_a_loop
+    async def test_a_server_of_something_else_is_named(self) -> None:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+            await writer.drain()
+            writer.close()
+
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as other:
+            port = other.sockets[0].getsockname()[1]
+            with pytest.raises(StreamError, match=f"{port}: HTTP 404"):
+                await captions(f"ws://127.0.0.1:{port}", [])
+
+    def test_a_recording_takes_its_time(self) -> None:
+        now = 100.0
+
+        def sleep(sec: float) -> None:
+            nonlocal now
+            now += sec
+
+        sent = [(now, len(block)) for block in in_real_time(speech(1, 0.25), clock=lambda: now, sleep=sleep)]
+        assert [size for _, size in sent] == [1_600, 1_600, 800]
+        assert [at for at, _ in sent] == pytest.approx([100.1, 100.2, 100.25])
+
+
+@in_a_loop
+async def test_what_cannot_be_served_with_is_refused() -> None:
+    async with serving() as (url, sessions):
+        with pytest.raises(ConfigError, match="choose another port"):
+            async with CaptionServer(sessions).listen(port=port_of(url)):
+                pass
+    with pytest.raises(ConfigError, match="token is empty"):
+        CaptionServer(sessions, token="")
+    with pytest.raises(ConfigError, match="max_sessions is 0"):
+        ServerLimits(max_sessions=0)
+
+
+@in_a_loop
+async def test_only_a_host_that_others_reach_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    for host, warned in (("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)):
+        caplog.clear()
+        async with CaptionServer(Sessions()).listen(host, port=0):
+            assert ("without a token" in caplog.text) == warned
+
+
+@pytest.fixture
+def signals_as_before() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals_as_before")
+def test_the_scripts_stream_a_file_until_the_server_is_told_to_stop(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audio = speech(3, 5.0)
+    sf.write(tmp_path / "talk.wav", audio, SAMPLE_RATE, subtype="FLOAT")
+    ended: list[str] = []
+
+    def talk(url: str) -> None:
+        given = ["--file", str(tmp_path / "talk.wav"), "--fast", "--format", "f32le", "--url", url]
+        arguments = stream_client.parse_arguments([*given, "--captions", str(tmp_path / "talk.srt")])
+        try:
+            ended.append(asyncio.run(stream_client.run(arguments, threading.Event())))
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def announce(line: str, **_: Any) -> None:
+        if line.startswith("listening on "):
+            threading.Thread(target=talk, args=(line.removeprefix("listening on "),)).start()
+
+    def make_server(arguments: Any) -> CaptionServer:
+        return CaptionServer(lambda language: new_session())
+
+    monkeypatch.setattr(serve, "print", announce, raising=False)
+    monkeypatch.setattr(serve, "setup_logging", lambda level: None)  # it would last
+    monkeypatch.setattr(serve, "make_server", make_server)
+    monkeypatch.setattr("sys.argv", ["serve.py", "--model", "tiny.en", "--port", "0"])
+    assert serve.main() == 0
+    assert ended == ["end"]
+    assert capsys.readouterr().out.split() == committed(expected_events(audio)).split()
+    assert (tmp_path / "talk.srt").read_text().splitlines()[2].startswith("3.0 3.1")
+
+
+def test_a_terminal_shows_what_may_change_dim_and_clears_it() -> None:
+    kinds = ("commit", "partial", "final")
+    events = [Event(kind, (Word("so", 0.0, 0.4, 0.9),), "s\x1bo", 1.0, 0.0, 0) for kind in kinds]
+    assert [stream_client.render(event, terminal=False) for event in events] == ["so ", "", "\n"]
+    commit, partial, final = (stream_client.render(event, terminal=True) for event in events)
+    assert (commit, final) == ("\x1b[Jso ", "\x1b[J\n")
+    assert "\x1b[2mso\x1b[0m" in partial
+
+
+@pytest.mark.slow
+def test_speech_over_the_wire_gives_the_events_of_a_session_here(tiny_en: tuple[Any, Any], jfk: Waveform) -> None:
+    config = load_config(None, overrides={"device": "cpu", "streaming.min_chunk_sec": 3.0})
+    vad = VoiceActivityDetector(config.vad)
+
+    def make_session(language: str | None = None) -> StreamingASR:
+        return StreamingASR(*tiny_en, vad=vad, config=config, clock=lambda: 0.0)  # updates at the same audio, each run
+
+    audio = jfk[: 6 * SAMPLE_RATE]
+    expected = make_session().stream_audio(audio)
+
+    @in_a_loop
+    async def streamed() -> None:
+        async with CaptionServer(make_session).listen(port=0) as url:
+            messages = await captions(url, in_blocks(audio, 0.3))
+        assert events_of(messages) == list(expected.events)
+        assert messages[-1] == Done(reason="end", text=expected.text, audio_sec=expected.audio_sec)
+
+    assert "fellow Americans" in expected.text
+    streamed()

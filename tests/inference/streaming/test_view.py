@@ -1,0 +1,184 @@
+"""Live captions: what is on show after each event, how often, and that a notebook keeps one output of it."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import nbclient
+import nbformat
+import pytest
+
+from src.inference.streaming import view as live_view
+from src.inference.streaming.events import Event
+from src.inference.streaming.view import FAINT, MAX_CHARS, Captions, LiveCaptions
+from src.inference.words import Word
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def event(kind: Any, text: str, audio_sec: float, *, end_sec: float | None = None) -> Event:
+    end_sec = audio_sec if end_sec is None else end_sec
+    words = tuple(Word(word, end_sec - 0.1, end_sec, 0.9) for word in text.split())
+    return Event(kind, words, text, audio_sec, audio_sec, 0)
+
+
+def after(*events: Event) -> Captions:
+    captions = Captions()
+    for each in events:
+        captions = captions.after(each)
+    return captions
+
+
+def shown_text(html: str) -> str:
+    return re.sub("<[^>]*>", "", html.split("<small")[0])
+
+
+class Notebook:
+    """Stands for the notebook; remembers what it was told to show."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, bool]] = []
+        self.html: list[str] = []
+        monkeypatch.setattr(live_view, "in_notebook", lambda: True)
+        monkeypatch.setattr("IPython.display.display", self._display)
+
+    def _display(self, shown: dict[str, str], *, raw: bool, display_id: str, update: bool) -> None:
+        assert raw
+        self.calls.append((display_id, update))
+        self.html.append(shown["text/html"])
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_committed_text_grows_and_the_partial_is_replaced() -> None:
+    captions = after(
+        event("commit", "and so", 1.0), event("partial", "my fell", 1.5), event("partial", "my fellow", 2.0)
+    )
+    assert (captions.committed, captions.partial, captions.heard_sec) == ("and so", "my fellow", 2.0)
+    captions = captions.after(event("commit", "my fellow", 2.5, end_sec=1.75))
+    assert (captions.committed, captions.partial) == ("and so my fellow", "")
+    assert captions.latency_sec == 0.75
+    assert captions.after(event("final", "and so my fellow", 4.0)) == Captions("and so my fellow", "", 4.0, 0.75)
+    assert captions.after(event("partial", "", 5.0)).partial == ""
+
+
+def test_scripts_without_spaces_get_none() -> None:
+    captions = after(event("commit", "こんにちは", 1.0), event("commit", "世界", 2.0), event("partial", "です", 3.0))
+    assert captions.to_text() == "こんにちは世界です"
+    assert shown_text(captions.to_html(over=False)) == "こんにちは世界です"
+
+
+def test_a_long_session_shows_its_newest_words_whole() -> None:
+    captions = after(*[event("commit", f"word{i} and more", float(i)) for i in range(300)])
+    assert MAX_CHARS - 20 < len(captions.committed) <= MAX_CHARS + 2
+    assert re.match(r"… (word\d+|and|more) ", captions.committed)
+    assert captions.committed.endswith(" word299 and more")
+    assert len(after(*[event("commit", "世界", float(i)) for i in range(600)]).committed) == MAX_CHARS + 2
+
+
+def test_what_was_said_is_text_and_never_markup() -> None:
+    html = after(event("commit", "a<b> & <script>", 1.0), event("partial", "<img>", 1.0)).to_html(over=False)
+    assert "&lt;script&gt;" in html
+    assert "&lt;img&gt;" in html
+    assert set(re.findall(r"<(\w+)", html)) == {"div", "span", "small"}
+
+
+def test_the_status_says_how_much_was_heard_and_how_late_words_are() -> None:
+    assert Captions().status(over=False) == "listening: 0.0 s heard"
+    captions = after(event("commit", "hello", 12.34, end_sec=11.2))
+    late = "the newest word committed 1.1 s of audio after its end"
+    assert captions.status(over=True) == f"finished: 12.3 s heard, {late}"
+
+
+@pytest.mark.parametrize(
+    ("text", "ground"),
+    [("000000", "ffffff"), ("212121", "ffffff"), ("ffffff", "111111"), ("d5d5d5", "383838")],
+    ids=["Jupyter light", "Colab light", "Jupyter dark", "Colab dark"],
+)
+def test_the_partial_is_fainter_and_still_readable_in_any_theme(text: str, ground: str) -> None:
+    html = after(event("commit", "hello", 1.0), event("partial", "world", 1.0)).to_html(over=False)
+    assert f'hello<span style="opacity: {FAINT}; font-style: italic"> world</span>' in html
+    assert "color" not in html  # that of the theme
+    ink, paper = ([int(code[i : i + 2], 16) for i in (0, 2, 4)] for code in (text, ground))
+    faint = [FAINT * over + (1 - FAINT) * under for over, under in zip(ink, paper, strict=True)]
+    assert contrast(ink, paper) > contrast(faint, paper) > 4.5
+
+
+def contrast(first: list[float], second: list[float]) -> float:
+    """Return the contrast of two sRGB colours (WCAG 2)."""
+    dark, light = sorted((luminance(first), luminance(second)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def luminance(color: list[float]) -> float:
+    red, green, blue = (v / 3294.6 if v <= 10 else ((v / 255 + 0.055) / 1.055) ** 2.4 for v in color)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_all_events_of_an_update_are_shown_and_a_flood_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook, now = Notebook(monkeypatch), [0.0]
+    with LiveCaptions(clock=lambda: now[0]) as live:
+        for second in range(10):  # a microphone: two events at once, twice a second
+            now[0] = second / 2
+            live.show(event("commit", f"said{second}", now[0]))
+            live.show(event("partial", "perhaps", now[0]))
+        assert len(notebook.calls) == 1 + 20
+        now[0] += 60
+        for i in range(500):  # a file, as fast as it goes
+            now[0] += 0.01
+            live.show(event("commit", f"fast{i}", now[0]))
+        assert 35 <= len(notebook.calls) - 21 <= 40
+    assert len({name for name, _ in notebook.calls}) == 1
+    assert [update for _, update in notebook.calls] == [False, *[True] * (len(notebook.calls) - 1)]
+    assert shown_text(notebook.html[-1]).endswith("fast498 fast499")
+    assert "finished" in notebook.html[-1]
+
+
+def test_an_error_leaves_the_last_state_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = Notebook(monkeypatch)
+    with pytest.raises(KeyboardInterrupt), LiveCaptions(clock=lambda: 0.0) as live:
+        for i in range(20):
+            live.show(event("commit", f"word{i}", 1.0))
+        raise KeyboardInterrupt
+    assert shown_text(notebook.html[-1]).endswith("word19")
+
+
+def test_a_terminal_shows_one_line_in_place_and_a_file_the_end_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "11")
+    terminal, file = Terminal(), io.StringIO()
+    with LiveCaptions(terminal=terminal) as live, LiveCaptions(terminal=file) as logged:
+        for each in (event("commit", "hello\x1b[2J", 1.0), event("partial", "my fellow", 1.0)):
+            live.show(each)
+            logged.show(each)
+        assert file.getvalue() == ""
+    lines = terminal.getvalue().split(live_view.CLEAR_LINE)
+    assert lines == ["", "", "hello[2J", " my fellow", "hello[2J my fellow\n"]
+    assert file.getvalue() == "hello[2J my fellow\n"
+
+
+CELL = """
+from src.inference.streaming.events import Event
+from src.inference.streaming.view import LiveCaptions
+from src.inference.words import Word
+with LiveCaptions() as live:
+    for number in range(100):  # too many to show them all
+        live.show(Event("commit", (Word(f"w{number}", 0.0, 0.1, 0.9),), f"w{number}", 0.5, 0.0, number))
+    print("between two updates")
+"""
+
+
+@pytest.mark.slow
+def test_a_notebook_keeps_one_output_the_final_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
+    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=300).execute()
+    outputs = notebook.cells[0].outputs
+    assert [output.output_type for output in outputs] == ["display_data", "stream"]
+    assert shown_text(outputs[0].data["text/html"]).endswith("w98 w99")
+    assert outputs[0].data["text/plain"].endswith("w98 w99")

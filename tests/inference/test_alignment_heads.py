@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ctranslate2.converters import TransformersConverter
+from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+from scripts import find_alignment_heads as script
+from src.data.audio import SAMPLE_RATE, load_audio
+from src.data.utterance import Utterance
+from src.inference.alignment import POSITION_SEC, align_words, alignment_heads
+from src.inference.alignment_heads import HeadSearch, find_alignment_heads, score_heads, write_alignment_heads
+from src.inference.decoding import encode
+from src.inference.tokens import Vocabulary
+from src.models.alignment_heads import upper_half_heads
+from src.models.dynamic_context import DynamicWhisper
+from src.models.processor import save_processor
+from src.utils.errors import DataError, ModelError
+
+# Ends of all words, by forced alignment with pocketsphinx 5.1.1, which knows nothing of Whisper.
+ALIGNED = {
+    "jfk": (
+        "And so my fellow Americans ask not what your country can do for you ask what you can do for your country.",
+        [0.63, 0.97, 1.24, 1.63, 2.16, 3.99, 4.30, 5.61, 5.86, 6.42, 6.66,
+         6.91, 7.05, 7.67, 8.53, 8.82, 9.20, 9.37, 9.62, 9.78, 9.99, 10.46],
+    ),
+    "020590026": (
+        "Lighting a fire is an easy way to get found.",
+        [1.17, 1.31, 2.01, 2.28, 2.51, 2.88, 3.22, 3.47, 3.76, 4.26],
+    ),
+    "051950033": (
+        "Was it in six hours that the french were coming.",
+        [0.72, 1.05, 1.28, 1.74, 2.39, 2.84, 2.97, 3.71, 3.86, 4.37],
+    ),
+    "010270366": (
+        "It was a treat to see her at her work.",
+        [1.04, 1.27, 1.41, 1.94, 2.16, 2.47, 3.11, 3.39, 3.55, 4.00],
+    ),
+}  # fmt: skip
+TEXTS = [text for text, _ in ALIGNED.values()]
+
+
+@pytest.fixture(scope="module")
+def clips(sample: list[Utterance], jfk: np.ndarray) -> list[np.ndarray]:
+    by_id = {utterance.id: utterance for utterance in sample}
+    return [jfk if name == "jfk" else load_audio(by_id[name].audio) for name in ALIGNED]
+
+
+@pytest.fixture(scope="module")
+def unlisted(_tiny_en: tuple[Any, Any]) -> tuple[Any, Any]:
+    """tiny.en as a fine-tuning that lost its list."""
+    model, processor = copy.deepcopy(_tiny_en[0]), _tiny_en[1]
+    model.generation_config.alignment_heads = None
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def found(unlisted: tuple[Any, Any], clips: list[np.ndarray]) -> HeadSearch:
+    return find_alignment_heads(*unlisted, clips, TEXTS)
+
+
+@pytest.fixture(scope="module")
+def untrained() -> DynamicWhisper:
+    torch.manual_seed(0)
+    return DynamicWhisper(
+        WhisperConfig(
+            vocab_size=51_864, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_found_heads_end_words_where_an_aligner_does_closer_than_the_fallback_and_the_official_heads(
+    found: HeadSearch, _tiny_en: tuple[Any, Any], clips: list[np.ndarray]
+) -> None:
+    model, processor = _tiny_en
+    vocabulary = Vocabulary.of(processor.tokenizer)
+    start = vocabulary.start_sequence(None, "transcribe", timestamps=False)
+    distances: dict[str, list[float]] = {"found": [], "upper half": [], "official": []}
+    chosen = (found.heads, upper_half_heads(model.config), model.generation_config.alignment_heads)
+    for clip, (text, aligned) in zip(clips, ALIGNED.values(), strict=True):
+        hidden = encode(model, [clip], 0.5).last_hidden_state
+        for name, heads in zip(distances, chosen, strict=True):
+            words = align_words(
+                model, processor.tokenizer, hidden, heads=heads, sot_sequence=start, tokens=vocabulary.encode(text),
+                audio_sec=len(clip) / SAMPLE_RATE,
+            )  # fmt: skip
+            ends = np.array([word.end_sec for word in words])
+            distances[name] += np.abs(ends - aligned)[:-1].tolist()  # the last word takes the rest of the clip
+    median = {name: float(np.median(values)) for name, values in distances.items()}
+    assert median["found"] < 0.1
+    assert median["found"] < median["upper half"] < median["official"]
+
+
+@pytest.mark.slow
+def test_a_search_says_what_it_rests_on(found: HeadSearch) -> None:
+    assert len(found.heads) == 10
+    assert len(found.scores) == 24
+    assert (found.clips, found.words) == (4, 52)
+    values = [each.score for each in found.scores]
+    assert values == sorted(values, reverse=True)
+    assert values[0] > 0.5
+    assert set(found.heads) == {each.head for each in found.scores[:10]}
+    assert 0 < found.upper_half_sec < 0.1
+    assert found.listed_sec is None
+
+
+@pytest.mark.slow
+def test_the_models_own_transcripts_lead_to_the_same_heads(
+    unlisted: tuple[Any, Any], clips: list[np.ndarray], found: HeadSearch
+) -> None:
+    own = find_alignment_heads(*unlisted, [*clips[:2], np.zeros(16_000, dtype=np.float32)])
+    assert len(set(own.heads) & set(found.heads)) >= 9
+
+
+@pytest.mark.slow
+def test_a_model_that_follows_nothing_is_refused(
+    untrained: DynamicWhisper, _tiny_en: tuple[Any, Any], clips: list[np.ndarray]
+) -> None:
+    with pytest.raises(ModelError, match=r"no cross-attention head follows the audio: the best of 4 scores 0\.0"):
+        find_alignment_heads(untrained, _tiny_en[1], clips[:1], TEXTS[:1])
+
+
+def test_clips_without_text_are_refused(
+    untrained: DynamicWhisper, _tiny_en: tuple[Any, Any], clips: list[np.ndarray]
+) -> None:
+    processor = _tiny_en[1]
+    with pytest.raises(DataError, match="none of 2 clips has a text of 3 tokens"):
+        find_alignment_heads(untrained, processor, clips[:2], ["", "Yes"])
+    with pytest.raises(DataError, match="2 clips, but 1 texts"):
+        find_alignment_heads(untrained, processor, clips[:2], [""])
+
+
+def test_a_head_that_follows_scores_one_and_a_head_that_looks_at_one_place_scores_nothing() -> None:
+    entered_sec = [0.0, 10 * POSITION_SEC, 20 * POSITION_SEC, 30 * POSITION_SEC]
+    attention = torch.zeros(2, 3, 30)
+    attention[0, torch.arange(3), torch.tensor([5, 15, 25])] = 1
+    attention[1, :, 5] = 1
+    assert score_heads(attention, entered_sec).mean(dim=1).tolist() == [1, 0]
+
+
+@pytest.mark.slow
+def test_the_script_writes_heads_that_transformers_and_ctranslate2_then_use(
+    unlisted: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "setup_logging", lambda level: None)  # it would last, and take pytest's handlers away
+    folder = tmp_path / "tuned"
+    unlisted[0].save_pretrained(folder)
+    save_processor(unlisted[1], folder)
+    path = folder / "generation_config.json"
+    before = json.loads(path.read_text())
+    assert script.main(["--model", str(folder), "--clips", "2", "--device", "cpu", "--write"]) == 0
+    heads = json.loads(capsys.readouterr().out.splitlines()[-1])["alignment_heads"]
+    assert json.loads(path.read_text()) == {**before, "alignment_heads": heads}
+    assert WhisperForConditionalGeneration.from_pretrained(folder).generation_config.alignment_heads == heads
+    TransformersConverter(str(folder)).convert(str(tmp_path / "ct2"))
+    assert json.loads((tmp_path / "ct2" / "config.json").read_text())["alignment_heads"] == heads
+
+
+def test_a_folder_without_a_generation_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no generation_config\.json"):
+        write_alignment_heads(tmp_path, [(0, 0)])
+    (tmp_path / "generation_config.json").write_text("[]{")
+    with pytest.raises(ModelError, match="not a JSON object"):
+        write_alignment_heads(tmp_path, [(0, 0)])
+
+
+def test_the_fallback_is_a_warning_once_a_model_that_names_the_script(
+    untrained: DynamicWhisper, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert alignment_heads(untrained) == alignment_heads(untrained) == [(1, 0), (1, 1)]
+    (message,) = [record.message for record in caplog.records]
+    assert message.endswith("python scripts/find_alignment_heads.py --model FOLDER --write")
+
+
+def test_heads_of_another_model_are_refused(untrained: DynamicWhisper) -> None:
+    model = copy.deepcopy(untrained)
+    model.generation_config.alignment_heads = [[1, 0], [25, 3]]  # of a teacher with 32 layers
+    with pytest.raises(ModelError, match=r"lists \(25, 3\), but the decoder has 2 layers of 2 heads"):
+        alignment_heads(model)

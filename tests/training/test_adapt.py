@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from src.data.audio import SAMPLE_RATE
+from src.data.dataset import decode_audio
+from src.data.features import CONTEXT_SAMPLES
+from src.data.mel import padded_samples
+from src.data.utterance import Utterance
+from src.training import state_matching
+from src.training.adapt import _batches, adapt_context
+from src.training.state_matching import Clip, Target, Teacher, matching_losses, state_loss
+from src.utils.config import Config
+from src.utils.errors import AudioError, ConfigError, DataError, ModelError
+
+
+def tone(seconds: float, hz: float = 220.0) -> np.ndarray:
+    time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    return (0.1 * np.sin(2 * np.pi * hz * time)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def clips(sample: list[Utterance]) -> list[Utterance]:
+    """Ten short ones of ten speakers."""
+    by_speaker = {u.speaker: u for u in sorted(sample, key=lambda u: (-u.meta["duration"], u.id))}
+    return sorted(by_speaker.values(), key=lambda u: (u.meta["duration"], u.id))[20:30]
+
+
+@torch.no_grad()
+def losses(model: Any, clips: list[Clip], targets: list[Target]) -> np.ndarray:
+    """Mean losses of encoder and decoder at own length and half a second of pause."""
+    each = []
+    for clip, target in zip(clips, targets, strict=True):
+        audio = torch.zeros(1, padded_samples(len(clip.audio) + SAMPLE_RATE // 2))
+        audio[0, : len(clip.audio)] = clip.audio
+        each.append([float(loss) for loss in matching_losses(model, audio, [target])])
+    return np.mean(each, axis=0)
+
+
+@pytest.mark.slow
+def test_states_of_other_clips_come_nearer_to_those_at_30_s(tiny_en: tuple[Any, Any], clips: list[Utterance]) -> None:
+    model, processor = tiny_en
+    held_out = [Clip(i, u.id, decode_audio(u), is_cut=False) for i, u in enumerate(clips[8:])]
+    targets = Teacher(model, processor, Config(), max_trailing_silence_sec=0.5, keep=False).targets(held_out)
+    keys, embedding = set(model.state_dict()), model.proj_out.weight.clone()
+    model.audio_context = "dynamic"
+    before = losses(model, held_out, targets)
+    model.audio_context = "full"
+
+    result = adapt_context(model, clips[:6], processor=processor, steps=10, batch_size=2, cut_prob=0.0)
+
+    assert model.audio_context == "dynamic"
+    assert (losses(model, held_out, targets) < 0.7 * before).all()
+    assert (result.steps, len(result.losses), result.clips, result.cut_clips) == (10, 10, 6, 0)
+    assert set(model.state_dict()) == keys
+    assert torch.equal(model.proj_out.weight, embedding)
+    assert model.proj_out.weight.requires_grad
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_weights(tiny_en: tuple[Any, Any], clips: list[Utterance]) -> None:
+    model, processor = tiny_en
+    again = copy.deepcopy(model)
+    options: dict[str, Any] = {"processor": processor, "steps": 2, "batch_size": 1, "cut_prob": 0.5}
+    first = adapt_context(model, clips[:2], **options)
+    second = adapt_context(again, clips[:2], **options)
+    assert first.losses == second.losses
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_a_target_is_over_the_real_audio_and_is_computed_once(
+    tiny_en: tuple[Any, Any], jfk: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = tiny_en
+    teacher = Teacher(model, processor, Config(), max_trailing_silence_sec=1.0, keep=True)
+    clip = Clip(0, "jfk", torch.from_numpy(jfk[: 2 * SAMPLE_RATE]), is_cut=True)
+    (target,) = teacher.targets([clip])
+    assert target.encoder.shape == (150, 384)  # 2 s and 1 s of pause, 50 a second
+    assert target.encoder.dtype == torch.float16
+    assert target.decoder.shape == (len(target.tokens), 384)
+    assert processor.tokenizer.decode(target.tokens, skip_special_tokens=True).strip().startswith("And so")
+    assert not target.encoder.requires_grad
+    monkeypatch.setattr(teacher, "_compute", None)
+    assert teacher.targets([clip, clip]) == [target, target]
+
+
+@pytest.mark.slow
+def test_a_teacher_without_room_keeps_nothing(
+    tiny_en: tuple[Any, Any], jfk: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = tiny_en
+    monkeypatch.setattr(state_matching, "TARGET_MEMORY_BYTES", 1000)
+    teacher = Teacher(model, processor, Config(), max_trailing_silence_sec=0.0, keep=True)
+    clip = Clip(0, "jfk", torch.from_numpy(jfk[: 2 * SAMPLE_RATE]), is_cut=False)
+    (first,), (second,) = teacher.targets([clip]), teacher.targets([clip])
+    assert torch.equal(first.encoder, second.encoder)
+    assert first is not second
+
+
+@pytest.mark.slow
+def test_a_transcript_that_does_not_end_is_not_matched(tiny_en: tuple[Any, Any], jfk: np.ndarray) -> None:
+    model, processor = tiny_en
+    capped = Config.model_validate({"inference": {"max_tokens_per_sec": 0.01}})  # 9 tokens
+    teacher = Teacher(model, processor, capped, max_trailing_silence_sec=0.0, keep=False)
+    (target,) = teacher.targets([Clip(0, "jfk", torch.from_numpy(jfk), is_cut=False)])
+    assert not target.is_finished
+    assert processor.tokenizer.decode(target.tokens) == "<|startoftranscript|><|notimestamps|>"
+    assert teacher.seen == {0: (False, False)}
+
+
+def test_state_loss_is_0_for_equal_1_for_the_mean_and_reads_only_the_mask() -> None:
+    targets = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+    mean = targets[mask].mean(dim=0).expand_as(targets)
+    assert state_loss(targets, targets, mask) == 0
+    assert state_loss(mean, targets, mask) == pytest.approx(1.0)
+    wild = targets.clone()
+    wild[1, 2:] = 1e6
+    assert state_loss(wild, targets, mask) == 0
+
+
+def test_every_clip_comes_once_a_pass_and_its_cut_stays_the_same() -> None:
+    audio = [tone(1.5 + 0.1 * number) for number in range(12)]
+    batches = list(_batches(audio, steps=8, batch_size=3, cut_prob=0.5, seed=1))
+    drawn = [clip for batch in batches for clip in batch]
+    assert sorted(clip.index for clip in drawn[:12]) == list(range(12))
+    assert sorted(clip.index for clip in drawn[12:]) == list(range(12))
+    lengths = {(clip.index, len(clip.audio), clip.is_cut) for clip in drawn}
+    assert len(lengths) == 12
+    cut = [(index, samples) for index, samples, is_cut in lengths if is_cut]
+    assert 0 < len(cut) < 12
+    assert all(SAMPLE_RATE <= samples < len(audio[index]) for index, samples in cut)
+
+
+def test_of_long_audio_30_s_are_used() -> None:
+    ((clip,),) = _batches([tone(31.0)], steps=1, batch_size=1, cut_prob=0.0, seed=1)
+    assert len(clip.audio) == CONTEXT_SAMPLES
+
+
+def test_dynamic_and_16_bit_models_are_refused(tiny_en: tuple[Any, Any]) -> None:
+    model, processor = tiny_en
+    model.audio_context = "dynamic"
+    with pytest.raises(ModelError, match="dynamic' already"):
+        adapt_context(model, [tone(1.0)], processor=processor)
+    model.audio_context = "full"
+    with pytest.raises(ModelError, match="float16"):
+        adapt_context(model.half(), [tone(1.0)], processor=processor)
+
+
+def test_no_audio_and_numbers_out_of_range_are_refused(tiny_en: tuple[Any, Any]) -> None:
+    model, processor = tiny_en
+    with pytest.raises(DataError, match="no audio"):
+        adapt_context(model, [], processor=processor)
+    with pytest.raises(ConfigError, match=r"2 value\(s\)[\s\S]*steps is 0[\s\S]*cut_prob is 2"):
+        adapt_context(model, [tone(1.0)], processor=processor, steps=0, cut_prob=2)
+
+
+def test_bad_audio_is_named_and_the_model_stays_full(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
+    model, processor = tiny_en
+    (tmp_path / "broken.wav").write_bytes(b"no audio")
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (tmp_path / "broken.wav", AudioError, "broken.wav"),
+        (Utterance("u-17", tmp_path / "absent.wav", "text"), AudioError, "u-17"),
+        (np.full(16_000, np.nan, dtype=np.float32), AudioError, r"audio\[0\]"),
+        (tone(1.0).reshape(2, -1), DataError, r"audio\[0\]"),
+        (b"bytes", DataError, r"audio\[0\]: bytes"),
+    ]
+    for item, error, name in cases:
+        with pytest.raises(error, match=name):
+            adapt_context(model, [item], processor=processor, steps=1)
+        assert model.audio_context == "full"
+
+
+def test_a_loss_that_is_not_finite_names_its_clips(tiny_en: tuple[Any, Any], jfk: np.ndarray, tmp_path: Path) -> None:
+    model, processor = tiny_en
+    with torch.no_grad():
+        model.model.encoder.layer_norm.weight.fill_(float("inf"))
+    with pytest.raises(DataError, match=r"update 1 is nan; its clips: audio\[0\]"):
+        adapt_context(model, [jfk[:SAMPLE_RATE]], processor=processor, steps=1, batch_size=1)
+    assert model.audio_context == "full"
+    assert model.proj_out.weight.requires_grad

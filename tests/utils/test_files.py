@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from src.utils import files as atomic
+from src.utils.files import atomic_folder, fsync_folder, recover_folder, write_bytes_atomic, write_text_atomic
+from tests.utils.full_disk import fill_disk
+
+FILES = [f"part{i}" for i in range(6)]
+DEAD = 2**22 + 1  # a process id above every Linux limit
+can_fork = pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods(), reason="a fresh process imports for seconds"
+)
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def way(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a folder is replaced; the second as where the drive knows no exchange."""
+    if request.param == "two renames":
+        monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
+        return "two renames"
+    probes = [tmp_path / "probe_a", tmp_path / "probe_b"]
+    for probe in probes:
+        probe.mkdir()
+    possible = atomic._exchange(*probes)
+    for probe in probes:
+        probe.rmdir()
+    if not possible:
+        pytest.skip("this drive cannot exchange two names")
+    return "exchange"
+
+
+def write_generation(output_dir: Path, generation: int, *, durable: bool = False) -> None:
+    with atomic_folder(output_dir, replace=True, durable=durable) as folder:
+        for name in FILES:
+            (folder / name).write_text(str(generation))
+
+
+def generation_of(output_dir: Path) -> int:
+    """Return the one generation of all files; the folder must be whole."""
+    assert sorted(path.name for path in output_dir.iterdir()) == FILES
+    generations = {(output_dir / name).read_text() for name in FILES}
+    assert len(generations) == 1
+    return int(generations.pop())
+
+
+def start(target: Callable[..., None], *args: Any) -> BaseProcess:
+    process = multiprocessing.get_context("fork").Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def replace_forever(output_dir: Path, first: int) -> None:
+    generation = first
+    while True:
+        write_generation(output_dir, generation)
+        generation += 1
+
+
+def replace_and_die(output_dir: Path, fatal_step: int) -> None:
+    """Replace once; the process is killed right before a certain one of the steps that change names or remove."""
+    steps = 0
+
+    def counted(step: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps == fatal_step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*args, **options)
+
+        return run
+
+    Path.rename = counted(Path.rename)  # type: ignore[method-assign]
+    atomic._exchange = counted(atomic._exchange)
+    os.unlink = counted(os.unlink)  # each file of the old folder
+    os.rmdir = counted(os.rmdir)
+    write_generation(output_dir, 1)
+    os._exit(0)
+
+
+def test_folder_appears_at_the_end_with_its_content(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "deep" / "out") as folder:
+        (folder / "a").write_text("1")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert (tmp_path / "deep" / "out" / "a").read_text() == "1"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_error_leaves_nothing_new_and_keeps_the_old(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out", replace=True) as folder:
+        (folder / "a").write_text("new")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+def test_replacing_leaves_no_file_of_the_old_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stale").write_text("old")
+    with atomic_folder(tmp_path / "out", replace=True) as folder:
+        (folder / "a").write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "a"]
+
+
+@pytest.mark.parametrize("kind", ["file", "full folder"])
+def test_taken_name_is_refused(tmp_path: Path, kind: str) -> None:
+    taken = tmp_path / "out"
+    if kind == "file":
+        taken.write_text("x")
+    else:
+        (taken / "sub").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="out: exists already"), atomic_folder(taken):
+        pass
+
+
+def test_empty_folder_counts_as_free(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+    assert (tmp_path / "out" / "a").is_file()
+
+
+def test_file_is_written_with_its_folder_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.json"
+    write_text_atomic(path, "old\n")
+    write_text_atomic(path, "naïve\n")
+    assert path.read_bytes() == "naïve\n".encode()
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+def test_failed_write_keeps_the_old_file_and_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.bin"
+    write_bytes_atomic(path, b"old")
+
+    fill_disk(monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        write_bytes_atomic(path, b"new content")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_replaced_folder_is_whole_and_alone(tmp_path: Path, way: str) -> None:
+    for generation in range(3):
+        write_generation(tmp_path / "out", generation)
+    assert generation_of(tmp_path / "out") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@can_fork
+def test_kill_at_any_step_leaves_the_old_or_the_new_folder(tmp_path: Path, way: str) -> None:
+    seen: list[int] = []
+    for fatal_step in range(1, 30):
+        out = tmp_path / str(fatal_step) / "out"
+        write_generation(out, 0)
+        process = start(replace_and_die, out, fatal_step)
+        process.join()
+        assert way == "two renames" or generation_of(out) in (0, 1)  # without any recovery
+        assert all(generation_of(folder) == 0 for folder in out.parent.glob(".*.replaced"))
+        recover_folder(out)
+        seen.append(generation_of(out))
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+        if process.exitcode == 0:  # it lived through all of its steps
+            break
+    assert process.exitcode == 0
+    assert seen == sorted(seen)
+    assert set(seen) == {0, 1}
+
+
+@can_fork
+def test_kill_at_random_instants_leaves_a_whole_folder(tmp_path: Path, way: str) -> None:
+    out, instants = tmp_path / "out", random.Random(0)
+    write_generation(out, 0)
+    for _ in range(10):
+        before = generation_of(out)
+        process = start(replace_forever, out, before + 1)
+        deadline = time.monotonic() + instants.uniform(0.02, 0.2)
+        while time.monotonic() < deadline:
+            assert way == "two renames" or out.is_dir()
+        process.kill()
+        process.join()
+        assert way == "two renames" or generation_of(out) >= before
+        recover_folder(out)
+        assert generation_of(out) >= before
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert generation_of(out) > 0
+
+
+def test_newest_replaced_folder_comes_back_and_left_overs_go(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for generation, name in enumerate([f".out.{DEAD}.01.replaced", f".out.{DEAD}.00.replaced"]):
+        write_generation(tmp_path / name, generation)
+        time.sleep(0.02)  # the clock of a file system ticks every few ms
+    write_generation(tmp_path / f".out.{DEAD}.02.partial", 7)
+    (tmp_path / f".out.{DEAD}.03.partial").write_text("of a file")
+    others = [f".out.more.{DEAD}.00.partial", ".out.txt", "out.1.00.partial"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    assert recover_folder(out) == out
+    assert generation_of(out) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "out"])
+    assert recover_folder(out) is None
+
+
+def test_recovery_prefers_the_folder_that_is_there(tmp_path: Path) -> None:
+    write_generation(tmp_path / "out", 2)
+    write_generation(tmp_path / f".out.{DEAD}.00.replaced", 1)
+    assert recover_folder(tmp_path / "out") is None
+    assert generation_of(tmp_path / "out") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_recovery_where_nothing_was_is_nothing(tmp_path: Path) -> None:
+    assert recover_folder(tmp_path / "absent" / "out") is None
+
+
+def test_hidden_folders_of_running_processes_stay(tmp_path: Path) -> None:
+    (tmp_path / f".out.{os.getppid()}.00.replaced").mkdir()
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+        assert recover_folder(tmp_path / "out") is None
+    assert (tmp_path / "out" / "a").is_file()
+    assert (tmp_path / f".out.{os.getppid()}.00.replaced").is_dir()
+
+
+def test_left_over_of_an_earlier_process_with_this_id_is_dead(tmp_path: Path) -> None:
+    """A container that starts again gives the same process ids."""
+    write_generation(tmp_path / f".out.{os.getpid()}.00.replaced", 3)
+    assert recover_folder(tmp_path / "out") == tmp_path / "out"
+    assert generation_of(tmp_path / "out") == 3
+
+
+def test_error_between_two_renames_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_generation(tmp_path / "out", 0)
+    monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.suffix == ".partial" and target.name == "out":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_generation(tmp_path / "out", 1)
+    assert generation_of(tmp_path / "out") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_failing_exchange_is_an_error_and_keeps_the_old(tmp_path: Path, way: str) -> None:
+    if way != "exchange":
+        pytest.skip("of the exchange only")
+    write_generation(tmp_path / "out", 0)
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "out", replace=True) as folder:
+        shutil.rmtree(folder)
+    assert generation_of(tmp_path / "out") == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced there")
+def test_durable_writes_sync_content_before_the_name_and_the_parent_after(
+    tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    sync = os.fsync
+
+    def recorded(handle: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{handle}").readlink().name)
+        sync(handle)
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc")
+    monkeypatch.setattr(os, "fsync", recorded)
+    write_generation(tmp_path / "out", 0)
+    assert synced == []
+    write_generation(tmp_path / "out", 1, durable=True)
+    assert sorted(synced[: len(FILES)]) == FILES
+    assert synced[len(FILES)].endswith(".partial")
+    assert synced[len(FILES) + 1 :] == [tmp_path.name]
+    synced.clear()
+    write_text_atomic(tmp_path / "a.json", "1", durable=True)
+    assert synced[0].startswith(".a.json.")
+    assert synced[1:] == [tmp_path.name]
+
+
+def test_sync_reaches_nested_folders_and_leaves_links_alone(tmp_path: Path) -> None:
+    (tmp_path / "out" / "sub").mkdir(parents=True)
+    (tmp_path / "out" / "sub" / "a").write_text("1")
+    (tmp_path / "out" / "broken").symlink_to(tmp_path / "nowhere")
+    fsync_folder(tmp_path / "out")
+    assert (tmp_path / "out" / "sub" / "a").read_text() == "1"
