@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from src.inference.tokens import Vocabulary
 
@@ -18,14 +19,18 @@ class Word:
 
     Attributes:
         text: without surrounding spaces, punctuation included.
-        start_sec, end_sec: seconds from the start of the decoded audio.
-        probability: mean probability of its tokens among all text tokens, in [0, 1], as in openai/whisper.
+        start_sec: seconds from the start of the clip, recording or stream.
+        end_sec: likewise, at least `start_sec`.
+        probability: mean probability of its tokens among all text tokens, in [0, 1], as in openai/whisper; nan where it
+            is unknown.
+        tokens: number of tokens that spell it; 0 where it is unknown.
     """
 
     text: str
     start_sec: float
     end_sec: float
-    probability: float
+    probability: float = math.nan
+    tokens: int = field(default=0, compare=False, repr=False)
 
 
 def split_words(vocabulary: Vocabulary, tokens: Sequence[int]) -> list[tuple[str, int]]:
@@ -73,11 +78,11 @@ def place_words(
     for text, size in split_words(vocabulary, tokens):
         start, end = float(entered_sec[at]), float(entered_sec[at + size])
         probability = float(sum(probabilities[at : at + size]) / size)
-        words.append(Word(text, start, max(start, end), probability))
+        words.append(Word(text, start, max(start, end), probability, size))
         at += size
     return tuple(word for word in words if word.text)
 
 
 def shifted(words: Sequence[Word], by_sec: float) -> tuple[Word, ...]:
     """Return the words later by some seconds."""
-    return tuple(Word(w.text, w.start_sec + by_sec, w.end_sec + by_sec, w.probability) for w in words)
+    return tuple(replace(w, start_sec=w.start_sec + by_sec, end_sec=w.end_sec + by_sec) for w in words)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from src.data.dataset import WhisperDataset
 from src.data.labels import IGNORE_INDEX
 from src.inference.alignment import align_words
 from src.inference.decoding import encode
-from src.inference.tokens import Vocabulary
-from src.inference.words import split_words
+from src.inference.words import Word
 from src.models.dynamic_context import DynamicWhisper
 from src.models.modes import evaluation_mode
 from src.training.state import tensors_digest
@@ -37,21 +36,7 @@ _TRAILING_SILENCE_SEC = 0.5
 _ALIGNED_TOGETHER = 16  # clips of similar length
 
 
-@dataclass(frozen=True)
-class TimedWord:
-    """A word of a training clip.
-
-    Attributes:
-        tokens: how many it has.
-        start_sec, end_sec: from the start of the clip.
-    """
-
-    tokens: int
-    start_sec: float
-    end_sec: float
-
-
-WordTimes = Mapping[str, Sequence[TimedWord]]  # by utterance id
+WordTimes = Mapping[str, Sequence[Word]]  # by utterance id
 
 
 class PrefixCutter:
@@ -87,7 +72,7 @@ class PrefixCutter:
 
 def load_or_time_words(
     model: DynamicWhisper, tokenizer: Any, dataset: WhisperDataset, *, prefix: Sequence[int], cache_dir: Path
-) -> dict[str, tuple[TimedWord, ...]]:
+) -> dict[str, tuple[Word, ...]]:
     """Return the words of every clip with their times; from the cache where these weights have timed these clips.
 
     Args:
@@ -100,7 +85,7 @@ def load_or_time_words(
     if path.is_file():
         logger.info("word times of %d clips: from %s", len(dataset), path)
         saved = json.loads(path.read_text(encoding="utf-8"))
-        return {name: tuple(TimedWord(**word) for word in words) for name, words in saved.items()}
+        return {name: tuple(Word(**{"text": "", **word}) for word in words) for name, words in saved.items()}
     words = time_words(model, tokenizer, dataset, prefix=prefix)
     write_text_atomic(path, json.dumps({name: [asdict(word) for word in timed] for name, timed in words.items()}))
     return words
@@ -109,10 +94,10 @@ def load_or_time_words(
 @torch.inference_mode()
 def time_words(
     model: DynamicWhisper, tokenizer: Any, dataset: WhisperDataset, *, prefix: Sequence[int]
-) -> dict[str, tuple[TimedWord, ...]]:
+) -> dict[str, tuple[Word, ...]]:
     """Align the text of every clip with its audio, from the cross-attention of the alignment heads."""
     order = sorted(range(len(dataset)), key=lambda index: dataset.utterances[index].duration_sec or 0.0)
-    times: dict[str, tuple[TimedWord, ...]] = {}
+    times: dict[str, tuple[Word, ...]] = {}
     with evaluation_mode(model):
         for at in tqdm(range(0, len(order), _ALIGNED_TOGETHER), desc="timing words", leave=False):
             indices = [index for index in order[at : at + _ALIGNED_TOGETHER] if dataset.tokens[index]]
@@ -124,11 +109,8 @@ def time_words(
                     model, tokenizer, hidden[row : row + 1], sot_sequence=prefix, tokens=tokens,
                     audio_sec=len(audios[row]) / SAMPLE_RATE,
                 )  # fmt: skip
-                sizes = [size for _, size in split_words(Vocabulary.of(tokenizer), tokens)]
-                if len(words) == len(sizes):  # else a word is empty, and the rest would shift
-                    times[dataset.utterances[index].id] = tuple(
-                        TimedWord(size, word.start_sec, word.end_sec) for word, size in zip(words, sizes, strict=True)
-                    )
+                if sum(word.tokens for word in words) == len(tokens):  # else a word is empty, and the rest would shift
+                    times[dataset.utterances[index].id] = words
     return times
 
 
@@ -139,7 +121,7 @@ def _clips_digest(dataset: WhisperDataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def _choose_cut(words: Sequence[TimedWord], where: float, half: float) -> tuple[int, float]:
+def _choose_cut(words: Sequence[Word], where: float, half: float) -> tuple[int, float]:
     """Return the tokens to keep and the seconds, after any word but the last."""
     kept = 1 + int(where * (len(words) - 1))
     tokens = sum(word.tokens for word in words[:kept])

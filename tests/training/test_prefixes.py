@@ -13,8 +13,9 @@ from src.data.loader import SpeechLoader, create_loader
 from src.data.utterance import Utterance
 from src.inference.decoding import decode
 from src.inference.options import DecodingOptions
+from src.inference.words import Word
 from src.training import prefixes
-from src.training.prefixes import PrefixCutter, TimedWord, load_or_time_words, time_words
+from src.training.prefixes import PrefixCutter, load_or_time_words, time_words
 from src.utils.config import Config
 
 END, START = 9, 1
@@ -34,8 +35,8 @@ def make_batch() -> dict[str, Any]:
 
 
 WORDS = {
-    "a": (TimedWord(1, 0.0, 1.0), TimedWord(1, 1.0, 2.0), TimedWord(1, 2.2, 3.0)),
-    "b": (TimedWord(1, 0.0, 0.5), TimedWord(1, 1.0, 2.0)),
+    "a": (Word("", 0.0, 1.0, tokens=1), Word("", 1.0, 2.0, tokens=1), Word("", 2.2, 3.0, tokens=1)),
+    "b": (Word("", 0.0, 0.5, tokens=1), Word("", 1.0, 2.0, tokens=1)),
 }
 
 

@@ -98,7 +98,7 @@ class Transcription:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON takes them: nan becomes None."""
-        fields: dict[str, Any] = _without_nan(asdict(self))
+        fields: dict[str, Any] = _for_json(asdict(self))
         return fields
 
 
@@ -130,9 +130,9 @@ class Transcriptions(Sequence[Transcription]):
         return len(self.items)
 
 
-def _without_nan(value: Any) -> Any:
+def _for_json(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nan(each) for key, each in value.items()}
+        return {key: _for_json(each) for key, each in value.items() if key != "tokens"}
     if isinstance(value, list | tuple):
-        return [_without_nan(each) for each in value]
+        return [_for_json(each) for each in value]
     return None if isinstance(value, float) and math.isnan(value) else value
