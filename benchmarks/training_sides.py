@@ -21,7 +21,7 @@ from src.evaluation import ModelEvaluator
 from src.models import WhisperModelManager
 from src.training import WhisperTrainer
 from src.utils import Config, load_config
-from src.utils.config_schema import DataConfig
+from src.utils.config import DataConfig
 from src.utils.tracking import ExperimentLogger
 
 REAL_DEV_STRIDE = 4

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from src.utils.config import Config, flatten
 
 CONFIG, REFERENCE = ROOT / "config.yaml", ROOT / "docs" / "CONFIGURATION.md"
-INTRODUCTION = """<!-- Written by scripts/configuration_reference.py: edit config.yaml, src/utils/config_schema.py -->
+INTRODUCTION = """<!-- Written by scripts/configuration_reference.py: edit config.yaml, src/utils/config.py -->
 # Configuration
 
 Every setting of [`config.yaml`](../config.yaml). A value there gives way to that of the chosen profile, and both to

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 if TYPE_CHECKING:
-    from src.utils.config_schema import Config
+    from src.utils.config import Config
     from src.utils.validation import Check
 
 

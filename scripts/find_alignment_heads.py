@@ -30,8 +30,7 @@ from src.data.sources.catalog import load_utterances
 from src.data.utterance import SPLIT_NAMES, Utterance
 from src.inference.alignment_heads import DEFAULT_COUNT, HeadSearch, find_alignment_heads, write_alignment_heads
 from src.models.whisper_model import WhisperModelManager
-from src.utils.config import Config, load_config
-from src.utils.config_section import MAX_AUDIO_SEC
+from src.utils.config import MAX_AUDIO_SEC, Config, load_config
 from src.utils.errors import ModelError, WhisperASRError
 from src.utils.logging_config import setup_logging
 

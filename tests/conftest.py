@@ -21,8 +21,7 @@ import pytest
 from src.data.audio import load_audio
 from src.data.sources.catalog import SAMPLE_CLIP, load_utterances
 from src.data.utterance import Utterance
-from src.utils.config import Config, load_config
-from src.utils.config_schema import DataConfig
+from src.utils.config import Config, DataConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 

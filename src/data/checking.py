@@ -18,7 +18,7 @@ from src.data.audio import decode
 from src.data.quality import ClipStats, measure_clip
 from src.data.splitting import stable_hash
 from src.data.utterance import EncodedAudio, Utterance
-from src.utils.config_schema import Config, DataConfig
+from src.utils.config import Config, DataConfig
 from src.utils.errors import AudioError, DataError
 
 logger = logging.getLogger(__name__)

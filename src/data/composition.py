@@ -17,8 +17,7 @@ import numpy as np
 from src.data.audio import SAMPLE_RATE
 from src.data.labels import MAX_LABEL_TOKENS
 from src.data.utterance import Utterance
-from src.utils.config_schema import CompositionConfig
-from src.utils.config_section import MAX_AUDIO_SEC
+from src.utils.config import MAX_AUDIO_SEC, CompositionConfig
 
 MIN_GAP_SEC = 0.2  # pauses between sentences that are read aloud
 MAX_GAP_SEC = 0.8

@@ -26,8 +26,7 @@ from src.data.labels import LabelEncoder
 from src.data.no_speech import make_no_speech
 from src.data.preparation import DatasetSplits
 from src.data.utterance import Utterance
-from src.utils.config_schema import CompositionConfig, Config
-from src.utils.config_section import MAX_AUDIO_SEC
+from src.utils.config import MAX_AUDIO_SEC, CompositionConfig, Config
 from src.utils.errors import CheckpointError, WhisperASRError
 from src.utils.runtime import usable_cores
 

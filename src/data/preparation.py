@@ -18,7 +18,7 @@ from src.data.quality import ClipStats
 from src.data.sources.catalog import Streams, open_source
 from src.data.splitting import SPLITS, assign_splits, cut_missing, find_shared_speakers
 from src.data.utterance import Utterance
-from src.utils.config_schema import Config, DataConfig, SourceName
+from src.utils.config import Config, DataConfig, SourceName
 from src.utils.errors import DataError, SourceUnavailableError
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Sequence
 
 from src.data.utterance import SPLIT_NAMES, Utterance
-from src.utils.config_schema import DataConfig
+from src.utils.config import DataConfig
 from src.utils.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.vad_network import CONTEXT_SAMPLES, WINDOW_SAMPLES, SpeechNetwork, load_network, new_state
-from src.utils.config_inference import VADConfig
+from src.utils.config import VADConfig
 from src.utils.errors import AudioError
 
 HYSTERESIS = 0.15  # speech ends below threshold - 0.15, silero's value

@@ -29,7 +29,7 @@ from src.evaluation.edits import word_counts
 from src.evaluation.evaluator import ModelEvaluator
 from src.evaluation.text import PLAIN
 from src.inference.decoding import encode
-from src.utils.config_schema import Config
+from src.utils.config import Config
 from src.utils.errors import DataError, ModelError
 
 STYLES: tuple[LabelCase, ...] = ("keep", "lower", "sentence")

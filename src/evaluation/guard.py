@@ -34,8 +34,7 @@ from src.evaluation.evaluator import ModelEvaluator
 from src.evaluation.report.forgetting import guard_name
 from src.evaluation.results import EvaluationResult
 from src.models.weights import HUB_ERRORS, HUB_TIMEOUT_SEC
-from src.utils.config import Config
-from src.utils.config_schema import DataConfig
+from src.utils.config import Config, DataConfig
 from src.utils.errors import DataError, SourceUnavailableError, first_line
 from src.utils.tracking import ExperimentLogger
 

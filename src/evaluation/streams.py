@@ -32,7 +32,7 @@ from src.evaluation.text import normalize_plain
 from src.inference.alignment import align_words
 from src.inference.decoding import encode
 from src.inference.words import Word
-from src.utils.config_inference import VADConfig
+from src.utils.config import VADConfig
 from src.utils.errors import DataError, ModelError
 
 logger = logging.getLogger(__name__)

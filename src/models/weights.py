@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from src.models.conversion_cache import combined_sha256, convert_once
 from src.models.ct2_format import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE
 from src.models.offline_weights import PACKAGED_MODELS, assemble_packaged_model
-from src.utils.config_schema import VARIANTS
+from src.utils.config import VARIANTS
 from src.utils.errors import ModelError, did_you_mean, first_line
 
 logger = logging.getLogger(__name__)

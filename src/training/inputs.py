@@ -15,7 +15,7 @@ from src.data.features import CONTEXT_SAMPLES, HOP_SAMPLES
 from src.data.mel import padded_samples
 from src.inference.frontend import log_mel_for
 from src.training.prefixes import PrefixCutter
-from src.utils.config_schema import Config
+from src.utils.config import Config
 
 
 class TrainingInputs:

@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from src.models.dynamic_context import DynamicWhisper
-from src.utils.config_schema import LoRAConfig, TrainingConfig
+from src.utils.config import LoRAConfig, TrainingConfig
 from src.utils.errors import ModelError
 
 logger = logging.getLogger(__name__)

@@ -32,8 +32,7 @@ from src.training.probe import propose_batch_seconds
 from src.training.schedule import count_updates, count_warmup
 from src.training.state import random_state, restore_random_state
 from src.training.updates import CPU_FRAMES
-from src.utils.config import Config
-from src.utils.config_section import MAX_AUDIO_SEC
+from src.utils.config import MAX_AUDIO_SEC, Config
 from src.utils.distributed import world_size
 from src.utils.errors import DeviceError, first_line
 from src.utils.memory import free_memory_mb

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from src.data.labels import IGNORE_INDEX
 from src.models.dynamic_context import DynamicWhisper
 from src.training.loss import TokenLoss
-from src.utils.config_schema import TrainingConfig
+from src.utils.config import TrainingConfig
 from src.utils.distributed import gather_objects, is_main_process, world_size
 from src.utils.errors import ConfigError, DeviceError, ModelError
 

@@ -20,7 +20,7 @@ from src.data.features import FRAMES_PER_SEC, HOP_SAMPLES
 from src.data.labels import IGNORE_INDEX
 from src.training.inputs import TrainingInputs
 from src.training.sharding import exchange_gradients, in_step, is_sharded, whole_tensor
-from src.utils.config_schema import TrainingConfig
+from src.utils.config import TrainingConfig
 from src.utils.distributed import gather_objects, sum_over_processes, world_size
 from src.utils.errors import DataError, DeviceError, first_line
 from src.utils.memory import return_freed_memory

@@ -1,24 +1,372 @@
-"""One configuration: a YAML file, a profile laid over it, overrides laid over that, checked as a whole.
+"""The configuration: every setting with its type, range and default, and the file that it is read from.
 
-Defaults live in the models of `config_schema` alone. All problems are reported at once, with the nearest valid key,
-because a user who waits for a GPU should not meet them one by one.
+A YAML file, a profile merged into it, and overrides merged into that are checked as a whole: all problems are reported
+at once, each with the nearest valid key. `config.yaml` says the unit and effect of every setting.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from src.utils.config_schema import Config
 from src.utils.errors import ConfigError, did_you_mean
 
-__all__ = ["DEFAULT_CONFIG_PATH", "Config", "flatten", "load_config", "load_profiles"]
-
 DEFAULT_CONFIG_PATH = Path("config.yaml")
+MAX_AUDIO_SEC = 30.0  # the length of Whisper's position table
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+Variant = Literal[
+    "tiny", "tiny.en", "base", "base.en", "small", "small.en", "medium", "medium.en", "distil", "large-v3-turbo"
+]
+VARIANTS: tuple[str, ...] = get_args(Variant)
+
+
+class PathsConfig(Section):
+    """Folders, relative to the working directory."""
+
+    runs_dir: Path = Path("runs")
+    checkpoints_dir: Path = Path("checkpoints")
+    cache_dir: Path = Field(Path("~/.cache/whisper_asr"), validate_default=True)
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _expand_home(cls, value: Path) -> Path:
+        return value.expanduser()
+
+
+class ModelConfig(Section):
+    """Which weights, for which language, and how much audio the encoder sees."""
+
+    variant: str = "tiny.en"
+    language: str | None = None
+    task: Literal["transcribe", "translate"] = "transcribe"
+    audio_context: Literal["dynamic", "full"] = "dynamic"
+
+    @field_validator("variant")
+    @classmethod
+    def _known_variant(cls, value: str) -> str:
+        if value in VARIANTS or "/" in value or Path(value).exists():
+            return value
+        raise ValueError(
+            f"unknown variant {value!r}{did_you_mean(value, VARIANTS)}; known: {', '.join(VARIANTS)}, "
+            "or the path of a folder with a checkpoint"
+        )
+
+    @model_validator(mode="after")
+    def _language_fits_variant(self) -> Self:
+        if not self.variant.endswith(".en"):
+            return self
+        if self.language not in (None, "en"):
+            raise ValueError(
+                f"variant {self.variant!r} knows English only, language is {self.language!r}; "
+                f"use {self.variant.removesuffix('.en')!r}"
+            )
+        if self.task == "translate":
+            raise ValueError(f"variant {self.variant!r} cannot translate; use {self.variant.removesuffix('.en')!r}")
+        return self
+
+
+SourceName = Literal["sample", "folder", "minds14", "librispeech", "speechocean762", "common_voice", "parquet", "hub"]
+HUB_SOURCES = frozenset({"minds14", "librispeech", "speechocean762", "hub"})
+PATH_SOURCES = frozenset({"folder", "common_voice", "parquet"})
+
+
+class HubConfig(Section):
+    """A data set on the Hugging Face Hub; for a named corpus, what to take instead of its defaults."""
+
+    id: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    train_split: str | None = None
+    validation_split: str | None = None
+    test_split: str | None = None
+    audio_column: str | None = None
+    text_column: str | None = None
+
+
+class DataConfig(Section):
+    """Where utterances come from and which are accepted."""
+
+    source: SourceName = "sample"
+    sources: tuple[SourceName, ...] = ()
+    path: Path | None = None
+    hub: HubConfig = HubConfig()
+    max_train: int | None = Field(None, ge=1)
+    max_validation: int | None = Field(None, ge=1)
+    max_test: int | None = Field(None, ge=1)
+    validation_fraction: float = Field(0.1, gt=0, lt=0.5)
+    test_fraction: float = Field(0.1, gt=0, lt=0.5)
+    min_duration_sec: float = Field(0.1, ge=0.1)
+    max_duration_sec: float = Field(MAX_AUDIO_SEC, gt=0.1, le=MAX_AUDIO_SEC)
+    label_case: Literal["auto", "keep", "lower", "sentence"] = "auto"
+    on_error: Literal["raise", "skip"] = "raise"
+    max_skip_fraction: float = Field(0.1, ge=0, le=1)
+    num_workers: int | Literal["auto"] = "auto"
+    cache_decoded: bool = False
+
+    @property
+    def chosen_sources(self) -> tuple[SourceName, ...]:
+        """The sources in the order in which they are tried: `sources`, or `source` alone."""
+        return self.sources or (self.source,)
+
+    @field_validator("num_workers")
+    @classmethod
+    def _workers_not_negative(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 0:
+            raise ValueError(f"num_workers is {value}; give 0 or more, or auto")
+        return value
+
+    @model_validator(mode="after")
+    def _options_fit_sources(self) -> Self:
+        chosen = self.chosen_sources
+        if len(set(chosen)) != len(chosen):
+            raise ValueError("data.sources names a source twice; each can be tried once")
+        needing_path = [name for name in chosen if name in PATH_SOURCES]
+        if len(needing_path) > 1:
+            raise ValueError(f"data.sources has {' and '.join(needing_path)}, but there is one data.path; keep one")
+        if needing_path and self.path is None:
+            wanted = {
+                "folder": "a folder with audio, and a CSV, TSV or JSONL in it",
+                "common_voice": "an archive, or the folder with clips/ and train.tsv",
+                "parquet": "a Parquet file or a folder of them",
+            }
+            raise ValueError(f"source {needing_path[0]!r} needs data.path: {wanted[needing_path[0]]}")
+        if self.path is not None and not needing_path:
+            raise ValueError(
+                f"source {chosen[0]!r} takes no data.path; set data.source: folder, parquet or common_voice"
+            )
+        self._check_hub(chosen)
+        if self.min_duration_sec >= self.max_duration_sec:
+            raise ValueError("min_duration_sec must be below max_duration_sec")
+        return self
+
+    def _check_hub(self, chosen: tuple[SourceName, ...]) -> None:
+        on_hub = [name for name in chosen if name in HUB_SOURCES]
+        if "hub" in on_hub and self.hub.id is None:
+            raise ValueError("source 'hub' needs data.hub.id, for example 'google/fleurs'")
+        if self.hub != HubConfig() and len(on_hub) != 1:
+            raise ValueError(
+                f"data.hub describes one data set, but the sources {', '.join(chosen)} have {len(on_hub)} on the Hub"
+            )
+
+
+class CompositionConfig(Section):
+    """Training examples that are more than one clip with its text."""
+
+    no_speech_fraction: float = Field(0.0, ge=0, le=0.2)
+    concatenate_prob: float = Field(0.0, ge=0, le=1)
+    max_concatenated_sec: float = Field(MAX_AUDIO_SEC, gt=1, le=MAX_AUDIO_SEC)
+    timestamp_prob: float = Field(0.0, ge=0, le=1)
+    previous_text_prob: float = Field(0.0, ge=0, le=1)
+
+
+class SpecAugmentConfig(Section):
+    """Masks on the log-mel spectrogram (Park et al. 2019), over real frames only."""
+
+    time_masks: int = Field(2, ge=0)
+    max_time_mask_fraction: float = Field(0.05, ge=0, le=0.5)
+    frequency_masks: int = Field(2, ge=0)
+    max_frequency_mask_bins: int = Field(10, ge=0)
+
+
+class AugmentationConfig(Section):
+    """Changes of the training audio, drawn for each clip in each epoch; each is off at probability 0."""
+
+    enabled: bool = True
+    speed_factors: tuple[float, ...] = (0.9, 1.0, 1.1)
+    pitch_prob: float = Field(0.2, ge=0, le=1)
+    max_pitch_semitones: float = Field(2.0, ge=0, le=4)
+    noise_prob: float = Field(0.2, ge=0, le=1)
+    noise_dir: Path | None = None
+    min_snr_db: float = 5.0
+    max_snr_db: float = 25.0
+    max_gain_db: float = Field(6.0, ge=0, le=20)
+    room_prob: float = Field(0.0, ge=0, le=1)
+    codec_prob: float = Field(0.0, ge=0, le=1)
+    spec_augment_prob: float = Field(0.5, ge=0, le=1)
+    spec_augment: SpecAugmentConfig = SpecAugmentConfig()
+
+    @model_validator(mode="after")
+    def _ranges_are_ordered(self) -> Self:
+        if self.min_snr_db > self.max_snr_db:
+            raise ValueError("min_snr_db must not exceed max_snr_db")
+        if not self.speed_factors or not all(0.5 <= factor <= 2 for factor in self.speed_factors):
+            raise ValueError("speed_factors needs factors from 0.5 to 2; [1.0] leaves the speed alone")
+        return self
+
+
+class LoRAConfig(Section):
+    """Low-rank adapters (Hu et al. 2021) on the model's linear layers, through PEFT."""
+
+    rank: int = Field(32, ge=1)
+    alpha: int = Field(64, ge=1)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+class TrainingConfig(Section):
+    """The training loop."""
+
+    epochs: int = Field(3, ge=1)
+    batch_size: int = Field(8, ge=1)
+    batch_seconds: float | None = Field(None, gt=0)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    method: Literal["auto", "full", "lora"] = "auto"
+    lora: LoRAConfig = LoRAConfig()
+    freeze_encoder: bool | int = False
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    learning_rate: float | None = Field(None, gt=0)
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    grad_spike_factor: float = Field(10.0, gt=1)
+    max_nonfinite_steps: int = Field(10, ge=1)
+    patience: int | None = Field(None, ge=1)
+    full_context_prob: float = Field(0.0, ge=0, le=1)
+    prefix_prob: float = Field(0.0, ge=0, le=1)
+    max_trailing_silence_sec: float = Field(1.0, ge=0, le=5)
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    shard_model: bool = False
+    fp16_initial_scale: float = Field(1024.0, gt=0)
+    fp16_growth_interval: int = Field(2000, ge=1)
+    mix_shares: tuple[float, ...] = (0.25, 0.5, 0.75)
+
+    @field_validator("mix_shares")
+    @classmethod
+    def _shares_within_0_and_1(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 < share < 1 for share in value):
+            raise ValueError(
+                f"mix_shares {list(value)}: shares of the tuned weights, between 0 and 1; 0 and 1 are tried"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _freezing_fits_method(self) -> Self:
+        if isinstance(self.freeze_encoder, int) and self.freeze_encoder < 0:
+            raise ValueError(f"freeze_encoder is {self.freeze_encoder}; give true, false, or a number of layers")
+        if self.method == "lora" and self.freeze_encoder:
+            raise ValueError("freeze_encoder freezes full weights; with method: lora all of them are frozen already")
+        return self
+
+
+class CheckpointsConfig(Section):
+    """Periodic checkpoints and their copy in another folder."""
+
+    save_minutes: float | None = Field(10.0, ge=0)
+    save_total_limit: int = Field(2, ge=1)
+    mirror_dir: Path | None = None
+    mirror_mb_per_sec: float = Field(25.0, gt=0)
+
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+
+
+class TrackingConfig(Section):
+    """Where a run is recorded in addition to its own metrics.jsonl."""
+
+    trackers: tuple[TrackerName, ...] = ()
+    project: str = "whisper_asr"
+
+
+class GuardConfig(Section):
+    """Speech from elsewhere, on which fine-tuning must not make the model worse."""
+
+    source: Literal["auto", "none", "clip", "librispeech", "folder", "parquet"] = "auto"
+    path: Path | None = None
+    max_clips: int = Field(100, ge=1)
+
+    @model_validator(mode="after")
+    def _path_fits_source(self) -> Self:
+        needs_path = self.source in ("folder", "parquet")
+        if needs_path and self.path is None:
+            raise ValueError(f"guard.source {self.source!r} needs guard.path")
+        if self.path is not None and not needs_path:
+            raise ValueError(f"guard.source {self.source!r} takes no guard.path; set guard.source: folder or parquet")
+        return self
+
+
+class EvaluationConfig(Section):
+    """How rates are measured."""
+
+    bootstrap_samples: int = Field(2000, ge=100)
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+
+class InferenceConfig(Section):
+    """Decoding of files; evaluation uses the batch size, beams, pause and token cap as well."""
+
+    engine: Literal["auto", "torch", "ctranslate2"] = "auto"
+    compute_type: str = "auto"
+    batch_size: int = Field(16, ge=1)
+    num_beams: int = Field(1, ge=1)
+    trailing_silence_sec: float = Field(0.5, ge=0, le=5)
+    max_tokens_per_sec: float = Field(10.0, gt=0)
+    temperatures: tuple[Annotated[float, Field(ge=0, le=2)], ...] = Field((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), min_length=1)
+    compression_ratio_threshold: float | None = Field(2.4, gt=1)
+    logprob_threshold: float | None = Field(None, lt=0)
+    no_speech_threshold: float | None = Field(0.6, gt=0, lt=1)
+    max_segment_sec: float = Field(28.0, ge=2, le=29.5)
+    join_pause_sec: float | None = Field(None, ge=0)
+    initial_prompt: str = ""
+    hotwords: str = ""
+
+
+class VADConfig(Section):
+    """silero-vad."""
+
+    threshold: float = Field(0.5, gt=0, lt=1)
+    min_silence_sec: float = Field(0.5, gt=0)
+    min_speech_sec: float = Field(0.1, ge=0)
+    pad_sec: float = Field(0.1, ge=0)
+
+
+class StreamingConfig(Section):
+    """The streaming state machine."""
+
+    policy: Literal["alignatt", "local_agreement", "chunk_merge"] = "alignatt"
+    guard_sec: float = Field(0.55, ge=0, le=3)
+    display_guard_sec: float = Field(0.2, ge=0, le=3)
+    min_chunk_sec: float = Field(0.3, ge=0.1, le=5)
+    buffer_sec: float = Field(12.0, ge=2, le=MAX_AUDIO_SEC - 1)
+    max_prompt_tokens: int = Field(0, ge=0, le=223)
+
+
+class Config(Section):
+    """The whole configuration."""
+
+    profile: str | None = None
+    seed: int = Field(42, ge=0)
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    paths: PathsConfig = PathsConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    composition: CompositionConfig = CompositionConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    guard: GuardConfig = GuardConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    inference: InferenceConfig = InferenceConfig()
+    vad: VADConfig = VADConfig()
+    streaming: StreamingConfig = StreamingConfig()
+
+    def to_yaml(self) -> str:
+        """Return the resolved configuration as YAML that `load_config` accepts; the profile is merged in already."""
+        tree = self.model_dump(mode="json", exclude={"profile"})
+        return f"# profile: {self.profile}\n{yaml.safe_dump(tree, sort_keys=False)}"
 
 
 def load_config(
@@ -31,16 +379,17 @@ def load_config(
 
     Args:
         path: YAML file; None takes the defaults alone.
-        profile: name under the file's `profiles:`; overrides the file's own `profile:` key.
+        profile: name under the file's `profiles:`; takes precedence over the file's own `profile:` key.
         overrides: nested (`{"training": {"epochs": 1}}`) or dotted (`{"training.epochs": 1}`), applied last.
-    Returns: a frozen `Config`.
-    Raises: ConfigError: file absent, not YAML, or any key unknown, mistyped or contradictory; all are listed.
+
+    Raises:
+        ConfigError: if the file is absent or not YAML, or any key is unknown, mistyped or contradictory; lists all.
     """
     tree = {} if path is None else _read_yaml(Path(path))
     profiles = tree.pop("profiles", None) or {}
     problems = [] if isinstance(profiles, dict) else ["profiles: expected a mapping of name to settings"]
     if not problems:
-        for name, preset in profiles.items():  # a typo in the profile not chosen today is still a typo
+        for name, preset in profiles.items():  # a typo in a profile that is not chosen is still a typo
             problems += [f"profiles.{name}.{p}" for p in _problems(_merge(tree, {**(preset or {}), "profile": name}))]
         chosen = profile or tree.get("profile")
         if chosen is not None and chosen not in profiles:
@@ -50,9 +399,10 @@ def load_config(
             )
         elif chosen is not None:
             tree = _merge(tree, {**(profiles[chosen] or {}), "profile": chosen})
+
     merged = _merge(tree, _nest(overrides or {}))
     own = _problems(merged)
-    # a fault of the shared part shows under every profile: say it once, under its own name
+    # a problem of the shared part shows under every profile: report it once, under its own name
     problems = own + [p for p in problems if not any(p.endswith("." + o) for o in own)]
     if problems:
         where = f" in {path}" if path is not None else ""
@@ -61,20 +411,13 @@ def load_config(
 
 
 def load_profiles(path: str | Path = DEFAULT_CONFIG_PATH) -> dict[str, Config]:
-    """Load a configuration under each of the profiles that it names, by name.
-
-    Raises: ConfigError: as `load_config`.
-    """
+    """Load a configuration once for each of its profiles, by name; raises `ConfigError` as `load_config` does."""
     names = _read_yaml(Path(path)).get("profiles") or {}
     return {name: load_config(path, profile=name) for name in names}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of a tree of settings by dotted key, as `load_config` takes them.
-
-    Args:
-        prefix: put before each key, with its dot.
-    """
+    """Return the leaves of a tree of settings by dotted key, as `load_config` takes them; `prefix` ends in a dot."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
@@ -88,21 +431,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file; run from the repository's folder or pass its path") from err
     except (yaml.YAMLError, UnicodeDecodeError) as err:
         raise ConfigError(f"{path}: not valid YAML: {err}") from err
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict | None):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
-    return tree
+    return tree or {}
 
 
 def _nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for key, value in overrides.items():
-        *parents, leaf = key.split(".")
-        branch: dict[str, Any] = {leaf: value}
-        for parent in reversed(parents):
-            branch = {parent: branch}
-        nested = _merge(nested, branch)
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        nested = _merge(nested, value)
     return nested
 
 
@@ -118,7 +457,7 @@ def _problems(tree: Mapping[str, Any]) -> list[str]:
     try:
         Config.model_validate(tree)
     except ValidationError as err:
-        return [_describe(dict(e)) for e in err.errors()]
+        return [_describe(dict(error)) for error in err.errors()]
     return []
 
 
@@ -126,14 +465,9 @@ def _describe(error: dict[str, Any]) -> str:
     location = [str(part) for part in error["loc"]]
     dotted = ".".join(location) or "config"
     if error["type"] == "extra_forbidden":
-        return f"{dotted}: unknown key{did_you_mean(location[-1], _keys_at(location[:-1]))}"
-    message = error["msg"].removeprefix("Value error, ")
+        section: type[BaseModel] = Config
+        for part in location[:-1]:
+            section = section.model_fields[part].annotation  # type: ignore[assignment]
+        return f"{dotted}: unknown key{did_you_mean(location[-1], list(section.model_fields))}"
     given = "" if error["type"] == "value_error" else f" (given: {error['input']!r})"
-    return f"{dotted}: {message}{given}"
-
-
-def _keys_at(location: list[str]) -> list[str]:
-    section: type[BaseModel] = Config
-    for part in location:
-        section = section.model_fields[part].annotation  # type: ignore[assignment]
-    return list(section.model_fields)
+    return f"{dotted}: {error['msg'].removeprefix('Value error, ')}{given}"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from src.utils.config_schema import Config
+from src.utils.config import Config
 from src.utils.errors import WhisperASRError
 from src.utils.files import read_hidden_name, remove_folder
 from src.utils.memory import MemoryUse, free_memory_mb, measure_memory, return_freed_memory

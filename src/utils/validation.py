@@ -28,7 +28,7 @@ from src.utils.errors import WhisperASRError, first_line
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-    from src.utils.config_schema import Config
+    from src.utils.config import Config
 
 logger = logging.getLogger(__name__)
 

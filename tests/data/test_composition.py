@@ -15,8 +15,7 @@ from src.data.composition import Example, ExamplePlanner
 from src.data.dataset import DataCollator, WhisperDataset
 from src.data.labels import IGNORE_INDEX, MAX_LABEL_TOKENS, LabelEncoder
 from src.data.utterance import Utterance
-from src.utils.config import Config
-from src.utils.config_schema import CompositionConfig
+from src.utils.config import CompositionConfig, Config
 
 
 def speech(count: int, *, speakers: int = 5, seed: int = 0) -> list[Utterance]:

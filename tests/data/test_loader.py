@@ -22,8 +22,7 @@ from src.data.dataset import DataCollator, WhisperDataset
 from src.data.labels import LabelEncoder
 from src.data.loader import SpeechLoader, choose_workers, create_loader
 from src.data.utterance import Utterance
-from src.utils.config import Config, load_config
-from src.utils.config_schema import CompositionConfig
+from src.utils.config import CompositionConfig, Config, load_config
 from src.utils.errors import AudioError, CheckpointError
 from src.utils.runtime import usable_cores
 from tests.data.word_tokenizer import word_processor

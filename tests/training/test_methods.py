@@ -16,7 +16,7 @@ from src.training.loss import TokenLoss
 from src.training.methods import choose_method, has_adapters, merged_model, prepare_model, trainable
 from src.training.schedule import build_optimizer
 from src.training.state import model_tensors
-from src.utils.config_schema import LoRAConfig, TrainingConfig
+from src.utils.config import LoRAConfig, TrainingConfig
 from src.utils.errors import ModelError
 
 

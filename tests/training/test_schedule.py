@@ -9,7 +9,7 @@ from torch import nn
 
 from src.training.methods import prepare_model
 from src.training.schedule import build_optimizer, build_schedule, count_updates, default_learning_rate
-from src.utils.config_schema import TrainingConfig
+from src.utils.config import TrainingConfig
 from src.utils.errors import MissingDependencyError
 
 

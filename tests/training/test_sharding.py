@@ -12,7 +12,7 @@ from torch import Tensor
 
 from src.training.loss import TokenLoss
 from src.training.sharding import _check, shard_model
-from src.utils.config_schema import TrainingConfig
+from src.utils.config import TrainingConfig
 from src.utils.errors import ConfigError, DeviceError, ModelError
 from tests.training.launching import collect, launch
 

@@ -22,7 +22,7 @@ from src.training.state import (
     random_state,
     restore_random_state,
 )
-from src.utils.config_schema import TrainingConfig
+from src.utils.config import TrainingConfig
 from src.utils.errors import CheckpointError
 
 

@@ -23,8 +23,7 @@ from src.data.sources.catalog import load_utterances
 from src.evaluation.evaluator import ModelEvaluator
 from src.models.whisper_model import WhisperModelManager
 from src.training.trainer import WhisperTrainer
-from src.utils.config import load_config
-from src.utils.config_schema import DataConfig
+from src.utils.config import DataConfig, load_config
 from src.utils.distributed import rank, world_size
 
 CLIPS, BATCH = 12, 2

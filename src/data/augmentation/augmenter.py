@@ -22,7 +22,7 @@ from src.data.audio import SILENCE_PEAK
 from src.data.augmentation import effects as dsp
 from src.data.augmentation.noise import EXPONENTS, NoiseKind, NoisePool, babble, coloured_noise, mix_at_snr
 from src.data.features import CONTEXT_SAMPLES
-from src.utils.config_schema import AugmentationConfig
+from src.utils.config import AugmentationConfig
 from src.utils.errors import AudioError, ConfigError, DeviceError
 
 RT60_SEC = (0.15, 0.6)  # a furnished small room to a bare large one

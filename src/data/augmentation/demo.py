@@ -17,7 +17,7 @@ from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.augmentation.augmenter import AudioAugmenter, Effects
 from src.data.augmentation.spec_augment import SpecAugment
 from src.data.features import FRAMES_PER_SEC, LogMel
-from src.utils.config_schema import AugmentationConfig
+from src.utils.config import AugmentationConfig
 from src.utils.errors import DataError
 from src.utils.figures import FIGURE_STYLE, NotebookFigure
 

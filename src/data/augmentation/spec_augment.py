@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from src.utils.config_schema import AugmentationConfig, SpecAugmentConfig
+from src.utils.config import AugmentationConfig, SpecAugmentConfig
 from src.utils.errors import ConfigError, DataError
 
 REFERENCE_MELS = 80  # the bins that max_frequency_mask_bins counts; 128 bins get masks of the same width in hertz

@@ -20,7 +20,7 @@ from src.data.report.findings import CLIPPED_FRACTION, LEVELS, Finding, find_all
 from src.data.report.table import CLIP_TYPES, tabulate_clips
 from src.data.splitting import SPLITS
 from src.data.vad import VoiceActivityDetector
-from src.utils.config_schema import Config
+from src.utils.config import Config
 from src.utils.errors import DataError
 from src.utils.figures import BLUE, GREY, ORANGE
 from src.utils.files import write_text_atomic

@@ -25,7 +25,7 @@ from src.data.quality import ClipStats
 from src.data.splitting import SPLITS, stable_hash
 from src.data.utterance import Utterance
 from src.data.vad import BATCH_CLIPS, VoiceActivityDetector
-from src.utils.config_schema import Config
+from src.utils.config import Config
 from src.utils.errors import DataError
 
 CLIP_TYPES: Mapping[str, str] = {

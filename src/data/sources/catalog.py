@@ -14,7 +14,7 @@ from src.data.sources.hub import stream_hub
 from src.data.sources.manifest import read_folder, utterances_from_rows
 from src.data.sources.parquet import read_parquet
 from src.data.utterance import Utterance
-from src.utils.config_schema import DataConfig, SourceName
+from src.utils.config import DataConfig, SourceName
 from src.utils.errors import DataError, SourceUnavailableError
 
 SAMPLES_DIR = Path(__file__).parents[1] / "samples"

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from src.data.sources.manifest import AUDIO_COLUMNS, TEXT_COLUMNS, pick_column
 from src.data.sources.parquet import utterance_from_row, with_unique_id
 from src.data.utterance import SPLIT_NAMES, Utterance
-from src.utils.config_schema import HubConfig
+from src.utils.config import HubConfig
 from src.utils.errors import DataError, SourceUnavailableError, first_line
 
 logger = logging.getLogger(__name__)

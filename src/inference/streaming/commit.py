@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from src.inference.words import Word
-from src.utils.config_inference import StreamingConfig
+from src.utils.config import StreamingConfig
 
 TIME_SLACK_SEC = 0.2  # how far word times move between hypotheses
 EDIT_COST = 2  # against 1 for a word at the wrong time: text is the better witness

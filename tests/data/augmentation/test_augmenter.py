@@ -21,7 +21,7 @@ from src.data.augmentation.effects import pitch_ratios, semitones
 from src.evaluation.text import normalize_plain
 from src.inference.decoding import decode
 from src.inference.options import DecodingOptions
-from src.utils.config_schema import AugmentationConfig
+from src.utils.config import AugmentationConfig
 from src.utils.errors import AudioError, ConfigError, DataError, DeviceError
 
 OFF: dict[str, Any] = {

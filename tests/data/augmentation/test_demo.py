@@ -15,7 +15,7 @@ import torch
 from src.data.audio import SAMPLE_RATE
 from src.data.augmentation.demo import Example, demonstrate, draw_examples, players
 from src.data.features import LogMel
-from src.utils.config_schema import AugmentationConfig
+from src.utils.config import AugmentationConfig
 from src.utils.errors import DataError
 
 ALL_ON = AugmentationConfig(room_prob=0.1, codec_prob=0.1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from src.data.augmentation.spec_augment import SpecAugment
 from src.data.features import LogMel
-from src.utils.config_schema import AugmentationConfig, SpecAugmentConfig
+from src.utils.config import AugmentationConfig, SpecAugmentConfig
 from src.utils.errors import ConfigError, DataError
 
 

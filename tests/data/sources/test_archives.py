@@ -10,7 +10,7 @@ import pytest
 
 from src.data.sources.archives import unpack
 from src.data.sources.catalog import load_utterances
-from src.utils.config_schema import DataConfig
+from src.utils.config import DataConfig
 from src.utils.errors import DataError
 
 

@@ -8,7 +8,7 @@ import pytest
 from src.data.audio import load_audio
 from src.data.sources.catalog import load_utterances
 from src.data.utterance import Utterance
-from src.utils.config_schema import DataConfig
+from src.utils.config import DataConfig
 from src.utils.errors import DataError, SourceUnavailableError
 from tests.data.hub_layout import encoded
 

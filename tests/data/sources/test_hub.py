@@ -14,8 +14,7 @@ from src.data.audio import load_audio
 from src.data.preparation import prepare_datasets
 from src.data.sources.hub import CORPORA, stream_hub
 from src.data.utterance import Utterance
-from src.utils.config import Config, load_config
-from src.utils.config_schema import HubConfig
+from src.utils.config import Config, HubConfig, load_config
 from src.utils.errors import DataError, SourceUnavailableError
 from tests.data.hub_layout import write_librispeech, write_minds14, write_speechocean762
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.vad import VADEvent, VoiceActivityDetector
 from src.inference.files.segmentation import Segment, cut_at_silences
-from src.utils.config_inference import VADConfig
+from src.utils.config import VADConfig
 
 MIN_SILENCE_SEC = 0.5
 

@@ -20,8 +20,7 @@ from src.inference.streaming.commit import word_key
 from src.inference.streaming.events import Event
 from src.inference.streaming.live import StreamingASR
 from src.inference.words import Word
-from src.utils.config import Config, load_config
-from src.utils.config_inference import VADConfig
+from src.utils.config import Config, VADConfig, load_config
 from src.utils.errors import AudioError
 
 JFK = Path(__file__).parents[3] / "src/data/samples/jfk.flac"
