@@ -27,9 +27,8 @@ from benchmarks.benchmarking import append_table
 from scripts.benchmark_latency import load_clips
 from scripts.command_line import parse_setting
 from src.data.vad import VoiceActivityDetector
-from src.evaluation.streaming import ReplayClock, replay
-from src.evaluation.streaming_metrics import StreamingMetrics, measure_stream
-from src.evaluation.streams import PUBLIC_CLIP, TimedStream, WordAligner, add_noise, join_clips
+from src.evaluation.streaming import ReplayClock, StreamingMetrics, measure_stream, replay
+from src.evaluation.streams import PUBLIC_CLIP, SpeechStream, WordAligner, add_noise, join_clips
 from src.evaluation.visualization.streaming import draw_emission, draw_tradeoff
 from src.evaluation.word_timing import WordTiming, time_words
 from src.inference.engines import Engine, load_engine, transcribe
@@ -58,7 +57,7 @@ FIGURES = {  # of the last line: the row of `StreamingMetrics` that it is
 class Measured:
     """Everything that was measured on one stream, by system."""
 
-    stream: TimedStream
+    stream: SpeechStream
     metrics: dict[str, StreamingMetrics] = field(default_factory=dict)
     timings: dict[str, tuple[WordTiming, ...]] = field(default_factory=dict)
 

@@ -9,9 +9,8 @@ from .report.model_card import write_model_card
 from .report.summary import comparison_table, describe_comparison, summarize_run
 from .results import EvaluationResult, ModelComparison
 from .slices import slice_rates
-from .streaming import ReplayClock, evaluate_stream, make_stream, replay
-from .streaming_metrics import measure_stream
-from .streams import WordAligner, add_noise, join_clips
+from .streaming import ReplayClock, evaluate_stream, measure_stream, replay
+from .streams import WordAligner, add_noise, join_clips, make_stream
 from .variants import compare_models
 from .visualization.evaluation import EvaluationVisualizer, TrainingVisualizer
 from .visualization.streaming import draw_emission, draw_tradeoff

@@ -1,10 +1,10 @@
-"""Long streams made of clips, with the true place of every word.
+"""Long streams made of clips, with the true time of every word.
 
-Word ends come from forced alignment of the transcripts, clip by clip: nothing is decoded. Attention puts most of a
-pause into the word before it, so each word is cut to the stretch of speech, as the VAD hears it, that it overlaps most.
+Word ends come from forced alignment of the transcripts, clip by clip; nothing is decoded. Attention puts most of a
+pause into the word before it, so each word is cut to the stretch of speech that it overlaps most, as the VAD hears it.
 
-Against an HMM aligner (pocketsphinx 5.1; 46 clips of adults, 351 words, 2026-11-28) the last words of clips end 0.43 s
-(tiny.en) and 0.51 s (base) late in the median without the cut, 0.09 s with it. Other words end 0.13 s late with
+Compared with an HMM aligner (pocketsphinx 5.1; 46 clips of adults, 351 words, 2026-11-28), the last words of clips end
+0.43 s (tiny.en) and 0.51 s (base) late in the median without the cut, 0.09 s with it. Other words end 0.13 s late with
 tiny.en, which would flatter every latency by as much, and 0.07 s early with base: align with base or larger.
 """
 
@@ -39,13 +39,23 @@ logger = logging.getLogger(__name__)
 
 PAUSE_SEC = (0.3, 0.8)  # between clips, as speakers pause between sentences
 PUBLIC_CLIP = Utterance("jfk", SAMPLE_CLIP, CLIP_TEXT, speaker="John F. Kennedy", language="en")
-_TRAILING_SILENCE_SEC = 0.5  # at dynamic context; at 30 s there is enough
+_TRAILING_SILENCE_SEC = 0.5  # for an encoder of dynamic context; 30 s hold enough silence
 _SPEECH = VADConfig(pad_sec=0.0, min_silence_sec=0.2, min_speech_sec=0.05)  # 0.2: longer than the closure of a stop
 
 
 @dataclass(frozen=True)
+class AlignedClip:
+    """A clip and the times of its words, in seconds of the clip; audio is (T,) float32 at 16 kHz."""
+
+    id: str
+    text: str
+    audio: Waveform
+    words: tuple[Word, ...] = ()
+
+
+@dataclass(frozen=True)
 class SpokenWord:
-    """A word of the reference: when it is said, in seconds of its stream, and in which of the stream's clips."""
+    """A word of the reference: when it is said, in seconds of its stream, and the index of its clip."""
 
     text: str
     start_sec: float
@@ -55,7 +65,7 @@ class SpokenWord:
 
 @dataclass(frozen=True)
 class StreamClip:
-    """A clip in its stream; the pause after it does not belong to it."""
+    """A clip in its stream, without the pause after it."""
 
     id: str
     text: str
@@ -63,25 +73,25 @@ class StreamClip:
     end_sec: float
 
 
-Placed = TypeVar("Placed", SpokenWord, StreamClip)
+_Placed = TypeVar("_Placed", SpokenWord, StreamClip)
 
 
 @dataclass(frozen=True)
-class TimedStream:
-    """Speech as it would arrive live, and what is said when.
+class SpeechStream:
+    """Clips in a row, as they would arrive live.
 
     Attributes:
         name: for tables.
         audio: (T,) float32, 16 kHz.
-        clips: in order; one that was repeated stands several times.
-        words: of all clips, in order.
-        no_speech: stretches (start, end) in seconds in which nothing is said; pauses between clips are none.
+        clips: in order; a repeated clip is listed several times.
+        words: of all clips in order; empty where the clips were not aligned.
+        no_speech: stretches (start, end) in seconds without speech; pauses between clips are not listed.
     """
 
     name: str
     audio: Waveform
     clips: tuple[StreamClip, ...]
-    words: tuple[SpokenWord, ...]
+    words: tuple[SpokenWord, ...] = ()
     no_speech: tuple[tuple[float, float], ...] = ()
 
     @property
@@ -90,33 +100,181 @@ class TimedStream:
         return len(self.audio) / SAMPLE_RATE
 
     @property
+    def ids(self) -> tuple[str, ...]:
+        """Ids of the clips, in order."""
+        return tuple(clip.id for clip in self.clips)
+
+    @property
+    def text(self) -> str:
+        """The clips' transcripts, joined by spaces."""
+        return " ".join(clip.text for clip in self.clips)
+
+    @property
     def repeats(self) -> int:
         """How often the most frequent clip is heard; 1 where all are different."""
-        return max(Counter(clip.id for clip in self.clips).values())
+        return max(Counter(self.ids).values())
 
     def clip_audios(self) -> list[Waveform]:
         """Return the audio of each clip as it is in the stream, noise included, to decode one by one."""
         return [self.audio[_samples(clip.start_sec) : _samples(clip.end_sec)] for clip in self.clips]
 
 
-@dataclass(frozen=True)
-class AlignedClip:
-    """A clip whose words have times, in seconds of the clip; audio (T,) float32, 16 kHz."""
+def make_stream(utterances: Sequence[Utterance], *, num_clips: int, seed: int) -> SpeechStream:
+    """Join clips taken at a stride over all of `utterances` (never the head); their words have no times.
 
-    id: str
-    text: str
-    audio: Waveform
-    words: tuple[Word, ...]
+    Args:
+        utterances: to choose from.
+        num_clips: how many to take; all where there are fewer.
+        seed: of the pauses' lengths.
+
+    Raises:
+        DataError: no utterance.
+    """
+    if not utterances:
+        raise DataError("make_stream: no utterance given")
+    picks = np.linspace(0, len(utterances) - 1, min(num_clips, len(utterances))).round().astype(int)
+    chosen = [utterances[i] for i in picks]
+    clips = [AlignedClip(u.id, u.text, decode_audio(u).numpy()) for u in chosen]
+    return join_clips(clips, name=f"{len(clips)} clips", seed=seed)
+
+
+def join_clips(
+    clips: Sequence[AlignedClip], *, name: str, seed: int, duration_sec: float | None = None
+) -> SpeechStream:
+    """Join clips with a pause of digital silence after each.
+
+    Args:
+        clips: at least one.
+        name: of the stream.
+        seed: of the pauses' lengths, uniform in `PAUSE_SEC`, and of the order in which clips are repeated.
+        duration_sec: stop after the clip that reaches it; where there are too few clips, they are repeated in a new
+            shuffled order each time, which is logged and counted in `repeats`. None takes each clip once.
+
+    Raises:
+        DataError: no clip.
+    """
+    if not clips:
+        raise DataError(f"stream {name!r}: no clip given")
+    rng = np.random.default_rng(seed)
+    chosen: list[AlignedClip] = []
+    pauses: list[int] = []
+    heard = 0  # samples
+    for clip in clips if duration_sec is None else itertools.chain(clips, _shuffled_forever(clips, rng)):
+        if duration_sec is not None and heard >= duration_sec * SAMPLE_RATE:
+            break
+        chosen.append(clip)
+        pauses.append(_samples(rng.uniform(*PAUSE_SEC)))
+        heard += len(clip.audio) + pauses[-1]
+    audio, starts = join_audios([clip.audio for clip in chosen], pauses)
+    stream = SpeechStream(
+        name,
+        audio,
+        tuple(
+            StreamClip(clip.id, clip.text, at, at + len(clip.audio) / SAMPLE_RATE)
+            for clip, at in zip(chosen, starts, strict=True)
+        ),
+        tuple(
+            SpokenWord(word.text, at + word.start_sec, at + word.end_sec, index)
+            for index, (clip, at) in enumerate(zip(chosen, starts, strict=True))
+            for word in clip.words
+        ),
+    )
+    if stream.repeats > 1:
+        logger.warning(
+            "stream %r: %d clips are too few for %.0f s; some are heard %d times",
+            name, len(clips), stream.duration_sec, stream.repeats,
+        )  # fmt: skip
+    return stream
+
+
+def _shuffled_forever(clips: Sequence[AlignedClip], rng: np.random.Generator) -> Iterator[AlignedClip]:
+    while True:
+        for index in rng.permutation(len(clips)):
+            yield clips[index]
+
+
+def join_audios(audios: Sequence[Waveform], pauses: Sequence[int]) -> tuple[Waveform, list[float]]:
+    """Join waveforms with digital silence.
+
+    Args:
+        audios: (T,) float32 each, 16 kHz, at least one.
+        pauses: samples after each.
+
+    Returns:
+        (T,) float32, and where each waveform begins, in seconds.
+    """
+    pieces = [piece for a, pause in zip(audios, pauses, strict=True) for piece in (a, np.zeros(pause, np.float32))]
+    ends = np.cumsum([len(a) + pause for a, pause in zip(audios, pauses, strict=True)])
+    return np.concatenate(pieces), [0.0, *(ends[:-1] / SAMPLE_RATE).tolist()]
+
+
+def add_noise(
+    stream: SpeechStream,
+    *,
+    snr_db: float,
+    seed: int,
+    kind: NoiseKind = "pink",
+    silence_sec: float = 60.0,
+    noise_sec: float = 60.0,
+) -> SpeechStream:
+    """Mix noise into a stream, and insert digital silence and the same noise without speech in its middle.
+
+    Args:
+        stream: to be changed; it stays as it is.
+        snr_db: over the whole stream, pauses included; the mixture is scaled down where its peak would exceed 1.0.
+        seed: of the noise.
+        kind: "white", "pink" or "brown".
+        silence_sec: length of the silence, inserted between two clips; 0 for none.
+        noise_sec: length of the noise after it; 0 for none.
+
+    Raises:
+        DataError: another kind of noise.
+        AudioError: the stream is silent.
+    """
+    if kind not in EXPONENTS:
+        raise DataError(f"noise {kind!r} cannot be generated; take one of {', '.join(EXPONENTS)}")
+    samples, alone = len(stream.audio), _samples(noise_sec)
+    generator = torch.Generator().manual_seed(seed)
+    noise = coloured_noise((1, samples + alone), torch.tensor([EXPONENTS[kind]]), generator)
+    speech = torch.nn.functional.pad(torch.from_numpy(stream.audio), (0, alone))[None]
+    mixed = mix_at_snr(speech, noise, snr_db=snr_db, lengths=torch.tensor([samples]))[0]  # its end is noise alone
+    mixed /= mixed.abs().max().clamp(min=1.0)
+    gap = torch.cat([torch.zeros(_samples(silence_sec)), mixed[samples:]]).numpy()
+
+    # Insert the gap between the two clips nearest to the middle.
+    places = [*(clip.start_sec for clip in stream.clips[1:]), stream.duration_sec]
+    at_sec = min(places, key=lambda place: abs(place - stream.duration_sec / 2))
+    by_sec = len(gap) / SAMPLE_RATE
+    edges = [at_sec, at_sec + silence_sec, at_sec + silence_sec + noise_sec]
+    return SpeechStream(
+        f"{stream.name}, {kind} noise at {snr_db:g} dB",
+        np.insert(mixed[:samples].numpy(), _samples(at_sec), gap),
+        tuple(_moved(clip, by_sec) if clip.start_sec >= at_sec else clip for clip in stream.clips),
+        tuple(_moved(word, by_sec) if word.start_sec >= at_sec else word for word in stream.words),
+        tuple((begin, end) for begin, end in itertools.pairwise(edges) if end > begin),
+    )
+
+
+def _moved(item: _Placed, by_sec: float) -> _Placed:
+    return replace(item, start_sec=item.start_sec + by_sec, end_sec=item.end_sec + by_sec)
+
+
+def _samples(sec: float) -> int:
+    return round(sec * SAMPLE_RATE)
 
 
 class WordAligner:
     """Finds when each word of a transcript is said.
 
     Args:
-        model: a `DynamicWhisper`; the reference is the stock model, at 30 s. Its alignment heads are read.
+        model: a `DynamicWhisper` with alignment heads; the reference is the stock model at 30 s.
         processor: its `WhisperProcessor`.
         language: of the transcripts; multilingual models need it.
-    Raises: DataError: no language for a multilingual model. MissingDependencyError, ModelError: no VAD.
+
+    Raises:
+        DataError: no language for a multilingual model.
+        MissingDependencyError: no VAD.
+        ModelError: the VAD's weights cannot be read.
     """
 
     def __init__(self, model: Any, processor: Any, *, language: str | None = "en") -> None:
@@ -128,13 +286,16 @@ class WordAligner:
     def align(self, utterance: Utterance) -> AlignedClip:
         """Align one clip; the second time, from memory.
 
-        Raises: DataError: no transcript. AudioError: it cannot be decoded. ModelError: longer than 30 s.
+        Raises:
+            DataError: no transcript.
+            AudioError: the clip cannot be decoded.
+            ModelError: it is longer than 30 s.
         """
         if utterance.id not in self._aligned:
             audio = decode_audio(utterance).numpy()
-            words = [word for word in self._align(utterance, audio) if normalize_plain(word.text)]  # a dash is no word
-            speech = self._vad.speech_segments(audio)
-            self._aligned[utterance.id] = AlignedClip(utterance.id, utterance.text, audio, cut_to_speech(words, speech))
+            words = [word for word in self._align(utterance, audio) if normalize_plain(word.text)]  # no lone dash
+            cut = cut_to_speech(words, self._vad.speech_segments(audio))
+            self._aligned[utterance.id] = AlignedClip(utterance.id, utterance.text, audio, cut)
         return self._aligned[utterance.id]
 
     def _align(self, utterance: Utterance, audio: Waveform) -> tuple[Word, ...]:
@@ -153,139 +314,13 @@ class WordAligner:
 
 
 def cut_to_speech(words: Sequence[Word], speech: Sequence[SpeechSegment]) -> tuple[Word, ...]:
-    """Cut each word to the stretch of speech that it overlaps most; one that overlaps none stays as it is."""
+    """Cut each word to the stretch of speech that it overlaps most; a word that overlaps none is kept."""
     cut = []
     for word in words:
         shared = [min(word.end_sec, s.end_sec) - max(word.start_sec, s.start_sec) for s in speech]
         if shared and max(shared) > 0:
             best = speech[int(np.argmax(shared))]
-            start, end = max(word.start_sec, best.start_sec), min(word.end_sec, best.end_sec)
-            word = replace(word, start_sec=start, end_sec=end)
+            start_sec, end_sec = max(word.start_sec, best.start_sec), min(word.end_sec, best.end_sec)
+            word = replace(word, start_sec=start_sec, end_sec=end_sec)
         cut.append(word)
     return tuple(cut)
-
-
-def join_clips(clips: Sequence[AlignedClip], *, name: str, seed: int, duration_sec: float | None = None) -> TimedStream:
-    """Join clips with pauses of digital silence after each.
-
-    Args:
-        seed: of the pauses' lengths, uniform in 0.3 to 0.8 s, and of the order in which clips are repeated.
-        duration_sec: stop after the clip that reaches it; where there are too few clips, they are heard again in a new
-            shuffled order each time, which is logged and is the stream's `repeats`. None takes each clip once.
-    Raises: DataError: no clip.
-    """
-    if not clips:
-        raise DataError(f"stream {name!r}: no clip given")
-    rng = np.random.default_rng(seed)
-    chosen, pauses = _choose(clips, rng, duration_sec)
-    audio, starts = join_audios([clip.audio for clip in chosen], pauses)
-    spans = [
-        StreamClip(c.id, c.text, at, at + len(c.audio) / SAMPLE_RATE) for c, at in zip(chosen, starts, strict=True)
-    ]
-    words = [
-        SpokenWord(word.text, at + word.start_sec, at + word.end_sec, index)
-        for index, (clip, at) in enumerate(zip(chosen, starts, strict=True))
-        for word in clip.words
-    ]
-    stream = TimedStream(name, audio, tuple(spans), tuple(words))
-    if stream.repeats > 1:
-        logger.warning(
-            "stream %r: %d clips are too few for %.0f s; some are heard %d times",
-            name, len(clips), stream.duration_sec, stream.repeats,
-        )  # fmt: skip
-    return stream
-
-
-def draw_pause(rng: np.random.Generator) -> int:
-    """Return a pause in samples, uniform in `PAUSE_SEC`."""
-    return _samples(rng.uniform(*PAUSE_SEC))
-
-
-def join_audios(audios: Sequence[Waveform], pauses: Sequence[int]) -> tuple[Waveform, list[float]]:
-    """Join waveforms with digital silence.
-
-    Args:
-        audios: (T,) float32 each, 16 kHz, at least one.
-        pauses: samples after each.
-    Returns: (T,) float32, and where each waveform begins, in seconds.
-    """
-    pieces = [piece for a, pause in zip(audios, pauses, strict=True) for piece in (a, np.zeros(pause, np.float32))]
-    ends = np.cumsum([len(a) + pause for a, pause in zip(audios, pauses, strict=True)])
-    return np.concatenate(pieces), [0.0, *(ends[:-1] / SAMPLE_RATE).tolist()]
-
-
-def add_noise(
-    stream: TimedStream,
-    *,
-    snr_db: float,
-    seed: int,
-    kind: NoiseKind = "pink",
-    silence_sec: float = 60.0,
-    noise_sec: float = 60.0,
-) -> TimedStream:
-    """Lay noise under a stream, and open its middle for digital silence and for the same noise without speech.
-
-    Args:
-        snr_db: over the whole stream, pauses included; the mixture is scaled down where its peak would exceed 1.0.
-        kind: "white", "pink" or "brown".
-        silence_sec, noise_sec: the two stretches without speech, between two clips; 0 for none.
-    Raises: DataError: a kind that is not made noise. AudioError: the stream is silent.
-    """
-    if kind not in EXPONENTS:
-        raise DataError(f"{kind!r} is no made noise; take one of {', '.join(EXPONENTS)}")
-    samples, alone = len(stream.audio), _samples(noise_sec)
-    generator = torch.Generator().manual_seed(seed)
-    noise = coloured_noise((1, samples + alone), torch.tensor([EXPONENTS[kind]]), generator)
-    speech = torch.nn.functional.pad(torch.from_numpy(stream.audio), (0, alone))[None]
-    mixed = mix_at_snr(speech, noise, snr_db=snr_db, lengths=torch.tensor([samples]))[0]  # behind: noise alone
-    mixed /= mixed.abs().max().clamp(min=1.0)
-    gap = torch.cat([torch.zeros(_samples(silence_sec)), mixed[samples:]])
-    noisy = replace(stream, name=f"{stream.name}, {kind} noise at {snr_db:g} dB", audio=mixed[:samples].numpy())
-    return _open_middle(noisy, gap.numpy(), (silence_sec, noise_sec))
-
-
-def _choose(
-    clips: Sequence[AlignedClip], rng: np.random.Generator, duration_sec: float | None
-) -> tuple[list[AlignedClip], list[int]]:
-    """Return clips in order, and the pause after each in samples."""
-    if duration_sec is None:
-        return list(clips), [draw_pause(rng) for _ in clips]
-    chosen: list[AlignedClip] = []
-    pauses: list[int] = []
-    samples = 0
-    for clip in itertools.chain(clips, _shuffled_forever(clips, rng)):
-        if samples >= duration_sec * SAMPLE_RATE:
-            break
-        chosen.append(clip)
-        pauses.append(draw_pause(rng))
-        samples += len(clip.audio) + pauses[-1]
-    return chosen, pauses
-
-
-def _shuffled_forever(clips: Sequence[AlignedClip], rng: np.random.Generator) -> Iterator[AlignedClip]:
-    while True:
-        for index in rng.permutation(len(clips)):
-            yield clips[index]
-
-
-def _open_middle(stream: TimedStream, gap: Waveform, stretches_sec: Sequence[float]) -> TimedStream:
-    """Insert audio between the two clips nearest to the middle; `stretches_sec` are its parts without speech."""
-    places = [*(clip.start_sec for clip in stream.clips[1:]), stream.duration_sec]
-    at_sec = min(places, key=lambda place: abs(place - stream.duration_sec / 2))
-    by_sec = len(gap) / SAMPLE_RATE
-    ends = [at_sec + end for end in itertools.accumulate(stretches_sec)]
-    return replace(
-        stream,
-        audio=np.insert(stream.audio, _samples(at_sec), gap),
-        clips=tuple(_later(clip, by_sec) if clip.start_sec >= at_sec else clip for clip in stream.clips),
-        words=tuple(_later(word, by_sec) if word.start_sec >= at_sec else word for word in stream.words),
-        no_speech=tuple((a, b) for a, b in itertools.pairwise([at_sec, *ends]) if b > a),
-    )
-
-
-def _later(item: Placed, by_sec: float) -> Placed:
-    return replace(item, start_sec=item.start_sec + by_sec, end_sec=item.end_sec + by_sec)
-
-
-def _samples(sec: float) -> int:
-    return round(sec * SAMPLE_RATE)

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from src.data.audio import SAMPLE_RATE
-from src.evaluation.streams import SpokenWord, StreamClip, TimedStream
+from src.evaluation.streams import SpeechStream, SpokenWord, StreamClip
 from src.inference.streaming.events import Event, StreamingResult
 from src.inference.words import Word
 
 WORD_SEC = 0.5
 
 
-def spoken(*texts: str, ids: Sequence[str] = (), no_speech: Sequence[tuple[float, float]] = ()) -> TimedStream:
+def spoken(*texts: str, ids: Sequence[str] = (), no_speech: Sequence[tuple[float, float]] = ()) -> SpeechStream:
     """Clips of words of half a second each, with a pause of a second after each clip."""
     clips, words = [], []
     at = 0.0
@@ -26,7 +26,7 @@ def spoken(*texts: str, ids: Sequence[str] = (), no_speech: Sequence[tuple[float
         clips.append(StreamClip(ids[index] if ids else f"clip-{index}", text, start, at))
         at += 1.0
     audio = np.zeros(round(at * SAMPLE_RATE), dtype=np.float32)
-    return TimedStream("by hand", audio, tuple(clips), tuple(words), tuple(no_speech))
+    return SpeechStream("by hand", audio, tuple(clips), tuple(words), tuple(no_speech))
 
 
 def event(kind: str, text: str, audio_sec: float, clock_sec: float, *, at: float = 0.0) -> Event:

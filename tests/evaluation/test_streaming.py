@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.utterance import Utterance
-from src.evaluation.streaming import ReplayClock, make_stream, replay
+from src.evaluation.metrics import Bootstrap
+from src.evaluation.streaming import ReplayClock, measure_stream, replay, summarize_latency
 from src.inference.streaming.events import Event
 from src.utils.errors import DataError
+from tests.evaluation.stream_scripts import event, result_of, spoken
 
 
 class Listener:
@@ -65,11 +68,109 @@ def test_waiting_never_turns_the_clock_back_and_free_computing_leaves_the_audios
         assert clock() == now
 
 
-def test_a_stream_takes_clips_from_all_over_and_pauses_between(sample: list[Utterance]) -> None:
-    stream = make_stream(sample, num_clips=3, seed=1)
-    assert stream.ids == (sample[0].id, sample[250].id, sample[-1].id)
-    assert stream.text == " ".join(sample[i].text for i in (0, 250, -1))
-    paused_sec = stream.duration_sec - sum(sample[i].meta["duration"] for i in (0, 250, -1))
-    assert 3 * 0.3 < paused_sec < 3 * 0.8
-    with pytest.raises(DataError, match="no utterance"):
-        make_stream([], num_clips=3, seed=1)
+STREAM = spoken("the cat sat", "big mat")  # said from 0 to 1.5 s and from 2.5 to 3.5 s; 4.5 s in all
+EVENTS = [
+    event("partial", "the hat", 1.0, 1.25),
+    event("commit", "the cat", 2.0, 2.5),
+    event("partial", "sat", 2.0, 2.5, at=1.0),
+    event("commit", "sat", 2.25, 3.0, at=1.0),
+    event("final", "the cat sat", 2.25, 3.0),
+    event("commit", "big rat", 4.25, 5.5, at=2.5),
+    event("final", "big rat", 4.25, 5.5),
+]
+
+
+def test_the_figures_of_a_session_are_those_computed_by_hand() -> None:
+    found = measure_stream(STREAM, result_of(*EVENTS), ended_at=5.75, offline=["the cat", "big mat"])
+    assert found.commit_unaware is not None
+    assert found.commit_aware is not None
+    assert found.display_aware is not None
+    # true ends 0.5, 1.0, 1.5, 3.0; committed at 2.0, 2.0, 2.25, 4.25 of audio and 2.5, 2.5, 3.0, 5.5 on the clock
+    assert found.commit_unaware.mean.value == pytest.approx((1.5 + 1.0 + 0.75 + 1.25) / 4)
+    assert found.commit_aware.mean.value == pytest.approx((2.0 + 1.5 + 1.5 + 2.5) / 4)
+    assert found.commit_aware.p50 is not None
+    assert (found.commit_aware.n, found.commit_aware.p50.value, found.commit_aware.p95) == (4, 1.75, None)
+    assert found.display_aware.mean.value == pytest.approx((0.75 + 1.5 + 1.0 + 2.5) / 4)  # "the" at 1.25, "sat" at 2.5
+    assert (found.first_word_unaware_sec, found.first_word_aware_sec) == (1.0, 1.25)
+    assert found.end_of_turn_unaware is not None
+    assert found.end_of_turn_unaware.mean.value == pytest.approx((0.75 + 0.75) / 2)  # after 1.5 and 3.5 s
+    assert found.normalized_erasure == 1 / 5  # hat
+    assert found.lag_sec == pytest.approx(5.75 - 4.5)
+    assert (found.rates.wer_plain, found.rates.substitutions) == (1 / 5, 1)
+    assert found.offline is not None
+    assert found.difference is not None
+    assert (found.offline.wer_plain, found.offline.deletions, found.difference.difference) == (1 / 5, 1, 0.0)
+    assert (found.edge_deletions, found.offline_edge_deletions) == (0, 1)  # "sat", beside a pause
+
+
+def test_what_was_not_measured_is_none_and_the_row_is_json() -> None:
+    bare = measure_stream(spoken("the cat sat"), result_of(*EVENTS[:4], compute_sec=0.0)).to_row()
+    missing = {key for key, value in bare.items() if value is None}
+    for name in ("commit_aware_p50_sec", "display_aware_n", "end_of_turn_unaware_mean_sec", "first_word_aware_sec"):
+        assert name in missing
+    assert {"lag_sec", "rtf", "longest_update_sec", "offline_wer", "wer_difference", "words_without_speech"} <= missing
+    assert {"wer_low", "commit_unaware_mean_low_sec", "commit_unaware_p50_high_sec"} <= missing  # one clip
+    assert bare["commit_unaware_p50_sec"] == 1.0
+    full = measure_stream(STREAM, result_of(*EVENTS), ended_at=5.75, offline=["the cat", "big mat"]).to_row()
+    assert json.loads(json.dumps(full, allow_nan=False)) == full
+    assert full.keys() == bare.keys()
+    assert full["commit_aware_p50_low_sec"] <= full["commit_aware_p50_sec"] <= full["commit_aware_p50_high_sec"]
+
+
+def test_a_session_that_commits_nothing_has_no_latency_and_all_words_missing() -> None:
+    found = measure_stream(STREAM, result_of(), ended_at=4.5)
+    assert (found.rates.wer, found.rates.deletions, found.edge_deletions) == (1.0, 5, 4)
+    for value in (found.commit_unaware, found.commit_aware, found.normalized_erasure, found.first_word_aware_sec):
+        assert value is None
+
+
+def test_words_invented_where_nothing_is_said_count_and_words_that_slipped_do_not() -> None:
+    stream = spoken("the cat", "sat", no_speech=[(1.0, 2.0)])
+    said = [event("commit", "the cat", 1.0, 1.0), event("commit", "thank you", 2.0, 2.0, at=1.0)]
+    late = event("commit", "sat", 3.0, 3.0, at=1.4)
+    assert measure_stream(stream, result_of(*said, late)).words_without_speech == 2
+    assert measure_stream(stream, result_of(said[0], late)).words_without_speech == 0
+
+
+def test_repeats_of_a_clip_are_one_row_and_one_block() -> None:
+    stream = spoken("the cat", "a dog", "the cat", ids=["x", "y", "x"])
+    commits = event("commit", "the cat a dog the hat", 6.0, 6.0)
+    found = measure_stream(stream, result_of(commits), offline=["the cat", "a dog", "the cat"])
+    assert (found.clips, found.repeats, found.rates.n, found.rates.reference_words) == (2, 2, 2, 6)
+    assert (found.rates.num_blocks, found.rates.blocks) == (2, "clip")
+    with pytest.raises(DataError, match="2 offline texts for 3 clips"):
+        measure_stream(stream, result_of(commits), offline=["the cat", "a dog"])
+
+
+def test_intervals_are_those_of_scipy_over_clips() -> None:
+    values = np.random.default_rng(0).gamma(2.0, 1.0, 80)
+    found = summarize_latency(values.tolist(), [f"clip-{i}" for i in range(80)], Bootstrap(samples=5000))
+    assert found is not None
+    for estimate, statistic in (
+        (found.mean, np.mean),
+        (found.p50, np.median),
+        (found.p95, lambda x, axis: np.percentile(x, 95, axis=axis)),
+    ):
+        expected = scipy.stats.bootstrap(
+            (values,), statistic, n_resamples=5000, method="percentile", rng=np.random.default_rng(1)
+        ).confidence_interval
+        assert estimate is not None
+        assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high), rel=0.06)
+        assert estimate.low < estimate.value < estimate.high
+
+
+def test_words_of_one_clip_are_drawn_together() -> None:
+    values = [float(i // 20) for i in range(200)]  # alike within their clip
+    by_word = summarize_latency(values, [str(i) for i in range(200)])
+    by_clip = summarize_latency(values, [str(i // 20) for i in range(200)])
+    assert by_word is not None
+    assert by_clip is not None
+    assert by_clip.mean.high - by_clip.mean.low > 3 * (by_word.mean.high - by_word.mean.low)
+    assert by_clip.p50.high - by_clip.p50.low > 2 * (by_word.p50.high - by_word.p50.low)
+
+
+def test_commits_alone_are_shown_as_they_are_committed() -> None:
+    commits: list[Event] = [each for each in EVENTS if each.kind == "commit"]
+    found = measure_stream(STREAM, result_of(*commits), ended_at=5.75)
+    assert (found.normalized_erasure, found.display_aware) == (0.0, found.commit_aware)
+    assert found.end_of_turn_aware is None

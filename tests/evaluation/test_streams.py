@@ -16,11 +16,12 @@ from src.evaluation.streams import (
     PAUSE_SEC,
     PUBLIC_CLIP,
     AlignedClip,
-    TimedStream,
+    SpeechStream,
     WordAligner,
     add_noise,
     cut_to_speech,
     join_clips,
+    make_stream,
 )
 from src.inference.words import Word
 from src.utils.errors import DataError
@@ -42,7 +43,7 @@ CLIPS = [
 ]
 
 
-def assert_words_stand_in_their_clips(stream: TimedStream) -> None:
+def assert_words_stand_in_their_clips(stream: SpeechStream) -> None:
     offsets = {"the": (0.1, 0.4), "cat": (0.4, 0.9), "sat": (0.0, 0.5), "up": (0.0, 0.3)}
     for word in stream.words:
         start_sec = stream.clips[word.clip].start_sec
@@ -100,7 +101,7 @@ def test_noise_has_the_ratio_asked_and_the_middle_is_silence_and_noise_alone() -
     assert not any(
         begin < word.end_sec and word.start_sec < end for word in noisy.words for begin, end in noisy.no_speech
     )
-    with pytest.raises(DataError, match="'babble' is no made noise"):
+    with pytest.raises(DataError, match="babble"):
         add_noise(stream, snr_db=6, seed=1, kind="babble")
 
 
@@ -133,3 +134,13 @@ def test_aligned_words_end_where_an_aligner_of_another_kind_has_them(
     assert aligner.align(PUBLIC_CLIP) is aligned
     with pytest.raises(DataError, match="utterance mute: no transcript"):
         aligner.align(Utterance("mute", PUBLIC_CLIP.audio, " "))
+
+
+def test_a_stream_takes_clips_from_all_over_and_pauses_between(sample: list[Utterance]) -> None:
+    stream = make_stream(sample, num_clips=3, seed=1)
+    assert stream.ids == (sample[0].id, sample[250].id, sample[-1].id)
+    assert stream.text == " ".join(sample[i].text for i in (0, 250, -1))
+    paused_sec = stream.duration_sec - sum(sample[i].meta["duration"] for i in (0, 250, -1))
+    assert 3 * 0.3 < paused_sec < 3 * 0.8
+    with pytest.raises(DataError, match="no utterance"):
+        make_stream([], num_clips=3, seed=1)
