@@ -35,7 +35,7 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-doctor: ## what this machine lacks, with the command that mends each
+doctor: ## check this machine and say how to fix what is missing
 	@$(firstword $(wildcard $(BIN)/python) $(PYTHON)) scripts/doctor.py
 
 constraints: $(READY) ## pin the tested set anew: Colab's versions where Colab has the package

@@ -1,8 +1,8 @@
-"""Say what this machine lacks, with the command that mends each: the first thing to run when something fails.
+"""Check this machine and say how to fix what is missing: the first thing to run when something fails.
 
     python scripts/doctor.py [--config config.yaml] [--profile demo]
 
-Works where packages are absent or broken; ends with 1 where something is an error. Tokens are never shown.
+Works with absent or broken packages; exits with 1 if anything is an error. Tokens are never shown.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=ROOT / "config.yaml")
-    parser.add_argument("--profile", help="of the configuration, whose needs are looked at")
+    parser.add_argument("--profile", help="profile of the configuration whose needs are checked")
     arguments = parser.parse_args()
     try:
         from src.utils.validation import CheckReport, environment_report, run_check

@@ -35,10 +35,9 @@ from src.training.updates import CPU_FRAMES
 from src.utils.config import MAX_AUDIO_SEC, Config
 from src.utils.distributed import world_size
 from src.utils.errors import DeviceError, first_line
-from src.utils.memory import free_memory_mb
-from src.utils.resources import check_disk, run_disk_mb, run_memory_mb
+from src.utils.memory import free_memory_mb, run_disk_mb, run_memory_mb
 from src.utils.runtime import choose_precision, is_out_of_memory, release_memory
-from src.utils.validation import Check, CheckReport, EnvironmentReport, environment_report
+from src.utils.validation import Check, CheckReport, EnvironmentReport, check_disk, environment_report
 
 logger = logging.getLogger(__name__)
 

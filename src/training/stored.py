@@ -21,7 +21,7 @@ from src.training.resume import config_differences
 from src.training.saver import BEST_MODEL_NAME
 from src.utils.config import Config
 from src.utils.errors import CheckpointError, first_line
-from src.utils.resources import size_mb
+from src.utils.memory import size_mb
 from src.utils.validation import Check, CheckReport
 
 

@@ -3,9 +3,9 @@ from .config import Config, load_config
 from .data_versions import DataVersionManager
 from .figures import save_figure
 from .logging_config import setup_logging
+from .memory import clean_up, watch_resources
 from .mirror import DriveMirror
 from .registry import ModelRegistry
-from .resources import clean_up, watch_resources
 from .runtime import get_device, set_seed
 from .tracking import ExperimentLogger
 from .validation import EnvironmentReport, environment_report

@@ -1,31 +1,53 @@
-"""Memory and disk in use: which of them a run is about to exhaust. MB are 10^6 bytes."""
+"""Memory and disk: measured, compared with what a run needs, and freed of what earlier runs left. MB are 10^6 bytes."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import logging
+import os
+import re
 import shutil
+import stat
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
+from src.utils.config import Config
+from src.utils.errors import WhisperASRError
+from src.utils.files import read_hidden_name, remove_folder
+from src.utils.runtime import release_memory
+
 if TYPE_CHECKING:
     import torch
 
-_MB = 1e6
+logger = logging.getLogger(__name__)
+
+CLEAN_UP_HINT = "src.utils.clean_up(config) lists what can be removed"
+SPARE_DISK_MB = 500.0  # left after a step: logs, figures, and what other processes write meanwhile
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}  # per trained parameter, in memory and in a checkpoint
+# in millions; those of a folder or a Hub repository are unknown before it is loaded
+PARAMETERS_M = {"tiny": 37.8, "base": 72.6, "small": 241.7, "medium": 763.9, "distil": 756.4, "large-v3-turbo": 808.9}
+_WEIGHT_BYTES = 4  # float32
+_EXPORTS = 3  # the best model, its successor while that is written, and a mix with the stock weights
+_DECODED = re.compile(r"[0-9a-f]{64}\.flac")  # as `data.audio_cache` names them
+_REMOVED = re.compile(r"\.checkpoint-\d{8}\.removed")  # as `training.checkpoint` names them
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """A reading.
+    """A reading of memory and disk.
 
     Attributes:
         process_mb: resident memory of this process; loader processes have their own.
         system_available_mb: what processes can still take without swapping.
         gpu_mb: held by tensors on the device now, without torch's cache; None without a GPU.
-        gpu_peak_mb: the most since the process began or `torch.cuda.reset_peak_memory_stats`; None where not counted.
+        gpu_peak_mb: the most since the process began or `torch.cuda.reset_peak_memory_stats`; None if not counted.
         disk_free_mb: of the file system that holds the folder.
     """
 
@@ -49,49 +71,254 @@ def measure_memory(folder: Path, device: torch.device | str | None = None) -> Me
     """Read memory and disk; cheap enough for every update.
 
     Args:
-        folder: exists; its file system is measured.
-        device: whose memory is read, "cuda" or "mps"; None, and the CPU, have none of their own.
-    Raises: OSError: the folder is absent.
+        folder: an existing folder; its file system is measured.
+        device: whose memory is read, "cuda" or "mps"; None and the CPU have none of their own.
+
+    Raises:
+        OSError: if the folder is absent.
     """
-    gpu_bytes, gpu_peak_bytes = _gpu_bytes(device)
+    gpu_bytes = gpu_peak_bytes = None
+    kind = str(device).partition(":")[0]
+    if kind in ("cuda", "mps"):
+        import torch  # only a GPU's memory needs it
+
+        if kind == "mps":
+            gpu_bytes = torch.mps.current_allocated_memory()
+        else:
+            gpu_bytes, gpu_peak_bytes = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     return MemoryUse(
-        process_mb=psutil.Process().memory_info().rss / _MB,
-        system_available_mb=psutil.virtual_memory().available / _MB,
-        gpu_mb=None if gpu_bytes is None else gpu_bytes / _MB,
-        gpu_peak_mb=None if gpu_peak_bytes is None else gpu_peak_bytes / _MB,
-        disk_free_mb=shutil.disk_usage(folder).free / _MB,
+        process_mb=psutil.Process().memory_info().rss / 1e6,
+        system_available_mb=psutil.virtual_memory().available / 1e6,
+        gpu_mb=None if gpu_bytes is None else gpu_bytes / 1e6,
+        gpu_peak_mb=None if gpu_peak_bytes is None else gpu_peak_bytes / 1e6,
+        disk_free_mb=shutil.disk_usage(folder).free / 1e6,
     )
 
 
 def free_memory_mb(device: torch.device | str | None = None) -> float:
-    """Return what this process can still take: of a CUDA device its memory, torch's unused cache included, else RAM."""
+    """Return what this process can still take: of a CUDA device's memory with torch's unused cache, else of RAM."""
     if str(device).partition(":")[0] != "cuda":
-        return float(psutil.virtual_memory().available / _MB)
+        return float(psutil.virtual_memory().available / 1e6)
     import torch  # only a GPU's memory needs it
 
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return float((torch.cuda.mem_get_info(device)[0] + cached) / _MB)
+    return float((torch.cuda.mem_get_info(device)[0] + cached) / 1e6)
 
 
 def return_freed_memory() -> None:
     """Give freed memory back to the system, where the C library is glibc.
 
-    It keeps large blocks that were freed, and batches of ever other lengths leave ever other holes: a process that
-    trains grows by half (tiny.en, batch 8, two cores, 2026-11-25: resting at 1.9 GB instead of 1.4 GB).
+    glibc keeps large blocks that were freed, and batches of varying lengths leave varying holes: a training process
+    grows by half (tiny.en, batch 8, two cores, 2026-11-25: 1.9 GB at rest instead of 1.4 GB).
     """
-    if sys.platform != "linux":
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
-def _gpu_bytes(device: torch.device | str | None) -> tuple[int | None, int | None]:
-    kind = str(device).partition(":")[0]
-    if kind not in ("cuda", "mps"):
-        return None, None
-    import torch  # only a GPU's memory needs it
+@contextmanager
+def watch_resources(
+    step: str,
+    *,
+    folder: Path,
+    device: torch.device | str | None = None,
+    needs_mb: float | None = None,
+    needs_disk_mb: float | None = None,
+) -> Iterator[MemoryUse]:
+    """Log memory and disk before and after a step, even if it fails; warn first about what will not fit.
 
-    if kind == "mps":
-        return torch.mps.current_allocated_memory(), None
-    return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    Args:
+        step: its name in the log.
+        folder: where the step writes; it need not exist yet.
+        device: whose memory is shown; on a GPU `needs_mb` refers to its memory, else to RAM.
+        needs_mb: memory that the step takes.
+        needs_disk_mb: what the step writes.
+
+    Yields:
+        The reading before the step.
+
+    Raises:
+        WhisperASRError: if the disk has less free than the step writes; the step has not begun.
+    """
+    place = existing_folder(folder)
+    before = measure_memory(place, device)
+    if needs_disk_mb is not None and needs_disk_mb + SPARE_DISK_MB > before.disk_free_mb:
+        problem = f"{step}: {place}: needs {needs_disk_mb:.0f} MB on the disk, {before.disk_free_mb:.0f} MB are free"
+        if needs_disk_mb > before.disk_free_mb:
+            raise WhisperASRError(f"{problem}; {CLEAN_UP_HINT}, or choose another disk under paths")
+        logger.warning("%s, which leaves it almost full; %s", problem, CLEAN_UP_HINT)
+    free_mb = free_memory_mb(device)
+    if needs_mb is not None and needs_mb > free_mb:
+        logger.warning("%s: takes about %.0f MB of memory, %.0f MB are free", step, needs_mb, free_mb)
+    logger.info("%s: before: %s", step, _describe(before))
+    try:
+        yield before
+    finally:
+        logger.info("%s: after: %s", step, _describe(measure_memory(place, device), before))
+
+
+def _describe(now: MemoryUse, before: MemoryUse | None = None) -> str:
+    def show(name: str) -> str:
+        mb, earlier = getattr(now, name), getattr(before, name, None)
+        return f"{mb:,.0f} MB" if earlier is None else f"{mb:,.0f} MB ({mb - earlier:+,.0f})"
+
+    gpu = "" if now.gpu_mb is None else f"GPU {show('gpu_mb')}, "
+    peak = "" if before is None or now.gpu_peak_mb is None else f"peak {now.gpu_peak_mb:,.0f} MB, "
+    return (
+        f"process {show('process_mb')}, RAM available {show('system_available_mb')}, {gpu}{peak}"
+        f"disk free {show('disk_free_mb')}"
+    )
+
+
+def run_memory_mb(parameters: float, *, trained: float, optimizer: str = "adamw") -> float:
+    """Return what weights, gradients and optimizer state take in MB; arguments as in `run_disk_mb`."""
+    return (_WEIGHT_BYTES * (parameters + trained) + OPTIMIZER_BYTES[optimizer] * trained) / 1e6
+
+
+def run_disk_mb(parameters: float, *, trained: float, kept: int, optimizer: str = "adamw") -> float:
+    """Return the most MB that a run keeps below `paths.checkpoints_dir`.
+
+    Args:
+        parameters: number of parameters of the model.
+        trained: how many of them, or of adapters, are trained; a checkpoint holds these and the optimizer state.
+        kept: `checkpoints.save_total_limit`; one more exists while it is written.
+        optimizer: `training.optimizer`.
+    """
+    checkpoint = trained * (_WEIGHT_BYTES + OPTIMIZER_BYTES[optimizer])
+    return ((kept + 1) * checkpoint + _EXPORTS * _WEIGHT_BYTES * parameters) / 1e6
+
+
+def size_mb(path: Path) -> float:
+    """Return the size of a file, or of all files below a folder, in MB; links are not counted."""
+    files = [Path(top, name) for top, _, names in os.walk(path) for name in names] if path.is_dir() else [path]
+    total = 0
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # removed by another process
+            status = file.lstat()
+            total += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return total / 1e6
+
+
+def existing_folder(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists: both lie on one disk."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+
+
+@dataclass(frozen=True)
+class Removable:
+    """Files that this project wrote and that can be removed.
+
+    Attributes:
+        kind: "decoded audio", "unfinished" or "checkpoint".
+        place: the file or folder; for decoded audio, the folder that contains the files.
+        paths: what is removed.
+        mb: size of all paths.
+    """
+
+    kind: str
+    place: Path
+    paths: tuple[Path, ...]
+    mb: float
+
+
+@dataclass(frozen=True)
+class CleanUp:
+    """What `clean_up` found, and whether it was removed or only listed."""
+
+    items: tuple[Removable, ...]
+    done: bool
+
+    @property
+    def mb(self) -> float:
+        """Size of all items."""
+        return sum(item.mb for item in self.items)
+
+    def to_text(self) -> str:
+        """Return one line per item, the largest first."""
+        if not self.items:
+            return "nothing to clean up"
+        head = f"freed {self.mb:,.0f} MB" if self.done else f"{self.mb:,.0f} MB can be freed; nothing was removed yet"
+        rows = sorted(self.items, key=lambda item: item.mb, reverse=True)
+        return "\n".join([head, *(f"  {r.mb:8,.0f} MB  {r.kind}: {r.place} ({len(r.paths)} path(s))" for r in rows)])
+
+
+def clean_up(
+    config: Config, *, dry_run: bool = True, decoded_audio: bool = True, checkpoints: Sequence[Path] = ()
+) -> CleanUp:
+    """List what can be removed, then remove it; return unused memory to the GPU and the system.
+
+    Only files that this project names are removed, only below the configured folders, and never through a link.
+    Unfinished files are what killed processes of this machine half wrote or half removed. Those of running processes
+    stay, and so does a replaced folder whose successor is missing: the next save restores it.
+
+    Args:
+        config: `paths` is used.
+        dry_run: only list, with sizes.
+        decoded_audio: include the cache that `data.cache_decoded` fills; it is filled again when needed.
+        checkpoints: include these, for example `spare_checkpoints(config)` of `training.stored`; no training may be
+            writing there.
+
+    Raises:
+        WhisperASRError: if a checkpoint is a link or lies outside `paths.checkpoints_dir`, or if something cannot be
+            removed.
+    """
+    for path in checkpoints:
+        if not _is_inside(path, config.paths.checkpoints_dir):
+            raise WhisperASRError(f"{path}: a link, or not below {config.paths.checkpoints_dir}; remove it by hand")
+    items = [*find_unfinished(config), *(_item("checkpoint", path) for path in checkpoints)]
+    if decoded_audio:
+        folder = config.paths.cache_dir / "audio"
+        files = [path for path in sorted(folder.glob("??/*.flac")) if _DECODED.fullmatch(path.name)]
+        files = [path for path in files if _is_inside(path, folder.parent)]
+        items += [Removable("decoded audio", folder, tuple(files), sum(map(size_mb, files)))] if files else []
+    if not dry_run:
+        for path in (path for item in items for path in item.paths):
+            _remove(path)
+        release_memory()
+        return_freed_memory()
+    return CleanUp(tuple(items), done=not dry_run)
+
+
+def find_unfinished(config: Config) -> list[Removable]:
+    """List what killed processes half wrote or half removed below the configured folders."""
+    found: dict[Path, Path] = {}  # by resolved path: the folders may lie inside each other
+    for root in (config.paths.runs_dir, config.paths.checkpoints_dir, config.paths.cache_dir):
+        for top, folders, files in os.walk(root):  # follows no link below the root
+            unfinished = [path for path in (Path(top, name) for name in (*folders, *files)) if _is_unfinished(path)]
+            found |= {path.resolve(): path for path in unfinished}
+            folders[:] = [name for name in folders if Path(top, name) not in unfinished]
+    return [_item("unfinished", path) for path in found.values()]
+
+
+def _item(kind: str, path: Path) -> Removable:
+    return Removable(kind, path, (path,), size_mb(path))
+
+
+def _is_unfinished(path: Path) -> bool:
+    if path.is_symlink():
+        return False
+    if _REMOVED.fullmatch(path.name):
+        return True
+    hidden = read_hidden_name(path)
+    if hidden is None or hidden.is_in_use:
+        return False
+    return hidden.kind == "partial" or hidden.final.exists()
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path lies below a folder with no link in between."""
+    path, folder = path.absolute(), folder.absolute()
+    below = path.is_relative_to(folder) and path != folder
+    return below and path.resolve() == folder.resolve() / path.relative_to(folder)
+
+
+def _remove(path: Path) -> None:
+    try:
+        if path.is_dir() and path.name.startswith("."):
+            shutil.rmtree(path)
+        elif path.is_dir():
+            remove_folder(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as err:
+        raise WhisperASRError(f"{path}: cannot be removed: {err.strerror}; close what uses it") from err

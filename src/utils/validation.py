@@ -1,7 +1,7 @@
-"""Whether this machine can run the project: each check with what was found, and the command that mends it.
+"""The environment doctor: whether this machine can run the project, and the command that fixes what is missing.
 
-A broken package must not hide the others. So nothing but the standard library is imported at the top, a check that
-fails reports that under its own name, and torch is looked at from a process of its own, which it may take down.
+A broken package must not hide the other findings: no heavy package is imported at the top, a check that fails reports
+that under its own name, and torch is imported in a separate process, which it may crash.
 """
 
 from __future__ import annotations
@@ -22,23 +22,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import psutil
+
 from src.utils.colab import MOUNT_POINT, in_colab
+from src.utils.config import Config
 from src.utils.errors import WhisperASRError, first_line
+from src.utils.memory import CLEAN_UP_HINT, PARAMETERS_M, existing_folder, find_unfinished, run_disk_mb, size_mb
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
-
-    from src.utils.config import Config
 
 logger = logging.getLogger(__name__)
 
 Status = Literal["ok", "warning", "error", "absent"]
 STATUSES: tuple[Status, ...] = ("error", "warning", "absent", "ok")
 MIN_PYTHON = (3, 11)
+LOW_RAM_MB = 2_000.0  # training tiny.en takes 1.4 to 1.9 GB
+RUN_DISK_MB = 1_000.0  # a run's figures and predictions, and an int8 export
 _ROOT = Path(__file__).resolve().parents[2]
 _PROBE_TIMEOUT_SEC = 600.0  # the first import of torch takes minutes on a cold network disk or a busy machine
 _CELL = 'style="text-align:left;vertical-align:top;white-space:normal;max-width:44em"'
-_LOGINS = {  # token: where a login leaves it, what the file then says, the command that logs in, what goes without
+_LOGINS = {  # token: the file that a login writes, what it then contains, the command, what works without
     "HF_TOKEN": ("~/.cache/huggingface/token", "", "hf auth login", "public models and data need none"),
     "WANDB_API_KEY": ("~/.netrc", "api.wandb.ai", "wandb login", "wandb then records offline"),
 }
@@ -57,11 +61,13 @@ show(torchaudio=torchaudio.__version__)
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        status: "absent" is what can be done without.
-        fix: a command, or what to do; empty where there is nothing to do.
+        name: what was checked.
+        status: "absent" is for what the project works without.
+        found: what is there.
+        fix: a command, or what to do; empty if there is nothing to do.
     """
 
     name: str
@@ -72,7 +78,7 @@ class Check:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Checks in the order in which they were made."""
+    """Checks in the order in which they ran."""
 
     checks: tuple[Check, ...]
     title: ClassVar[str] = "Checks"
@@ -83,7 +89,7 @@ class CheckReport:
         return all(check.status != "error" for check in self.checks)
 
     def to_text(self) -> str:
-        """Return one line a check, and one for its fix."""
+        """Return one line per check, and one for its fix."""
         width = max((len(check.name) for check in self.checks), default=0)
         lines = [f"{self.title}: {self._counts()}"]
         for check in self.checks:
@@ -107,18 +113,19 @@ class CheckReport:
 
 
 class EnvironmentReport(CheckReport):
-    """What this machine and its packages are like. Holds no token, nor anything about one beyond its presence."""
+    """State of this machine and its packages; of a token it says only whether there is one."""
 
     title = "Environment"
 
 
 def environment_report(config: Config | None = None) -> EnvironmentReport:
-    """Look at Python, packages, torch, GPU, audio, disk, memory, Drive and tokens.
+    """Check Python, packages, torch, GPU, audio, disk, memory, Drive and tokens.
 
     Takes as long as one import of torch. Nothing is changed; in Colab, the browser may ask whether the notebook may
     read the secrets HF_TOKEN and WANDB_API_KEY.
 
-    Args: config: `paths` and the model's size say what the disk must hold; without it, the working folder is measured.
+    Args:
+        config: `paths` and the model's size decide what the disk must hold; without it the working folder is checked.
     """
     named: dict[str, Callable[[], Iterable[Check]]] = {
         "Python": _check_python,
@@ -127,8 +134,8 @@ def environment_report(config: Config | None = None) -> EnvironmentReport:
         "torchao": _check_torchao,
         "FFmpeg": _check_ffmpeg,
         "microphone": _check_microphone,
-        "RAM and disk": lambda: _check_room(config),
-        "runs and caches": lambda: _check_kept(config),
+        "RAM and disk": lambda: check_room(config),
+        "runs and caches": lambda: () if config is None else check_kept(config),
         "Google Drive": _check_drive,
         "tokens": _check_tokens,
     }
@@ -155,7 +162,7 @@ def _check_python() -> Iterator[Check]:
 
 
 def _check_packages() -> Iterator[Check]:
-    """Compare what is installed with the bounds, and with the set that the tests run with."""
+    """Compare the installed versions with the bounds, and with the tested set."""
     needed, tested = read_requirements("requirements.txt"), read_requirements("constraints.txt")
     unfit, others = [], []
     for name, requirement in needed.items():
@@ -165,13 +172,13 @@ def _check_packages() -> Iterator[Check]:
             unfit.append(Check(name, "error", found, _install(name)))
         elif name in tested and not tested[name].specifier.contains(version, prereleases=True):
             others.append(f"{name} {version} ({str(tested[name].specifier).removeprefix('==')})")
-    differing = f"other than in constraints.txt, the tested set: {', '.join(others)}" if others else "none untested"
+    differing = f"differing from constraints.txt, the tested set: {', '.join(others)}" if others else "none untested"
     yield Check("packages", "ok", f"{len(needed) - len(unfit)} of {len(needed)} fit requirements.txt; {differing}")
     yield from unfit
 
 
 def read_requirements(file: str) -> dict[str, Requirement]:
-    """Return the lines of requirements.txt or constraints.txt that hold for this machine, by canonical name."""
+    """Return the lines of requirements.txt or constraints.txt that apply to this machine, by canonical name."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -194,11 +201,11 @@ def _install(name: str) -> str:
 
 
 def _check_torch() -> Iterator[Check]:
-    """Import torch, then torchaudio, in a process of their own, and judge how far it came."""
+    """Import torch, then torchaudio, in a separate process, and judge how far it got."""
     command = [sys.executable, "-c", _TORCH_PROBE]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT_SEC, cwd=_ROOT)
-    except subprocess.TimeoutExpired:  # its text holds the whole command
+    except subprocess.TimeoutExpired:  # its text contains the whole command
         yield Check("torch", "error", f"is not imported within {_PROBE_TIMEOUT_SEC:.0f} s", _torch_fix())
         return
     found: dict[str, Any] = {}
@@ -210,11 +217,11 @@ def _check_torch() -> Iterator[Check]:
 
 
 def judge_torch(found: dict[str, Any], problem: str) -> Iterator[Check]:
-    """Turn what the process saw into checks.
+    """Turn what the probing process found into checks.
 
     Args:
-        found: `torch`, `cuda`, `mps`, `gpus` once torch was imported, `torchaudio` once that was.
-        problem: the error that ended it; empty where all went well.
+        found: `torch`, `cuda`, `mps` and `gpus` if torch was imported, `torchaudio` if that was, too.
+        problem: the error that ended the process; empty if there was none.
     """
     if "torch" not in found:
         yield Check("torch", "error", f"does not import: {problem}", _torch_fix())
@@ -222,10 +229,10 @@ def judge_torch(found: dict[str, Any], problem: str) -> Iterator[Check]:
     build = f"CUDA {found['cuda']}" if found["cuda"] else "no CUDA in this build"
     yield Check("torch", "ok", f"{found['torch']}, {build}")
     if "torchaudio" in found:
-        yield Check("torchaudio", "ok", f"{found['torchaudio']} imports beside it")
+        yield Check("torchaudio", "ok", f"{found['torchaudio']} imports together with it")
     elif _installed("torchaudio") is not None:  # else it is among the packages that are not installed
-        text = f"{_installed('torchaudio')} does not import beside torch {found['torch']} ({problem}), so neither does"
-        yield Check("torchaudio", "error", f"{text} transformers", _torch_fix())
+        text = f"{_installed('torchaudio')} does not import together with torch {found['torch']} ({problem})"
+        yield Check("torchaudio", "error", f"{text}, so transformers does not either", _torch_fix())
     yield _judge_gpu(found)
 
 
@@ -250,7 +257,7 @@ def _judge_gpu(found: dict[str, Any]) -> Check:
 
 
 def _check_torchao() -> Iterator[Check]:
-    """PEFT refuses an older torchao than it knows, wherever it meets one; our own adapters do not ask for it."""
+    """PEFT refuses to work with a torchao that is older than it supports, even where it is not used."""
     version = _installed("torchao")
     if version is None:
         return
@@ -269,11 +276,11 @@ def _check_ffmpeg() -> Iterator[Check]:
     try:
         import av
     except (ImportError, OSError) as err:
-        text = f"PyAV, which brings it along, does not import: {first_line(err)}"
+        text = f"PyAV, which ships it, does not import: {first_line(err)}"
         yield Check("FFmpeg", "error", text, _install("av") + " --force-reinstall --no-deps")
         return
     codecs = ".".join(map(str, av.library_versions["libavcodec"]))
-    yield Check("FFmpeg", "ok", f"PyAV {av.__version__} brings its libraries (libavcodec {codecs}); none is needed")
+    yield Check("FFmpeg", "ok", f"PyAV {av.__version__} ships its libraries (libavcodec {codecs})")
 
 
 def _check_microphone() -> Iterator[Check]:
@@ -293,16 +300,41 @@ def _check_microphone() -> Iterator[Check]:
         yield Check("microphone", "absent", f"no input device: {first_line(err)}", "python -m sounddevice")
 
 
-def _check_room(config: Config | None) -> Iterable[Check]:
-    from src.utils.resources import check_room
+def check_room(config: Config | None = None) -> Iterator[Check]:
+    """Check RAM and the disks that a run writes to; without a configuration, the disk of the working folder."""
+    memory = psutil.virtual_memory()
+    is_low = memory.available / 1e6 < LOW_RAM_MB
+    fix = "close other programs, and restart other notebooks' kernels" if is_low else ""
+    found = f"{memory.available / 1e6:,.0f} MB available of {memory.total / 1e6:,.0f} MB"
+    yield Check("RAM", "warning" if is_low else "ok", found, fix)
+    if config is None:
+        yield check_disk("disk", Path(), RUN_DISK_MB)
+        return
+    yield check_disk("disk of runs", config.paths.runs_dir, RUN_DISK_MB)
+    parameters = 1e6 * PARAMETERS_M.get(config.model.variant.removesuffix(".en"), 0.0)
+    needs_mb = run_disk_mb(parameters, trained=parameters, kept=config.checkpoints.save_total_limit)
+    yield check_disk("disk of checkpoints", config.paths.checkpoints_dir, needs_mb)
 
-    return check_room(config)
+
+def check_disk(name: str, folder: Path, needs_mb: float) -> Check:
+    """Compare the free space at a folder, which need not exist yet, with the most that a run writes; 0 is unknown."""
+    free_mb = shutil.disk_usage(existing_folder(folder)).free / 1e6
+    needs = f"a run writes up to {needs_mb:,.0f} MB" if needs_mb else "what a run writes depends on the model"
+    found = f"{free_mb:,.0f} MB free at {folder.absolute()}; {needs}"
+    return Check(name, "ok", found) if free_mb >= needs_mb else Check(name, "warning", found, CLEAN_UP_HINT)
 
 
-def _check_kept(config: Config | None) -> Iterable[Check]:
-    from src.utils.resources import check_kept
-
-    return () if config is None else check_kept(config)
+def check_kept(config: Config) -> Iterator[Check]:
+    """Check what earlier runs left: their folders, the caches, and what killed processes half wrote."""
+    runs = sorted(path.parent for path in config.paths.runs_dir.glob("*/metrics.jsonl"))
+    yield Check("runs", "ok", f"{len(runs)} in {config.paths.runs_dir}, {sum(map(size_mb, runs)):,.0f} MB")
+    caches = sorted(path for path in config.paths.cache_dir.glob("*") if path.is_dir())
+    sizes = ", ".join(f"{path.name} {size_mb(path):,.0f} MB" for path in caches)
+    yield Check("caches", "ok", f"{config.paths.cache_dir}: {sizes or 'empty'}")
+    unfinished = find_unfinished(config)
+    if unfinished:
+        found = f"{len(unfinished)} of killed processes, {sum(each.mb for each in unfinished):,.0f} MB"
+        yield Check("unfinished files", "warning", found, CLEAN_UP_HINT)
 
 
 def _check_drive() -> Iterator[Check]:
@@ -319,13 +351,13 @@ def _check_tokens() -> Iterator[Check]:
     for name, (_, _, login, without) in _LOGINS.items():
         place = _token_place(name)
         if place is None:
-            yield Check(name, "absent", f"not here; {without}", login)
+            yield Check(name, "absent", f"not found; {without}", login)
         else:
             yield Check(name, "ok", f"present in {place}")
 
 
 def _token_place(name: str) -> str | None:
-    """Say where a token is, None if nowhere; its value is neither kept nor shown."""
+    """Say where a token is, None if nowhere; its value is neither stored nor shown."""
     if os.environ.get(name):
         return "the environment"
     file, mark, *_ = _LOGINS[name]

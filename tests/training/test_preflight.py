@@ -20,7 +20,7 @@ from src.training.state import random_state
 from src.training.trainer import WhisperTrainer
 from src.utils.config import Config
 from src.utils.errors import DeviceError
-from src.utils.resources import PARAMETERS_M, run_disk_mb, size_mb
+from src.utils.memory import PARAMETERS_M, run_disk_mb, size_mb
 from src.utils.validation import Check, EnvironmentReport
 
 TrainerFactory = Callable[..., WhisperTrainer]
@@ -152,7 +152,7 @@ def test_too_little_memory_and_disk_show(
     small: tuple[Any, Any], splits: DatasetSplits, configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "free_memory_mb", lambda device: 1.0)
-    monkeypatch.setattr("src.utils.resources.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000}))
     checks = by_name(preflight(configure(), splits, *small).checks)
     assert (checks["memory"].status, checks["disk"].status) == ("error", "warning")
     assert "lora" in checks["memory"].fix

@@ -7,7 +7,7 @@ import pytest
 from src.training.stored import spare_checkpoints, stored_checkpoints, stored_report
 from src.training.trainer import WhisperTrainer
 from src.utils.config import Config
-from src.utils.resources import clean_up
+from src.utils.memory import clean_up
 from src.utils.validation import Check
 
 TrainerFactory = Callable[..., WhisperTrainer]
