@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,8 @@ from src.models.dynamic_context import get_audio_context
 from src.models.modes import evaluation_mode
 from src.utils.config import Config
 from src.utils.distributed import gather_objects, is_main_process, world_size
-from src.utils.errors import DataError, DeviceError, first_line
-from src.utils.runtime import is_out_of_memory, release_memory
-
-logger = logging.getLogger(__name__)
+from src.utils.errors import DataError
+from src.utils.runtime import FittingSize
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class ModelEvaluator:
         self._model = model
         self._processor = processor
         self._config = config or Config()
-        self._most_clips: int | None = None  # that fitted into memory at once, since it ran out
+        self._fitting = FittingSize()
         self._calculator = MetricsCalculator(
             self._config.model.language,
             bootstrap_samples=self._config.evaluation.bootstrap_samples,
@@ -67,8 +65,8 @@ class ModelEvaluator:
 
         Args:
             name: of the model, in tables and files.
-        Raises: DataError: no clip, no word in any reference, or a loader that left clips out. DeviceError: not even one
-            clip fits into memory. An error of the model passes through.
+        Raises: DataError: no clip, no word in any reference, or a loader that left clips out. OutOfMemoryError: not
+            even one clip fits into memory. An error of the model passes through.
         """
         decoded = _gathered(self._decode_batches(loader, desc=f"evaluating {name}"), loader)
         rows = decoded.rows
@@ -156,33 +154,11 @@ class ModelEvaluator:
         parts: list[_Decoded] = []
         with evaluation_mode(self._model), torch.inference_mode():
             for batch in tqdm(batches, desc=desc, total=total, leave=False, disable=not is_main_process()):
-                parts += self._decode_in_memory(batch)
+                parts += self._fitting.run(partial(self._decode_rows, batch), batch["ids"])
         return _joined(parts)
 
-    def _decode_in_memory(self, batch: Mapping[str, Any]) -> list[_Decoded]:
-        """Decode a batch at once, or in halves, quarters, ... where memory runs out; later batches begin with these."""
-        clips, done, parts = len(batch["ids"]), 0, []
-        while done < clips:
-            size = min(self._most_clips or clips, clips - done)
-            try:
-                parts.append(self._decode_batch(_rows(batch, done, done + size)))
-                done += size
-                continue
-            except (RuntimeError, MemoryError) as err:
-                if not is_out_of_memory(err):
-                    raise
-                problem = first_line(err)
-            release_memory()
-            if size == 1:
-                raise DeviceError(
-                    f"out of memory with the single clip {batch['ids'][done]} ({problem}); lower inference.num_beams "
-                    "or take a smaller model"
-                )
-            self._most_clips = size // 2
-            logger.warning("out of memory with %d clips: from now on at most %d at once (%s)", size, size // 2, problem)
-        return parts
-
-    def _decode_batch(self, batch: Mapping[str, Any]) -> _Decoded:
+    def _decode_rows(self, whole: Mapping[str, Any], first: int, last: int) -> _Decoded:
+        batch = _rows(whole, first, last)
         audios = [audio[:n].numpy() for audio, n in zip(batch["audio"].cpu(), batch["audio_lengths"], strict=True)]
         options = DecodingOptions.from_config(self._config)
         self._synchronize()

@@ -28,9 +28,9 @@ from src.inference.engines import transcribe
 from src.inference.options import DecodingOptions
 from src.inference.torch_engine import TorchEngine
 from src.utils.config import Config
-from src.utils.errors import AudioError, DataError, first_line
+from src.utils.errors import AudioError, DataError, OutOfMemoryError
 from src.utils.memory import measure_memory
-from src.utils.runtime import is_out_of_memory, release_memory
+from src.utils.runtime import in_memory
 from src.utils.tracking import ExperimentLogger
 
 logger = logging.getLogger(__name__)
@@ -226,13 +226,9 @@ def measure_engine(
     described = engine.name, engine.device, engine.precision, engine.audio_context
     blank = LatencyResult(name, *described, batch_size, len(clips))
     try:
-        return _fill(blank, engine, clips, passes, clock)
-    except (RuntimeError, MemoryError) as err:
-        if not is_out_of_memory(err):
-            raise
-        problem = first_line(err)
-    release_memory()
-    return replace(blank, reason=f"out of memory: {problem}")
+        return in_memory(lambda: _fill(blank, engine, clips, passes, clock))
+    except OutOfMemoryError as err:
+        return replace(blank, reason=str(err))
 
 
 def check_clips(audios: Sequence[Any], sr: int = SAMPLE_RATE) -> list[Waveform]:

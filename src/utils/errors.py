@@ -30,6 +30,10 @@ class DeviceError(WhisperASRError):
     """The requested device or precision is not available on this machine."""
 
 
+class OutOfMemoryError(DeviceError):
+    """The GPU or the machine had no memory left."""
+
+
 class ModelError(WhisperASRError):
     """Weights, processor or audio context do not fit what was asked."""
 

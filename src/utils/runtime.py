@@ -10,18 +10,21 @@ import logging
 import os
 import random
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
-from src.utils.errors import DeviceError
+from src.utils.errors import DeviceError, OutOfMemoryError, first_line
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
@@ -144,6 +147,59 @@ def _why(device: str) -> str:
 
         return torch.cuda.get_device_name()
     return "no CUDA device" if device == "cpu" else "no CUDA device, Apple GPU present"
+
+
+def in_memory(work: Callable[[], T]) -> T:
+    """Return what `work` returns; where memory runs out, release what it held before the error leaves.
+
+    Raises:
+        OutOfMemoryError: the GPU or the machine had no memory left. Any other error passes through.
+    """
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as err:
+        if not is_out_of_memory(err):
+            raise
+        problem = first_line(err)
+    release_memory()  # outside of the except block: in there the error's frames hold what did not fit
+    raise OutOfMemoryError(f"out of memory: {problem}")
+
+
+class FittingSize:
+    """How many items fit into memory at once: halved when memory runs out, and kept for later calls."""
+
+    def __init__(self) -> None:
+        self.most: int | None = None
+
+    def run(self, work: Callable[[int, int], T], names: Sequence[str]) -> list[T]:
+        """Work on all items, in as few parts as fit.
+
+        Args:
+            work: takes the first item's index and the index after the last one.
+            names: one per item, for errors.
+
+        Returns:
+            The result of each part, in order.
+
+        Raises:
+            OutOfMemoryError: a single item does not fit; its name is in the message.
+        """
+        results: list[T] = []
+        done = 0
+        while done < len(names):
+            size = min(self.most or len(names), len(names) - done)
+            try:
+                results.append(in_memory(partial(work, done, done + size)))
+            except OutOfMemoryError as err:
+                if size == 1:
+                    raise OutOfMemoryError(
+                        f"{names[done]} alone: {err}; lower inference.num_beams or take a smaller model"
+                    ) from err
+                self.most = size // 2
+                logger.warning("%s with %d clips: from now on at most %d at once", err, size, self.most)
+            else:
+                done += size
+        return results
 
 
 def release_memory() -> None:

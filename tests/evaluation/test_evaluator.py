@@ -17,7 +17,7 @@ from src.evaluation.report.summary import load_predictions
 from src.evaluation.results import EvaluationResult, compare_predictions
 from src.inference import decoding
 from src.utils.config import Config
-from src.utils.errors import DataError, DeviceError
+from src.utils.errors import DataError, OutOfMemoryError
 from src.utils.tracking import ExperimentLogger
 
 pytestmark = pytest.mark.slow
@@ -179,7 +179,7 @@ def test_out_of_memory_halves_the_batches_from_then_on_and_loses_no_clip(
     assert again.loss == pytest.approx(result.loss, rel=1e-4)
     assert "from now on at most 1 at once" in caplog.text
     fits = 0
-    with pytest.raises(DeviceError, match=f"single clip {result.rows[0].id}"):
+    with pytest.raises(OutOfMemoryError, match=result.rows[0].id):
         evaluator.evaluate_dataset(loader)
 
 

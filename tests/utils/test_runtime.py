@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import random
+import weakref
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 
-from src.utils.errors import DeviceError
+from src.utils.errors import DeviceError, OutOfMemoryError
 from src.utils.runtime import (
+    FittingSize,
     choose_precision,
     get_device,
+    in_memory,
     is_out_of_memory,
     keep_cudnn_out_of_attention,
     set_seed,
@@ -75,3 +79,43 @@ def test_the_cpu_trains_in_float32_with_a_reason() -> None:
 )
 def test_out_of_memory_is_told_from_other_errors(error: BaseException, is_it: bool) -> None:
     assert is_out_of_memory(error) is is_it
+
+
+class Tensors:
+    """Stands for what did not fit."""
+
+
+def test_memory_that_ran_out_is_free_again_when_the_error_leaves() -> None:
+    held: list[weakref.ref[Tensors]] = []
+
+    def work() -> None:
+        tensors = Tensors()
+        held.append(weakref.ref(tensors))
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    with pytest.raises(OutOfMemoryError, match=r"^out of memory: CUDA out of memory\.$"):
+        in_memory(work)
+    assert held[0]() is None
+    assert in_memory(lambda: 3) == 3
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        in_memory(lambda: exec('raise RuntimeError("shapes differ")'))
+
+
+def test_work_is_halved_until_it_fits_and_no_item_is_lost_or_repeated() -> None:
+    sizes: list[int] = []
+
+    def work(first: int, last: int) -> list[int]:
+        sizes.append(last - first)
+        if last - first > room:
+            raise MemoryError
+        return list(range(first, last))
+
+    fitting, names = FittingSize(), [f"clip {number}" for number in range(7)]
+    room = 2
+    assert [*chain(*fitting.run(work, names))] == list(range(7))
+    assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    assert [*chain(*fitting.run(work, names[:2]))] == [0, 1]
+    assert sizes[-2:] == [1, 1]  # the size is kept
+    room = 0
+    with pytest.raises(OutOfMemoryError, match="clip 0"):
+        fitting.run(work, names)

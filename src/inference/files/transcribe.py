@@ -6,6 +6,7 @@ Within a round, segments go from long to short: batches then hold little padding
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,7 +29,7 @@ from src.inference.files.transcription import TranscribedSegment, Transcription,
 from src.inference.options import DecodingOptions, DecodingResult
 from src.utils.config import Config
 from src.utils.errors import AudioError, DataError, ModelError
-from src.utils.runtime import is_out_of_memory, release_memory
+from src.utils.runtime import FittingSize
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class BatchInference:
         self._engine = engine if engine is not None else _torch_engine(model, processor)
         self._vad = vad or VoiceActivityDetector(self._config.vad)
         self._fallback = FallbackOptions.from_config(self._config)
+        self._fitting = FittingSize()
         section = self._config.inference
         self._options = replace(
             DecodingOptions.from_config(self._config), prompt=section.initial_prompt, hotwords=section.hotwords
@@ -205,22 +207,16 @@ class BatchInference:
 
     def _decode_items(self, batch: tuple[list[_Item], DecodingOptions]) -> None:
         items, options = batch
-        results = self._decode([recording.segments[index].audio for recording, index in items], options)
-        for (recording, index), result in zip(items, results, strict=True):
+        audios = [recording.segments[index].audio for recording, index in items]
+        parts = self._fitting.run(
+            lambda first, last: decode_with_fallback(
+                self._engine, audios[first:last], options, self._fallback, vad=self._vad
+            ),
+            [f"segment {index + 1} of {recording.source}" for recording, index in items],
+        )
+        for (recording, index), result in zip(items, itertools.chain.from_iterable(parts), strict=True):
             recording.results[index] = result
             recording.segments[index] = recording.segments[index].without_audio()
-
-    def _decode(self, audios: list[Waveform], options: DecodingOptions) -> list[DecodingResult]:
-        """Decode a batch, in halves where memory runs out."""
-        try:
-            return decode_with_fallback(self._engine, audios, options, self._fallback, vad=self._vad)
-        except (RuntimeError, MemoryError) as err:
-            if not is_out_of_memory(err) or len(audios) == 1:
-                raise
-        release_memory()
-        half = len(audios) // 2
-        logger.warning("out of memory with %d segments: decoding %d at once", len(audios), half)
-        return self._decode(audios[:half], options) + self._decode(audios[half:], options)
 
 
 def _torch_engine(model: Any, processor: Any) -> Engine:

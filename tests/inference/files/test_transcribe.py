@@ -14,7 +14,7 @@ from src.data.sources.catalog import SAMPLE_CLIP
 from src.inference.files.transcribe import BatchInference
 from src.inference.options import DecodingOptions, DecodingResult
 from src.utils.config import load_config
-from src.utils.errors import AudioError, DataError
+from src.utils.errors import AudioError, DataError, OutOfMemoryError
 from tests.inference.files.test_segmentation import LoudDetector
 
 LANGUAGES = {2: "en", 3: "de"}  # of the scripted engine, by the tenths of a clip's peak
@@ -100,7 +100,7 @@ def test_where_memory_runs_out_the_batch_is_halved() -> None:
     results = inference(engine, batch_size=8).transcribe_batch([clip(1)] * 8)
     assert [result.text for result in results] == ["1 s"] * 8
     assert [len(sizes) for _, sizes in engine.batches] == [2, 2, 2, 2]
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(OutOfMemoryError, match="segment 1 of array 0"):
         inference(Scripted(room=0)).transcribe_batch([clip(1)])
 
 
