@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks.benchmarking import append_table
+from benchmarks.benchmarking import append_table, read, strided
 from src.data.checking import check_utterance
 from src.data.labels import apply_case, resolve_case
 from src.data.loader import create_loader
@@ -90,17 +90,6 @@ def load_sets(arguments: argparse.Namespace) -> tuple[list[Utterance], list[Utte
     if shared:
         raise DataError(f"speakers {', '.join(shared)} are in both sets; measure on speakers that were not adapted to")
     return train, dev
-
-
-def read(path: Path) -> list[Utterance]:
-    """List a Parquet file."""
-    return load_utterances(load_config(None, overrides={"data": {"source": "parquet", "path": str(path)}}).data)
-
-
-def strided(utterances: list[Utterance], count: int) -> list[Utterance]:
-    """Take clips from all over a corpus, which is often in order of its speakers."""
-    count = min(count, len(utterances))
-    return [utterances[index * len(utterances) // count] for index in range(count)]
 
 
 def checked(utterance: Utterance) -> Utterance:

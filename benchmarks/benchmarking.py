@@ -1,4 +1,4 @@
-"""What every benchmark script shares: the machine in words, medians, and a dated table in docs/BENCHMARKS.md."""
+"""Shared by the benchmarks: clips to measure on, medians, and dated tables in docs/BENCHMARKS.md."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a peer measures its own memory: nothing of this library is imported before it ends
+    from src.data.utterance import Utterance
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "docs" / "BENCHMARKS.md"
@@ -17,6 +21,30 @@ _HEADER = """# Benchmarks
 Each table was appended by the script that its command names; anyone can run it. The machines are shared, so ratios and
 medians mean more than absolute times.
 """
+
+
+def load_clips(data: Path | None, count: int) -> list[Utterance]:
+    """Return clips at a stride over a Parquet file in the Hugging Face audio layout, or over the bundled test set."""
+    from src.data.sources.catalog import load_utterances
+    from src.utils.config import Config
+
+    if data is not None:
+        return strided(read(data), count)
+    return strided([u for u in load_utterances(Config().data) if u.meta["split"] == "test"], count)
+
+
+def read(path: Path) -> list[Utterance]:
+    """List a Parquet file."""
+    from src.data.sources.catalog import load_utterances
+    from src.utils.config import load_config
+
+    return load_utterances(load_config(None, overrides={"data": {"source": "parquet", "path": str(path)}}).data)
+
+
+def strided(utterances: list[Utterance], count: int) -> list[Utterance]:
+    """Take clips from all over a corpus, which is often in order of its speakers."""
+    count = min(count, len(utterances))
+    return [utterances[index * len(utterances) // count] for index in range(count)]
 
 
 def median_sec(action: Callable[[], object], repeats: int) -> float:
@@ -37,6 +65,20 @@ def describe_machine() -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     return f"{_processor()}, {os.cpu_count()} cores, {gpu}, {versions}"
+
+
+def show(title: str, rows: Sequence[Mapping[str, str]], note: str, *, record: bool) -> None:
+    """Print a table, and append it to docs/BENCHMARKS.md if it is to be recorded."""
+    widths = {column: max(len(column), *(len(line[column]) for line in rows)) for column in rows[0]}
+    for line in (dict(zip(rows[0], rows[0], strict=True)), *rows):
+        print("  ".join(f"{cell:>{widths[column]}}" for column, cell in line.items()))
+    if record:
+        append_table(title, rows, note=note)
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Return three digits, or a dash."""
+    return "-" if value is None else f"{value:.3g}{unit}"
 
 
 def append_table(title: str, rows: Sequence[Mapping[str, str]], *, note: str = "") -> None:

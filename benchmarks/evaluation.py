@@ -27,8 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 
-from benchmarks.adaptation import read, strided
-from benchmarks.benchmarking import append_table, median_sec
+from benchmarks.benchmarking import append_table, median_sec, read, strided
 from benchmarks.training_sides import read_recording
 from src.data import Utterance, create_loader
 from src.data.checking import check_listed

@@ -29,8 +29,7 @@ import numpy as np
 import soundfile
 from playwright.sync_api import Playwright, sync_playwright
 
-from benchmarks.adaptation import read, strided
-from benchmarks.benchmarking import append_table
+from benchmarks.benchmarking import append_table, read, strided
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.sources.catalog import SAMPLE_PARQUET
 from src.data.vad import VoiceActivityDetector

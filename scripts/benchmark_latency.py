@@ -1,14 +1,12 @@
-"""Measure the latency of transcription: this engine beside plain transformers, on the same clips and weights.
+"""Measure the latency of your model on your clips, together with plain transformers on the same clips and weights.
 
     python scripts/benchmark_latency.py [--variant tiny.en ...] [--model FOLDER] [--data FILE.parquet] [--quick]
 
-The peer is `WhisperForConditionalGeneration.generate` on features of its own processor, which pads every clip to 30 s.
-A checkpoint with dynamic context is measured at the audio's own length, stock weights padded, as their config says.
-Both sides take turns, round by round, so that other work on the machine meets both; medians over the rounds are shown,
-and the speedup is the median of the rounds' ratios. With `--model`, on a CPU, whole systems follow: CTranslate2 one by
-one and in batches beside faster-whisper, torch beside transformers' pipeline, a long recording (see latency_systems.py;
-the peers are in requirements-bench.txt). The last line printed is one JSON object; the tables are appended to
-docs/BENCHMARKS.md.
+Plain transformers is `WhisperForConditionalGeneration.generate` on features of its own processor, which pads every clip
+to 30 s. A checkpoint with dynamic context is measured at the audio's own length, stock weights padded, as their config
+says. Both sides take turns, round by round, so that other work on the machine affects both; medians over the rounds are
+shown, and the speedup is the median of the rounds' ratios. The last line printed is one JSON object; the table is
+appended to docs/BENCHMARKS.md. benchmarks/latency.py compares with faster-whisper and with transformers' pipeline.
 """
 
 from __future__ import annotations
@@ -31,12 +29,9 @@ import torch
 from transformers import WhisperForConditionalGeneration
 from transformers import logging as transformers_logging
 
-from benchmarks.adaptation import read, strided
-from benchmarks.benchmarking import append_table
+from benchmarks.benchmarking import load_clips, number, show
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
-from src.data.sources.catalog import load_utterances
-from src.data.utterance import Utterance
 from src.evaluation.edits import error_rate, word_counts
 from src.evaluation.latency import Engine, LatencyResult, check_clips, measure_engine, torch_engine
 from src.evaluation.text import whisper_normalizer_for
@@ -71,15 +66,12 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=100, help="at a stride over all")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=3, help="of both sides; medians are reported")
-    parser.add_argument("--long-minutes", type=float, default=30.0, help="of the long recording")
-    parser.add_argument("--hours", type=float, default=3.0, help="of the file whose memory is measured; 0: none")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no-record", action="store_true", help="print only")
     parser.add_argument("--quick", action="store_true", help="under a minute: few clips, nothing recorded")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.clips, arguments.batch_sizes, arguments.rounds, arguments.long_minutes = 4, [1, 4], 1, 0.5
-        arguments.hours = 0.0
+        arguments.clips, arguments.batch_sizes, arguments.rounds = 4, [1, 4], 1
     transformers_logging.set_verbosity_error()  # else the peer's `generate` warns of its own defaults at each call
     variants = arguments.variant or ([] if arguments.model else ["tiny.en"])
     utterances = load_clips(arguments.data, arguments.clips)
@@ -92,44 +84,8 @@ def main() -> int:
     note = f"{len(clips)} clips of {audio_sec / len(clips):.1f} s on average; medians of {arguments.rounds} rounds."
     record = not (arguments.quick or arguments.no_record)
     show("Latency of transcription", [row(side, peer_of(side, measured)) for side in measured], note, record=record)
-    summary = summarize(measured)
-    if arguments.model and measured[0].rounds[0].device == "cpu":
-        summary |= measure_whole_systems(arguments, clips, [u.text for u in utterances], note, record=record)
-    print(json.dumps(summary))
+    print(json.dumps(summarize(measured)))
     return 0
-
-
-def measure_whole_systems(
-    arguments: argparse.Namespace, clips: list[Waveform], references: list[str], note: str, *, record: bool
-) -> Figures:
-    """Measure what users call, on the first `--model`; show the tables, return the figures of the last line."""
-    from scripts import latency_systems  # needs CTranslate2
-
-    folder = str(arguments.model[0])
-    config = load_config(None, overrides={"model": {"variant": folder, "language": "en"}, "device": "cpu"})
-    systems = latency_systems.measure_systems(
-        folder, config, clips, references, rounds=arguments.rounds, long_sec=60 * arguments.long_minutes
-    )
-    show("Systems on the same weights", [system.row() for system in systems], note, record=record)
-    processes = latency_systems.measure_processes(folder, config, clips, references, arguments.hours)
-    show("Processes", [{name: number(value) for name, value in processes.items()}], note, record=record)
-    return latency_systems.figures(systems) | processes
-
-
-def show(title: str, rows: list[dict[str, str]], note: str, *, record: bool) -> None:
-    """Print a table, and append it to docs/BENCHMARKS.md where it is to be recorded."""
-    widths = {column: max(len(column), *(len(line[column]) for line in rows)) for column in rows[0]}
-    for line in (dict(zip(rows[0], rows[0], strict=True)), *rows):
-        print("  ".join(f"{cell:>{widths[column]}}" for column, cell in line.items()))
-    if record:
-        append_table(title, rows, note=note)
-
-
-def load_clips(data: Path | None, count: int) -> list[Utterance]:
-    """Return the bundled test clips, or those of a file."""
-    if data is not None:
-        return strided(read(data), count)
-    return strided([u for u in load_utterances(Config().data) if u.meta["split"] == "test"], count)
 
 
 def measure_model(
@@ -217,11 +173,6 @@ def row(side: Measured, peer: Measured) -> dict[str, str]:
         "WER": number(side.wer),
         "speedup": number(speedup(side, peer), " x"),
     }
-
-
-def number(value: float | None, unit: str = "") -> str:
-    """Return three digits, or a dash."""
-    return "-" if value is None else f"{value:.3g}{unit}"
 
 
 def summarize(measured: Sequence[Measured]) -> Figures:

@@ -1,13 +1,19 @@
-"""Whole systems on the same weights: this project's engines, faster-whisper, and transformers' pipeline.
+"""Compare whole systems on the same weights: this project's engines, faster-whisper, and transformers' pipeline.
 
-Each system is what its user would call, features and all. The rounds go through all systems in turn, so that other work
-on the machine meets each of them; a ratio is the median of the rounds' ratios.
+    python benchmarks/latency.py --model FOLDER [--data FILE.parquet] [--clips 200] [--hours 3] [--quick]
+
+Each system is what its user would call, features included, on the CPU. The rounds go through all systems in turn, so
+that other work on the machine affects each of them; a ratio is the median of the rounds' ratios. The peers are in
+requirements-bench.txt. The last line printed is one JSON object; tables are appended to docs/BENCHMARKS.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import itertools
+import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,12 +24,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import numpy as np
 import soundfile
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
+from transformers import logging as transformers_logging
 
+from benchmarks.benchmarking import load_clips, number, show
 from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.dataset import decode_audio
 from src.data.sources.catalog import SAMPLE_CLIP
 from src.evaluation.edits import error_rate, word_counts
 from src.evaluation.streams import join_audios
@@ -33,10 +46,9 @@ from src.inference.engines import load_engine, transcribe
 from src.inference.files.transcribe import BatchInference
 from src.inference.options import DecodingOptions
 from src.models.ct2_cache import ct2_folder
-from src.utils.config import Config
+from src.utils.config import Config, load_config
 from src.utils.runtime import usable_cores
 
-ROOT = Path(__file__).resolve().parents[1]
 PAUSE_SEC = (0.3, 1.2)  # between the clips of the long recording
 GREEDY = {"language": "en", "beam_size": 1, "temperature": 0.0, "without_timestamps": True}  # of faster-whisper
 RATIOS = {  # figure: (peer, ours)
@@ -52,6 +64,35 @@ began = time.perf_counter()
 subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
 print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder of a tuned checkpoint")
+    parser.add_argument("--data", type=Path, help="Parquet in the Hugging Face audio layout; default: bundled test set")
+    parser.add_argument("--clips", type=int, default=100, help="at a stride over all")
+    parser.add_argument("--rounds", type=int, default=3, help="of all systems; medians are reported")
+    parser.add_argument("--long-minutes", type=float, default=30.0, help="of the long recording")
+    parser.add_argument("--hours", type=float, default=3.0, help="of the file whose memory is measured; 0: none")
+    parser.add_argument("--no-record", action="store_true", help="print only")
+    parser.add_argument("--quick", action="store_true", help="under a minute: few clips, nothing recorded")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.clips, arguments.rounds, arguments.long_minutes, arguments.hours = 4, 1, 0.5, 0.0
+    transformers_logging.set_verbosity_error()  # else `generate` warns of its own defaults at each call
+    folder, record = str(arguments.model), not (arguments.quick or arguments.no_record)
+    config = load_config(None, overrides={"model": {"variant": folder, "language": "en"}, "device": "cpu"})
+    utterances = load_clips(arguments.data, arguments.clips)
+    clips, references = [decode_audio(u).numpy() for u in utterances], [u.text for u in utterances]
+    seconds = 60 * arguments.long_minutes
+    systems = measure_systems(folder, config, clips, references, rounds=arguments.rounds, long_sec=seconds)
+    audio_sec = sum(map(len, clips)) / SAMPLE_RATE
+    note = f"{len(clips)} clips of {audio_sec / len(clips):.1f} s on average; medians of {arguments.rounds} rounds."
+    show("Systems on the same weights", [system.row() for system in systems], note, record=record)
+    processes = measure_processes(folder, config, clips, references, arguments.hours)
+    show("Processes", [{name: number(value) for name, value in processes.items()}], note, record=record)
+    print(json.dumps(figures(systems) | processes))
+    return 0
 
 
 @dataclass
@@ -218,3 +259,7 @@ def measure_processes(
                 soundfile.write(recording, join_clips(clips, references, 3600 * length)[0], SAMPLE_RATE)
                 found[name] = cold_process(folder, recording)[1]
     return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
