@@ -1,9 +1,9 @@
-"""A run's folder: everything that a table or a picture is drawn from, so that both can be drawn again.
+"""A run's folder, from which tables and figures can be drawn again.
 
 runs/<id>/config.yaml        the resolved configuration
 runs/<id>/env.json           versions, machine, git revision
-runs/<id>/metrics.jsonl      one row an event: train_step, epoch, evaluation, ...
-runs/<id>/predictions.jsonl  one row a decoded utterance
+runs/<id>/metrics.jsonl      one row per event: train_step, epoch, evaluation, ...
+runs/<id>/predictions.jsonl  one row per decoded utterance
 runs/<id>/figures/
 
 A full disk does not end a training: rows wait in memory until they can be written.
@@ -33,18 +33,8 @@ from src.utils.versioning import get_git_revision
 logger = logging.getLogger(__name__)
 
 _PACKAGES = (
-    "torch",
-    "torchaudio",
-    "transformers",
-    "accelerate",
-    "peft",
-    "ctranslate2",
-    "numpy",
-    "jiwer",
-    "silero-vad",
-    "soxr",
-)
-
+    "torch", "torchaudio", "transformers", "accelerate", "peft", "ctranslate2", "numpy", "jiwer", "silero-vad", "soxr",
+)  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -55,9 +45,11 @@ class ExperimentLogger:
     Args:
         config: saved with the run.
         run_id: folder name under `paths.runs_dir`; the time by default. An existing run is continued; a last row that
-            a crash cut is taken off.
-    Raises: WhisperASRError: the folder cannot be written, or a tracker cannot start. MissingDependencyError: a package
-        that a tracker needs is absent.
+            was cut by a crash is removed.
+
+    Raises:
+        WhisperASRError: if the folder cannot be written or a tracker cannot start.
+        MissingDependencyError: if a package that a tracker needs is absent.
     """
 
     def __init__(self, config: Config, *, run_id: str | None = None) -> None:
@@ -83,9 +75,10 @@ class ExperimentLogger:
             raise
 
     def log(self, event: str, **fields: Any) -> None:
-        """Append one row with the time. Values that are not finite become null.
+        """Append one row with the time; values that are not finite become null.
 
-        The row is on disk when this returns; where the disk is full, it follows with a later row, after a warning.
+        The row is on disk when this returns. If the disk is full, a warning is logged and the row is written together
+        with a later one.
         """
         row = {"event": event, "time": round(time.time(), 3), **{k: _jsonable(v) for k, v in fields.items()}}
         self._file.append(json.dumps(row, ensure_ascii=False))
@@ -93,14 +86,15 @@ class ExperimentLogger:
         for callback in list(self._subscribers):
             try:
                 callback(row)
-            except Exception as err:  # boundary: who only looks on must not end hours of training
+            except Exception as err:  # boundary: an observer must not end hours of training
                 self._subscribers.remove(callback)
                 logger.warning("%r gets no more rows of the run after an error: %s", callback, err, exc_info=True)
 
     def subscribe(self, callback: Callable[[Row], None]) -> Callable[[], None]:
-        """Have each further row handed to `callback`, after it was written.
+        """Call `callback` with each further row, after it was written.
 
-        Returns: a function that ends it. An error in `callback` ends it too, with a warning.
+        Returns:
+            A function that ends the subscription. An error in `callback` ends it too, with a warning.
         """
         self._subscribers.append(callback)
 
@@ -111,7 +105,7 @@ class ExperimentLogger:
         return unsubscribe
 
     def read_rows(self) -> str:
-        """Return what metrics.jsonl holds; nothing, after a warning, where it cannot be read."""
+        """Return the content of metrics.jsonl; an empty string, after a warning, if it cannot be read."""
         try:
             return self.metrics_path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as err:
@@ -119,14 +113,16 @@ class ExperimentLogger:
             return ""
 
     def resume_at(self, step: int, epoch: int, *, metrics: str = "") -> None:
-        """Take back what the last training logged after a checkpoint, so that going on from it leaves no row twice.
+        """Remove what the last training logged after a checkpoint, so that resuming from it repeats no row.
 
         Args:
-            step: updates done at the checkpoint; later `train_step` rows go.
-            epoch: epochs finished at the checkpoint; later `epoch` rows go.
-            metrics: metrics.jsonl as the checkpoint holds it: where this run has no row of a training, as after a new
-                machine was taken, the training's rows are taken from there.
-        Raises: WhisperASRError: metrics.jsonl cannot be rewritten; it is as it was.
+            step: updates done at the checkpoint; later `train_step` rows are removed.
+            epoch: epochs finished at the checkpoint; later `epoch` rows are removed.
+            metrics: metrics.jsonl as saved in the checkpoint. If this run has no training rows, for example on a new
+                machine, they are taken from there.
+
+        Raises:
+            WhisperASRError: if metrics.jsonl cannot be rewritten; it stays as it was.
         """
         try:
             lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
@@ -142,7 +138,7 @@ class ExperimentLogger:
             raise WhisperASRError(f"{self.metrics_path}: cannot be rewritten: {err.strerror}; free space") from err
 
     def close(self) -> None:
-        """Close the file and finish the trackers; logging afterwards is an error. Rows that are lost are warned of."""
+        """Close the file and finish the trackers; logging afterwards is an error. Lost rows are reported."""
         self._file.close()
         self._trackers.close()
 
@@ -156,8 +152,8 @@ class ExperimentLogger:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return versions, machine and git revision; holds no name, token or path of the user."""
-    import torch  # here, so that reading a run's files needs no torch
+    """Return versions, machine and git revision, but no name, token or path of the user."""
+    import torch  # reading a run's files needs no torch
 
     versions: dict[str, str | None] = {}
     for name in _PACKAGES:
@@ -176,11 +172,11 @@ def describe_environment() -> dict[str, Any]:
 
 
 class _RowFile:
-    """Appends lines to a file, without a buffer in between: whatever a full disk refuses is kept and tried again."""
+    """Appends lines to a file without a buffer: what a full disk refuses is kept and tried again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._pending = b""  # begins with the rest of a line that was written in part
+        self._pending = b""  # starts with the rest of a line that was written in part
         self._failing = False
         self._lock = threading.Lock()
         _repair_end(path)
@@ -194,7 +190,7 @@ class _RowFile:
             self._write()
 
     def replace(self, text: str) -> None:
-        """Put `text` in place of what the file holds; where that fails, it stays."""
+        """Replace the file's content; if that fails, it stays."""
         with self._lock:
             self._file.close()
             try:
@@ -234,7 +230,7 @@ class _RowFile:
 
 
 def _repair_end(path: Path) -> None:
-    """Finish a last line that has no newline, or cut it off where it is no row: readers refuse a broken line."""
+    """Complete a last line without a newline, or remove it if it is not a row: readers refuse a broken line."""
     content = path.read_bytes() if path.exists() else b""
     whole, last = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
     if not last:
@@ -244,7 +240,7 @@ def _repair_end(path: Path) -> None:
         return
     with path.open("r+b") as file:
         file.truncate(len(whole))
-    logger.warning("%s: a crash cut the last row, it is taken off: %.60r", path, last)
+    logger.warning("%s: a crash cut the last row, it is removed: %.60r", path, last)
 
 
 def _training_rows(lines: Sequence[str]) -> list[str]:
@@ -256,7 +252,7 @@ def _without_later(lines: Sequence[str], step: int, epoch: int) -> list[str]:
     begin, previous = 0, 0
     for index, row in enumerate(rows):
         if row.get("event") == "train_step":
-            if row["step"] <= previous:  # a training that began anew
+            if row["step"] <= previous:  # a training that started again
                 begin = index
             previous = row["step"]
     limits = {"train_step": ("step", step), "epoch": ("epoch", epoch)}

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import logging
 import resource
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,6 @@ from src.evaluation.report.summary import load_metrics
 from src.utils.config import Config, load_config
 from src.utils.errors import WhisperASRError
 from src.utils.tracking import ExperimentLogger
-from src.utils.versioning import get_git_revision
 
 
 def test_rows_are_on_disk_at_once_and_values_that_are_not_finite_are_null(config: Config) -> None:
@@ -65,7 +63,6 @@ def test_rows_that_a_full_disk_refused_follow_once_there_is_space(
         experiment.log("train_step", step=5, epoch=1)
         assert [row["step"] for row in load_metrics(experiment.dir)] == [1, 2, 3, 4, 5]
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
-    assert "rows are kept in memory" in caplog.messages[0]
 
 
 def test_rows_lost_at_the_end_are_counted_and_the_run_can_be_continued(
@@ -198,16 +195,3 @@ def test_logging_after_the_end_is_an_error_and_closing_twice_is_none(config: Con
     experiment.close()
     with pytest.raises(ValueError, match="closed"):
         experiment.log("epoch", epoch=1)
-
-
-def test_git_revision_is_the_commit_and_marks_changes(tmp_path: Path) -> None:
-    assert get_git_revision(tmp_path) is None
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.org"]
-    (tmp_path / "a").write_text("1")
-    for arguments in (["init", "-q"], ["add", "a"], ["commit", "-qm", "one"]):
-        subprocess.run([*git, *arguments], check=True)
-    revision = get_git_revision(tmp_path)
-    assert revision is not None
-    assert len(revision) == 40
-    (tmp_path / "a").write_text("2")
-    assert get_git_revision(tmp_path) == f"{revision}+changes"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -148,3 +149,16 @@ def test_any_class_with_id_text_and_audio_will_do(manager: DataVersionManager) -
         dataset_name="rows", version="1", metadata={}, utterances=(Row(str(i), "t", b"s") for i in range(2))
     )
     assert record.clips == 2
+
+
+def test_git_revision_is_the_commit_and_marks_changes(tmp_path: Path) -> None:
+    assert get_git_revision(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    (tmp_path / "a").write_text("1")
+    for arguments in (["init", "-q"], ["add", "a"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *arguments], check=True)
+    revision = get_git_revision(tmp_path)
+    assert revision is not None
+    assert len(revision) == 40
+    (tmp_path / "a").write_text("2")
+    assert get_git_revision(tmp_path) == f"{revision}+changes"
