@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
-from src.inference.caption_files import LiveCaptionWriter
+from src.inference.captions import LiveCaptionWriter
 from src.inference.server.client import in_real_time, stream_to_server
 from src.inference.server.protocol import DTYPES, Done, LiveEvent
 from src.inference.streaming.events import Event

@@ -26,8 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.command_line import check_model_path, parse_setting
 from scripts.recordings import Recording, caption_paths, find_recordings
-from src.inference.caption_files import write_captions
-from src.inference.captions import cues_of_segments, make_cues
+from src.inference.captions import cues_of_segments, make_cues, write_captions
 from src.inference.files.jobs import JobReport, deal, run_job
 from src.inference.files.transcription import Transcription
 from src.utils.config import Config, flatten, load_config

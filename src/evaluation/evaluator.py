@@ -159,12 +159,12 @@ class ModelEvaluator:
 
     def _decode_rows(self, whole: Mapping[str, Any], first: int, last: int) -> _Decoded:
         batch = _rows(whole, first, last)
-        audios = [audio[:n].numpy() for audio, n in zip(batch["audio"].cpu(), batch["audio_lengths"], strict=True)]
+        audios, lengths = batch["audio"], batch["audio_lengths"].tolist()
         options = DecodingOptions.from_config(self._config)
         self._synchronize()
         began = time.perf_counter()
-        encoded = encode(self._model, audios, options.trailing_silence_sec)
-        decoded = decode(self._model, self._processor, audios, options, encoder_outputs=encoded)
+        encoded = encode(self._model, audios, options.trailing_silence_sec, lengths=lengths)
+        decoded = decode(self._model, self._processor, audios, options, lengths=lengths, encoder_outputs=encoded)
         self._synchronize()
         compute_sec = time.perf_counter() - began
         loss_sum, tokens = self._teacher_forced_loss(encoded, batch)

@@ -23,10 +23,10 @@ import torch
 
 from src.data.audio import SAMPLE_RATE, Waveform, to_mono_16k
 from src.data.mel import CONTEXT_SAMPLES
+from src.inference.decoding import TorchEngine
 from src.inference.engines import Engine as Transcriber
 from src.inference.engines import transcribe
 from src.inference.options import DecodingOptions
-from src.inference.torch_engine import TorchEngine
 from src.utils.config import Config
 from src.utils.errors import AudioError, DataError, OutOfMemoryError
 from src.utils.memory import measure_memory

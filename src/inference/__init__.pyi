@@ -1,6 +1,5 @@
 from .alignment_heads import HeadSearch, find_alignment_heads, write_alignment_heads
-from .caption_files import LiveCaptionWriter, write_captions
-from .captions import CaptionOptions, cues_of_segments, make_cues
+from .captions import CaptionOptions, LiveCaptionWriter, cues_of_segments, make_cues, write_captions
 from .decoding import decode
 from .engines import load_engine
 from .files.transcribe import BatchInference

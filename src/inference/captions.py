@@ -1,28 +1,37 @@
-"""Captions: timed words to cues of a few short lines, at the end or while they are spoken.
+"""Captions: timed words to cues of a few short lines, and cues to SRT, WebVTT, TSV or JSON, at the end or live.
 
-A cut is free at the end of a sentence, dearer after a comma, dearest after a short word: articles, prepositions and
-conjunctions are short in most languages and belong to what follows, so that no list of them is needed. The squared
-share of a line or cue that stays empty comes on top and balances them (Knuth & Plass 1981, Breaking Paragraphs into
-Lines). Lines are the cheapest of all; a cue is the cheaper beginning of two, since a live file cannot wait for more.
+A cut is free at the end of a sentence, costs more after a comma and most after a short word: articles, prepositions
+and conjunctions are short in most languages and belong to what follows, so that no list of them is needed. The squared
+share of a line or cue that stays empty is added and balances them (Knuth & Plass 1981, Breaking Paragraphs into Lines).
+Lines are the cheapest of all; a cue is the cheaper beginning of two, since a live file cannot wait for more.
 
-Scripts without spaces: characters of Han, kana and their punctuation get no space between them, also where one stood.
-A text of them is one long word in `words.split_words`: it is cut between its characters (never before closing
-punctuation or a small kana), and its time shared out by character. Thai, Lao, Khmer and Burmese put spaces between
-phrases, and a word begins only there: those spaces stay.
+Scripts without spaces: Han, kana and their punctuation get no space between them, even where there was one. A text of
+them is one long word in `words.split_words`: it is cut between its characters (never before closing punctuation or a
+small kana), and its time is shared out by character. Thai, Lao, Khmer and Burmese put spaces between phrases, and a
+word begins only there: those spaces stay.
 """
 
 from __future__ import annotations
 
+import html
 import itertools
+import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from src.inference.words import Word
-from src.utils.errors import ConfigError, DataError
+from src.utils.errors import ConfigError, DataError, did_you_mean
+from src.utils.files import write_text_atomic
+
+if TYPE_CHECKING:
+    from src.inference.files.transcription import TranscribedSegment
+    from src.inference.streaming.events import Event
 
 SHORT_WORD_COLUMNS = 3
 CLAUSE_PAUSE_SEC = 0.3  # as good as a comma, for text without punctuation
@@ -38,17 +47,19 @@ _OPENS = r"「『（《〈【〔“‘(\[{"  # joins the character after it
 _JOINS = r"。、，！？；：」』）》〉】〕”’…・ー々ゝゞヽヾぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮヵヶ％,.!?;:)\]}\"'—%"
 _UNSPACED_START = re.compile(rf"[{_OPENS}]*[{_UNSPACED}]")
 _UNSPACED_END = re.compile(rf"[{_UNSPACED}][{_JOINS}]*$")
+_HEADERS = {".srt": "", ".vtt": "WEBVTT\n\n"}  # of live files
 _PIECE = re.compile(rf".*?(?![{_OPENS}])[{_UNSPACED}][{_JOINS}]*(?=[{_OPENS}]*(?![{_JOINS}])[{_UNSPACED}]|$)|.+")
 
 
 @dataclass(frozen=True)
 class CaptionOptions:
-    """What a cue may hold, and how long it stays. "chars" are columns: a wide character, such as a Chinese one, has 2.
+    """Size and duration of a cue. "chars" are columns: a wide character, such as a Chinese one, has 2.
 
     Sources: Netflix, Timed Text Style Guide; BBC, Subtitle Guidelines; Karamitroglou (1998), A Proposed Set of
     Subtitling Standards in Europe.
 
-    Raises: ConfigError: a value is not positive, or `min_cue_sec` exceeds `max_cue_sec`.
+    Raises:
+        ConfigError: a value is not positive, or `min_cue_sec` exceeds `max_cue_sec`.
     """
 
     max_line_chars: int = 42  # Netflix; a longer word has a line of its own
@@ -75,25 +86,14 @@ class CaptionOptions:
 DEFAULT_OPTIONS = CaptionOptions()
 
 
-class TimedText(Protocol):
-    """A text of which only the beginning and the end are known, seconds: a `TranscribedSegment` is one."""
-
-    @property
-    def text(self) -> str: ...
-
-    @property
-    def start_sec(self) -> float: ...
-
-    @property
-    def end_sec(self) -> float: ...
-
-
 @dataclass(frozen=True)
 class Cue:
-    """What is shown at one time.
+    """The lines shown at one time.
 
     Attributes:
-        start_sec, end_sec: whole milliseconds.
+        start_sec: whole milliseconds.
+        end_sec: likewise, later.
+        lines: of text.
         words: with their times; characters of a script without spaces; empty where only segment times are known.
     """
 
@@ -103,18 +103,31 @@ class Cue:
     words: tuple[Word, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A word that no cut divides; its columns if all text stood on one line; whether a cue must begin with it."""
+def make_cues(words: Sequence[Word], options: CaptionOptions = DEFAULT_OPTIONS) -> tuple[Cue, ...]:
+    """Lay words out as cues that do not overlap: every word once and in order.
 
-    word: Word
-    start_column: int
-    end_column: int
-    opens_cue: bool
+    Raises:
+        DataError: starts decrease.
+    """
+    builder = CueBuilder(options)
+    return builder.add(words) + builder.finish()
+
+
+def cues_of_segments(
+    segments: Sequence[TranscribedSegment], options: CaptionOptions = DEFAULT_OPTIONS
+) -> tuple[Cue, ...]:
+    """Lay out text without word times: each segment opens a cue; a long one is cut, its time shared out by character.
+
+    Raises:
+        DataError: times are not in order.
+    """
+    words = [Word(segment.text, segment.start_sec, segment.end_sec) for segment in segments]
+    pieces = list(_pieces(words, -math.inf, math.inf))
+    return tuple(replace(cue, words=()) for cue in _cues(pieces, _cuts(pieces, options, complete=True), options))
 
 
 class CueBuilder:
-    """Makes cues of words as they come, each once no later word can change it: at a pause, or when two are full."""
+    """Makes cues of words as they arrive, each once no later word can change it: at a pause, or when two are full."""
 
     def __init__(self, options: CaptionOptions = DEFAULT_OPTIONS) -> None:
         self._options = options
@@ -122,10 +135,7 @@ class CueBuilder:
         self._shown_sec = 0.0  # end of the last cue
 
     def add(self, words: Sequence[Word]) -> tuple[Cue, ...]:
-        """Take more words, in absolute time, and return the cues that they complete.
-
-        Raises: DataError: their times are not in order.
-        """
+        """Take more words, in absolute time and in order, and return the cues that they complete."""
         options, last = self._options, self._pieces[-1] if self._pieces else None
         self._pieces += list(_pieces(words, options.max_gap_sec, options.max_word_sec, last))
         return self._take(complete=False, until_sec=math.inf)
@@ -142,36 +152,20 @@ class CueBuilder:
         return cues
 
 
-def make_cues(words: Sequence[Word], options: CaptionOptions = DEFAULT_OPTIONS) -> tuple[Cue, ...]:
-    """Lay words out as cues.
+@dataclass(frozen=True)
+class _Piece:
+    """An indivisible word, its columns if all text stood on one line, and whether a cue must begin with it."""
 
-    Args: words: in absolute time; starts never decrease.
-    Returns: every word once and in order, in cues that do not overlap and last a millisecond at least.
-    Raises: DataError: times are not in order.
-    """
-    builder = CueBuilder(options)
-    return builder.add(words) + builder.finish()
-
-
-def cues_of_segments(segments: Sequence[TimedText], options: CaptionOptions = DEFAULT_OPTIONS) -> tuple[Cue, ...]:
-    """Lay out text without word times. Each segment opens a cue; a long one is cut, its time shared out by character.
-
-    Raises: DataError: times are not in order.
-    """
-    words = [Word(segment.text, segment.start_sec, segment.end_sec, math.nan) for segment in segments]
-    pieces = list(_pieces(words, -math.inf, math.inf))
-    return tuple(replace(cue, words=()) for cue in _cues(pieces, _cuts(pieces, options, complete=True), options))
-
-
-def spaced(texts: Sequence[str]) -> list[str]:
-    """Begin each text but the first with what parts it from the one before: a space, or nothing."""
-    return [*texts[:1], *(_space(left, right) + right for left, right in itertools.pairwise(texts))]
+    word: Word
+    start_column: int
+    end_column: int
+    opens_cue: bool
 
 
 def _pieces(
     words: Iterable[Word], max_gap_sec: float, max_word_sec: float, last: _Piece | None = None
 ) -> Iterator[_Piece]:
-    """Yield what cuts may part of words that follow `last`."""
+    """Yield the indivisible parts of words that follow `last`."""
     earliest_sec = -math.inf
     for word in words:
         if not earliest_sec <= word.start_sec <= word.end_sec < math.inf:
@@ -190,7 +184,7 @@ def _pieces(
 
 
 def _divide(word: Word, max_word_sec: float) -> list[Word]:
-    """Cut a word where a line may end, and share out its time by character, less a pause that it holds."""
+    """Cut a word where a line may end, and share out its time, less a pause inside it, by character."""
     texts = [text for chunk in word.text.split() for text in _PIECE.findall(chunk)]
     if not texts:
         return []
@@ -207,7 +201,7 @@ def _divide(word: Word, max_word_sec: float) -> list[Word]:
 
 
 def _cuts(pieces: Sequence[_Piece], options: CaptionOptions, *, complete: bool) -> list[int]:
-    """Return where cues begin, and where the last one ends; of incomplete text, what no later word can move."""
+    """Return where cues begin, and where the last one ends; of incomplete text only what no later word can move."""
     cuts = [0]
     while (start := cuts[-1]) < len(pieces):
         end = _cue_end(pieces, start, options)
@@ -219,7 +213,7 @@ def _cuts(pieces: Sequence[_Piece], options: CaptionOptions, *, complete: bool) 
 
 
 def _cost_of_two(pieces: Sequence[_Piece], start: int, stop: int, options: CaptionOptions) -> float:
-    """Return the cost of a cue, and the least of the cue after it; that is 0 after a pause, where all begins anew."""
+    """Return the cost of a cue, and the least of the cue after it, which is 0 after a pause."""
     cost = _cue_cost(pieces, start, stop, options)
     if stop == len(pieces) or pieces[stop].opens_cue:
         return cost
@@ -228,7 +222,7 @@ def _cost_of_two(pieces: Sequence[_Piece], start: int, stop: int, options: Capti
 
 
 def _cue_end(pieces: Sequence[_Piece], start: int, options: CaptionOptions) -> int:
-    """Return how far a cue goes that begins at `start`: as its lines and its time allow, at most to a pause."""
+    """Return the furthest end of a cue that begins at `start`, as lines, time and pauses allow."""
     line_start, lines = start, 1
     for at in range(start + 1, len(pieces)):
         too_long = pieces[at].word.end_sec - pieces[start].word.start_sec > options.max_cue_sec
@@ -307,3 +301,146 @@ def _mark(text: str) -> str:
 
 def _space(left: str, right: str) -> str:
     return "" if _UNSPACED_END.search(left) and _UNSPACED_START.match(right) else " "
+
+
+def spaced(texts: Sequence[str]) -> list[str]:
+    """Begin each text but the first with its separator from the one before: a space, or nothing."""
+    return [*texts[:1], *(_space(left, right) + right for left, right in itertools.pairwise(texts))]
+
+
+def write_captions(path: str | Path, cues: Sequence[Cue], *, language: str | None = None) -> Path:
+    """Write cues in the format of the suffix: .json (with the language), .srt, .tsv or .vtt, all or nothing.
+
+    Raises:
+        DataError: another suffix.
+        OSError: the folder cannot be made or written.
+    """
+    path = Path(path)
+    in_json = partial(to_json, language=language)
+    writers: dict[str, Callable[[Sequence[Cue]], str]] = {
+        ".json": in_json, ".srt": to_srt, ".tsv": to_tsv, ".vtt": to_vtt,
+    }  # fmt: skip
+    write_text_atomic(path, writers[_known_suffix(path, list(writers))](cues))
+    return path
+
+
+def to_srt(cues: Sequence[Cue]) -> str:
+    """Return SubRip text."""
+    return "".join(_block(".srt", number, cue) for number, cue in enumerate(cues, start=1))
+
+
+def to_vtt(cues: Sequence[Cue]) -> str:
+    """Return WebVTT text (W3C)."""
+    return _HEADERS[".vtt"] + "".join(_block(".vtt", number, cue) for number, cue in enumerate(cues, start=1))
+
+
+def to_tsv(cues: Sequence[Cue]) -> str:
+    """Return rows of start and end in ms and the text on one line, as openai/whisper writes them."""
+    rows = [f"{_ms(cue.start_sec)}\t{_ms(cue.end_sec)}\t{''.join(spaced(_clean_lines(cue)))}\n" for cue in cues]
+    return "start\tend\ttext\n" + "".join(rows)
+
+
+def to_json(cues: Sequence[Cue], *, language: str | None = None) -> str:
+    """Return JSON in openai/whisper's format: one segment per cue, with words where they are known.
+
+    Each text and word begins with the space before it, if any: segments, and words, concatenated give the text.
+    """
+    texts = spaced(["".join(spaced(_clean_lines(cue))) for cue in cues])
+    spelt = iter(spaced([word.text for cue in cues for word in cue.words]))
+    segments: list[dict[str, Any]] = []
+    for number, (cue, text) in enumerate(zip(cues, texts, strict=True)):
+        segments.append({"id": number, "start": cue.start_sec, "end": cue.end_sec, "text": text})
+        if cue.words:
+            segments[-1]["words"] = [
+                {
+                    "word": next(spelt),
+                    "start": round(word.start_sec, 3),
+                    "end": round(word.end_sec, 3),
+                    "probability": None if math.isnan(word.probability) else word.probability,
+                }
+                for word in cue.words
+            ]
+    content = {"text": "".join(texts), "language": language, "segments": segments}
+    return json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+
+
+class LiveCaptionWriter:
+    """Appends the cues of a live session to a file, .srt or .vtt, that is valid whenever it is read.
+
+    A "final" event writes everything said so far; its last cue stays at most for as long as audio was heard. Without a
+    final before the end the file is that of `make_cues`. An older file is replaced.
+
+    Raises:
+        DataError: another suffix.
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, path: str | Path, options: CaptionOptions = DEFAULT_OPTIONS) -> None:
+        self._path, self._builder, self._written = Path(path), CueBuilder(options), 0
+        self._suffix = _known_suffix(self._path, list(_HEADERS))
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("w", encoding="utf-8", newline="\n")
+        self._append(_HEADERS[self._suffix])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, event: Event) -> None:
+        """Take an event; partial ones change nothing.
+
+        Raises:
+            DataError: closed already, or times are not in order.
+            OSError: the file cannot be written.
+        """
+        if self._file.closed:
+            raise DataError(f"{self._path}: these captions are closed; open another LiveCaptionWriter")
+        if event.kind == "commit":
+            self._show(self._builder.add(event.words))
+        elif event.kind == "final":
+            self._show(self._builder.finish(event.audio_sec))
+
+    def close(self) -> None:
+        """Write the remaining words. A second call does nothing."""
+        if not self._file.closed:
+            with self._file:
+                self._show(self._builder.finish())
+
+    def _show(self, cues: Sequence[Cue]) -> None:
+        for cue in cues:
+            self._written += 1
+            self._append(_block(self._suffix, self._written, cue))
+
+    def _append(self, text: str) -> None:
+        self._file.write(text)
+        self._file.flush()
+
+
+def _block(suffix: str, number: int, cue: Cue) -> str:
+    """Return a cue as SubRip, which has no escapes ("-->" becomes "->", as in openai/whisper), or as WebVTT."""
+    text = "\n".join(_clean_lines(cue))
+    text, mark = (re.sub("--+>", "->", text), ",") if suffix == ".srt" else (html.escape(text, quote=False), ".")
+    return f"{number}\n{_clock(cue.start_sec, mark)} --> {_clock(cue.end_sec, mark)}\n{text}\n\n"
+
+
+def _clean_lines(cue: Cue) -> list[str]:
+    """Return the lines without anything that would end a cue or a row: line ends, tabs, blank lines."""
+    return [" ".join(line.split()) for line in cue.lines if line.strip()]
+
+
+def _clock(sec: float, mark: str) -> str:
+    minutes, ms = divmod(_ms(sec), 60_000)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{ms // 1000:02}{mark}{ms % 1000:03}"
+
+
+def _ms(sec: float) -> int:
+    return round(sec * 1000)
+
+
+def _known_suffix(path: Path, known: Sequence[str]) -> str:
+    suffix = path.suffix.lower()
+    if suffix not in known:
+        raise DataError(f"{path}: captions are written as {', '.join(known)}{did_you_mean(suffix, known)}")
+    return suffix

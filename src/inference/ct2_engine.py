@@ -15,9 +15,8 @@ import ctranslate2
 import numpy as np
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.mel import HOP_SAMPLES
-from src.inference.frontend import log_mel_on_host
-from src.inference.options import DecodingOptions, DecodingResult
+from src.data.mel import HOP_SAMPLES, log_mel
+from src.inference.options import DecodingOptions, DecodingResult, batch_samples
 from src.inference.tokens import Vocabulary
 from src.inference.words import Word, place_words
 from src.utils.errors import DeviceError, ModelError
@@ -33,12 +32,15 @@ class CTranslate2Engine:
     Args:
         folder: with model.bin, config.json and tokenizer.json, as `export_ctranslate2` writes it.
         device: as `find_device` takes it.
-        compute_type: "auto" keeps the type that the weights are stored in where the device can compute with it; or
-            int8, int8_float16, float16, float32, ... as CTranslate2 names them.
-        workers: batches that are computed at once on a CPU, when as many threads call: on two cores, two workers of
-            one thread get through nearly twice the clips of one with two (2026-11-28).
-        threads: of the CPU, a worker; 0 shares the cores out.
-    Raises: ModelError: not a whole CTranslate2 Whisper. DeviceError: the device or type is not to be had here.
+        compute_type: "auto" keeps the type of the stored weights where the device can compute with it; or int8,
+            int8_float16, float16, float32, ... as CTranslate2 names them.
+        workers: batches computed at once on a CPU, if as many threads call: on two cores, two workers of one thread
+            decode nearly twice the clips of one with two (2026-11-28).
+        threads: CPU threads per worker; 0 shares the cores out.
+
+    Raises:
+        ModelError: not a complete CTranslate2 Whisper.
+        DeviceError: the device or type is unavailable.
     """
 
     name = "ctranslate2"
@@ -68,10 +70,12 @@ class CTranslate2Engine:
 
     def encode(self, audios: Sequence[Waveform], trailing_silence_sec: float) -> Any:
         """Return the encoder's output, a `StorageView` (B, positions, d_model) on the engine's device."""
-        features = log_mel_on_host(
-            audios, trailing_silence_sec, num_mel_bins=self._model.n_mels, audio_context=self.audio_context
-        )
-        return self._model.encode(ctranslate2.StorageView.from_array(np.ascontiguousarray(features)))
+        samples = batch_samples([len(audio) for audio in audios], trailing_silence_sec, self.audio_context)
+        batch = np.zeros((len(audios), samples), dtype=np.float32)
+        for row, audio in enumerate(audios):
+            batch[row, : len(audio)] = audio
+        features = np.ascontiguousarray(log_mel(batch, self._model.n_mels))
+        return self._model.encode(ctranslate2.StorageView.from_array(features))
 
     def decode(self, encoded: Any, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
         """Decode what `encode` gave for these clips."""
@@ -114,7 +118,7 @@ class CTranslate2Engine:
     def align(
         self, encoded: Any, audios: Sequence[Waveform], texts: Sequence[Sequence[int]], options: DecodingOptions
     ) -> list[tuple[Word, ...]]:
-        """Place texts that are known in their clips."""
+        """Place known texts in their clips."""
         start = self.vocabulary.start_sequence(options.language, options.task, timestamps=False)
         return self._align_rows(encoded, audios, [start] * len(texts), texts)
 
@@ -164,8 +168,12 @@ class CTranslate2Engine:
 def find_device(name: str) -> tuple[str, int]:
     """Return the kind and number of a device for CTranslate2, without torch.
 
-    Args: name: "auto" (CUDA if there is any, else the CPU), "cpu", "cuda" or "cuda:N".
-    Raises: ModelError: another kind. DeviceError: no such CUDA device.
+    Args:
+        name: "auto" (CUDA if there is any, else the CPU), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ModelError: another kind.
+        DeviceError: no such CUDA device.
     """
     kind, _, number = name.partition(":")
     found = ctranslate2.get_cuda_device_count() if kind in ("auto", "cuda") else 0

@@ -116,7 +116,7 @@ def load_engine(
 def _load_torch(source: str | Path, config: Config, compute_type: str) -> Engine:
     import torch
 
-    from src.inference.torch_engine import TorchEngine
+    from src.inference.decoding import TorchEngine
     from src.models.whisper_model import WhisperModelManager
 
     on_gpu = get_device(config.device).type == "cuda"

@@ -1,12 +1,14 @@
-"""How to decode, and what decoding gives: the same for every engine."""
+"""Decoding options and results: the same for every engine."""
 
 from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from src.data.audio import SAMPLE_RATE
+from src.data.mel import CONTEXT_SAMPLES, padded_samples
 from src.inference.words import Word
 from src.utils.config import Config
 from src.utils.errors import ModelError
@@ -32,7 +34,9 @@ class DecodingOptions:
         hotwords: words to expect, as conditioning only.
         prefix: text that the result must begin with.
         seed: of the draws at a temperature.
-    Raises: ModelError: beams together with a temperature.
+
+    Raises:
+        ModelError: beams together with a temperature.
     """
 
     language: str | None = None
@@ -65,22 +69,21 @@ class DecodingOptions:
         )
 
     def token_cap(self, samples: int) -> int:
-        """Return the most tokens that a clip of so many samples may get."""
+        """Return the maximum number of new tokens for a clip of so many samples."""
         return MIN_NEW_TOKENS + math.ceil(self.max_tokens_per_sec * samples / SAMPLE_RATE)
 
 
 @dataclass(frozen=True)
 class DecodingResult:
-    """One clip's text.
+    """The text of one clip.
 
     Attributes:
         text: stripped of surrounding spaces.
         tokens: text tokens, prefix included, and with `timestamps` the times; no other special tokens.
-        avg_logprob: mean natural-log probability of the tokens that were decoded and the end token; nan where the
-            engine does not tell (torch with beams).
+        avg_logprob: mean natural-log probability of the decoded tokens and the end token.
         words: times within the clip, or None where `word_timestamps` was off.
         language: given or detected; None where none was given for an English-only model.
-        no_speech_prob: probability of the token for silence; None where not asked for.
+        no_speech_prob: probability of the token for silence; None where not asked for, or decoded with beams by torch.
         temperature: with which it was decoded.
     """
 
@@ -97,3 +100,26 @@ class DecodingResult:
         """Bytes of the text over its bytes compressed by zlib: loops have more than 2.4 (openai/whisper)."""
         data = self.text.encode("utf-8")
         return len(data) / len(zlib.compress(data)) if data else 0.0
+
+
+def batch_samples(lengths: Sequence[int], trailing_silence_sec: float, audio_context: str) -> int:
+    """Return how many samples each clip of a batch is padded to for the encoder.
+
+    Args:
+        lengths: samples of each clip, at most 30 s.
+        trailing_silence_sec: silence after the longest clip, where 30 s leave room; unused at full context.
+        audio_context: "full" or "dynamic".
+
+    Raises:
+        ModelError: no clip, or a clip longer than 30 s.
+    """
+    if not lengths:
+        raise ModelError("encode: an empty batch; pass at least one clip")
+    longest = max(lengths)
+    if longest > CONTEXT_SAMPLES:
+        raise ModelError(
+            f"a clip of {longest / SAMPLE_RATE:.1f} s: the encoder takes 30 s; BatchInference cuts longer audio"
+        )
+    if audio_context == "full":
+        return CONTEXT_SAMPLES
+    return padded_samples(longest + round(trailing_silence_sec * SAMPLE_RATE))

@@ -13,7 +13,7 @@ from src.data.augmentation.augmenter import AudioAugmenter
 from src.data.augmentation.spec_augment import SpecAugment
 from src.data.features import CONTEXT_SAMPLES, HOP_SAMPLES
 from src.data.mel import padded_samples
-from src.inference.frontend import log_mel_for
+from src.inference.decoding import log_mel_for
 from src.training.prefixes import PrefixCutter
 from src.utils.config import Config
 

@@ -15,7 +15,7 @@ from src.data.audio import SAMPLE_RATE
 from src.data.features import CONTEXT_SAMPLES
 from src.data.labels import IGNORE_INDEX
 from src.data.mel import padded_samples
-from src.inference.frontend import log_mel_for
+from src.inference.decoding import log_mel_for
 from src.models.dynamic_context import DynamicWhisper
 from src.training.loss import TokenLoss
 from src.training.schedule import build_optimizer

@@ -22,8 +22,7 @@ from src.data.audio import SAMPLE_RATE
 from src.data.batching import batch_generator
 from src.data.features import CONTEXT_SAMPLES, SAMPLES_PER_POSITION
 from src.data.mel import padded_samples
-from src.inference.decoding import decode, encode
-from src.inference.frontend import log_mel_for
+from src.inference.decoding import decode, encode, log_mel_for
 from src.inference.options import DecodingOptions
 from src.inference.tokens import Vocabulary
 from src.models.dynamic_context import DynamicWhisper

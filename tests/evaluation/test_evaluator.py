@@ -162,11 +162,11 @@ def test_out_of_memory_halves_the_batches_from_then_on_and_loses_no_clip(
 ) -> None:  # fmt: skip
     real, sizes = decoding.encode, []
 
-    def encode(model: Any, audios: Any, *rest: Any) -> Any:
+    def encode(model: Any, audios: Any, *rest: Any, **options: Any) -> Any:
         sizes.append(len(audios))
         if len(audios) > fits:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return real(model, audios, *rest)
+        return real(model, audios, *rest, **options)
 
     monkeypatch.setattr("src.evaluation.evaluator.encode", encode)
     loader = create_loader(clips, tiny_en[1], config)  # seven clips, one batch

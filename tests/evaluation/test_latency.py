@@ -259,7 +259,7 @@ def test_a_batch_size_that_does_not_fit_is_reported_and_the_others_are_measured(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, audios, *rest)
 
-    monkeypatch.setattr("src.inference.torch_engine.encode", encode)
+    monkeypatch.setattr("src.inference.decoding.encode", encode)
     benchmark = LatencyBenchmark(*tiny_en, config)
     fits, too_large = benchmark.throughput([jfk[:RATE], jfk[: 2 * RATE]], batch_sizes=(1, 2))
     assert (fits.batch_size, fits.reason, fits.calls) == (1, None, 2)

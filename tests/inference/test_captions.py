@@ -13,8 +13,19 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from src.inference.caption_files import LiveCaptionWriter, to_json, to_srt, to_tsv, to_vtt, write_captions
-from src.inference.captions import CaptionOptions, Cue, CueBuilder, cues_of_segments, make_cues
+from src.inference.captions import (
+    CaptionOptions,
+    Cue,
+    CueBuilder,
+    LiveCaptionWriter,
+    cues_of_segments,
+    make_cues,
+    to_json,
+    to_srt,
+    to_tsv,
+    to_vtt,
+    write_captions,
+)
 from src.inference.streaming.events import Event, join_words
 from src.inference.words import Word
 from src.utils.errors import ConfigError, DataError

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from src.data.audio import load_audio
 from src.inference.ct2_engine import CTranslate2Engine
+from src.inference.decoding import TorchEngine
 from src.inference.engines import Engine, load_engine, transcribe
 from src.inference.options import DecodingOptions
-from src.inference.torch_engine import TorchEngine
 from src.models.export.ctranslate2 import export_ctranslate2
 from src.utils.config import Config, load_config
 from src.utils.errors import ConfigError, DeviceError, ModelError

@@ -10,11 +10,11 @@ import pytest
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.vad import VoiceActivityDetector
+from src.inference.decoding import TorchEngine
 from src.inference.engines import Engine, load_engine
 from src.inference.streaming.commit import word_key
 from src.inference.streaming.events import Event
 from src.inference.streaming.live import StreamingASR
-from src.inference.torch_engine import TorchEngine
 from src.utils.config import load_config
 
 CONFIG = load_config(None, overrides={"device": "cpu", "streaming": {"policy": "alignatt", "min_chunk_sec": 1.0}})

@@ -222,7 +222,7 @@ class BatchInference:
 def _torch_engine(model: Any, processor: Any) -> Engine:
     if model is None or processor is None:
         raise ModelError("BatchInference needs a model and its processor, or engine=load_engine(...)")
-    from src.inference.torch_engine import TorchEngine  # torch's models: CTranslate2 does without
+    from src.inference.decoding import TorchEngine  # torch's models: CTranslate2 does without
 
     return TorchEngine(model, processor)
 

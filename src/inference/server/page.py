@@ -114,7 +114,7 @@ def _engines(
     model: Any, processor: Any, config: Config, stock: ModelSource | None, models: Mapping[str, ModelSource] | None
 ) -> Iterator[tuple[str, Engine]]:
     if model is not None:
-        from src.inference.torch_engine import TorchEngine
+        from src.inference.decoding import TorchEngine
 
         yield TUNED, TorchEngine(model, processor)
     sources = dict(models or {}) | ({} if stock is None else {STOCK: stock})

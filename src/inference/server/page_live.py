@@ -20,8 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from src.data.audio import Waveform
-from src.inference.caption_files import to_srt, to_vtt
-from src.inference.captions import make_cues, spaced
+from src.inference.captions import make_cues, spaced, to_srt, to_vtt
 from src.inference.server.connection import ServerLimits
 from src.inference.server.protocol import MAX_WIRE_RATE, MIN_WIRE_RATE, LiveEvent, StreamError, read_samples
 from src.inference.streaming.events import Event

@@ -7,8 +7,7 @@ import math
 from collections.abc import Sequence, Set
 from urllib.parse import quote
 
-from src.inference.caption_files import to_srt, to_vtt
-from src.inference.captions import make_cues, spaced
+from src.inference.captions import make_cues, spaced, to_srt, to_vtt
 from src.inference.server.page_files import FileTranscript, differing_words
 from src.inference.words import Word
 
