@@ -28,7 +28,7 @@ from scripts.command_line import check_model_path, parse_setting
 from scripts.recordings import Recording, caption_paths, find_recordings
 from src.inference.captions import cues_of_segments, make_cues, write_captions
 from src.inference.files.jobs import JobReport, deal, run_job
-from src.inference.files.transcription import Transcription
+from src.inference.files.transcribe import Transcription
 from src.utils.config import Config, flatten, load_config
 from src.utils.distributed import from_main, gather_objects, is_main_process, join_processes, rank, world_size
 from src.utils.errors import AudioError, DataError, WhisperASRError, did_you_mean

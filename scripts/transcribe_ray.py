@@ -36,7 +36,7 @@ from scripts.transcribe import (
     tell,
 )
 from src.inference.files.jobs import run_job
-from src.inference.files.transcription import Transcription
+from src.inference.files.transcribe import Transcription
 from src.utils.config import Config
 from src.utils.errors import MissingDependencyError
 

@@ -2,8 +2,7 @@ from .alignment_heads import HeadSearch, find_alignment_heads, write_alignment_h
 from .captions import CaptionOptions, LiveCaptionWriter, cues_of_segments, make_cues, write_captions
 from .decoding import decode
 from .engines import load_engine
-from .files.transcribe import BatchInference
-from .files.transcription import Transcription
+from .files.transcribe import BatchInference, Transcription
 from .options import DecodingOptions
 from .server.client import stream_to_server
 from .server.connection import ServerLimits

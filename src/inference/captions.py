@@ -30,7 +30,7 @@ from src.utils.errors import ConfigError, DataError, did_you_mean
 from src.utils.files import write_text_atomic
 
 if TYPE_CHECKING:
-    from src.inference.files.transcription import TranscribedSegment
+    from src.inference.files.transcribe import TranscribedSegment
     from src.inference.streaming.events import Event
 
 SHORT_WORD_COLUMNS = 3

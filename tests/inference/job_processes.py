@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from src.inference.files.jobs import part_path, run_job
-from src.inference.files.transcription import Transcription
+from src.inference.files.transcribe import Transcription
 from src.utils.distributed import join_processes, rank, world_size
 
 

@@ -1,22 +1,35 @@
-"""Recordings of any length cut at silences into segments that the encoder takes, in bounded memory.
+"""Recordings of any length in pieces that the encoder takes: cut at silences, or windows of 30 s.
 
 It is cut where silero-vad hears no speech. Speech that goes on for longer than `max_sec` is cut at its quietest moment,
-which lies between words far more often than a fixed grid. What fits into one segment stays as it is.
+which lies between words far more often than a fixed grid. What fits into one segment stays whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.labels import TIMESTAMP_STEP_SEC, TimedTokens
+from src.data.mel import CONTEXT_SAMPLES
 from src.data.vad import VADEvent, VoiceActivityDetector
+from src.inference.engines import Engine, decode_with_fallback
+from src.inference.options import DecodingOptions, DecodingResult
+from src.inference.tokens import Vocabulary
+from src.inference.words import Word, shifted, split_words
+from src.utils.config import InferenceConfig
 
 QUIET_SAMPLES = SAMPLE_RATE // 10  # 0.1 s: the gap that a cut in the middle of speech looks for
 PAD_SEC = 0.25  # at least so much stays on both sides of speech; single clips cut so: WER 8.7, at 0.1 s 10.6%
 EARLIEST_CUT = 0.5  # share of `max_sec`; a cut before it would make many short segments
+
+
+MIN_REST_SEC = 0.5  # a shorter rest after the last window holds no word
+MAX_PROMPT_CHARS = 2_000  # more than the 223 tokens that a prompt may have
+RESET_TEMPERATURE = 0.5  # a text that was drawn above it is no context to trust
 
 
 @dataclass(frozen=True)
@@ -26,10 +39,6 @@ class Segment:
     start_sec: float
     end_sec: float
     audio: Waveform
-
-    def without_audio(self) -> Segment:
-        """Return its place alone, to free memory."""
-        return replace(self, audio=np.zeros(0, dtype=np.float32))
 
 
 def cut_at_silences(
@@ -162,3 +171,93 @@ def _quietest(samples: Waveform) -> int:
     power = np.concatenate([[0.0], np.cumsum(samples.astype(np.float64) ** 2)])
     energy = power[QUIET_SAMPLES:] - power[:-QUIET_SAMPLES]
     return int(energy.argmin()) + QUIET_SAMPLES // 2 if len(energy) else len(samples) // 2
+
+
+def decode_windows(
+    engine: Engine,
+    blocks: Iterable[Waveform],
+    options: DecodingOptions,
+    rules: InferenceConfig,
+    *,
+    vad: VoiceActivityDetector | None = None,
+) -> Iterator[tuple[DecodingResult, float, float]]:
+    """Transcribe a recording in windows of 30 s, one after the other, each with the text before it as context.
+
+    The long-form algorithm of openai/whisper (Radford et al. 2022, section 3.8): the model writes segment times into
+    its tokens, and the next window begins where the last whole segment ended. It keeps context over cuts, but decodes
+    one window at a time: segments cut at silences are several times faster.
+
+    Args:
+        engine: from `load_engine`.
+        blocks: (n,) float32, 16 kHz, in order.
+        options: the prompt stands before the first window; the language of the first window holds for all.
+        rules: as for `decode_with_fallback`.
+        vad: as for `decode_with_fallback`.
+
+    Yields:
+        Each segment's result, its start and its end in seconds of the recording, as the times of its words.
+    """
+    coming, vocabulary = iter(blocks), engine.vocabulary
+    prompt, language = options.prompt, options.language
+    held: Waveform = np.zeros(0, dtype=np.float32)
+    start = 0  # of what is held, in samples of the recording
+    while True:
+        while len(held) < CONTEXT_SAMPLES and (block := next(coming, None)) is not None:
+            held = np.concatenate([held, block])
+        if len(held) < MIN_REST_SEC * SAMPLE_RATE:
+            return
+        audio, start_sec = held[:CONTEXT_SAMPLES], start / SAMPLE_RATE
+        asked = replace(options, timestamps=True, word_timestamps=False, prompt=prompt, language=language)
+        (result,) = decode_with_fallback(engine, [audio], asked, rules, vad=vad)
+        language = result.language
+        texts, end_sec = split_at_timestamps(result.tokens, vocabulary, len(audio) / SAMPLE_RATE)
+        parts = [replace(result, text=vocabulary.decode(each.tokens).strip(), tokens=each.tokens) for each in texts]
+        if options.word_timestamps:
+            words = _words_of_texts(engine, audio, texts, replace(asked, language=language), end_sec)
+            parts = [replace(part, words=shifted(each, start_sec)) for part, each in zip(parts, words, strict=True)]
+        for part, text in zip(parts, texts, strict=True):
+            yield part, start_sec + text.start_sec, start_sec + text.end_sec
+        used = round(end_sec * SAMPLE_RATE)
+        held, start = held[used:], start + used
+        heard = "".join(vocabulary.decode(text.tokens) for text in texts)  # not what the next window hears again
+        prompt = "" if result.temperature > RESET_TEMPERATURE else f"{prompt}{heard}"[-MAX_PROMPT_CHARS:]
+
+
+def split_at_timestamps(
+    tokens: Sequence[int], vocabulary: Vocabulary, window_sec: float
+) -> tuple[list[TimedTokens], float]:
+    """Split a window's tokens at the pairs of times that the model wrote between segments.
+
+    Returns:
+        Segments with text; and where the next window begins, in seconds of this one: at its end, unless a segment was
+        begun there whose end lies beyond.
+    """
+    begin = vocabulary.timestamp_begin
+    is_time = [token >= begin for token in tokens]
+    cuts = [i + 1 for i in range(len(tokens) - 1) if is_time[i] and is_time[i + 1]]
+    ends_whole = is_time[-2:] == [False, True]  # speech ended, and nothing was begun after it
+    edges = [0, *cuts, len(tokens)] if ends_whole or not cuts else [0, *cuts]
+    texts = []
+    for first, last in itertools.pairwise(edges):
+        times = [
+            min((token - begin) * TIMESTAMP_STEP_SEC, window_sec) for token in tokens[first:last] if token >= begin
+        ]
+        text = tuple(token for token in tokens[first:last] if token < vocabulary.end)
+        start_sec = times[0] if times else 0.0
+        end_sec = times[-1] if len(times) > 1 else window_sec
+        if vocabulary.decode(text).strip():
+            texts.append(TimedTokens(text, start_sec, max(start_sec, end_sec)))
+    last_sec = (tokens[cuts[-1] - 1] - begin) * TIMESTAMP_STEP_SEC if cuts else 0.0
+    return texts, window_sec if ends_whole or not cuts or last_sec <= 0 else min(last_sec, window_sec)
+
+
+def _words_of_texts(
+    engine: Engine, audio: Waveform, texts: Sequence[TimedTokens], options: DecodingOptions, end_sec: float
+) -> Iterator[tuple[Word, ...]]:
+    """Place all words of a window at once, none beyond where the next begins, and deal them out to its segments."""
+    encoded = engine.encode([audio], options.trailing_silence_sec)
+    (words,) = engine.align(encoded, [audio], [[token for text in texts for token in text.tokens]], options)
+    within = (replace(w, start_sec=min(w.start_sec, end_sec), end_sec=min(w.end_sec, end_sec)) for w in words)
+    for text in texts:
+        count = sum(bool(word) for word, _ in split_words(engine.vocabulary, text.tokens))
+        yield tuple(itertools.islice(within, count))

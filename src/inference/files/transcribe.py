@@ -1,18 +1,21 @@
-"""Files to text: batches of similar length over all files, long recordings cut at silences, faults reported by file.
+"""Files to text: recordings of any length, cut at silences and decoded in batches, or in windows of 30 s.
 
 Files are read, cut and decoded in rounds of bounded audio, so that any number of files of any length fits into memory.
-Within a round, segments go from long to short: batches then hold little padding.
+Within a round, segments go from long to short: batches then hold little padding. A text that looks like a loop or a
+guess is decoded again at a temperature.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,22 +24,19 @@ from tqdm.auto import tqdm
 
 from src.data.audio import SAMPLE_RATE, Waveform, stream_audio, to_mono_16k
 from src.data.vad import VoiceActivityDetector
-from src.inference.engines import Engine
-from src.inference.files.fallback import FallbackOptions, decode_with_fallback
-from src.inference.files.segmentation import Segment, cut_at_silences
-from src.inference.files.sequential import transcribe_sequentially
-from src.inference.files.transcription import TranscribedSegment, Transcription, Transcriptions
+from src.inference.engines import Engine, decode_with_fallback
+from src.inference.files.segmentation import Segment, cut_at_silences, decode_windows
 from src.inference.options import DecodingOptions, DecodingResult
+from src.inference.words import Word, shifted
 from src.utils.config import Config
 from src.utils.errors import AudioError, DataError, ModelError
 from src.utils.runtime import FittingSize
 
 logger = logging.getLogger(__name__)
 
-ROUND_SEC = 900.0  # of audio that is held at once: 58 MB
-ROUND_BATCHES = 8  # a worker: enough to sort by length
 AudioSource = str | Path | Waveform
-Mode = Literal["segments", "sequential"]
+ROUND_SEC = 900.0  # of audio that is held at once: 58 MB
+ROUND_BATCHES = 8  # per worker: enough to sort by length
 
 # A longer pause separates segments. Models tuned on single sentences at their own length stop after the first sentence:
 # of four in 20 s they leave 21% of the words out. Uncut WER 26.9%, cut at every pause 9.9%, at those above 1 s 8.3%,
@@ -44,20 +44,137 @@ Mode = Literal["segments", "sequential"]
 JOIN_PAUSE_SEC = {"full": 30.0, "dynamic": 1.0}
 
 
-@dataclass
-class _Recording:
-    """A recording on its way: its segments come back in any order."""
+@dataclass(frozen=True)
+class TranscribedSegment:
+    """A part of a recording that was decoded together.
+
+    Attributes:
+        start_sec: in the recording, as `end_sec`.
+        text: stripped.
+        words: times in the recording; None unless asked for.
+        language: given or detected; None for English-only models.
+
+    The other attributes are those of `DecodingResult`.
+    """
+
+    start_sec: float
+    end_sec: float
+    text: str
+    avg_logprob: float
+    no_speech_prob: float | None
+    compression_ratio: float
+    temperature: float
+    words: tuple[Word, ...] | None
+    language: str | None
+
+    @classmethod
+    def of(cls, result: DecodingResult, start_sec: float, end_sec: float) -> TranscribedSegment:
+        """Place a result, whose words have times in the recording."""
+        return cls(
+            start_sec,
+            end_sec,
+            result.text,
+            result.avg_logprob,
+            result.no_speech_prob,
+            result.compression_ratio,
+            result.temperature,
+            result.words,
+            result.language,
+        )
+
+
+@dataclass(frozen=True)
+class Transcription:
+    """The text of one recording.
+
+    Attributes:
+        source: the path, or "array N".
+        text: segments joined by spaces; None where the recording could not be decoded.
+        duration_sec: of the audio; nan where it could not be decoded.
+        segments: those with text, in order.
+        words: times from the recording's start; None unless asked for.
+        language: of the first segment; None for English-only models and silence.
+        error: why there is no text; None where there is.
+    """
 
     source: str
-    segments: list[Segment] = field(default_factory=list)  # audio is dropped once decoded
-    results: dict[int, DecodingResult] = field(default_factory=dict)
+    text: str | None
+    duration_sec: float
+    segments: tuple[TranscribedSegment, ...] = ()
+    words: tuple[Word, ...] | None = None
+    language: str | None = None
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON takes them: nan becomes None."""
+        fields: dict[str, Any] = _for_json(asdict(self))
+        return fields
+
+
+def _for_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _for_json(each) for key, each in value.items() if key != "tokens"}
+    if isinstance(value, list | tuple):
+        return [_for_json(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+@dataclass(frozen=True)
+class Transcriptions(Sequence[Transcription]):
+    """Results in the order of the input, and what they cost.
+
+    Attributes:
+        compute_sec: wall time of reading, cutting, features, encoder and decoder.
+    """
+
+    items: tuple[Transcription, ...]
+    compute_sec: float
+
+    @property
+    def audio_sec(self) -> float:
+        """Audio transcribed."""
+        return float(np.nansum([item.duration_sec for item in self.items]))
+
+    @property
+    def rtf(self) -> float:
+        """Real-time factor: compute over audio, a ratio of sums; nan where nothing was transcribed."""
+        return self.compute_sec / self.audio_sec if self.audio_sec else float("nan")
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+@dataclass
+class _Recording:
+    """A recording in progress: its segments are decoded in any order."""
+
+    source: str
     duration_sec: float = 0.0
     language: str | None = None
     error: str | None = None
+    cut: int = 0  # segments so far
     is_read: bool = False
+    decoded: dict[int, TranscribedSegment] = field(default_factory=dict)
+
+    def joined(self, *, words: bool) -> Transcription:
+        """Join the segments; with an error there is no text, whatever was decoded before it."""
+        if self.error is not None:
+            return Transcription(self.source, None, float("nan"), error=self.error)
+        spoken = tuple(segment for _, segment in sorted(self.decoded.items()) if segment.text)
+        return Transcription(
+            self.source,
+            " ".join(segment.text for segment in spoken),
+            self.duration_sec,
+            spoken,
+            tuple(word for segment in spoken for word in segment.words or ()) if words else None,
+            spoken[0].language if spoken else None,
+        )
 
 
-_Item = tuple[_Recording, int]  # and the index of its segment
+_Item = tuple[_Recording, int, Segment]  # a segment with its index in the recording
 
 
 class BatchInference:
@@ -68,8 +185,10 @@ class BatchInference:
         processor: its processor.
         config: `inference`, `model` and `vad` sections; defaults without.
         engine: from `load_engine`, instead of a model.
-        vad: cuts recordings and tells silence; made from the configuration without.
-    Raises: ModelError: neither a model with its processor nor an engine.
+        vad: cuts recordings and detects silence; made from the configuration by default.
+
+    Raises:
+        ModelError: neither a model with its processor nor an engine.
     """
 
     def __init__(
@@ -81,17 +200,22 @@ class BatchInference:
         engine: Engine | None = None,
         vad: VoiceActivityDetector | None = None,
     ) -> None:
-        self._config = config or Config()
-        self._engine = engine if engine is not None else _torch_engine(model, processor)
-        self._vad = vad or VoiceActivityDetector(self._config.vad)
-        self._fallback = FallbackOptions.from_config(self._config)
-        self._fitting = FittingSize()
-        section = self._config.inference
+        config = config or Config()
+        if engine is None:
+            if model is None or processor is None:
+                raise ModelError("BatchInference needs a model and its processor, or engine=load_engine(...)")
+            from src.inference.decoding import TorchEngine  # torch's models: CTranslate2 does without
+
+            engine = TorchEngine(model, processor)
+        self._engine, self._settings, self._fitting = engine, config.inference, FittingSize()
+        self._vad = vad or VoiceActivityDetector(config.vad)
         self._options = replace(
-            DecodingOptions.from_config(self._config), prompt=section.initial_prompt, hotwords=section.hotwords
+            DecodingOptions.from_config(config),
+            prompt=self._settings.initial_prompt,
+            hotwords=self._settings.hotwords,
         )
-        pause = section.join_pause_sec
-        self._join_pause_sec = JOIN_PAUSE_SEC[self._engine.audio_context] if pause is None else pause
+        pause_sec = self._settings.join_pause_sec
+        self._join_pause_sec = JOIN_PAUSE_SEC[engine.audio_context] if pause_sec is None else pause_sec
 
     def transcribe_batch(self, sources: Sequence[AudioSource], **options: Any) -> Transcriptions:
         """Transcribe recordings of any length.
@@ -99,8 +223,13 @@ class BatchInference:
         Args:
             sources: paths, or (T,) float32 arrays at 16 kHz.
             options: as of `transcribe_iter`.
-        Returns: one `Transcription` a source, in order. Silence gives an empty text.
-        Raises: DataError: no source. AudioError: a bad recording with "raise".
+
+        Returns:
+            One `Transcription` per source, in order. Silence gives an empty text.
+
+        Raises:
+            DataError: no source.
+            AudioError: a bad recording with "raise".
         """
         if isinstance(sources, str | Path):
             raise DataError(f"transcribe_batch takes a list; write transcribe_batch([{str(sources)!r}])")
@@ -116,7 +245,7 @@ class BatchInference:
         *,
         word_timestamps: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
-        mode: Mode = "segments",
+        mode: Literal["segments", "sequential"] = "segments",
     ) -> Iterator[Transcription]:
         """Transcribe any number of recordings, in memory that does not grow with them.
 
@@ -126,151 +255,116 @@ class BatchInference:
             on_error: "skip" reports a bad recording in its `Transcription.error` and goes on.
             mode: "segments" cuts at silences and decodes in batches; "sequential" goes through a recording in windows
                 of 30 s, each with the text before it as context, for models that write timestamps.
-        Yields: one `Transcription` a source, in order.
-        Raises: AudioError: a bad recording with "raise". ModelError, DeviceError: of the engine.
+
+        Yields:
+            One `Transcription` per source, in order.
+
+        Raises:
+            AudioError: a bad recording with "raise".
+            ModelError: of the engine.
+            DeviceError: likewise.
         """
         options = replace(self._options, word_timestamps=word_timestamps)
         total = len(sources) if isinstance(sources, Sequence) else None
+        by_mode = self._one_by_one if mode == "sequential" else self._in_rounds
         with tqdm(total=total, desc="transcribing", unit="file", disable=total == 1) as bar:
-            found: Iterator[Transcription]
-            if mode == "sequential":
-                found = (self._one_by_one(source, i, options, on_error) for i, source in enumerate(sources))
-            else:
-                found = self._in_rounds(sources, options, on_error)
-            for transcription in found:
+            for recording in by_mode(sources, options, on_error):
                 bar.update()
-                yield transcription
+                yield recording.joined(words=word_timestamps)
 
-    def _one_by_one(self, source: AudioSource, index: int, options: DecodingOptions, on_error: str) -> Transcription:
-        recording = _Recording(_label(source, index))
-        segments: tuple[TranscribedSegment, ...] = ()
-        with _reported(recording, on_error):
-            blocks = _counted(_blocks(source, recording.source), recording)
-            segments = tuple(transcribe_sequentially(self._engine, blocks, options, self._fallback, vad=self._vad))
-        return Transcription.of(
-            recording.source, segments, recording.duration_sec, error=recording.error, words=options.word_timestamps
-        )
+    def _one_by_one(
+        self, sources: Iterable[AudioSource], options: DecodingOptions, on_error: str
+    ) -> Iterator[_Recording]:
+        for index, source in enumerate(sources):
+            with _reading(source, index, on_error) as (recording, blocks):
+                found = decode_windows(self._engine, blocks, options, self._settings, vad=self._vad)
+                recording.decoded = {i: TranscribedSegment.of(*each) for i, each in enumerate(found)}
+            yield recording
 
     def _in_rounds(
         self, sources: Iterable[AudioSource], options: DecodingOptions, on_error: str
-    ) -> Iterator[Transcription]:
-        waiting: list[_Recording] = []
-        for round_ in _rounds(self._read(sources, waiting, on_error), self._round_size()):
-            self._decode_round(round_, options)
-            while waiting and waiting[0].is_read and len(waiting[0].results) == len(waiting[0].segments):
-                yield _joined(waiting.pop(0), options.word_timestamps)
-        for recording in waiting:
-            yield _joined(recording, options.word_timestamps)
+    ) -> Iterator[_Recording]:
+        """Gather segments until there are enough of them, or of audio; decode them, and yield what is complete."""
+        max_segments = ROUND_BATCHES * self._settings.batch_size * self._engine.workers
+        waiting: deque[_Recording] = deque()
+        round_: list[_Item] = []
+        held_sec = 0.0
+        for item in itertools.chain(self._cut(sources, waiting, on_error), [None]):
+            if item is not None:
+                round_.append(item)
+                held_sec += len(item[2].audio) / SAMPLE_RATE
+            if item is None or len(round_) >= max_segments or held_sec >= ROUND_SEC:
+                self._decode_round(round_, options)
+                round_.clear()
+                held_sec = 0.0
+                while waiting and waiting[0].is_read and len(waiting[0].decoded) == waiting[0].cut:
+                    yield waiting.popleft()
 
-    def _read(self, sources: Iterable[AudioSource], waiting: list[_Recording], on_error: str) -> Iterator[_Item]:
-        """Cut each source; give out (recording, index of its segment) as soon as a segment is there."""
-        section = self._config.inference
+    def _cut(self, sources: Iterable[AudioSource], waiting: deque[_Recording], on_error: str) -> Iterator[_Item]:
+        """Cut each source; yield a segment as soon as it is there."""
+        max_sec, join_pause_sec = self._settings.max_segment_sec, self._join_pause_sec
         for index, source in enumerate(sources):
-            recording = _Recording(_label(source, index))
-            waiting.append(recording)
-            with _reported(recording, on_error):
-                for segment in cut_at_silences(
-                    _counted(_blocks(source, recording.source), recording),
-                    self._vad,
-                    max_sec=section.max_segment_sec,
-                    join_pause_sec=self._join_pause_sec,
-                ):
-                    recording.segments.append(segment)
-                    yield recording, len(recording.segments) - 1
+            with _reading(source, index, on_error) as (recording, blocks):
+                waiting.append(recording)
+                for segment in cut_at_silences(blocks, self._vad, max_sec=max_sec, join_pause_sec=join_pause_sec):
+                    recording.cut += 1
+                    yield recording, recording.cut - 1, segment
             recording.is_read = True
-
-    def _round_size(self) -> int:
-        return ROUND_BATCHES * self._config.inference.batch_size * self._engine.workers
 
     def _decode_round(self, round_: Sequence[_Item], options: DecodingOptions) -> None:
         """Decode segments in batches from long to short, each batch in one language."""
         if self._engine.vocabulary.multilingual and options.language is None:
-            self._detect_languages(round_)
-        by_language: dict[str | None, list[_Item]] = {}
-        for recording, index in sorted(round_, key=lambda item: len(item[0].segments[item[1]].audio), reverse=True):
-            by_language.setdefault(recording.language or options.language, []).append((recording, index))
-        size = self._config.inference.batch_size
+            # the beginning of a recording of several segments decides for all of them
+            for recording, index, segment in round_:
+                if index == 0 and (recording.cut > 1 or not recording.is_read):
+                    (recording.language,) = self._engine.detect_languages([segment.audio])
+        by_language: dict[str | None, list[_Item]] = defaultdict(list)
+        for item in sorted(round_, key=lambda item: len(item[2].audio), reverse=True):
+            by_language[item[0].language or options.language].append(item)
+        size = self._settings.batch_size
         batches = [
             (items[at : at + size], replace(options, language=language))
             for language, items in by_language.items()
             for at in range(0, len(items), size)
         ]
         with ThreadPoolExecutor(self._engine.workers) as pool:
-            for _ in pool.map(self._decode_items, batches):
+            for _ in pool.map(lambda batch: self._decode_batch(*batch), batches):
                 pass  # raises here what a thread raised
 
-    def _detect_languages(self, round_: Sequence[_Item]) -> None:
-        """Let the beginning of a recording of several segments decide for all of them."""
-        for recording, index in round_:
-            if index == 0 and (len(recording.segments) > 1 or not recording.is_read):
-                (recording.language,) = self._engine.detect_languages([recording.segments[0].audio])
-
-    def _decode_items(self, batch: tuple[list[_Item], DecodingOptions]) -> None:
-        items, options = batch
-        audios = [recording.segments[index].audio for recording, index in items]
+    def _decode_batch(self, items: Sequence[_Item], options: DecodingOptions) -> None:
+        audios = [segment.audio for _, _, segment in items]
         parts = self._fitting.run(
             lambda first, last: decode_with_fallback(
-                self._engine, audios[first:last], options, self._fallback, vad=self._vad
+                self._engine, audios[first:last], options, self._settings, vad=self._vad
             ),
-            [f"segment {index + 1} of {recording.source}" for recording, index in items],
+            [f"segment {index + 1} of {recording.source}" for recording, index, _ in items],
         )
-        for (recording, index), result in zip(items, itertools.chain.from_iterable(parts), strict=True):
-            recording.results[index] = result
-            recording.segments[index] = recording.segments[index].without_audio()
-
-
-def _torch_engine(model: Any, processor: Any) -> Engine:
-    if model is None or processor is None:
-        raise ModelError("BatchInference needs a model and its processor, or engine=load_engine(...)")
-    from src.inference.decoding import TorchEngine  # torch's models: CTranslate2 does without
-
-    return TorchEngine(model, processor)
-
-
-def _rounds(items: Iterator[_Item], max_segments: int) -> Iterator[list[_Item]]:
-    """Gather segments until there are enough of them, or of audio."""
-    round_: list[_Item] = []
-    audio_sec = 0.0
-    for recording, index in items:
-        round_.append((recording, index))
-        audio_sec += len(recording.segments[index].audio) / SAMPLE_RATE
-        if len(round_) >= max_segments or audio_sec >= ROUND_SEC:
-            yield round_
-            round_, audio_sec = [], 0.0
-    yield round_
-
-
-def _blocks(source: AudioSource, label: str) -> Iterator[Waveform]:
-    if isinstance(source, str | Path):
-        return stream_audio(source)
-    return iter([to_mono_16k(np.asarray(source), SAMPLE_RATE, name=label, allow_silence=True)])
-
-
-def _counted(blocks: Iterator[Waveform], recording: _Recording) -> Iterator[Waveform]:
-    for block in blocks:
-        recording.duration_sec += len(block) / SAMPLE_RATE
-        yield block
+        for (recording, index, segment), result in zip(items, itertools.chain.from_iterable(parts), strict=True):
+            if result.words is not None:
+                result = replace(result, words=shifted(result.words, segment.start_sec))
+            recording.decoded[index] = TranscribedSegment.of(result, segment.start_sec, segment.end_sec)
 
 
 @contextmanager
-def _reported(recording: _Recording, on_error: str) -> Iterator[None]:
-    """With "skip", keep a bad recording's fault instead of raising it."""
+def _reading(source: AudioSource, index: int, on_error: str) -> Iterator[tuple[_Recording, Iterator[Waveform]]]:
+    """Give a recording and its audio in blocks; with "skip", keep a bad recording's fault instead of raising it."""
+    is_file = isinstance(source, str | Path)
+    recording = _Recording(str(source) if is_file else f"array {index}")
+
+    def blocks() -> Iterator[Waveform]:
+        audio = (
+            stream_audio(source)
+            if isinstance(source, str | Path)
+            else [to_mono_16k(np.asarray(source), SAMPLE_RATE, name=recording.source, allow_silence=True)]
+        )
+        for block in audio:
+            recording.duration_sec += len(block) / SAMPLE_RATE
+            yield block
+
     try:
-        yield
+        yield recording, blocks()
     except AudioError as err:
         if on_error == "raise":
             raise
         logger.warning("skipped: %s", err)
         recording.error = str(err)
-
-
-def _label(source: AudioSource, index: int) -> str:
-    return str(source) if isinstance(source, str | Path) else f"array {index}"
-
-
-def _joined(recording: _Recording, words: bool) -> Transcription:
-    segments = tuple(
-        TranscribedSegment.of(recording.results[i], segment.start_sec, segment.end_sec)
-        for i, segment in enumerate(recording.segments)
-    )
-    return Transcription.of(recording.source, segments, recording.duration_sec, error=recording.error, words=words)

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from src.data.audio import SAMPLE_RATE, Waveform, stream_audio
-from src.inference.files.transcribe import BatchInference
-from src.inference.files.transcription import TranscribedSegment
+from src.inference.files.transcribe import BatchInference, TranscribedSegment
 from src.inference.words import Word
 from src.utils.errors import AudioError
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from src.data.audio import Waveform
-from src.inference.files.fallback import FallbackOptions, decode_with_fallback
+from src.inference.engines import decode_with_fallback
 from src.inference.options import DecodingOptions, DecodingResult
+from src.utils.config import InferenceConfig
 
 GOOD = DecodingResult("Ask not what your country can do for you.", (1, 2), -0.3, no_speech_prob=0.01)
 LOOP = replace(GOOD, text="no no no " * 40)
 GUESS = replace(GOOD, text="You can see it.", avg_logprob=-1.5)
-RULES = FallbackOptions(temperatures=(0.0, 0.4, 0.8), logprob_threshold=-1.0)
+RULES = InferenceConfig(temperatures=(0.0, 0.4, 0.8), logprob_threshold=-1.0)
 
 
 class Scripted:
@@ -41,7 +42,7 @@ def clips(*sizes: int) -> list[Waveform]:
     return [np.zeros(size, dtype=np.float32) for size in sizes]
 
 
-def run(engine: Scripted, *sizes: int, rules: FallbackOptions = RULES, vad: Any = None) -> list[DecodingResult]:
+def run(engine: Scripted, *sizes: int, rules: InferenceConfig = RULES, vad: Any = None) -> list[DecodingResult]:
     return decode_with_fallback(engine, clips(*sizes), DecodingOptions(num_beams=3), rules, vad=vad)  # type: ignore[arg-type]
 
 
@@ -58,7 +59,7 @@ def test_the_last_temperature_is_taken_as_it_is() -> None:
 
 
 def test_without_thresholds_nothing_is_decoded_twice() -> None:
-    rules = FallbackOptions(temperatures=RULES.temperatures, compression_ratio_threshold=None, logprob_threshold=None)
+    rules = InferenceConfig(temperatures=RULES.temperatures, compression_ratio_threshold=None, logprob_threshold=None)
     engine = Scripted({1: [LOOP], 2: [GUESS]})
     run(engine, 1, 2, rules=rules)
     assert len(engine.asked) == 1

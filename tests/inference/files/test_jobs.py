@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from src.inference.files.jobs import JobReport, RowWriter, TranscriptionJob, deal, part_path, run_job
-from src.inference.files.transcription import TranscribedSegment, Transcription
+from src.inference.files.jobs import JobReport, RowWriter, deal, part_path, run_job
+from src.inference.files.transcribe import TranscribedSegment, Transcription
 from src.inference.options import DecodingResult
 from src.utils.errors import DataError
 from tests.training.launching import collect, launch
@@ -104,11 +104,11 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_one_process_at_a_time_has_a_job(tmp_path: Path) -> None:
     output = tmp_path / "rows.jsonl"
-    with TranscriptionJob(output, SETTINGS), pytest.raises(DataError, match="another process works on it"):
-        TranscriptionJob(output, SETTINGS)
+    with pytest.raises(DataError, match="another process works on it"):
+        job(output, ["a.wav"], lambda sources: job(output, sources, Scripted()))
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be written"):
-        TranscriptionJob(tmp_path / "file" / "rows.jsonl", SETTINGS)
+        job(tmp_path / "file" / "rows.jsonl", ["a.wav"], Scripted())
 
 
 def test_parts_of_any_number_of_processes_are_joined_in_order(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_names_and_numbers_that_json_cannot_hold_come_back(tmp_path: Path) -> No
     output, name = tmp_path / "rows.jsonl", "caf\udce9.wav"  # a name that is not UTF-8
     result = DecodingResult("naïve", (), avg_logprob=float("nan"))
     segment = TranscribedSegment.of(result, 0.0, 1.0)
-    report = job(output, [name], lambda sources: [Transcription.of(name, [segment], 1.0)])
+    report = job(output, [name], lambda sources: [Transcription(name, "naïve", 1.0, (segment,))])
     assert report.recordings == 1
     (row,) = rows_of(output)
     assert (row["source"], row["text"], row["segments"][0]["avg_logprob"]) == (name, "naïve", None)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from src.data.audio import Waveform
-from src.inference.files.fallback import FallbackOptions
-from src.inference.files.sequential import split_at_timestamps, transcribe_sequentially
+from src.inference.files.segmentation import decode_windows, split_at_timestamps
 from src.inference.files.transcribe import BatchInference
 from src.inference.options import DecodingOptions, DecodingResult
 from src.inference.words import Word
+from src.utils.config import InferenceConfig
 
 
 class Letters:
@@ -77,16 +77,16 @@ class Windows:
 def test_what_the_next_window_hears_again_is_no_context_and_no_word_reaches_into_it() -> None:
     engine, audio = Windows(), np.zeros(50 * 16_000, dtype=np.float32)
     found = list(
-        transcribe_sequentially(
+        decode_windows(
             engine,
             [audio],
             DecodingOptions(prompt="Before.", word_timestamps=True),
-            FallbackOptions(),  # type: ignore[arg-type]
+            InferenceConfig(),  # type: ignore[arg-type]
         )
     )
     assert engine.prompts == ["Before.", "Before. one", "Before. one one"]
-    assert [(segment.start_sec, segment.end_sec) for segment in found] == [(0.0, 20.0), (20.0, 40.0), (40.0, 50.0)]
-    assert [segment.words[0].end_sec for segment in found if segment.words] == [20.0, 40.0, 50.0]
+    assert [(start_sec, end_sec) for _, start_sec, end_sec in found] == [(0.0, 20.0), (20.0, 40.0), (40.0, 50.0)]
+    assert [part.words[0].end_sec for part, _, _ in found if part.words] == [20.0, 40.0, 50.0]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.sources.catalog import SAMPLE_CLIP
 from src.inference.engines import load_engine
-from src.inference.files.transcription import TranscribedSegment
+from src.inference.files.transcribe import TranscribedSegment
 from src.inference.server.connection import ServerLimits
 from src.inference.server.page import Demo, launch_demo
 from src.inference.server.page_files import FileTranscript, differing_words, read_upload
