@@ -1,4 +1,4 @@
-"""Which recordings a command line names, and where their captions go."""
+"""Recordings named on a command line, and the paths of their captions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from src.data.sources.manifest import AUDIO_COLUMNS, AUDIO_SUFFIXES, MANIFEST_SUFFIXES, pick_column, read_rows
 from src.utils.errors import DataError
 
-LIST_SUFFIX = ".txt"  # a path a line
+LIST_SUFFIX = ".txt"  # one path per line
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,12 @@ class Recording:
 
 
 def find_recordings(inputs: Sequence[str]) -> list[Recording]:
-    """List files, folders (with all below them), globs and manifests; each file once, in order.
+    """List files, folders (recursively), globs and manifests; each file once, in order.
 
-    Of folders and globs, files with an audio suffix count, unless hidden; a file that is named itself always does.
+    In folders and globs only files with an audio suffix count, unless hidden; a file named itself always does.
 
-    Raises: DataError: nothing is there, or nothing to transcribe.
+    Raises:
+        DataError: nothing is there, or nothing to transcribe.
     """
     found = {recording.path: recording for given in inputs for recording in _find(given)}
     if not found:
@@ -44,13 +45,16 @@ def find_recordings(inputs: Sequence[str]) -> list[Recording]:
 def caption_paths(
     recordings: Sequence[Recording], formats: Sequence[str], folder: Path | None
 ) -> dict[str, dict[str, Path]]:
-    """Say where the captions of each recording go: beside it, or into a folder under its relative path.
+    """Return the paths of each recording's captions: next to it, or in a folder under its relative path.
 
-    `talk.wav` gives `talk.srt`; where another recording of that name lies beside it, `talk.mp3`, each keeps its
-    suffix: `talk.wav.srt`.
+    `talk.wav` gives `talk.srt`; if another recording of that name is in its folder, `talk.mp3`, each keeps its suffix:
+    `talk.wav.srt`.
 
-    Returns: paths by format, by the recording's path.
-    Raises: DataError: captions of two recordings would be one file.
+    Returns:
+        Paths by format, by the recording's path.
+
+    Raises:
+        DataError: captions of two recordings would be one file.
     """
     stems = _count_stems(recordings)
     paths: dict[str, dict[str, Path]] = {}
@@ -101,7 +105,7 @@ def _under(root: Path, paths: Sequence[Path], given: str) -> Iterator[Recording]
 
 
 def _listed(manifest: Path) -> Iterator[Recording]:
-    """Yield what a manifest lists, there or not: what is absent is reported with all that cannot be decoded."""
+    """Yield what a manifest lists; missing files are reported later, with all that cannot be decoded."""
     if manifest.suffix.lower() == LIST_SUFFIX:
         names = [line.strip() for line in _read_text(manifest).splitlines() if line.strip()]
     else:
@@ -110,7 +114,9 @@ def _listed(manifest: Path) -> Iterator[Recording]:
         column = pick_column(columns, (*AUDIO_COLUMNS, "source"), "file", str(manifest)) if rows else ""
         names = [str(row[column]) for row in rows if row.get(column)]
     if not names:
-        raise DataError(f"{manifest}: lists no recording; write a path a line (.txt), or rows with `audio` (.jsonl)")
+        raise DataError(
+            f"{manifest}: lists no recording; write one path per line (.txt), or rows with `audio` (.jsonl)"
+        )
     for name in names:
         path = Path(name).expanduser()
         relative = Path(path.name) if path.is_absolute() or ".." in path.parts else path
@@ -125,7 +131,7 @@ def _read_text(path: Path) -> str:
 
 
 def _count_stems(recordings: Sequence[Recording]) -> Counter[tuple[Path, str]]:
-    """Count the recordings of a name in each folder that holds any, whether they were asked for or not."""
+    """Count the recordings of each name per folder, whether they were asked for or not."""
     asked = {Path(recording.path) for recording in recordings}
     folders = {path.parent for path in asked if path.parent.is_dir()}
     there = {path for folder in folders for path in folder.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES}

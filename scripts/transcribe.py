@@ -5,9 +5,9 @@
     python scripts/transcribe.py "calls/**/*.wav" --model base --output calls.jsonl
     accelerate launch --num_processes 4 scripts/transcribe.py corpus.jsonl --model base --output texts.jsonl
 
-Without `--output` and `--format` it prints. Captions go beside each recording, or into a folder; those that are there
-are not written again. An output that ends in .jsonl gets a row a recording; the same command goes on where it stopped,
-with any number of processes. Exit code: 0; 1 if a recording failed; 2 if nothing could be done.
+Without `--output` and `--format` it prints. Captions go next to each recording, or into a folder; existing ones are not
+written again. An output that ends in .jsonl gets one row per recording; the same command goes on where it stopped, with
+any number of processes. Exit code: 0; 1 if a recording failed; 2 if nothing could be done.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from scripts.command_line import check_model_path, parse_setting
 from scripts.recordings import Recording, caption_paths, find_recordings
 from src.inference.captions import cues_of_segments, make_cues, write_captions
-from src.inference.files.jobs import JobReport, deal, run_job
+from src.inference.files.jobs import deal, run_job
 from src.inference.files.transcribe import Transcription
 from src.utils.config import Config, flatten, load_config
 from src.utils.distributed import from_main, gather_objects, is_main_process, join_processes, rank, world_size
@@ -73,14 +73,14 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--format", type=formats, default=(), metavar="LIST", help=f"of captions, by comma: {', '.join(FORMATS)}"
     )
-    parser.add_argument("--overwrite", action="store_true", help="write captions again that are there")
+    parser.add_argument("--overwrite", action="store_true", help="write existing captions again")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--workers", type=positive, metavar="N", help="batches at once on a CPU; default: one a core")
+    parser.add_argument("--workers", type=positive, metavar="N", help="batches at once on a CPU; default: one per core")
     return parser.parse_args(given)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what every way to transcribe takes."""
+    """Add the options of every way to transcribe."""
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT",
         help="a file; a folder; a quoted glob; a list (.txt) or manifest (.jsonl, .csv, .tsv) of files",
@@ -127,14 +127,20 @@ def run(arguments: argparse.Namespace) -> list[Failure]:
     recordings = find_recordings(arguments.inputs)
     join_processes(patience=PATIENCE)
     config = configure(arguments, device=arguments.device or own_device())
+    sources = [recording.path for recording in recordings]
     if is_rows(arguments.output):
-        return run_rows(recordings, arguments, config)
+        return run_rows(sources, arguments, config, lambda some: transcribe(some, arguments, config))
     if arguments.output is not None or arguments.format:
         return run_captions(recordings, arguments, config)
     if world_size() > 1:
         raise DataError("several processes need --output: FILE.jsonl, or a folder for captions")
-    transcriptions = transcribe([recording.path for recording in recordings], arguments, config)
-    return list(print_texts(transcriptions, many=len(recordings) > 1))
+    failed = []
+    for each in transcribe(sources, arguments, config):
+        if each.error is not None:
+            failed.append((each.source, each.error))
+        else:
+            print(f"{each.source}\t{each.text}" if len(sources) > 1 else each.text, flush=True)
+    return failed
 
 
 def is_rows(output: Path | None) -> bool:
@@ -198,53 +204,32 @@ def load_inference(model: str, config: Config, *, workers: int | None) -> BatchI
 
 def iter_options(arguments: argparse.Namespace, *, words: bool | None = None) -> dict[str, Any]:
     """Return the options of `transcribe_iter`."""
-    return {
-        "word_timestamps": arguments.words if words is None else words,
-        "on_error": arguments.on_error,
-        "mode": arguments.mode,
-    }
+    words = arguments.words if words is None else words
+    return {"word_timestamps": words, "on_error": arguments.on_error, "mode": arguments.mode}
 
 
-def print_texts(transcriptions: Iterable[Transcription], *, many: bool) -> Iterator[Failure]:
-    """Print each text, after the name of its file if there are several; yield what failed."""
-    for each in transcriptions:
-        if each.error is not None:
-            yield each.source, each.error
-        else:
-            print(f"{each.source}\t{each.text}" if many else each.text, flush=True)
-
-
-def run_rows(recordings: Sequence[Recording], arguments: argparse.Namespace, config: Config) -> list[Failure]:
-    """Bring a job of rows to its end."""
-    report = run_job(
-        arguments.output,
-        [recording.path for recording in recordings],
-        lambda sources: transcribe(sources, arguments, config),
-        settings=job_settings(arguments, config),
-        retry_errors=arguments.retry_errors,
-    )
-    return tell(report, arguments.output)
-
-
-def tell(report: JobReport, output: Path) -> list[Failure]:
-    """Say what a job's output holds; return what failed."""
-    if is_main_process():
-        print(f"{output}: {report.recordings} recordings, {report.audio_sec / 3600:.2f} h of audio", file=sys.stderr)
-    return list(report.failed)
-
-
-def job_settings(arguments: argparse.Namespace, config: Config) -> dict[str, Any]:
-    """Return what the texts of a job depend on."""
-    sections = {
+def run_rows(
+    sources: Sequence[str],
+    arguments: argparse.Namespace,
+    config: Config,
+    transcribe: Callable[[list[str]], Iterable[Transcription]],
+) -> list[Failure]:
+    """Complete a job of rows, print what its output holds, and return what failed."""
+    depends_on = {
         "model": config.model.model_dump(mode="json", include={"language", "task"}),
         "inference": config.inference.model_dump(mode="json", exclude={"batch_size"}),
         "vad": config.vad.model_dump(mode="json"),
     }
-    return {"model": arguments.model, "mode": arguments.mode, "words": arguments.words, **flatten(sections)}
+    settings = {"model": arguments.model, "mode": arguments.mode, "words": arguments.words, **flatten(depends_on)}
+    report = run_job(arguments.output, sources, transcribe, settings=settings, retry_errors=arguments.retry_errors)
+    if is_main_process():
+        held = f"{report.recordings} recordings, {report.audio_sec / 3600:.2f} h of audio"
+        print(f"{arguments.output}: {held}", file=sys.stderr)
+    return list(report.failed)
 
 
 def run_captions(recordings: Sequence[Recording], arguments: argparse.Namespace, config: Config) -> list[Failure]:
-    """Write the captions that are not there, together with the other processes."""
+    """Write the missing captions, together with the other processes."""
     asked = arguments.format or ("txt",)
     wanted = from_main(lambda: wanted_captions(recordings, asked, arguments))
     pending = [source for source, paths in wanted.items() if paths]
@@ -267,7 +252,8 @@ def wanted_captions(
 ) -> dict[str, dict[str, Path]]:
     """Return the captions to write of each recording, by format.
 
-    Raises: DataError: two would be one file, or a folder cannot be written.
+    Raises:
+        DataError: two would be one file, or a folder cannot be written.
     """
     wanted = {
         source: {name: path for name, path in paths.items() if arguments.overwrite or not path.exists()}
@@ -281,7 +267,7 @@ def wanted_captions(
 
 
 def write_caption(path: Path, name: str, transcription: Transcription) -> None:
-    """Write one recording's captions in a format; as text, a segment a line."""
+    """Write one recording's captions in a format; as text, one segment per line."""
     try:
         if name == "txt":
             write_text_atomic(path, "".join(f"{segment.text}\n" for segment in transcription.segments))

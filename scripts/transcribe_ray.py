@@ -1,4 +1,4 @@
-"""Transcribe on a Ray cluster: one model an actor, a few files a task, one output that goes on after a stop.
+"""Transcribe on a Ray cluster: one model per actor, a few files per task, one output that goes on after a stop.
 
     python scripts/transcribe_ray.py corpus.jsonl --model base --output texts.jsonl --actors 2
     python scripts/transcribe_ray.py corpus.jsonl --model small --output texts.jsonl --address auto --actors 16 --gpus 1
@@ -30,12 +30,10 @@ from scripts.transcribe import (
     configure,
     finish_with,
     iter_options,
-    job_settings,
     load_inference,
     positive,
-    tell,
-)
-from src.inference.files.jobs import run_job
+    run_rows,
+)  # fmt: skip
 from src.inference.files.transcribe import Transcription
 from src.utils.config import Config
 from src.utils.errors import MissingDependencyError
@@ -54,20 +52,14 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> list[Failure]:
-    """Bring a job of rows to its end."""
+    """Complete a job of rows."""
     if importlib.util.find_spec("ray") is None:
         raise MissingDependencyError("Ray is not installed: pip install 'ray[data]'")
     check_model_path(arguments.model)
     recordings = find_recordings(arguments.inputs)
     config = configure(arguments, device="cuda" if arguments.gpus else None)
-    report = run_job(
-        arguments.output,
-        [str(Path(recording.path).resolve()) for recording in recordings],
-        lambda sources: on_ray(sources, arguments, config),
-        settings=job_settings(arguments, config),
-        retry_errors=arguments.retry_errors,
-    )
-    return tell(report, arguments.output)
+    sources = [str(Path(recording.path).resolve()) for recording in recordings]
+    return run_rows(sources, arguments, config, lambda some: on_ray(some, arguments, config))
 
 
 def on_ray(sources: Sequence[str], arguments: argparse.Namespace, config: Config) -> Iterator[Transcription]:

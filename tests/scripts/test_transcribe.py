@@ -61,12 +61,7 @@ def test_a_cold_process_loads_neither_torch_nor_transformers(model: Path) -> Non
         "try: runpy.run_path('scripts/transcribe.py', run_name='__main__')\n"
         "except SystemExit as end: print(end.code, sorted({'torch', 'transformers', 'httpx'} & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     text, ended = done.stdout.splitlines()
     assert text.endswith("do for your country.")
     assert ended == "0 []", done.stderr
@@ -78,41 +73,29 @@ def test_a_folder_prints_its_texts_and_lists_what_failed(
 ) -> None:
     assert call(monkeypatch, talks, "--model", model) == 1
     printed = capsys.readouterr()
-    names = [line.split("\t")[0] for line in printed.out.splitlines()]
-    assert names == [str(talks / name) for name in ("a.flac", "a.wav", "day 2/b.wav")]
-    assert all("fellow Americans" in line for line in printed.out.splitlines())
-    assert "1 recording(s) failed:" in printed.err
-    assert f"{talks / 'day 2' / 'broken.wav'}: " in printed.err
+    texts = dict(line.split("\t") for line in printed.out.splitlines())
+    assert list(texts) == [str(talks / name) for name in ("a.flac", "a.wav", "day 2/b.wav")]
+    assert all("fellow Americans" in text for text in texts.values())
+    assert str(talks / "day 2" / "broken.wav") in printed.err
     assert call(monkeypatch, talks, "--model", model, "--on-error", "raise") == 1
 
 
 @pytest.mark.slow
 def test_captions_keep_folders_apart_and_are_not_written_twice(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, talks: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, talks: Path, model: Path
 ) -> None:
     output = tmp_path / "captions"
-    given = [
-        talks / "day 2" / "b.wav",
-        talks / "a.wav",
-        "--model",
-        model,
-        "--output",
-        output,
-        "--format",
-        "srt,txt,json",
-    ]
+    given = [talks / "day 2" / "b.wav", talks / "a.wav", "--model", model, "--output", output]
+    given += ["--format", "srt,txt,json"]
     assert call(monkeypatch, *given) == 0
-    assert sorted(path.name for path in output.iterdir()) == [
-        "a.wav.json", "a.wav.srt", "a.wav.txt", "b.json", "b.srt", "b.txt",
-    ]  # fmt: skip
-    cues = (output / "b.srt").read_text().split("\n\n")
-    assert cues[0].startswith("1\n00:00:00,")
+    names = [f"{stem}.{suffix}" for stem in ("a.wav", "b") for suffix in ("json", "srt", "txt")]
+    assert sorted(path.name for path in output.iterdir()) == names
+    assert (output / "b.srt").read_text().startswith("1\n00:00:00,")
     assert "fellow Americans" in (output / "b.txt").read_text()
     assert "words" in json.loads((output / "b.json").read_text())["segments"][0]
     (output / "b.txt").write_text("corrected by hand")
     (output / "b.srt").unlink()
     assert call(monkeypatch, *given) == 0
-    assert "1 have captions already" in capsys.readouterr().err
     assert (output / "b.txt").read_text() == "corrected by hand"
     assert (output / "b.srt").exists()
     assert call(monkeypatch, *given, "--overwrite") == 0
@@ -124,15 +107,17 @@ def test_rows_go_on_after_a_stop_and_refuse_other_settings(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, talks: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "rows.jsonl"
-    assert call(monkeypatch, talks, "--model", model, "--output", output, "--words") == 1
+    given = [talks, "--model", model, "--output", output]
+    assert call(monkeypatch, *given, "--words") == 1
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [Path(row["source"]).name for row in rows] == ["a.flac", "a.wav", "b.wav", "broken.wav"]
     assert rows[0]["words"][0]["text"] == "And"
+    assert sorted(rows[0]["words"][0]) == ["end_sec", "probability", "start_sec", "text"]
     shutil.copy(SAMPLE_CLIP, talks / "new.flac")
-    assert call(monkeypatch, talks, "--model", model, "--output", output, "--words") == 1
+    assert call(monkeypatch, *given, "--words") == 1
     again = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row for row in again if Path(row["source"]).name != "new.flac"] == rows
-    assert call(monkeypatch, talks, "--model", model, "--output", output) == 2
+    assert call(monkeypatch, *given) == 2
     assert "words True, now False" in capsys.readouterr().err
 
 
@@ -153,35 +138,35 @@ def test_every_input_is_found_once_and_in_order(talks: Path, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "named"),
     [
-        (["gone"], "gone: no such file or folder"),
-        (["empty"], "no recording there; audio is what ends in"),
-        (["*.ogg"], "no recording there"),
-        (["list.txt"], "lists no recording"),
-        (["a.wav", "--output", "a.srt"], "not a folder; give one, with --format srt"),
-        (["a.wav", "--output", "rows.jsonl", "--format", "srt"], "rows have no --format"),
-        (["a.wav", "--output", "list.txt/below"], "captions cannot be written there"),
-        (["a.wav", "--output", "list.txt/rows.jsonl"], "cannot be written"),
-        (["a.wav", "--model", "empty/gone_hf"], "no such folder"),
-        (["a.wav", "--set", "inference.beams=2"], "unknown key"),
+        (["gone"], "gone"),
+        (["empty"], "no recording"),
+        (["*.ogg"], "no recording"),
+        (["list.txt"], "list.txt"),
+        (["a.wav", "--output", "a.srt"], "--format srt"),
+        (["a.wav", "--output", "rows.jsonl", "--format", "srt"], "--format"),
+        (["a.wav", "--output", "list.txt/below"], "list.txt"),
+        (["a.wav", "--output", "list.txt/rows.jsonl"], "rows.jsonl"),
+        (["a.wav", "--model", "empty/gone_hf"], "gone_hf"),
+        (["a.wav", "--set", "inference.beams=2"], "inference.beams"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], said: str
+def test_what_cannot_be_done_is_named_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], named: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.txt").touch()
     (tmp_path / "a.wav").touch()
     assert call(monkeypatch, "--model", "tiny.en", *given) == 2
-    assert said in capsys.readouterr().err
+    assert named in capsys.readouterr().err
 
 
 def test_an_unknown_format_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         transcribe.parse_arguments(["a.wav", "--model", "tiny.en", "--format", "srf"])
-    assert "'srf' is unknown; did you mean 'srt'?" in capsys.readouterr().err
+    assert "'srt'" in capsys.readouterr().err
 
 
 def test_captions_of_two_recordings_are_never_one_file(talks: Path, tmp_path: Path) -> None:
@@ -195,5 +180,5 @@ def test_captions_of_two_recordings_are_never_one_file(talks: Path, tmp_path: Pa
     ]  # fmt: skip
     (alone,) = caption_paths(find_recordings([str(talks / "a.wav")]), ["vtt"], tmp_path / "out").values()
     assert alone["vtt"] == tmp_path / "out" / "a.wav.vtt"  # the other lies beside it, asked for or not
-    with pytest.raises(DataError, match=r"captions of .*b\.wav and of .*b\.wav"):
+    with pytest.raises(DataError, match=r"b\.wav.*b\.wav"):
         caption_paths(find_recordings([str(talks / "day 2"), str(other)]), ["srt"], tmp_path / "out")
