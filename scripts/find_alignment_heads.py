@@ -56,7 +56,11 @@ def main(given: Sequence[str] | None = None) -> int:
     except (WhisperASRError, OSError) as err:
         print(f"{type(err).__name__}: {' '.join(str(err).split())}", file=sys.stderr)
         return 2
-    print(json.dumps({"alignment_heads": found.heads, "score": round(found.scores[0].score, 4), "words": found.words}))
+    print(
+        json.dumps(
+            {"alignment_heads": found.heads, "score": round(max(found.scores.values()), 4), "words": found.words}
+        )
+    )
     return 0
 
 
@@ -104,9 +108,8 @@ def choose_clips(config: Config, count: int) -> list[Utterance]:
 def describe(found: HeadSearch) -> list[str]:
     """Return the heads with their scores, then how far their word times lie from others."""
     lines = ["layer  head  score  taken"]
-    for each in found.scores[: len(found.heads) + SHOWN_BELOW]:
-        layer, head = each.head
-        lines.append(f"{layer:5d} {head:5d} {each.score:6.2f}  {'yes' if each.head in found.heads else 'no'}")
+    for (layer, head), score in list(found.scores.items())[: len(found.heads) + SHOWN_BELOW]:
+        lines.append(f"{layer:5d} {head:5d} {score:6.2f}  {'yes' if (layer, head) in found.heads else 'no'}")
     listed = (
         "none that exist are listed"
         if found.listed_sec is None

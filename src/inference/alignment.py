@@ -26,7 +26,7 @@ from src.utils.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
-POSITION_SEC = 2 / FRAMES_PER_SEC  # 0.02 s an encoder position
+POSITION_SEC = 2 / FRAMES_PER_SEC  # 0.02 s per encoder position
 MEDIAN_WIDTH = 7  # positions
 
 _warned: WeakSet[Any] = WeakSet()  # models without a list
@@ -35,7 +35,8 @@ _warned: WeakSet[Any] = WeakSet()  # models without a list
 def alignment_heads(model: Any) -> list[Head]:
     """Return the heads that time words; those of `upper_half_heads` where the checkpoint lists none, with a warning.
 
-    Raises: ModelError: as `existing_heads`.
+    Raises:
+        ModelError: the list is another model's.
     """
     listed = existing_heads(model)
     if not listed and model not in _warned:
@@ -52,7 +53,8 @@ def alignment_heads(model: Any) -> list[Head]:
 def record_cross_attention(model: Any, heads: Sequence[Head]) -> Iterator[list[Tensor]]:
     """Record the cross-attention of some heads during decoder calls.
 
-    Yields: a list that receives, for each decoder call and each layer with a head in `heads`, in layer order, a tensor
+    Yields:
+        A list that receives, for each decoder call and each layer with a head in `heads`, in layer order, a tensor
         (B, heads of that layer, new tokens, positions) of attention probabilities.
     """
     recorded: list[Tensor] = []
@@ -103,13 +105,19 @@ def align_words(
     """Give each word of one decoded text its times and probability.
 
     Args:
+        model: a `DynamicWhisper`.
+        tokenizer: its tokenizer.
         hidden: (1, positions, d_model) encoder output of this clip.
         sot_sequence: the tokens that precede the text.
         tokens: text tokens, without the end token.
         audio_sec: real audio in `hidden`; times are clipped to it.
         heads: to read; those of `alignment_heads` by default.
-    Returns: words in order; starts and ends never decrease.
-    Raises: ModelError: the decoder has no cross-attention heads to read, or none of the listed.
+
+    Returns:
+        Words in order; starts and ends never decrease.
+
+    Raises:
+        ModelError: the decoder has no cross-attention heads to read, or none of the listed.
     """
     if not tokens:
         return ()
@@ -139,9 +147,11 @@ def words_from_attention(
     """Give words their times by the cheapest monotone path through the attention.
 
     Args:
-        tokens, probabilities: of the text, n each.
-        attention: (heads, L, positions), a row for each token that the decoder was fed; L is first + n, or one less
-            where decoding was cut off before the last token.
+        tokenizer: of the model.
+        tokens: of the text, n of them.
+        probabilities: of each token.
+        attention: (heads, L, positions), one row per token that the decoder was fed; L is first + n, or one less where
+            decoding was cut off before the last token.
         first: the number of tokens before the text.
         audio_sec: real audio; times are clipped to it.
     """
@@ -152,10 +162,7 @@ def words_from_attention(
 
 
 def time_tokens(attention: Tensor, count: int, *, first: int, audio_sec: float) -> list[float]:
-    """Return when each of `count` tokens begins, and after them the end token, in seconds; see `words_from_attention`.
-
-    Ascending: `count` + 1 times.
-    """
+    """Return when each of `count` tokens begins, and then the end token, in ascending seconds: `count` + 1 times."""
     positions = min(attention.shape[-1], max(1, round(audio_sec / POSITION_SEC)))
     weights = _normalise(attention[..., :positions])[first - 1 :].cpu().numpy()  # each row predicts a token
     rows, columns = dtw_path(-weights[: count + 1].astype(np.float64))
@@ -165,12 +172,12 @@ def time_tokens(attention: Tensor, count: int, *, first: int, audio_sec: float) 
 
 
 def dtw_path(cost: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Find the cheapest monotone path through a cost matrix, by anti-diagonals.
+    """Find the cheapest monotone path through a cost matrix (N, M), by anti-diagonals.
 
-    Args:
-        cost: (N, M).
-    Returns: row and column indices of the path from (0, 0) to (N-1, M-1).
     Source: Sakoe & Chiba 1978; steps (1,1), (1,0), (0,1) of equal weight.
+
+    Returns:
+        Row and column indices of the path from (0, 0) to (N-1, M-1).
     """
     n, m = cost.shape
     total = np.full((n + 1, m + 1), np.inf)

@@ -421,8 +421,10 @@ class LiveCaptionWriter:
 def _block(suffix: str, number: int, cue: Cue) -> str:
     """Return a cue as SubRip, which has no escapes ("-->" becomes "->", as in openai/whisper), or as WebVTT."""
     text = "\n".join(_clean_lines(cue))
-    text, mark = (re.sub("--+>", "->", text), ",") if suffix == ".srt" else (html.escape(text, quote=False), ".")
-    return f"{number}\n{_clock(cue.start_sec, mark)} --> {_clock(cue.end_sec, mark)}\n{text}\n\n"
+    if suffix == ".srt":
+        text = re.sub("--+>", "->", text)
+        return f"{number}\n{_clock(cue.start_sec, ',')} --> {_clock(cue.end_sec, ',')}\n{text}\n\n"
+    return f"{_clock(cue.start_sec, '.')} --> {_clock(cue.end_sec, '.')}\n{html.escape(text, quote=False)}\n\n"
 
 
 def _clean_lines(cue: Cue) -> list[str]:

@@ -141,11 +141,7 @@ class CTranslate2Engine:
         return [found[0][0].strip("<|>") for found in self._model.detect_language(encoded)]
 
     def _align_rows(
-        self,
-        encoded: Any,
-        audios: Sequence[Waveform],
-        starts: Sequence[list[int]],
-        texts: Sequence[Sequence[int]],
+        self, encoded: Any, audios: Sequence[Waveform], starts: Sequence[list[int]], texts: Sequence[Sequence[int]]
     ) -> list[tuple[Word, ...]]:
         """Align once for each language of the batch: CTranslate2 takes one start for all rows."""
         rows = [[token for token in tokens if token < self.vocabulary.end] for tokens in texts]

@@ -253,8 +253,7 @@ def _greedy(
 ) -> list[_Decoded]:
     """Take the likeliest token, or draw one at a temperature, until every row has ended or reached its cap.
 
-    Args:
-        given: (B, L) tokens before the new ones; the start token is at `begin`, the last `forced` are text.
+    `given` (B, L) has the tokens before the new ones: the start token is at `begin`, the last `forced` are text.
     """
     generation, device = model.generation_config, given.device
     room = model.config.max_target_positions - given.shape[1]
@@ -325,9 +324,7 @@ def _greedy(
         if heads:  # a shorter text than its neighbours' was fed end tokens
             until = given.shape[1] - begin + len(text)
             decoded = replace(
-                decoded,
-                probabilities=certainty_of_row[i][: forced + len(text)],
-                attention=attention[i, :, :until],
+                decoded, probabilities=certainty_of_row[i][: forced + len(text)], attention=attention[i, :, :until]
             )
         rows.append(decoded)
     return rows

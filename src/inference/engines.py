@@ -1,6 +1,6 @@
-"""One small interface over what decodes: torch on any device, CTranslate2 in 8 and 16 bits.
+"""Transcription engines: torch on any device, CTranslate2 in 8 and 16 bits; and decoding again where a text fails.
 
-Both give the same text and word times in float32 (tested); 8 bits flip a word here and there.
+Both engines give the same text and word times in float32 (tested); 8 bits flip a word here and there.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ class Engine(Protocol):
 
     Attributes:
         name: "torch" or "ctranslate2".
-        device, precision: where and in what type it computes.
+        device: where it computes.
+        precision: in what type.
         audio_context: "full" (each clip padded to 30 s) or "dynamic" (its own length).
-        workers: threads that may call it at once and be faster for it.
+        vocabulary: of the model.
+        workers: number of threads that may call it at once and gain speed.
     """
 
     name: str
@@ -51,25 +53,27 @@ class Engine(Protocol):
     def encode(self, audios: Sequence[Waveform], trailing_silence_sec: float) -> Any:
         """Encode clips of at most 30 s, (T,) float32 each at 16 kHz, as one batch; the result is for `decode`.
 
-        Raises: ModelError: no clip, or one that is too long.
+        Raises:
+            ModelError: no clip, or one that is too long.
         """
 
     def decode(self, encoded: Any, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
-        """Decode what `encode` gave for these clips: one result a clip, in order.
+        """Decode what `encode` gave for these clips: one result per clip, in order.
 
-        Raises: ModelError: a language or task that the model does not know.
+        Raises:
+            ModelError: a language or task that the model does not know.
         """
 
     def align(
         self, encoded: Any, audios: Sequence[Waveform], texts: Sequence[Sequence[int]], options: DecodingOptions
     ) -> list[tuple[Word, ...]]:
-        """Place texts that are known, as tokens, in their clips: the words of each."""
+        """Place known texts, as tokens, in their clips: the words of each."""
 
     def detect_languages(self, audios: Sequence[Waveform]) -> list[str | None]:
         """Return the likeliest language of each clip; None for an English-only model."""
 
     def first_token(self, audio: Waveform, options: DecodingOptions) -> int:
-        """Encode a clip and take the decoder's first step, for who measures how long that takes."""
+        """Encode a clip and take the decoder's first step, to measure its latency."""
 
 
 def transcribe(engine: Engine, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
@@ -90,12 +94,16 @@ def load_engine(
     Args:
         source: a variant such as "base", a Hugging Face folder, or a CTranslate2 folder.
         config: `device`, `inference`, `model` and `paths.cache_dir`.
-        engine: "auto" takes CTranslate2 for a CTranslate2 folder and on a CPU, torch else, and logs why; by default
-            what `inference.engine` says.
-        compute_type: "auto" is float16 on a GPU; on a CPU int8 for CTranslate2, float32 for torch; by default what
-            `inference.compute_type` says.
-        workers: see `Engine`; of CTranslate2 on a CPU. None takes one a core: more clips a second, each later.
-    Raises: ModelError, DeviceError: as `resolve_weights`, `CTranslate2Engine`. ConfigError: an unknown engine.
+        engine: "auto" takes CTranslate2 for a CTranslate2 folder and on a CPU, otherwise torch, and logs why; by
+            default that of `inference.engine`.
+        compute_type: "auto" is float16 on a GPU; on a CPU int8 for CTranslate2, float32 for torch; by default that of
+            `inference.compute_type`.
+        workers: see `Engine`; of CTranslate2 on a CPU. None takes one per core: more clips per second, each later.
+
+    Raises:
+        ConfigError: an unknown engine.
+        ModelError: no such model, or a damaged one.
+        DeviceError: the device or type is unavailable.
     """
     config = config or Config()
     engine, compute_type = engine or config.inference.engine, compute_type or config.inference.compute_type
@@ -110,10 +118,11 @@ def load_engine(
         device = get_device(config.device).type
         chosen = "ctranslate2" if device == "cpu" else "torch"
         reason = "8 bits are fastest on a CPU" if device == "cpu" else f"the weights as they are, on {device}"
-    if chosen == "torch":
-        loaded = _load_torch(source, config, compute_type)
-    else:
-        loaded = _load_ct2(source, config, compute_type, workers)
+    loaded = (
+        _load_torch(str(source), config, compute_type)
+        if chosen == "torch"
+        else _load_ct2(str(source), config, compute_type, workers)
+    )
     logger.info(
         "engine: %s, %s on %s, audio context %s (%s)",
         loaded.name, loaded.precision, loaded.device, loaded.audio_context, reason,
@@ -121,7 +130,7 @@ def load_engine(
     return loaded
 
 
-def _load_torch(source: str | Path, config: Config, compute_type: str) -> Engine:
+def _load_torch(source: str, config: Config, compute_type: str) -> Engine:
     import torch
 
     from src.inference.decoding import TorchEngine
@@ -133,17 +142,17 @@ def _load_torch(source: str | Path, config: Config, compute_type: str) -> Engine
         raise ModelError(
             f"torch computes in float32, float16 and bfloat16, not in {precision}; set engine: ctranslate2"
         )
-    model, processor = WhisperModelManager(config).initialize_model(str(source))
+    model, processor = WhisperModelManager(config).initialize_model(source)
     return TorchEngine(model.to(getattr(torch, precision)), processor)
 
 
-def _load_ct2(source: str | Path, config: Config, compute_type: str, workers: int | None) -> Engine:
+def _load_ct2(source: str, config: Config, compute_type: str, workers: int | None) -> Engine:
     from src.inference.ct2_engine import CTranslate2Engine, find_device
     from src.models.ct2_cache import ct2_folder
 
     device, _ = find_device(config.device)
     stored = {"auto": "int8" if device == "cpu" else "float16"}.get(compute_type, compute_type)
-    folder = ct2_folder(str(source), quantization=stored, cache_dir=config.paths.cache_dir)
+    folder = ct2_folder(source, quantization=stored, cache_dir=config.paths.cache_dir)
     workers = 1 if device == "cuda" else workers or usable_cores()
     return CTranslate2Engine(folder, device=config.device, compute_type=compute_type, workers=workers)
 

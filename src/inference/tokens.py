@@ -1,7 +1,7 @@
 """A Whisper vocabulary: text to tokens and back, and the special tokens, from `tokenizer.json` alone.
 
-Every engine shares it. It needs `tokenizers` only: transformers takes a second to import, which the first transcript of
-a process would wait for.
+Every engine uses it. It needs only `tokenizers`: transformers takes a second to import, which would delay the first
+transcript of a process.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ class Vocabulary:
 
     Args:
         tokenizer: of the `tokenizers` library.
-    Raises: ModelError: it is not a Whisper tokenizer.
 
     Attributes:
-        end, start, no_timestamps, previous: special tokens: end of text, start of transcript, the switch that turns
-            timestamps off, start of the previous text. Each id from `end` on is special or a timestamp.
+        end: token at the end of a text; each id from it on is special or a timestamp.
+        start: token at the start of a transcript.
+        no_timestamps: token that turns timestamps off.
+        previous: token before the previous text.
         languages: code to token, empty for English-only models.
+
+    Raises:
+        ModelError: it is not a Whisper tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -46,7 +50,8 @@ class Vocabulary:
     def from_folder(cls, folder: Path) -> Vocabulary:
         """Read `tokenizer.json` of a checkpoint.
 
-        Raises: ModelError: absent, or not a Whisper tokenizer.
+        Raises:
+            ModelError: absent, or not a Whisper tokenizer.
         """
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -59,7 +64,7 @@ class Vocabulary:
     @classmethod
     @lru_cache(maxsize=8)  # each decoded batch asks, and reading 50,000 names for the languages takes milliseconds
     def of(cls, tokenizer: Any) -> Vocabulary:
-        """Return that of a tokenizer of transformers, made once."""
+        """Return the vocabulary of a tokenizer of transformers, made once."""
         return cls(tokenizer.backend_tokenizer)
 
     @property
@@ -85,7 +90,8 @@ class Vocabulary:
     def start_sequence(self, language: str | None, task: str, *, timestamps: bool) -> list[int]:
         """Return the special tokens that begin a transcript.
 
-        Raises: ModelError: a language that the model does not know, or none for a multilingual one; an unknown task.
+        Raises:
+            ModelError: a language that the model does not know, or none for a multilingual one; an unknown task.
         """
         ending = [] if timestamps else [self.no_timestamps]
         if not self.multilingual:
@@ -101,9 +107,9 @@ class Vocabulary:
         return [self.start, self.languages[language], self._id(f"<|{task}|>"), *ending]
 
     def prompt_tokens(self, prompt: str, hotwords: str = "") -> list[int]:
-        """Return the tokens before the start of transcript: the words to expect, then the newest of the text before.
+        """Return the tokens before the start of transcript: hotwords, then the newest of the text before.
 
-        Hotwords stand in front, as in faster-whisper, and take at most half of the room.
+        Hotwords come first, as in faster-whisper, and take at most half of the room.
         """
         expected = self.encode(hotwords)[: MAX_PROMPT_TOKENS // 2]
         room = MAX_PROMPT_TOKENS - len(expected)

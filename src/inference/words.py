@@ -1,4 +1,4 @@
-"""Words in time: tokens grouped into words, and what a word of a transcript carries."""
+"""Words with times: the `Word` of every transcript, and the grouping of tokens into words."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Word:
 def split_words(vocabulary: Vocabulary, tokens: Sequence[int]) -> list[tuple[str, int]]:
     """Group tokens into words: a token starts one if it decodes to a leading space, else it extends the last.
 
-    Returns: (text, number of tokens) a word; the numbers add up to all tokens.
+    Returns:
+        (text, number of tokens) per word; the numbers add up to all tokens.
     """
     words: list[tuple[str, int]] = []
     pending: list[int] = []
@@ -60,18 +61,18 @@ def split_words(vocabulary: Vocabulary, tokens: Sequence[int]) -> list[tuple[str
 
 
 def place_words(
-    vocabulary: Vocabulary,
-    tokens: Sequence[int],
-    *,
-    entered_sec: Sequence[float],
-    probabilities: Sequence[float],
+    vocabulary: Vocabulary, tokens: Sequence[int], *, entered_sec: Sequence[float], probabilities: Sequence[float]
 ) -> tuple[Word, ...]:
     """Give words the times and probabilities of their tokens.
 
     Args:
-        entered_sec: when each token begins, and after them the end token: one more than `tokens`, ascending.
+        vocabulary: of the model.
+        tokens: of a text.
+        entered_sec: when each token begins, and then the end token: one more than `tokens`, ascending.
         probabilities: of each token, in [0, 1].
-    Returns: words in order; starts and ends never decrease.
+
+    Returns:
+        Words in order; starts and ends never decrease.
     """
     words = []
     at = 0

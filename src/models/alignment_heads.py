@@ -19,7 +19,8 @@ def listed_heads(model: Any) -> list[Head]:
 def existing_heads(model: Any) -> list[Head]:
     """Return the alignment heads that the generation config lists; none by default.
 
-    Raises: ModelError: it lists heads that the decoder does not have, as distilled checkpoints do with their teacher's.
+    Raises:
+        ModelError: it lists heads that the decoder does not have, as distilled checkpoints do with their teacher's.
     """
     listed = listed_heads(model)
     layers, count = model.config.decoder_layers, model.config.decoder_attention_heads
@@ -33,10 +34,6 @@ def existing_heads(model: Any) -> list[Head]:
 
 
 def upper_half_heads(config: Any) -> list[Head]:
-    """Return all heads of the upper half of the decoder's layers, as CTranslate2's converter does without a list.
-
-    Args:
-        config: a `WhisperConfig`.
-    """
+    """Return all heads of the upper half of the decoder's layers, as CTranslate2's converter does without a list."""
     layers, count = config.decoder_layers, config.decoder_attention_heads
     return [(layer, head) for layer in range(layers // 2, layers) for head in range(count)]

@@ -1,21 +1,26 @@
+"""The cheapest path against the textbook recurrence, and the heads that are read."""
+
 from __future__ import annotations
+
+import copy
+import logging
 
 import numpy as np
 import pytest
 
-from src.inference.alignment import dtw_path
+from src.inference.alignment import alignment_heads, dtw_path
+from src.models.alignment_heads import FIND_HEADS
+from src.models.dynamic_context import DynamicWhisper
+from src.utils.errors import ModelError
 
 
 def cheapest_by_recursion(cost: np.ndarray) -> float:
-    """The textbook recurrence, cell by cell."""
     n, m = cost.shape
-    total = np.full((n, m), np.inf)
+    total = np.full((n + 1, m + 1), np.inf)
+    total[0, 0] = 0.0
     for i in range(n):
         for j in range(m):
-            before = [total[i - 1, j - 1]] if i and j else []
-            before += [total[i - 1, j]] if i else []
-            before += [total[i, j - 1]] if j else []
-            total[i, j] = cost[i, j] + (min(before) if before else 0.0)
+            total[i + 1, j + 1] = cost[i, j] + min(total[i, j], total[i, j + 1], total[i + 1, j])
     return float(total[-1, -1])
 
 
@@ -31,9 +36,14 @@ def test_path_is_monotone_connected_and_cheapest(shape: tuple[int, int]) -> None
     assert cost[rows, columns].sum() == pytest.approx(cheapest_by_recursion(cost))
 
 
-def test_path_follows_a_ridge() -> None:
-    cost = np.ones((4, 12))
-    for token in range(4):
-        cost[token, 3 * token : 3 * token + 3] = -1
-    rows, columns = dtw_path(cost)
-    assert [int(columns[rows == token].min()) for token in range(4)] == [0, 3, 6, 9]
+def test_a_list_of_another_model_is_refused_and_without_one_the_upper_half_is_read_with_one_warning(
+    untrained: DynamicWhisper, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert alignment_heads(untrained) == alignment_heads(untrained) == [(1, 0), (1, 1)]
+    (message,) = [record.message for record in caplog.records]
+    assert FIND_HEADS in message
+    model = copy.deepcopy(untrained)
+    model.generation_config.alignment_heads = [[1, 0], [25, 3]]  # of a teacher with 32 layers
+    with pytest.raises(ModelError, match=r"\(25, 3\)"):
+        alignment_heads(model)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -25,7 +26,7 @@ from src.inference.captions import (
     to_tsv,
     to_vtt,
     write_captions,
-)
+)  # fmt: skip
 from src.inference.streaming.events import Event, join_words
 from src.inference.words import Word
 from src.utils.errors import ConfigError, DataError
@@ -40,13 +41,6 @@ CHINESE = "我们今天来讨论一个非常重要的问题，就是怎样让语
 TIME = r"(\d\d):(\d\d):(\d\d)[,.](\d\d\d)"
 BLOCK = re.compile(rf"(?:(\d+)\n)?{TIME} --> {TIME}\n((?:.+\n)+)\n")
 
-letters = st.text("abcdefghij,.!世界。ーab", min_size=1, max_size=12)
-gaps_ms = st.sampled_from([0] * 12 + [300, 900])
-word_ms = st.one_of(st.integers(0, 400), st.sampled_from([0, 3000]))
-word_lists = st.lists(st.tuples(st.one_of(letters, st.just("x" * 50)), gaps_ms, word_ms), max_size=40).map(
-    lambda rows: words_of(rows)
-)
-
 
 def words_of(rows: Iterable[tuple[str, int, int]]) -> list[Word]:
     """Words from their texts, and the ms before each and of each."""
@@ -57,22 +51,27 @@ def words_of(rows: Iterable[tuple[str, int, int]]) -> list[Word]:
     return words
 
 
-def said(text: str, *, start_sec: float = 0.0, word_sec: float = 0.3) -> list[Word]:
-    return [
-        Word(word, start_sec + i * word_sec, start_sec + (i + 1) * word_sec, 0.9) for i, word in enumerate(text.split())
-    ]
+letters = st.text("abcdefghij,.!世界。ーab", min_size=1, max_size=12)
+word_lists = st.lists(
+    st.tuples(
+        st.one_of(letters, st.just("x" * 50)),
+        st.sampled_from([0] * 12 + [300, 900]),
+        st.one_of(st.integers(0, 400), st.just(3000)),
+    ),
+    max_size=40,
+).map(words_of)
 
 
-def jfk_words() -> list[Word]:
-    words, start_sec = [], 0.0
-    for text, end_sec in re.findall(r"(\S+) ([\d.]+)", JFK):
-        words.append(Word(text, start_sec, float(end_sec), 0.9))
-        start_sec = float(end_sec)
-    return words
+def said(text: str, *, word_sec: float = 0.3) -> list[Word]:
+    return [Word(word, i * word_sec, (i + 1) * word_sec, 0.9) for i, word in enumerate(text.split())]
 
 
-def lines(cues: Sequence[Cue]) -> list[str]:
-    return [" / ".join(cue.lines) for cue in cues]
+def shown(words: Sequence[Word], **options: Any) -> list[str]:
+    return [" / ".join(cue.lines) for cue in make_cues(words, CaptionOptions(**options))]
+
+
+def times(words: Sequence[Word], **options: Any) -> list[tuple[float, float]]:
+    return [(cue.start_sec, cue.end_sec) for cue in make_cues(words, CaptionOptions(**options))]
 
 
 def parsed(text: str) -> list[tuple[float, float, tuple[str, ...]]]:
@@ -82,12 +81,12 @@ def parsed(text: str) -> list[tuple[float, float, tuple[str, ...]]]:
     assert "".join(block[0] for block in blocks) == body
     if body is text:
         assert [block[1] for block in blocks] == [str(number) for number in range(1, len(blocks) + 1)]
-    return [(_sec(block.groups()[1:5]), _sec(block.groups()[5:9]), tuple(block[10].splitlines())) for block in blocks]
-
-
-def _sec(clock: Sequence[str]) -> float:
-    hours, minutes, seconds, ms = map(int, clock)
-    return round(hours * 3600 + minutes * 60 + seconds + ms / 1000, 3)
+    cues = []
+    for block in blocks:
+        h1, m1, s1, ms1, h2, m2, s2, ms2 = map(int, block.groups()[1:9])
+        start, end = (h1 * 3600 + m1 * 60 + s1 + ms1 / 1000, h2 * 3600 + m2 * 60 + s2 + ms2 / 1000)
+        cues.append((round(start, 3), round(end, 3), tuple(block[10].splitlines())))
+    return cues
 
 
 def event(kind: str, words: Sequence[Word], audio_sec: float = 0.0) -> Event:
@@ -130,115 +129,76 @@ def test_a_live_file_is_valid_at_any_time_and_ends_as_that_of_the_whole_text(
     assert path.read_text() == whole
 
 
-def test_cues_of_a_known_speech() -> None:
-    assert to_srt(make_cues(jfk_words())) == (
-        "1\n00:00:00,000 --> 00:00:02,880\nAnd so my fellow Americans\n\n"
-        "2\n00:00:02,880 --> 00:00:08,300\nask not what your country can do for you,\n\n"
-        "3\n00:00:08,300 --> 00:00:10,740\nask what you can do for your country.\n\n"
-    )
-
-
 def test_cues_end_with_sentences_then_at_commas_and_lines_not_after_short_words() -> None:
+    ends_sec = [(text, float(sec)) for text, sec in re.findall(r"(\S+) ([\d.]+)", JFK)]
+    starts_sec = [0.0, *(sec for _, sec in ends_sec)]
+    speech = [Word(text, start, end, 0.9) for (text, end), start in zip(ends_sec, starts_sec, strict=False)]
+    assert parsed(to_srt(make_cues(speech))) == [
+        (0.0, 2.88, ("And so my fellow Americans",)),
+        (2.88, 8.3, ("ask not what your country can do for you,",)),
+        (8.3, 10.74, ("ask what you can do for your country.",)),
+    ]
     text = (
         "The committee met in the morning and agreed on a plan. It was cold. Nobody wanted to leave the building, "
         "although the heating had failed two hours before, and the caretaker went looking for a man who could mend it."
     )
-    assert lines(make_cues(said(text, word_sec=0.25))) == [
+    assert shown(said(text, word_sec=0.25)) == [
         "The committee met in the morning / and agreed on a plan.",
         "It was cold. / Nobody wanted to leave the building,",
         "although the heating / had failed two hours before,",
         "and the caretaker went looking / for a man who could mend it.",
     ]
+    title = "Yesterday at the station we met Mr. Quilter again"
+    assert shown(said(title, word_sec=0.25)) == ["Yesterday at the station / we met Mr. Quilter again"]
+    few_lines = "ab abc, ab ab ab ab ab abc, abcdefg"
+    assert shown(said(few_lines), max_line_chars=20) == ["ab abc, ab ab ab / ab ab abc, abcdefg"]
 
 
-def test_a_title_ends_no_sentence() -> None:
-    (cue,) = make_cues(said("Yesterday at the station we met Mr. Quilter again", word_sec=0.25))
-    assert cue.lines == ("Yesterday at the station", "we met Mr. Quilter again")
-
-
-def test_a_cue_has_no_more_lines_than_it_needs() -> None:
-    (cue,) = make_cues(said("ab abc, ab ab ab ab ab abc, abcdefg"), CaptionOptions(max_line_chars=20))
-    assert cue.lines == ("ab abc, ab ab ab", "ab ab abc, abcdefg")
-
-
-def test_a_sentence_too_short_to_be_read_alone_begins_a_longer_cue() -> None:
+def test_no_cue_flashes_by_and_none_waits_for_more_than_two() -> None:
     rest = "Nobody wanted to leave the building while the heating that had failed was being mended"
     options = CaptionOptions(max_line_chars=44, max_cue_sec=7.0)
     assert len(make_cues(said(rest), options)) == 1
-    first, second = make_cues(said(f"No. {rest}"), options)
-    assert min(len(first.words), len(second.words)) > 3
-
-
-def test_no_word_is_left_over_for_a_cue_of_its_own() -> None:
-    words = said("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen")
-    assert min(len(cue.words) for cue in make_cues(words)) >= 6
-
-
-def test_endless_speech_without_marks_waits_for_two_cues_at_most() -> None:
-    builder, shown = CueBuilder(), 0
+    assert min(len(cue.words) for cue in make_cues(said(f"No. {rest}"), options)) > 3
+    counted = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+    assert min(len(cue.words) for cue in make_cues(said(counted))) >= 6
+    builder, written = CueBuilder(), 0
     for spoken, word in enumerate(said("and then we said that " * 60)):
-        shown += sum(len(cue.words) for cue in builder.add([word]))
-        assert (spoken - shown) * 0.3 <= 2 * CaptionOptions().max_cue_sec
+        written += sum(len(cue.words) for cue in builder.add([word]))
+        assert (spoken - written) * 0.3 <= 2 * CaptionOptions().max_cue_sec
 
 
-def test_a_short_cue_stays_into_the_silence_but_not_over_the_next() -> None:
-    far = [Word("Yes.", 1.0, 1.2, 0.9), Word("No.", 5.0, 5.2, 0.9)]
-    near = [Word("Yes.", 1.0, 1.2, 0.9), Word("No.", 1.7, 1.9, 0.9)]
-    assert [(cue.start_sec, cue.end_sec) for cue in make_cues(far)] == [(1.0, 2.0), (5.0, 6.0)]
-    options = CaptionOptions(max_gap_sec=0.4)
-    assert [(cue.start_sec, cue.end_sec) for cue in make_cues(near, options)] == [(1.0, 1.7), (1.7, 2.7)]
+def test_a_cue_stays_until_it_can_be_read_but_not_over_the_next_and_a_pause_is_not_part_of_a_word() -> None:
+    yes, no, long = Word("Yes.", 1.0, 1.2), Word("No.", 5.0, 5.2), Word("x" * 40, 0.0, 0.5)
+    assert times([yes, no]) == [(1.0, 2.0), (5.0, 6.0)]
+    assert times([yes, Word("No.", 1.7, 1.9)], max_gap_sec=0.4) == [(1.0, 1.7), (1.7, 2.7)]
+    assert times([long]) == [(0.0, 40 / CaptionOptions().max_chars_per_sec)]
+    assert times([long], max_chars_per_sec=5.0) == [(0.0, CaptionOptions().max_cue_sec)]
+    pauses = [Word("Stop.", 0.0, 4.0), Word("go", 4.0, 4.3), Word("on", 4.3, 9.0)]  # after a mark, else before the word
+    assert times(pauses) == [(0.0, 1.0), (4.0, 5.0), (8.0, 9.0)]
 
 
-def test_fast_speech_stays_until_it_can_be_read() -> None:
-    (cue,) = make_cues([Word("x" * 40, 0.0, 0.5, 0.9)])
-    assert cue.end_sec == 40 / CaptionOptions().max_chars_per_sec
-    (cue,) = make_cues([Word("x" * 40, 0.0, 0.5, 0.9)], CaptionOptions(max_chars_per_sec=5.0))
-    assert cue.end_sec == CaptionOptions().max_cue_sec
-
-
-def test_a_pause_inside_a_word_is_after_a_mark_and_else_before_the_word() -> None:
-    words = [Word("Stop.", 0.0, 4.0, 0.9), Word("go", 4.0, 4.3, 0.9), Word("on", 4.3, 9.0, 0.9)]
-    assert [(cue.start_sec, cue.end_sec, cue.lines) for cue in make_cues(words)] == [
-        (0.0, 1.0, ("Stop.",)),
-        (4.0, 5.0, ("go",)),
-        (8.0, 9.0, ("on",)),
-    ]
-
-
-def test_chinese_gets_no_spaces_and_is_cut_at_its_marks_by_character() -> None:
+def test_scripts_without_spaces_are_cut_by_character_and_others_keep_their_words_and_spaces() -> None:
     whole = make_cues([Word(CHINESE, 0.0, 12.0, 0.5)])
     assert ["".join(cue.lines) for cue in whole] == re.findall(".+?[，。！]", CHINESE)
     assert whole[1].start_sec == pytest.approx(12.0 * CHINESE.index("就") / len(CHINESE), abs=0.001)
     one_by_one = [word for cue in whole for word in cue.words]
     assert [word.text for word in one_by_one[-2:]] == ["简", "单！"]
     assert make_cues(one_by_one) == whole
-
-
-def test_a_line_ends_neither_before_closing_marks_nor_inside_latin_words() -> None:
     (cue,) = make_cues([Word("「ちょっと,待ってー」とiPhoneで言った。", 0.0, 3.0, 0.5)])
-    assert [word.text for word in cue.words] == [
-        "「ちょっ", "と,", "待っ", "てー」", "とiPhoneで", "言っ", "た。"
-    ]  # fmt: skip
-
-
-def test_other_scripts_keep_their_spaces_beside_chinese() -> None:
-    assert lines(make_cues(said("我用 iPhone 手机 你好, 世界 네 그래요 สวัสดี ครับ"))) == [
-        "我用 iPhone 手机你好, / 世界 네 그래요 สวัสดี ครับ"
-    ]
+    assert [word.text for word in cue.words] == ["「ちょっ", "と,", "待っ", "てー」", "とiPhoneで", "言っ", "た。"]
+    mixed = "我用 iPhone 手机 你好, 世界 네 그래요 สวัสดี ครับ"
+    assert shown(said(mixed)) == ["我用 iPhone 手机你好, / 世界 네 그래요 สวัสดี ครับ"]
 
 
 def test_segments_open_cues_and_share_their_time_by_characters() -> None:
-    cues = cues_of_segments(
-        [
-            SimpleNamespace(text="Ask not what your country can do for you. " * 4, start_sec=0.0, end_sec=8.0),
-            SimpleNamespace(text="Yes.", start_sec=8.0, end_sec=9.0),
-        ]
-    )
     sentence = "Ask not what your country can do for you."
-    assert lines(cues) == [f"{sentence} / {sentence}"] * 2 + ["Yes."]
-    assert [(cue.start_sec, cue.end_sec) for cue in cues] == [(0.0, 4.0), (4.0, 8.0), (8.0, 9.0)]
-    assert not any(cue.words for cue in cues)
-    assert "words" not in json.loads(to_json(cues))["segments"][0]
+    long, short = (f"{sentence} " * 4, 0.0, 8.0), ("Yes.", 8.0, 9.0)
+    segments: list[Any] = [SimpleNamespace(text=t, start_sec=a, end_sec=b) for t, a, b in (long, short)]
+    assert [(cue.start_sec, cue.end_sec, cue.lines, cue.words) for cue in cues_of_segments(segments)] == [
+        (0.0, 4.0, (sentence, sentence), ()),
+        (4.0, 8.0, (sentence, sentence), ()),
+        (8.0, 9.0, ("Yes.",), ()),
+    ]
 
 
 def test_text_cannot_break_the_formats() -> None:
@@ -246,73 +206,59 @@ def test_text_cannot_break_the_formats() -> None:
     assert to_srt([cue]) == "1\n01:01:01,500 --> 01:01:02,000\na -> b\nx <i> & 1\n\n"
     assert to_vtt([cue]) == ("WEBVTT\n\n01:01:01.500 --> 01:01:02.000\na ---&gt; b\nx &lt;i&gt; &amp; 1\n\n")
     assert to_tsv([cue]) == "start\tend\ttext\n3661500\t3662000\ta ---> b x <i> & 1\n"
-    assert to_srt(()) == ""
-    assert to_vtt(()) == "WEBVTT\n\n"
+    assert (to_srt(()), to_vtt(())) == ("", "WEBVTT\n\n")
+    assert "words" not in json.loads(to_json([cue]))["segments"][0]
 
 
 def test_json_has_whispers_shape_and_no_number_for_an_unknown_probability() -> None:
-    cues = make_cues([Word("Hello", 0.0, 0.5, 0.25), Word("there.", 0.5, 1.2, float("nan"))])
-    assert json.loads(to_json(cues, language="en")) == {
-        "text": "Hello there.",
-        "language": "en",
-        "segments": [
-            {
-                "id": 0,
-                "start": 0.0,
-                "end": 1.2,
-                "text": "Hello there.",
-                "words": [
-                    {"word": "Hello", "start": 0.0, "end": 0.5, "probability": 0.25},
-                    {"word": " there.", "start": 0.5, "end": 1.2, "probability": None},
-                ],
-            }
-        ],
-    }
+    cues = make_cues([Word("Hello", 0.0, 0.5, 0.25), Word("there.", 0.5, 1.2)])
+    content = json.loads(to_json(cues, language="en"))
+    (segment,) = content.pop("segments")
+    assert content == {"text": "Hello there.", "language": "en"}
+    assert segment.pop("words") == [
+        {"word": "Hello", "start": 0.0, "end": 0.5, "probability": 0.25},
+        {"word": " there.", "start": 0.5, "end": 1.2, "probability": None},
+    ]
+    assert segment == {"id": 0, "start": 0.0, "end": 1.2, "text": "Hello there."}
 
 
 @pytest.mark.parametrize(
     ("name", "begins"), [("a.srt", "1\n"), ("a.VTT", "WEBVTT\n"), ("a.tsv", "start\t"), ("a.json", "{")]
 )
-def test_the_suffix_chooses_the_format(tmp_path: Path, name: str, begins: str) -> None:
-    path = write_captions(tmp_path / "new" / name, make_cues(jfk_words()))
+def test_the_suffix_chooses_the_format_and_an_unknown_one_is_refused(tmp_path: Path, name: str, begins: str) -> None:
+    path = write_captions(tmp_path / "new" / name, make_cues(said("Hello there.")))
     assert path.read_bytes().decode("utf-8").startswith(begins)
-
-
-def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.str: captions are written as \.json, \.srt, \.tsv, \.vtt; did you mean"):
+    with pytest.raises(DataError, match=r"a\.str.*\.srt"):
         write_captions(tmp_path / "a.str", ())
-    with pytest.raises(DataError, match=r"a\.json: captions are written as \.srt, \.vtt"):
+    with pytest.raises(DataError, match=r"a\.json"):
         LiveCaptionWriter(tmp_path / "a.json")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_final_writes_everything_and_the_next_cue_begins_no_earlier(tmp_path: Path) -> None:
     path = tmp_path / "live.vtt"
     with LiveCaptionWriter(path) as writer:
-        assert path.read_text() == "WEBVTT\n\n"
         writer.write(event("commit", [Word("Yes.", 1.0, 1.2, 0.9)]))
-        assert parsed(path.read_text()) == []
+        assert path.read_text() == "WEBVTT\n\n"
         writer.write(event("final", [Word("Yes.", 1.0, 1.2, 0.9)], audio_sec=1.7))
         assert parsed(path.read_text()) == [(1.0, 1.7, ("Yes.",))]
         writer.write(event("commit", [Word("No.", 1.5, 2.0, 0.9)]))
     assert parsed(path.read_text()) == [(1.0, 1.7, ("Yes.",)), (1.7, 2.7, ("No.",))]
 
 
-def test_committed_words_are_written_when_the_session_fails_and_none_are_lost_afterwards(tmp_path: Path) -> None:
+def test_committed_words_are_written_when_the_session_fails(tmp_path: Path) -> None:
     path = tmp_path / "live.srt"
     with pytest.raises(RuntimeError), LiveCaptionWriter(path) as writer:
         writer.write(event("commit", said("Hello there.")))
         raise RuntimeError
     assert parsed(path.read_text())[0][2] == ("Hello there.",)
     writer.close()
-    with pytest.raises(DataError, match="closed"):
+    with pytest.raises(DataError, match=r"live\.srt"):
         writer.write(event("commit", said("more")))
 
 
 def test_times_out_of_order_and_impossible_options_are_refused() -> None:
-    with pytest.raises(DataError, match=r"'b' .*in order"):
-        make_cues([Word("a", 2.0, 2.5, 0.9), Word("b", 1.0, 1.5, 0.9)])
-    with pytest.raises(DataError, match="'c'"):
-        make_cues([Word("c", float("nan"), 1.0, 0.9)])
-    with pytest.raises(ConfigError, match=r"max_lines is 0.*min_cue_sec 7\.0 exceeds max_cue_sec 6\.0"):
+    for words in ([Word("a", 2.0, 2.5), Word("b", 1.0, 1.5)], [Word("b", float("nan"), 1.0)]):
+        with pytest.raises(DataError, match="'b'"):
+            make_cues(words)
+    with pytest.raises(ConfigError, match=r"max_lines is 0.*min_cue_sec 7\.0"):
         CaptionOptions(max_lines=0, min_cue_sec=7.0)

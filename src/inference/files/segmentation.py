@@ -51,7 +51,9 @@ def cut_at_silences(
         vad: its `pad_sec` of silence, at least `PAD_SEC`, stays on both sides of speech.
         max_sec: of a segment.
         join_pause_sec: stretches of speech with at most so much silence between them share a segment, where they fit.
-    Yields: segments in order, without overlap, that hold all speech; the recording as it is, where one is enough.
+
+    Yields:
+        Segments in order, without overlap, that hold all speech; the whole recording, where one is enough.
     """
     cutter = _Cutter(vad, round(max_sec * SAMPLE_RATE), round(join_pause_sec * SAMPLE_RATE))
     for block in blocks:

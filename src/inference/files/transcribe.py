@@ -210,9 +210,7 @@ class BatchInference:
         self._engine, self._settings, self._fitting = engine, config.inference, FittingSize()
         self._vad = vad or VoiceActivityDetector(config.vad)
         self._options = replace(
-            DecodingOptions.from_config(config),
-            prompt=self._settings.initial_prompt,
-            hotwords=self._settings.hotwords,
+            DecodingOptions.from_config(config), prompt=self._settings.initial_prompt, hotwords=self._settings.hotwords
         )
         pause_sec = self._settings.join_pause_sec
         self._join_pause_sec = JOIN_PAUSE_SEC[engine.audio_context] if pause_sec is None else pause_sec

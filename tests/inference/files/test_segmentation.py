@@ -1,9 +1,10 @@
-"""Cutting at silences: nothing that was said is lost or heard twice, and memory does not grow with the recording."""
+"""Cutting at silences loses and doubles no speech, in bounded memory; windows are cut as by openai/whisper."""
 
 from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.vad import VADEvent, VoiceActivityDetector
-from src.inference.files.segmentation import Segment, cut_at_silences
-from src.utils.config import VADConfig
+from src.inference.files.segmentation import Segment, cut_at_silences, decode_windows, split_at_timestamps
+from src.inference.options import DecodingOptions, DecodingResult
+from src.inference.words import Word
+from src.utils.config import InferenceConfig, VADConfig
 
 MIN_SILENCE_SEC = 0.5
 
@@ -32,23 +35,20 @@ class LoudDetector:
 
 class LoudStream:
     def __init__(self) -> None:
-        self._heard = 0
+        self._heard, self._last = 0, 0
         self._start: int | None = None
-        self._last = 0
 
     def feed(self, samples: Waveform) -> list[VADEvent]:
         events = []
-        window = SAMPLE_RATE // 20
-        for at in range(0, len(samples), window):
-            piece = samples[at : at + window]
+        for at in range(0, len(samples), SAMPLE_RATE // 20):
+            piece = samples[at : at + SAMPLE_RATE // 20]
             loud = float(np.abs(piece).max()) > 0.1
             if loud and self._start is None:
                 self._start = self._heard
                 events.append(self._event("start", self._start))
             self._heard += len(piece)
-            if loud:
-                self._last = self._heard
-            elif self._start is not None and self._heard - self._last >= MIN_SILENCE_SEC * SAMPLE_RATE:
+            self._last = self._heard if loud else self._last
+            if self._start is not None and self._heard - self._last >= MIN_SILENCE_SEC * SAMPLE_RATE:
                 events.append(self._event("end", self._last))
                 self._start = None
         return events
@@ -96,25 +96,26 @@ def test_all_speech_is_in_one_segment_once(stretches: list[tuple[bool, float]], 
     assert (covered[audio > 0] == 1).all()
 
 
-def test_a_short_recording_stays_whole() -> None:
-    audio = recording([(False, 1.0), (True, 1.0), (False, 1.5)])
-    (segment,) = cut(audio, max_sec=4.0)
-    assert (segment.start_sec, len(segment.audio)) == (0.0, len(audio))
-
-
-def test_a_short_recording_is_cut_at_pauses_that_a_segment_may_not_hold() -> None:
-    audio = recording([(False, 0.5), (True, 1.0), (False, 1.5), (True, 0.5)])
-    assert len(cut(audio, max_sec=4.0, join_pause_sec=1.0)) == 2
-    (whole,) = cut(audio, max_sec=4.0, join_pause_sec=2.0)
-    assert len(whole.audio) == len(audio)
-    assert len(cut(recording([(True, 3.95)]), max_sec=4.0)) == 1
-    assert cut(np.zeros(0, np.float32), max_sec=4.0) == []
-
-
-def test_pauses_up_to_the_limit_stay_within_a_segment() -> None:
-    audio = recording([(True, 1.0), (False, 0.7), (True, 1.0), (False, 1.5), (True, 1.0)])
-    assert len(cut(audio, max_sec=4.0, join_pause_sec=0.0)) == 3
-    assert len(cut(audio, max_sec=4.0, join_pause_sec=1.0)) == 2
+@pytest.mark.parametrize(
+    ("stretches", "join_pause_sec", "segments"),
+    [
+        ([(False, 1.0), (True, 1.0), (False, 1.5)], 0.0, 1),  # fits whole
+        ([(False, 0.5), (True, 1.0), (False, 1.5), (True, 0.5)], 1.0, 2),  # fits, but holds a pause that it may not
+        ([(False, 0.5), (True, 1.0), (False, 1.5), (True, 0.5)], 2.0, 1),
+        ([(True, 3.95)], 0.0, 1),
+        ([(True, 1.0), (False, 0.7), (True, 1.0), (False, 1.5), (True, 1.0)], 0.0, 3),
+        ([(True, 1.0), (False, 0.7), (True, 1.0), (False, 1.5), (True, 1.0)], 1.0, 2),
+        ([(True, 0.0)], 0.0, 0),
+    ],
+)
+def test_a_recording_is_cut_only_at_pauses_that_a_segment_may_not_hold(
+    stretches: list[tuple[bool, float]], join_pause_sec: float, segments: int
+) -> None:
+    audio = recording(stretches)
+    found = cut(audio, max_sec=4.0, join_pause_sec=join_pause_sec)
+    assert len(found) == segments
+    if segments == 1:
+        assert (found[0].start_sec, len(found[0].audio)) == (0.0, len(audio))
 
 
 def test_speech_without_a_pause_is_cut_at_its_quietest_moment() -> None:
@@ -130,10 +131,8 @@ def test_three_hours_need_the_memory_of_a_minute() -> None:
     def peak(minutes: int) -> int:
         tracemalloc.start()
         source = (block for _ in range(minutes) for block in blocks(minute, 10 * SAMPLE_RATE))
-        total = sum(
-            len(segment.audio) for segment in cut_at_silences(source, LoudDetector(), max_sec=28.0, join_pause_sec=0.0)
-        )
-        assert total >= 36 * SAMPLE_RATE * minutes
+        found = cut_at_silences(source, LoudDetector(), max_sec=28.0, join_pause_sec=0.0)  # type: ignore[arg-type]
+        assert sum(len(segment.audio) for segment in found) >= 36 * SAMPLE_RATE * minutes
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return most
@@ -151,3 +150,69 @@ def test_real_speech_is_cut_where_silero_hears_none(jfk: Waveform) -> None:
     for edge in edges[1:-1]:
         near = audio[round((edge - 0.02) * SAMPLE_RATE) : round((edge + 0.02) * SAMPLE_RATE)]
         assert float(np.abs(near).mean()) < 0.05
+
+
+class Letters:
+    """A vocabulary of letters; times begin at 1,000, the end is 500."""
+
+    end, timestamp_begin = 500, 1_000
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(chr(token) for token in token_ids if token < self.end)
+
+
+def tokens(*parts: str | float) -> list[int]:
+    """Text as letters, seconds as times."""
+    found: list[int] = []
+    for part in parts:
+        found += [ord(c) for c in part] if isinstance(part, str) else [1_000 + round(part / 0.02)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("given", "texts", "next_sec"),
+    [
+        (tokens(0.0, "one", 2.0, 2.0, "two", 5.0), [("one", 0.0, 2.0), ("two", 2.0, 5.0)], 30.0),  # ends whole
+        (tokens(0.0, "one", 2.0, 2.4, "cut"), [("one", 0.0, 2.0)], 2.0),  # the next window hears "cut" again
+        (tokens(0.0, "one", 2.0, 2.4, "two", 4.0, 4.0), [("one", 0.0, 2.0), ("two", 2.4, 4.0)], 4.0),
+        (tokens(0.0, "all of it"), [("all of it", 0.0, 30.0)], 30.0),  # no second time: nothing to go by
+        (tokens(0.0, "all of it", 7.0), [("all of it", 0.0, 7.0)], 30.0),
+        (tokens("no times"), [("no times", 0.0, 30.0)], 30.0),
+        (tokens(0.0, 0.0), [], 30.0),  # never stands still
+        ([], [], 30.0),
+    ],
+)
+def test_windows_are_split_and_advance_as_in_openai_whisper(
+    given: list[int], texts: list[tuple[str, float, float]], next_sec: float
+) -> None:
+    found, end_sec = split_at_timestamps(given, Letters(), 30.0)  # type: ignore[arg-type]
+    assert [(Letters().decode(t.tokens), t.start_sec, t.end_sec) for t in found] == texts
+    assert end_sec == next_sec
+
+
+class Windows:
+    """An engine that hears a sentence and the beginning of another in each window, and keeps the prompts."""
+
+    vocabulary = Letters()
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+
+    def encode(self, audios: Sequence[Waveform], trailing_silence_sec: float) -> None:
+        return None
+
+    def decode(self, encoded: Any, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
+        self.prompts.append(options.prompt)
+        return [DecodingResult(" one cut", tuple(tokens(0.0, " one", 20.0, 21.0, " cut")), -0.1)]
+
+    def align(self, *_: Any) -> list[tuple[Word, ...]]:
+        return [(Word("one", 19.0, 24.0, 0.9),)]
+
+
+def test_what_the_next_window_hears_again_is_no_context_and_no_word_reaches_into_it() -> None:
+    engine, audio = Windows(), np.zeros(50 * 16_000, dtype=np.float32)
+    options = DecodingOptions(prompt="Before.", word_timestamps=True)
+    found = list(decode_windows(engine, [audio], options, InferenceConfig()))  # type: ignore[arg-type]
+    assert engine.prompts == ["Before.", "Before. one", "Before. one one"]
+    assert [(start_sec, end_sec) for _, start_sec, end_sec in found] == [(0.0, 20.0), (20.0, 40.0), (40.0, 50.0)]
+    assert [part.words[0].end_sec for part, _, _ in found if part.words] == [20.0, 40.0, 50.0]

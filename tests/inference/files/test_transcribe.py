@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from src.data.sources.catalog import SAMPLE_CLIP
 from src.inference.files.transcribe import BatchInference
 from src.inference.options import DecodingOptions, DecodingResult
 from src.utils.config import load_config
-from src.utils.errors import AudioError, DataError, OutOfMemoryError
+from src.utils.errors import AudioError, DataError, ModelError, OutOfMemoryError
 from tests.inference.files.test_segmentation import LoudDetector
 
 LANGUAGES = {2: "en", 3: "de"}  # of the scripted engine, by the tenths of a clip's peak
@@ -105,54 +105,49 @@ def test_where_memory_runs_out_the_batch_is_halved() -> None:
 
 
 @pytest.mark.slow
-def test_paths_and_arrays_come_back_in_order(tiny_en: tuple[Any, Any], jfk: np.ndarray) -> None:
-    results = BatchInference(*tiny_en).transcribe_batch([jfk[: 3 * 16_000], SAMPLE_CLIP, str(SAMPLE_CLIP)])
-    assert [r.source for r in results] == ["array 0", str(SAMPLE_CLIP), str(SAMPLE_CLIP)]
-    assert results[1].text == results[2].text
+def test_paths_arrays_silence_and_bad_files_come_back_in_order(
+    tiny_en: tuple[Any, Any], jfk: Waveform, tmp_path: Path
+) -> None:
+    bad, silence = tmp_path / "broken.wav", tmp_path / "silence.wav"
+    bad.write_bytes(b"RIFF")
+    sf.write(silence, np.zeros(40 * SAMPLE_RATE), SAMPLE_RATE)
+    inference = BatchInference(*tiny_en)
+    sources = [jfk[: 3 * SAMPLE_RATE], SAMPLE_CLIP, bad, str(SAMPLE_CLIP), silence]
+    results = inference.transcribe_batch(sources, on_error="skip")
+    assert [r.source for r in results] == ["array 0", *map(str, sources[1:])]
+    assert results[1].text == results[3].text
     assert results[1].text.endswith("do for your country.")
-    assert results[0].duration_sec == pytest.approx(3.0)
-    assert results.audio_sec == pytest.approx(25.0, abs=0.1)
+    assert (results[2].text, results[4].text) == (None, "")
+    assert "broken.wav" in (results[2].error or "")
+    assert [r.error is None for r in results] == [True, True, False, True, True]
+    assert results.audio_sec == pytest.approx(65.0, abs=0.1)
     assert results.rtf > 0
+    with pytest.raises(AudioError, match=r"broken\.wav"):
+        inference.transcribe_batch([bad])
+
+
+def test_no_source_a_bare_path_and_no_model_are_refused() -> None:
+    batch = inference(Scripted())
+    for sources in ([], "clip.wav"):
+        with pytest.raises(DataError, match="transcribe_batch"):
+            batch.transcribe_batch(sources)
+    with pytest.raises(ModelError):
+        BatchInference()
 
 
 @pytest.mark.slow
-def test_long_recordings_are_cut_at_silences_with_absolute_times(tiny_en: tuple[Any, Any], jfk: np.ndarray) -> None:
+@pytest.mark.parametrize("mode", ["segments", "sequential"])
+def test_a_long_recording_loses_and_doubles_nothing_and_has_absolute_times(
+    tiny_en: tuple[Any, Any], jfk: Waveform, mode: Literal["segments", "sequential"]
+) -> None:
     pause = np.zeros(8_000, dtype=np.float32)
     long = np.concatenate([jfk, pause, jfk, pause, jfk, pause, jfk])  # 45.5 s
-    result = BatchInference(*tiny_en).transcribe_batch([long], word_timestamps=True)[0]
+    (result,) = BatchInference(*tiny_en).transcribe_batch([long], word_timestamps=True, mode=mode)
     assert result.text.lower().count("fellow americans") == 4
-    assert result.words[-1].end_sec == pytest.approx(45.2, abs=0.6)
+    assert " ".join(word.text for word in result.words).split() == result.text.split()
     starts = [word.start_sec for word in result.words]
     assert starts == sorted(starts)
-
-
-@pytest.mark.slow
-def test_a_bad_file_is_raised_or_reported_by_name(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
-    bad = tmp_path / "broken.wav"
-    bad.write_bytes(b"RIFF")
-    inference = BatchInference(*tiny_en)
-    with pytest.raises(AudioError, match=r"broken\.wav"):
-        inference.transcribe_batch([SAMPLE_CLIP, bad])
-    results = inference.transcribe_batch([bad, SAMPLE_CLIP], on_error="skip")
-    assert results[0].text is None
-    assert "broken.wav" in (results[0].error or "")
-    assert results[1].error is None
-
-
-@pytest.mark.slow
-def test_no_file_and_a_bare_path_are_refused(tiny_en: tuple[Any, Any]) -> None:
-    inference = BatchInference(*tiny_en)
-    with pytest.raises(DataError, match="no recording"):
-        inference.transcribe_batch([])
-    with pytest.raises(DataError, match="takes a list"):
-        inference.transcribe_batch("clip.wav")
-
-
-@pytest.mark.slow
-def test_long_silence_gives_an_empty_text(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
-    path = tmp_path / "silence.wav"
-    sf.write(path, np.zeros(40 * 16_000), 16_000)
-    assert BatchInference(*tiny_en).transcribe_batch([path])[0].text == ""
+    assert result.words[-1].end_sec == pytest.approx(45.2, abs=0.8)
 
 
 @pytest.mark.slow
