@@ -20,28 +20,40 @@ def make_inputs(model: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return features, tokens, labels
 
 
-@pytest.mark.slow
-def test_the_loss_is_the_full_cross_entropy_of_the_models_forward(tiny_en: tuple[Any, Any]) -> None:
-    model, _ = tiny_en
+def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_loss_and_gradients_are_those_of_the_models_forward(small: tuple[Any, Any], frozen: bool) -> None:
+    """The embedding is the output's weight too, and its two gradients are added up."""
+    model, _ = small
     model.audio_context = "dynamic"
+    model.proj_out.weight.requires_grad_(not frozen)
     features, tokens, labels = make_inputs(model)
+    assert (tokens == model.config.pad_token_id).any()  # has no gradient of its own
 
     logits = model(input_features=features, decoder_input_ids=tokens, use_cache=False).logits
     expected = functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    expected.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-
-    loss = TokenLoss(model)(features, tokens, labels)
-    loss.backward()
+    wanted = gradients(model, expected)
+    module = TokenLoss(model)
+    loss = module(features, tokens, labels)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    assert set(gradients) == {name for name, p in model.named_parameters() if p.grad is not None}
-    for name, parameter in model.named_parameters():
-        if name in gradients:
-            scale = float(gradients[name].abs().max())
-            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-4 * scale)
+    found = gradients(model, loss)
+    assert set(found) == set(wanted)
+    assert ("model.decoder.embed_tokens.weight" in found) is not frozen
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+    # two passes before either goes backward, as in accumulation
+    twice = gradients(model, module(features, tokens, labels) + module(features, tokens, labels))
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(twice[name], 2 * gradient, rtol=1e-4, atol=2e-4 * float(gradient.abs().max()))
+    with torch.no_grad():
+        assert not module(features, tokens, labels).requires_grad
 
 
 def test_positions_without_a_loss_have_no_say(small: tuple[Any, Any]) -> None:
@@ -62,4 +74,5 @@ def test_under_autocast_the_loss_is_float32(small: tuple[Any, Any]) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = TokenLoss(model)(features, tokens, labels)
     assert loss.dtype == torch.float32
+    assert torch.isfinite(gradients(model, loss)["model.decoder.embed_tokens.weight"]).all()
     torch.testing.assert_close(loss, TokenLoss(model)(features, tokens, labels), rtol=0.02, atol=0)
