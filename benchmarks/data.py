@@ -204,7 +204,7 @@ def _peer_log_mel(clips: list[np.ndarray[Any, Any]]) -> Callable[[], object]:
 
 def time_waiting(splits: DatasetSplits, processor: Any, config: Config) -> float:
     """Return the share of time that a GPU step of 100 ms for 16 clips waits for data, all augmentation on."""
-    from src.training.waiting import WaitMeter
+    from src.training.trainer import WaitMeter
 
     everything = {"pitch_prob": 1.0, "noise_prob": 1.0, "room_prob": 1.0, "codec_prob": 1.0}
     augmenter = AudioAugmenter(config.augmentation.model_copy(update=everything))

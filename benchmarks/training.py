@@ -176,7 +176,7 @@ def make_job(arguments: argparse.Namespace, folder: Path, *, real: bool = False)
     """Choose the clips, write them to files that both sides read, and settle what both sides share."""
     from benchmarks.training_sides import choose_clips
     from src.models.weights import resolve_weights
-    from src.training.schedule import default_learning_rate
+    from src.training.updates import default_learning_rate
     from src.utils import load_config
 
     train, dev = folder / "train.parquet", folder / "dev.parquet"

@@ -52,7 +52,7 @@ def load(path: Path, profile: str | None, loaded: list[Config]) -> Iterator[Chec
 
 def list_stored(config: Config) -> tuple[Check, ...]:
     """Look at data, weights and checkpoints; imports torch."""
-    from src.training.stored import stored_report
+    from src.training.restart import stored_report
 
     return stored_report(config).checks
 

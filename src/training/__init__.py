@@ -1,6 +1,6 @@
-"""Fine-tuning: the loop, what it trains, and what it keeps.
+"""Fine-tuning: the training loop, checkpoints, and what comes before and after a training.
 
-The names are in the stub beside this file, and load when first used: importing one module does not import them all.
+The names are in `__init__.pyi` and load when first used: importing one module does not import them all.
 """
 
 import lazy_loader

@@ -1,9 +1,7 @@
 from .adapt import AdaptationResult, adapt_context
 from .mixing import MixResult, choose_mix
-from .preflight import Preflight, preflight
-from .probe import propose_batch_seconds
-from .restart import RestartedRun, restart
-from .stored import spare_checkpoints, stored_report
+from .preflight import Preflight, preflight, propose_batch_seconds
+from .restart import RestartedRun, restart, spare_checkpoints, stored_report
 from .trainer import WhisperTrainer
 
 __all__ = [

@@ -1,19 +1,20 @@
 """Context adaptation: stock weights learn to work at the audio's own length, without transcripts.
 
-A frozen copy of the model, padded to 30 s as it was trained, teaches: it transcribes each clip, and its hidden states
-over the real audio and over its own transcript are what the model must have at a short context. Some clips are cut at a
-random place, since a stream's audio stops anywhere; the teacher sees the same cut, so that any place will do.
+A frozen copy of the model, padded to 30 s as it was trained, is the teacher: it transcribes each clip, and its hidden
+states over the real audio and over its own transcript are what the model must have at a short context. Some clips are
+cut at a random place, since a stream's audio stops anywhere; the teacher sees the same cut, so any place will do.
 
-The padded teacher is most of the cost. It runs once a clip; its states are kept as float16, over the real positions
-alone, as long as they fit into 1 GB.
+The padded teacher is most of the cost. It runs once per clip; its states are kept as float16, over the real positions
+only, as long as they fit into 1 GB.
 
 Source: the method of https://github.com/futo-org/whisper-acft, which matches the decoder's states on human transcripts.
-Changed here: the teacher's own transcript, the encoder's states too, each loss relative to the variance of what it
-matches, and the token embedding stays as it is: it is the output layer too, which no hidden state would hold in place.
+Changed here: the teacher's own transcript, the encoder's states too, each loss relative to the variance of its target,
+and the token embedding stays as it is: it is the output layer too, which no hidden state would hold in place.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -25,42 +26,53 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio, to_mono_16k
 from src.data.batching import batch_generator
 from src.data.dataset import decode_audio
-from src.data.features import CONTEXT_SAMPLES
+from src.data.features import CONTEXT_SAMPLES, SAMPLES_PER_POSITION
+from src.data.mel import padded_samples
 from src.data.utterance import Utterance
+from src.inference.decoding import decode, encode, log_mel_for
+from src.inference.options import DecodingOptions
+from src.inference.tokens import Vocabulary
 from src.models.dynamic_context import DynamicWhisper
-from src.training.schedule import default_learning_rate
-from src.training.state_matching import Clip, Student, Teacher, frozen
+from src.training.updates import build_optimizer, build_schedule, default_learning_rate
 from src.utils.config import Config
 from src.utils.errors import ConfigError, DataError, ModelError
+from src.utils.runtime import choose_precision
 
 logger = logging.getLogger(__name__)
 
 AudioItem = Waveform | Path | str | Utterance
 MIN_CUT_SEC = 1.0  # less has hardly a word, and on almost nothing the teacher makes words up
 POOL_BATCHES = 4  # batches that are decoded and sorted by length together
-LEARNING_RATE_FACTOR = 1.0  # of the rate for fine-tuning
-_ORDER_STREAM, _SHUFFLE_STREAM, _CUT_STREAM = 0, 2, 3  # of the random draws; 1 are the pauses
+TARGET_MEMORY_BYTES = 1 << 30  # of kept targets; what does not fit is computed again
+WARMUP_RATIO = 0.1
+MAX_GRAD_NORM = 1.0
+_ORDER_STREAM, _PAUSE_STREAM, _SHUFFLE_STREAM, _CUT_STREAM = range(4)  # of the random draws
 
 
 @dataclass(frozen=True)
 class AdaptationResult:
-    """What an adaptation did.
+    """Losses and costs of an adaptation.
 
     Attributes:
-        losses: one a step: encoder loss + decoder loss. Each is the mean squared difference of the states, over the
+        losses: one per step: encoder loss + decoder loss. Each is the mean squared difference of the states, over the
             variance of the teacher's: 0 is equal, 1 is as far off as a constant.
-        encoder_losses, decoder_losses: their parts.
+        encoder_losses: their first part.
+        decoder_losses: their second part.
         steps: updates of the weights.
         clips: different clips that were seen.
-        cut_clips: of these, cut at a random place.
-        unfinished_clips: of these, not matched over a transcript: the teacher did not end its own.
+        cut_clips: clips of these that were cut at a random place.
+        unfinished_clips: clips of these not matched over a transcript, because the teacher did not end its own.
         audio_sec: audio that the model saw; repeats count, pauses do not.
-        teacher_sec, seconds: wall time of the teacher, and of everything.
+        teacher_sec: wall time of the teacher.
+        seconds: wall time of everything.
     """
 
     losses: tuple[float, ...]
@@ -73,6 +85,40 @@ class AdaptationResult:
     audio_sec: float
     teacher_sec: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One recording to adapt on.
+
+    Attributes:
+        index: in the caller's sequence.
+        name: for errors.
+        audio: (T,) float32, 16 kHz, at most 30 s.
+        is_cut: it ends at a random place.
+    """
+
+    index: int
+    name: str
+    audio: Tensor
+    is_cut: bool
+
+
+@dataclass(frozen=True)
+class Target:
+    """The teacher's last hidden states of one clip, float16 on the CPU.
+
+    Attributes:
+        encoder: (positions, d_model) over the real audio and the longest pause.
+        tokens: (L,) int64 that the decoder was fed.
+        decoder: (L, d_model).
+        is_finished: the teacher ended its transcript; else `tokens` are only those that begin one.
+    """
+
+    encoder: Tensor
+    tokens: Tensor
+    decoder: Tensor
+    is_finished: bool
 
 
 def adapt_context(
@@ -91,28 +137,31 @@ def adapt_context(
 ) -> AdaptationResult:
     """Make a full-context model work at dynamic context, by matching its own hidden states at 30 s.
 
+    After an error the model is "full" again, with the weights that it had by then.
+
     Args:
         model: of full context, float32; changed in place, and "dynamic" when this returns.
         audio: speech without transcripts: (T,) float32 arrays at 16 kHz, files, or utterances, whose text is not read.
-            Of what is longer than 30 s, the first 30 s are used.
+            Only the first 30 s of a longer one are used.
         processor: of the model.
         config: `model.language` and `model.task` of the teacher's transcripts, `inference` for their decoding,
             `precision` of the model's own passes; defaults without. The teacher computes in float32.
         steps: updates; clips repeat, in a new order, when they run out.
-        batch_size: clips an update.
+        batch_size: clips per update.
         learning_rate: peak; None takes the rate for fine-tuning a model of this size.
         max_trailing_silence_sec: each clip gets a pause at its end, drawn from 0 to this.
         full_context_prob: share of batches padded to 30 s, which cost as much as training at full context.
         cut_prob: share of clips cut at a random place, at least 1 s from their start.
         seed: decides order, cuts and pauses.
-    Raises: ModelError: the model is dynamic already, or not in float32. ConfigError: a number out of range.
-        DataError: no audio, or a loss that is not finite. AudioError: a recording that cannot be used, by name.
-        After an error the model is "full" again, with the weights that it had by then.
+
+    Raises:
+        ModelError: the model is dynamic already, or not in float32.
+        ConfigError: a number is out of range.
+        DataError: no audio, or a loss that is not finite.
+        AudioError: a recording cannot be used; it is named.
     """
     config = config or Config()
-    rate = (
-        default_learning_rate(model.config.d_model) * LEARNING_RATE_FACTOR if learning_rate is None else learning_rate
-    )
+    rate = default_learning_rate(model.config.d_model) if learning_rate is None else learning_rate
     _check_numbers(steps, batch_size, rate, max_trailing_silence_sec, full_context_prob, cut_prob)
     _check_inputs(model, audio)
     began = time.perf_counter()
@@ -136,12 +185,6 @@ def adapt_context(
             audio_sec += sum(len(clip.audio) for clip in batch) / SAMPLE_RATE
             bar.set_postfix(encoder=f"{parts[-1][0]:.4f}", decoder=f"{parts[-1][1]:.4f}")
             bar.update()
-    return _result(parts, teacher, audio_sec, time.perf_counter() - began)
-
-
-def _result(
-    parts: Sequence[tuple[float, float]], teacher: Teacher, audio_sec: float, seconds: float
-) -> AdaptationResult:
     result = AdaptationResult(
         losses=tuple(encoder + decoder for encoder, decoder in parts),
         encoder_losses=tuple(encoder for encoder, _ in parts),
@@ -152,7 +195,7 @@ def _result(
         unfinished_clips=sum(not is_finished for _, is_finished in teacher.seen.values()),
         audio_sec=audio_sec,
         teacher_sec=teacher.seconds,
-        seconds=seconds,
+        seconds=time.perf_counter() - began,
     )
     logger.info(
         "adapted in %.0f s (teacher %.0f s): loss %.4f, then %.4f",
@@ -183,8 +226,8 @@ def _check_numbers(
 def _check_inputs(model: DynamicWhisper, audio: Sequence[AudioItem]) -> None:
     if model.audio_context == "dynamic":
         raise ModelError(
-            "this model has audio_context 'dynamic' already, so its states at 30 s are no measure any more; adapt a "
-            "full-context model, or go on with WhisperTrainer"
+            "this model has audio_context 'dynamic' already, so its states at 30 s are no target any more; adapt a "
+            "full-context model, or continue with WhisperTrainer"
         )
     if model.dtype != torch.float32:
         raise ModelError(
@@ -197,7 +240,7 @@ def _check_inputs(model: DynamicWhisper, audio: Sequence[AudioItem]) -> None:
 def _batches(
     audio: Sequence[AudioItem], *, steps: int, batch_size: int, cut_prob: float, seed: int
 ) -> Iterator[list[Clip]]:
-    """Yield one batch a step: clips of similar length, in an order that changes with each pass."""
+    """Yield one batch per step: clips of similar length, in an order that changes with each pass."""
     made, passes = 0, 0
     order: list[int] = []
     while made < steps:
@@ -216,7 +259,7 @@ def _batches(
 
 
 def _load(item: AudioItem, index: int, *, cut_prob: float, seed: int) -> Clip:
-    """Decode one clip, and cut it where its own draw says so: the same cut each time, as its target is kept."""
+    """Decode one clip, and cut it at a place that depends only on its index, since its target is kept."""
     if isinstance(item, Utterance):
         name, samples = item.id, decode_audio(item)
     elif isinstance(item, str | Path):
@@ -237,13 +280,209 @@ def _load(item: AudioItem, index: int, *, cut_prob: float, seed: int) -> Clip:
 
 @contextmanager
 def _dynamic_while_adapting(model: DynamicWhisper) -> Iterator[None]:
+    embedding = model.model.decoder.embed_tokens.weight
+    required = embedding.requires_grad
     model.audio_context = "dynamic"
-    finished = False
+    embedding.requires_grad_(False)
     try:
-        # the embedding is the output layer too, and no hidden state would hold it in place
-        with frozen(model.model.decoder.embed_tokens.weight):
-            yield
-        finished = True
+        yield
+    except BaseException:
+        model.audio_context = "full"
+        raise
     finally:
-        if not finished:
-            model.audio_context = "full"
+        embedding.requires_grad_(required)
+
+
+class Teacher:
+    """A frozen copy of a full-context model, in float32.
+
+    Args:
+        config: `model.language`, `model.task` and `inference`, for its transcripts.
+        max_trailing_silence_sec: the longest pause of a student's clip.
+        keep: keep the targets that fit into 1 GB, because they will be needed again.
+
+    Attributes:
+        seen: by clip index: whether it is cut, whether its transcript is finished.
+        seconds: wall time of computing.
+    """
+
+    def __init__(
+        self, model: DynamicWhisper, processor: Any, config: Config, *, max_trailing_silence_sec: float, keep: bool
+    ) -> None:
+        self._model = copy.deepcopy(model).requires_grad_(False).eval()
+        self._processor = processor
+        self._decoding = DecodingOptions.from_config(config)
+        self._vocabulary = Vocabulary.of(processor.tokenizer)
+        self._pause_samples = round(max_trailing_silence_sec * SAMPLE_RATE)
+        self._room = TARGET_MEMORY_BYTES if keep else 0
+        self._kept: dict[int, Target] = {}
+        self.seen: dict[int, tuple[bool, bool]] = {}
+        self.seconds = 0.0
+
+    def targets(self, batch: Sequence[Clip]) -> list[Target]:
+        """Return one target per clip; a clip of a known index is taken to be the same as before."""
+        new = {clip.index: clip for clip in batch if clip.index not in self._kept}
+        began = time.perf_counter()
+        made = dict(zip(new, self._compute(list(new.values())), strict=True)) if new else {}
+        self.seconds += time.perf_counter() - began
+        for index, target in made.items():
+            self.seen[index] = (new[index].is_cut, target.is_finished)
+            num_bytes = target.encoder.nbytes + target.decoder.nbytes
+            if num_bytes <= self._room:
+                self._kept[index] = target
+                self._room -= num_bytes
+        return [made.get(clip.index) or self._kept[clip.index] for clip in batch]
+
+    @torch.no_grad()
+    def _compute(self, clips: Sequence[Clip]) -> list[Target]:
+        audios = [clip.audio.numpy() for clip in clips]
+        encoded = encode(self._model, audios, 0.0)
+        hidden = encoded.last_hidden_state  # (B, 1500, d_model)
+        decoded = decode(self._model, self._processor, audios, self._decoding, encoder_outputs=encoded)
+        starts = [
+            self._vocabulary.start_sequence(result.language, self._decoding.task, timestamps=False)
+            for result in decoded
+        ]
+        rows = [[*start, *result.tokens] for start, result in zip(starts, decoded, strict=True)]
+        end = self._processor.tokenizer.eos_token_id
+        # padding to the right of a row changes nothing: the decoder is causal
+        inputs = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=end)
+        states = self._model.model.decoder(
+            input_ids=inputs.to(hidden.device), encoder_hidden_states=hidden, use_cache=False
+        ).last_hidden_state  # (B, L, d_model)
+        targets = []
+        for at, (row, start, clip) in enumerate(zip(rows, starts, clips, strict=True)):
+            is_finished = int(self._model.proj_out(states[at, len(row) - 1]).argmax()) == end
+            # a transcript that reached a limit is probably a loop: its states would teach loops
+            tokens = torch.tensor(row if is_finished else start)
+            positions = padded_samples(len(clip.audio) + self._pause_samples) // SAMPLES_PER_POSITION
+            targets.append(Target(_kept(hidden[at, :positions]), tokens, _kept(states[at, : len(tokens)]), is_finished))
+        return targets
+
+
+class Student:
+    """The model in training; it must be "dynamic".
+
+    Args:
+        config: `precision`.
+        steps: updates to come.
+        learning_rate: peak.
+        max_trailing_silence_sec: each clip gets a pause at its end, drawn from 0 to this.
+        full_context_prob: share of batches that are padded to 30 s.
+        seed: decides the pauses, and which batches are padded.
+    """
+
+    def __init__(
+        self,
+        model: DynamicWhisper,
+        config: Config,
+        *,
+        steps: int,
+        learning_rate: float,
+        max_trailing_silence_sec: float,
+        full_context_prob: float,
+        seed: int,
+    ) -> None:
+        self._model = model
+        self._max_pause_samples = max_trailing_silence_sec * SAMPLE_RATE
+        self._full_context_prob = full_context_prob
+        self._seed = seed
+        self._device = next(model.parameters()).device
+        choice = choose_precision(config.precision, self._device)
+        logger.info("precision: %s (%s)", choice.precision, choice.reason)
+        self._dtype = getattr(torch, choice.precision)
+        self._scaler = GradScaler(self._device.type, enabled=choice.precision == "float16")
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._optimizer = build_optimizer(model, learning_rate=learning_rate, weight_decay=0.0)
+        self._schedule = build_schedule(self._optimizer, total_updates=steps, warmup_ratio=WARMUP_RATIO)
+
+    def update(self, batch: Sequence[Clip], targets: Sequence[Target], *, step: int) -> tuple[float, float]:
+        """Make one update.
+
+        Args:
+            batch: clips of similar length.
+            targets: one per clip.
+            step: from 0; with the seed, it decides what is random.
+
+        Returns:
+            The losses of encoder and decoder, from before the update.
+
+        Raises:
+            DataError: a loss is not finite; its clips are named.
+        """
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            encoder_loss, decoder_loss = matching_losses(self._model, self._audio(batch, step), targets)
+        loss = encoder_loss + decoder_loss
+        if not torch.isfinite(loss):
+            raise DataError(
+                f"the loss of update {step + 1} is {loss.item()}; its clips: {', '.join(clip.name for clip in batch)}. "
+                "Listen to them, lower learning_rate, or set precision: float32"
+            )
+        self._scaler.scale(loss).backward()
+        self._scaler.unscale_(self._optimizer)
+        nn.utils.clip_grad_norm_(self._trained, MAX_GRAD_NORM)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._schedule.step()
+        return encoder_loss.item(), decoder_loss.item()
+
+    def _audio(self, batch: Sequence[Clip], step: int) -> Tensor:
+        """Return (B, T) on the device: clips with their pauses, or padded to 30 s."""
+        generator = batch_generator(self._seed, _PAUSE_STREAM, step)
+        pauses = torch.rand(len(batch), generator=generator) * self._max_pause_samples
+        full = float(torch.rand(1, generator=generator)) < self._full_context_prob
+        longest = max(len(clip.audio) + int(pause) for clip, pause in zip(batch, pauses, strict=True))
+        audio = torch.zeros(len(batch), CONTEXT_SAMPLES if full else padded_samples(longest))
+        for row, clip in enumerate(batch):
+            audio[row, : len(clip.audio)] = clip.audio
+        return audio.to(self._device)
+
+
+def matching_losses(model: DynamicWhisper, audio: Tensor, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
+    """Compare a model's states with the teacher's.
+
+    Args:
+        audio: (B, T) float32 on the model's device, T in whole encoder positions.
+        targets: one per row; if the audio is shorter than a target, it counts as far as the audio goes.
+
+    Returns:
+        `state_loss` of the encoder and of the decoder.
+    """
+    features = log_mel_for(model.config.num_mel_bins, audio.device)(audio)  # (B, mels, T // 160)
+    tokens = pad_sequence([target.tokens for target in targets], batch_first=True).to(audio.device)
+    heard = model.model.encoder(features).last_hidden_state  # (B, positions, d_model)
+    written = model.model.decoder(
+        input_ids=tokens, encoder_hidden_states=heard, use_cache=False
+    ).last_hidden_state  # (B, L, d_model)
+    return (
+        _padded_loss(heard, [target.encoder for target in targets]),
+        _padded_loss(written, [target.decoder for target in targets]),
+    )
+
+
+def state_loss(states: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared difference over the variance of the targets.
+
+    Args:
+        states: (B, N, d_model).
+        targets: likewise.
+        mask: (B, N) bool: which positions count.
+
+    Returns:
+        Scalar float32; 0 is equal, 1 is as far off as the targets' mean.
+    """
+    wanted = targets[mask].float()  # (positions, d_model)
+    return (states[mask].float() - wanted).square().mean() / (wanted - wanted.mean(dim=0)).square().mean()
+
+
+def _padded_loss(states: Tensor, targets: Sequence[Tensor]) -> Tensor:
+    """Compare (B, N, d_model) with one target per row, as far as both go."""
+    padded = pad_sequence(list(targets), batch_first=True)[:, : states.shape[1]]
+    lengths = torch.tensor([len(target) for target in targets])
+    mask = torch.arange(padded.shape[1]) < lengths[:, None]
+    return state_loss(states[:, : padded.shape[1]], padded.to(states.device), mask.to(states.device))
+
+
+def _kept(states: Tensor) -> Tensor:
+    return states.to("cpu", torch.float16).clone()  # a view would hold the whole padded batch

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: folders that are whole or are not there, and that prove it.
+"""Checkpoints on disk: written whole or not at all, verified when read, and searched for when a run resumes.
 
 checkpoints/<run>/checkpoint-00000123/
     model.safetensors, optimizer.safetensors, rng.safetensors
@@ -6,8 +6,9 @@ checkpoints/<run>/checkpoint-00000123/
     metrics.jsonl    the run's rows until here, for a session that lost them with its disk
     manifest.json    size and SHA-256 of each of these files; written last
 
-A folder is written under a hidden name, read back and compared with what is in memory, brought to the disk (fsync), and
-renamed. Nothing is pickled: tensors are safetensors, the rest is JSON.
+A folder is written under a hidden name, read back and compared with memory, synchronised to disk (fsync), and renamed.
+Nothing is pickled: tensors are safetensors, the rest is JSON. A restart hashes each file of a checkpoint once:
+`verify_checkpoint` returns a `WholeCheckpoint`, which is passed on and loaded without another look.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from src.utils.colab import sha256_of
+from src.utils.config import Config, flatten
 from src.utils.errors import CheckpointError
 from src.utils.files import atomic_folder, recover_folder, remove_folder, removed_name
 from src.utils.mirror import DriveMirror
@@ -37,16 +39,26 @@ FORMAT = 1
 MANIFEST, STATE, METRICS = "manifest.json", "state.json", "metrics.jsonl"
 TENSOR_FILES = ("model", "optimizer", "rng")
 _NAME = re.compile(r"checkpoint-(\d{8})")
-_SPARE_BYTES = 16 << 20  # beside the tensors: JSON, and what others write meanwhile
+_SPARE_BYTES = 16 << 20  # besides the tensors: JSON, and what others write meanwhile
+
+# what may change between two sessions of one training: it changes how long or how watched it is, not what is learnt
+_FREE_KEYS = frozenset(
+    {
+        "training.epochs", "training.patience", "training.grad_spike_factor", "training.max_nonfinite_steps",
+        "training.mix_shares", "training.compile", "training.gradient_checkpointing", "data.num_workers",
+        "training.shard_model", "data.cache_decoded",
+    }
+)  # fmt: skip
+_COMPARED_SECTIONS = ("model", "data", "composition", "augmentation", "training")
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything that a stopped run goes on from.
+    """Everything that a stopped run continues from.
 
     Attributes:
         tensors: by file ("model", "optimizer", "rng"), then by name, on the CPU.
-        values: JSON: the rest.
+        values: the rest, as JSON.
         metrics: content of the run's metrics.jsonl.
     """
 
@@ -55,12 +67,37 @@ class TrainingState:
     metrics: str = ""
 
 
+@dataclass(frozen=True)
+class WholeCheckpoint:
+    """A checkpoint whose files are those of its manifest; made by `verify_checkpoint`.
+
+    Attributes:
+        values: JSON part of the state.
+    """
+
+    path: Path
+    values: Mapping[str, Any]
+
+    def load(self) -> TrainingState:
+        """Read the state, without another comparison.
+
+        Raises:
+            CheckpointError: of another format.
+        """
+        try:
+            tensors = {name: load_file(self.path / f"{name}.safetensors") for name in TENSOR_FILES}
+        except SafetensorError as err:
+            raise CheckpointError(f"{self.path}: {err}") from err
+        metrics = self.path / METRICS
+        return TrainingState(tensors, self.values, metrics.read_text(encoding="utf-8") if metrics.exists() else "")
+
+
 class CheckpointStore:
-    """The checkpoints of one run.
+    """Checkpoints of one run.
 
     Args:
-        folder: of the run; made when the first is saved.
-        save_total_limit: whole ones that are kept.
+        folder: of the run; made when the first checkpoint is saved.
+        save_total_limit: number of whole checkpoints to keep.
         mirror: gets a copy of each.
     """
 
@@ -70,11 +107,14 @@ class CheckpointStore:
         self._mirror = mirror
 
     def save(self, state: TrainingState, step: int) -> Path:
-        """Save a state as `checkpoint-<step>`, then remove the oldest over the limit.
+        """Save a state as `checkpoint-<step>`, then remove the oldest ones over the limit.
 
-        Returns: the folder.
-        Raises: CheckpointError: the disk is full or cannot be written, or gives back other bytes. The older checkpoints
-            are as they were.
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError: the disk is full or cannot be written, or reads back other bytes. The older checkpoints
+                are as they were.
         """
         target = checkpoint_path(self.folder, step)
         try:
@@ -105,7 +145,7 @@ class CheckpointStore:
             )
 
     def _rotate(self, newest: Path) -> None:
-        # by age: a training that begins anew in this folder counts its steps from 1 again
+        # by age: a new training in this folder counts its steps from 1 again
         others = sorted((path for path in list_checkpoints(self.folder) if path != newest), key=_saved_at_ns)
         for old in others[: max(0, len(others) + 1 - self._limit)]:
             if self._mirror is not None and self._mirror.is_busy(old):
@@ -117,19 +157,19 @@ class CheckpointStore:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Return where a run's checkpoint of an update lies."""
+    """Return the folder of a run's checkpoint of an update."""
     return folder / f"checkpoint-{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run by their steps, the last one last; they may be damaged."""
+    """Return the checkpoints of a run in the order of their steps; they may be damaged."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
 
 
 def clean_up(folder: Path) -> None:
-    """Finish what a killed process left in a run's folder: hidden halves go, a replaced checkpoint comes back."""
+    """Remove what a killed process left half-written in a run's folder, and restore a checkpoint it was replacing."""
     if not folder.is_dir():
         return
     for name in {match[0] for path in folder.iterdir() if (match := _NAME.search(path.name))}:
@@ -138,9 +178,10 @@ def clean_up(folder: Path) -> None:
 
 
 def read_values(checkpoint: Path) -> dict[str, Any]:
-    """Return the JSON part of a checkpoint, not checked.
+    """Return the JSON part of a checkpoint without verifying it.
 
-    Raises: CheckpointError: it has none that can be read.
+    Raises:
+        CheckpointError: it has none that can be read.
     """
     try:
         values = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
@@ -153,10 +194,11 @@ def read_values(checkpoint: Path) -> dict[str, Any]:
     return values
 
 
-def verify_checkpoint(checkpoint: Path) -> None:
+def verify_checkpoint(checkpoint: Path) -> WholeCheckpoint:
     """Compare every file with the manifest.
 
-    Raises: CheckpointError: naming the first file that is absent, cut or changed.
+    Raises:
+        CheckpointError: names the first file that is absent, cut or changed.
     """
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: no such folder; resume('auto') searches for the newest checkpoint")
@@ -179,21 +221,16 @@ def verify_checkpoint(checkpoint: Path) -> None:
                 raise CheckpointError(f"{checkpoint}: the content of {name} is damaged (SHA-256 differs)")
         except OSError as err:
             raise CheckpointError(f"{checkpoint}: {name} cannot be read: {err.strerror}") from err
+    return WholeCheckpoint(checkpoint, read_values(checkpoint))
 
 
 def load_checkpoint(checkpoint: Path) -> TrainingState:
     """Verify and read a checkpoint.
 
-    Raises: CheckpointError: damaged, or of another format.
+    Raises:
+        CheckpointError: damaged, or of another format.
     """
-    verify_checkpoint(checkpoint)
-    values = read_values(checkpoint)
-    try:
-        tensors = {name: load_file(checkpoint / f"{name}.safetensors") for name in TENSOR_FILES}
-    except SafetensorError as err:
-        raise CheckpointError(f"{checkpoint}: {err}") from err
-    metrics = checkpoint / METRICS
-    return TrainingState(tensors, values, metrics.read_text(encoding="utf-8") if metrics.exists() else "")
+    return verify_checkpoint(checkpoint).load()
 
 
 def _saved_at_ns(checkpoint: Path) -> int:
@@ -233,3 +270,90 @@ def _compare(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)  # nan is equal to itself
+
+
+@dataclass(frozen=True)
+class ResumeReport:
+    """What a search found.
+
+    Attributes:
+        whole: the checkpoint to resume from, or None: nothing usable was found.
+        refused: every newer candidate, with the reason.
+        searched: folders.
+    """
+
+    whole: WholeCheckpoint | None
+    refused: tuple[tuple[Path, str], ...] = ()
+    searched: tuple[Path, ...] = ()
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Folder of the checkpoint."""
+        return None if self.whole is None else self.whole.path
+
+    def __str__(self) -> str:
+        places = ", ".join(map(str, self.searched))
+        lines = [f"going on from {self.checkpoint}" if self.checkpoint else f"no checkpoint to go on from in {places}"]
+        return "\n".join([*lines, *(f"  refused {path}: {reason}" for path, reason in self.refused)])
+
+
+def find_checkpoint(
+    roots: Sequence[Path], config: Config | None, *, made_from: Mapping[str, str] | None = None
+) -> ResumeReport:
+    """Search `<root>/<run>/checkpoint-*` for the newest whole checkpoint of this training, or of any training.
+
+    Args:
+        roots: the local folder first; absent ones are skipped.
+        config: of the run to resume; None takes the newest checkpoint of any training.
+        made_from: values of a checkpoint that must be the same too, such as its `data_version`.
+    """
+    refused: list[tuple[Path, str]] = []
+    candidates: list[tuple[float, int, Path, Mapping[str, Any]]] = []
+    for order, root in enumerate(roots):
+        for run in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []:
+            if order == 0:
+                clean_up(run)
+            for path in list_checkpoints(run):
+                try:
+                    values = read_values(path)
+                    candidates.append((float(values["saved_at"]), -order, path, values))
+                except (CheckpointError, KeyError, TypeError, ValueError) as err:
+                    refused.append((path, _reason(err)))
+    for _, _, path, found in sorted(candidates, key=lambda entry: entry[:2], reverse=True):
+        try:
+            if config is not None:
+                _check_training(path, found, config, made_from or {})
+            whole = verify_checkpoint(path)
+        except (CheckpointError, KeyError, TypeError, AttributeError) as err:  # a damaged byte may hit a key's name
+            refused.append((path, _reason(err)))
+            continue
+        return ResumeReport(whole, tuple(refused), tuple(roots))
+    return ResumeReport(None, tuple(refused), tuple(roots))
+
+
+def config_differences(saved: Mapping[str, Any], config: Config) -> list[str]:
+    """Return "key: then, now" for each changed setting that decides what is learnt."""
+    ours = config.model_dump(mode="json")
+    found = []
+    for section in _COMPARED_SECTIONS:
+        before, now = flatten(saved.get(section, {}), f"{section}."), flatten(ours[section], f"{section}.")
+        for key in sorted({**before, **now}):
+            if key not in _FREE_KEYS and before.get(key) != now.get(key):
+                found.append(f"{key}: {before.get(key)} then, {now.get(key)} now")
+    if saved.get("seed") != ours["seed"]:
+        found.append(f"seed: {saved.get('seed')} then, {ours['seed']} now")
+    return found
+
+
+def _check_training(path: Path, values: Mapping[str, Any], config: Config, made_from: Mapping[str, str]) -> None:
+    differences = config_differences(values["config"], config)
+    differences += [f"{key}: {values[key]} then, {now} now" for key, now in made_from.items() if values[key] != now]
+    if differences:
+        raise CheckpointError(
+            f"belongs to another training ({'; '.join(differences)}); restore these settings, or resume it by "
+            f"its path: {path}"
+        )
+
+
+def _reason(err: Exception) -> str:
+    return str(err) if isinstance(err, CheckpointError) else f"{err!r} in its state"

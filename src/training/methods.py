@@ -1,31 +1,45 @@
-"""What of a model is trained: all of it, all but the encoder's first layers, or low-rank adapters beside it.
+"""Which parameters of a model are trained, and whether several processes share them.
 
-Adapters come from PEFT. They are put into the model in place, so that evaluation and decoding see an ordinary
-`DynamicWhisper`; `merged_model` gives the plain model that they amount to.
+Trained are all of them, all except the encoder's first layers, or low-rank adapters. Adapters come from PEFT and are
+put into the model in place, so that evaluation and decoding see an ordinary `DynamicWhisper`.
+
+A sharded model (`fully_shard` of torch, which unlike Accelerate's plug-in also runs on a CPU, where it is tested) keeps
+a share of parameters, gradients and optimizer state in each process. A layer's parameters are gathered while it
+computes; embeddings and convolutions stay together from forward to backward, and so does the tie of embedding and
+output. Everything that leaves training sees whole tensors under their usual names: decoding takes a different number of
+steps in each process and could not exchange parameters in step. So evaluation needs room for one plain copy in each
+process.
+
+Source: Zhao et al. 2023, "PyTorch FSDP", arXiv 2304.11277; torch.distributed.fsdp.fully_shard.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from src.models.dynamic_context import DynamicWhisper
+from src.training.loss import TokenLoss
 from src.utils.config import LoRAConfig, TrainingConfig
-from src.utils.errors import ModelError
+from src.utils.distributed import world_size
+from src.utils.errors import ConfigError, DeviceError, ModelError
 
 logger = logging.getLogger(__name__)
 
-LORA_FROM_D_MODEL = (
-    1024  # medium: LoRA matches full fine-tuning on large models, loses on small ones (arXiv 2406.10507)
-)
+# medium: LoRA matches full fine-tuning on large models, loses on small ones (arXiv 2406.10507)
+LORA_FROM_D_MODEL = 1024
 _ADAPTER = "default"  # the name that PEFT gives
 
 
@@ -38,11 +52,7 @@ class MethodChoice:
 
 
 def choose_method(config: TrainingConfig, d_model: int) -> MethodChoice:
-    """Resolve `training.method`.
-
-    Args:
-        d_model: width of the model: 384 (tiny) to 1,280 (large).
-    """
+    """Resolve `training.method` for a model of this width: 384 (tiny) to 1,280 (large)."""
     if config.method != "auto":
         return MethodChoice(config.method, "asked for")
     if config.freeze_encoder:
@@ -55,17 +65,18 @@ def choose_method(config: TrainingConfig, d_model: int) -> MethodChoice:
 def prepare_model(model: DynamicWhisper, config: TrainingConfig) -> MethodChoice:
     """Freeze and extend a model in place, in float32, as the configuration says.
 
-    The encoder's position table stays as it is in any case: it holds sinusoids, and audio at its own length would
-    train, and weight decay would shrink, some of its rows only.
+    The encoder's position table always stays as it is: it holds sinusoids, and audio at its own length would train, and
+    weight decay would shrink, only some of its rows.
 
-    Adapters of an earlier training are taken off, so that a cell can run again: what they learnt is in that training's
+    Adapters of an earlier training are removed, so that a cell can run again: what they learnt is in that training's
     checkpoints and in its `merged_model`.
 
-    Raises: ModelError: more frozen layers than the encoder has, or no layer of the names in `lora.target_modules`.
+    Raises:
+        ModelError: more frozen layers than the encoder has, or no layer has a name of `lora.target_modules`.
     """
     choice = choose_method(config, model.config.d_model)
     if has_adapters(model):
-        logger.info("the adapters of an earlier training are taken off; this one begins from the weights below them")
+        logger.info("the adapters of an earlier training are removed; this one starts from the weights below them")
         _remove_adapters(model)
     model.float()  # master weights, whatever the checkpoint's type
     model.requires_grad_(True)
@@ -86,44 +97,17 @@ def prepare_model(model: DynamicWhisper, config: TrainingConfig) -> MethodChoice
     return choice
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that are trained; tied ones once."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def has_adapters(model: nn.Module) -> bool:
-    """Whether a model holds LoRA adapters."""
-    return any(isinstance(module, LoraLayer) for module in model.modules())
-
-
-@torch.no_grad()
-def merged_model(model: DynamicWhisper) -> DynamicWhisper:
-    """Return the plain model that a model with adapters amounts to: W + (alpha / rank) B A.
-
-    The model itself is not touched: merging and unmerging in place would round its weights.
-
-    Returns: the model itself where it has no adapters, else a copy.
-    """
-    if not has_adapters(model):
-        return model
-    state = {
-        name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
-    }
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLinear):
-            base = cast(Tensor, module.get_base_layer().weight)
-            state[f"{name}.weight"] = base + module.get_delta_weight(_ADAPTER)
-    return plain_copy(model, state)
-
-
-def plain_copy(model: DynamicWhisper, state: dict[str, Tensor]) -> DynamicWhisper:
-    """Return a new model of the same kind with these weights, on the same device."""
-    with torch.random.fork_rng(devices=[]):  # its first weights are drawn: training must not notice
-        plain = DynamicWhisper(copy.deepcopy(model.config))
-    plain.load_state_dict(state)
-    plain.generation_config = copy.deepcopy(model.generation_config)
-    plain.to(model.device).train(model.training)
-    return plain
+def _freeze_encoder(model: DynamicWhisper, amount: bool | int) -> None:
+    encoder = model.model.encoder
+    if amount is True:
+        encoder.requires_grad_(False)
+    elif amount > len(encoder.layers):
+        raise ModelError(
+            f"training.freeze_encoder: {amount} layers are to be frozen, this encoder has {len(encoder.layers)}"
+        )
+    elif amount:
+        for module in (encoder.conv1, encoder.conv2, *encoder.layers[:amount]):
+            module.requires_grad_(False)
 
 
 def _add_adapters(model: DynamicWhisper, config: LoRAConfig) -> None:
@@ -138,7 +122,7 @@ def _add_adapters(model: DynamicWhisper, config: LoRAConfig) -> None:
     settings = LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.target_modules)
     )
-    # named outright, else PEFT asks every quantisation library in turn, and refuses the torchao that Colab ships
+    # named explicitly, else PEFT asks every quantisation library in turn, and refuses the torchao that Colab ships
     settings._register_custom_module({nn.Linear: LoraLinear})
     inject_adapter_in_model(settings, model)
 
@@ -148,19 +132,130 @@ def _remove_adapters(model: DynamicWhisper) -> None:
         if isinstance(module, LoraLayer):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
-    del model.peft_config  # PEFT's note, from which it would take them for a second set
+    del model.peft_config  # PEFT would take new adapters for a second set
 
 
-def _freeze_encoder(model: DynamicWhisper, amount: bool | int) -> None:
-    encoder = model.model.encoder
-    if amount is True:
-        encoder.requires_grad_(False)
-        return
-    if not amount:
-        return
-    if amount > len(encoder.layers):
-        raise ModelError(
-            f"training.freeze_encoder: {amount} layers are to be frozen, this encoder has {len(encoder.layers)}"
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are trained; tied ones once."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a model holds LoRA adapters."""
+    return any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+@torch.no_grad()
+def merged_model(model: DynamicWhisper) -> DynamicWhisper:
+    """Return the plain model that a model with adapters amounts to: W + (alpha / rank) B A.
+
+    The model itself does not change: merging and unmerging in place would round its weights.
+
+    Returns:
+        The model itself if it has no adapters, else a copy.
+    """
+    if not has_adapters(model):
+        return model
+    state = {
+        name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            base = cast(Tensor, module.get_base_layer().weight)
+            state[f"{name}.weight"] = base + module.get_delta_weight(_ADAPTER)
+    with torch.random.fork_rng(devices=[]):  # a new model draws its weights: training must not notice
+        plain = DynamicWhisper(copy.deepcopy(model.config))
+    plain.load_state_dict(state)
+    plain.generation_config = copy.deepcopy(model.generation_config)
+    plain.to(model.device).train(model.training)
+    return plain
+
+
+class ShardedModel:
+    """Makes plain models out of a sharded one.
+
+    Args:
+        loss: sharded in place together with its model; make the optimizer afterwards, from the new parameters.
+        policy: types in which layers compute and gradients are summed.
+    """
+
+    def __init__(self, loss: TokenLoss, policy: MixedPrecisionPolicy) -> None:
+        self._model = loss.model
+        # modules without memory for weights; FSDP's own modules cannot be copied
+        self._skeleton = _copy_with(
+            self._model,
+            [nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in self._model.parameters()],
         )
-    for module in (encoder.conv1, encoder.conv2, *encoder.layers[:amount]):
-        module.requires_grad_(False)
+        for parameter in self._model.parameters():
+            distributed.broadcast(parameter.data, src=0)  # as DDP does
+        mesh = init_device_mesh(self._model.device.type, (world_size(),))
+        inner = self._model.model
+        for module in (*inner.encoder.layers, *inner.decoder.layers, loss):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+
+    def whole(self) -> DynamicWhisper:
+        """Return a plain copy with all weights, adapters included, in every process; all processes must call this."""
+        parameters = [
+            nn.Parameter((p.full_tensor() if isinstance(p, DTensor) else p).detach(), p.requires_grad)
+            for p in self._model.parameters()
+        ]
+        plain = _copy_with(self._skeleton, parameters)
+        plain.train(self._model.training)
+        return plain
+
+
+def shard_model(loss: TokenLoss, config: TrainingConfig, *, mixed_precision: str) -> ShardedModel | None:
+    """Shard a model in place if several processes train it and `training.shard_model` asks for it.
+
+    Args:
+        loss: changed in place.
+        mixed_precision: "no", "bf16" or "fp16", as Accelerate names them.
+
+    Returns:
+        None if nothing was sharded.
+
+    Raises:
+        DeviceError: float16.
+        ConfigError: torch.compile or the 8-bit optimizer is on.
+        ModelError: layers are dropped at random, so that processes would wait for different ones.
+    """
+    if not config.shard_model:
+        return None
+    if world_size() == 1:
+        logger.info("training.shard_model does nothing: one process trains, and holds the whole model")
+        return None
+    check_shardable(loss.model, config, mixed_precision)
+    policy = MixedPrecisionPolicy()
+    if mixed_precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    sharded = ShardedModel(loss, policy)
+    logger.info("the model is sharded over %d processes", world_size())
+    return sharded
+
+
+def check_shardable(model: DynamicWhisper, config: TrainingConfig, mixed_precision: str) -> None:
+    """Refuse what does not work with shards; see `shard_model`."""
+    if mixed_precision == "fp16":
+        raise DeviceError(
+            "training.shard_model takes bfloat16 or float32, not float16, whose loss scale it lacks; set precision: "
+            "float32 if the GPU has no bfloat16"
+        )
+    if config.compile or config.optimizer != "adamw":
+        raise ConfigError(
+            f"training.shard_model goes with compile: false and optimizer: adamw, not with compile: {config.compile} "
+            f"and optimizer: {config.optimizer}; its shards divide the optimizer's memory already"
+        )
+    if model.config.encoder_layerdrop or model.config.decoder_layerdrop:
+        raise ModelError("training.shard_model: set the model's encoder_layerdrop and decoder_layerdrop to 0")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module's parameters are sharded."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def _copy_with(model: DynamicWhisper, parameters: Sequence[nn.Parameter]) -> DynamicWhisper:
+    """Copy a model's modules with other parameters in place of its own; ties hold, and the configs are shared."""
+    memo: dict[int, Any] = {id(config): config for config in (model.config, model.generation_config)}
+    memo |= {id(old): new for old, new in zip(model.parameters(), parameters, strict=True)}
+    return copy.deepcopy(model, memo)

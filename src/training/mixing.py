@@ -1,7 +1,7 @@
 """Mixes of stock and tuned weights: a straight line between the two, measured on the validation set.
 
 A point on the line often keeps most of what tuning gained and loses less of what the stock model knew. It costs no
-training, one evaluation a share, and nothing when the mix is used.
+training, one evaluation per share, and nothing when the mix is used.
 Source: WiSE-FT, Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", https://arxiv.org/abs/2109.01903:
 theta = (1 - share) * theta_stock + share * theta_tuned.
 """
@@ -33,16 +33,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MixResult:
-    """What a sweep over mixes found.
+    """Word error rates of all mixes, and the best of them.
 
     Attributes:
         shares: of the tuned weights, ascending; 0 is the stock model, 1 the tuned one.
-        wers: of each, on the validation set.
+        wers: of each share, on the validation set.
         audio_contexts: in which each was measured: the stock model in its own, the others in the tuned model's.
         clips: of the validation set. The lowest of several rates on one set flatters; few clips flatter more.
         best_share: with the lowest WER.
-        keep_stock: no share is below the stock model.
-        saved_to: where the mix was saved; None where none won, or no folder was given.
+        keep_stock: no share has a lower WER than the stock model.
+        saved_to: folder of the saved mix; None if none won, or no folder was given.
     """
 
     shares: tuple[float, ...]
@@ -54,7 +54,7 @@ class MixResult:
     saved_to: Path | None = None
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row a share: share, wer, audio_context, clips, chosen."""
+        """Return one row per share: share, wer, audio_context, clips, chosen."""
         measured = zip(self.shares, self.wers, self.audio_contexts, strict=True)
         return [
             {"share": share, "wer": wer, "audio_context": context, "clips": self.clips}
@@ -67,7 +67,7 @@ class MixResult:
         return pd.DataFrame(self.rows())
 
     def describe(self) -> str:
-        """Return what was found in one sentence."""
+        """Return the result in one sentence."""
         return describe_mix(self.rows())
 
 
@@ -75,10 +75,15 @@ def mix_state(stock: Mapping[str, Tensor], tuned: Mapping[str, Tensor], share: f
     """Interpolate two state dicts: (1 - share) * stock + share * tuned.
 
     Args:
-        stock, tuned: with the same keys and shapes.
+        stock: state dict of the stock model.
+        tuned: with the same keys and shapes.
         share: of the tuned weights, from 0 (exactly stock) to 1 (exactly tuned).
-    Returns: new tensors, with the types and devices of `tuned`.
-    Raises: ModelError: other keys or shapes, or a share outside of 0 to 1.
+
+    Returns:
+        New tensors, with the types and devices of `tuned`.
+
+    Raises:
+        ModelError: keys or shapes differ, or the share is outside of 0 to 1.
     """
     _check_alike(stock, tuned)
     if not 0 <= share <= 1:
@@ -102,21 +107,26 @@ def choose_mix(
     """Measure mixes of stock and tuned weights, and put the best one into the model.
 
     The lowest WER wins; of equal ones, the one with more of the stock weights, since what was changed less has
-    forgotten less and equal is no gain. Where the stock model itself wins, the model stays as it was tuned.
+    forgotten less and equal is no gain. If the stock model itself wins, the model stays as it was tuned.
 
     Args:
-        model: tuned, plain (LoRA: `merged_model` of it); changed in place, and as it came if the sweep is interrupted.
+        model: tuned, plain (LoRA: its `merged_model`); changed in place, and unchanged if the sweep is interrupted.
         stock_model: that it was tuned from; measured in its own context, mixes in the tuned model's.
         processor: of both.
         val_loader: of the validation set; the test set must not choose.
+        config: of the evaluation; `training.mix_shares`.
         shares: of the tuned weights, between 0 and 1; `training.mix_shares` by default.
-        tuned_wer: of the model on this loader and in this precision, where it is known already.
-        output_dir: where a winning mix is saved, with `export_huggingface`; an older export there is replaced.
-        provenance: how the tuned model came about, for the file beside the saved mix, which says its share too.
-        experiment: gets one row "mix" a share.
-    Returns: all rates, and what was chosen.
-    Raises: ModelError: models of other keys or shapes, the same model twice, or a share outside of 0 to 1.
-        DataError: nothing to measure on, or a `tuned_wer` that is none.
+        tuned_wer: of the model on this loader and in this precision, if it is known already.
+        output_dir: where a winning mix is saved with `export_huggingface`; an older export there is replaced.
+        provenance: of the tuned model, for the file saved with the mix, which also says its share.
+        experiment: gets one row "mix" per share.
+
+    Returns:
+        All rates, and what was chosen.
+
+    Raises:
+        ModelError: models of other keys or shapes, the same model twice, or a share outside of 0 to 1.
+        DataError: nothing to measure on, or `tuned_wer` is not finite.
     """
     tried = sorted({*(config.training.mix_shares if shares is None else shares)})
     _check_request(model, stock_model, tried, tuned_wer)
@@ -136,9 +146,14 @@ def choose_mix(
         _load(model, stock, tuned, final_share)
     contexts = (first.audio_context, *[get_audio_context(model.config)] * (len(wers) - 1))
     result = MixResult(tuple(wers), tuple(wers.values()), contexts, first.n, best_share, keep_stock=best_share == 0)
-    _report(result, experiment)
+    if experiment is not None:
+        for row in result.rows():
+            experiment.log("mix", **row)
+    logger.log(logging.WARNING if result.keep_stock else logging.INFO, "%s", result.describe())
     if output_dir is not None and 0 < best_share < 1:
-        _save(model, processor, output_dir, {**(provenance or {}), "mix": result.rows()})
+        if is_main_process():
+            export_huggingface(model, processor, output_dir, provenance={**(provenance or {}), "mix": result.rows()})
+        wait_for_all()
         result = replace(result, saved_to=output_dir)
     return result
 
@@ -149,7 +164,7 @@ def _check_request(
     if model is stock_model:
         raise ModelError(
             "the stock model is the tuned model itself, since training changes a model in place; load the stock "
-            "weights anew with WhisperModelManager(config).initialize_model()"
+            "weights again with WhisperModelManager(config).initialize_model()"
         )
     _check_alike(stock_model.state_dict(), model.state_dict())
     outside = [share for share in shares if not 0 < share < 1]
@@ -172,7 +187,7 @@ def _check_alike(stock: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> No
 
 
 def _mixed(stock: Mapping[str, Tensor], tuned: Mapping[str, Tensor], share: float) -> Iterator[tuple[str, Tensor]]:
-    """Give one mixed weight after the other, so that a whole mix is never held beside the two models."""
+    """Yield one mixed weight after the other, so that a whole mix is never in memory with the two models."""
     for name, end in tuned.items():
         start = stock[name].to(device=end.device, dtype=torch.float32)
         yield name, torch.lerp(start, end.float(), share).to(end.dtype)  # exact at 0 and at 1
@@ -195,17 +210,3 @@ def _cpu_copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             copies[key] = tensor.detach().to("cpu", copy=True)
         copied[name] = copies[key]
     return copied
-
-
-def _save(model: DynamicWhisper, processor: Any, output_dir: Path, provenance: Mapping[str, Any]) -> None:
-    if is_main_process():
-        export_huggingface(model, processor, output_dir, provenance=provenance)
-    wait_for_all()
-
-
-def _report(result: MixResult, experiment: ExperimentLogger | None) -> None:
-    if experiment is not None:
-        for row in result.rows():
-            experiment.log("mix", **row)
-    log = logger.warning if result.keep_stock else logger.info
-    log("%s", result.describe())

@@ -1,6 +1,6 @@
-"""Before a training: does it fit, how many updates, how long.
+"""Checks before a training: whether it fits, how many updates it makes, how long it takes, and the largest batch.
 
-Time and memory are tried on a copy of the model, with real batches and with the probe's: true for this machine and
+Time and memory are tried on a copy of the model, with real batches and with batches of noise: true for this machine and
 these clips, at the price of the copy. The model, every random generator and every loader of the caller stay as they
 are.
 """
@@ -11,50 +11,59 @@ import copy
 import itertools
 import logging
 import math
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
+from src.data.audio import SAMPLE_RATE
 from src.data.batching import batch_generator
-from src.data.features import FRAMES_PER_SEC, HOP_SAMPLES
-from src.data.labels import resolve_case
+from src.data.features import CONTEXT_SAMPLES, FRAMES_PER_SEC, HOP_SAMPLES
+from src.data.labels import IGNORE_INDEX, resolve_case
 from src.data.loader import SpeechLoader, create_loader
+from src.data.mel import padded_samples
 from src.data.preparation import DatasetSplits
+from src.inference.decoding import log_mel_for
 from src.models.dynamic_context import DynamicWhisper
 from src.training.inputs import TrainingInputs
 from src.training.loss import TokenLoss
 from src.training.methods import has_adapters, prepare_model, trainable
-from src.training.probe import propose_batch_seconds
-from src.training.schedule import count_updates, count_warmup
 from src.training.state import random_state, restore_random_state
-from src.training.updates import CPU_FRAMES
+from src.training.updates import CPU_FRAMES, OWN_LENGTH_SLACK, build_optimizer, count_updates, count_warmup
 from src.utils.config import MAX_AUDIO_SEC, Config
 from src.utils.distributed import world_size
-from src.utils.errors import DeviceError, first_line
+from src.utils.errors import DeviceError, OutOfMemoryError, first_line
 from src.utils.memory import free_memory_mb, run_disk_mb, run_memory_mb
-from src.utils.runtime import choose_precision, is_out_of_memory, release_memory
+from src.utils.runtime import choose_precision, in_memory, release_memory
 from src.utils.validation import Check, CheckReport, EnvironmentReport, check_disk, environment_report
 
 logger = logging.getLogger(__name__)
 
 FEW_UPDATES = 50  # fewer teach a model little beyond when to stop
 MEASURED_BATCHES = 2
+SAFETY = 0.85  # of what fits: fragments, longer labels and validation need room too
+TOKENS_PER_SEC = 4.0  # of a label; fast speech
 _SHOWN_CHARACTERS = 60
+_CPU_SHARE = 0.7  # of the memory that is available: beyond it the machine swaps
+_POLL_SEC = 0.01
+_CONTEXT_SEC = CONTEXT_SAMPLES / SAMPLE_RATE  # 30
 
 
 @dataclass(frozen=True)
 class Preflight(CheckReport):
-    """What a training will take.
+    """Estimated cost of a training.
 
     Attributes:
-        updates, warmup_updates: of all epochs.
-        memory_mb: weights, gradients and optimizer state on the device; activations come on top.
+        updates: of all epochs.
+        warmup_updates: likewise.
+        memory_mb: weights, gradients and optimizer state on the device, without activations.
         disk_mb: below `paths.checkpoints_dir`, at most.
-        training_sec: forward and backward of all epochs, without validation and saving; None where memory ran out.
+        training_sec: forward and backward of all epochs, without validation and saving; None if memory ran out.
     """
 
     updates: int
@@ -73,15 +82,18 @@ def preflight(
     *,
     environment: EnvironmentReport | None = None,
 ) -> Preflight:
-    """Look at a training before it starts.
+    """Estimate time, memory and disk of a training before it starts, and check what could stop it.
 
     Args:
+        config: of the training.
         splits: as the training will see them, with their final label case.
         model: stock, or as a trainer has prepared it; on its device, with room for a copy.
         processor: of the model.
-        environment: what was found before; by default the machine is looked at anew, which imports torch once more.
-    Raises: DataError: the labels cannot be made. ModelError, DeviceError: as training would, for a method or precision
-        that cannot be.
+        environment: found before; by default the machine is examined again, which imports torch once more.
+
+    Raises:
+        DataError: the labels cannot be made.
+        ModelError, DeviceError: as training would raise them, for a method or precision that is impossible.
     """
     before = random_state()
     try:
@@ -103,7 +115,7 @@ def _look_at(
     memory_mb = run_memory_mb(total, trained=trained, optimizer=training.optimizer)
     disk_mb = run_disk_mb(total, trained=trained, kept=kept, optimizer=training.optimizer)
     batches = [loader.batches_in(epoch) for epoch in range(training.epochs)]
-    updates = sum(count_updates(number, training.gradient_accumulation_steps, 1) for number in batches)
+    updates = sum(count_updates(number, training.gradient_accumulation_steps) for number in batches)
     warmup = count_warmup(updates, training.warmup_ratio)
     seconds = _try_batches(trial, loader, config)
     checks = (
@@ -129,18 +141,16 @@ def _prepared_copy(model: DynamicWhisper, config: Config) -> DynamicWhisper:
 def _try_batches(model: DynamicWhisper, loader: SpeechLoader, config: Config) -> float | None:
     """Return the seconds of forward and backward of a whole training, from those of some batches; None if no memory."""
     try:
-        return _measure_batches(model, loader, config)
-    except (RuntimeError, MemoryError) as err:
-        if not is_out_of_memory(err):
-            raise
-        logger.warning("no batch could be timed: %s", first_line(err))
+        return in_memory(lambda: _measure_batches(model, loader, config))
+    except OutOfMemoryError as err:
+        logger.warning("no batch could be timed: %s", err)
         return None
     finally:
         model.zero_grad(set_to_none=True)
 
 
 def _measure_batches(model: DynamicWhisper, loader: SpeechLoader, config: Config) -> float:
-    training = config.training.model_copy(update={"full_context_prob": 0.0})  # these are reckoned below
+    training = config.training.model_copy(update={"full_context_prob": 0.0})  # added below
     inputs = TrainingInputs(config.model_copy(update={"training": training}), model.config.num_mel_bins)
     loss = TokenLoss(model).train()
     dtype = getattr(torch, choose_precision(config.precision, model.device).precision)
@@ -193,7 +203,7 @@ def _check_updates(updates: int, warmup: int, loader: SpeechLoader, config: Conf
 
 
 def _check_memory(trial: DynamicWhisper, needs_mb: float) -> Check:
-    # the weights are there already, and their copy goes
+    # the weights are there already, and their copy will be freed
     room_mb = free_memory_mb(trial.device) + 2 * sum(p.nbytes for p in trial.parameters()) / 1e6
     found = (
         f"{needs_mb:,.0f} MB of weights, gradients and optimizer state, {room_mb:,.0f} MB for them on {trial.device}"
@@ -204,7 +214,7 @@ def _check_memory(trial: DynamicWhisper, needs_mb: float) -> Check:
 
 
 def _try_largest_batch(trial: DynamicWhisper, loader: SpeechLoader, config: Config) -> Iterator[Check]:
-    """Let the probe try what the largest batch takes; not on a CPU, where batches go through in small pieces."""
+    """Try whether the largest batch fits; not on a CPU, where batches go through in small pieces."""
     if trial.device.type == "cpu":
         return
     rows, clip_sec = max(map(len, loader.batch_sampler.batches(0))), _longest_sec(loader, config)
@@ -235,5 +245,154 @@ def _check_time(seconds: float | None, trial: DynamicWhisper, updates: int) -> C
     if seconds is None:
         return Check("time", "warning", "unknown until the first update: memory ran out with the batches tried here")
     total = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
-    found = f"about {total} on {trial.device}, {seconds / updates:.2f} s an update"
+    found = f"about {total} on {trial.device}, {seconds / updates:.2f} s per update"
     return Check("time", "ok", f"{found}, measured; validation and saving come on top")
+
+
+@dataclass(frozen=True)
+class BatchProposal:
+    """Batch size that fits into memory.
+
+    Attributes:
+        batch_seconds: for `training.batch_seconds`, with a margin.
+        fits_sec: the largest that was tried and fitted; padding included.
+        limit: what stopped the search: "memory", or "max_seconds".
+    """
+
+    batch_seconds: float
+    fits_sec: float
+    limit: str
+
+
+def propose_batch_seconds(
+    model: DynamicWhisper, config: Config, *, clip_sec: float = 10.0, max_seconds: float = 1_920.0
+) -> BatchProposal:
+    """Try updates on larger and larger batches of noise until memory ends; the model does not change.
+
+    A copy of the model takes the updates, so its memory and its optimizer's are included. On a CPU, where no allocation
+    fails before the machine swaps, 70% of the available memory is the limit.
+
+    Args:
+        model: as it will be trained; on its device.
+        config: `precision` and `training` (optimizer, gradient checkpointing).
+        clip_sec: length of the clips; the longest of the data is the careful choice.
+        max_seconds: audio per batch at which the search ends.
+
+    Raises:
+        DeviceError: not even one clip of this length fits.
+    """
+    trial = _Trial(model, config, clip_sec)
+    device = trial.device
+    try:
+        clips, limit = largest_that_fits(trial.fits, most=max(1, int(max_seconds // clip_sec)))
+    finally:
+        del trial
+        release_memory()
+    if not clips:
+        raise DeviceError(
+            f"not even one clip of {clip_sec:.0f} s fits on {device}; set training.gradient_checkpointing: true, "
+            "lower data.max_duration_sec, or take a smaller model"
+        )
+    fits_sec = clips * clip_sec
+    proposal = BatchProposal(max(clip_sec, SAFETY * fits_sec), fits_sec, limit)
+    logger.info(
+        "batches of up to %.0f s fit (limit: %s); proposed: training.batch_seconds: %.0f", fits_sec, limit,
+        proposal.batch_seconds,
+    )  # fmt: skip
+    return proposal
+
+
+def largest_that_fits(fits: Callable[[int], bool], *, most: int) -> tuple[int, str]:
+    """Find the largest number that fits, by doubling and then halving the gap, within a tenth.
+
+    Args:
+        fits: whether a number fits; then every smaller one does.
+        most: never asked for more.
+
+    Returns:
+        The number, 0 if not even 1 fits; and what stopped the search: "memory" or "max_seconds".
+    """
+    good, bad = 0, most + 1
+    size = 1
+    while size < bad:
+        if fits(size):
+            good, size = size, min(2 * size, most) if size < most else bad
+        else:
+            bad = size
+    while bad - good > max(1, good // 10):
+        middle = (good + bad) // 2
+        if fits(middle):
+            good = middle
+        else:
+            bad = middle
+    return good, "memory" if bad <= most else "max_seconds"
+
+
+class _Trial:
+    """Updates of a copy of a model on noise."""
+
+    def __init__(self, model: DynamicWhisper, config: Config, clip_sec: float) -> None:
+        self.device = next(model.parameters()).device
+        self._clip_sec = clip_sec
+        self._dtype = getattr(torch, choose_precision(config.precision, self.device).precision)
+        trial = copy.deepcopy(model)
+        trial.audio_context = config.model.audio_context
+        self._optimizer = build_optimizer(trial, learning_rate=0.0, weight_decay=0.0, kind=config.training.optimizer)
+        self._loss = TokenLoss(trial).train()
+        self._full = config.model.audio_context == "full"
+        self._some_full = config.training.full_context_prob > 0
+
+    def fits(self, clips: int) -> bool:
+        """Whether one update on this many clips fits."""
+        try:
+            with _CpuMemory(self.device) as memory:
+                in_memory(lambda: self._update(clips, _CONTEXT_SEC if self._full else self._clip_sec))
+                if self._some_full and not self._full:  # such a batch goes in pieces, as `Updater` cuts it
+                    padded = max(1, int(clips * self._clip_sec * OWN_LENGTH_SLACK / _CONTEXT_SEC))
+                    in_memory(lambda: self._update(padded, _CONTEXT_SEC))
+            return not memory.exceeded
+        except OutOfMemoryError:
+            return False
+        finally:
+            self._optimizer.zero_grad(set_to_none=True)
+            release_memory()
+
+    def _update(self, clips: int, clip_sec: float) -> None:
+        generator = torch.Generator().manual_seed(0)
+        samples = padded_samples(round(clip_sec * SAMPLE_RATE))
+        audio = torch.randn(clips, samples, generator=generator).to(self.device)
+        features = log_mel_for(self._loss.model.config.num_mel_bins, self.device)(audio)
+        length = max(4, round(self._clip_sec * TOKENS_PER_SEC))
+        tokens = torch.randint(0, 1_000, (clips, length), generator=generator).to(self.device)
+        labels = tokens.clone()
+        labels[:, 0] = IGNORE_INDEX
+        with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+            loss = self._loss(features, tokens, labels)
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+
+class _CpuMemory:
+    """Watches this process's memory while something runs on a CPU; does nothing for another device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.exceeded = False
+        self._process = psutil.Process()
+        self._limit = self._process.memory_info().rss + _CPU_SHARE * psutil.virtual_memory().available
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True) if device.type == "cpu" else None
+
+    def __enter__(self) -> _CpuMemory:
+        if self._thread is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_POLL_SEC):
+            self.exceeded |= self._process.memory_info().rss > self._limit

@@ -1,29 +1,48 @@
-"""Quick restart: all that a new runtime needs to go on from the newest whole checkpoint, made again by one call.
+"""What a session can start from: the newest checkpoint, restarted by one call, and everything stored on this machine.
 
-A checkpoint holds its configuration, so nothing has to be chosen again. Data and stock weights come from where they
-came from the first time; the data must be those that the training saw, else the restart is refused.
+A checkpoint holds its configuration, so nothing has to be chosen again after a restart. Data and stock weights come
+from where they came from the first time; the data must be those that the training saw, else the restart is refused.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import itertools
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from huggingface_hub import try_to_load_from_cache
 
 from src.data.labels import LabelCase
 from src.data.loader import Loaders, create_dataloaders
 from src.data.preparation import DatasetSplits, prepare_datasets
+from src.data.sources.catalog import SAMPLES_DIR
 from src.models.dynamic_context import DynamicWhisper
+from src.models.export.huggingface import read_provenance
+from src.models.offline_weights import PACKAGED_MODELS, PackagedModel
+from src.models.weights import HUB_REPOSITORIES
 from src.models.whisper_model import WhisperModelManager
-from src.training.checkpoint import read_values
-from src.training.resume import find_checkpoint
+from src.training.checkpoint import (
+    WholeCheckpoint,
+    config_differences,
+    find_checkpoint,
+    list_checkpoints,
+    read_values,
+    verify_checkpoint,
+)
+from src.training.saver import BEST_MODEL_NAME
 from src.training.trainer import WhisperTrainer
 from src.utils.config import DEFAULT_CONFIG_PATH, Config, flatten, load_config, load_profiles
 from src.utils.data_versions import DatasetVersion, DataVersionManager
-from src.utils.errors import CheckpointError, ConfigError
+from src.utils.errors import CheckpointError, ConfigError, first_line
+from src.utils.memory import size_mb
 from src.utils.runtime import set_seed
 from src.utils.tracking import ExperimentLogger
+from src.utils.validation import Check, CheckReport
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +50,17 @@ _LABEL_CASES: tuple[LabelCase, ...] = ("keep", "lower", "sentence")
 
 
 class RestartedRun(NamedTuple):
-    """A run as it stood, in the order in which it is made.
+    """A run as it was, in the order in which it is made.
 
     Attributes:
-        config: as saved; the mirror and the cache are those of now.
-        experiment: goes on in the run's folder, with the rows of metrics that the checkpoint holds.
+        config: as saved, except for the mirror and the cache of now.
+        experiment: continues in the run's folder, with the rows of metrics that the checkpoint holds.
         splits: with transcripts as they come from the source.
         data_version: of all clips.
         labelled_splits: with transcripts as they were trained on.
         loaders: of these.
-        model: with the weights of the checkpoint; those of the best epoch, where the training had ended.
-        trainer: `train` goes on; `history` is the run's.
+        model: with the weights of the checkpoint, or those of the best epoch if the training had ended.
+        trainer: `train` continues the training; `history` is the run's.
     """
 
     config: Config
@@ -57,24 +76,25 @@ class RestartedRun(NamedTuple):
 
 
 def restart(mirror_dir: Path | None = None, *, config_path: str | Path = DEFAULT_CONFIG_PATH) -> RestartedRun:
-    """Find the newest whole checkpoint of any run, here or in the mirror, and make its run again.
+    """Restore the run of the newest whole checkpoint, on this disk or in the mirror.
 
     Args:
-        mirror_dir: folder with copies of checkpoints, such as one on Google Drive; None searches here alone.
-        config_path: says, with its profiles, where checkpoints lie on this machine, and where the cache.
-    Raises: CheckpointError: there is none, it is of another version of this code, or the data are not those that it
-        was trained on. And what making the data and the model raises.
+        mirror_dir: folder with copies of checkpoints, such as one on Google Drive; None searches only this disk.
+        config_path: says, with its profiles, where checkpoints and the cache are on this machine.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is from another version of this code, or the data are not those
+            that it was trained on.
     """
     here = load_config(config_path)
     configs = [here, *load_profiles(config_path).values()]
     roots = [config.paths.checkpoints_dir for config in configs] + ([] if mirror_dir is None else [mirror_dir])
     report = find_checkpoint(list(dict.fromkeys(roots)), None)
     logger.info("%s", report)
-    if report.checkpoint is None:
+    if report.whole is None:
         raise CheckpointError(f"{report}; train first, or name the folder that has copies of checkpoints")
-    values = read_values(report.checkpoint)
-    config = _restore_config(report.checkpoint, values["config"], here, mirror_dir)
-    experiment = ExperimentLogger(config, run_id=values["run"])
+    config = _restore_config(report.whole, here, mirror_dir)
+    experiment = ExperimentLogger(config, run_id=report.whole.values["run"])
     set_seed(config.seed)
     splits = prepare_datasets(config)
     versions = DataVersionManager(experiment.dir / "data_versions")
@@ -83,9 +103,9 @@ def restart(mirror_dir: Path | None = None, *, config_path: str | Path = DEFAULT
     )
     manager = WhisperModelManager(config)
     model, processor = manager.initialize_model()
-    labelled_splits, loaders = _label_as_trained(report.checkpoint, values["data_version"], splits, processor, config)
+    labelled_splits, loaders = _label_as_trained(report.whole, splits, processor, config)
     trainer = WhisperTrainer(model, processor, loaders.train, loaders.validation, config, experiment=experiment)
-    trainer.resume("auto")
+    trainer.resume(report.whole)
     if trainer.ended:
         trainer.restore_best()
     return RestartedRun(
@@ -93,21 +113,23 @@ def restart(mirror_dir: Path | None = None, *, config_path: str | Path = DEFAULT
     )
 
 
-def _restore_config(checkpoint: Path, saved: Mapping[str, Any], here: Config, mirror_dir: Path | None) -> Config:
+def _restore_config(checkpoint: WholeCheckpoint, here: Config, mirror_dir: Path | None) -> Config:
+    saved: Mapping[str, Any] = checkpoint.values["config"]
     now = {"paths": {"cache_dir": here.paths.cache_dir}, "checkpoints": {"mirror_dir": mirror_dir}}
     try:
         return load_config(None, overrides={**flatten(saved), **flatten(now)})
     except ConfigError as err:
         raise CheckpointError(
-            f"{checkpoint}: its settings are not those of this version ({err}); restart with the version that wrote it"
+            f"{checkpoint.path}: its settings are not those of this version ({err}); restart with the version that "
+            "wrote it"
         ) from err
 
 
 def _label_as_trained(
-    checkpoint: Path, data_version: str, splits: DatasetSplits, processor: Any, config: Config
+    checkpoint: WholeCheckpoint, splits: DatasetSplits, processor: Any, config: Config
 ) -> tuple[DatasetSplits, Loaders]:
-    """Find how the transcripts were cased: a checkpoint says what they were, not how they came about."""
-    found = []
+    """Find the case of the transcripts: a checkpoint has their checksum, not how they were made."""
+    data_version, found = checkpoint.values["data_version"], []
     for label_case in dict.fromkeys((splits.label_case, *_LABEL_CASES)):
         labelled = splits.with_label_case(label_case)
         loaders = create_dataloaders(labelled, processor, config)
@@ -116,7 +138,114 @@ def _label_as_trained(
             return labelled, loaders
         found.append(loaders.train.data_version)
     raise CheckpointError(
-        f"{checkpoint}: was trained on other data: {data_version} then, {' or '.join(dict.fromkeys(found))} now "
-        f"(number of clips, and a hash of their names, lengths and texts); bring back what {splits.source!r} was then, "
-        "or train anew"
+        f"{checkpoint.path}: was trained on other data: {data_version} then, {' or '.join(dict.fromkeys(found))} now "
+        f"(number of clips, and a hash of their names, lengths and texts); restore {splits.source!r} as it was, or "
+        "start a new training"
     )
+
+
+class StoredReport(CheckReport):
+    """Bundled data, weights and checkpoints on this machine."""
+
+    title = "To start from"
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """A checkpoint on the disk.
+
+    Attributes:
+        update: None, like `epochs_done` and `saved_at`, if its state cannot be read.
+        saved_at: seconds since 1970.
+        problem: why it is damaged; empty if every file is as it was written.
+        differences: settings of another training; "auto" does not resume it.
+    """
+
+    path: Path
+    mb: float
+    update: int | None = None
+    epochs_done: int | None = None
+    saved_at: float | None = None
+    problem: str = ""
+    differences: tuple[str, ...] = ()
+
+
+def stored_report(config: Config) -> StoredReport:
+    """Report what a training can start from; every file of every checkpoint is read and compared."""
+    return StoredReport(tuple(_check_stored(config)))
+
+
+def stored_checkpoints(config: Config) -> list[StoredCheckpoint]:
+    """Read and verify every checkpoint below `paths.checkpoints_dir`, run by run."""
+    root = config.paths.checkpoints_dir
+    runs = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    return [_inspect(path, config) for run in runs for path in list_checkpoints(run)]
+
+
+def spare_checkpoints(config: Config, *, keep: int = 1) -> list[Path]:
+    """Return the checkpoints that `clean_up` may remove: all except the newest `keep` whole ones of each run."""
+    spare: list[Path] = []
+    for _, stored in itertools.groupby(stored_checkpoints(config), key=lambda each: each.path.parent):
+        ordered = sorted(stored, key=lambda each: (not each.problem, each.saved_at or 0.0))  # damaged, old, new
+        kept = [each for each in ordered if not each.problem][-keep:]
+        spare += [each.path for each in ordered if each not in kept]
+    return spare
+
+
+def _check_stored(config: Config) -> Iterator[Check]:
+    samples = [path for path in sorted(SAMPLES_DIR.iterdir()) if path.suffix != ".md"]
+    yield Check("bundled data", "ok", ", ".join(f"{path.name} {size_mb(path):.1f} MB" for path in samples))
+    yield _check_weights(config.model.variant)
+    stored = stored_checkpoints(config)
+    yield from map(_describe, stored)
+    if not stored:
+        yield Check("checkpoints", "absent", f"none below {config.paths.checkpoints_dir}")
+    best = config.paths.checkpoints_dir / BEST_MODEL_NAME
+    if best.is_dir():
+        made = read_provenance(best)
+        found = f"run {made.get('run')}, epoch {made.get('epoch')}, {size_mb(best):,.0f} MB"
+        yield Check("best model", "ok", f"{found}, validation WER {made.get('validation_wer', math.nan):.3f}")
+
+
+def _inspect(path: Path, config: Config) -> StoredCheckpoint:
+    found: dict[str, Any] = {}
+    try:
+        values = read_values(path)
+        found["update"], found["epochs_done"] = int(values["progress"]["step"]), int(values["progress"]["epochs_done"])
+        found["saved_at"] = float(values["saved_at"])
+        found["differences"] = tuple(config_differences(values["config"], config))
+        verify_checkpoint(path)
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as err:  # damage may hit a key's name
+        reason = first_line(err) if isinstance(err, CheckpointError) else f"{err!r} in its state"
+        found["problem"] = reason.removeprefix(f"{path}: ")
+    return StoredCheckpoint(path, size_mb(path), **found)
+
+
+def _describe(stored: StoredCheckpoint) -> Check:
+    name = f"checkpoint {stored.path.parent.name}/{stored.path.name}"
+    if stored.problem:
+        fix = "clean_up(config, checkpoints=spare_checkpoints(config)) lists it with what else can go"
+        return Check(name, "warning", f"damaged, {stored.mb:,.0f} MB: {stored.problem}", fix)
+    stale = f"; stale, of another training: {stored.differences[0]}" if stored.differences else ""
+    found = f"whole, {stored.mb:,.0f} MB, update {stored.update}, {stored.epochs_done} epoch(s) done{stale}"
+    return Check(name, "ok", found)
+
+
+def _check_weights(wanted: str) -> Check:
+    """Find the variants whose weights are on this machine."""
+    here = [name for name, model in PACKAGED_MODELS.items() if _is_installed(model)]
+    for name, repository in HUB_REPOSITORIES.items():
+        if isinstance(try_to_load_from_cache(repository, "model.safetensors"), str):
+            here.append(name)
+    found = f"here without a network: {', '.join(here) or 'none'}"
+    if wanted in here or Path(wanted).is_dir():
+        return Check("weights", "ok", f"{wanted}; {found}")
+    fix = f"hf download {HUB_REPOSITORIES.get(wanted, wanted)}"
+    return Check("weights", "absent", f"{wanted} has to be fetched; {found}", fix)
+
+
+def _is_installed(model: PackagedModel) -> bool:
+    try:
+        return all(importlib.metadata.version(name) == version for name, version in model.distributions)
+    except importlib.metadata.PackageNotFoundError:
+        return False

@@ -1,4 +1,4 @@
-"""What a run keeps: its whole state at intervals, and the best model, here and in the mirror."""
+"""Periodic checkpoints and the best model of a run, on the local disk and in the mirror."""
 
 from __future__ import annotations
 
@@ -12,20 +12,29 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from src.data.loader import SpeechLoader
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export.huggingface import ADAPTERS_FILE, export_huggingface, read_provenance
-from src.training.checkpoint import CheckpointStore, TrainingState, checkpoint_path, clean_up, load_checkpoint
-from src.training.methods import has_adapters, merged_model
-from src.training.progress import Progress
-from src.training.resume import ResumeReport, config_differences, find_checkpoint
-from src.training.sharding import is_sharded, shard_all_like
+from src.training.checkpoint import (
+    CheckpointStore,
+    ResumeReport,
+    TrainingState,
+    WholeCheckpoint,
+    checkpoint_path,
+    clean_up,
+    config_differences,
+    find_checkpoint,
+    load_checkpoint,
+    verify_checkpoint,
+)
+from src.training.methods import has_adapters, is_sharded, merged_model
 from src.training.state import (
+    Progress,
     frozen_digest,
     load_model_tensors,
     load_optimizer_tensors,
+    load_weights,
     model_tensors,
     optimizer_tensors,
     random_state,
@@ -34,7 +43,7 @@ from src.training.state import (
 from src.training.updates import Updater
 from src.utils.colab import copy_verified
 from src.utils.config import Config
-from src.utils.distributed import broadcast_object, is_main_process, sum_over_processes, wait_for_all
+from src.utils.distributed import broadcast_object, from_main, is_main_process, sum_over_processes, wait_for_all
 from src.utils.errors import CheckpointError
 from src.utils.files import atomic_folder, recover_folder
 from src.utils.mirror import DriveMirror
@@ -44,14 +53,14 @@ from src.utils.versioning import get_git_revision
 logger = logging.getLogger(__name__)
 
 BEST_MODEL_NAME = "best_model_hf"
-FLUSH_TIMEOUT_SEC = 600.0  # that the end of training waits for the mirror
+FLUSH_TIMEOUT_SEC = 600.0  # the longest wait for the mirror at the end of training
 
 
 class RunSaver:
     """Saves and restores one run; in all processes, of which the main one writes.
 
     Args:
-        whole_model: gives the plain model: the model itself, or a copy where it is shared out to the processes.
+        whole_model: returns the plain model: the model itself, or a copy if it is sharded.
 
     Attributes:
         best_model_dir: in Hugging Face format.
@@ -81,11 +90,13 @@ class RunSaver:
         self._frozen = frozen_digest(model)
         self._saved_at_sec = time.monotonic()
         self._holds_best = False  # instead of the last epoch's weights
-        self._resumed: Path | None = None  # it may lie in the mirror alone
+        self._resumed: Path | None = None  # may exist only in the mirror
         self.best_model_dir: Path = config.paths.checkpoints_dir / BEST_MODEL_NAME
-        self._mirror = _make_mirror(config) if experiment is not None else None
+        mirror_dir, pace = config.checkpoints.mirror_dir, config.checkpoints.mirror_mb_per_sec
+        self._mirror: DriveMirror | None = None
         self._store: CheckpointStore | None = None
         if experiment is not None:
+            self._mirror = None if mirror_dir is None else DriveMirror(mirror_dir, max_mb_per_sec=pace)
             folder = config.paths.checkpoints_dir / experiment.run_id
             clean_up(folder)
             recover_folder(self.best_model_dir)
@@ -93,11 +104,11 @@ class RunSaver:
             self._store = CheckpointStore(folder, save_total_limit=limit, mirror=self._mirror)
 
     def start_clock(self) -> None:
-        """Begin the interval to the next checkpoint."""
+        """Start the interval to the next checkpoint."""
         self._saved_at_sec = time.monotonic()
 
     def save_if_due(self, progress: Progress) -> None:
-        """Save where `save_minutes` have passed; the main process's clock decides for all."""
+        """Save if `save_minutes` have passed; the main process's clock decides for all."""
         minutes = self._config.checkpoints.save_minutes
         if minutes is None:
             return
@@ -106,21 +117,22 @@ class RunSaver:
             self.save(progress)
 
     def save(self, progress: Progress) -> None:
-        """Save the whole state. Training goes on where that fails: older checkpoints are whole, and it tries again."""
+        """Save the whole state. If that fails, training continues: older checkpoints are whole, and it tries again."""
         self.start_clock()
-        if self._store is None and is_sharded(self._model):
-            self._collect_tensors()  # the main process needs the shards of all
+        if self._store is not None or is_sharded(self._model):  # the main process needs the shards of all
+            state = self._collect(progress)
         if self._store is not None:
             try:
-                self._store.save(self._collect(progress), progress.step)
+                self._store.save(state, progress.step)
             except CheckpointError as err:
                 logger.warning("no checkpoint was saved, training goes on: %s", err)
         wait_for_all()
 
     def export_best(self, progress: Progress) -> None:
-        """Replace the best model on disk by the model as it is.
+        """Replace the best model on disk by the current model.
 
-        Raises: CheckpointError: it cannot be written; the older one is whole, and so is the last checkpoint.
+        Raises:
+            CheckpointError: it cannot be written; the older one and the last checkpoint are whole.
         """
         whole = self._whole_model()
         if self._experiment is not None:
@@ -128,14 +140,13 @@ class RunSaver:
         wait_for_all()
 
     def finish_export(self, progress: Progress) -> None:
-        """Export the best model where an interrupt came between the end of its epoch and its export."""
-        is_due = progress.best_epoch is not None and progress.best_epoch == progress.epochs_done
-        if is_due and not progress.next_batch and not broadcast_object(_is_best(self.best_model_dir, progress)):
+        """Export the best model if an interrupt came between the end of its epoch and its export."""
+        if progress.best_is_last and not broadcast_object(_is_best(self.best_model_dir, progress)):
             self.export_best(progress)
 
     def restore_best(self, progress: Progress) -> None:
-        """Put the best epoch's weights into the model, where the last epoch is not the best."""
-        if progress.best_epoch is None or (progress.best_epoch == progress.epochs_done and not progress.next_batch):
+        """Put the best epoch's weights into the model if the last epoch is not the best."""
+        if progress.best_epoch is None or progress.best_is_last:
             return
         if not _is_best(self.best_model_dir, progress):
             raise CheckpointError(
@@ -143,16 +154,16 @@ class RunSaver:
                 "there any more; give each training a paths.checkpoints_dir of its own, and resume from a checkpoint"
             )
         name = ADAPTERS_FILE if has_adapters(self._model) else "model.safetensors"
-        tensors = shard_all_like(load_file(self.best_model_dir / name), self._model)
-        missing, unexpected = self._model.load_state_dict(tensors, strict=False)
-        assert not unexpected and (name == ADAPTERS_FILE or set(missing) <= {"proj_out.weight"})  # tied
+        unexpected = load_weights(self._model, load_file(self.best_model_dir / name))
+        assert not unexpected, unexpected
         self._holds_best = True
         logger.info("the model now holds the weights of epoch %d, the best by WER", progress.best_epoch)
 
     def restore_last(self, progress: Progress) -> None:
-        """Put the last epoch's weights back, where training goes on after `restore_best`.
+        """Put the last epoch's weights back if training continues after `restore_best`.
 
-        Raises: CheckpointError: the last checkpoint is not there or damaged.
+        Raises:
+            CheckpointError: the last checkpoint is absent or damaged.
         """
         if not self._holds_best:
             return
@@ -163,27 +174,31 @@ class RunSaver:
             last = self._resumed
         load_model_tensors(self._model, load_checkpoint(last).tensors["model"])
 
-    def resume(self, checkpoint: str | Path) -> tuple[ResumeReport, Progress | None]:
-        """Find, check and take up a checkpoint.
+    def resume(self, checkpoint: str | Path | WholeCheckpoint) -> tuple[ResumeReport, Progress | None]:
+        """Find, verify and take up a checkpoint.
 
-        Raises: CheckpointError: a named one that cannot be taken up.
+        Args:
+            checkpoint: "auto", a folder, or a checkpoint that is verified already.
+
+        Raises:
+            CheckpointError: a named one cannot be taken up.
         """
-        report = broadcast_object(self._find(checkpoint) if is_main_process() else None)
-        assert report is not None
+        report = from_main(lambda: self._find(checkpoint))
         logger.info("%s", report)
-        if report.checkpoint is None:
+        if report.whole is None:
             return report, None
-        progress = self._restore(report.checkpoint)
-        self._resumed = report.checkpoint
-        if self._store is not None and checkpoint == "auto":  # the newest goes on in its folder, any other branches off
-            self._store.folder = self._config.paths.checkpoints_dir / report.checkpoint.parent.name
+        progress = self._restore(report.whole)
+        self._resumed = report.whole.path
+        # the newest one continues in its folder; a named one branches off
+        if self._store is not None and (checkpoint == "auto" or isinstance(checkpoint, WholeCheckpoint)):
+            self._store.folder = self._config.paths.checkpoints_dir / report.whole.path.parent.name
         logger.info(
             "resumed at update %d, epoch %d, from %s", progress.step, progress.epochs_done + 1, report.checkpoint
         )
         return report, progress
 
     def flush(self) -> None:
-        """Wait until the mirror has what is on the disk, and say what it could not copy."""
+        """Wait until the mirror has what is on the disk, and log what it could not copy."""
         if self._mirror is None:
             return
         self._mirror.flush(FLUSH_TIMEOUT_SEC)
@@ -194,7 +209,7 @@ class RunSaver:
         made = {
             "training": progress.training_id, "run": run, "epoch": progress.best_epoch, "step": progress.step,
             "validation_wer": progress.best_wer, "git_revision": get_git_revision(),
-            "data_version": self._data_version(),
+            "data_version": self._loader.data_version,
         }  # fmt: skip
         adapters = model_tensors(whole) if has_adapters(whole) else None
         try:
@@ -209,27 +224,23 @@ class RunSaver:
         if self._mirror is not None:
             self._mirror.submit(self.best_model_dir)
 
-    def _find(self, checkpoint: str | Path) -> ResumeReport:
+    def _find(self, checkpoint: str | Path | WholeCheckpoint) -> ResumeReport:
+        if isinstance(checkpoint, WholeCheckpoint):
+            return ResumeReport(checkpoint)
         if checkpoint != "auto":
-            return ResumeReport(Path(checkpoint), (), ())
+            return ResumeReport(verify_checkpoint(Path(checkpoint)))
         mirror = self._config.checkpoints.mirror_dir
         roots = [self._config.paths.checkpoints_dir, *([mirror] if mirror is not None else [])]
-        made_from = {"frozen_parameters": self._frozen, "data_version": self._data_version()}
+        made_from = {"frozen_parameters": self._frozen, "data_version": self._loader.data_version}
         return find_checkpoint(roots, self._config, made_from=made_from)
 
-    def _data_version(self) -> str:
-        return self._loader.data_version
-
-    def _collect_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        return model_tensors(self._model), *optimizer_tensors(self._optimizer.optimizer, self._model)
-
     def _collect(self, progress: Progress) -> TrainingState:
-        model, optimizer, optimizer_values = self._collect_tensors()
+        model = model_tensors(self._model)
+        optimizer, optimizer_values = optimizer_tensors(self._optimizer.optimizer, self._model)
         rng, rng_values = random_state()
         scaler = self._accelerator.scaler
-        assert self._experiment is not None
         values = {
-            "run": self._experiment.run_id,
+            "run": "" if self._experiment is None else self._experiment.run_id,
             "saved_at": time.time(),
             "progress": progress.state_dict(),
             "loader": self._loader.state_dict(),
@@ -239,15 +250,15 @@ class RunSaver:
             "rng": rng_values,
             "frozen_parameters": self._frozen,
             "config": self._config.model_dump(mode="json"),
-            "data_version": self._data_version(),
+            "data_version": self._loader.data_version,
             "git_revision": get_git_revision(),
         }
-        rows = self._experiment.read_rows()
+        rows = "" if self._experiment is None else self._experiment.read_rows()
         return TrainingState({"model": model, "optimizer": optimizer, "rng": rng}, values, rows)
 
-    def _restore(self, checkpoint: Path) -> Progress:
-        state = load_checkpoint(checkpoint)
-        values = state.values
+    def _restore(self, whole_checkpoint: WholeCheckpoint) -> Progress:
+        checkpoint, values = whole_checkpoint.path, whole_checkpoint.values
+        state = whole_checkpoint.load()
         for difference in config_differences(values["config"], self._config):
             logger.warning("resuming with another setting: %s", difference)
         if values["frozen_parameters"] != self._frozen:
@@ -278,14 +289,14 @@ class RunSaver:
         return progress
 
     def _restore_best_on_disk(self, whole: DynamicWhisper, progress: Progress, run: str) -> None:
-        """See that `best_model_hf` is the best epoch's, from the mirror or from the checkpoint where it must be."""
+        """Make `best_model_hf` the best epoch's model, from the mirror or from the checkpoint just loaded."""
         if progress.best_epoch is None or _is_best(self.best_model_dir, progress):
             return
         mirror = self._config.checkpoints.mirror_dir
         if mirror is not None and _is_best(mirror / BEST_MODEL_NAME, progress):
             with atomic_folder(self.best_model_dir, replace=True) as folder:
                 copy_verified(mirror / BEST_MODEL_NAME, folder)
-        elif progress.best_epoch == progress.epochs_done and not progress.next_batch:
+        elif progress.best_is_last:
             self._export(whole, progress, run)  # the run was killed between this checkpoint and the export
         else:
             logger.warning(
@@ -298,10 +309,3 @@ class RunSaver:
 def _is_best(folder: Path, progress: Progress) -> bool:
     made = read_provenance(folder)
     return made.get("training") == progress.training_id and made.get("epoch") == progress.best_epoch
-
-
-def _make_mirror(config: Config) -> DriveMirror | None:
-    target = config.checkpoints.mirror_dir
-    if target is None:
-        return None
-    return DriveMirror(target, max_mb_per_sec=config.checkpoints.mirror_mb_per_sec)

@@ -1,53 +1,137 @@
-"""The state of a training run as tensors and JSON: taken from its parts, and put back into them bit for bit.
+"""State of a training run as tensors and JSON: taken from its parts, and put back bit for bit.
 
-Only trained parameters are saved: frozen ones, such as the base of LoRA adapters, come with the model, and a checksum
-proves that they are the same.
+Only trained parameters are saved. Frozen ones, such as the weights below LoRA adapters, come with the model, and a
+checksum proves that they are the same. Of a sharded model, torch's distributed state dicts gather whole tensors: all
+processes must call these functions, and only the main one gets the tensors.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
+import secrets
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from src.training.sharding import collect_on_cpu, shard_like, whole_tensor
+from src.evaluation.results import EvaluationResult
 from src.utils.errors import CheckpointError
 
+HISTORY_KEYS = ("epoch", "train_loss", "val_loss", "val_wer", "val_cer", "learning_rate")
+_SAVE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+_LOAD = StateDictOptions(full_state_dict=True, strict=False)
 _DIGEST_CHARACTERS = 16
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained parameters by name, on the CPU; tied ones once.
+@dataclass
+class EpochTotals:
+    """Sums over the applied updates of the current epoch."""
 
-    Where the model is shared out to processes, all of them must call it, and only the main one gets them; so with
-    `optimizer_tensors`.
+    loss_sum: float = 0.0  # nats
+    tokens: int = 0
+
+
+@dataclass
+class Progress:
+    """How far a training has come, and its results so far.
+
+    Attributes:
+        training_id: of the training; kept when it is resumed in another run's folder.
+        step: updates made, including skipped ones.
+        applied: updates applied; the schedule counts these.
+        epochs_done: finished epochs, validation included.
+        next_batch: of the current epoch, in this process.
+        best_epoch: epoch of the model on disk.
+        best_wer: its validation WER.
+        last_rate: learning rate of the last update.
     """
-    return collect_on_cpu(_trained(model))
+
+    training_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    step: int = 0
+    applied: int = 0
+    epochs_done: int = 0
+    next_batch: int = 0
+    best_epoch: int | None = None
+    best_wer: float = math.inf
+    last_rate: float = math.nan
+    totals: EpochTotals = field(default_factory=EpochTotals)
+    history: dict[str, list[float]] = field(default_factory=lambda: {key: [] for key in HISTORY_KEYS})
+
+    @property
+    def best_is_last(self) -> bool:
+        """Whether the model in training is that of the best epoch."""
+        return self.best_epoch is not None and self.best_epoch == self.epochs_done and not self.next_batch
+
+    def finish_epoch(self, result: EvaluationResult) -> bool:
+        """Add an epoch's results; return whether its WER is the lowest."""
+        self.epochs_done += 1
+        totals, self.totals, self.next_batch = self.totals, EpochTotals(), 0
+        # sums over sums; nan where every update was skipped
+        train_loss = totals.loss_sum / totals.tokens if totals.tokens else math.nan
+        row = (self.epochs_done, train_loss, result.loss, result.wer, result.cer, self.last_rate)
+        for key, value in zip(HISTORY_KEYS, row, strict=True):
+            self.history[key].append(value)
+        is_best = result.wer < self.best_wer
+        if is_best:
+            self.best_epoch, self.best_wer = self.epochs_done, result.wer
+        return is_best
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Progress:
+        """Return the progress that `dataclasses.asdict` was taken from."""
+        return cls(**{**state, "totals": EpochTotals(**state["totals"])})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as JSON."""
+        return asdict(self)
 
 
-@torch.no_grad()
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the trained parameters by name, on the CPU; tied ones once."""
+    tensors: Any = get_model_state_dict(model, options=_SAVE)
+    return {name: tensors[name] for name in _trained_shapes(model) if name in tensors}
+
+
 def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put trained parameters back.
 
-    Raises: CheckpointError: other names or shapes: another variant or method.
+    Raises:
+        CheckpointError: names or shapes differ: another variant or method. Nothing has changed then.
     """
-    mine = dict(_trained(model))
-    _require_same(
-        {name: tuple(p.shape) for name, p in mine.items()}, {name: tuple(t.shape) for name, t in tensors.items()}
-    )
-    for name, parameter in mine.items():
-        parameter.copy_(shard_like(tensors[name], parameter))
+    here = _trained_shapes(model)
+    saved = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = [name for name in {**here, **saved} if here.get(name) != saved.get(name)]
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} trained parameters differ from this model's, first {wrong[0]}: {saved.get(wrong[0])} in "
+            f"the checkpoint, {here.get(wrong[0])} here; take the same model.variant and training.method"
+        )
+    load_weights(model, tensors)
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Put whole tensors into a model, sharded or not; return the names that it does not have."""
+    return list(set_model_state_dict(model, dict(tensors), options=_LOAD).unexpected_keys)
 
 
 def frozen_digest(model: nn.Module) -> str:
     """Return a checksum over the parameters that are not trained."""
-    return tensors_digest((name, whole_tensor(p)) for name, p in model.named_parameters() if not p.requires_grad)
+    frozen = [(name, p.detach()) for name, p in model.named_parameters() if not p.requires_grad]
+    return tensors_digest((name, p.full_tensor() if isinstance(p, DTensor) else p) for name, p in frozen)
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -64,16 +148,12 @@ def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str,
 
     Parameters are named, not numbered: their order may change. The learning rate is the schedule's.
     """
-    names: dict[Tensor, str] = {parameter: name for name, parameter in _trained(model)}
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"{names[parameter]}/{key}"] = value
-            else:
-                values[f"{names[parameter]}/{key}"] = value
-    return collect_on_cpu(tensors.items()), values
+    if not optimizer.state:  # torch would make a state by a step of its own, which later steps would count
+        return {}, {}
+    state: Any = get_optimizer_state_dict(model, optimizer, options=_SAVE).get("state", {})
+    flat = {f"{name}/{key}": value for name, entries in state.items() for key, value in entries.items()}
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in flat.items() if name not in tensors}
 
 
 def load_optimizer_tensors(
@@ -81,19 +161,31 @@ def load_optimizer_tensors(
 ) -> None:
     """Put the optimizer's state back.
 
-    Raises: CheckpointError: a state of other parameters, or of another kind of optimizer.
+    Raises:
+        CheckpointError: the state of other parameters, or of another kind of optimizer.
     """
-    parameters = dict(_trained(model))
-    optimizer.state.clear()
-    for full_name, value in [*tensors.items(), *values.items()]:
+    state: dict[str, dict[str, Any]] = {}
+    for full_name, value in {**tensors, **values}.items():
         name, _, key = full_name.rpartition("/")
-        if name not in parameters:
-            raise CheckpointError(f"the optimizer's state has {name}, which is not trained here")
-        parameter = parameters[name]
-        if isinstance(value, Tensor):
-            # fused AdamW keeps its step count beside the weights, the plain one on the CPU
-            value = shard_like(value, parameter).to(parameter.device).clone()
-        optimizer.state[parameter][key] = value
+        state.setdefault(name, {})[key] = value.clone() if isinstance(value, Tensor) else value
+    unknown = sorted(state.keys() - _trained_shapes(model).keys())
+    if unknown:
+        raise CheckpointError(f"the optimizer's state has {unknown[0]}, which is not trained here")
+    optimizer.state.clear()
+    if not state:
+        return
+    here: Any = get_optimizer_state_dict(model, optimizer)  # of a step of zeros, which makes every entry
+    for name, entries in state.items():
+        if entries.keys() != here["state"][name].keys():
+            raise CheckpointError(
+                f"the optimizer's state of {name} has {', '.join(entries)} instead of "
+                f"{', '.join(here['state'][name])}; take the same training.optimizer"
+            )
+    here["state"] = state
+    set_optimizer_state_dict(model, optimizer, here, options=_LOAD)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name not in state:  # had no gradient yet
+            optimizer.state.pop(parameter, None)
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -111,7 +203,7 @@ def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore_random_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Put every global random generator back; those of GPUs that are not here are left out."""
+    """Put every global random generator back, except those of GPUs that this machine lacks."""
     torch.set_rng_state(tensors["torch"])
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
@@ -123,14 +215,5 @@ def restore_random_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
 
 
-def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    wrong = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-    if wrong:
-        raise CheckpointError(
-            f"{len(wrong)} trained parameters differ from this model's, first {wrong[0]}: {theirs.get(wrong[0])} in "
-            f"the checkpoint, {ours.get(wrong[0])} here; take the same model.variant and training.method"
-        )
+def _trained_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}

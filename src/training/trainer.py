@@ -2,7 +2,7 @@
 
 The loop is written out, on Accelerate, because the library trainers get Whisper wrong where it matters: they scale its
 loss by the accumulation count, pad to 30 s, and choose a checkpoint by loss. What one update does is in `updates`, what
-is trained in `methods`, what a stopped run goes on from in `saving`.
+is trained in `methods`, what a stopped run resumes from in `saver`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -27,17 +27,21 @@ from src.data.loader import SpeechLoader
 from src.evaluation.evaluator import ModelEvaluator
 from src.evaluation.results import EvaluationResult
 from src.models.dynamic_context import DynamicWhisper
-from src.training.inputs import TrainingInputs
+from src.training.checkpoint import ResumeReport, WholeCheckpoint
+from src.training.inputs import PrefixCutter, TrainingInputs, load_or_time_words
 from src.training.loss import TokenLoss
-from src.training.methods import merged_model, prepare_model
-from src.training.prefixes import PrefixCutter, load_or_time_words
-from src.training.progress import Progress
-from src.training.resume import ResumeReport
+from src.training.methods import merged_model, prepare_model, shard_model
 from src.training.saver import RunSaver
-from src.training.schedule import build_optimizer, build_schedule, count_updates, default_learning_rate
-from src.training.sharding import shard_model
-from src.training.updates import Batch, Updater, UpdateReport
-from src.training.waiting import WaitMeter
+from src.training.state import Progress
+from src.training.updates import (
+    Batch,
+    Updater,
+    UpdateReport,
+    build_optimizer,
+    build_schedule,
+    count_updates,
+    default_learning_rate,
+)
 from src.utils.config import Config
 from src.utils.distributed import broadcast_object, is_main_process, rank, world_size
 from src.utils.errors import DataError
@@ -47,6 +51,7 @@ from src.utils.tracking import ExperimentLogger
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -54,19 +59,23 @@ class WhisperTrainer:
     """Fine-tunes one model.
 
     Args:
-        model: changed in place: float32, with adapters where the method is LoRA. After `train` it holds the weights of
+        model: changed in place: float32, with adapters if the method is LoRA. After `train` it holds the weights of
             the best epoch.
         processor: of the model.
-        train_loader, val_loader: from `create_dataloaders`.
+        train_loader: from `create_dataloaders`.
+        val_loader: likewise.
         config: `training`, `checkpoints`, `model.audio_context`, `precision`, `paths`.
-        experiment: the run to write to; a new one under `paths.runs_dir` by default. Where several processes train,
-            only the main one writes.
-    Raises: DataError: an empty loader, or one made for another number of processes.
+        experiment: the run to write to; a new one under `paths.runs_dir` by default. If several processes train, only
+            the main one writes.
 
     Attributes:
-        history: lists with one entry an epoch: epoch, train_loss, val_loss, val_wer, val_cer, learning_rate.
-        best_epoch: the one with the lowest WER, or None.
-        best_model_dir: `checkpoints/best_model_hf`, in Hugging Face format; written when an epoch's WER is the lowest.
+        history: lists with one entry per epoch: epoch, train_loss, val_loss, val_wer, val_cer, learning_rate.
+        best_epoch: the epoch with the lowest WER, or None.
+        best_model_dir: `checkpoints/best_model_hf`, in Hugging Face format; written after each epoch with a new lowest
+            WER.
+
+    Raises:
+        DataError: an empty loader, or one made for another number of processes.
     """
 
     def __init__(
@@ -105,12 +114,17 @@ class WhisperTrainer:
             weight_decay=config.training.weight_decay,
             kind=config.training.optimizer,
         )
-        # not the loader: it shares an epoch out itself, and Accelerate would do it again and repeat utterances
+        # not the loader: it divides an epoch itself, and Accelerate would do it again and repeat utterances
         if self._shards is None:
             self._loss, self._optimizer = self._accelerator.prepare(loss, optimizer)
         else:  # Accelerate would wrap it for DDP
             self._loss, self._optimizer = loss, self._accelerator.prepare(optimizer)
-        _check_shard(train_loader)
+        made_for = train_loader.batch_sampler.shard.world_size
+        if made_for != world_size():
+            raise DataError(
+                f"the training loader shares an epoch out to {made_for} process(es), but {world_size()} train; create "
+                "it in the processes that the launcher starts"
+            )
         self.experiment = (experiment or ExperimentLogger(config)) if is_main_process() else None
         self._progress = broadcast_object(Progress())  # its training_id is drawn: one for all processes
         self._updater = Updater(self._loss, self._optimizer, self._accelerator, inputs, config.training)
@@ -121,7 +135,7 @@ class WhisperTrainer:
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """Lists with one entry an epoch."""
+        """Lists with one entry per epoch."""
         return self._progress.history
 
     @property
@@ -136,18 +150,22 @@ class WhisperTrainer:
 
     @property
     def best_model_dir(self) -> Path:
-        """Where the best model is saved."""
+        """Folder of the best model."""
         return self._saver.best_model_dir
 
-    def resume(self, checkpoint: str | Path = "auto") -> ResumeReport:
-        """Go on from a checkpoint; call it before `train`.
+    def resume(self, checkpoint: str | Path | WholeCheckpoint = "auto") -> ResumeReport:
+        """Resume from a checkpoint; call it before `train`.
 
         Args:
-            checkpoint: a folder, or "auto": the newest whole checkpoint of this configuration, in
-                `paths.checkpoints_dir` or `checkpoints.mirror_dir`; with none, training begins anew. Each one that was
-                refused is logged, with the reason.
-        Returns: what was found.
-        Raises: CheckpointError: the named folder is damaged, or belongs to other data or another model.
+            checkpoint: a folder; "auto", the newest whole checkpoint of this configuration in `paths.checkpoints_dir`
+                or `checkpoints.mirror_dir`, or none, so that training starts from the beginning; or one that
+                `find_checkpoint` has verified. Each refused checkpoint is logged, with the reason.
+
+        Returns:
+            What was found.
+
+        Raises:
+            CheckpointError: the named folder is damaged, or belongs to other data or another model.
         """
         report, progress = self._saver.resume(checkpoint)
         if progress is not None:
@@ -155,14 +173,20 @@ class WhisperTrainer:
         return report
 
     def train(self, num_epochs: int | None = None) -> dict[str, list[float]]:
-        """Run the loop until this many epochs are done, the resumed ones included.
+        """Train until this many epochs are done, resumed ones included.
+
+        `KeyboardInterrupt` passes through; checkpoints and the best model are whole at every instant.
 
         Args:
             num_epochs: `training.epochs` by default.
-        Returns: `history`.
-        Raises: DataError: `max_nonfinite_steps` updates in a row without a finite loss, with their clips.
-            DeviceError: not even one clip fits into memory. CheckpointError: the best model cannot be saved.
-            KeyboardInterrupt passes through; checkpoints and the best model are whole at every instant.
+
+        Returns:
+            `history`.
+
+        Raises:
+            DataError: `max_nonfinite_steps` updates in a row without a finite loss, with their clips.
+            DeviceError: not even one clip fits into memory.
+            CheckpointError: the best model cannot be saved.
         """
         epochs = num_epochs or self.config.training.epochs
         schedule, total = self._make_schedule(epochs)
@@ -188,9 +212,10 @@ class WhisperTrainer:
         return self.history
 
     def restore_best(self) -> None:
-        """Put the best epoch's weights into the model, for use; `train` puts back the last ones before it goes on.
+        """Put the best epoch's weights into the model, for use; `train` restores the last ones before it continues.
 
-        Raises: CheckpointError: the best model is not on the disk any more.
+        Raises:
+            CheckpointError: the best model is not on the disk any more.
         """
         self._saver.restore_best(self._progress)
         self.model.eval()  # dropout is for training
@@ -198,7 +223,7 @@ class WhisperTrainer:
     def merged_model(self) -> DynamicWhisper:
         """Return the plain model: the trained one itself, or a copy with its adapters merged.
 
-        With `training.shard_model` it is a copy in any case, and all processes must call this.
+        With `training.shard_model` it is always a copy, and all processes must call this.
         """
         return merged_model(self._whole_model())
 
@@ -206,7 +231,7 @@ class WhisperTrainer:
         return self.model if self._shards is None else self._shards.whole()
 
     def _make_cutter(self) -> PrefixCutter | None:
-        """Time the words of the training clips, with the weights as they came, where some are to be cut."""
+        """Time the words of the training clips, with the initial weights, if some clips are to be cut."""
         if not self.config.training.prefix_prob:
             return None
         dataset = self._train_loader.dataset
@@ -217,8 +242,8 @@ class WhisperTrainer:
 
     def _make_schedule(self, epochs: int) -> tuple[LambdaLR, int]:
         steps = self.config.training.gradient_accumulation_steps
-        # epochs of composed examples differ in their batches; one that cannot be planned fails here, not in hours
-        total = sum(count_updates(self._train_loader.batches_in(epoch), steps, 1) for epoch in range(epochs))
+        # epochs of composed examples differ in their batches; one that cannot be planned fails here, not hours later
+        total = sum(count_updates(self._train_loader.batches_in(epoch), steps) for epoch in range(epochs))
         schedule = build_schedule(
             self._optimizer.optimizer,
             total_updates=total,
@@ -228,31 +253,35 @@ class WhisperTrainer:
         return schedule, total
 
     def _train_epoch(self, schedule: LambdaLR, bar: tqdm[Any]) -> float:
-        """Step every batch that is left of the epoch; return the share of time spent waiting for data."""
+        """Step the remaining batches of the epoch; return the share of time spent waiting for data."""
         progress, loader = self._progress, self._train_loader
-        # each epoch has its own order; a resumed or interrupted one goes on after its last update
+        # each epoch has its own order; a resumed or interrupted one continues after its last update
         loader.load_state_dict({**loader.state_dict(), "epoch": progress.epochs_done, "batches": progress.next_batch})
         self._loss.train()
         meter = WaitMeter()
         for window in _windows(meter.watch(loader), self.config.training.gradient_accumulation_steps):
             began = time.perf_counter()
             report = self._updater.update(window, self._generators(len(window)))
-            rate = float(schedule.get_last_lr()[0])
+            progress.last_rate = float(schedule.get_last_lr()[0])
+            progress.step += 1
+            progress.next_batch += len(window)
             if report.applied:
                 schedule.step()
-            progress.count(report, rate, len(window))
-            self._log_update(report, rate, time.perf_counter() - began, meter.lap(), bar)
+                progress.applied += 1
+                progress.totals.loss_sum += report.loss_sum
+                progress.totals.tokens += report.tokens
+            self._log_update(report, time.perf_counter() - began, meter.lap(), bar)
             self._saver.save_if_due(progress)
         return meter.total()
 
     def _generators(self, count: int) -> list[torch.Generator]:
-        """Make a generator for each of the next batches, of which everything random about it is drawn."""
+        """Make a generator for each of the next batches; everything random about a batch is drawn from it."""
         epoch, first = self._progress.epochs_done, self._progress.next_batch
         numbers = [(first + offset) * world_size() + rank() for offset in range(count)]
         return [batch_generator(self.config.seed, epoch, number) for number in numbers]
 
-    def _log_update(self, report: UpdateReport, rate: float, seconds: float, wait_share: float, bar: tqdm[Any]) -> None:
-        speed = report.clips / seconds
+    def _log_update(self, report: UpdateReport, seconds: float, wait_share: float, bar: tqdm[Any]) -> None:
+        speed, rate = report.clips / seconds, self._progress.last_rate
         bar.update()
         bar.set_postfix(loss=f"{report.loss:.3f}", lr=f"{rate:.1e}", samples_per_sec=f"{speed:.1f}")
         if self.experiment is not None:
@@ -289,7 +318,7 @@ class WhisperTrainer:
         return done >= epochs or out_of_patience
 
     def _report_full_context(self) -> None:
-        """Measure the validation WER at 30 s too, where training made the model for both."""
+        """Measure the validation WER at 30 s too if the model was trained for both lengths."""
         if not self.config.training.full_context_prob or self.model.audio_context == "full":
             return
         self.model.audio_context = "full"
@@ -318,16 +347,46 @@ def _make_accelerator(model: DynamicWhisper, config: Config) -> Accelerator:
     )
 
 
-def _check_shard(loader: SpeechLoader) -> None:
-    shard = loader.batch_sampler.shard
-    if shard.world_size != world_size():
-        raise DataError(
-            f"the training loader shares an epoch out to {shard.world_size} process(es), but "
-            f"{world_size()} train; create it in the processes that the launcher starts"
-        )
-
-
 def _windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     iterator = iter(batches)
     while window := list(itertools.islice(iterator, size)):
         yield window
+
+
+class WaitMeter:
+    """Splits wall time into waiting for the next item of an iterable, and everything else.
+
+    Much waiting means that more loader processes, or decoded audio on the disk, would make training faster.
+
+    Args:
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._waited_sec = 0.0
+        self._began_sec = clock()
+        self._lap = (self._began_sec, 0.0)  # start of the lap, and the waiting until then
+
+    def watch(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items; the time until each of them comes, and until they end, is waiting."""
+        iterator = iter(items)
+        while True:
+            asked_sec = self._clock()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._waited_sec += self._clock() - asked_sec
+            yield item
+
+    def lap(self) -> float:
+        """Return the share of waiting, 0 to 1, since the last lap, and start the next."""
+        began_sec, waited_sec = self._lap
+        self._lap = (self._clock(), self._waited_sec)
+        return (self._waited_sec - waited_sec) / ((self._lap[0] - began_sec) or 1.0)
+
+    def total(self) -> float:
+        """Return the share of waiting, 0 to 1, since the meter was made."""
+        return self._waited_sec / ((self._clock() - self._began_sec) or 1.0)

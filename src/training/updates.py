@@ -1,5 +1,8 @@
-"""One optimizer update, whatever happens in it: token-weighted over all batches and processes, repeated in smaller
-pieces when memory runs out, and left out, with the names of its clips, when a loss or gradient is not finite."""
+"""Optimizer updates: AdamW, its learning rate, and what one update does whatever happens in it.
+
+An update is weighted by tokens over all batches and processes, repeated in smaller pieces when memory runs out, and
+skipped, with the names of its clips, when a loss or gradient is not finite.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +10,115 @@ import logging
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from src.data.features import FRAMES_PER_SEC, HOP_SAMPLES
 from src.data.labels import IGNORE_INDEX
 from src.training.inputs import TrainingInputs
-from src.training.sharding import exchange_gradients, in_step, is_sharded, whole_tensor
+from src.training.methods import is_sharded
 from src.utils.config import TrainingConfig
 from src.utils.distributed import gather_objects, sum_over_processes, world_size
-from src.utils.errors import DataError, DeviceError, first_line
+from src.utils.errors import DataError, DeviceError, MissingDependencyError, OutOfMemoryError
 from src.utils.memory import return_freed_memory
-from src.utils.runtime import is_out_of_memory, release_memory
+from src.utils.runtime import in_memory
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, Any]
-_RECENT_NORMS = 50  # updates that the median gradient norm is taken over
-_FEW_NORMS = 10  # fewer say nothing yet
+# pre-training rate / 40 (Jong Wook Kim's advice for full fine-tuning), by width of the model
+LEARNING_RATES = {384: 3.75e-5, 512: 2.5e-5, 768: 1.25e-5, 1024: 6.25e-6, 1280: 5e-6}  # tiny .. large
+LORA_RATE_FACTOR = 10  # of the rate for full fine-tuning (Schulman et al. 2025, "LoRA without regret")
+BETAS, EPS = (0.9, 0.98), 1e-6
 CPU_FRAMES = 2600  # of the rows that go through at once; more take memory and are no faster there
 OWN_LENGTH_SLACK = 1.2  # slower speech is longer than its recording: not yet a reason to cut a batch
+_FUSED_DEVICES = ("cuda", "cpu", "mps")
+_RECENT_NORMS = 50  # updates that the median gradient norm is taken over
+_FEW_NORMS = 10  # fewer say nothing yet
+
+Batch = dict[str, Any]
+Piece = tuple[Tensor, Tensor, Tensor]  # features, decoder inputs, labels
+
+
+def default_learning_rate(d_model: int, *, lora: bool = False) -> float:
+    """Return the peak rate for full fine-tuning of a model of this width, or for adapters on it."""
+    nearest = min(LEARNING_RATES, key=lambda width: abs(width - d_model))
+    return LEARNING_RATES[nearest] * (LORA_RATE_FACTOR if lora else 1)
+
+
+def build_optimizer(
+    model: nn.Module, *, learning_rate: float, weight_decay: float, kind: Literal["adamw", "adamw_8bit"] = "adamw"
+) -> Optimizer:
+    """Make AdamW with weight decay on matrices only; LayerNorm and biases (one dimension) have none.
+
+    Args:
+        kind: "adamw" (fused if the device has it: one pass over the weights), or "adamw_8bit" of bitsandbytes.
+
+    Raises:
+        MissingDependencyError: 8 bits without bitsandbytes.
+        DeviceError: 8 bits without CUDA.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if kind == "adamw_8bit":
+        return _adamw_8bit(groups, learning_rate, {p.device.type for p in trained})
+    fused = all(p.device.type in _FUSED_DEVICES and torch.is_floating_point(p) for p in trained)
+    return AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPS, fused=fused)
+
+
+def _adamw_8bit(groups: list[dict[str, Any]], learning_rate: float, devices: Iterable[str]) -> Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as err:
+        raise MissingDependencyError(
+            "training.optimizer adamw_8bit needs bitsandbytes: pip install bitsandbytes, or set it to adamw"
+        ) from err
+    if set(devices) != {"cuda"}:
+        raise DeviceError(f"adamw_8bit needs CUDA, the model is on {', '.join(sorted(devices))}; set optimizer: adamw")
+    optimizer: Optimizer = AdamW8bit(groups, lr=learning_rate, betas=BETAS, eps=EPS)
+    return optimizer
+
+
+def count_updates(num_batches: int, accumulation_steps: int) -> int:
+    """Return the optimizer updates of an epoch: its last window may be short, and is stepped too."""
+    return math.ceil(num_batches / accumulation_steps)
+
+
+def count_warmup(total_updates: int, warmup_ratio: float) -> int:
+    """Return the updates of the warm-up; at least one if its share is not zero."""
+    return math.ceil(warmup_ratio * total_updates)
+
+
+def build_schedule(optimizer: Optimizer, *, total_updates: int, warmup_ratio: float, done_updates: int = 0) -> LambdaLR:
+    """Make a linear warm-up over a share of the updates, then a linear decay to zero.
+
+    Args:
+        total_updates: of the optimizer, over all epochs.
+        warmup_ratio: share of them.
+        done_updates: those that a resumed run has made already.
+    """
+    warmup = count_warmup(total_updates, warmup_ratio)
+
+    def factor(update: int) -> float:
+        if update < warmup:
+            return (update + 1) / warmup
+        return max(0.0, (total_updates - update) / max(1, total_updates - warmup))
+
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return LambdaLR(optimizer, factor, last_epoch=done_updates - 1)
 
 
 @dataclass(frozen=True)
@@ -40,11 +126,11 @@ class UpdateReport:
     """One update, over all processes.
 
     Attributes:
-        loss_sum: nats over `tokens`.
+        loss_sum: in nats, over `tokens`.
         grad_norm: before clipping.
-        applied: False where the update was skipped, because something was not finite.
-        ids: of its clips, in this process.
+        applied: False if the update was skipped because something was not finite.
         audio_sec: real audio, without padding.
+        ids: of its clips, in this process.
     """
 
     loss_sum: float
@@ -57,7 +143,7 @@ class UpdateReport:
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Nats per token."""
         return self.loss_sum / self.tokens
 
 
@@ -65,13 +151,13 @@ class Updater:
     """Makes updates.
 
     Args:
-        loss: a `TokenLoss`, as the accelerator has prepared it.
-        optimizer: likewise.
+        loss: a `TokenLoss`, prepared by the accelerator or sharded.
+        optimizer: prepared by the accelerator.
         inputs: makes the features.
         config: the training section.
 
     Attributes:
-        pieces: how many pieces each batch is cut into since memory last ran out; 1 where it never did.
+        pieces: that each batch is cut into since memory last ran out; 1 if it never did.
     """
 
     def __init__(
@@ -98,9 +184,11 @@ class Updater:
 
         Args:
             window: batches from the loader, on the CPU.
-            generators: one a batch, of which everything random about it is drawn.
-        Raises: DataError: the last of `max_nonfinite_steps` updates in a row that had to be skipped; all their clips
-            are named. DeviceError: not even a single clip fits into memory.
+            generators: one per batch; everything random about the batch is drawn from it.
+
+        Raises:
+            DataError: `max_nonfinite_steps` updates in a row had to be skipped; all their clips are named.
+            DeviceError: not even a single clip fits into memory.
         """
         device = self._accelerator.device
         self._optimizer.zero_grad(set_to_none=True)  # an interrupted update may have left some
@@ -110,7 +198,7 @@ class Updater:
         tokens, clips, audio_sec = sum_over_processes([*counts, seconds], device)
         losses = self._accumulate_in_memory(window, [generator.get_state() for generator in generators], tokens)
         norm = self._accelerator.clip_grad_norm_(self._loss.parameters(), self._config.max_grad_norm)
-        norm = float(whole_tensor(norm))
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         (loss_sum,) = sum_over_processes([sum(losses)], device)
         finite = math.isfinite(loss_sum) and math.isfinite(norm)
         if finite:
@@ -142,16 +230,13 @@ class Updater:
         self._skipped_in_row = list(state["skipped_in_row"])
 
     def _accumulate_in_memory(self, window: Sequence[Batch], draws: Sequence[Tensor], tokens: float) -> list[float]:
-        """Accumulate; where memory runs out, forget the attempt and begin the window again in half the pieces."""
+        """Accumulate; if memory runs out, forget the attempt and start the window again in half the pieces."""
         while True:
             try:
-                return self._accumulate(window, draws, tokens)
-            except (RuntimeError, MemoryError) as err:
-                if not is_out_of_memory(err):
-                    raise
-                problem = first_line(err)
+                return in_memory(lambda: self._accumulate(window, draws, tokens))
+            except OutOfMemoryError as err:
+                problem = str(err)
             self._optimizer.zero_grad(set_to_none=True)
-            release_memory()
             self._halve(window, problem)
 
     def _accumulate(self, window: Sequence[Batch], draws: Sequence[Tensor], tokens: float) -> list[float]:
@@ -164,23 +249,23 @@ class Updater:
             features = self._inputs.features(on_device, generator)
             pieces = _cut(features, on_device, self._rows_together(features, batch))
             if self._is_sharded:
-                pieces = in_step(pieces)
+                pieces = fill_up(pieces)
             batch_loss = torch.zeros((), device=features.device)
             for piece, (part, inputs, labels) in enumerate(pieces):
                 last = number == len(window) - 1 and piece == len(pieces) - 1
-                with self._until_last(last):
+                with self._exchange(last):
                     loss = self._loss(part, inputs, labels)
                     # gradients are averaged over processes: times their number gives the sum over all tokens
                     self._accelerator.backward(loss * (world_size() / tokens))
                 batch_loss += loss.detach()
             losses.append(batch_loss)
-        return [float(loss) for loss in losses]  # here, so that the device need not wait after each batch
+        return [float(loss) for loss in losses]  # here, so that the host does not wait after each batch
 
     def _rows_together(self, features: Tensor, batch: Batch) -> int:
         """Return how many rows go through the model at once.
 
-        A batch that is padded to 30 s goes in pieces that take the memory of the largest one at its own length:
-        gradients add up to the same, and a share of full context costs time only.
+        A batch that is padded to 30 s goes in pieces that take the memory of the largest batch at its own length:
+        gradients add up to the same, and a share of full context costs only time.
         """
         rows, _, frames = features.shape
         own_frames = batch["audio"].shape[1] / HOP_SAMPLES + self._config.max_trailing_silence_sec * FRAMES_PER_SEC
@@ -194,14 +279,14 @@ class Updater:
         size = max(1, size)
         return math.ceil(rows / math.ceil(rows / size))  # as many pieces, of equal size
 
-    def _until_last(self, last: bool) -> AbstractContextManager[Any]:
-        """Let processes exchange gradients once an update."""
-        if self._is_sharded:
-            exchange_gradients(self._loss, last)
-        if last or self._is_sharded or world_size() == 1:
-            return nullcontext()
-        context: AbstractContextManager[Any] = self._accelerator.no_sync(self._loss)
-        return context
+    def _exchange(self, last: bool) -> AbstractContextManager[Any]:
+        """Let the processes sum gradients in the last backward pass of an update, and keep them in the others."""
+        if isinstance(self._loss, FSDPModule):
+            self._loss.set_requires_gradient_sync(last)
+        elif not last and world_size() > 1:
+            context: AbstractContextManager[Any] = self._accelerator.no_sync(self._loss)
+            return context
+        return nullcontext()
 
     def _to_device(self, batch: Batch) -> Batch:
         device = self._accelerator.device
@@ -242,9 +327,9 @@ class Updater:
 
     def _count_skipped(self, window: Sequence[Batch], losses: Sequence[float], loss_sum: float, norm: float) -> None:
         broken = [batch for batch, loss in zip(window, losses, strict=True) if not math.isfinite(loss)]
-        mine = (
-            [name for batch in broken or window for name in batch["ids"]] if broken or math.isfinite(loss_sum) else []
-        )
+        # a sum that is not finite may come from another process, which then names its clips
+        suspect = broken or (window if math.isfinite(loss_sum) else [])
+        mine = [name for batch in suspect for name in batch["ids"]]
         clips = ", ".join(name for names in gather_objects(mine) for name in names)
         reason = f"loss {loss_sum}" if not math.isfinite(loss_sum) else f"gradient norm {norm}"
         self._skipped_in_row.append(f"{reason}: {clips}")
@@ -261,7 +346,14 @@ def _tokens(batch: Batch) -> int:
     return int((batch["labels"] != IGNORE_INDEX).sum())
 
 
-def _cut(features: Tensor, batch: Batch, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _cut(features: Tensor, batch: Batch, size: int) -> list[Piece]:
     """Cut a batch into rows of (features, decoder inputs, labels); lengths stay, so that the sums stay the same."""
     parts = zip(features.split(size), batch["decoder_input_ids"].split(size), batch["labels"].split(size), strict=True)
     return list(parts)
+
+
+def fill_up(pieces: Sequence[Piece]) -> list[Piece]:
+    """Add pieces without a loss until all processes have as many: each pass is an exchange of parameters."""
+    missing = max(gather_objects(len(pieces))) - len(pieces)
+    features, inputs, labels = (tensor[:1] for tensor in pieces[-1])
+    return [*pieces, *[(features, inputs, torch.full_like(labels, IGNORE_INDEX))] * missing]

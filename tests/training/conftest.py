@@ -62,6 +62,7 @@ def _small(_tiny_en: tuple[Any, Any]) -> tuple[Any, Any]:
         torch.manual_seed(0)
         small = DynamicWhisper(config)
     small.generation_config = copy.deepcopy(model.generation_config)
+    small.generation_config.alignment_heads = [[0, 0], [1, 1]]
     return small.eval(), processor
 
 

@@ -13,9 +13,8 @@ from src.data.dataset import decode_audio
 from src.data.features import CONTEXT_SAMPLES
 from src.data.mel import padded_samples
 from src.data.utterance import Utterance
-from src.training import state_matching
-from src.training.adapt import _batches, adapt_context
-from src.training.state_matching import Clip, Target, Teacher, matching_losses, state_loss
+from src.training import adapt
+from src.training.adapt import Clip, Target, Teacher, _batches, adapt_context, matching_losses, state_loss
 from src.utils.config import Config
 from src.utils.errors import AudioError, ConfigError, DataError, ModelError
 
@@ -64,55 +63,40 @@ def test_states_of_other_clips_come_nearer_to_those_at_30_s(tiny_en: tuple[Any, 
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_weights(tiny_en: tuple[Any, Any], clips: list[Utterance]) -> None:
-    model, processor = tiny_en
-    again = copy.deepcopy(model)
-    options: dict[str, Any] = {"processor": processor, "steps": 2, "batch_size": 1, "cut_prob": 0.5}
-    first = adapt_context(model, clips[:2], **options)
-    second = adapt_context(again, clips[:2], **options)
-    assert first.losses == second.losses
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-
-
-@pytest.mark.slow
-def test_a_target_is_over_the_real_audio_and_is_computed_once(
+def test_targets_are_over_the_real_audio_and_kept_while_there_is_room(
     tiny_en: tuple[Any, Any], jfk: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = tiny_en
-    teacher = Teacher(model, processor, Config(), max_trailing_silence_sec=1.0, keep=True)
     clip = Clip(0, "jfk", torch.from_numpy(jfk[: 2 * SAMPLE_RATE]), is_cut=True)
+    teacher = Teacher(model, processor, Config(), max_trailing_silence_sec=1.0, keep=True)
     (target,) = teacher.targets([clip])
-    assert target.encoder.shape == (150, 384)  # 2 s and 1 s of pause, 50 a second
+    assert target.encoder.shape == (150, 384)  # 2 s and 1 s of pause, 50 per second
     assert target.encoder.dtype == torch.float16
     assert target.decoder.shape == (len(target.tokens), 384)
     assert processor.tokenizer.decode(target.tokens, skip_special_tokens=True).strip().startswith("And so")
     assert not target.encoder.requires_grad
-    monkeypatch.setattr(teacher, "_compute", None)
-    assert teacher.targets([clip, clip]) == [target, target]
-
-
-@pytest.mark.slow
-def test_a_teacher_without_room_keeps_nothing(
-    tiny_en: tuple[Any, Any], jfk: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, processor = tiny_en
-    monkeypatch.setattr(state_matching, "TARGET_MEMORY_BYTES", 1000)
-    teacher = Teacher(model, processor, Config(), max_trailing_silence_sec=0.0, keep=True)
-    clip = Clip(0, "jfk", torch.from_numpy(jfk[: 2 * SAMPLE_RATE]), is_cut=False)
-    (first,), (second,) = teacher.targets([clip]), teacher.targets([clip])
-    assert torch.equal(first.encoder, second.encoder)
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "_compute", None)
+        assert teacher.targets([clip, clip]) == [target, target]
+    monkeypatch.setattr(adapt, "TARGET_MEMORY_BYTES", 1000)
+    capped = Config.model_validate({"inference": {"max_tokens_per_sec": 0.01}})  # 9 tokens: the transcript does not end
+    teacher = Teacher(model, processor, capped, max_trailing_silence_sec=0.0, keep=True)
+    (first,), (second,) = (teacher.targets([Clip(0, "jfk", torch.from_numpy(jfk), is_cut=False)]) for _ in range(2))
     assert first is not second
-
-
-@pytest.mark.slow
-def test_a_transcript_that_does_not_end_is_not_matched(tiny_en: tuple[Any, Any], jfk: np.ndarray) -> None:
-    model, processor = tiny_en
-    capped = Config.model_validate({"inference": {"max_tokens_per_sec": 0.01}})  # 9 tokens
-    teacher = Teacher(model, processor, capped, max_trailing_silence_sec=0.0, keep=False)
-    (target,) = teacher.targets([Clip(0, "jfk", torch.from_numpy(jfk), is_cut=False)])
-    assert not target.is_finished
-    assert processor.tokenizer.decode(target.tokens) == "<|startoftranscript|><|notimestamps|>"
+    assert torch.equal(first.encoder, second.encoder)
+    assert not first.is_finished
+    assert processor.tokenizer.decode(first.tokens) == "<|startoftranscript|><|notimestamps|>"
     assert teacher.seen == {0: (False, False)}
+
+
+def test_the_same_seed_gives_the_same_weights(small: tuple[Any, Any]) -> None:
+    model, processor = small
+    again = copy.deepcopy(model)
+    audio = [tone(1.5), tone(2.0, hz=330.0)]
+    options: dict[str, Any] = {"processor": processor, "steps": 2, "batch_size": 1, "cut_prob": 0.5}
+    results = [adapt_context(each, audio, **options) for each in (model, again)]
+    assert results[0].losses == results[1].losses
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_state_loss_is_0_for_equal_1_for_the_mean_and_reads_only_the_mask() -> None:
@@ -144,26 +128,22 @@ def test_of_long_audio_30_s_are_used() -> None:
     assert len(clip.audio) == CONTEXT_SAMPLES
 
 
-def test_dynamic_and_16_bit_models_are_refused(tiny_en: tuple[Any, Any]) -> None:
-    model, processor = tiny_en
+def test_models_audio_and_numbers_that_cannot_be_used_are_refused(small: tuple[Any, Any]) -> None:
+    model, processor = small
+    with pytest.raises(DataError, match="no audio"):
+        adapt_context(model, [], processor=processor)
+    with pytest.raises(ConfigError, match=r"steps is 0[\s\S]*cut_prob is 2"):
+        adapt_context(model, [tone(1.0)], processor=processor, steps=0, cut_prob=2)
     model.audio_context = "dynamic"
-    with pytest.raises(ModelError, match="dynamic' already"):
+    with pytest.raises(ModelError, match="dynamic"):
         adapt_context(model, [tone(1.0)], processor=processor)
     model.audio_context = "full"
     with pytest.raises(ModelError, match="float16"):
         adapt_context(model.half(), [tone(1.0)], processor=processor)
 
 
-def test_no_audio_and_numbers_out_of_range_are_refused(tiny_en: tuple[Any, Any]) -> None:
-    model, processor = tiny_en
-    with pytest.raises(DataError, match="no audio"):
-        adapt_context(model, [], processor=processor)
-    with pytest.raises(ConfigError, match=r"2 value\(s\)[\s\S]*steps is 0[\s\S]*cut_prob is 2"):
-        adapt_context(model, [tone(1.0)], processor=processor, steps=0, cut_prob=2)
-
-
-def test_bad_audio_is_named_and_the_model_stays_full(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
-    model, processor = tiny_en
+def test_bad_audio_is_named_and_the_model_stays_full(small: tuple[Any, Any], tmp_path: Path) -> None:
+    model, processor = small
     (tmp_path / "broken.wav").write_bytes(b"no audio")
     cases: list[tuple[Any, type[Exception], str]] = [
         (tmp_path / "broken.wav", AudioError, "broken.wav"),
@@ -178,11 +158,11 @@ def test_bad_audio_is_named_and_the_model_stays_full(tiny_en: tuple[Any, Any], t
         assert model.audio_context == "full"
 
 
-def test_a_loss_that_is_not_finite_names_its_clips(tiny_en: tuple[Any, Any], jfk: np.ndarray, tmp_path: Path) -> None:
-    model, processor = tiny_en
+def test_a_loss_that_is_not_finite_names_its_clips(small: tuple[Any, Any], jfk: np.ndarray) -> None:
+    model, processor = small
     with torch.no_grad():
         model.model.encoder.layer_norm.weight.fill_(float("inf"))
-    with pytest.raises(DataError, match=r"update 1 is nan; its clips: audio\[0\]"):
+    with pytest.raises(DataError, match=r"audio\[0\]"):
         adapt_context(model, [jfk[:SAMPLE_RATE]], processor=processor, steps=1, batch_size=1)
     assert model.audio_context == "full"
     assert model.proj_out.weight.requires_grad

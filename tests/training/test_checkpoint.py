@@ -4,10 +4,12 @@ import errno
 import json
 import pickle
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,12 +19,17 @@ from src.training.checkpoint import (
     CheckpointStore,
     TrainingState,
     clean_up,
+    config_differences,
+    find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     read_values,
     verify_checkpoint,
 )
+from src.utils.config import Config
 from src.utils.errors import CheckpointError
+
+Configure = Callable[..., Config]
 
 
 def make_state(value: float = 1.0) -> TrainingState:
@@ -37,6 +44,28 @@ def make_state(value: float = 1.0) -> TrainingState:
 
 def store(folder: Path, limit: int = 2) -> CheckpointStore:
     return CheckpointStore(folder / "run", save_total_limit=limit)
+
+
+def put(root: Path, run: str, step: int, config: Config, *, saved_at: float, **values: Any) -> Path:
+    """Save a checkpoint that holds just what a search looks at."""
+    state = TrainingState(
+        {"model": {}, "optimizer": {}, "rng": {}},
+        {"saved_at": saved_at, "config": config.model_dump(mode="json"), **values},
+    )
+    return CheckpointStore(root / run, save_total_limit=9).save(state, step)
+
+
+def count_hashes(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
+    """Count how often each file is hashed."""
+    hashed: Counter[Path] = Counter()
+    sha256_of = module.sha256_of
+
+    def counted(path: Path) -> str:
+        hashed[path] += 1
+        return sha256_of(path)
+
+    monkeypatch.setattr(module, "sha256_of", counted)
+    return hashed
 
 
 def names(folder: Path) -> list[str]:
@@ -57,14 +86,24 @@ def test_what_is_saved_is_verified_and_loaded_bit_for_bit(tmp_path: Path) -> Non
     state = make_state()
     path = store(tmp_path).save(state, 123)
     assert path == tmp_path / "run" / "checkpoint-00000123"
-    verify_checkpoint(path)
     assert_same(load_checkpoint(path), state)
-    assert read_values(path)["best"] == 1.0
+    assert verify_checkpoint(path).values == read_values(path) == {"format": 1, "best": 1.0}
+    empty = TrainingState({"model": {}, "optimizer": {}, "rng": {}}, {"best": float("inf")})  # before the first step
+    assert_same(load_checkpoint(store(tmp_path).save(empty, 0)), empty)
 
 
-def test_an_optimizer_that_has_not_stepped_yet_is_no_problem(tmp_path: Path) -> None:
-    state = TrainingState({"model": {}, "optimizer": {}, "rng": {}}, {"best": float("inf")})
-    assert_same(load_checkpoint(store(tmp_path).save(state, 0)), state)
+def test_each_file_is_hashed_once_from_the_search_to_the_loaded_state(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure()
+    older, newest = (put(tmp_path, "a", step, config, saved_at=float(step)) for step in (1, 2))
+    hashed = count_hashes(monkeypatch)
+    report = find_checkpoint([tmp_path], config)
+    assert report.whole is not None
+    report.whole.load()
+    files = {path.name for path in newest.iterdir()} - {"manifest.json"}
+    assert hashed == Counter(newest / name for name in files)
+    assert older.is_dir()  # and not read
 
 
 def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,62 +124,48 @@ def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     load_checkpoint(path)
 
 
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
 
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"])
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [(flip_a_bit, "the content of {} is damaged"), (cut, "{} has .* bytes instead of"), (Path.unlink, "{} cannot be")],
-)
-def test_damage_is_found_and_named(tmp_path: Path, file: str, damage: Callable[[Path], None], reason: str) -> None:
+@pytest.mark.parametrize("file", ["model.safetensors", "state.json"])
+@pytest.mark.parametrize("harm", [damage, cut, Path.unlink])
+def test_damage_is_found_and_named(tmp_path: Path, file: str, harm: Callable[[Path], None]) -> None:
     path = store(tmp_path).save(make_state(), 1)
-    damage(path / file)
-    for read in (verify_checkpoint, load_checkpoint):
-        with pytest.raises(CheckpointError, match=reason.format(file)) as caught:
-            read(path)
-        assert str(path) in str(caught.value)
+    harm(path / file)
+    with pytest.raises(CheckpointError, match=file) as caught:
+        load_checkpoint(path)
+    assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (None, r"has no manifest\.json: it was never finished"),
-        ("{", r"manifest\.json cannot be read"),
-        ("[]", r"manifest\.json cannot be read"),
-        ('{"files": {}}', "does not list model"),
-        ('{"files": {"state.json": {"size": 1}}}', r"manifest\.json cannot be read"),
-    ],
-)
-def test_a_folder_without_a_whole_manifest_is_refused(tmp_path: Path, content: str | None, reason: str) -> None:
+    "content", [None, "{", "[]", '{"files": {}}', '{"files": {"state.json": {"size": 1}}}'],
+)  # fmt: skip
+def test_a_folder_without_a_whole_manifest_is_refused(tmp_path: Path, content: str | None) -> None:
     path = store(tmp_path).save(make_state(), 1)
     (path / "manifest.json").unlink()
     if content is not None:
         (path / "manifest.json").write_text(content)
-    with pytest.raises(CheckpointError, match=reason):
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
         load_checkpoint(path)
 
 
 def test_a_foreign_format_and_a_folder_that_is_none_are_refused(tmp_path: Path) -> None:
     path = store(tmp_path).save(make_state(), 1)
-    (path / "state.json").write_text(json.dumps({"format": 2}))
-    with pytest.raises(CheckpointError, match="not a checkpoint of format 1; train with the version that wrote it"):
-        read_values(path)
-    (path / "state.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(CheckpointError, match=r"state\.json cannot be read"):
-        read_values(path)
+    for content in (b'{"format": 2}', b"[]", b"\xff\xfe"):
+        (path / "state.json").write_bytes(content)
+        with pytest.raises(CheckpointError, match=str(path)):
+            read_values(path)
     for absent in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(CheckpointError):
-            load_checkpoint(absent)
-        with pytest.raises(CheckpointError):
-            read_values(absent)
+        for read in (load_checkpoint, read_values):
+            with pytest.raises(CheckpointError, match=str(absent)):
+                read(absent)
 
 
 def test_the_oldest_over_the_limit_go(tmp_path: Path) -> None:
@@ -153,12 +178,9 @@ def test_the_oldest_over_the_limit_go(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "run" / "checkpoint-00000011").values["best"] == 7.0
 
 
-def test_a_training_that_begins_anew_in_the_same_run_keeps_its_own_and_not_the_former_ones(tmp_path: Path) -> None:
-    for step in (90, 100):
+def test_a_new_training_in_the_same_run_keeps_its_own_and_not_the_former_ones(tmp_path: Path) -> None:
+    for step in (90, 100, 1, 2):
         store(tmp_path).save(make_state(), step)
-    for step in (1, 2):
-        path = store(tmp_path).save(make_state(2.0), step)
-        assert path.is_dir()
     assert names(tmp_path / "run") == ["checkpoint-00000001", "checkpoint-00000002"]
 
 
@@ -201,7 +223,7 @@ def test_a_disk_without_space_is_told_before_anything_is_written(
     checkpoints.save(make_state(), 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5_000_000))
     monkeypatch.setattr(module, "_write", lambda *args: pytest.fail("written"))
-    with pytest.raises(CheckpointError, match=r"needs 17 MB, 5 MB are free; older checkpoints are whole"):
+    with pytest.raises(CheckpointError, match=r"17 MB.* 5 MB"):
         checkpoints.save(make_state(2.0), 2)
     assert_older_is_whole(tmp_path)
 
@@ -222,29 +244,24 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_the_older_whole(
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_file" if failing == "safetensors" else failing, full)
-        with pytest.raises(
-            CheckpointError, match=r"cannot be saved: .*No space left on device.*; older checkpoints are"
-        ):
+        with pytest.raises(CheckpointError, match="No space left on device"):
             checkpoints.save(make_state(2.0), step)
     (tmp_path / "run" / f".checkpoint-{step:08d}.touched").unlink()
     assert_older_is_whole(tmp_path)
     checkpoints.save(make_state(2.0), 2)  # there is space again
 
 
-def test_a_disk_that_gives_back_other_bytes_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_reads_back_other_bytes_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = store(tmp_path)
     checkpoints.save(make_state(), 1)
     save_file = module.save_file
 
     def unreliable(tensors: dict[str, torch.Tensor], file: Path) -> None:
         save_file(tensors, file)
-        cut_at = file.stat().st_size - 1
-        content = bytearray(file.read_bytes())
-        content[cut_at] ^= 1
-        file.write_bytes(content)
+        damage(file)
 
     monkeypatch.setattr(module, "save_file", unreliable)
-    with pytest.raises(CheckpointError, match="reads back differently; the disk is not reliable"):
+    with pytest.raises(CheckpointError, match="checkpoint-00000002"):
         checkpoints.save(make_state(2.0), 2)
     assert_older_is_whole(tmp_path)
 
@@ -252,11 +269,7 @@ def test_a_disk_that_gives_back_other_bytes_is_found_out(tmp_path: Path, monkeyp
 def test_an_interrupt_in_the_middle_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = store(tmp_path)
     checkpoints.save(make_state(), 1)
-
-    def interrupted(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "_compare", interrupted)
+    monkeypatch.setattr(module, "_compare", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(make_state(2.0), 1)
     assert_older_is_whole(tmp_path)
@@ -273,3 +286,91 @@ def test_what_a_killed_process_left_is_cleaned_up(tmp_path: Path) -> None:
     assert names(path.parent) == ["checkpoint-00000001", "checkpoint-00000003", "notes.txt"]
     verify_checkpoint(path.parent / "checkpoint-00000003")
     clean_up(tmp_path / "absent")
+
+
+# the search
+
+
+def test_the_newest_whole_one_is_taken_whatever_its_run_and_step(tmp_path: Path, configure: Configure) -> None:
+    config = configure()
+    put(tmp_path, "a", 900, config, saved_at=1.0)
+    newest = put(tmp_path, "b", 5, config, saved_at=3.0)
+    put(tmp_path, "c", 70, config, saved_at=2.0)
+    report = find_checkpoint([tmp_path], config)
+    assert (report.checkpoint, report.refused, report.searched) == (newest, (), (tmp_path,))
+    nothing = find_checkpoint([tmp_path / "absent"], config)
+    assert nothing.checkpoint is None
+    assert str(tmp_path / "absent") in str(nothing)
+
+
+def test_newer_ones_that_cannot_be_used_are_refused_with_reasons(tmp_path: Path, configure: Configure) -> None:
+    config = configure()
+    put(tmp_path, "a", 1, config, saved_at=1.0)
+    wanted = put(tmp_path, "a", 2, config, saved_at=2.0)
+    other = put(tmp_path, "b", 3, configure(training__learning_rate=0.5), saved_at=3.0)
+    damaged = put(tmp_path, "a", 4, config, saved_at=4.0)
+    damage(damaged / "model.safetensors")
+    unfinished = put(tmp_path, "a", 5, config, saved_at=5.0)
+    (unfinished / "manifest.json").unlink()
+    report = find_checkpoint([tmp_path], config)
+    assert report.checkpoint == wanted
+    reasons = dict(report.refused)
+    assert list(reasons) == [unfinished, damaged, other]
+    for path, word in (
+        (unfinished, "manifest.json"),
+        (damaged, "model.safetensors"),
+        (other, "training.learning_rate"),
+    ):
+        assert word in reasons[path]
+        assert str(path) in str(report)
+
+
+def test_the_copy_stands_in_for_a_damaged_or_absent_original(tmp_path: Path, configure: Configure) -> None:
+    config, (local, mirror) = configure(), (tmp_path / "local", tmp_path / "mirror")
+    path = put(local, "a", 2, config, saved_at=2.0)
+    shutil.copytree(local, mirror)
+    assert find_checkpoint([local, mirror], config).checkpoint == path
+    damage(path / "model.safetensors")
+    assert find_checkpoint([local, mirror], config).checkpoint == mirror / "a" / path.name
+    shutil.rmtree(local)
+    assert find_checkpoint([local, mirror], config).checkpoint == mirror / "a" / path.name
+
+
+@pytest.mark.parametrize("word", ["saved_at", "config", "training", "format"])
+def test_a_damaged_byte_in_the_state_never_ends_the_search(tmp_path: Path, configure: Configure, word: str) -> None:
+    config = configure()
+    wanted = put(tmp_path, "a", 1, config, saved_at=1.0)
+    newer = put(tmp_path, "a", 2, config, saved_at=2.0)
+    state = newer / "state.json"
+    state.write_text(state.read_text().replace(f'"{word}"', f'"{word[:-1]}~"', 1))
+    report = find_checkpoint([tmp_path], config)
+    assert report.checkpoint == wanted
+    assert [path for path, _ in report.refused] == [newer]
+
+
+def test_what_a_killed_process_left_is_removed_here_but_not_in_the_mirror(tmp_path: Path, configure: Configure) -> None:
+    config, (local, mirror) = configure(), (tmp_path / "local", tmp_path / "mirror")
+    for root in (local, mirror):
+        put(root, "a", 1, config, saved_at=1.0)
+        (root / "a" / ".checkpoint-00000002.4194305.0a0b.partial").mkdir()
+    find_checkpoint([local, mirror], config)
+    assert [path.name for path in (local / "a").iterdir()] == ["checkpoint-00000001"]
+    assert len(list((mirror / "a").iterdir())) == 2
+
+
+def test_only_what_decides_what_is_learnt_must_be_the_same(configure: Configure) -> None:
+    saved = configure().model_dump(mode="json")
+    free = configure(
+        training__epochs=9, training__patience=2, training__mix_shares=(0.5,), data__num_workers=3,
+        checkpoints__save_minutes=1.0, tracking__trackers=("tensorboard",), inference__num_beams=5,
+    )  # fmt: skip
+    assert config_differences(saved, free) == []
+    for key, value in [
+        ("training__batch_size", 3), ("training__lora", {"rank": 4}), ("augmentation__enabled", True), ("seed", 1),
+        ("model__audio_context", "full"), ("composition__timestamp_prob", 0.5), ("data__max_train", 3),
+    ]:  # fmt: skip
+        (difference,) = config_differences(saved, configure(**{key: value}))
+        assert difference.startswith(key.replace("__", "."))
+    renamed = json.loads(json.dumps(saved))
+    renamed["training"]["of_an_older_version"] = 1
+    assert config_differences(renamed, configure()) == ["training.of_an_older_version: 1 then, None now"]

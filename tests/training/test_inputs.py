@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +9,14 @@ import torch
 
 from src.data.batching import batch_generator
 from src.data.features import LogMel
-from src.training.inputs import TrainingInputs
+from src.data.labels import IGNORE_INDEX
+from src.data.loader import SpeechLoader, create_loader
+from src.data.utterance import Utterance
+from src.inference.decoding import decode
+from src.inference.options import DecodingOptions
+from src.inference.words import Word
+from src.training import inputs as module
+from src.training.inputs import PrefixCutter, TrainingInputs, load_or_time_words, time_words
 from src.utils.config import Config, load_config
 
 QUIET = {"enabled": False}
@@ -30,24 +39,20 @@ def draws(inputs: TrainingInputs, batch: dict[str, Any], count: int = 20) -> lis
     return [inputs.audio(batch, batch_generator(0, 0, index))[0] for index in range(count)]
 
 
-def test_clips_get_pauses_of_random_length_and_the_full_context_when_asked(jfk: Any) -> None:
+def test_clips_get_pauses_of_random_length_and_30_s_when_asked(jfk: Any) -> None:
     batch = make_batch(jfk)
     widths = {audio.shape[1] for audio in draws(TrainingInputs(make_config(), 80), batch)}
     longest = batch["audio"].shape[1]
     assert len(widths) > 5
     assert all(longest <= n <= longest + 16_000 + 320 and n % 320 == 0 for n in widths)
-    always_full = TrainingInputs(make_config(training={"full_context_prob": 1.0}), 80)
-    assert {audio.shape[1] for audio in draws(always_full, batch)} == {480_000}
+    full_model = load_config(None, overrides={"model.audio_context": "full", "augmentation": QUIET})
+    for config in (make_config(training={"full_context_prob": 1.0}), full_model):
+        assert {audio.shape[1] for audio in draws(TrainingInputs(config, 80), batch, 5)} == {480_000}
     share = [
         a.shape[1] == 480_000
         for a in draws(TrainingInputs(make_config(training={"full_context_prob": 0.3}), 80), batch, 200)
     ]
     assert 0.2 < sum(share) / 200 < 0.4
-
-
-def test_a_model_of_full_context_always_gets_30_s(jfk: Any) -> None:
-    config = load_config(None, overrides={"model.audio_context": "full", "augmentation": QUIET})
-    assert {audio.shape[1] for audio in draws(TrainingInputs(config, 80), make_batch(jfk))} == {480_000}
 
 
 def test_without_augmentation_the_features_are_the_log_mel_of_the_padded_clips(jfk: Any) -> None:
@@ -100,3 +105,118 @@ def test_features_are_made_where_the_batch_is(jfk: Any) -> None:
         .features(batch, batch_generator(0, 0, 0))
         .is_cuda
     )
+
+
+# clips cut at a word
+
+END, START = 9, 1
+
+
+def make_words() -> dict[str, Any]:
+    """Two clips of 3 s and 2 s with the texts 11 12 13 and 21 22; the second has a prompt."""
+    return {
+        "ids": ["a", "b"],
+        "audio": torch.ones(2, 48_000),
+        "audio_lengths": torch.tensor([48_000, 32_000]),
+        "durations": [3.0, 2.0],
+        "decoder_input_ids": torch.tensor([[START, 2, 11, 12, 13, END, END], [5, 6, START, 2, 21, 22, END]]),
+        "labels": torch.tensor([[-100, 11, 12, 13, END, -100, -100], [-100, -100, -100, 21, 22, END, -100]]),
+        "timed": torch.tensor([False, False]),
+    }
+
+
+WORDS = {
+    "a": (Word("", 0.0, 1.0, tokens=1), Word("", 1.0, 2.0, tokens=1), Word("", 2.2, 3.0, tokens=1)),
+    "b": (Word("", 0.0, 0.5, tokens=1), Word("", 1.0, 2.0, tokens=1)),
+}
+
+
+def cut(prob: float = 1.0, number: int = 0, **changes: Any) -> dict[str, Any]:
+    return PrefixCutter(WORDS, prob=prob)({**make_words(), **changes}, batch_generator(0, 0, number))
+
+
+def texts(batch: dict[str, Any]) -> list[list[int]]:
+    return [[int(t) for t in row if t not in (IGNORE_INDEX, END)] for row in batch["labels"]]
+
+
+def test_a_cut_clip_ends_with_a_word_and_expects_the_words_until_there() -> None:
+    seen = set()
+    for number in range(40):
+        batch = cut(number=number)
+        for row, words in enumerate(((11, 12, 13), (21, 22))):
+            text = texts(batch)[row]
+            assert text == list(words[: len(text)])
+            assert 1 <= len(text) < len(words)
+            end_sec = batch["durations"][row]
+            timed = WORDS["ab"[row]]
+            kept, following = timed[len(text) - 1], timed[len(text)]
+            assert end_sec in (kept.end_sec, (following.start_sec + following.end_sec) / 2)
+            assert batch["audio_lengths"][row] == round(16_000 * end_sec)
+            assert not batch["audio"][row, round(16_000 * end_sec) :].any()
+            assert batch["audio"][row, : round(16_000 * end_sec)].all()
+            seen.add((row, len(text), end_sec))
+    assert len(seen) == 6  # both cuts after each word but the last
+
+
+def test_a_cut_batch_has_the_labels_of_its_words_and_the_given_one_stays() -> None:
+    given = make_words()
+    batch = PrefixCutter(WORDS, prob=1.0)(given, batch_generator(0, 0, 0))
+    count = len(texts(batch)[0])
+    assert batch["decoder_input_ids"][0].tolist() == [START, 2, *(11, 12)[:count], *[END] * (5 - count)]
+    assert batch["labels"][0].tolist() == [-100, *(11, 12)[:count], END, *[-100] * (5 - count)]
+    assert batch["decoder_input_ids"][1].tolist() == [5, 6, START, 2, 21, END, END]  # with its prompt
+    assert batch["labels"][1].tolist() == [-100, -100, -100, 21, END, -100, -100]
+    assert batch["audio"].shape[1] == int(batch["audio_lengths"].max()) < 48_000
+    assert all(
+        torch.equal(given[k], v) if isinstance(v, torch.Tensor) else given[k] == v for k, v in make_words().items()
+    )
+
+
+def test_a_share_is_cut_and_what_cannot_be_cut_stays_whole() -> None:
+    assert cut(prob=0.0)["durations"] == [3.0, 2.0]
+    share = [cut(prob=0.3, number=number)["durations"][0] < 3.0 for number in range(300)]
+    assert 0.2 < sum(share) / 300 < 0.4
+    assert cut(ids=["a+c", "unknown"])["durations"] == [3.0, 2.0]  # joined, without times
+    assert cut(timed=torch.tensor([True, True]))["durations"] == [3.0, 2.0]
+
+
+@pytest.fixture
+def loader(tiny_en: tuple[Any, Any], clips: list[Utterance], config: Config) -> SpeechLoader:
+    return create_loader(clips[:4], tiny_en[1], config, shuffle=True)
+
+
+@pytest.mark.slow
+def test_words_are_timed_once_and_a_cut_clip_says_its_words(
+    tiny_en: tuple[Any, Any], loader: SpeechLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = tiny_en
+    model.audio_context = "dynamic"
+    dataset = loader.dataset
+    words = load_or_time_words(model, processor.tokenizer, dataset, prefix=dataset.prefix, cache_dir=tmp_path)
+    assert set(words) == {u.id for u in dataset.utterances}
+    for utterance, tokens in zip(dataset.utterances, dataset.tokens, strict=True):
+        timed = words[utterance.id]
+        assert sum(word.tokens for word in timed) == len(tokens)
+        ends = [word.end_sec for word in timed]
+        assert ends == sorted(ends) and ends[-1] <= (utterance.duration_sec or 0) + 1e-6
+    monkeypatch.setattr(module, "time_words", lambda *a, **k: pytest.fail("timed again"))
+    assert load_or_time_words(model, processor.tokenizer, dataset, prefix=dataset.prefix, cache_dir=tmp_path) == words
+    assert len(json.loads(next((tmp_path / "word_times").iterdir()).read_text())) == 4
+
+
+@pytest.mark.slow
+def test_cuts_are_where_the_model_hears_the_words_end(tiny_en: tuple[Any, Any], jfk: Any, config: Config) -> None:
+    """The public clip, cut behind a word in its middle, is transcribed up to that word."""
+    model, processor = tiny_en
+    utterance = Utterance(
+        "jfk", jfk, "And so my fellow Americans ask not what your country can do for you, ask what you can do for your "
+        "country.", duration_sec=len(jfk) / 16_000,
+    )  # fmt: skip
+    dataset = create_loader([utterance], processor, config, shuffle=True).dataset
+    dataset._load = lambda audio, **_: audio
+    model.audio_context = "dynamic"
+    (timed,) = time_words(model, processor.tokenizer, dataset, prefix=dataset.prefix).values()
+    end_sec = timed[4].end_sec  # Americans
+    model.audio_context = "full"
+    heard = decode(model, processor, [jfk[: round(16_000 * end_sec)]], DecodingOptions())[0].text
+    assert heard.lower().strip(" .,").endswith("fellow americans")

@@ -31,8 +31,10 @@ def clips(sample: list[Utterance]) -> list[Utterance]:
 
 
 @pytest.fixture
-def stock(_tiny_en: tuple[Any, Any]) -> DynamicWhisper:
-    return copy.deepcopy(_tiny_en[0])
+def stock(request: pytest.FixtureRequest) -> DynamicWhisper:
+    """Real weights where rates are measured, else random ones."""
+    name = "_tiny_en" if "loader" in request.fixturenames else "_small"
+    return copy.deepcopy(request.getfixturevalue(name)[0])
 
 
 @pytest.fixture
@@ -93,23 +95,17 @@ def test_share_0_is_exactly_stock_and_share_1_exactly_tuned(stock: DynamicWhispe
     quarter = mix_state(first, last, 0.25)
     name = "model.decoder.layers.0.fc1.weight"
     torch.testing.assert_close(quarter[name], 0.75 * first[name] + 0.25 * last[name])
-    same = mix_state(first, first, 0.3)
-    assert all(torch.equal(same[name], first[name]) for name in first)
-
-
-def test_types_are_those_of_the_tuned_model() -> None:
     mixed = mix_state({"w": torch.ones(2)}, {"w": torch.zeros(2, dtype=torch.float16)}, 0.5)
-    assert mixed["w"].dtype == torch.float16
-    assert mixed["w"].tolist() == [0.5, 0.5]
+    assert (mixed["w"].dtype, mixed["w"].tolist()) == (torch.float16, [0.5, 0.5])  # of the tuned model's type
 
 
 def test_other_keys_shapes_and_shares_are_refused() -> None:
     one = {"w": torch.ones(2)}
-    with pytest.raises(ModelError, match=r"first is w \(stock: \(2,\), tuned: \(3,\)\)"):
+    with pytest.raises(ModelError, match=r"w .*\(2,\).*\(3,\)"):
         mix_state(one, {"w": torch.ones(3)}, 0.5)
-    with pytest.raises(ModelError, match=r"first is v \(stock: absent"):
+    with pytest.raises(ModelError, match="absent"):
         mix_state(one, {"w": torch.ones(2), "v": torch.ones(1)}, 0.5)
-    with pytest.raises(ModelError, match="from 0 to 1"):
+    with pytest.raises(ModelError, match="0 to 1"):
         mix_state(one, one, 1.5)
 
 
@@ -117,10 +113,10 @@ def test_adapters_the_same_model_and_impossible_figures_are_refused(
     stock: DynamicWhisper, _tiny_en: tuple[Any, Any], config: Config
 ) -> None:
     processor = _tiny_en[1]
-    with pytest.raises(ModelError, match="itself"):
+    with pytest.raises(ModelError, match="initialize_model"):
         choose_mix(stock, stock, processor, [], config)
     tuned = copy.deepcopy(stock)
-    with pytest.raises(ModelError, match="between 0 and 1"):
+    with pytest.raises(ModelError, match=r"\[1.0\]"):
         choose_mix(tuned, stock, processor, [], config, shares=[0.5, 1.0])
     with pytest.raises(DataError, match="tuned_wer is nan"):
         choose_mix(tuned, stock, processor, [], config, tuned_wer=float("nan"))
@@ -161,8 +157,7 @@ def test_of_equal_rates_the_one_with_more_stock_weights_wins(
     fake_rates(dict(zip(("stock", "mix 0.5", "mix 1"), rates, strict=True)))
     result = choose_mix(copy.deepcopy(stock), stock, _tiny_en[1], [], config, shares=[0.5])
     assert (result.best_share, result.keep_stock) == (best, best == 0)
-    assert ("keep the stock model" in result.describe()) == result.keep_stock
-    assert "WER on 40 validation clips" in result.describe()
+    assert "40" in result.describe()
 
 
 def test_an_interrupted_sweep_leaves_the_model_as_it_was_tuned(
@@ -183,37 +178,23 @@ def test_an_interrupted_sweep_leaves_the_model_as_it_was_tuned(
 
 
 @pytest.mark.slow
-def test_a_mix_of_the_stock_model_with_itself_is_the_stock_model(
-    stock: DynamicWhisper, _tiny_en: tuple[Any, Any], loader: Any, config: Config
-) -> None:
-    result = choose_mix(copy.deepcopy(stock), stock, _tiny_en[1], loader, config, shares=[0.3])
-    assert len(set(result.wers)) == 1
-    assert result.keep_stock
-    assert result.clips == 1
-
-
-@pytest.mark.slow
 def test_of_a_broken_model_the_advice_is_to_keep_the_stock_one(
-    stock: DynamicWhisper, _tiny_en: tuple[Any, Any], loader: Any, config: Config, caplog: pytest.LogCaptureFixture
+    stock: DynamicWhisper, _tiny_en: tuple[Any, Any], loader: Any, config: Config
 ) -> None:
     tuned = shifted(stock, 1.0)
     tuned.audio_context = "dynamic"
     expected = clone(tuned)
-    with ExperimentLogger(config, run_id="r") as experiment, caplog.at_level("INFO"):
+    output_dir = config.paths.checkpoints_dir / "mix"
+    with ExperimentLogger(config, run_id="r") as experiment:
         result = choose_mix(
-            tuned, stock, _tiny_en[1], loader, config, shares=[0.6], output_dir=config.paths.checkpoints_dir / "mix",
-            experiment=experiment,
-        )  # fmt: skip
+            tuned, stock, _tiny_en[1], loader, config, shares=[0.6], output_dir=output_dir, experiment=experiment
+        )
     assert result.keep_stock
-    assert result.best_share == 0
+    assert (result.best_share, result.saved_to, result.clips) == (0, None, 1)
     assert result.wers[0] < min(result.wers[1:])
-    assert result.saved_to is None
-    assert not (config.paths.checkpoints_dir / "mix").exists()
+    assert not output_dir.exists()
     assert_same_weights(tuned, expected)
-    assert "keep the stock model" in caplog.text
-    summary = summarize_run(experiment.dir)
-    assert summary.forgetting.describe_mix() == result.describe()
-    assert "keep the stock model" in summary.to_text()
+    assert summarize_run(experiment.dir).forgetting.describe_mix() == result.describe()
 
 
 @pytest.mark.slow
@@ -231,4 +212,3 @@ def test_a_mix_that_wins_is_loaded_and_saved(
     reloaded = DynamicWhisper.from_pretrained(tmp_path / "mix")
     assert_same_weights(reloaded, above.state_dict())
     assert read_provenance(tmp_path / "mix") == {"run": "r", "mix": result.rows()}
-    assert "the mix of share 0.5 was taken" in result.describe()

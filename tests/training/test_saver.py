@@ -1,26 +1,31 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export.huggingface import read_provenance
 from src.training import saver as saving
-from src.training.checkpoint import list_checkpoints, verify_checkpoint
+from src.training.checkpoint import TrainingState, list_checkpoints, load_checkpoint, verify_checkpoint
+from src.training.inputs import TrainingInputs
 from src.training.trainer import WhisperTrainer
 from src.utils.errors import CheckpointError
 
 pytestmark = pytest.mark.slow
 TrainerFactory = Callable[..., WhisperTrainer]
+OFTEN = {"checkpoints__save_minutes": 0, "checkpoints__save_total_limit": 99}
 
 
 def run_folder(trainer: WhisperTrainer) -> Path:
@@ -32,14 +37,47 @@ def steps(trainer: WhisperTrainer) -> list[int]:
     return [int(path.name[-8:]) for path in list_checkpoints(run_folder(trainer))]
 
 
+def with_rates(monkeypatch: pytest.MonkeyPatch, *wers: float) -> None:
+    """Let validations give these rates, one after another."""
+    rates: Iterator[float] = iter(wers)
+    monkeypatch.setattr(
+        ModelEvaluator, "evaluate_dataset", lambda *a, **o: SimpleNamespace(loss=1.0, wer=next(rates), cer=0.1)
+    )
+
+
+def train_until(trainer: WhisperTrainer, step: int) -> None:
+    """Train, and stop as Ctrl-C does before the update after this one."""
+    update = trainer._updater.update
+
+    def interrupted(*args: Any) -> Any:
+        if trainer._progress.step == step:
+            raise KeyboardInterrupt
+        return update(*args)
+
+    trainer._updater.update = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer._updater.update = update  # type: ignore[method-assign]
+
+
+def damage(checkpoint: Path, file: str = "model.safetensors") -> None:
+    content = bytearray((checkpoint / file).read_bytes())
+    content[-1] ^= 1
+    (checkpoint / file).write_bytes(content)
+
+
 @pytest.mark.parametrize(
-    ("minutes", "expected"),
-    [(None, [3, 6]), (0, [1, 2, 3, 4, 5, 6]), (2.5, [3, 6]), (0.9, [1, 2, 3, 4, 5, 6]), (1.5, [2, 3, 5, 6])],
+    ("minutes", "limit", "expected"),
+    [(None, 99, [3, 6]), (0, 2, [5, 6]), (2.5, 99, [3, 6]), (0.9, 99, [1, 2, 3, 4, 5, 6]), (1.5, 99, [2, 3, 5, 6])],
 )
 def test_checkpoints_come_by_the_clock_and_at_the_end_of_epochs(
-    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, minutes: float | None, expected: list[int]
+    make_trainer: TrainerFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    minutes: float | None,
+    limit: int,
+    expected: list[int],
 ) -> None:
-    trainer = make_trainer(checkpoints__save_minutes=minutes, checkpoints__save_total_limit=99)
+    trainer = make_trainer(checkpoints__save_minutes=minutes, checkpoints__save_total_limit=limit)
     now = [0.0]
     monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: now[0]))
     on_update = trainer._updater.update
@@ -55,16 +93,10 @@ def test_checkpoints_come_by_the_clock_and_at_the_end_of_epochs(
         verify_checkpoint(path)
 
 
-def test_the_limit_holds_for_a_run(make_trainer: TrainerFactory) -> None:
-    trainer = make_trainer(checkpoints__save_minutes=0, checkpoints__save_total_limit=2)
-    trainer.train()
-    assert steps(trainer) == [5, 6]
-
-
 def test_a_full_disk_costs_checkpoints_and_not_the_training(
     make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = make_trainer(checkpoints__save_minutes=0, checkpoints__save_total_limit=99)
+    trainer = make_trainer(**OFTEN)
     usage = shutil.disk_usage(trainer.config.paths.runs_dir)
     calls = iter(range(99))
 
@@ -75,18 +107,16 @@ def test_a_full_disk_costs_checkpoints_and_not_the_training(
     trainer.train()
     assert trainer.history["epoch"] == [1, 2]
     assert steps(trainer) == [1, 2]
-    told = [m for m in caplog.messages if m.startswith("no checkpoint was saved, training goes on") and "MB are" in m]
-    assert len(told) == 6  # four more updates, and the ends of two epochs
+    assert (
+        sum("no checkpoint was saved" in message for message in caplog.messages) == 6
+    )  # four more updates, and the ends of two epochs
 
 
 def test_a_disk_that_fills_up_while_the_best_is_written_leaves_the_older_best_and_the_last_checkpoint(
     make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer()
-    wers = iter([0.5, 0.4])
-    monkeypatch.setattr(
-        ModelEvaluator, "evaluate_dataset", lambda *a, **o: SimpleNamespace(loss=1.0, wer=next(wers), cer=0.1)
-    )
+    with_rates(monkeypatch, 0.5, 0.4)
     export = saving.export_huggingface
     calls = iter(range(9))
 
@@ -96,7 +126,7 @@ def test_a_disk_that_fills_up_while_the_best_is_written_leaves_the_older_best_an
         return export(*args, **options)
 
     monkeypatch.setattr(saving, "export_huggingface", export_once)
-    with pytest.raises(CheckpointError, match=r"cannot be written: .*No space left.*the last checkpoint is whole"):
+    with pytest.raises(CheckpointError, match=r"best_model_hf.*No space left"):
         trainer.train()
     assert read_provenance(trainer.best_model_dir)["epoch"] == 1
     assert steps(trainer) == [3, 6]
@@ -107,19 +137,15 @@ def test_a_disk_that_fills_up_while_the_best_is_written_leaves_the_older_best_an
     assert read_provenance(resumed.best_model_dir)["epoch"] == resumed.best_epoch == 2
 
 
-def test_the_best_model_says_where_it_came_from(make_trainer: TrainerFactory) -> None:
-    trainer = make_trainer(run_id="mine")
+def test_of_adapters_the_merged_model_is_saved_with_the_adapters_and_its_origin(make_trainer: TrainerFactory) -> None:
+    lora = {"training__method": "lora", "training__lora": {"rank": 4}, "training__learning_rate": 0.01}
+    trainer = make_trainer(run_id="mine", **lora)
     trainer.train(num_epochs=1)
     made = read_provenance(trainer.best_model_dir)
     assert set(made) == {"training", "run", "epoch", "step", "validation_wer", "git_revision", "data_version"}
     assert (made["run"], made["epoch"], made["step"]) == ("mine", 1, 3)
     assert made["validation_wer"] == trainer.history["val_wer"][0]
     assert made["data_version"].startswith("6 (")
-
-
-def test_of_adapters_the_merged_model_is_saved_and_the_adapters_beside_it(make_trainer: TrainerFactory) -> None:
-    trainer = make_trainer(training__method="lora", training__lora={"rank": 4}, training__learning_rate=0.01)
-    trainer.train(num_epochs=1)
     saved = DynamicWhisper.from_pretrained(trainer.best_model_dir).state_dict()
     merged = trainer.merged_model().state_dict()
     assert set(saved) == set(merged)
@@ -133,44 +159,16 @@ def test_of_adapters_the_merged_model_is_saved_and_the_adapters_beside_it(make_t
 def test_a_best_model_that_another_training_has_replaced_is_not_taken_for_ones_own(
     make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wers = iter([0.5, 0.6, 0.7])
-    monkeypatch.setattr(
-        ModelEvaluator, "evaluate_dataset", lambda *a, **o: SimpleNamespace(loss=1.0, wer=next(wers), cer=0.1)
-    )
+    with_rates(monkeypatch, 0.5, 0.6, 0.7)
     mine, other = make_trainer(), make_trainer()
-    update = mine._updater.update
-
-    def interrupted(*args: Any) -> Any:
-        if mine.history["epoch"]:
-            raise KeyboardInterrupt
-        return update(*args)
-
-    mine._updater.update = interrupted  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        mine.train()
-    mine._updater.update = update  # type: ignore[method-assign]
+    train_until(mine, 3)
     monkeypatch.setattr(mine._saver, "finish_export", lambda progress: None)  # as in the middle of the second epoch
     other.train(num_epochs=1)
-    with pytest.raises(CheckpointError, match="the model of epoch 1, the best of this training, is not there any more"):
+    with pytest.raises(CheckpointError, match="the model of epoch 1, the best of this training"):
         mine.train(num_epochs=2)
 
 
-def test_the_mirror_gets_the_checkpoints_and_the_best_model(make_trainer: TrainerFactory, tmp_path: Path) -> None:
-    drive = tmp_path / "drive"
-    trainer = make_trainer(
-        run_id="run", checkpoints__mirror_dir=str(drive), checkpoints__save_total_limit=1,
-        checkpoints__mirror_mb_per_sec=500.0,
-    )  # fmt: skip
-    trainer.train()
-    assert [path.name for path in (drive / "run").iterdir()] == ["checkpoint-00000006"]
-    verify_checkpoint(drive / "run" / "checkpoint-00000006")
-    for file in trainer.best_model_dir.iterdir():
-        assert (drive / "best_model_hf" / file.name).read_bytes() == file.read_bytes()
-
-
-def test_left_overs_in_the_runs_folder_are_cleaned_up_at_the_start(
-    make_trainer: TrainerFactory, tmp_path: Path
-) -> None:
+def test_what_a_killed_process_left_is_removed_at_the_start(make_trainer: TrainerFactory, tmp_path: Path) -> None:
     dead = "4194305.0a0b"  # no process has this id
     for name in (f"run/.checkpoint-00000001.{dead}.partial", f".best_model_hf.{dead}.partial"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
@@ -178,3 +176,195 @@ def test_left_overs_in_the_runs_folder_are_cleaned_up_at_the_start(
     make_trainer(run_id="run")
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best_model_hf", "run"]
     assert not list((tmp_path / "checkpoints" / "run").iterdir())
+
+
+# a resumed run against a straight one
+
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "accumulation, frozen": {
+        "training__gradient_accumulation_steps": 2, "training__freeze_encoder": 1,
+        "training__gradient_checkpointing": True,
+    },
+    "lora with dropout": {"training__method": "lora", "training__lora": {"rank": 4, "dropout": 0.3}},
+    "augmentation, composed": {
+        "augmentation__enabled": True, "augmentation__noise_prob": 1.0, "augmentation__spec_augment_prob": 1.0,
+        "training__full_context_prob": 0.3, "composition__concatenate_prob": 0.5,
+        "composition__max_concatenated_sec": 6.0, "composition__no_speech_fraction": 0.2,
+    },
+}  # fmt: skip
+
+
+def final_state(trainer: WhisperTrainer) -> TrainingState:
+    return load_checkpoint(list_checkpoints(run_folder(trainer))[-1])
+
+
+def assert_same_end(found: TrainingState, expected: TrainingState) -> None:
+    for file, tensors in expected.tensors.items():
+        assert set(found.tensors[file]) == set(tensors)
+        different = [name for name, tensor in tensors.items() if not torch.equal(found.tensors[file][name], tensor)]
+        assert not different, (file, different)
+    for key in ("progress", "loader", "updater", "optimizer", "rng", "frozen_parameters"):
+        assert json.dumps(found.values[key]) == json.dumps(expected.values[key]), key
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_resumed_run_ends_bit_for_bit_as_a_straight_one(
+    make_trainer: TrainerFactory, clips: list[Utterance], name: str
+) -> None:
+    settings = {"train": clips[:7], **SCENARIOS[name]}
+    straight = make_trainer(run_id="straight", **settings, **OFTEN)
+    straight.train()
+    expected = final_state(straight)
+    saved = list_checkpoints(run_folder(straight))
+    assert len(saved) == expected.values["progress"]["step"] >= 4
+    an_epoch = next(i for i, path in enumerate(saved) if load_checkpoint(path).values["progress"]["epochs_done"])
+    for index in (0, an_epoch) if name == "full" else (an_epoch + 1,):  # within an epoch, at its end, within the next
+        resumed = make_trainer(**settings)
+        torch.rand(7)  # generators are put back too
+        assert resumed.resume(saved[index]).checkpoint == saved[index]
+        resumed.train()
+        assert_same_end(final_state(resumed), expected)
+        assert resumed.history == straight.history
+
+
+def test_a_straight_run_does_not_depend_on_how_often_it_is_saved(make_trainer: TrainerFactory) -> None:
+    often, seldom = make_trainer(**OFTEN), make_trainer()
+    for trainer in (often, seldom):
+        trainer.train(num_epochs=1)
+    mine, other = final_state(often), final_state(seldom)
+    assert all(torch.equal(tensor, other.tensors["model"][name]) for name, tensor in mine.tensors["model"].items())
+
+
+def test_auto_continues_the_newest_and_a_finished_training_is_only_looked_up(make_trainer: TrainerFactory) -> None:
+    first = make_trainer()
+    assert first.resume("auto").checkpoint is None  # the training starts from the beginning
+    train_until(first, 3)
+    straight = make_trainer(paths__checkpoints_dir=str(first.config.paths.runs_dir / "elsewhere"))
+    straight.train()
+
+    second = make_trainer()
+    assert second.resume().checkpoint == run_folder(first) / "checkpoint-00000003"
+    assert second.train(num_epochs=1) == first.history  # nothing to do
+    second.train()
+    assert second.history == straight.history
+
+    third = make_trainer()
+    third.resume()
+    third.train()
+    assert third.history == second.history
+    assert not list_checkpoints(run_folder(third))
+
+
+def test_a_resumed_epoch_draws_the_pauses_of_a_straight_one(
+    make_trainer: TrainerFactory, clips: list[Utterance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[tuple[str, ...], int]] = []
+    audio = TrainingInputs.audio
+
+    def kept(self: TrainingInputs, batch: dict[str, Any], generator: Any) -> Any:
+        found = audio(self, batch, generator)
+        drawn.append((tuple(batch["ids"]), found[0].shape[1]))
+        return found
+
+    monkeypatch.setattr(TrainingInputs, "audio", kept)
+    settings = {"train": clips[:9], "training__full_context_prob": 0.3, **OFTEN}
+    straight = make_trainer(run_id="straight", **settings)
+    straight.train()
+    whole, drawn[:] = drawn[:], []
+    assert len({samples for _, samples in whole[:5]}) > 2
+    assert [samples for _, samples in whole[:5]] != [samples for _, samples in whole[5:]]
+    resumed = make_trainer(**settings)
+    resumed.resume(run_folder(straight) / "checkpoint-00000003")
+    resumed.train()
+    assert drawn == whole[3:]
+
+
+@pytest.fixture
+def trained(make_trainer: TrainerFactory) -> Path:
+    """The checkpoint of one epoch of full training."""
+    trainer = make_trainer(run_id="trained")
+    trainer.train(num_epochs=1)
+    return list_checkpoints(run_folder(trainer))[0]
+
+
+def refuse(trainer: WhisperTrainer, checkpoint: Path, reason: str) -> None:
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        trainer.resume(checkpoint)
+    assert str(checkpoint) in str(caught.value)
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    assert trainer.history["epoch"] == []
+
+
+def test_a_named_checkpoint_that_does_not_fit_is_an_error_and_changes_nothing(
+    make_trainer: TrainerFactory, clips: list[Utterance], trained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refuse(make_trainer(train=clips[:5]), trained, "loader")
+    refuse(make_trainer(training__freeze_encoder=True), trained, "not trained")
+    refuse(make_trainer(training__method="lora"), trained, "not trained")
+    refuse(make_trainer(), trained.parent, "manifest")
+    damage(trained, "optimizer.safetensors")
+    refuse(make_trainer(), trained, r"optimizer\.safetensors")
+    damage(trained, "optimizer.safetensors")  # back again
+    caplog.clear()
+    make_trainer(training__weight_decay=0.5).resume(trained)  # by name another setting is allowed, and told
+    assert any("training.weight_decay: 0.01 then, 0.5 now" in message for message in caplog.messages)
+
+
+# the best model
+
+
+def test_everything_is_in_the_mirror_when_the_disk_is_gone(make_trainer: TrainerFactory, tmp_path: Path) -> None:
+    drive = tmp_path / "drive"
+    mirror = {"checkpoints__mirror_dir": str(drive), "checkpoints__mirror_mb_per_sec": 500.0}
+    first = make_trainer(run_id="first", **mirror, checkpoints__save_total_limit=1)
+    train_until(first, 3)
+    first._saver.flush()
+    assert first.best_epoch == 1
+    for file in first.best_model_dir.iterdir():
+        assert (drive / "best_model_hf" / file.name).read_bytes() == file.read_bytes()
+    shutil.rmtree(first.config.paths.checkpoints_dir)
+
+    second = make_trainer(run_id="second", **mirror, checkpoints__save_total_limit=1)
+    assert second.resume("auto").checkpoint == drive / "first" / "checkpoint-00000003"
+    assert read_provenance(second.best_model_dir)["epoch"] == second.best_epoch == 1
+    second.train()
+    straight = make_trainer(run_id="straight", paths__checkpoints_dir=str(tmp_path / "elsewhere"))
+    straight.train()
+    assert second.history == straight.history
+    assert [path.name for path in (drive / "first").iterdir()] == ["checkpoint-00000006"]
+    verify_checkpoint(drive / "first" / "checkpoint-00000006")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_killed_before_the_best_was_exported_exports_it_when_resumed(
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    first = make_trainer(training__method=method)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "export_huggingface", Mock(side_effect=SystemExit))
+        with pytest.raises(SystemExit):
+            first.train()
+    assert not first.best_model_dir.exists()
+    second = make_trainer(training__method=method)
+    second.resume()
+    made = read_provenance(second.best_model_dir)
+    assert (made["epoch"], made["run"]) == (1, first.experiment.run_id)  # type: ignore[union-attr]
+    second.train()  # the best weights are found at the end
+    assert second.best_epoch == 1
+
+
+def test_a_best_model_that_is_nowhere_is_told_and_the_next_best_is_kept(
+    make_trainer: TrainerFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make_trainer(**OFTEN)
+    first.train()
+    in_epoch_2 = list_checkpoints(run_folder(first))[3]
+    shutil.rmtree(first.best_model_dir)
+    second = make_trainer()
+    second.resume(in_epoch_2)
+    assert any("the model of epoch 1" in message for message in caplog.messages)
+    assert second.best_epoch is None
+    second.train()
+    assert read_provenance(second.best_model_dir)["epoch"] == second.best_epoch == 2

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.training.launching import collect, launch
 
 from src.inference.files.jobs import JobReport, RowWriter, deal, part_path, run_job
 from src.inference.files.transcribe import TranscribedSegment, Transcription
 from src.inference.options import DecodingResult
 from src.utils.errors import DataError
-from tests.training.launching import collect, launch
 
 SETTINGS = {"model": "tiny.en", "words": False, "temperatures": (0.0, 0.2)}
 
