@@ -38,7 +38,7 @@ lint: $(READY) ## ruff and mypy
 doctor: ## check this machine and say how to fix what is missing
 	@$(firstword $(wildcard $(BIN)/python) $(PYTHON)) scripts/doctor.py
 
-constraints: $(READY) ## pin the tested set anew: Colab's versions where Colab has the package
+constraints: $(READY) ## pin the tested set again: Colab's versions where Colab has the package
 	$(BIN)/uv pip compile --quiet requirements-dev.txt -c tests/data/colab_packages.txt --universal --python-version 3.11 \
 		--no-annotate --custom-compile-command "make constraints" -o constraints.txt
 
