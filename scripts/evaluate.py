@@ -34,8 +34,8 @@ from src.data.sources.manifest import MANIFEST_SUFFIXES
 from src.data.utterance import SPLIT_NAMES, Utterance
 from src.evaluation import EvaluationResult, ModelEvaluator
 from src.evaluation.report.html import write_html_report
-from src.evaluation.report.origin import DATA_VERSIONS_DIR, MEASURED_EVENT
-from src.evaluation.report.summary import STOCK, TUNED, bootstrap_of, format_comparison
+from src.evaluation.report.run_files import DATA_VERSIONS_DIR, MEASURED_EVENT, STOCK, TUNED, bootstrap_of
+from src.evaluation.report.summary import format_comparison
 from src.evaluation.results import compare_predictions
 from src.evaluation.text import get_normalizer, whisper_normalizer_for
 from src.models import WhisperModelManager

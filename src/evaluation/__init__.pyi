@@ -12,10 +12,10 @@ from .slices import slice_rates
 from .streaming import ReplayClock, evaluate_stream, measure_stream, replay
 from .streams import WordAligner, add_noise, join_clips, make_stream
 from .variants import compare_models
-from .visualization.evaluation import EvaluationVisualizer, TrainingVisualizer
+from .visualization.evaluation import EvaluationVisualizer
+from .visualization.speed import variants_chart
 from .visualization.streaming import draw_emission, draw_tradeoff
-from .visualization.training import LivePlot
-from .visualization.variants import variants_chart
+from .visualization.training import LivePlot, TrainingVisualizer
 from .visualization.words import draw_words
 from .word_timing import time_words
 

@@ -31,7 +31,7 @@ from src.data.sources.catalog import SAMPLE_CLIP, load_utterances, open_source
 from src.data.sources.hub import CORPORA
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator
-from src.evaluation.report.forgetting import guard_name
+from src.evaluation.report.run_files import guard_name
 from src.evaluation.results import EvaluationResult
 from src.models.weights import HUB_ERRORS, HUB_TIMEOUT_SEC
 from src.utils.config import Config, DataConfig

@@ -21,7 +21,7 @@ from src.data.dataset import decode_audio
 from src.data.utterance import Utterance
 from src.evaluation.latency import Engine, check_clips, describe_engine, measure_engine, readable, torch_engine
 from src.evaluation.metrics import MetricsCalculator
-from src.evaluation.report.summary import load_metrics
+from src.evaluation.report.run_files import load_metrics
 from src.inference.ct2_engine import CTranslate2Engine
 from src.models.export.ctranslate2 import export_ctranslate2
 from src.models.weights import HUB_REPOSITORIES

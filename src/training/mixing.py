@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from src.evaluation.evaluator import ModelEvaluator
-from src.evaluation.report.forgetting import describe_mix
+from src.evaluation.report.summary import describe_mix
 from src.models.dynamic_context import DynamicWhisper, get_audio_context
 from src.models.export.huggingface import export_huggingface
 from src.utils.config import Config

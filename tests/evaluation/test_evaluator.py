@@ -13,7 +13,7 @@ from src.data.checking import check_utterance
 from src.data.loader import create_loader
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator
-from src.evaluation.report.summary import load_predictions
+from src.evaluation.report.run_files import load_predictions
 from src.evaluation.results import EvaluationResult, compare_predictions
 from src.inference import decoding
 from src.utils.config import Config

@@ -16,7 +16,8 @@ from src.data.sources.catalog import SAMPLE_CLIP
 from src.data.utterance import Utterance
 from src.evaluation import guard as guard_module
 from src.evaluation.guard import CLIP_TEXT, GuardSet, evaluate_guard, prepare_guard_set
-from src.evaluation.report.summary import latest_evaluations, load_metrics, load_predictions, summarize_run
+from src.evaluation.report.run_files import latest_evaluations, load_metrics, load_predictions
+from src.evaluation.report.summary import summarize_run
 from src.utils.config import Config, load_config
 from src.utils.errors import DataError, SourceUnavailableError
 from src.utils.tracking import ExperimentLogger

@@ -20,7 +20,7 @@ from src.evaluation.latency import (
     readable,
     torch_engine,
 )
-from src.evaluation.report.summary import load_metrics
+from src.evaluation.report.run_files import load_metrics
 from src.evaluation.visualization.speed import latest_latencies
 from src.inference import decoding
 from src.inference.files.transcribe import BatchInference

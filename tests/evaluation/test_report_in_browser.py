@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from src.evaluation.edits import word_counts
 from src.evaluation.evaluator import ModelEvaluator
 from src.evaluation.report.clips import clip_kinds
 from src.evaluation.report.html import write_html_report
-from src.evaluation.report.summary import load_predictions
+from src.evaluation.report.run_files import load_predictions
 from src.evaluation.results import Prediction
 from src.evaluation.text import WHISPER_ENGLISH
 from src.utils.config import load_config
@@ -36,6 +37,7 @@ pytestmark = [
 ]
 CLIPS, SYNTHETIC = 8, 2_000
 ATTACK = "</script><script>document.title = 'attacked'</script><img src=x onerror=\"document.title = 'attacked'\">"
+SENTENCE = "the cat sat by a quiet river and listens to every window in the mountain"
 READABLE = 4.5  # contrast of text, WCAG 2 AA
 TEXTS = (
     "h1, h2, h3, p, td, th, a, pre, summary, label, button, select, .figure, .av-pair > span, .av-head > *, .av-name"
@@ -96,23 +98,7 @@ def real_run(tmp_path_factory: pytest.TempPathFactory, _tiny_en: tuple[Any, Any]
 @pytest.fixture(scope="module")
 def large_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models on 2,000 synthetic clips, among them loops, silence, empty outputs and markup."""
-    words = [
-        "the",
-        "cat",
-        "sat",
-        "by",
-        "a",
-        "quiet",
-        "river",
-        "and",
-        "listens",
-        "to",
-        "every",
-        "window",
-        "in",
-        "the",
-        "mountain",
-    ]
+    words = SENTENCE.split()
     rows = []
     for model, share in (("stock", 0.2), ("tuned", 0.1)):
         texts, noise = random.Random(0), random.Random(model)
@@ -132,26 +118,6 @@ def large_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def opened(browser: Browser, run: Path, *, scheme: str = "light", width: int = 1280) -> tuple[Page, list[str]]:
-    """Open a run's report; the list gets what the console, errors and requests say."""
-    page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
-    page.set_default_timeout(300_000)  # ms; a test must not fail because the machine is busy
-    said: list[str] = []
-    page.on("console", lambda message: said.append(f"console: {message.text}"))
-    page.on("pageerror", lambda error: said.append(f"error: {error}"))
-    page.on(
-        "request", lambda request: said.append(request.url) if not request.url.startswith(("file:", "data:")) else None
-    )
-    page.goto((run / "report.html").as_uri())
-    page.locator(".av-clip").first.wait_for()
-    return page, said
-
-
-def problems(said: list[str]) -> list[str]:
-    """Leave out the page itself and what it carries."""
-    return [line[:200] for line in said if not line.startswith(("request: file:", "request: data:"))]
-
-
 def found_of(page: Page) -> tuple[int, int]:
     """Return what the view says it found, and of how many."""
     match = re.match(r"(\d+) of (\d+) clip", page.locator(".av-count").inner_text())
@@ -159,90 +125,91 @@ def found_of(page: Page) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def with_kind(rows: list[Prediction], kind: str) -> int:
-    return sum(kind in clip_kinds(row, WHISPER_ENGLISH) for row in rows)
+@contextmanager
+def quiet(browser: Browser, run: Path, **options: Any) -> Iterator[Page]:
+    """Open a run's report; it may log no error and ask for nothing but itself and what it carries."""
+    page = browser.new_page(
+        color_scheme=options.get("scheme", "light"), viewport={"width": options.get("width", 1280), "height": 900}
+    )
+    page.set_default_timeout(300_000)  # ms; a test must not fail because the machine is busy
+    said: list[str] = []
+    page.on("console", lambda message: said.append(f"console: {message.text}"))
+    page.on("pageerror", lambda error: said.append(f"error: {error}"))
+    page.on("request", lambda request: said.append(f"request: {request.url}"))
+    page.goto((run / "report.html").as_uri())
+    page.locator(".av-clip").first.wait_for()
+    yield page
+    assert [line[:200] for line in said if not line.startswith(("request: file:", "request: data:"))] == []
+    page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_real_report_is_quiet_fits_and_reads_well(browser: Browser, real_run: Path, scheme: str, width: int) -> None:
-    page, said = opened(browser, real_run, scheme=scheme, width=width)
-    contrasts = page.evaluate(CONTRASTS, TEXTS)
-    assert len(contrasts) > 200
-    assert [text for ratio, text in contrasts if ratio < READABLE] == []
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
-    assert problems(said) == []
-    page.close()
+    with quiet(browser, real_run, scheme=scheme, width=width) as page:
+        contrasts = page.evaluate(CONTRASTS, TEXTS)
+        assert len(contrasts) > 200
+        assert [text for ratio, text in contrasts if ratio < READABLE] == []
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
 
 
 def test_a_player_plays(browser: Browser, real_run: Path) -> None:
-    page, said = opened(browser, real_run)
-    assert page.locator("audio").count() == CLIPS
-    heard, seconds = page.evaluate(PLAY)
-    assert 0.3 < heard <= seconds
-    worst = page.locator(".av-clip").first.locator(".av-head").inner_text()
-    assert f"{seconds:.0f}" in {
-        f"{row.duration_sec:.0f}" for row in load_predictions(real_run)["tuned"] if row.id in worst
-    }
-    assert problems(said) == []
-    page.close()
+    with quiet(browser, real_run) as page:
+        assert page.locator("audio").count() == CLIPS
+        heard, seconds = page.evaluate(PLAY)
+        assert 0.3 < heard <= seconds
+        worst = page.locator(".av-clip").first.locator(".av-head").inner_text()
+        lengths = [row.duration_sec for row in load_predictions(real_run)["tuned"] if row.id in worst]
+        assert f"{seconds:.0f}" in {f"{each:.0f}" for each in lengths}
 
 
-def test_the_filter_finds_as_many_clips_as_there_are(browser: Browser, large_run: Path) -> None:
-    page, said = opened(browser, large_run)
-    rows = load_predictions(large_run)["tuned"]
-    assert found_of(page) == (SYNTHETIC, SYNTHETIC)
-    for kind in ("error", "substitution", "deletion", "insertion", "loop", "empty", "invented", "perfect"):
-        page.locator(".av-filter").select_option(kind)
-        assert found_of(page) == (with_kind(rows, kind), SYNTHETIC), kind
-        assert found_of(page)[0] > 0
-    stock = {row.id: row for row in load_predictions(large_run)["stock"]}
-    page.locator(".av-filter").select_option("worse")
-    assert found_of(page)[0] == sum(row.counts.errors > stock[row.id].counts.errors for row in rows)
-    assert problems(said) == []
-    page.close()
+def test_filter_and_search_find_as_many_clips_as_there_are(browser: Browser, large_run: Path) -> None:
+    models = load_predictions(large_run)
+    rows, stock = models["tuned"], {row.id: row for row in models["stock"]}
 
+    def with_kind(rows: list[Prediction], kind: str) -> int:
+        return sum(kind in clip_kinds(row, WHISPER_ENGLISH) for row in rows)
 
-def test_search_and_filter_join(browser: Browser, large_run: Path) -> None:
-    page, _ = opened(browser, large_run)
-    rows = load_predictions(large_run)["tuned"]
-    stock = {row.id: row for row in load_predictions(large_run)["stock"]}
+    with quiet(browser, large_run) as page:
+        assert found_of(page) == (SYNTHETIC, SYNTHETIC)
+        for kind in ("error", "substitution", "deletion", "insertion", "loop", "empty", "invented", "perfect"):
+            page.locator(".av-filter").select_option(kind)
+            assert found_of(page) == (with_kind(rows, kind), SYNTHETIC), kind
+            assert found_of(page)[0] > 0
+        page.locator(".av-filter").select_option("worse")
+        assert found_of(page)[0] == sum(row.counts.errors > stock[row.id].counts.errors for row in rows)
 
-    def holds(row: Prediction, text: str) -> bool:
-        return any(text in part.lower() for part in (row.reference, row.hypothesis, stock[row.id].hypothesis))
-
-    page.locator(".av-search").fill("quiet RIVER")
-    expected = [row for row in rows if holds(row, "quiet river")]
-    assert found_of(page) == (len(expected), SYNTHETIC)
-    page.locator(".av-filter").select_option("perfect")
-    assert found_of(page)[0] == with_kind(expected, "perfect")
-    page.locator(".av-search").fill("nobody says this")
-    assert found_of(page)[0] == 0
-    assert "no clip matches" in page.locator(".av-list").inner_text()
-    page.close()
+        page.locator(".av-filter").select_option("all")
+        page.locator(".av-search").fill("quiet RIVER")
+        expected = [
+            row
+            for row in rows
+            if any("quiet river" in text for text in (row.reference, row.hypothesis, stock[row.id].hypothesis))
+        ]
+        assert found_of(page) == (len(expected), SYNTHETIC)
+        page.locator(".av-filter").select_option("perfect")
+        assert found_of(page)[0] == with_kind(expected, "perfect")
+        page.locator(".av-search").fill("nobody says this")
+        assert found_of(page)[0] == 0
 
 
 def test_2000_clips_are_drawn_a_page_at_a_time(browser: Browser, large_run: Path) -> None:
-    page, said = opened(browser, large_run)
-    assert page.locator(".av-clip").count() == 25
-    page.get_by_role("button", name="next").click()
-    assert "26 to 50 shown" in page.locator(".av-count").inner_text()
-    page.get_by_role("button", name="previous").click()
-    assert "1 to 25 shown" in page.locator(".av-count").inner_text()
-    assert page.get_by_role("button", name="previous").is_disabled()
-    assert problems(said) == []
-    page.close()
+    with quiet(browser, large_run) as page:
+        assert page.locator(".av-clip").count() == 25
+        page.get_by_role("button", name="next").click()
+        assert "26 to 50" in page.locator(".av-count").inner_text()
+        page.get_by_role("button", name="previous").click()
+        assert "1 to 25" in page.locator(".av-count").inner_text()
+        assert page.get_by_role("button", name="previous").is_disabled()
 
 
 def test_markup_in_a_transcript_is_shown_as_text(browser: Browser, large_run: Path) -> None:
-    page, said = opened(browser, large_run)
-    page.locator(".av-search").fill("attacked")
-    assert found_of(page)[0] == 1
-    page.locator("summary", has_text="as written").click()
-    assert ATTACK in page.locator(".av-list").inner_text()
-    assert page.title() == "Run large"
-    assert page.locator("main script").count() == 2
-    assert problems(said) == []
-    page.close()
+    with quiet(browser, large_run) as page:
+        page.locator(".av-search").fill("attacked")
+        assert found_of(page)[0] == 1
+        page.locator("summary", has_text="as written").click()
+        assert ATTACK in page.locator(".av-list").inner_text()
+        assert page.title() == "Run large"
+        assert page.locator("main script").count() == 2

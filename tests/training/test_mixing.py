@@ -13,7 +13,7 @@ from src.data.checking import check_utterance
 from src.data.loader import create_loader
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator
-from src.evaluation.report.summary import summarize_run
+from src.evaluation.report.summary import describe_mix, summarize_run
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export.huggingface import read_provenance
 from src.training import mixing
@@ -194,7 +194,7 @@ def test_of_a_broken_model_the_advice_is_to_keep_the_stock_one(
     assert result.wers[0] < min(result.wers[1:])
     assert not output_dir.exists()
     assert_same_weights(tuned, expected)
-    assert summarize_run(experiment.dir).forgetting.describe_mix() == result.describe()
+    assert describe_mix(summarize_run(experiment.dir).mix) == result.describe()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from src.evaluation.report.summary import load_metrics
+from src.evaluation.report.run_files import load_metrics
 from src.utils.config import Config, load_config
 from src.utils.errors import WhisperASRError
 from src.utils.tracking import ExperimentLogger

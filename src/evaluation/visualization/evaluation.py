@@ -1,151 +1,53 @@
-"""Pictures of a run, drawn from its files alone."""
+"""Figures of a run's evaluation, drawn from its files alone: error rates, slices and kinds of errors."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Bbox
 
-from src.data.report.findings import count_clips
-from src.evaluation.report.summary import (
-    NOT_MEASURED,
+from src.evaluation.edits import EditCounts, align_words, sum_counts
+from src.evaluation.metrics import PairedComparison
+from src.evaluation.report.run_files import (
     STOCK,
     TUNED,
+    PredictionsByModel,
     Row,
-    best_epoch,
     bootstrap_of,
-    last_training,
+    last_row,
     latest_evaluations,
     load_metrics,
     load_predictions,
+    stock_first,
 )
-from src.evaluation.results import compare_predictions
+from src.evaluation.report.summary import FEW_BLOCKS, NOT_MEASURED, counted, describe_interval, number
+from src.evaluation.results import Prediction, compare_predictions
 from src.evaluation.slices import DURATION_EDGES_SEC, UNKNOWN, Slice, slice_rates
-from src.evaluation.visualization.errors import count_confusions, draw_confusions, draw_error_types
-from src.evaluation.visualization.modes import draw_modes, list_modes
-from src.evaluation.visualization.rates import draw_comparison, draw_slices
-from src.evaluation.visualization.speed import draw_latency_distribution, draw_rtf_by_batch, latest_latencies
-from src.evaluation.visualization.style import gap
-from src.evaluation.visualization.training import thin_places
+from src.evaluation.visualization.speed import (
+    draw_latency_distribution,
+    draw_modes,
+    draw_rtf_by_batch,
+    latest_latencies,
+    list_modes,
+)
+from src.evaluation.visualization.style import Look, drawable, figure_style, gap, looks_of, say
 from src.utils.errors import DataError, did_you_mean
-from src.utils.figures import BLUE, FIGURE_STYLE, GREEN, GREY, ORANGE, NotebookFigure
+from src.utils.figures import BLUE, GREEN, GREY, ORANGE, NotebookFigure
 
-
-class TrainingVisualizer:
-    """Curves of the last training of a run.
-
-    Args:
-        run_dir: with metrics.jsonl.
-    Raises: DataError: no metrics, or no finished epoch.
-    """
-
-    def __init__(self, run_dir: str | Path) -> None:
-        rows = load_metrics(run_dir)
-        self._steps, self._epochs = last_training(rows)
-        self._evaluations = latest_evaluations(rows)
-        self._best = best_epoch(self._epochs)
-        if not self._epochs:
-            raise DataError(f"{run_dir}: no finished epoch yet; train first")
-
-    def training_analysis(self) -> Figure:
-        """Draw loss with the best epoch marked, WER, CER, and a table with relative changes."""
-        with matplotlib.rc_context(FIGURE_STYLE):
-            figure = NotebookFigure(figsize=(10, 6.4), layout="constrained")
-            axes = figure.subplots(2, 2)
-            self._draw_loss(axes[0, 0])
-            self._draw_rate(axes[0, 1], "wer", "Word error rate", ORANGE)
-            self._draw_rate(axes[1, 0], "cer", "Character error rate", GREEN)
-            self._draw_summary(axes[1, 1])
-        return figure
-
-    def _draw_loss(self, axes: Axes) -> None:
-        places, losses = self._step_positions(), [gap(row["loss"]) for row in self._steps]
-        drawn = thin_places(losses)  # a long training has more updates than pixels
-        axes.plot(
-            [places[i] for i in drawn], [losses[i] for i in drawn],
-            color=BLUE, alpha=0.3, linewidth=1, label="each update",
-        )  # fmt: skip
-        epochs = [row["epoch"] for row in self._epochs]
-        train, validation = self._series("train_loss"), self._series("val_loss")
-        axes.plot(epochs, train, color=BLUE, marker="o", label="train, mean of the epoch")
-        axes.plot(epochs, validation, color=ORANGE, marker="s", linestyle="--", label="validation")
-        if self._best is not None:
-            number = self._best["epoch"]
-            axes.axvline(number, color=GREY, linestyle=":", label=f"best epoch by WER: {number}", zorder=0)
-        axes.set(title="Loss", xlabel="epoch", ylabel="nats a token", xlim=(0, max([*epochs, *places]) + 0.1))
-        axes.set_ylim(0, _top([*train, *validation], losses))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(fontsize=9, framealpha=0.9, edgecolor="none")
-
-    def _step_positions(self) -> list[float]:
-        """Place updates evenly within their epoch; the one that is not finished yet by the longest epoch so far."""
-        groups = [list(rows) for _, rows in itertools.groupby(self._steps, lambda row: math.ceil(row["epoch"]))]
-        longest = max((len(rows) for rows in groups), default=1)
-        return [
-            math.ceil(row["epoch"]) - 1 + (index + 1) / longest for rows in groups for index, row in enumerate(rows)
-        ]
-
-    def _draw_rate(self, axes: Axes, key: str, title: str, color: str) -> None:
-        epochs = [row["epoch"] for row in self._epochs]
-        values = self._series(f"val_{key}")
-        measured = [(epoch, value) for epoch, value in zip(epochs, values, strict=True) if math.isfinite(value)]
-        axes.plot(epochs, values, color=color, marker="o")
-        if self._best is not None:
-            best = self._best["epoch"], gap(self._best[f"val_{key}"])
-            axes.plot(*best, "*", color="black", markersize=13, linestyle="none", label="best epoch by WER")
-            axes.legend(frameon=False, fontsize=9, loc="lower left")
-        for epoch, value in measured if len(measured) <= 12 else ():
-            axes.annotate(f"{value:.3f}", (epoch, value), (0, 9), textcoords="offset points", ha="center", fontsize=9)
-        if not measured:
-            axes.text(0.5, 0.5, NOT_MEASURED, ha="center", color=GREY, transform=axes.transAxes)
-        top = max((value for _, value in measured), default=0.0)
-        axes.set(title=title, xlabel="epoch", ylabel=f"{key.upper()}, validation", ylim=(0, 1.25 * top or 1))
-        axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-    def _draw_summary(self, axes: Axes) -> None:
-        first, best = self._epochs[0], self._best or self._epochs[-1]
-        names = (("loss", "val_loss"), ("WER", "val_wer"), ("CER", "val_cer"))
-        cells = [["validation", f"epoch {first['epoch']}", f"epoch {best['epoch']}", "change"]]
-        cells += [_change_row(label, first.get(key), best.get(key)) for label, key in names]
-        if best is first:
-            cells = [[*row[:2], "", ""] for row in cells]
-        heads = [0]
-        stock, tuned = self._evaluations.get(STOCK), self._evaluations.get(TUNED)
-        if stock and tuned:
-            names = (("WER", "wer"), ("WER plain", "wer_plain"), ("CER", "cer"))
-            heads.append(len(cells))
-            cells.append(["test set", STOCK, TUNED, "change"])
-            cells += [_change_row(label, stock.get(key), tuned.get(key)) for label, key in names]
-        axes.axis("off")
-        axes.set_title("Summary")
-        height = 0.108 * len(cells)
-        table = axes.table(
-            cellText=cells, cellLoc="center", edges="horizontal", bbox=Bbox.from_bounds(0, 0.98 - height, 1, height)
-        )  # fmt: skip
-        table.auto_set_font_size(False)
-        table.set_fontsize(10)
-        for (row, _), cell in table.get_celld().items():
-            cell.set_edgecolor("#BBBBBB")
-            if row in heads:
-                cell.set_text_props(weight="bold")
-        axes.text(0.5, 0.9 - height, self._note(), ha="center", color=GREY, fontsize=9, transform=axes.transAxes)
-
-    def _note(self) -> str:
-        speeds = sorted(row["samples_per_sec"] for row in self._steps if row.get("samples_per_sec"))
-        speed = f", median {speeds[len(speeds) // 2]:.1f} clips/s" if speeds else ""
-        return f"{len(self._steps)} updates, {len(self._epochs)} epoch{'s' * (len(self._epochs) != 1)}{speed}"
-
-    def _series(self, key: str) -> list[float]:
-        return [gap(row.get(key)) for row in self._epochs]
+MAX_SLICES = 12  # one row each; more do not fit into four inches
+MAX_TOP = 20  # words of a panel
+UNITS = {"duration_sec": "s", "duration": "s", "age": "years", "snr_db": "dB"}
+_CHARS_PER_PANEL = 36  # below the bars, on one line
+_EDITS = ("substitutions", "deletions", "insertions")
+_CLIP_RATES = {"loop_rate": "loops", "empty_rate": "empty outputs"}
+_Rate = tuple[float, float, float]  # value, low and high; nan for what was not measured
 
 
 class EvaluationVisualizer:
@@ -153,7 +55,9 @@ class EvaluationVisualizer:
 
     Args:
         run_dir: with metrics.jsonl and predictions.jsonl.
-    Raises: DataError: nothing was evaluated.
+
+    Raises:
+        DataError: nothing was evaluated.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -164,12 +68,13 @@ class EvaluationVisualizer:
             raise DataError(f"{run_dir}: nothing was evaluated yet; evaluate and save first")
         self._predictions = load_predictions(run_dir)
         self._latencies = latest_latencies(rows)
-        self._streaming = next((row for row in reversed(rows) if row["event"] == "streaming"), None)
+        self._streaming = last_row(rows, "streaming")
 
     def stock_against_tuned(self) -> Figure:
-        """Draw WER with intervals under both normalisers, a bar a model, the stock model first; and what differs.
+        """Draw WER with intervals under both normalisers, one bar per model, and the difference of the two models.
 
-        Raises: DataError: the predictions of the two models are of different clips.
+        Raises:
+            DataError: the predictions of the two models are of different clips.
         """
         stock, tuned = (self._predictions.get(name, []) for name in (STOCK, TUNED))
         if not (stock and tuned and {STOCK, TUNED} <= set(self._evaluations)):
@@ -180,12 +85,14 @@ class EvaluationVisualizer:
     def wer_by_duration(self, edges_sec: Sequence[float] = DURATION_EDGES_SEC) -> Figure:
         """Draw WER (sum of errors over sum of words) with intervals by clip length; empty ranges are left out.
 
-        Ranges rather than a point a clip: the rate of one clip of four words is 0, 1/4, 1/2, ..., and a cloud of these
+        Ranges instead of one point per clip: the rate of a clip of four words is 0, 1/4, 1/2, ..., and a cloud of these
         hides what the sums show.
 
         Args:
             edges_sec: ascending; a clip of exactly an upper edge belongs to the lower range.
-        Raises: DataError: no predictions, or no clip within the edges.
+
+        Raises:
+            DataError: no predictions, or no clip within the edges.
         """
         slices = self._slices("duration_sec", edges_sec)
         within = {name: [each for each in found if each.value != UNKNOWN] for name, found in slices.items()}
@@ -194,16 +101,18 @@ class EvaluationVisualizer:
             raise DataError(
                 f"{self._run_dir}: no prediction of {edges_sec[0]:g} to {edges_sec[-1]:g} s; evaluate first"
             )
-        omitted = f"{count_clips(outside)} outside of these lengths" if outside else ""
+        omitted = f"{counted(outside, 'clip')} outside of these lengths" if outside else ""
         return draw_slices(within, self._evaluations, omitted=omitted)
 
     def wer_by_slice(self, column: str, *, edges: Sequence[float] | None = None) -> Figure:
-        """Draw WER with intervals for each slice of a column, the models side by side.
+        """Draw WER with intervals for each slice of a column, for each model.
 
         Args:
-            column: one of `slice_columns`, or another of the rows; of more than 12 slices the first are drawn.
+            column: one of `slice_columns`, or another one of the rows; of more than 12 slices the first are drawn.
             edges: as in `slice_rates`.
-        Raises: DataError: no predictions, or no row has this column.
+
+        Raises:
+            DataError: no predictions, or no row has this column.
         """
         return draw_slices(self._slices(column, edges), self._evaluations)
 
@@ -212,38 +121,45 @@ class EvaluationVisualizer:
         return draw_error_types(self._evaluations, self._predictions)
 
     def confusions(self, model: str = TUNED, *, top: int = 15) -> Figure:
-        """Draw the words that a model most often confuses, leaves out and puts in.
+        """Draw the words that a model most often confuses, leaves out and inserts.
 
         Args:
-            top: of each kind, 1 to 20.
-        Raises: DataError: no predictions of this model, or `top` is out of range.
+            model: by name.
+            top: words of each kind, 1 to 20.
+
+        Raises:
+            DataError: no predictions of this model, or `top` is out of range.
         """
         row = self._evaluation_of(model)
         rows = self._predictions.get(model)
         if not rows:
             raise DataError(f"{self._run_dir}: no predictions of {model!r}; evaluate it and save")
-        return draw_confusions(count_confusions(rows, row["normalizer"]), model=model, top=top)
+        return draw_confusions(rows, row["normalizer"], model=model, top=top)
 
     def latency_distribution(self) -> Figure:
         """Draw how long clips take: each one's share of its batch, and median to 95th percentile of each engine.
 
-        Raises: DataError: no time was measured.
+        Raises:
+            DataError: no time was measured.
         """
         return draw_latency_distribution(self._predictions, self._latencies)
 
     def rtf_by_batch(self) -> Figure:
         """Draw the real-time factor of each engine against its batch size.
 
-        Raises: DataError: none was measured.
+        Raises:
+            DataError: none was measured.
         """
         return draw_rtf_by_batch(self._latencies)
 
     def modes(self, model: str = TUNED) -> Figure:
-        """Draw WER and real-time factor in batches, as a stream and clip by clip; blank where not measured.
+        """Draw WER and real-time factor in batches, as a stream and clip by clip; blank if not measured.
 
         Args:
             model: whose evaluation is shown; the stream and the timings are those of the run.
-        Raises: DataError: this model was not evaluated.
+
+        Raises:
+            DataError: this model was not evaluated.
         """
         return draw_modes(list_modes(self._evaluation_of(model), self._streaming, self._latencies), model=model)
 
@@ -264,18 +180,252 @@ class EvaluationVisualizer:
         }
 
 
-def _top(epochs: Sequence[float], updates: Sequence[float]) -> float:
-    """Return where the axis of the loss ends: above every epoch, while a few spikes of updates may run out of it."""
-    finite = [value for value in updates if math.isfinite(value)]
-    usual = 1.6 * float(np.quantile(finite, 0.98)) if finite else 0.0
-    highest = max(
-        (value for value in [*epochs, min(usual, max(finite, default=0.0))] if math.isfinite(value)), default=0.0
-    )
-    return 1.05 * highest or 1.0
+def draw_comparison(evaluations: Mapping[str, Row], difference: PairedComparison | None = None) -> Figure:
+    """Draw WER with intervals under both normalisers, one bar per model, the stock model first.
+
+    Args:
+        evaluations: rows of metrics.jsonl by model, at least one.
+        difference: of the tuned against the stock model, for the caption: intervals of two models on the same clips
+            may overlap although one of them is better.
+    """
+    looks = looks_of(stock_first(evaluations))
+    first = evaluations[next(iter(looks))]
+    with figure_style():
+        figure = NotebookFigure(figsize=(8, 3.6), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, key, title in zip(panels, ("wer", "wer_plain"), (first["normalizer"], "plain-v1"), strict=True):
+            _draw_bars(axes, [_rate_of(evaluations[name], key) for name in looks], looks)
+            axes.set_title(title)
+        panels[0].set_ylabel("WER, test set")
+        caption = counted(first["n"], "clip")
+        if first.get("wer_low") is not None:
+            caption += f"; {first['confidence']:.0%} bootstrap intervals over {first['num_blocks']} {first['blocks']}s"
+        if difference is not None:
+            points = f"{100 * difference.difference:+.1f} points {describe_interval(difference)}"
+            caption += f"\n{TUNED} against {STOCK}, clip by clip: {difference.verdict}; WER {points}"
+        figure.supxlabel(caption, fontsize=8, color=GREY)
+    return figure
 
 
-def _change_row(label: str, before: float | None, after: float | None) -> list[str]:
-    numbers = [gap(before), gap(after)]
-    shown = [f"{number:.3f}" if math.isfinite(number) else NOT_MEASURED for number in numbers]
-    change = 100 * (numbers[1] - numbers[0]) / numbers[0] if numbers[0] else math.nan
-    return [label, *shown, f"{change:+.0f} %" if math.isfinite(change) else "-"]
+def _draw_bars(axes: Axes, rates: Sequence[_Rate], looks: Mapping[str, Look]) -> None:
+    for x, ((value, low, high), look) in enumerate(zip(rates, looks.values(), strict=True)):
+        if not math.isfinite(value):
+            axes.annotate(NOT_MEASURED, (x, 0), (0, 5), textcoords="offset points", ha="center", color=GREY)
+            continue
+        axes.bar(x, value, width=0.6, color=look.color)
+        top = value
+        if math.isfinite(low) and math.isfinite(high):
+            axes.vlines(x, low, high, color="black", linewidth=1.5)
+            axes.plot([x, x], [low, high], "_", color="black", markersize=12)
+            top = max(value, high)
+        axes.annotate(f"{value:.3f}", (x, top), (0, 5), textcoords="offset points", ha="center")
+    labels = [drawable(name) for name in looks]
+    crowded = len(labels) * max(map(len, labels)) > _CHARS_PER_PANEL
+    axes.set_xticks(
+        range(len(labels)), labels, rotation=20 if crowded else 0, ha="right" if crowded else "center",
+        rotation_mode="anchor" if crowded else "default",
+    )  # fmt: skip
+    axes.set_xlim(-0.6, len(looks) - 0.4)
+    axes.margins(y=0.15)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="x", visible=False)
+
+
+def draw_slices(slices: Mapping[str, Sequence[Slice]], evaluations: Mapping[str, Row], *, omitted: str = "") -> Figure:
+    """Draw WER with intervals, one row per slice of a column, below the rate over all clips.
+
+    Args:
+        slices: by model, of one column, from `slice_rates`; the first 12 are drawn.
+        evaluations: rows of metrics.jsonl by model, for the first row and the confidence.
+        omitted: for the caption: what the caller left out.
+
+    Raises:
+        DataError: no slice.
+    """
+    names = [name for name in stock_first(slices) if slices[name]]
+    values = list(dict.fromkeys(each.value for name in names for each in slices[name]))
+    if not values:
+        raise DataError("draw_slices: no slice of any model; evaluate first")
+    column, shown = slices[names[0]][0].column, values[:MAX_SLICES]
+    found = {name: {each.value: each for each in slices[name]} for name in names}
+    # clips and rate of each model, row by row
+    rows = [
+        (
+            f"{drawable(value)} {UNITS[column]}" if column in UNITS and value != UNKNOWN else drawable(value),
+            {name: (part.n, (part.wer, part.low, part.high)) for name in names if (part := found[name].get(value))},
+        )
+        for value in shown
+    ]
+    overall = {name: (int(row["n"]), _rate_of(row, "wer")) for name in names if (row := evaluations.get(name))}
+    if overall:
+        rows.insert(0, ("all", overall))
+    notes = [f"{len(shown)} of {len(values)} slices are drawn" if len(values) > len(shown) else "", omitted]
+    drawn = [part for each in found.values() for part in each.values() if part.value in shown]
+    notes.append(_describe_intervals(drawn, [evaluations[name] for name in overall]))
+    with figure_style():
+        figure = NotebookFigure(figsize=(8, min(4.0, 1.5 + 0.4 * len(rows))), layout="constrained")
+        axes = figure.subplots()
+        _draw_rows(axes, rows, looks_of(names))
+        if overall:
+            axes.axhline(0.5, color=GREY, linewidth=0.8)
+        axes.set_title("WER by clip length" if column == "duration_sec" else f"WER by {drawable(column)}")
+        axes.set_xlabel("WER, test set")
+        figure.supxlabel("\n".join(filter(None, notes)), fontsize=8, color=GREY)
+    return figure
+
+
+def _draw_rows(
+    axes: Axes, rows: Sequence[tuple[str, Mapping[str, tuple[int, _Rate]]]], looks: Mapping[str, Look]
+) -> None:
+    missing = (0, (math.nan, math.nan, math.nan))
+    for index, (name, look) in enumerate(looks.items()):
+        # models side by side, so that intervals do not hide one another
+        places = np.arange(len(rows)) + 0.5 / len(looks) * (index - (len(looks) - 1) / 2)
+        value, low, high = np.array([rates.get(name, missing)[1] for _, rates in rows]).T
+        axes.plot(
+            value, places, look.marker, linestyle="none", color=look.color, markersize=6, label=drawable(name),
+            clip_on=False,
+        )  # fmt: skip
+        axes.hlines(places, low, high, color=look.color, linewidth=1.5)
+        for place in places[np.isnan(value)]:
+            axes.annotate(
+                NOT_MEASURED, (0, place), (4, 0), textcoords="offset points", va="center", color=GREY, fontsize=8
+            )
+    ticks = []
+    for label, rates in rows:
+        sizes = dict.fromkeys(rates.get(name, missing)[0] for name in looks)  # models may differ in their clips
+        ticks.append(f"{label}, {' / '.join(f'{size:,}' for size in sizes)} clip{'s' * (list(sizes) != [1])}")
+    axes.set_yticks(range(len(rows)), ticks)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.grid(axis="y", visible=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _describe_intervals(slices: Sequence[Slice], evaluations: Sequence[Row]) -> str:
+    """Return what the intervals are over, and whether some are too narrow; empty if there is none."""
+    measured = [each for each in slices if math.isfinite(each.low)]
+    if not measured:
+        return ""
+    confidences = {row["confidence"] for row in evaluations if "confidence" in row}
+    share = f"{confidences.pop():.0%} " if len(confidences) == 1 else ""
+    over = sorted({f"{each.blocks}s" for each in measured}, reverse=True)  # speakers, then clips
+    text = f"{share}bootstrap intervals over {', or in a slice of one speaker over '.join(over)}"
+    few = any(each.num_blocks < FEW_BLOCKS for each in measured)
+    return f"{text}; too narrow where there are fewer than {FEW_BLOCKS}" if few else text
+
+
+def _rate_of(row: Row, key: str) -> _Rate:
+    return gap(row.get(key)), gap(row.get(f"{key}_low")), gap(row.get(f"{key}_high"))
+
+
+def draw_error_types(evaluations: Mapping[str, Row], predictions: PredictionsByModel) -> Figure:
+    """Draw substitutions, deletions and insertions as shares of the reference's words, loops and empties of the clips.
+
+    Args:
+        evaluations: rows of metrics.jsonl by model, at least one.
+        predictions: by model; they give the edits of evaluations that were logged without them.
+    """
+    looks = looks_of(stock_first(evaluations))
+    edits = {name: _edit_shares(evaluations[name], predictions.get(name, ())) for name in looks}
+    clip_rates = {name: [gap(evaluations[name].get(key)) for key in _CLIP_RATES] for name in looks}
+    with figure_style():
+        figure = NotebookFigure(figsize=(10, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        _draw_groups(left, _EDITS, edits, looks)
+        left.set(title="Word errors", ylabel="share of the reference's words")
+        _draw_groups(right, list(_CLIP_RATES.values()), clip_rates, looks)
+        right.set(title="Clips that failed", ylabel="share of the clips")
+        left.legend(frameon=False)
+        figure.supxlabel(
+            "the three shares of a model add up to its WER; the words of loops and empty outputs are counted on the "
+            "left too", fontsize=8, color=GREY,
+        )  # fmt: skip
+    return figure
+
+
+def _edit_shares(evaluation: Row, rows: Sequence[Prediction]) -> list[float]:
+    logged = [evaluation.get(key) for key in (*_EDITS, "reference_words")]
+    counts = sum_counts([row.counts for row in rows]) if None in logged else EditCounts(*map(int, logged))  # type: ignore[arg-type]
+    return [getattr(counts, kind) / counts.reference if counts.reference else math.nan for kind in _EDITS]
+
+
+def _draw_groups(
+    axes: Axes, groups: Sequence[str], shares: Mapping[str, Sequence[float]], looks: Mapping[str, Look]
+) -> None:
+    width = 0.8 / len(looks)
+    for index, (name, look) in enumerate(looks.items()):
+        places = np.arange(len(groups)) + width * (index - (len(looks) - 1) / 2)
+        total = sum(shares[name])
+        rate = f", WER {total:.3f}" if math.isfinite(total) else ""
+        axes.bar(
+            places, shares[name], width=0.92 * width, color=look.color, hatch=look.hatch, edgecolor="white",
+            linewidth=0, label=drawable(name) + rate,
+        )  # fmt: skip
+        for place, value in zip(places, shares[name], strict=True):
+            known = math.isfinite(value)
+            axes.annotate(
+                number(value), (place, value if known else 0), (0, 4), textcoords="offset points", ha="center",
+                fontsize=9 if len(looks) <= 2 else 7, color="black" if known else GREY,
+                rotation=0 if known and len(looks) <= 4 else 90,
+            )  # fmt: skip
+    top = max((value for values in shares.values() for value in values if math.isfinite(value)), default=0.0)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xlim(-0.5, len(groups) - 0.5)
+    axes.set_ylim(0, 1.2 * top or 1)
+    axes.grid(axis="x", visible=False)
+
+
+def draw_confusions(rows: Sequence[Prediction], normalizer: str, *, model: str, top: int = 15) -> Figure:
+    """Draw the most frequent substitutions, deletions and insertions; of equally frequent ones the first by letter.
+
+    Args:
+        rows: of one model.
+        normalizer: of the evaluation.
+        model: for the title.
+        top: words per panel, 1 to 20.
+
+    Raises:
+        DataError: `top` is out of range, or an unknown normaliser.
+    """
+    if not 1 <= top <= MAX_TOP:
+        raise DataError(f"top is {top}; a panel of confusions shows 1 to {MAX_TOP} words")
+    found = count_confusions(rows, normalizer)
+    most = max(min(top, len(counter)) for counter in found.values())
+    with figure_style({"font.size": 9, "axes.titlesize": 10}):
+        figure = NotebookFigure(figsize=(10, 4), layout="constrained")
+        panels = zip(figure.subplots(1, 3), found.items(), (ORANGE, BLUE, GREEN), strict=True)
+        for axes, (kind, counter), color in panels:
+            axes.set_title(f"{kind.capitalize()}: {counter.total():,}")
+            if not counter:
+                say(axes, "none")
+                continue
+            shown = sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:top]
+            counts = [n for _, n in shown]
+            bars = axes.barh(range(len(shown)), counts, height=0.6, color=color)
+            axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+            axes.set_yticks(range(len(shown)), [" → ".join(map(drawable, words)) for words, _ in shown], fontsize=8)
+            axes.set_ylim(most - 0.4, -0.6)  # bars as thick as in the other panels
+            axes.set_xlim(0, 1.15 * max(counts))
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.grid(axis="y", visible=False)
+            axes.set_xlabel(f"times; {len(shown)} of {len(counter):,} different")
+        figure.suptitle(f"Most frequent word errors, {drawable(model)}", fontsize=9, color=GREY)
+    return figure
+
+
+def count_confusions(rows: Sequence[Prediction], normalizer: str) -> dict[str, Counter[tuple[str, ...]]]:
+    """Count the word errors of rows in normalised words.
+
+    Returns:
+        Counts of "substitutions" by (word said, word written), "deletions" by (word said,) and "insertions" by
+        (word written,).
+    """
+    found: dict[str, Counter[tuple[str, ...]]] = {kind: Counter() for kind in _EDITS}
+    kinds: dict[Any, str] = {"substitute": "substitutions", "delete": "deletions", "insert": "insertions"}
+    for row in rows:
+        for step in align_words(row.reference, row.hypothesis, normalizer):
+            if step.edit != "equal":
+                words = tuple(word for word in (step.reference, step.hypothesis) if word is not None)
+                found[kinds[step.edit]][words] += 1
+    return found

@@ -1,57 +1,66 @@
-"""A recording with its words: what the model sees (log-mel) and where it says that each word was spoken."""
+"""A recording with its words: log-mel features as the model sees them, and the time of each word."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.augmentation.demo import draw_log_mel
-from src.data.features import N_FFT, LogMel
-from src.evaluation.visualization.text import drawable, figure_style
+from src.data.features import FRAMES_PER_SEC, N_FFT, LogMel
+from src.evaluation.visualization.style import drawable, figure_style
 from src.inference.alignment import POSITION_SEC
 from src.inference.words import Word
 from src.utils.errors import AudioError, DataError
 from src.utils.figures import BLUE, GREY, ORANGE, NotebookFigure
 
 WIDTH_INCHES, MAX_HEIGHT_INCHES = 10.0, 4.0
-MAX_SEC = 30.0  # of one picture: more words do not fit
+MAX_SEC = 30.0  # of one figure: more words do not fit
 _LEFT, _RIGHT = 0.055, 0.985  # of the figure's width
 _MEL_INCHES, _BELOW_INCHES, _ABOVE_INCHES, _LANE_INCHES = 1.6, 0.5, 0.3, 0.19
 _GAP_INCHES = 0.06  # between two texts of a lane
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a word's text stands; seconds from the start of the recording."""
-
-    lane: int
-    left_sec: float
-    width_sec: float
+_TICKS_HZ = (500, 1_000, 2_000, 4_000)
+_Place = tuple[int, float, float]  # of a word's text: lane, left end and width in seconds
 
 
 def draw_words(
     audio: Waveform, words: Sequence[Word], *, between_sec: tuple[float, float] | None = None, title: str = ""
 ) -> NotebookFigure:
-    """Draw the log-mel spectrogram, the words' boundaries in it, and their texts above, none over another.
+    """Draw the log-mel spectrogram, the words' boundaries in it, and their texts above without overlap.
 
     Args:
         audio: (T,) float32 in [-1, 1], 16 kHz.
-        words: with times in this audio, as `DecodingResult.words` gives them.
+        words: with times in this audio, from `DecodingResult.words`.
         between_sec: the part to draw, at most 30 s; all by default.
-        title: above the picture.
-    Raises: AudioError: no (T,) audio of at least 25 ms. DataError: no words in this part, a part of over 30 s or
-        outside of the recording, or more words than fit.
+        title: above the figure.
+
+    Raises:
+        AudioError: no (T,) audio of at least 25 ms.
+        DataError: no words in this part, a part of over 30 s or outside of the recording, or more words than fit.
     """
-    begin, end = _find_part(audio, between_sec)
-    shown = _words_between(words, begin, end)
+    if audio.ndim != 1 or len(audio) < N_FFT:
+        raise AudioError(f"draw_words: audio has shape {audio.shape}; give (T,) at 16 kHz, at least {N_FFT} samples")
+    duration_sec = len(audio) / SAMPLE_RATE
+    begin, end = between_sec or (0.0, duration_sec)
+    if not 0 <= begin < end <= duration_sec or not N_FFT / SAMPLE_RATE <= end - begin <= MAX_SEC:
+        raise DataError(
+            f"draw_words: {begin:g} to {end:g} s of {duration_sec:.1f} s cannot be drawn; give at most {MAX_SEC:g} s "
+            "within the recording as between_sec"
+        )
+    shown = [
+        replace(word, start_sec=max(word.start_sec, begin), end_sec=min(word.end_sec, end))
+        for word in words
+        if word.start_sec < end and (word.end_sec > begin or word.start_sec >= begin)  # also one without length
+    ]
+    if not shown:
+        raise DataError("draw_words: no words in this part; decode with word_timestamps=True")
     with figure_style({"axes.grid": False, "font.size": 9, "axes.spines.left": False}):
         figure = NotebookFigure(figsize=(WIDTH_INCHES, MAX_HEIGHT_INCHES))
         places = _stagger(figure, shown, begin, end)
-        lanes = 1 + max(place.lane for place in places)
+        lanes = 1 + max(lane for lane, _, _ in places)
         height = _BELOW_INCHES + _MEL_INCHES + (1 + lanes) * _LANE_INCHES + _ABOVE_INCHES
         if height > MAX_HEIGHT_INCHES:
             raise DataError(f"draw_words: {len(shown)} words in {end - begin:.1f} s do not fit; give a shorter part")
@@ -60,35 +69,11 @@ def draw_words(
         mel = figure.add_axes((_LEFT, _BELOW_INCHES / height, width, _MEL_INCHES / height))
         bottom = (_BELOW_INCHES + _MEL_INCHES) / height
         band = figure.add_axes((_LEFT, bottom, width, (1 + lanes) * _LANE_INCHES / height), sharex=mel)
-        _draw_mel(mel, audio, shown, begin, end)
+        _draw_mel(mel, audio[round(begin * SAMPLE_RATE) : round(end * SAMPLE_RATE)], shown, begin, end)
         _draw_band(band, shown, places, lanes)
         mel.set_xlim(begin, end)
         band.set_title(drawable(title, max_chars=90))
     return figure
-
-
-def _find_part(audio: Waveform, between_sec: tuple[float, float] | None) -> tuple[float, float]:
-    if audio.ndim != 1 or len(audio) < N_FFT:
-        raise AudioError(f"draw_words: audio has shape {audio.shape}; give (T,) at 16 kHz, at least {N_FFT} samples")
-    begin, end = between_sec or (0.0, len(audio) / SAMPLE_RATE)
-    if not 0 <= begin < end <= len(audio) / SAMPLE_RATE or not N_FFT / SAMPLE_RATE <= end - begin <= MAX_SEC:
-        raise DataError(
-            f"draw_words: {begin:g} to {end:g} s of {len(audio) / SAMPLE_RATE:.1f} s cannot be drawn; give at most "
-            f"{MAX_SEC:g} s within the recording as between_sec"
-        )
-    return begin, end
-
-
-def _words_between(words: Sequence[Word], begin: float, end: float) -> list[Word]:
-    """Cut the words to a part of the recording."""
-    shown = [
-        replace(word, start_sec=max(word.start_sec, begin), end_sec=min(word.end_sec, end))
-        for word in words
-        if word.start_sec < end and (word.end_sec > begin or word.start_sec >= begin)  # also one without length
-    ]
-    if not shown:
-        raise DataError("draw_words: no words in this part; decode with word_timestamps=True")
-    return shown
 
 
 def _stagger(figure: NotebookFigure, words: Sequence[Word], begin: float, end: float) -> list[_Place]:
@@ -104,33 +89,34 @@ def _stagger(figure: NotebookFigure, words: Sequence[Word], begin: float, end: f
         left = max(begin, min(middle - width / 2, end - width))
         lane = next((i for i, free in enumerate(free_from) if free <= left), len(free_from))
         free_from[lane:] = [left + width + _GAP_INCHES * sec_per_inch, *free_from[lane + 1 :]]
-        places.append(_Place(lane, left, width))
+        places.append((lane, left, width))
     return places
 
 
 def _draw_mel(axes: Axes, audio: Waveform, words: Sequence[Word], begin: float, end: float) -> None:
-    part = audio[round(begin * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
-    log_mel = LogMel()(torch.from_numpy(part)[None])[0].numpy()  # (80, T // 160)
-    draw_log_mel(axes, log_mel, (float(log_mel.min()), float(log_mel.max())), begin_sec=begin)
-    bins = len(log_mel)
+    from librosa.display import specshow  # loads numba: seconds that only this figure needs
+
+    log_mel = LogMel()(torch.from_numpy(audio)[None])[0].numpy()  # (80, T // 160)
+    times = begin + np.arange(log_mel.shape[1]) / FRAMES_PER_SEC
+    specshow(log_mel, ax=axes, sr=SAMPLE_RATE, x_coords=times, y_axis="mel", fmax=SAMPLE_RATE / 2, cmap="magma")
     starts = {word.start_sec for word in words}
-    axes.vlines(sorted(starts), 0, bins, color="white", linewidth=1)
-    ends = sorted({word.end_sec for word in words if word.end_sec < end} - starts)
-    axes.vlines(ends, 0, bins, color="white", linewidth=1, linestyle=":")  # silence follows
-    axes.set(xlabel="s", ylabel="kHz", ylim=(0, bins))
+    ends = {word.end_sec for word in words if word.end_sec < end} - starts
+    axes.vlines(sorted(starts), 0, SAMPLE_RATE / 2, color="white", linewidth=1)
+    axes.vlines(sorted(ends), 0, SAMPLE_RATE / 2, color="white", linewidth=1, linestyle=":")  # silence follows
+    axes.set_yticks(_TICKS_HZ, [f"{hertz / 1_000:g}" for hertz in _TICKS_HZ])
+    axes.set(xlabel="s", ylabel="kHz", ylim=(0, SAMPLE_RATE / 2))
 
 
 def _draw_band(axes: Axes, words: Sequence[Word], places: Sequence[_Place], lanes: int) -> None:
     """Draw a bar for each word's time, and its text above with a line to the bar."""
-    for index, (word, place) in enumerate(zip(words, places, strict=True)):
+    for index, (word, (lane, left, width)) in enumerate(zip(words, places, strict=True)):
         color = (BLUE, ORANGE)[index % 2]  # neighbours differ; a white edge parts them too
-        width = max(word.end_sec - word.start_sec, POSITION_SEC)  # a word without length is to be seen too
-        axes.broken_barh([(word.start_sec, width)], (0.15, 0.5), facecolor=color, edgecolor="white", clip_on=False)
-        text_middle = place.left_sec + place.width_sec / 2
-        middle = min(max((word.start_sec + word.end_sec) / 2, place.left_sec), place.left_sec + place.width_sec)
-        axes.plot([middle, middle], [0.65, 1.1 + place.lane], color=GREY, linewidth=0.6, zorder=1)
+        length = max(word.end_sec - word.start_sec, POSITION_SEC)  # a word without length should be seen too
+        axes.broken_barh([(word.start_sec, length)], (0.15, 0.5), facecolor=color, edgecolor="white", clip_on=False)
+        middle = min(max((word.start_sec + word.end_sec) / 2, left), left + width)
+        axes.plot([middle, middle], [0.65, 1.1 + lane], color=GREY, linewidth=0.6, zorder=1)
         axes.text(
-            text_middle, 1.5 + place.lane, drawable(word.text), ha="center", va="center", zorder=3,
+            left + width / 2, 1.5 + lane, drawable(word.text), ha="center", va="center", zorder=3,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
         )  # fmt: skip
     axes.set_ylim(0, 1 + lanes)

@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from src.evaluation.report.clips import AlignmentView, ViewOptions, clip_kinds, 
 from src.evaluation.results import Prediction
 from src.evaluation.text import PLAIN
 from src.utils.errors import AudioError, DataError
+from tests.evaluation.report.test_html import Page
 
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)> <!-- "
 
@@ -48,30 +48,10 @@ def steps(rows: Sequence[Prediction]) -> list[list[list[str]]]:
     return [row["said"][0]["steps"] for row in payload(AlignmentView(rows, PLAIN).to_html())["rows"]]
 
 
-class Elements(HTMLParser):
-    """What a browser would make of a page: its elements, and the text outside of scripts and styles."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-
-
 def test_each_edit_travels_with_its_words_and_equal_runs_as_one_step() -> None:
-    (found,) = steps(clips(("the cat sat on the big mat", "the hat sat on big mat now")))
+    rows = clips(("the cat sat on the big mat", "the hat sat on big mat now"))
+    (found,) = steps(rows)
     assert found == [["=", "the"], ["s", "cat", "hat"], ["=", "sat on"], ["d", "the"], ["=", "big mat"], ["i", "now"]]
-
-
-def test_the_edits_shown_are_the_edits_counted() -> None:
-    rows = clips(("a b c d", "a x d e"), ("", "no one"), ("hello there", ""))
-    for row, found in zip(AlignmentView(rows, PLAIN).rows, steps(rows), strict=True):
-        letters = [step[0] for step in found]
-        assert letters.count("s") == row.substitutions
-        assert letters.count("d") == row.deletions
-        assert letters.count("i") == row.insertions
 
 
 def test_kinds_of_a_clip() -> None:
@@ -96,45 +76,41 @@ def test_loops_and_words_on_silence_come_first_then_errors_then_wer() -> None:
 
 
 def test_what_users_wrote_is_never_markup() -> None:
-    rows = [replace(clips((ATTACK, ATTACK + "x"))[0], id=ATTACK, speaker=ATTACK)]
-    page = AlignmentView(rows, PLAIN, beside=rows, names=(ATTACK, ATTACK)).to_html()
-    tags = [tag for tag, _ in Elements(page).found]
-    assert tags.count("script") == 2
-    assert "img" not in tags
-    (row,) = payload(page)["rows"]
+    rows = [replace(clips((ATTACK, f"{ATTACK}x"))[0], id=ATTACK, speaker=ATTACK)]
+    html = AlignmentView(rows, PLAIN, beside=rows, names=(ATTACK, ATTACK)).to_html()
+    page = Page(html)
+    assert page.count("script") == 2
+    assert page.count("img") == 0
+    (row,) = payload(html)["rows"]
     assert (row["id"], row["speaker"], row["reference"]) == (ATTACK, ATTACK, ATTACK)
-    assert not [attribute for _, given in Elements(page).found for attribute in given if attribute.startswith("on")]
+    given = [attribute for _, attributes in page.tags for attribute in attributes]
+    assert not [name for name in given if name.startswith("on") or name in ("src", "href", "srcset")]
+    assert not re.search(r"https?://|url\(|@import|fetch\(|XMLHttp|innerHTML", html)  # and it loads nothing
 
 
-def test_line_separators_and_other_scripts_survive() -> None:
-    text = "naïve 中文 \u2028 שלום"
-    assert payload(AlignmentView(clips((text, text)), PLAIN).to_html())["rows"][0]["reference"] == text
-
-
-def test_the_stock_model_stands_beside_and_says_where_tuning_hurt() -> None:
+def test_the_stock_model_is_shown_too_and_where_tuning_hurt() -> None:
     tuned, stock = clips(("a b", "a x"), ("a b", "a b"), ("a", "a")), clips(("a b", "a b"), ("a b", "x y"), ("a", "a"))
     found = payload(AlignmentView(tuned, PLAIN, beside=stock).to_html())
     assert found["names"] == ["tuned", "stock"]
-    kinds = {row["id"]: row["kinds"] for row in found["rows"]}
-    assert "worse" in kinds["c0"]
-    assert "better" in kinds["c1"]
-    assert not {"worse", "better"} & set(kinds["c2"])
+    kinds = {row["id"]: {"worse", "better"} & set(row["kinds"]) for row in found["rows"]}
+    assert kinds == {"c0": {"worse"}, "c1": {"better"}, "c2": set()}
     assert [said["errors"] for said in found["rows"][0]["said"]] == [1, 0]
-    assert dict(found["filters"])["worse"] == "tuned worse than stock"
+    assert {"worse", "better"} <= set(dict(found["filters"]))
 
 
 def test_rows_beside_must_be_of_the_same_clips() -> None:
     rows = clips(("a", "a"), ("b", "b"))
-    with pytest.raises(DataError, match=r"1 clips are not in the rows beside \(first: c1\)"):
+    with pytest.raises(DataError, match=r"1 clips.*c1"):
         AlignmentView(rows, PLAIN, beside=rows[:1])
-    with pytest.raises(DataError, match="no rows"):
+    with pytest.raises(DataError):
         AlignmentView([], PLAIN)
 
 
-def test_a_clip_that_says_nothing_has_no_rate() -> None:
-    said = payload(AlignmentView(clips(("", "no one")), PLAIN).to_html())["rows"][0]["said"][0]
-    assert said["wer"] is None
-    assert said["errors"] == 2
+def test_a_clip_without_speech_has_no_rate_and_any_script_survives() -> None:
+    text = "naïve 中文 \u2028 שלום"
+    found = payload(AlignmentView(clips(("", "no one"), (text, text)), PLAIN).to_html())["rows"]
+    assert (found[0]["said"][0]["wer"], found[0]["said"][0]["errors"]) == (None, 2)
+    assert found[1]["reference"] == text
 
 
 def test_a_player_holds_the_recording(sample: list[Utterance]) -> None:
@@ -150,15 +126,15 @@ def test_a_player_holds_the_recording(sample: list[Utterance]) -> None:
     assert len(data) < 4_500 * len(spoken) / 16_000
 
 
-def test_only_the_worst_carry_sound_and_the_view_says_so(sample: list[Utterance]) -> None:
+def test_only_the_worst_carry_sound(sample: list[Utterance]) -> None:
     rows = clips(*[("a b c", " ".join("x" * i)) for i in range(1, 4)], ("a", "a"))
     audio = [replace(sample[i], id=row.id) for i, row in enumerate(rows)]
     view = AlignmentView(rows, PLAIN, audio, options=ViewOptions(max_audio_clips=2))
     assert view.playable == 2
     assert [bool(row["audio"]) for row in payload(view.to_html())["rows"]] == [True, True, False, False]
-    assert "2 of them can be played: the worst, at most 2 clips or 10 minutes" in view.to_html()
+    assert "2 of them can be played" in view.to_html()
     assert AlignmentView(rows, PLAIN, audio, options=ViewOptions(max_audio_sec=5.0)).playable == 2  # of 2 s each
-    assert "no recording was given to play" in AlignmentView(rows, PLAIN).to_html()
+    assert AlignmentView(rows, PLAIN).playable == 0
 
 
 def test_a_silent_recording_can_be_played_and_a_broken_one_is_named(tmp_path: Path) -> None:
@@ -169,16 +145,8 @@ def test_a_silent_recording_can_be_played_and_a_broken_one_is_named(tmp_path: Pa
         AlignmentView(rows, PLAIN, [Utterance("c0", tmp_path / "gone.wav", "")])
 
 
-def test_more_clips_than_a_page_holds_leave_out_the_best_and_say_so() -> None:
+def test_more_clips_than_a_view_holds_leave_out_the_best_and_say_so() -> None:
     rows = clips(("a b", "a b"), ("a b", "a x"), ("a b", "x y"))
     view = AlignmentView(rows, PLAIN, options=ViewOptions(max_clips=2))
     assert [row.id for row in view.rows] == ["c2", "c1"]
     assert "the worst 2 clips of the tuned model, of 3 in all" in view._repr_html_()
-
-
-def test_the_view_needs_no_other_file() -> None:
-    page = AlignmentView(clips(("a", "b")), PLAIN)._repr_html_()
-    given = [attributes for _, attributes in Elements(page).found]
-    assert not [a for a in given if {"src", "href", "srcset"} & set(a)]
-    assert not re.search(r"https?://|url\(|@import|fetch\(|XMLHttp", page)
-    assert "innerHTML" not in page

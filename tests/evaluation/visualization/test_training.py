@@ -1,4 +1,4 @@
-"""The live picture: what it gathers, when it draws, and that a notebook keeps one output of it."""
+"""Training curves draw whatever is there; the live figure keeps to its time and to one output of a notebook."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ import nbformat
 import numpy as np
 import pytest
 
-from src.evaluation.visualization import training as live_plot
-from src.evaluation.visualization.training import MAX_POINTS, LivePlot, TrainingCurves, draw_curves, thin_places
+from src.evaluation.report.run_files import last_training
+from src.evaluation.visualization import training
+from src.evaluation.visualization.training import MAX_POINTS, LivePlot, TrainingVisualizer, draw_curves, thin_places
 from src.utils.config import Config
+from src.utils.errors import DataError
 from src.utils.figures import save_figure
 from src.utils.tracking import ExperimentLogger
-from tests.evaluation.run_files import epoch
+from tests.evaluation.run_files import epoch, evaluation, steps, write
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -30,51 +32,58 @@ def step(number: int, **fields: Any) -> dict[str, Any]:
     return {"event": "train_step", "step": number, **values, **fields}
 
 
-def curves_of(*rows: dict[str, Any]) -> TrainingCurves:
-    curves = TrainingCurves()
-    for row in rows:
-        curves.add(row)
-    return curves
+def most_points(figure: Any) -> int:
+    return max(len(line.get_xdata()) for axes in figure.axes for line in axes.lines)
 
 
-class Display:
-    """Stands for the notebook; remembers what it was told to show."""
+@pytest.mark.usefixtures("no_warning_and_no_global_change")
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [epoch(1, 0.3, True)],
+        [epoch(1, 0.3, True), epoch(2, None, False)],
+        [*steps(6)[:3], epoch(1, None, False)],
+        [*steps(90), epoch(1, 0.33, True), epoch(2, 0.27, True), evaluation("stock", 0.37), evaluation("tuned", 0.27)],
+        [*steps(5000), epoch(1, 0.3, True)],
+    ],
+    ids=["one epoch", "a missing value", "no WER", "evaluated", "many updates"],
+)
+def test_the_analysis_draws_whatever_is_there_and_saves(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    run = write(tmp_path / "run", rows)
+    figure = TrainingVisualizer(run).training_analysis()
+    assert len(figure.axes) == 4
+    assert most_points(figure) <= MAX_POINTS
+    drawn = np.asarray(figure.axes[1].lines[0].get_ydata(), dtype=float)
+    missing = [row["val_wer"] is None for row in rows if row["event"] == "epoch"]
+    assert np.isnan(drawn).tolist() == missing  # a gap, never a zero
+    files = save_figure(figure, tmp_path, "a")
+    again = save_figure(TrainingVisualizer(run).training_analysis(), tmp_path, "b")
+    assert [path.read_bytes() for path in files] == [path.read_bytes() for path in again]
+    assert figure._repr_png_()[:4] == b"\x89PNG"  # type: ignore[attr-defined]
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[tuple[str, bool]] = []
-        monkeypatch.setattr(live_plot, "in_notebook", lambda: True)
-        monkeypatch.setattr("IPython.display.display", self._display)
 
-    def _display(self, picture: Any, *, display_id: str, update: bool) -> None:
-        assert picture.data[:4] == b"\x89PNG"
-        self.calls.append((display_id, update))
+def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="run"):
+        TrainingVisualizer(write(tmp_path / "run", steps(3)))
 
 
-def test_smoothing_is_a_mean_at_first_and_skips_what_is_missing() -> None:
-    curves = curves_of(step(1, loss=4.0), step(2, loss=2.0), step(3, loss=None), step(4, loss=3.0))
-    assert curves.smoothed == pytest.approx([4.0, 3.0, 3.0, 3.0])
-    assert math.isnan(curves.losses[2])
-
-
-def test_updates_that_are_done_again_replace_the_older_ones() -> None:
-    rows = [step(1), step(2), epoch(1, 0.4, True), step(3), step(4), epoch(2, 0.3, True)]
-    resumed = curves_of(*rows, step(3), step(4), epoch(2, 0.2, True))
-    assert resumed.steps == [1, 2, 3, 4]
-    assert [row["val_wer"] for row in resumed.epochs] == [0.4, 0.2]
-    assert resumed.epoch_steps == [2, 4]
-    anew = curves_of(*rows, step(1))
-    assert (anew.steps, anew.epochs) == ([1], [])
+def test_a_spike_of_the_loss_does_not_flatten_the_rest(tmp_path: Path) -> None:
+    rows = steps(200)
+    rows[50]["loss"] = 400.0
+    for name, metrics, low, high in (("spike", rows, 1.2, 5), ("calm", steps(200), 2, 5)):
+        figure = TrainingVisualizer(write(tmp_path / name, [*metrics, epoch(1, 0.3, True)])).training_analysis()
+        assert low < figure.axes[0].get_ylim()[1] < high
 
 
 def test_thinning_keeps_order_ends_and_spikes() -> None:
-    values = list(np.random.default_rng(0).normal(size=10_000))
+    values = np.random.default_rng(0).normal(size=10_000)
     values[4321], values[8765] = 99.0, -99.0
-    values[100:200] = [math.nan] * 100
+    values[100:200] = math.nan
     places = thin_places(values)
     assert len(places) <= MAX_POINTS
     assert np.all(np.diff(places) > 0)
     assert {4321, 8765} <= set(places.tolist())
-    assert list(thin_places([1.0, 2.0])) == [0, 1]
+    assert list(thin_places(np.array([1.0, 2.0]))) == [0, 1]
 
 
 @pytest.mark.usefixtures("no_warning_and_no_global_change")
@@ -85,28 +94,39 @@ def test_thinning_keeps_order_ends_and_spikes() -> None:
         [step(1, loss=None, learning_rate=0.0)],
         [{"event": "train_step", "step": 1, "epoch": 1, "loss": 2.0}],
         [step(1), step(2), epoch(1, None, False)],
-        [step(1), step(2), epoch(1, 0.4, True), step(3), epoch(2, 0.0, True)],
+        [step(1), step(2), epoch(1, 0.4, True), step(3, epoch=2, data_wait_share=0.03), epoch(2, 0.0, True)],
         [step(number) for number in range(1, 5001)],
     ],
     ids=["one update", "no loss", "few fields", "no WER", "two epochs", "many updates"],
 )
-def test_whatever_is_there_draws(rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    figure = draw_curves(curves_of(*rows))
+def test_the_live_figure_draws_whatever_is_there(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    figure = draw_curves(*last_training(rows))
     save_figure(figure, tmp_path, "live")
-    assert max(len(line.get_xdata()) for axes in figure.axes for line in axes.lines) <= MAX_POINTS  # type: ignore[arg-type]
+    assert most_points(figure) <= MAX_POINTS
+    ends = [line.get_xdata() for line in figure.axes[0].lines if line.get_label() == "validation"]
+    assert [list(each) for each in ends] in ([], [[2]], [[2, 3]])  # at the last update of each epoch
 
 
-def test_the_headline_names_speed_waiting_memory_and_disk() -> None:
-    row = step(1200, audio_sec_per_sec=33.4, data_wait_share=0.031, memory_mb=3210, disk_free_mb=61_000)
-    (text,) = [text.get_text() for text in draw_curves(curves_of(row)).texts]
-    assert text.split("   ") == [
-        "update 1,200", "epoch 1", "8 clips/s", "33.4 s of audio/s", "waits for data 3% of the time", "memory 3.21 GB",
-        "61 GB of disk free",
-    ]  # fmt: skip
+class Display:
+    """Stands for the notebook; remembers what it was told to show."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, bool]] = []
+        monkeypatch.setattr(training, "in_notebook", lambda: True)
+        monkeypatch.setattr("IPython.display.display", self._display)
+
+    def _display(self, figure: Any, *, display_id: str, update: bool) -> None:
+        assert figure.data[:4] == b"\x89PNG"
+        self.calls.append((display_id, update))
 
 
-def test_it_draws_at_most_so_often_and_once_more_at_the_end(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown, now = Display(monkeypatch), [0.0]
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Display:
+    return Display(monkeypatch)
+
+
+def test_it_draws_at_most_so_often_and_once_more_at_the_end(config: Config, shown: Display) -> None:
+    now = [0.0]
     experiment = ExperimentLogger(config, run_id="r")
     with experiment, LivePlot(experiment, every_sec=2.0, clock=lambda: now[0]):
         for number in range(1, 9):
@@ -117,45 +137,44 @@ def test_it_draws_at_most_so_often_and_once_more_at_the_end(config: Config, monk
     assert len({name for name, _ in shown.calls}) == 1
 
 
-def test_slow_drawing_is_done_less_often(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown, ticks = Display(monkeypatch), itertools.count()
+def test_slow_drawing_is_done_less_often(config: Config, shown: Display) -> None:
+    ticks = itertools.count()
     experiment = ExperimentLogger(config, run_id="r")
-    with experiment, LivePlot(experiment, every_sec=2.0, clock=lambda: float(next(ticks))):  # a picture takes 1 s
+    with experiment, LivePlot(experiment, every_sec=2.0, clock=lambda: float(next(ticks))):  # a figure takes 1 s
         for number in range(1, 23):
             experiment.log(**step(number))
         assert len(shown.calls) == 2  # the second after 20 s
 
 
-def test_a_continued_run_begins_with_the_curve_that_it_has(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_continued_run_begins_with_the_curve_that_it_has(
+    config: Config, shown: Display, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[int]] = []
+    draw = training.draw_curves
+    monkeypatch.setattr(training, "draw_curves", lambda s, e: drawn.append([row["step"] for row in s]) or draw(s, e))
     with ExperimentLogger(config, run_id="r") as experiment:
         for number in (1, 2, 3):
             experiment.log(**step(number))
-    Display(monkeypatch)
     experiment = ExperimentLogger(config, run_id="r")
-    with experiment, LivePlot(experiment) as plot:
+    with experiment, LivePlot(experiment):
         experiment.log(**step(3))
-        assert plot._curves.steps == [1, 2, 3]
+    assert drawn[-1] == [1, 2, 3]
 
 
-def test_an_error_in_drawing_ends_the_picture_with_one_warning(
-    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_an_error_in_drawing_ends_the_figure_with_one_warning(
+    config: Config, shown: Display, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Display(monkeypatch)
-    monkeypatch.setattr(live_plot, "draw_curves", lambda curves: 1 / 0)
+    monkeypatch.setattr(training, "draw_curves", lambda steps, epochs: 1 / 0)
     experiment = ExperimentLogger(config, run_id="r")
     with experiment, LivePlot(experiment, every_sec=0.0):
         for number in (1, 2, 3):
             experiment.log(**step(number))
-    assert caplog.messages == [
-        "the live plot stops after an error, training goes on: ZeroDivisionError: division by zero"
-    ]
+    (message,) = caplog.messages
+    assert "ZeroDivisionError" in message
     assert len(experiment.metrics_path.read_text().splitlines()) == 3
 
 
-def test_an_interrupted_training_is_shown_to_its_end_and_stays_interrupted(
-    config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shown = Display(monkeypatch)
+def test_an_interrupted_training_is_shown_to_its_end_and_stays_interrupted(config: Config, shown: Display) -> None:
     experiment = ExperimentLogger(config, run_id="r")
     with pytest.raises(KeyboardInterrupt), experiment, LivePlot(experiment):
         experiment.log(**step(1))
@@ -170,7 +189,7 @@ def test_outside_a_notebook_nothing_is_gathered_or_drawn(config: Config, monkeyp
     with experiment, LivePlot(experiment) as plot:
         experiment.log(**step(1))
         plot.update(force=True)
-    assert plot._curves.steps == []
+    assert plot._rows == []
 
 
 CELL = """
@@ -181,7 +200,7 @@ experiment = ExperimentLogger(load_config(None, overrides={"paths": {"runs_dir":
 with experiment, LivePlot(experiment, every_sec=0.0) as plot:
     experiment.log("train_step", step=1, epoch=1, loss=2.0, learning_rate=1e-5)
     plot.update(force=True)
-    print("between two pictures")
+    print("between two figures")
     for step in range(2, 6):
         experiment.log("train_step", step=step, epoch=1, loss=2 / step, learning_rate=1e-5)
         plot.update(force=True)
@@ -189,23 +208,23 @@ with experiment, LivePlot(experiment, every_sec=0.0) as plot:
 
 
 @pytest.mark.slow
-def test_a_notebook_keeps_one_output_the_last_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_keeps_one_output_the_last_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    cells = [nbformat.v4.new_code_cell(f"RUNS = {str(tmp_path)!r}" + CELL), nbformat.v4.new_code_cell("'after'")]
+    cells = [nbformat.v4.new_code_cell(f"RUNS = {str(tmp_path)!r}" + CELL)]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    pictures: list[int] = []
+    sizes: list[int] = []
     client = nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120)
     process_message = client.process_message
 
     def count(message: Any, *rest: Any) -> Any:
         if message["msg_type"] in ("display_data", "update_display_data"):
-            pictures.append(len(message["content"]["data"]["image/png"]))
+            sizes.append(len(message["content"]["data"]["image/png"]))
         return process_message(message, *rest)
 
     monkeypatch.setattr(client, "process_message", count)
     client.execute()
     outputs = notebook.cells[0].outputs
     assert [output.output_type for output in outputs] == ["display_data", "stream"]
-    assert len(pictures) >= 6
-    assert len(outputs[0].data["image/png"]) == pictures[-1]  # the newest, in the first one's place
+    assert len(sizes) >= 6
+    assert len(outputs[0].data["image/png"]) == sizes[-1]  # the newest, in the place of the first
     assert base64.b64decode(outputs[0].data["image/png"])[:4] == b"\x89PNG"

@@ -1,0 +1,215 @@
+"""Reading a run's files: metrics, predictions, configuration and environment.
+
+Results on the guard set are kept under names such as "tuned (guard)", so that no table takes them for the test set.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from src.evaluation.metrics import Bootstrap
+from src.evaluation.results import Prediction
+from src.utils.data_versions import DatasetVersion, DataVersionManager
+from src.utils.errors import DataError
+
+STOCK, TUNED = "stock", "tuned"
+MEASURED_EVENT = "measured"  # row of scripts/evaluate.py: model, stock and data as they were named
+DATA_VERSIONS_DIR = "data_versions"
+_GUARD_SUFFIX = " (guard)"
+Row = Mapping[str, Any]
+PredictionsByModel = Mapping[str, Sequence[Prediction]]
+
+
+def load_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl, given the run's folder or the file.
+
+    Raises:
+        DataError: no such file, or a line that is not a JSON object with an event.
+    """
+    return _read_jsonl(_file_in(run_dir, "metrics.jsonl"), key="event")
+
+
+def load_predictions(path: str | Path, *, guard: bool = False) -> dict[str, list[Prediction]]:
+    """Read predictions.jsonl, given the run's folder or the file: rows by model, the last one of each clip.
+
+    Args:
+        path: of the run or the file.
+        guard: return the rows of the guard set instead of those of the test set.
+
+    Returns:
+        Nothing for a folder without this file: rates can be shown without it, a verdict cannot be given.
+
+    Raises:
+        DataError: a line that is not a prediction.
+    """
+    file = _file_in(path, "predictions.jsonl")
+    if file != Path(path) and not file.exists():
+        return {}
+    models: dict[str, dict[str, Prediction]] = {}
+    for number, row in enumerate(_read_jsonl(file, key="model"), start=1):
+        model = row.pop("model")
+        logprob = row.get("avg_logprob")
+        try:
+            prediction = Prediction(**{**row, "avg_logprob": math.nan if logprob is None else logprob})
+        except TypeError as err:
+            raise DataError(f"{file}, line {number}: not a prediction ({err}); evaluate this model again") from err
+        models.setdefault(model, {})[prediction.id] = prediction
+    return {model: list(rows.values()) for model, rows in models.items() if is_guard(model) == guard}
+
+
+def latest_evaluations(rows: Sequence[Row], *, guard: bool = False) -> dict[str, Row]:
+    """Return the last evaluation of each name, on the test set or on the guard set."""
+    return {row["name"]: row for row in rows if row["event"] == "evaluation" and is_guard(row["name"]) == guard}
+
+
+def last_row(rows: Sequence[Row], event: str) -> Row | None:
+    """Return the last row of an event, or None."""
+    return next((row for row in reversed(rows) if row["event"] == event), None)
+
+
+def last_training(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """Return the train_step and epoch rows of the last training.
+
+    Updates and epochs that were repeated, after a resume or a new start in the same run, replace the older ones.
+    """
+    steps: list[Row] = []
+    epochs: list[Row] = []
+    for row in rows:
+        if row["event"] not in ("train_step", "epoch"):
+            continue
+        while epochs and epochs[-1]["epoch"] >= row["epoch"]:
+            epochs.pop()
+        if row["event"] == "epoch":
+            epochs.append(row)
+            continue
+        while steps and steps[-1]["step"] >= row["step"]:
+            steps.pop()
+        steps.append(row)
+    return steps, epochs
+
+
+def best_epoch(epochs: Sequence[Row]) -> Row | None:
+    """Return the epoch whose weights were kept, or None if no epoch had a WER."""
+    return next((row for row in reversed(epochs) if row["is_best"]), None)
+
+
+def bootstrap_of(row: Row) -> Bootstrap:
+    """Return the bootstrap settings of an evaluation, so that other intervals of the run are drawn alike."""
+    keys = {"samples": "bootstrap_samples", "confidence": "confidence", "seed": "bootstrap_seed"}
+    return Bootstrap(**{name: row[key] for name, key in keys.items() if key in row})
+
+
+def guard_name(model: str) -> str:
+    """Return the name under which a model's results on the guard set are kept."""
+    return model + _GUARD_SUFFIX
+
+
+def is_guard(name: str) -> bool:
+    """Whether results of this name are of the guard set."""
+    return name.endswith(_GUARD_SUFFIX)
+
+
+def model_of(name: str) -> str:
+    """Return the model of results that may be of the guard set."""
+    return name.removesuffix(_GUARD_SUFFIX)
+
+
+def stock_first(names: Iterable[str]) -> list[str]:
+    """Order models for reading: the stock model first, the others as they come, the guard set last."""
+    return sorted(names, key=lambda name: (is_guard(name), name not in (STOCK, guard_name(STOCK))))
+
+
+@dataclass(frozen=True)
+class RunOrigin:
+    """Where a run's results come from.
+
+    Attributes:
+        run_dir: of the run.
+        config: tree of config.yaml; empty if there is none.
+        environment: env.json; empty if there is none.
+        data_versions: logged in the run, from old to new.
+        measured: row of `scripts/evaluate.py`; None for other runs.
+        trained: whether the run trained.
+    """
+
+    run_dir: Path
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    data_versions: Sequence[DatasetVersion]
+    measured: Row | None
+    trained: bool
+
+    @property
+    def base(self) -> str | None:
+        """The stock model as it was named; None if the files do not name it."""
+        name = self.config.get("model", {}).get("variant") if self.measured is None else self.measured.get("stock")
+        return None if name is None else str(name)
+
+    def commands(self) -> list[str]:
+        """Return the command lines that reproduce the run."""
+        config = ["--config", str(self.run_dir / "config.yaml")]
+        model = Path(self.config.get("paths", {}).get("checkpoints_dir", "checkpoints"), "best_model_hf")
+        named = self.measured or {"model": model, "stock": self.base}
+        options = {f"--{key.replace('_', '-')}": named.get(key) for key in ("model", "stock", "data", "max_clips")}
+        given = [part for key, value in options.items() if value is not None for part in (key, str(value))]
+        given += ["--no-stock"] * (self.base is None)
+        revision, changed, _ = str(self.environment.get("git_revision") or "").partition("+")
+        note = "  # and changes that were not committed" if changed else ""
+        lines = [f"git checkout {revision}{note}"] if revision else []
+        lines += [shlex.join(["python", "scripts/train.py", *config])] if self.trained else []
+        return [*lines, shlex.join(["python", "scripts/evaluate.py", *config, *given])]
+
+
+def read_origin(run_dir: str | Path) -> RunOrigin:
+    """Read where a run's results come from.
+
+    Raises:
+        DataError: a damaged file.
+    """
+    run, rows = Path(run_dir), load_metrics(run_dir)
+    return RunOrigin(
+        run_dir=run,
+        config=_read_tree(run / "config.yaml"),
+        environment=_read_tree(run / "env.json"),
+        data_versions=DataVersionManager(run / DATA_VERSIONS_DIR).versions(),
+        measured=last_row(rows, MEASURED_EVENT),
+        trained=last_row(rows, "epoch") is not None,
+    )
+
+
+def _file_in(path: str | Path, name: str) -> Path:
+    return Path(path) / name if Path(path).is_dir() else Path(path)
+
+
+def _read_jsonl(path: Path, *, key: str) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as err:
+        raise DataError(f"{path}: no such file; was the run started, and is this its folder?") from err
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as err:
+            raise DataError(f"{path}, line {number}: not JSON ({err}); if a crash cut it, remove the line") from err
+        if not isinstance(row, dict) or key not in row:
+            raise DataError(f"{path}, line {number}: no {key!r}; this is not a row of a run, remove the line")
+        rows.append(row)
+    return rows
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file (JSON is YAML); nothing if it is absent."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise DataError(f"{path}: damaged: {err}; remove it, or take it from a copy of the run") from err
+    return tree if isinstance(tree, dict) else {}

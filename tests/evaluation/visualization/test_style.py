@@ -1,0 +1,57 @@
+"""Texts of users draw without a warning, and nothing of them is lost."""
+
+from __future__ import annotations
+
+import pytest
+from matplotlib.figure import Figure
+
+from src.evaluation.visualization import style
+from src.evaluation.visualization.style import MAX_CHARS, drawable, figure_style
+
+SCRIPTS = [
+    "你好", "أحمد علي", "שלום", "ไทย", "हिन्दी", "😀🫨", "$a$ and $b$", "x\ty\nz", "bell \x07", "\u200f\u200b", "ő Ж δ",
+]  # fmt: skip
+
+
+@pytest.fixture
+def fonts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Leave matplotlib's own font only."""
+    monkeypatch.setattr(style, "_fonts", lambda: ("DejaVu Sans",))
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("no_warning_and_no_global_change")
+def test_any_script_draws_without_a_missing_glyph() -> None:
+    with figure_style():
+        figure = Figure()
+        for weight in ("normal", "bold"):
+            for text in SCRIPTS:
+                figure.text(0.5, 0.5, drawable(text), weight=weight)
+        figure.draw_without_rendering()
+        figure.canvas.print_figure("/dev/null", format="svg")
+
+
+def test_what_no_font_has_is_written_as_its_code(fonts: pytest.MonkeyPatch) -> None:
+    found = {text: drawable(text) for text in ("猫 cat", "🫨", "a\x07", "naïve Привет δ", "\u2a5e")}
+    assert list(found.values()) == [r"\u732b cat", r"\U0001fae8", r"a\x07", "naïve Привет δ", r"\u2a5e"]
+    fonts.setattr(style, "_fonts", lambda: ("DejaVu Sans", "STIXGeneral"))
+    assert drawable("\u2a5e") == "\u2a5e"
+
+
+def test_a_text_is_one_line_and_no_formula_and_a_long_name_keeps_both_ends() -> None:
+    assert drawable("$5 or $6") == r"\$5 or \$6"
+    assert drawable(" a\n b\tc ") == "a b c"
+    names = [drawable(f"a speaker with a long name {i}") for i in (1, 2)]
+    assert names[0] != names[1]
+    assert all(len(name) <= MAX_CHARS for name in names)
+    assert drawable("x" * 24) == "x" * 24
+
+
+def test_right_to_left_words_stand_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(style, "_JOINS_LETTERS", False)
+    assert drawable("שלום עולם") == "םלוע םולש"
+    assert drawable("to שלום now") == "to םולש now"
+    assert drawable("עמוד12") == "עמוד12"
+    assert drawable("בּא") == "אבּ"  # a mark stays on its letter
+    monkeypatch.setattr(style, "_JOINS_LETTERS", True)
+    assert drawable("שלום עולם") == "שלום עולם"
