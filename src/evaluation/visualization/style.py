@@ -187,11 +187,10 @@ def label_points(
         places = []
         for distance, way in itertools.product(_LABEL_GAPS, directions):
             center = pixel + way * ((radius + distance) * scale + size / 2)
-            places.append((distance, Bbox([center - size / 2, center + size / 2])))
-        distance, box = min(
-            places,
-            key=lambda place: round(sum(_overlap(place[1], other) for other in boxes) - _overlap(place[1], inside)),
-        )
+            box = Bbox([center - size / 2, center + size / 2])
+            outside = size.prod() - _overlap(box, inside)
+            places.append((round(outside + sum(_overlap(box, other) for other in boxes)), distance, box))
+        _, distance, box = min(places, key=lambda place: place[0])  # the first of the best is the nearest
         boxes.append(box)
         text.xyann = tuple((box.get_points().mean(axis=0) - pixel) / scale)
         text.set_in_layout(False)

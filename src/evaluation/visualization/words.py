@@ -98,7 +98,9 @@ def _draw_mel(axes: Axes, audio: Waveform, words: Sequence[Word], begin: float, 
 
     log_mel = LogMel()(torch.from_numpy(audio)[None])[0].numpy()  # (80, T // 160)
     times = begin + np.arange(log_mel.shape[1]) / FRAMES_PER_SEC
-    specshow(log_mel, ax=axes, sr=SAMPLE_RATE, x_coords=times, y_axis="mel", fmax=SAMPLE_RATE / 2, cmap="magma")
+    specshow(
+        log_mel, ax=axes, sr=SAMPLE_RATE, x_coords=times, x_axis="s", y_axis="mel", fmax=SAMPLE_RATE / 2, cmap="magma"
+    )
     starts = {word.start_sec for word in words}
     ends = {word.end_sec for word in words if word.end_sec < end} - starts
     axes.vlines(sorted(starts), 0, SAMPLE_RATE / 2, color="white", linewidth=1)
