@@ -24,10 +24,10 @@ sys.path.insert(0, str(ROOT))
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.inference.captions import LiveCaptionWriter
-from src.inference.server.client import in_real_time, stream_to_server
+from src.inference.server.client import stream_to_server
 from src.inference.server.protocol import DTYPES, Done, LiveEvent
-from src.inference.streaming.events import Event
-from src.inference.streaming.microphone import Microphone
+from src.inference.streaming.commit import Event
+from src.inference.streaming.microphone import Microphone, in_real_time
 from src.utils.errors import ConfigError, WhisperASRError
 from src.utils.logging_config import setup_logging
 

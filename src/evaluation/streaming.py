@@ -42,10 +42,9 @@ from src.evaluation.results import EvaluationResult
 from src.evaluation.streams import SpeechStream
 from src.evaluation.text import WHISPER_ENGLISH
 from src.evaluation.word_timing import Display, WordMatch, find_turns, follow_words, match_words, texts_by_clip
-from src.inference.streaming.events import Event, StreamingResult
-from src.inference.streaming.live import StreamingASR
-from src.inference.streaming.microphone import BLOCK_SEC
-from src.inference.streaming.session import StreamingSession
+from src.inference.streaming.commit import Event
+from src.inference.streaming.microphone import BLOCK_SEC, StreamingASR
+from src.inference.streaming.session import StreamingResult, StreamingSession
 from src.inference.words import Word
 from src.utils.errors import DataError
 from src.utils.tracking import ExperimentLogger
@@ -105,14 +104,7 @@ def replay(session: StreamingSession, audio: Waveform, clock: ReplayClock, *, bl
         clock.wait_until((at + len(heard)) / SAMPLE_RATE)
         events += session.feed(heard)
     events += session.flush()
-    result = StreamingResult.from_events(
-        events,
-        audio_sec=session.audio_sec,
-        compute_sec=session.compute_sec,
-        longest_update_sec=session.longest_update_sec,
-        updates=session.updates,
-    )
-    return Replay(result, clock())
+    return Replay(session.result(events), clock())
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from src.evaluation.edits import align_words
 from src.evaluation.streams import SpeechStream, SpokenWord
 from src.evaluation.text import PLAIN, normalize_plain
-from src.inference.streaming.commit import word_key
-from src.inference.streaming.events import Event
+from src.inference.streaming.commit import Event, word_key
 from src.inference.words import Word
 
 

@@ -31,7 +31,7 @@ from src.utils.files import write_text_atomic
 
 if TYPE_CHECKING:
     from src.inference.files.transcribe import TranscribedSegment
-    from src.inference.streaming.events import Event
+    from src.inference.streaming.commit import Event
 
 SHORT_WORD_COLUMNS = 3
 CLAUSE_PAUSE_SEC = 0.3  # as good as a comma, for text without punctuation

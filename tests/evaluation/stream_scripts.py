@@ -8,7 +8,8 @@ import numpy as np
 
 from src.data.audio import SAMPLE_RATE
 from src.evaluation.streams import SpeechStream, SpokenWord, StreamClip
-from src.inference.streaming.events import Event, StreamingResult
+from src.inference.streaming.commit import Event
+from src.inference.streaming.session import StreamingResult
 from src.inference.words import Word
 
 WORD_SEC = 0.5
@@ -36,6 +37,6 @@ def event(kind: str, text: str, audio_sec: float, clock_sec: float, *, at: float
 
 
 def result_of(*events: Event, compute_sec: float = 1.0) -> StreamingResult:
-    return StreamingResult.from_events(
+    return StreamingResult(
         events, audio_sec=4.0, compute_sec=compute_sec, longest_update_sec=compute_sec / 2, updates=3
     )

@@ -12,7 +12,8 @@ import scipy.stats
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.evaluation.metrics import Bootstrap
 from src.evaluation.streaming import ReplayClock, measure_stream, replay, summarize_latency
-from src.inference.streaming.events import Event
+from src.inference.streaming.commit import Event
+from src.inference.streaming.session import StreamingResult
 from src.utils.errors import DataError
 from tests.evaluation.stream_scripts import event, result_of, spoken
 
@@ -23,8 +24,7 @@ class Listener:
     def __init__(self, *compute_sec: float) -> None:
         self.timer = 100.0
         self.clock = ReplayClock(lambda: self.timer)
-        self._compute = list(compute_sec)
-        self.longest_update_sec, self.updates = max(compute_sec), len(compute_sec)
+        self._compute, self._spent = list(compute_sec), compute_sec
 
     def reset(self) -> None:
         self.audio_sec = self.compute_sec = 0.0
@@ -36,6 +36,9 @@ class Listener:
 
     def flush(self) -> list[Event]:
         return self._spend()
+
+    def result(self, events: list[Event]) -> StreamingResult:
+        return StreamingResult(tuple(events), self.audio_sec, self.compute_sec, max(self._spent), len(self._spent))
 
     def _spend(self) -> list[Event]:
         spent = self._compute.pop(0)

@@ -14,7 +14,7 @@ from src.evaluation.word_timing import (
     texts_by_clip,
     time_words,
 )
-from src.inference.streaming.events import Event
+from src.inference.streaming.commit import Event
 from src.inference.words import Word
 from tests.evaluation.stream_scripts import event, spoken
 

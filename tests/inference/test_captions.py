@@ -27,7 +27,7 @@ from src.inference.captions import (
     to_vtt,
     write_captions,
 )  # fmt: skip
-from src.inference.streaming.events import Event, join_words
+from src.inference.streaming.commit import Event, join_words
 from src.inference.words import Word
 from src.utils.errors import ConfigError, DataError
 

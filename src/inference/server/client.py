@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
 from typing import Self
 
@@ -28,7 +27,6 @@ from src.inference.server.protocol import (
 )
 
 MAX_SERVER_MESSAGE = 1 << 24  # bytes; the last final of hours without a pause has some megabytes
-BLOCK_SEC = 0.1  # of a recording sent in real time
 
 
 async def stream_to_server(
@@ -70,26 +68,6 @@ async def stream_to_server(
         except ConnectionClosed as err:
             lost = f"{url}: the connection ended before the captions did: {err}"
             raise sender.error or StreamError("lost", lost, fix="stream the rest again") from err
-
-
-def in_real_time(
-    audio: Waveform,
-    *,
-    sample_rate: int = SAMPLE_RATE,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-) -> Iterator[Waveform]:
-    """Yield a recording in blocks, each when a microphone would have recorded it.
-
-    Args:
-        audio: (T,) float32.
-        clock, sleep: seconds.
-    """
-    began, block = clock(), round(BLOCK_SEC * sample_rate)
-    for at in range(0, len(audio), block):
-        piece = audio[at : at + block]
-        sleep(max(0.0, began + (at + len(piece)) / sample_rate - clock()))
-        yield piece
 
 
 class _Sender:

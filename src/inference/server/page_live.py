@@ -23,7 +23,7 @@ from src.data.audio import Waveform
 from src.inference.captions import make_cues, spaced, to_srt, to_vtt
 from src.inference.server.connection import ServerLimits
 from src.inference.server.protocol import MAX_WIRE_RATE, MIN_WIRE_RATE, LiveEvent, StreamError, read_samples
-from src.inference.streaming.events import Event
+from src.inference.streaming.commit import Event
 from src.inference.streaming.session import StreamingSession
 from src.utils.errors import WhisperASRError, first_line
 

@@ -32,7 +32,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from src.data.audio import MAX_PEAK, SAMPLE_RATE, Waveform
-from src.inference.streaming.events import Event
+from src.inference.streaming.commit import Event
 from src.inference.words import Word
 from src.utils.errors import WhisperASRError
 

@@ -38,7 +38,7 @@ from src.inference.server.protocol import (
     StreamError,
     read_hello,
 )
-from src.inference.streaming.events import Event
+from src.inference.streaming.commit import Event
 from src.inference.streaming.session import StreamingSession
 from src.utils.errors import ConfigError, first_line
 

@@ -1,10 +1,10 @@
-"""Which words are final: hypotheses over a moving window of audio in, an append-only transcript out. Pure.
+"""Commit policies: hypotheses over a moving window of audio in, an append-only transcript and its events out. Pure.
 
-AlignAtt (Papi et al. 2023) commits what the decoder has heard to its end; LocalAgreement-2 (Liu et al. 2020; Macháček
-et al. 2023) what two successive hypotheses begin with alike. Each hypothesis begins with words that are committed
-already, perhaps spelt otherwise. whisper_streaming drops them by time and then by an n-gram match of at most five
-words; here one alignment decides, whose cost counts both differing words and words on the wrong side of the last
-committed time, so that neither a re-spelt word nor a shifted time commits a word twice.
+AlignAtt (Papi et al. 2023) commits the words that the decoder has heard to their end; LocalAgreement-2 (Liu et al.
+2020; Macháček et al. 2023) the common beginning of two successive hypotheses. Every hypothesis begins with words that
+are committed already, perhaps spelt differently. whisper_streaming drops them by time and then by an n-gram match of at
+most five words. Here one alignment decides, whose cost counts both differing words and words on the wrong side of the
+last committed time, so that neither a respelt word nor a shifted time commits a word twice.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import itertools
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal
 
 from src.inference.words import Word
 from src.utils.config import StreamingConfig
 
 TIME_SLACK_SEC = 0.2  # how far word times move between hypotheses
-EDIT_COST = 2  # against 1 for a word at the wrong time: text is the better witness
+EDIT_COST = 2  # compared with 1 for a word at the wrong time: text is the better evidence
 UNCONFIRMED_SEC = 2.0  # audio after a word that makes it final although the last hypothesis had another
 CHUNK_SEC = 2.0
 CHUNK_OVERLAP_SEC = 0.5
@@ -30,11 +30,34 @@ MAX_WORDS_PER_SEC = 8.0  # of a repetition; fast speech has 4 to 5
 
 
 @dataclass(frozen=True)
+class Event:
+    """Something that a listener should show.
+
+    Attributes:
+        kind: "commit": words that are now part of the transcript for good; they replace the last partial. "partial":
+            the tail after them, replaced as a whole by the next partial. "final": all words committed since the last
+            final, at a pause or at the end.
+        words: in absolute time, seconds since the stream began.
+        text: the words, joined.
+        audio_sec: audio heard when it was emitted.
+        emitted_at: the session's clock when it was emitted, seconds.
+        sequence: 0, 1, 2, ... over the session.
+    """
+
+    kind: Literal["partial", "commit", "final"]
+    words: tuple[Word, ...]
+    text: str
+    audio_sec: float
+    emitted_at: float
+    sequence: int
+
+
+@dataclass(frozen=True)
 class CommitResult:
     """What one update decided.
 
     Attributes:
-        committed: words that became final now, in absolute time, after all committed before.
+        committed: words that became final, in absolute time, after all committed before.
         partial: the rest of the newest hypothesis; may change or vanish.
     """
 
@@ -42,34 +65,14 @@ class CommitResult:
     partial: tuple[Word, ...]
 
 
-class CommitPolicy(Protocol):
+class CommitPolicy:
     """Decides which words of a hypothesis are final. Nothing committed is ever retracted, and times never decrease.
 
+    Words are compared without case and punctuation; the newer spelling and times are kept.
+
     Attributes:
-        forces_prefix: hypotheses are to begin with the committed words that are still held.
+        forces_prefix: hypotheses must begin with the committed words whose audio is still held.
         interval_sec: audio between updates; None leaves it to `streaming.min_chunk_sec`.
-    """
-
-    forces_prefix: bool
-    interval_sec: float | None
-
-    def window_start_sec(self, held_from_sec: float, audio_end_sec: float) -> float:
-        """From where on the audio is to be decoded."""
-
-    def update(self, words: Sequence[Word], *, audio_end_sec: float) -> CommitResult:
-        """Take the hypothesis for all audio held, in absolute times, and the time at which that audio ends."""
-
-    def flush(self, words: Sequence[Word]) -> CommitResult:
-        """Commit all of a hypothesis, because its audio is complete."""
-
-    def discard_before(self, sec: float) -> None:
-        """Learn that audio before this time left the buffer: hypotheses begin after it."""
-
-
-class _Transcript:
-    """What every policy shares: the committed words, and which words of a hypothesis come after them.
-
-    Words are compared without case and punctuation; the newer spelling and times are taken.
     """
 
     forces_prefix = False
@@ -79,32 +82,44 @@ class _Transcript:
         self._committed: list[Word] = []  # those whose audio is still held, and a few before
         self._held_from_sec = 0.0
         self._last_end_sec = 0.0
-        self._previous: tuple[str, ...] = ()  # keys of the last hypothesis after what is committed, for who compares
+        self._previous: tuple[str, ...] = ()  # keys of the last hypothesis after the committed words
 
     def window_start_sec(self, held_from_sec: float, audio_end_sec: float) -> float:
-        """All audio held is decoded."""
+        """Return where the audio to decode begins; by default all audio held is decoded."""
         return held_from_sec
 
+    def update(self, words: Sequence[Word], *, audio_end_sec: float) -> CommitResult:
+        """Take a hypothesis for all audio held.
+
+        Args:
+            words: in absolute time.
+            audio_end_sec: end of that audio; committed words are clipped to it.
+
+        Returns:
+            The words new in the transcript, and the tail.
+        """
+        raise NotImplementedError
+
     def flush(self, words: Sequence[Word]) -> CommitResult:
-        """Commit every word of a hypothesis; loops are dropped."""
+        """Commit every new word of a hypothesis; loops are dropped."""
         self._previous = ()
         return CommitResult(self._commit(self._new_words(words)), ())
 
     def discard_before(self, sec: float) -> None:
-        """Stop expecting committed words that ended before `sec` in coming hypotheses."""
+        """Note that audio before `sec` is gone: coming hypotheses begin after it."""
         self._held_from_sec = max(self._held_from_sec, sec)
         held = sum(word.end_sec > self._held_from_sec for word in self._committed)
-        self._committed = self._committed[-max(held, LOOP_MIN_WORDS) :]  # the few before: loops cross the cut
+        self._committed = self._committed[-max(held, LOOP_MIN_WORDS) :]  # a few before the cut: loops cross it
 
     def _new_words(self, words: Sequence[Word]) -> tuple[Word, ...]:
-        """Return the words after the committed ones, less loops.
+        """Return the words after the committed ones, without loops.
 
         The cut k minimises 2 x edit distance(committed words held, words[:k]) + words whose middle lies on the wrong
-        side of the last committed time by more than `TIME_SLACK_SEC`; of equals, the cut nearest to that time.
+        side of the last committed time by more than `TIME_SLACK_SEC`; of equals, the cut nearest to that time wins.
         """
-        words = _without_loops((), words)  # what is committed has none: aligned first, they would shift the cut
+        words = _without_loops((), words)  # committed words have none: a loop would shift the cut
         expected = [word_key(word) for word in self._committed if word.end_sec > self._held_from_sec]
-        middles = [(word.start_sec + word.end_sec) / 2 for word in words]
+        middles = [_middle_sec(word) for word in words]
         late = [middle > self._last_end_sec + TIME_SLACK_SEC for middle in middles]
         early = [middle < self._last_end_sec - TIME_SLACK_SEC for middle in middles]
         by_time = sum(middle < self._last_end_sec for middle in middles)
@@ -117,43 +132,35 @@ class _Transcript:
         committed = []
         for word in words:
             start = max(word.start_sec, self._last_end_sec)
-            end = max(min(word.end_sec, audio_end_sec), start)
-            committed.append(replace(word, start_sec=start, end_sec=end))
-            self._last_end_sec = end
+            self._last_end_sec = max(min(word.end_sec, audio_end_sec), start)
+            committed.append(replace(word, start_sec=start, end_sec=self._last_end_sec))
         self._committed += committed
         return tuple(committed)
 
 
-class LocalAgreement(_Transcript):
+class LocalAgreement(CommitPolicy):
     """LocalAgreement-2: commits the longest common beginning of the last two hypotheses."""
 
     def update(self, words: Sequence[Word], *, audio_end_sec: float) -> CommitResult:
-        """Commit what this hypothesis and the last one agree on.
-
-        Args:
-            words: the hypothesis for all audio held, absolute times.
-            audio_end_sec: end of that audio; words are clipped to it.
-        Returns: words new in the transcript, and the tail.
-        """
+        """Commit what this hypothesis and the last one agree on; see `CommitPolicy.update`."""
         new = self._new_words(words)
         keys = tuple(word_key(word) for word in new)
-        agreed = 0
-        while agreed < min(len(keys), len(self._previous)) and keys[agreed] == self._previous[agreed]:
-            agreed += 1
+        pairs = zip(keys, self._previous, strict=False)
+        agreed = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         self._previous = keys[agreed:]
         return CommitResult(self._commit(new[:agreed], audio_end_sec), new[agreed:])
 
 
-class AlignAtt(_Transcript):
+class AlignAtt(CommitPolicy):
     """AlignAtt (Papi et al. 2023): commits the words whose attention ends before the newest audio.
 
-    The decoder looks at the audio that a word comes from. A word that ends at least `guard_sec` before the end of the
-    audio was said whole, with what follows it in view; a later one may still change. The committed words are forced as
-    the beginning of the next hypothesis, so that it goes on from them.
+    The decoder attends to the audio that a word comes from. A word that ends at least `guard_sec` before the end of the
+    audio was heard whole, with what follows it in view; a later one may still change. The committed words are forced as
+    the beginning of the next hypothesis, which continues from them.
 
     Beyond the paper, the last hypothesis must have had the word at its place too, unless `UNCONFIRMED_SEC` have passed:
-    with updates every 0.3 s this costs no latency in the median and takes back half of what streaming adds to the error
-    rate (tiny.en int8, 90 clips joined with pauses, 2026-11-28: WER 16.8 % with it, 18.4 without, 15.3 offline).
+    with updates every 0.3 s this costs no latency in the median and halves what streaming adds to the error rate
+    (tiny.en int8, 90 clips joined with pauses, 2026-11-28: WER 16.8 % with it, 18.4 without, 15.3 offline).
 
     Args:
         guard_sec: between the end of a committed word and the end of the audio.
@@ -166,7 +173,7 @@ class AlignAtt(_Transcript):
         self._guard_sec = guard_sec
 
     def update(self, words: Sequence[Word], *, audio_end_sec: float) -> CommitResult:
-        """Commit the words that ended before the guard; see `LocalAgreement.update`."""
+        """Commit the words that ended before the guard; see `CommitPolicy.update`."""
         new = self._new_words(words)
         keys = tuple(word_key(word) for word in new)
         settled = 0
@@ -179,13 +186,13 @@ class AlignAtt(_Transcript):
         return CommitResult(self._commit(new[:settled], audio_end_sec), new[settled:])
 
 
-class ChunkMerge(_Transcript):
+class ChunkMerge(CommitPolicy):
     """Independent chunks of 2 s that overlap by 0.5 s, merged at a word's middle: how live captions are often made.
 
-    Kept for comparison: a word that a chunk's edge cuts is wrong in both.
+    Kept for comparison: a word that a chunk's edge cuts is wrong in both chunks.
     """
 
-    interval_sec: float | None = CHUNK_SEC - CHUNK_OVERLAP_SEC
+    interval_sec = CHUNK_SEC - CHUNK_OVERLAP_SEC
 
     def window_start_sec(self, held_from_sec: float, audio_end_sec: float) -> float:
         """Decode the newest chunk alone."""
@@ -194,15 +201,11 @@ class ChunkMerge(_Transcript):
     def update(self, words: Sequence[Word], *, audio_end_sec: float) -> CommitResult:
         """Commit the words of a chunk whose middle lies between the middles of its overlaps."""
         until_sec = audio_end_sec - CHUNK_OVERLAP_SEC / 2
-        committed = self._commit([word for word in self._unheard(words) if _middle_sec(word) <= until_sec])
+        committed = self._commit([word for word in self._new_words(words) if _middle_sec(word) <= until_sec])
         self._last_end_sec = max(self._last_end_sec, until_sec)
         return CommitResult(committed, tuple(word for word in words if _middle_sec(word) > until_sec))
 
-    def flush(self, words: Sequence[Word]) -> CommitResult:
-        """Commit the rest of the last chunk."""
-        return CommitResult(self._commit(self._unheard(words)), ())
-
-    def _unheard(self, words: Sequence[Word]) -> tuple[Word, ...]:
+    def _new_words(self, words: Sequence[Word]) -> tuple[Word, ...]:
         late = [word for word in words if _middle_sec(word) > self._last_end_sec]
         return _without_loops(self._committed[-LOOP_MIN_WORDS:], late)
 
@@ -214,12 +217,13 @@ def make_policy(settings: StreamingConfig) -> CommitPolicy:
     return LocalAgreement() if settings.policy == "local_agreement" else ChunkMerge()
 
 
-def _middle_sec(word: Word) -> float:
-    return (word.start_sec + word.end_sec) / 2
+def join_words(words: Sequence[Word]) -> str:
+    """Return the words as text, with spaces between them."""
+    return " ".join(word.text for word in words)
 
 
 def word_key(word: Word) -> str:
-    """Return a word without case and punctuation; the text itself where nothing else is in it."""
+    """Return a word without case and punctuation; the text itself if nothing else is in it."""
     key = "".join(c for c in word.text.casefold() if not unicodedata.category(c).startswith(("P", "S")))
     return key or word.text
 
@@ -227,12 +231,15 @@ def word_key(word: Word) -> str:
 def find_loop(words: Sequence[Word], *, beyond: int = 0) -> range | None:
     """Find a repetition that no speaker makes.
 
-    A loop is an n-gram (n from 1 to 4 words) said at least three times in a row that spans at least 12 words, or goes
-    by at more than 8 words a second: the decoder runs on while the audio does not.
+    A loop is an n-gram (n from 1 to 4 words) said at least three times in a row that spans at least 12 words, or passes
+    at more than 8 words per second: the decoder runs on while the audio does not.
 
     Args:
+        words: with their times.
         beyond: only loops that reach past this index count.
-    Returns: the indices of the second and later copies of the earliest loop, with a copy cut off at the end; or None.
+
+    Returns:
+        The indices of the second and later copies of the earliest loop, including a copy cut off at the end; or None.
     """
     keys = [word_key(word) for word in words]
     for start in range(len(keys)):
@@ -241,24 +248,25 @@ def find_loop(words: Sequence[Word], *, beyond: int = 0) -> range | None:
             stop = start + n
             while keys[stop : stop + n] == gram:
                 stop += n
-            looping = stop - start >= LOOP_MIN_COPIES * n and stop > beyond
-            if looping and _implausible(words[start:stop]):
+            if stop - start < LOOP_MIN_COPIES * n or stop <= beyond:
+                continue
+            duration_sec = words[stop - 1].end_sec - words[start].start_sec
+            if stop - start >= LOOP_MIN_WORDS or stop - start > MAX_WORDS_PER_SEC * duration_sec:
                 cut_off = len(keys) - stop < n and keys[stop:] == gram[: len(keys) - stop]
                 return range(start + n, len(keys) if cut_off else stop)
     return None
 
 
 def _without_loops(before: Sequence[Word], new: Sequence[Word]) -> tuple[Word, ...]:
-    """Drop from `new` the copies of loops, which may have begun in `before`: what follows a loop is kept."""
+    """Drop from `new` the copies of loops, which may have begun in `before`; what follows a loop is kept."""
     kept = list(new)
     while (loop := find_loop([*before, *kept], beyond=len(before))) is not None:
         del kept[max(0, loop.start - len(before)) : loop.stop - len(before)]
     return tuple(kept)
 
 
-def _implausible(repetition: Sequence[Word]) -> bool:
-    duration_sec = repetition[-1].end_sec - repetition[0].start_sec
-    return len(repetition) >= LOOP_MIN_WORDS or len(repetition) > MAX_WORDS_PER_SEC * duration_sec
+def _middle_sec(word: Word) -> float:
+    return (word.start_sec + word.end_sec) / 2
 
 
 def _prefix_distances(expected: Sequence[str], found: Sequence[str]) -> list[int]:

@@ -1,19 +1,20 @@
-"""Live transcription: a state machine over a bounded buffer, speech detection, one decode path and a commit policy.
+"""Live transcription: audio in, committed words out.
 
-Speech detection decides when to compute: a pause makes the words so far final, decoded to their end. Whether the audio
-before it stays as context depends on what the model was trained on, see `CONTEXT_SILENCE_SEC`. State advances in steps
-of one VAD window, so that any chunking of the same audio gives the same transcript.
+A session holds the newest audio, decodes it when enough of it is new, and lets a commit policy decide which words are
+final. Speech detection decides when to compute: a pause makes the words so far final, decoded to their end. Whether the
+audio before it stays as context depends on what the model was trained on, see `CONTEXT_SILENCE_SEC`. State advances in
+steps of one VAD window, so that any chunking of the same audio gives the same transcript.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import soxr
@@ -21,19 +22,12 @@ import soxr
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.vad import SpeechTimeline, VADEvent, VoiceActivityDetector, check_waveform
 from src.data.vad_network import WINDOW_SAMPLES
-from src.inference.decoding import decode
 from src.inference.engines import Engine, transcribe
-from src.inference.options import DecodingOptions, DecodingResult
-from src.inference.streaming.buffer import AudioBuffer
-from src.inference.streaming.commit import CommitPolicy, find_loop, make_policy
-from src.inference.streaming.events import Event, join_words
+from src.inference.options import DecodingOptions
+from src.inference.streaming.commit import Event, find_loop, join_words, make_policy
 from src.inference.words import Word, shifted
-from src.models.dynamic_context import get_audio_context
 from src.utils.config import Config
 from src.utils.errors import AudioError
-
-DecodeFn = Callable[[Any, Any, Sequence[Waveform], DecodingOptions], list[DecodingResult]]
-State = Literal["idle", "speech", "ending", "pause"]
 
 # A longer silence drops the audio before it. Models tuned on single sentences stop at the first pause that they hear:
 # tiny.en after 90 updates on the sample clips, 100 s of its test split as a stream (2026-11-24, two CPU cores): keeping
@@ -43,74 +37,100 @@ KEEP_SEC = 4.0  # audio kept as context where a full buffer is cut
 UNSETTLED_SEC = 2.0  # newest words that are not forced out of a full buffer
 ONSET_SEC = 0.2  # kept before speech, beyond the VAD's own padding and delay
 SETTLED_SEC = 0.2  # audio after the last speech that an update must have heard to count as the last one
-UNCOVERED_SEC = 0.8  # speech after the last word that says the decoder stopped early
+UNCOVERED_SEC = 0.8  # speech after the last word that shows that the decoder stopped early
 ALIGN_SLACK_SEC = 0.2  # how far a word's time may lie outside padded speech
 BUSY_FACTOR = 1.2  # an update is worth starting after this many times its own duration
 EMA_WEIGHT = 0.3  # of the newest update time in the running mean
 
 
-class StreamingSession:
-    """One live session. Several sessions may share a model; each is used from one thread at a time.
+@dataclass(frozen=True)
+class EmittedWord:
+    """A committed word, the audio heard when it was committed, and the clock then (both in seconds)."""
 
-    Args:
-        model: a `DynamicWhisper`, in the context that its config says; not needed with `engine`.
-        processor: its `WhisperProcessor`.
-        engine: from `load_engine`, instead of a model: CTranslate2 is the fastest on a CPU.
-        vad: speech detector, may be shared; None decodes silence like speech, and is final only at the end.
-        config: sections `streaming`, `model`, `inference`, and `vad` for the paddings.
-        context_silence_sec: silence after which the audio before it is dropped; None takes `CONTEXT_SILENCE_SEC` of the
-            model's audio context.
-        clock: seconds, monotone; measures updates and stamps events.
-        policy: makes the commit policy; by default the one that `streaming.policy` names.
-        decode_fn: the decode path; an argument so that tests can script it.
+    word: Word
+    audio_sec: float
+    emitted_at: float
 
-    Used as a context manager, it flushes at the end of the block.
+
+@dataclass(frozen=True)
+class StreamingResult:
+    """A finished session.
 
     Attributes:
-        sharers: sessions that take turns on the same model, this one included: updates come that much rarer.
+        events: all of them.
+        audio_sec: audio heard.
+        compute_sec: clock time spent inside the session.
+        longest_update_sec: the longest model call.
+        updates: number of model calls.
+        overruns: blocks that the microphone lost; 0 for files.
+    """
+
+    events: tuple[Event, ...]
+    audio_sec: float
+    compute_sec: float
+    longest_update_sec: float
+    updates: int
+    overruns: int = 0
+
+    @property
+    def words(self) -> tuple[EmittedWord, ...]:
+        """All committed words."""
+        commits = [event for event in self.events if event.kind == "commit"]
+        return tuple(EmittedWord(word, event.audio_sec, event.emitted_at) for event in commits for word in event.words)
+
+    @property
+    def text(self) -> str:
+        """The transcript: exactly the commits, joined."""
+        return join_words([emitted.word for emitted in self.words])
+
+    @property
+    def rtf(self) -> float:
+        """Real-time factor, compute_sec / audio_sec; nan without audio."""
+        return self.compute_sec / self.audio_sec if self.audio_sec else math.nan
+
+
+class StreamingSession:
+    """One live session. Several sessions may share an engine; each is used from one thread at a time.
+
+    As a context manager, it flushes at the end of the block.
+
+    Args:
+        engine: from `load_engine`.
+        vad: speech detector, may be shared; None decodes silence like speech, and is final only at the end.
+        config: sections `streaming`, `model` and `inference`.
+        clock: seconds, monotone; measures updates and stamps events.
+
+    Attributes:
+        sharers: sessions that take turns on the same machine, this one included: updates become that much rarer.
     """
 
     def __init__(
         self,
-        model: Any = None,
-        processor: Any = None,
+        engine: Engine,
         *,
-        engine: Engine | None = None,
         vad: VoiceActivityDetector | None = None,
         config: Config | None = None,
-        context_silence_sec: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
-        policy: Callable[[], CommitPolicy] | None = None,
-        decode_fn: DecodeFn = decode,
     ) -> None:
         config = config or Config()
-        self._vad, self._settings = vad, config.streaming
-        if engine is not None:
-            self._transcribe: Callable[..., list[DecodingResult]] = partial(transcribe, engine)
-            self._encode_text = engine.vocabulary.encode
-            context: str = engine.audio_context
-        else:
-            self._transcribe = partial(decode_fn, model, processor)
-            self._encode_text = partial(processor.tokenizer.encode, add_special_tokens=False)
-            context = "full" if model is None else get_audio_context(model.config)
-        self._context_silence_sec = CONTEXT_SILENCE_SEC[context] if context_silence_sec is None else context_silence_sec
+        self._engine, self._vad, self._clock = engine, vad, clock
+        self._settings = config.streaming
+        self._options = replace(DecodingOptions.from_config(config), num_beams=1, word_timestamps=True)
+        self._context_silence_sec = CONTEXT_SILENCE_SEC[engine.audio_context]
         self._pad_sec = vad.config.pad_sec if vad is not None else 0.0
         self._lead_in_sec = ONSET_SEC + self._pad_sec + (vad.config.min_speech_sec if vad is not None else 0.0)
-        self._options = replace(DecodingOptions.from_config(config), num_beams=1, word_timestamps=True)
-        self._clock = clock
-        self._make_policy = policy or partial(make_policy, config.streaming)
         self.sharers = 1
         self.reset()
 
     def reset(self) -> None:
         """Forget everything heard; the next `feed` begins a new stream at 0 s."""
         self._buffer = AudioBuffer(self._settings.buffer_sec)
-        self._policy = self._make_policy()
+        self._policy = make_policy(self._settings)
         self._timeline = SpeechTimeline(self._vad)
         self._resampler: soxr.ResampleStream | None = None
         self._rate: int | None = None
         self._pending: Waveform = np.zeros(0, dtype=np.float32)
-        self._state: State = "idle"
+        self._state: Literal["idle", "speech", "ending", "pause"] = "idle"
         self._adaptive = True
         self._transcript: list[Word] = []
         self._finals = 0  # words of the transcript that a final has covered
@@ -141,7 +161,7 @@ class StreamingSession:
 
     @property
     def audio_sec(self) -> float:
-        """Audio heard so far, less what waits to fill a window of 32 ms."""
+        """Audio heard so far, without what waits to fill a window of 32 ms."""
         return self._buffer.end_sec
 
     def feed(self, samples: Waveform, sample_rate: int = SAMPLE_RATE) -> list[Event]:
@@ -149,10 +169,14 @@ class StreamingSession:
 
         Args:
             samples: (T,) float32 in [-1, 1], any T.
-            sample_rate: Hz; the same during a stream.
-        Returns: events that it caused, in order.
-        Raises: AudioError: not one channel of finite samples, or another rate than before. What the model raises, with
-            a note of the time; the audio is kept, and the next call tries again.
+            sample_rate: Hz; the same throughout a stream.
+
+        Returns:
+            The events that it caused, in order.
+
+        Raises:
+            AudioError: not one channel of finite samples, or another rate than before. Errors of the model pass through
+                with a note of the time; the audio is kept, and the next call tries again.
         """
         began = self._clock()
         try:
@@ -165,7 +189,7 @@ class StreamingSession:
             self.compute_sec += self._clock() - began
 
     def flush(self) -> list[Event]:
-        """Decode what is left, commit all of it, and emit a final. The session may go on afterwards."""
+        """Decode what is left, commit all of it, and emit a final. The session may continue afterwards."""
         began = self._clock()
         try:
             if self._resampler is not None:
@@ -179,6 +203,10 @@ class StreamingSession:
             return self._take_events()
         finally:
             self.compute_sec += self._clock() - began
+
+    def result(self, events: Sequence[Event]) -> StreamingResult:
+        """Summarise the session; `events` are all that it has given since the last `reset`."""
+        return StreamingResult(tuple(events), self.audio_sec, self.compute_sec, self.longest_update_sec, self.updates)
 
     def _resample(self, samples: Waveform, sample_rate: int) -> Waveform:
         check_waveform(samples)
@@ -194,7 +222,7 @@ class StreamingSession:
         return np.asarray(self._resampler.resample_chunk(samples.astype(np.float32, copy=False)))
 
     def _hear(self, window: Waveform) -> None:
-        """Advance by one window; it leaves `_pending` when nothing can fail before it is in the buffer."""
+        """Advance by one window; it leaves `_pending` only when nothing before the buffer can fail any more."""
         if self._buffer.free_samples < len(window):
             self._make_room()
         self._pending = self._pending[len(window) :]
@@ -236,7 +264,7 @@ class StreamingSession:
         if self._updated_sec < min(self._timeline.end_sec + SETTLED_SEC, self._buffer.end_sec):
             self._hypothesis = self._decode()
         self._commit(self._policy.flush(self._hypothesis).committed)
-        if self._partial:  # nothing of it was committed: a listener still shows it
+        if self._partial:  # nothing of it was committed, but listeners still show it
             self._partial = ()
             self._emit("partial", ())
         if len(self._transcript) > self._finals:
@@ -249,10 +277,12 @@ class StreamingSession:
         samples, held_from_sec = self._buffer.view()
         start_sec = self._policy.window_start_sec(held_from_sec, self._buffer.end_sec)
         samples = samples[round((start_sec - held_from_sec) * SAMPLE_RATE) :].copy()
-        prompt, prefix = self._prompt(), self._prefix()
+        prompt = self._prompt()
+        prefix = join_words(self._transcript[self._left :]) if self._policy.forces_prefix else ""
         words = self._call_model(samples, start_sec, prompt, prefix)
         if (prompt or prefix) and find_loop(words) is not None:
-            words = self._call_model(samples, start_sec)  # a given text may have begun the loop, and would feed it
+            words = self._call_model(samples, start_sec)  # the given text may have begun the loop, and would feed it
+        # where the decoder stopped early, decode the rest by itself
         while words and self._vad is not None and self._speech_after(words[-1].end_sec) >= UNCOVERED_SEC:
             at_sec = words[-1].end_sec
             rest = self._call_model(samples[round((at_sec - start_sec) * SAMPLE_RATE) :], at_sec)
@@ -264,14 +294,14 @@ class StreamingSession:
         return tuple(w for w in words if self._timeline.touches(w.start_sec, w.end_sec, slack_sec=slack_sec))
 
     def _speech_after(self, sec: float) -> float:
-        """Speech in the buffer that begins later than a word ending at `sec` may reach, seconds."""
+        """Return the seconds of speech in the buffer that lie beyond the reach of a word ending at `sec`."""
         return self._timeline.speech_sec(sec + ALIGN_SLACK_SEC, self._buffer.end_sec)
 
     def _call_model(self, samples: Waveform, start_sec: float, prompt: str = "", prefix: str = "") -> tuple[Word, ...]:
         """Decode audio that begins at `start_sec`; return its words in absolute time, and measure the call."""
         began = self._clock()
         try:
-            (result,) = self._transcribe([samples], replace(self._options, prompt=prompt, prefix=prefix))
+            (result,) = transcribe(self._engine, [samples], replace(self._options, prompt=prompt, prefix=prefix))
         except Exception as err:
             err.add_note(f"while streaming {self._buffer.start_sec:.2f} to {self._buffer.end_sec:.2f} s")
             raise
@@ -282,23 +312,19 @@ class StreamingSession:
         self.updates += 1
         return shifted(result.words or (), start_sec)
 
-    def _prefix(self) -> str:
-        """Return the committed words that are still in the buffer, where the policy wants them forced."""
-        return join_words(self._transcript[self._left :]) if self._policy.forces_prefix else ""
-
     def _prompt(self) -> str:
         """Return the newest text whose audio has left the buffer, at most `max_prompt_tokens` of it."""
         budget = self._settings.max_prompt_tokens
         words: list[str] = []
         for word in reversed(self._transcript[max(0, self._left - budget) : self._left]):
-            budget -= len(self._encode_text(" " + word.text))
+            budget -= len(self._engine.vocabulary.encode(" " + word.text))
             if budget < 0:
                 break
             words.insert(0, word.text)
         return " ".join(words)
 
     def _make_room(self) -> None:
-        """Cut a full buffer behind a committed word; commit the settled words first where there is none."""
+        """Cut a full buffer after a committed word; commit the settled words first where there is none."""
         end_sec = self._buffer.end_sec
         if self._state in ("idle", "pause"):
             self._drop_audio_before(end_sec - self._lead_in_sec)
@@ -316,8 +342,8 @@ class StreamingSession:
         self._drop_audio_before(cut_sec)
 
     def _cut_sec(self) -> float | None:
-        """Return the end of a committed word to cut behind, best the last one that leaves `KEEP_SEC` of context."""
-        free_at_least_sec = min(1.0, self._settings.buffer_sec / 4)  # else the next cut follows at once
+        """Return the end of a committed word to cut after: the last one that leaves `KEEP_SEC`, else the first."""
+        free_at_least_sec = min(1.0, self._settings.buffer_sec / 4)  # otherwise the next cut follows at once
         ends = [word.end_sec for word in self._transcript[self._left :]]
         ends = [end for end in ends if end >= self._buffer.start_sec + free_at_least_sec]
         old = [end for end in ends if end <= self._buffer.end_sec - KEEP_SEC]
@@ -344,3 +370,57 @@ class StreamingSession:
     def _take_events(self) -> list[Event]:
         events, self._outbox = self._outbox, []
         return events
+
+
+class AudioBuffer:
+    """The newest audio of a stream, on the stream's clock: seconds since its first sample.
+
+    Twice the capacity is allocated, so that the content stays contiguous and moves only once per capacity heard.
+
+    Args:
+        max_sec: capacity, seconds.
+    """
+
+    def __init__(self, max_sec: float) -> None:
+        self.capacity_samples = math.ceil(max_sec * SAMPLE_RATE)
+        self._memory: Waveform = np.zeros(2 * self.capacity_samples, dtype=np.float32)
+        self._at = 0  # first valid sample within the memory
+        self._size = 0
+        self._start = 0  # the same sample in the stream
+
+    @property
+    def start_sec(self) -> float:
+        """Time of the oldest sample held."""
+        return self._start / SAMPLE_RATE
+
+    @property
+    def end_sec(self) -> float:
+        """Time of the end of the newest sample: all audio heard."""
+        return (self._start + self._size) / SAMPLE_RATE
+
+    @property
+    def free_samples(self) -> int:
+        """How much can be appended before something must be trimmed."""
+        return self.capacity_samples - self._size
+
+    def append(self, samples: Waveform) -> None:
+        """Add (T,) float32 at the end; `trim_to` must have made room for it."""
+        if len(samples) > self.free_samples:
+            raise AudioError(f"{len(samples)} samples do not fit: {self.free_samples} are free; call trim_to first")
+        if self._at + self._size + len(samples) > len(self._memory):
+            self._memory[: self._size] = self._memory[self._at : self._at + self._size]
+            self._at = 0
+        end = self._at + self._size
+        self._memory[end : end + len(samples)] = samples
+        self._size += len(samples)
+
+    def trim_to(self, sec: float) -> None:
+        """Drop the audio before a time; a time outside the buffer keeps or drops all of it."""
+        drop = min(max(round(sec * SAMPLE_RATE) - self._start, 0), self._size)
+        self._at += drop
+        self._start += drop
+        self._size -= drop
+
+    def view(self) -> tuple[Waveform, float]:
+        """Return the audio held, (T,) float32 and valid until the next append, and its start in seconds."""
+        return self._memory[self._at : self._at + self._size], self.start_sec

@@ -1,7 +1,7 @@
-"""Captions as they are spoken: a notebook's output that is replaced in place, or one line of a terminal.
+"""Captions while they are spoken: a notebook's output that is replaced in place, or one line of a terminal.
 
-Text that stays is in the colour of the theme, and what may still change is the same colour, fainter: both can be read
-on light and on dark ground.
+Text that stays has the colour of the theme, text that may still change the same colour, fainter: both can be read on
+light and on dark backgrounds.
 """
 
 from __future__ import annotations
@@ -18,61 +18,13 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from src.inference.captions import spaced
-from src.inference.streaming.events import Event
+from src.inference.streaming.commit import Event
 from src.utils.colab import in_notebook
 
 MAX_CHARS = 1_000  # of committed text on show; the transcript has all of it
 MAX_UPDATES_PER_SEC = 8  # an update of a real microphone is up to three events, about twice a second
 FAINT = 0.7  # opacity; the contrast stays above 4.5 (WCAG 2 AA) in the themes of Jupyter and Colab
 CLEAR_LINE = "\r\x1b[K"
-
-
-@dataclass(frozen=True)
-class Captions:
-    """What is on show.
-
-    Attributes:
-        committed: text that stays, the newest `MAX_CHARS` characters.
-        partial: text that may still change.
-        heard_sec: audio heard.
-        latency_sec: from the end of the newest committed word to its commit, seconds of audio; None before the first.
-    """
-
-    committed: str = ""
-    partial: str = ""
-    heard_sec: float = 0.0
-    latency_sec: float | None = None
-
-    def after(self, event: Event) -> Captions:
-        """Return what is on show after an event."""
-        heard = replace(self, heard_sec=event.audio_sec)
-        if event.kind == "final":  # its words have been committed
-            return heard
-        text = "".join(spaced([word.text for word in event.words]))
-        if event.kind == "partial":
-            return replace(heard, partial=text)
-        latency_sec = event.audio_sec - event.words[-1].end_sec
-        return replace(heard, committed=_newest(_join(self.committed, text)), partial="", latency_sec=latency_sec)
-
-    def status(self, *, over: bool) -> str:
-        """Return the line below the text."""
-        latency_sec = self.latency_sec
-        late = "" if latency_sec is None else f", the newest word committed {latency_sec:.1f} s of audio after its end"
-        return f"{'finished' if over else 'listening'}: {self.heard_sec:.1f} s heard{late}"
-
-    def to_html(self, *, over: bool) -> str:
-        """Return them for a notebook; text is escaped."""
-        rest = _join(self.committed, self.partial)[len(self.committed) :]
-        return (
-            '<div style="max-width: 60em; line-height: 1.5">'
-            f'<div dir="auto" style="min-height: 1.5em">{html.escape(self.committed)}'
-            f'<span style="opacity: {FAINT}; font-style: italic">{html.escape(rest)}</span></div>'
-            f'<small style="opacity: {FAINT}">{self.status(over=over)}</small></div>'
-        )
-
-    def to_text(self) -> str:
-        """Return them for a terminal, on one line, without what would control it."""
-        return "".join(filter(str.isprintable, _join(self.committed, self.partial)))
 
 
 class LiveCaptions:
@@ -85,7 +37,7 @@ class LiveCaptions:
 
     Args:
         clock: seconds, monotone.
-        terminal: where they go outside of a notebook: in place where it is a terminal, else at the end only.
+        terminal: where they go outside of a notebook: in place if it is a terminal, else only at the end.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, terminal: TextIO | None = None) -> None:
@@ -102,7 +54,7 @@ class LiveCaptions:
         self._draw(over=True)
 
     def show(self, event: Event) -> None:
-        """Take an event, and show what has become of it unless there were too many updates."""
+        """Take an event, and show its effect unless there were too many updates."""
         self._captions = self._captions.after(event)
         now_sec = self._clock()
         if len(self._drawn_sec) < MAX_UPDATES_PER_SEC or now_sec - self._drawn_sec[0] >= 1.0:
@@ -110,27 +62,69 @@ class LiveCaptions:
             self._draw()
 
     def _draw(self, *, over: bool = False) -> None:
+        text = self._captions.to_text()
         if self._in_notebook:
-            self._display(over=over)
+            from IPython.display import display
+
+            shown = {"text/html": self._captions.to_html(over=over), "text/plain": text}
+            update, self._display_id = bool(self._display_id), self._display_id or secrets.token_hex(8)
+            display(shown, raw=True, display_id=self._display_id, update=update)
         elif over:
             clear = CLEAR_LINE if self._terminal.isatty() else ""
-            self._terminal.write(f"{clear}{self._captions.to_text()}\n")
+            self._terminal.write(f"{clear}{text}\n")
         elif self._terminal.isatty():
             columns = shutil.get_terminal_size().columns - 1  # the last one may wrap
-            self._terminal.write(CLEAR_LINE + self._captions.to_text()[-columns:])
+            self._terminal.write(CLEAR_LINE + text[-columns:])
             self._terminal.flush()
 
-    def _display(self, *, over: bool) -> None:
-        from IPython.display import display
 
-        shown = {"text/html": self._captions.to_html(over=over), "text/plain": self._captions.to_text()}
-        update = bool(self._display_id)
-        self._display_id = self._display_id or secrets.token_hex(8)
-        display(shown, raw=True, display_id=self._display_id, update=update)
+@dataclass(frozen=True)
+class Captions:
+    """The captions on show.
+
+    Attributes:
+        committed: text that stays, the newest `MAX_CHARS` characters.
+        partial: text that may still change.
+        heard_sec: audio heard.
+        latency_sec: from the end of the newest committed word to its commit, seconds of audio; None before the first.
+    """
+
+    committed: str = ""
+    partial: str = ""
+    heard_sec: float = 0.0
+    latency_sec: float | None = None
+
+    def after(self, event: Event) -> Captions:
+        """Return the captions after an event."""
+        heard = replace(self, heard_sec=event.audio_sec)
+        if event.kind == "final":  # its words have been committed
+            return heard
+        text = "".join(spaced([word.text for word in event.words]))
+        if event.kind == "partial":
+            return replace(heard, partial=text)
+        latency_sec = event.audio_sec - event.words[-1].end_sec
+        return replace(heard, committed=_newest(_join(self.committed, text)), partial="", latency_sec=latency_sec)
+
+    def to_html(self, *, over: bool) -> str:
+        """Return them for a notebook; text is escaped."""
+        rest = _join(self.committed, self.partial)[len(self.committed) :]
+        status = f"{'finished' if over else 'listening'}: {self.heard_sec:.1f} s heard"
+        if self.latency_sec is not None:
+            status += f", the newest word committed {self.latency_sec:.1f} s of audio after its end"
+        return (
+            '<div style="max-width: 60em; line-height: 1.5">'
+            f'<div dir="auto" style="min-height: 1.5em">{html.escape(self.committed)}'
+            f'<span style="opacity: {FAINT}; font-style: italic">{html.escape(rest)}</span></div>'
+            f'<small style="opacity: {FAINT}">{status}</small></div>'
+        )
+
+    def to_text(self) -> str:
+        """Return them for a terminal, on one line, without control characters."""
+        return "".join(filter(str.isprintable, _join(self.committed, self.partial)))
 
 
 def _join(left: str, right: str) -> str:
-    """Join two texts as their script does, one of which may be empty."""
+    """Join two texts as their script does; either may be empty."""
     return "".join(spaced([text for text in (left, right) if text]))
 
 

@@ -27,7 +27,7 @@ from src.inference.server.page_live import LiveSessions
 from src.inference.server.page_turns import Turns
 from src.inference.server.page_views import transcript_html
 from src.inference.server.protocol import write_samples
-from src.inference.streaming.events import Event, join_words
+from src.inference.streaming.commit import Event, join_words
 from src.inference.words import Word
 from src.utils.config import load_config
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError, ModelError

@@ -24,7 +24,7 @@ from src.inference.server.protocol import (
     read_server,
     write_samples,
 )
-from src.inference.streaming.events import Event
+from src.inference.streaming.commit import Event
 from src.inference.words import Word
 
 

@@ -37,8 +37,8 @@ from src.inference.server.client import in_real_time, stream_to_server
 from src.inference.server.connection import ServerLimits
 from src.inference.server.protocol import CLOSE_CODES, Done, End, Hello, LiveEvent, Ready, StreamError, read_server
 from src.inference.server.server import MAX_WAITING, CaptionServer
-from src.inference.streaming.events import Event
-from src.inference.streaming.live import StreamingASR
+from src.inference.streaming.commit import Event
+from src.inference.streaming.microphone import StreamingASR
 from src.inference.streaming.session import StreamingSession
 from src.inference.words import Word
 from src.utils.config import load_config

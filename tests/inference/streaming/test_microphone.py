@@ -1,28 +1,42 @@
-"""The microphone, through a stand-in for sounddevice whose failures are injected."""
+"""Microphones: a stand-in for sounddevice, and the browser in headless Chromium, which hears a recording."""
 
 from __future__ import annotations
 
+import base64
+import itertools
+import logging
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import jiwer
 import numpy as np
 import pytest
 import soundfile as sf
+import soxr
+from scipy.signal import correlate
 
-from src.inference.options import DecodingResult
-from src.inference.server.client import in_real_time
-from src.inference.streaming import live as streaming
-from src.inference.streaming import microphone as microphone_module
-from src.inference.streaming.live import StreamingASR
-from src.inference.streaming.microphone import Microphone
+from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.vad import VoiceActivityDetector
+from src.evaluation.text import WHISPER_ENGLISH, get_normalizer
+from src.inference.options import DecodingOptions
+from src.inference.streaming import microphone as streaming
+from src.inference.streaming.microphone import (
+    BrowserMicrophone,
+    Microphone,
+    StreamingASR,
+    eval_in_colab,
+    in_real_time,
+)
 from src.inference.words import Word
-from src.utils.config import Config
+from src.utils.config import load_config
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError
+from tests.inference.scripted import ScriptedEngine
 
 RATE = 48_000
 
@@ -99,7 +113,7 @@ def test_overruns_of_the_device_are_counted(install: Callable[..., None]) -> Non
 def test_blocks_that_a_slow_consumer_cannot_take_are_counted(
     install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(microphone_module, "MAX_QUEUED_SEC", 0.3)
+    monkeypatch.setattr(streaming, "MAX_QUEUED_SEC", 0.3)
     install(FakeSoundDevice(blocks=0))
     microphone = Microphone(1.0)
     for _ in range(5):
@@ -110,7 +124,7 @@ def test_blocks_that_a_slow_consumer_cannot_take_are_counted(
 def test_a_device_that_delivers_nothing_is_an_error(
     install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(microphone_module, "PATIENCE_SEC", 0.05)
+    monkeypatch.setattr(streaming, "PATIENCE_SEC", 0.05)
     fake = FakeSoundDevice(blocks=3)
     install(fake)
     with pytest.raises(AudioError, match="delivered nothing"):
@@ -125,72 +139,60 @@ def test_a_device_that_fails_is_an_audio_error(install: Callable[..., None], fai
         list(Microphone(1.0).blocks())
 
 
-def test_absent_package_is_an_error_with_the_line_that_installs_it(install: Callable[..., None]) -> None:
+def test_what_cannot_record_is_refused_with_what_to_do(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in (Microphone, BrowserMicrophone):
+        with pytest.raises(ConfigError, match="duration_sec is 0"):
+            kind(0)
+    with pytest.raises(MissingDependencyError, match="Google Colab only"):
+        list(BrowserMicrophone(1.0).blocks())
     install(None)
+    monkeypatch.setattr(streaming, "in_colab", lambda: True)  # a script there has no page
     with pytest.raises(MissingDependencyError, match="pip install sounddevice"):
-        Microphone(1.0)
+        session(say_hello).stream_from_microphone(1.0)
 
 
-def test_a_duration_of_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="duration_sec is 0"):
-        Microphone(0)
+def session(hear: Callable[..., Any]) -> StreamingASR:
+    return StreamingASR(engine=ScriptedEngine(hear))
 
 
-def session(decode_fn: Any) -> StreamingASR:
-    processor = SimpleNamespace(tokenizer=SimpleNamespace(encode=lambda text, add_special_tokens: text.split()))
-    return StreamingASR(None, processor, config=Config(), context_silence_sec=2.0, decode_fn=decode_fn)
+def say_hello(audio: Waveform, options: DecodingOptions) -> list[Word]:
+    return [Word("hello", 0.1, 0.5, 0.9)]
 
 
-def say_hello(*_: Any) -> list[DecodingResult]:
-    return [DecodingResult("hello", (), 0.0, (Word("hello", 0.1, 0.5, 0.9),))]
-
-
-def test_a_session_decodes_in_the_callers_thread_and_shows_events_as_they_come(install: Callable[..., None]) -> None:
+def test_a_session_decodes_in_the_callers_thread_and_shows_events_as_they_come(
+    install: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
     fake = FakeSoundDevice(blocks=20)
     install(fake)
+    caplog.set_level("INFO", "src.inference.streaming.microphone")
     decoding_threads = set()
 
-    def decode(model: Any, processor: Any, audios: Any, options: Any) -> list[DecodingResult]:
+    def hear(audio: Waveform, options: DecodingOptions) -> list[Word]:
         decoding_threads.add(threading.get_ident())
-        return [DecodingResult("hello", (), 0.0, (Word("hello", 0.1, 0.5, 0.9),))]
+        return say_hello(audio, options)
 
     shown: list[Any] = []
-    result = session(decode).stream_from_microphone(2.0, on_event=shown.append)
+    result = session(hear).stream_from_microphone(2.0, on_event=shown.append)
     assert (result.text, result.overruns) == ("hello", 0)
     assert tuple(shown) == result.events
     assert result.audio_sec == pytest.approx(2.0, abs=0.01)
     assert decoding_threads == {threading.get_ident()}
     assert fake.callback_threads.isdisjoint(decoding_threads)
+    assert "48000 Hz" in caplog.text
 
 
 def test_the_models_error_closes_the_device_and_reaches_the_caller(install: Callable[..., None]) -> None:
     fake = FakeSoundDevice(blocks=20)
     install(fake)
 
-    def fail(*_: Any) -> list[DecodingResult]:
+    def fail(*_: Any) -> list[Word]:
         raise RuntimeError("CUDA out of memory")
 
-    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+    with pytest.raises(RuntimeError):
         session(fail).stream_from_microphone(2.0)
     assert fake.closed
-
-
-def test_outside_colab_this_machine_records_and_the_log_says_so(
-    install: Callable[..., None], caplog: pytest.LogCaptureFixture
-) -> None:
-    install(FakeSoundDevice(blocks=5))
-    caplog.set_level("INFO", "src.inference.streaming.live")
-    assert session(say_hello).stream_from_microphone(0.5).audio_sec == pytest.approx(0.5, abs=0.01)
-    assert caplog.messages == ["recording 0.5 s from this machine's microphone at 48000 Hz"]
-
-
-def test_a_script_in_colab_has_no_page_and_is_told_to_use_a_cell(
-    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(None)
-    monkeypatch.setattr(streaming, "in_colab", lambda: True)
-    with pytest.raises(MissingDependencyError, match="in Colab record from a cell of the notebook"):
-        session(say_hello).stream_from_microphone(1.0)
 
 
 def test_a_file_in_real_time_gives_what_the_file_gives_at_its_pace(
@@ -210,3 +212,267 @@ def test_a_file_in_real_time_gives_what_the_file_gives_at_its_pace(
     assert [event for _, event in shown] == list(result.events)
     assert all(event.audio_sec <= at_sec + 1e-6 for at_sec, event in shown)
     assert now[0] == pytest.approx(2.0)
+
+
+FAKE_COLAB = Path(__file__).parents[2] / "fake_colab"
+JFK_TEXT = "and so my fellow americans ask not what your country can do for you ask what you can do for your country"
+NO_WORKLETS = "Object.defineProperty(AudioContext.prototype, 'audioWorklet', { value: undefined })"
+NO_RESAMPLING = """(() => {
+  const create = AudioContext.prototype.createMediaStreamSource;
+  AudioContext.prototype.createMediaStreamSource = function (stream) {
+    if (this.sampleRate === 16000) throw new DOMException("different sample-rate", "NotSupportedError");
+    return create.call(this, stream);
+  };
+})()"""
+NO_DEVICE = """navigator.mediaDevices.getUserMedia = async () => {
+  throw new DOMException("Requested device not found", "NotFoundError"); }, true"""
+CLICK_FIRST = """(() => {
+  const resume = AudioContext.prototype.resume;
+  const clicked = new Promise((done) => document.addEventListener("click", done));
+  AudioContext.prototype.resume = async function () { await clicked; return resume.call(this); };
+})()"""
+LISTEN = """(() => {
+  const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+  navigator.mediaDevices.getUserMedia = async (wish) => { window.heard = await ask(wish); return window.heard; };
+})()"""
+
+
+@contextmanager
+def importable_colab() -> Iterator[None]:
+    """`google.colab` is the stand-in, and afterwards absent again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FAKE_COLAB)
+        yield
+    for name in [name for name in sys.modules if name.startswith("google.colab")]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def colab(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This is a notebook in Colab."""
+    monkeypatch.setattr(streaming, "in_notebook", lambda: True)
+    with importable_colab():
+        yield
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory, jfk: np.ndarray) -> Path:
+    path = tmp_path_factory.mktemp("microphone") / "jfk.wav"
+    sf.write(path, jfk, SAMPLE_RATE, subtype="PCM_16")
+    return path
+
+
+@pytest.fixture(scope="module")
+def shared_page(recording: Path) -> Iterator[Any]:
+    with importable_colab():
+        from google.colab._page import CHROMIUM, OutputPage
+    if not CHROMIUM:
+        pytest.skip("no chromium on the PATH: apt-get install chromium")
+    page = OutputPage(recording)
+    yield page
+    page.close()
+
+
+@pytest.fixture
+def page(shared_page: Any) -> Any:
+    """A page as it is when it has just been loaded."""
+    shared_page.do(lambda page: page.reload())
+    return shared_page
+
+
+def state_of(page: Any) -> str:
+    return page.evaluate("window.whisperMicrophone.state")
+
+
+def click(page: Any, label: str) -> None:
+    page.do(lambda page: page.get_by_role("button", name=label).click())
+
+
+def places_of(heard: np.ndarray, said: np.ndarray) -> list[tuple[int, int]]:
+    """Return, for each quarter of a second of the first that is found in the second, its place in both, in samples."""
+    size, places = SAMPLE_RATE // 4, []
+    energies = np.convolve(said**2, np.ones(size), "valid")
+    for at in range(0, len(heard) - size, size):
+        window = heard[at : at + size]
+        likeness = correlate(said, window, "valid") / np.sqrt(energies * (window**2).sum() + 1e-6)
+        if likeness.max() > 0.95:
+            places.append((at, int(likeness.argmax())))
+    return places
+
+
+@pytest.mark.slow
+class TestInABrowser:
+    @pytest.mark.parametrize("lack", ["", NO_WORKLETS, NO_RESAMPLING], ids=["all", "no worklets", "no resampling"])
+    def test_all_that_was_said_arrives_in_order_at_its_rate(self, page: Any, jfk: np.ndarray, lack: str) -> None:
+        page.evaluate(lack)
+        microphone = BrowserMicrophone(2.0, eval_js=page.evaluate)
+        heard = np.concatenate(list(microphone.blocks()))
+        assert len(heard) == 2 * microphone.sample_rate
+        assert (microphone.sample_rate == SAMPLE_RATE) == (lack != NO_RESAMPLING)
+        found = places_of(soxr.resample(heard, microphone.sample_rate, SAMPLE_RATE), jfk[: 4 * SAMPLE_RATE])
+        assert len(found) >= 3
+        # on a busy machine the browser's device loses blocks or puts silence between them; it never turns them round
+        assert all(later > earlier for (_, earlier), (_, later) in itertools.pairwise(found))
+        lags = [in_said - in_heard for in_heard, in_said in found]
+        assert any(abs(later - earlier) < 0.01 * SAMPLE_RATE for earlier, later in itertools.pairwise(lags))
+        assert (microphone.overruns, state_of(page)) == (0, "closed")
+
+    def test_the_button_ends_the_recording_and_frees_the_device(self, page: Any) -> None:
+        page.evaluate(LISTEN)
+        blocks = BrowserMicrophone(60.0, eval_js=page.evaluate).blocks()
+        next(blocks)
+        click(page, "Stop recording")
+        list(blocks)
+        assert state_of(page) == "stopped"
+        assert page.evaluate("document.querySelectorAll('button').length") == 0
+        assert page.evaluate("window.heard.getTracks().map((track) => track.readyState)") == ["ended"]
+
+    def test_a_browser_that_wants_a_click_gets_a_button_for_it(self, page: Any) -> None:
+        page.evaluate(CLICK_FIRST)
+
+        def evaluate(script: str) -> Any:
+            answer = page.evaluate(script)
+            states.append(answer["state"] if isinstance(answer, dict) else "")
+            if states[-1] == "paused" and states.count("paused") == 1:
+                click(page, "Start recording")
+            return answer
+
+        states: list[str] = []
+        assert sum(map(len, BrowserMicrophone(0.3, eval_js=evaluate).blocks())) == round(0.3 * SAMPLE_RATE)
+        assert states.index("paused") < states.index("recording")
+
+    def test_what_a_slow_reader_loses_is_counted(
+        self, page: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(streaming, "MAX_QUEUED_SEC", 0.5)
+        microphone = BrowserMicrophone(1.0, eval_js=page.evaluate)
+        blocks = microphone.blocks()
+        heard = len(next(blocks))
+        page.do(lambda page: page.wait_for_function("window.whisperMicrophone.lost >= 2"))
+        waiting = next(blocks)
+        assert 0.3 * SAMPLE_RATE < len(waiting) <= 0.5 * SAMPLE_RATE
+        assert heard + len(waiting) + sum(map(len, blocks)) == SAMPLE_RATE
+        assert microphone.overruns >= 2
+        assert "blocks of microphone audio were lost" in caplog.text
+
+    def test_a_refused_permission_and_a_missing_device_are_errors(self, page: Any) -> None:
+        page.do(lambda page: page.context.clear_permissions())
+        with pytest.raises(AudioError, match="NotAllowedError"):
+            list(BrowserMicrophone(1.0, eval_js=page.evaluate).blocks())
+        page.do(lambda page: page.context.grant_permissions(["microphone"]))
+        page.evaluate(NO_DEVICE)
+        with pytest.raises(AudioError, match="NotFoundError"):
+            list(BrowserMicrophone(1.0, eval_js=page.evaluate).blocks())
+
+    @pytest.mark.parametrize("ending", ["ended", "abandoned", "gone"])
+    def test_a_microphone_that_goes_away_is_an_error_after_what_it_heard(
+        self, page: Any, monkeypatch: pytest.MonkeyPatch, ending: str
+    ) -> None:
+        if ending == "abandoned":
+            monkeypatch.setattr(streaming, "ABANDONED_SEC", 0.2)
+        page.evaluate(LISTEN)
+        blocks = BrowserMicrophone(60.0, eval_js=page.evaluate).blocks()
+        next(blocks)
+        if ending == "ended":
+            page.evaluate("window.heard.getTracks()[0].dispatchEvent(new Event('ended'))")
+        elif ending == "gone":
+            page.do(lambda page: page.reload())
+        else:  # nobody reads
+            page.do(lambda page: page.wait_for_function("window.whisperMicrophone.state === 'abandoned'"))
+        with pytest.raises(AudioError) as caught:
+            list(blocks)
+        assert str(caught.value) == streaming._ENDINGS[ending]
+
+    @pytest.mark.usefixtures("colab")
+    def test_in_colab_the_words_of_the_microphone_are_streamed(
+        self, page: Any, tiny_en: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        from google.colab import output
+
+        monkeypatch.setattr(output, "page", lambda: page)
+        caplog.set_level(logging.INFO, "src.inference.streaming.microphone")
+        config = load_config(None, overrides={"streaming.min_chunk_sec": 2.0})  # few updates, to be quick
+        asr = StreamingASR(*tiny_en, vad=VoiceActivityDetector(config.vad), config=config)
+        shown: list[Any] = []
+        result = asr.stream_from_microphone(11.0, on_event=shown.append)
+        assert jiwer.wer(JFK_TEXT, get_normalizer(WHISPER_ENGLISH)(result.text)) <= 0.1
+        assert result.audio_sec == pytest.approx(11.0, abs=0.1)
+        assert (result.overruns, tuple(shown)) == (0, result.events)
+        assert "recording 11 s from the browser's microphone" in caplog.text
+
+
+def answer(state: str, samples: int = 0, **fields: Any) -> dict[str, Any]:
+    pcm = base64.b64encode(np.full(samples, 1 << 14, "<i2").tobytes()).decode()
+    return {"state": state, "error": None, "lost": 0, "rate": SAMPLE_RATE, "pcm": pcm, **fields}
+
+
+class ScriptedPage:
+    """Gives answers to `take`, the last one for ever, a second each."""
+
+    def __init__(self, *answers: dict[str, Any] | BaseException) -> None:
+        self._answers, self.now, self.closed = list(answers), 0.0, False
+
+    def __call__(self, script: str) -> Any:
+        if script == streaming._TAKE:
+            self.now += 1.0
+            given = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+            if isinstance(given, BaseException):
+                raise given
+            return given
+        self.closed = script == streaming._CLOSE
+        return True
+
+    def microphone(self, duration_sec: float = 1.0) -> BrowserMicrophone:
+        return BrowserMicrophone(duration_sec, eval_js=self, clock=lambda: self.now)
+
+
+@pytest.mark.parametrize(("state", "wait_sec"), [("asking", 60), ("paused", 60), ("recording", 5)])
+def test_patience_has_an_end(state: str, wait_sec: float) -> None:
+    page = ScriptedPage(answer(state))
+    with pytest.raises(AudioError):
+        list(page.microphone().blocks())
+    assert (page.now, page.closed) == (pytest.approx(wait_sec + 2), True)
+
+
+def test_a_permission_that_comes_late_and_pauses_in_the_sound_are_no_errors() -> None:
+    silence = [answer("recording")] * 5
+    page = ScriptedPage(
+        *[answer("asking")] * 50, *silence, answer("recording", 8_000), *silence, answer("recording", 9_000)
+    )
+    blocks = list(page.microphone().blocks())
+    assert [len(block) for block in blocks] == [8_000, 8_000]
+    assert {float(value) for block in blocks for value in block} == {0.5}
+
+
+def test_the_page_is_closed_whatever_ends_the_reading() -> None:
+    page = ScriptedPage(answer("recording", 100))
+    blocks = page.microphone().blocks()
+    next(blocks)
+    blocks.close()
+    assert page.closed
+    page = ScriptedPage(answer("recording", 100, lost=7), KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        list(page.microphone().blocks())
+    assert page.closed
+
+
+@pytest.mark.usefixtures("colab")
+def test_a_colab_page_that_fails_or_never_answers_is_an_audio_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from google.colab import output
+    from google.colab._message import MessageError
+
+    def failing(script: str, timeout_sec: float) -> Any:
+        raise MessageError("TypeError: Failed to fetch")
+
+    def answering(*answers: Any) -> Callable[..., Any]:
+        remaining = iter(answers)
+        return lambda script, timeout_sec: next(remaining, None)  # None is what a timeout gives
+
+    monkeypatch.setattr(output, "eval_js", failing)
+    with pytest.raises(AudioError, match="Failed to fetch; load the page again"):
+        eval_in_colab("1")
+    monkeypatch.setattr(output, "eval_js", answering(True, answer("recording", 160)))
+    blocks = BrowserMicrophone(1.0).blocks()
+    assert len(next(blocks)) == 160
+    with pytest.raises(AudioError, match="did not answer for 10 s"):
+        next(blocks)
