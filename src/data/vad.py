@@ -1,14 +1,18 @@
-"""Where speech is: silero-vad's bundled weights, over whole recordings and over live audio.
+"""Speech detection: silero-vad's packaged network over whole recordings and over live audio.
 
-silero's own iterator keeps its recurrent state inside the model, so that two streams on one model disturb each other.
-Here the weights are shared and each stream owns its state. Whole recordings go through the same stream, so that batch
-and live agree by construction; the rule is silero's `get_speech_timestamps` (equal to it, tested).
+silero's own iterator keeps its recurrent state inside the model, so two streams on one model would
+disturb each other. Here the network is shared and each stream owns its state. Whole recordings go
+through the same stream, so recordings and live audio agree by construction. The rule for segments
+is that of silero's `get_speech_timestamps` (tested to be equal).
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,14 +20,17 @@ import soxr
 from numpy.typing import NDArray
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.vad_network import CONTEXT_SAMPLES, WINDOW_SAMPLES, SpeechNetwork, load_network, new_state
 from src.utils.config import VADConfig
-from src.utils.errors import AudioError
+from src.utils.errors import AudioError, MissingDependencyError, ModelError
 
+WINDOW_SAMPLES = 512  # 32 ms: the only window that the 16 kHz network takes
 HYSTERESIS = 0.15  # speech ends below threshold - 0.15, silero's value
 MIN_END_THRESHOLD = 0.01
-BATCH_CLIPS, BATCH_WINDOWS = 64, 64  # of clips side by side: 25 MB
-CHUNK_WINDOWS = 256  # of one recording at once
+CHUNK_WINDOWS = 256  # 8 s of one recording in one call of the network
+
+_CONTEXT_SAMPLES = 64  # the end of the previous window, which each window is preceded by
+_STATE_SIZE = 128  # of the LSTM
+_MODEL_FILE = Path("data", "silero_vad_16k_sequence.onnx")
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,14 @@ class VADEvent:
 
 
 class VoiceActivityDetector:
-    """Finds speech.
+    """Finds speech in recordings and streams.
 
     Args:
         config: threshold and durations; the defaults of `VADConfig` if None.
-    Raises: MissingDependencyError: silero-vad is not installed. ModelError: its weights cannot be used.
+
+    Raises:
+        MissingDependencyError: silero-vad or onnxruntime is not installed.
+        ModelError: silero-vad's network cannot be loaded.
     """
 
     def __init__(self, config: VADConfig | None = None) -> None:
@@ -72,8 +82,12 @@ class VoiceActivityDetector:
         Args:
             audio: (T,) float32 in [-1, 1].
             sample_rate: of `audio`, Hz; it is resampled to 16 kHz here.
-        Returns: segments in order, padded by `pad_sec` without overlap, in seconds at any rate; none for silence.
-        Raises: AudioError: not one channel of finite samples, or a rate that is not positive.
+
+        Returns:
+            Segments in order, padded by `pad_sec` without overlap, in seconds at any rate; none for silence.
+
+        Raises:
+            AudioError: not one channel of finite samples, or a rate that is not positive.
         """
         if sample_rate <= 0:
             raise AudioError(f"sample rate {sample_rate} Hz; pass the rate of the recording, for example 16000")
@@ -85,22 +99,8 @@ class VoiceActivityDetector:
         return _pad(stream.feed(audio) + stream.finish(), self.config.pad_sec, duration_sec)
 
     def speech_segments_batch(self, audios: Sequence[Waveform]) -> list[list[SpeechSegment]]:
-        """Find all speech in many recordings: what `speech_segments` finds in each, in a fifth of the time.
-
-        Args:
-            audios: (T,) float32 each, 16 kHz, any lengths.
-        Raises: AudioError: not one channel of finite samples.
-        """
-        for audio in audios:
-            check_waveform(audio)
-        found: list[list[SpeechSegment]] = [[] for _ in audios]
-        order = sorted(range(len(audios)), key=lambda i: len(audios[i]), reverse=True)
-        for at in range(0, len(order), BATCH_CLIPS):
-            rows = order[at : at + BATCH_CLIPS]
-            for i, row in zip(rows, _window_probabilities(self._network, [audios[i] for i in rows]), strict=True):
-                events = self.stream().judge(row, len(audios[i]))
-                found[i] = _pad(events, self.config.pad_sec, len(audios[i]) / SAMPLE_RATE)
-        return found
+        """Find all speech in many recordings at 16 kHz, one after another."""
+        return [self.speech_segments(audio) for audio in audios]
 
     def stream(self) -> VADStream:
         """Start a stream with a state of its own."""
@@ -115,15 +115,15 @@ class VADStream:
         probability: of speech in the newest window, in [0, 1].
     """
 
-    def __init__(self, network: SpeechNetwork, config: VADConfig) -> None:
+    def __init__(self, network: Any, config: VADConfig) -> None:
         self._network = network
         self._threshold = config.threshold
         self._end_threshold = max(config.threshold - HYSTERESIS, MIN_END_THRESHOLD)
         self._min_silence = config.min_silence_sec * SAMPLE_RATE
         self._min_speech = config.min_speech_sec * SAMPLE_RATE
-        self._state = new_state(1)
-        self._context: Waveform = np.zeros(CONTEXT_SAMPLES, dtype=np.float32)
-        self._rest: Waveform = np.zeros(0, dtype=np.float32)  # less than a window
+        self._hidden = self._cell = np.zeros((1, 1, _STATE_SIZE), dtype=np.float32)
+        # The context of the next window, then samples that do not fill a window yet.
+        self._rest: Waveform = np.zeros(_CONTEXT_SAMPLES, dtype=np.float32)
         self._heard = 0  # samples in whole windows
         self._start: int | None = None  # sample at which the current speech began
         self._silence: int | None = None  # sample at which its current silence began
@@ -135,35 +135,29 @@ class VADStream:
 
         Args:
             samples: (T,) float32, 16 kHz, any T.
-        Returns: events in order; "start" and "end" alternate.
-        Raises: AudioError: not one channel of finite samples.
+
+        Returns:
+            Events in order; "start" and "end" alternate.
+
+        Raises:
+            AudioError: not one channel of finite samples.
         """
         check_waveform(samples)
-        pending = np.concatenate([self._rest, samples])
-        whole = len(pending) // WINDOW_SAMPLES * WINDOW_SAMPLES
-        self._rest = pending[whole:].copy()
-        joined = np.concatenate([self._context, pending[:whole]])
-        self._context = joined[-CONTEXT_SAMPLES:].copy()
-        windows = _windows(joined)
+        pending = np.concatenate([self._rest, samples], dtype=np.float32)
+        count = (len(pending) - _CONTEXT_SAMPLES) // WINDOW_SAMPLES
+        self._rest = pending[count * WINDOW_SAMPLES :].copy()
         events: list[VADEvent] = []
-        for at in range(0, len(windows), CHUNK_WINDOWS):
-            for gates in self._network.gates(windows[at : at + CHUNK_WINDOWS]):
-                probability, self._state = self._network.step(gates[None], self._state)
-                self.probability = float(probability[0])
+        for at in range(0, count, CHUNK_WINDOWS):
+            for probability in self._probabilities(pending[at * WINDOW_SAMPLES :], min(count - at, CHUNK_WINDOWS)):
+                self.probability = probability
                 events += self._advance()
         return events
 
     def finish(self) -> list[VADEvent]:
-        """Hear the last incomplete window and close what is open; the stream takes no more audio after it."""
-        total = self._heard + len(self._rest)
-        events = self.feed(np.zeros(WINDOW_SAMPLES - len(self._rest), dtype=np.float32)) if len(self._rest) else []
-        return events + self.judge([], total)
-
-    def judge(self, probabilities: Sequence[float], total: int) -> list[VADEvent]:
-        """Hear windows whose probabilities are known, then close what is open after `total` samples in all."""
-        events: list[VADEvent] = []
-        for self.probability in probabilities:
-            events += self._advance()
+        """Hear the last incomplete window and close open speech; the stream takes no more audio after it."""
+        rest = len(self._rest) - _CONTEXT_SAMPLES
+        total = self._heard + rest
+        events = self.feed(np.zeros(WINDOW_SAMPLES - rest, dtype=np.float32)) if rest else []
         if self._start is not None and (self.in_speech or total - self._start > self._min_speech):
             if not self.in_speech:
                 events.append(self._event("start", self._start))
@@ -171,15 +165,25 @@ class VADStream:
         self._start, self.in_speech = None, False
         return events
 
+    def _probabilities(self, samples: Waveform, count: int) -> list[float]:
+        """Run the network over the first `count` windows of `samples`, which begin with their context."""
+        size = _CONTEXT_SAMPLES + WINDOW_SAMPLES
+        windows = np.lib.stride_tricks.sliding_window_view(samples, size)[::WINDOW_SAMPLES][:count]  # (count, 576)
+        inputs = {"input": np.ascontiguousarray(windows), "h": self._hidden, "c": self._cell}
+        probabilities, self._hidden, self._cell = self._network.run(None, inputs)
+        found: list[float] = probabilities.tolist()
+        return found
+
     def _advance(self) -> list[VADEvent]:
-        """silero's rule for one window: begin at the threshold, end after enough windows below the lower one."""
+        """Apply silero's rule to one window: begin at the threshold, end after enough windows below the lower one."""
         at = self._heard
         self._heard += WINDOW_SAMPLES
+        below = self.probability < self._end_threshold
         if self.probability >= self._threshold:
             self._silence = None
             if self._start is None:
                 self._start = at
-        elif self._start is not None and self.probability < self._end_threshold and self._silence is None:
+        elif self._start is not None and below and self._silence is None:
             self._silence = at
         if self._start is None:
             return []
@@ -188,7 +192,6 @@ class VADStream:
         if not self.in_speech and certain > self._min_speech:
             self.in_speech = True
             events.append(self._event("start", self._start))
-        below = self.probability < self._end_threshold
         if below and self._silence is not None and at - self._silence >= self._min_silence:
             if self.in_speech:
                 events.append(self._event("end", self._silence))
@@ -198,6 +201,17 @@ class VADStream:
 
     def _event(self, kind: Literal["start", "end"], sample: int) -> VADEvent:
         return VADEvent(kind, sample / SAMPLE_RATE, self._heard / SAMPLE_RATE)
+
+
+def _pad(events: Sequence[VADEvent], pad_sec: float, duration_sec: float) -> list[SpeechSegment]:
+    """Make segments of starts and ends, wider by `pad_sec`; two that would overlap meet half-way."""
+    starts, ends = ([event.time_sec for event in events if event.kind == kind] for kind in ("start", "end"))
+    segments = []
+    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        before = pad_sec if i == 0 else min(pad_sec, (start - ends[i - 1]) / 2)
+        after = pad_sec if i == len(ends) - 1 else min(pad_sec, (starts[i + 1] - end) / 2)
+        segments.append(SpeechSegment(max(0.0, start - before), min(duration_sec, end + after)))
+    return segments
 
 
 class SpeechTimeline:
@@ -230,7 +244,7 @@ class SpeechTimeline:
         return self._note([VADEvent("start", now_sec - len(samples) / SAMPLE_RATE, now_sec)])
 
     def finish(self) -> list[VADEvent]:
-        """Close speech that is open; what is heard afterwards is judged afresh."""
+        """Close speech that is open; what is heard afterwards is judged independently."""
         now_sec = self._heard / SAMPLE_RATE
         if self._detector is None or self._stream is None:
             return self._note([VADEvent("end", now_sec, now_sec)] if len(self._starts) > len(self._ends) else [])
@@ -267,7 +281,7 @@ class SpeechTimeline:
         return shifted
 
 
-def check_waveform(samples: Waveform) -> None:
+def check_waveform(samples: NDArray[Any]) -> None:
     """Raise AudioError unless `samples` is (T,) floating point and finite."""
     if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
         raise AudioError(
@@ -278,38 +292,35 @@ def check_waveform(samples: Waveform) -> None:
         raise AudioError(f"{int((~np.isfinite(samples)).sum())} NaN or infinite samples; check the source of the audio")
 
 
-def _window_probabilities(network: SpeechNetwork, audios: Sequence[Waveform]) -> list[list[float]]:
-    """Return the probability of speech a window; `audios` go from long to short: those that ended fall off the end."""
-    windows = np.array([-(-len(audio) // WINDOW_SAMPLES) for audio in audios])
-    padded = np.zeros((len(audios), CONTEXT_SAMPLES + int(windows.max()) * WINDOW_SAMPLES), dtype=np.float32)
-    for row, audio in enumerate(audios):
-        padded[row, CONTEXT_SAMPLES : CONTEXT_SAMPLES + len(audio)] = audio
-    hidden, cell = new_state(len(audios))
-    found = np.zeros((len(audios), int(windows.max())), dtype=np.float32)
-    for at in range(0, found.shape[1], BATCH_WINDOWS):
-        rows = int((windows > at).sum())
-        part = _windows(padded[:rows, at * WINDOW_SAMPLES : (at + BATCH_WINDOWS) * WINDOW_SAMPLES + CONTEXT_SAMPLES])
-        gates = network.gates(part.reshape(-1, part.shape[2])).reshape(rows, part.shape[1], -1)
-        for i in range(part.shape[1]):
-            left = int((windows > at + i).sum())
-            found[:left, at + i], (hidden, cell) = network.step(gates[:left, i], (hidden[:left], cell[:left]))
-    return [row[:n].tolist() for row, n in zip(found, windows, strict=True)]
+@cache
+def load_network() -> Any:
+    """Load the 16 kHz network of the installed silero-vad on onnxruntime, once per process.
 
+    `silero_vad` itself is not imported: it imports torch, which takes seconds.
 
-def _windows(joined: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-    """View (..., 64 + n * 512) samples as (..., n, 576): windows with the 64 samples before each."""
-    size = CONTEXT_SAMPLES + WINDOW_SAMPLES
-    if joined.shape[-1] < size:
-        return np.zeros((*joined.shape[:-1], 0, size), dtype=np.float32)
-    return np.lib.stride_tricks.sliding_window_view(joined, size, axis=-1)[..., ::WINDOW_SAMPLES, :]
-
-
-def _pad(events: Sequence[VADEvent], pad_sec: float, duration_sec: float) -> list[SpeechSegment]:
-    """Make segments of starts and ends, wider by `pad_sec`; two that would overlap meet half-way."""
-    starts, ends = ([event.time_sec for event in events if event.kind == kind] for kind in ("start", "end"))
-    segments = []
-    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        before = pad_sec if i == 0 else min(pad_sec, (start - ends[i - 1]) / 2)
-        after = pad_sec if i == len(ends) - 1 else min(pad_sec, (starts[i + 1] - end) / 2)
-        segments.append(SpeechSegment(max(0.0, start - before), min(duration_sec, end + after)))
-    return segments
+    Raises:
+        MissingDependencyError: silero-vad or onnxruntime is not installed.
+        ModelError: the network cannot be loaded.
+    """
+    package = importlib.util.find_spec("silero_vad")
+    if package is None or not package.submodule_search_locations:
+        raise MissingDependencyError(
+            "speech detection needs silero-vad, which is not installed: pip install 'silero-vad>=6.2.3,<7'"
+        )
+    try:
+        import onnxruntime  # type: ignore[import-untyped]
+    except ImportError as err:
+        raise MissingDependencyError(
+            f"speech detection needs onnxruntime, which cannot be imported ({err}): pip install onnxruntime"
+        ) from err
+    path = Path(package.submodule_search_locations[0], _MODEL_FILE)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # windows are small: threads would only wait
+    options.log_severity_level = 3  # warns about its own optimisations otherwise
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as err:  # onnxruntime's errors have no common base
+        raise ModelError(
+            f"silero-vad is installed, but its network cannot be loaded: {path}: {err}; "
+            "install it again: pip install --force-reinstall --no-deps silero-vad==6.2.3"
+        ) from err

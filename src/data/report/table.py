@@ -24,7 +24,7 @@ from src.data.preparation import DatasetSplits
 from src.data.quality import ClipStats
 from src.data.splitting import SPLITS, stable_hash
 from src.data.utterance import Utterance
-from src.data.vad import BATCH_CLIPS, VoiceActivityDetector
+from src.data.vad import VoiceActivityDetector
 from src.utils.config import Config
 from src.utils.errors import DataError
 
@@ -141,17 +141,17 @@ def _count_tokens(utterances: Sequence[Utterance], tokenizer: Any | None, config
 
 def _find_speech(utterances: Sequence[Utterance], vad: VoiceActivityDetector) -> dict[str, dict[str, float]]:
     """Return silence before, silence after and share of speech by id; without speech there is no before and after."""
-    ordered = sorted(utterances, key=lambda u: u.duration_sec or 0.0)
-    found: dict[str, dict[str, float]] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(ordered), desc="speech", leave=False) as bar:
-        for at in range(0, len(ordered), BATCH_CLIPS):
-            chunk = ordered[at : at + BATCH_CLIPS]
-            audios = [audio.numpy() for audio in pool.map(decode_audio, chunk)]
-            for u, audio, segments in zip(chunk, audios, vad.speech_segments_batch(audios), strict=True):
-                duration_sec = len(audio) / SAMPLE_RATE
-                found[u.id] = {"speech_fraction": sum(s.duration_sec for s in segments) / duration_sec}
-                if segments:
-                    found[u.id]["leading_silence_sec"] = segments[0].start_sec
-                    found[u.id]["trailing_silence_sec"] = duration_sec - segments[-1].end_sec
-            bar.update(len(chunk))
-    return found
+
+    def measure(utterance: Utterance) -> dict[str, float]:
+        audio = decode_audio(utterance).numpy()
+        duration_sec = len(audio) / SAMPLE_RATE
+        segments = vad.speech_segments(audio)
+        found = {"speech_fraction": sum(segment.duration_sec for segment in segments) / duration_sec}
+        if segments:
+            found["leading_silence_sec"] = segments[0].start_sec
+            found["trailing_silence_sec"] = duration_sec - segments[-1].end_sec
+        return found
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = tqdm(pool.map(measure, utterances), total=len(utterances), desc="speech", leave=False)
+        return {utterance.id: heard for utterance, heard in zip(utterances, found, strict=True)}

@@ -20,8 +20,7 @@ import numpy as np
 import soxr
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.vad import SpeechTimeline, VADEvent, VoiceActivityDetector, check_waveform
-from src.data.vad_network import WINDOW_SAMPLES
+from src.data.vad import WINDOW_SAMPLES, SpeechTimeline, VADEvent, VoiceActivityDetector, check_waveform
 from src.inference.engines import Engine, transcribe
 from src.inference.options import DecodingOptions
 from src.inference.streaming.commit import Event, find_loop, join_words, make_policy
