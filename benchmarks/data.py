@@ -33,8 +33,7 @@ import torch
 
 from benchmarks.benchmarking import append_table, median_sec
 from src.data import AudioAugmenter, DatasetSplits, SpecAugment, Utterance, create_loader, prepare_datasets
-from src.data.audio import SAMPLE_RATE, decode, load_audio
-from src.data.audio_cache import AudioCache
+from src.data.audio import SAMPLE_RATE, AudioCache, decode, load_audio
 from src.data.augmentation.augmenter import Effects
 from src.data.augmentation.effects import pitch_ratios
 from src.data.features import LogMel

@@ -1,5 +1,4 @@
-from .audio import SAMPLE_RATE, load_audio
-from .audio_cache import AudioCache
+from .audio import SAMPLE_RATE, AudioCache, load_audio
 from .augmentation.augmenter import AudioAugmenter
 from .augmentation.demo import demonstrate, draw_examples, players
 from .augmentation.spec_augment import SpecAugment

@@ -1,13 +1,14 @@
-"""The only decoder and resampler: anything a person may have on disk becomes (T,) float32 mono at 16 kHz.
+"""Decoding, resampling and caching: any recording becomes (T,) float32 mono at 16 kHz.
 
-soundfile decodes wav, flac, ogg and opus; PyAV decodes mp3 and what soundfile does not know (m4a, mp4, webm). soxr
-resamples: the best quality per CPU second of the maintained resamplers. Nothing here replaces bad audio: it raises,
-naming the file.
+soundfile decodes WAV and its relatives, Ogg Vorbis and Opus; PyAV decodes FLAC, mp3, m4a, mp4, webm
+and what else FFmpeg knows. soxr resamples: the best quality per CPU second of the maintained
+resamplers. Nothing here replaces bad audio: it raises, naming the file.
 
-Decoders are lenient where training must not be: they skip a damaged page, zero a frame, stop early. So sizes, counts
-and checksums of the container are checked first (`audio_headers`), and what was decoded is compared with what was
-promised. Not found: changed samples in PCM, AAC, webm, or mp3 without a LAME header (they have no checksum), and the
-lost end of a stream whose length nothing says (a webm straight from a browser, cut between two blocks).
+Decoders are lenient where training must not be: they skip a damaged page, zero a frame, stop early.
+So FFmpeg runs with every check that it has, and what was decoded is compared with what the header
+promises. Of 500 damaged files about two thirds are refused (tests/data/test_fuzz.py). Not found:
+changed samples in PCM, AAC, Ogg and most mp3 files, which have no checksum that is checked, and a
+lost end where nothing says the length.
 """
 
 from __future__ import annotations
@@ -15,22 +16,24 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import logging
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile as sf
 import soxr
 from numpy.typing import NDArray
 
-from src.data.audio_av import CONVERT, NativeAudio, open_with_av
-from src.data.audio_frames import is_mp3, mp3_promised_sec
-from src.data.audio_headers import after_id3, file_size, find_damage, flac_info
 from src.data.utterance import EncodedAudio
-from src.utils.errors import AudioError
+from src.utils.errors import AudioError, WhisperASRError
+from src.utils.files import write_bytes_atomic
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16_000  # Hz, what every Whisper model was trained on
 MIN_SAMPLES = SAMPLE_RATE // 10  # 1_600: 0.1 s, below which a log-mel window has nothing to see
@@ -38,9 +41,23 @@ SILENCE_PEAK = 1e-4  # -80 dBFS; 16-bit dither is at 3e-5
 MAX_PEAK = 100.0  # +40 dBFS; beyond are integers stored as floats, and damaged exponents
 MIN_RATE, MAX_RATE = 4_000, 768_000  # Hz: half of telephony, the fastest converters; beyond, a header is damaged
 BLOCK_VALUES = 1 << 20  # samples of all channels decoded at once (4 MB); a file within one is resampled in one go
+CACHE_VERSION = 1  # raise it when decoding or the format of cached files changes: they are made again
 
-_FORMATS = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "NIST", "FLAC", "OGG"})
+_SOUNDFILE = frozenset({b"RIFF", b"RIFX", b"RF64", b"riff", b"FORM", b".snd", b"dns.", b"caff", b"OggS"})
+# FFmpeg may open these and nothing else: no playlists, which name other files and addresses, and no
+# containers that hide their losses (avi, flv, mpegts). What libsndfile refuses, it would decode in part.
+_FFMPEG_FORMATS = "aac,ac3,amr,asf,flac,matroska,mov,mp3,nistsphere,wav,webm"
+_STRICT = {"err_detect": "crccheck+explode"}
+_TOLERANCE_SEC = 0.05  # times in a container are rounded, and begin before or after the codec's own delay
+_EXACT_SEC = 0.001  # where the header counts samples
+_SURPLUS_BYTES = 32  # a phone's recorder says 22 bytes too much, and everything plays it
+_UNKNOWN_BYTES = 0x7FFFF000  # a size from here on is what writers put that could not seek back
 _UNKNOWN_FRAMES = 1 << 62  # libsndfile says 2**63 - 1 where a header is silent
+_CACHE_COMMENT = re.compile(
+    r"decoded audio v(?P<version>\d+), pcm sha256 (?P<sha256>[0-9a-f]{64}), scale (?P<scale>[0-9.e+-]+)"
+)
+_PCM_STEPS = 1 << 15  # of a 16-bit sample, on either side of 0
+_CONVERT = "convert it: ffmpeg -i IN -ar 16000 -ac 1 OUT.wav"
 
 Waveform = NDArray[np.float32]
 AudioSource = str | Path | bytes | EncodedAudio
@@ -78,35 +95,40 @@ def decode(
         name: what to call it in errors; the path by default.
         max_sec: refuse what is longer, at the header or as soon as so much has been decoded.
         allow_silence: return a silent signal instead of raising; silence may be transcribed, not trained on.
+
     Raises:
         AudioError: absent, empty, truncated, damaged, not audio, NaN or infinite samples, longer than `max_sec`,
             shorter than 0.1 s, or silent.
     """
     label = _label(source, name)
-    with _open(source, label) as file, _reader(file, label) as native:
-        _check_rate(native.rate, label)
-        if max_sec is not None and native.promised_sec is not None and native.promised_sec > max_sec:
-            raise _too_long(label, max_sec, native.promised_sec)
-        _refuse_damage(file, label)
-        blocks = native.blocks if max_sec is None else _at_most(native.blocks, max_sec, native.rate, label)
-        samples = _finish(_to_16k(blocks, native.rate, label), label, allow_silence)
-        return DecodedAudio(samples, native.rate, native.channels)
+    with _open(source, label) as recording:
+        blocks = recording.blocks
+        if max_sec is not None:
+            if recording.promised_sec is not None and recording.promised_sec > max_sec:
+                found = f" (the header says {recording.promised_sec:.1f} s)"
+                raise AudioError(f"{label}: longer than {max_sec:g} s{found}; cut it at a pause")
+            blocks = _at_most(blocks, max_sec, recording.rate, label)
+        samples = _finish(_to_16k(blocks, recording.rate, label), label, allow_silence)
+        return DecodedAudio(samples, recording.rate, recording.channels)
 
 
 def stream_audio(source: AudioSource, *, name: str | None = None) -> Iterator[Waveform]:
     """Decode a recording of any length block by block, mixed to mono and resampled: memory does not grow with it.
 
     Args:
-        source, name: as in `decode`.
-    Yields: (n,) float32, 16 kHz, in order; silence is allowed.
-    Raises: AudioError: as `decode`; damage in the middle of a file after the blocks before it.
+        source: as of `decode`.
+        name: as of `decode`.
+
+    Yields:
+        (n,) float32, 16 kHz, in order; silence is allowed.
+
+    Raises:
+        AudioError: as `decode`; damage in the middle of a file is raised after the blocks before it.
     """
     label = _label(source, name)
     samples = 0
-    with _open(source, label) as file, _reader(file, label) as native:
-        _check_rate(native.rate, label)
-        _refuse_damage(file, label)
-        for block in _blocks_16k(native.blocks, native.rate, label):
+    with _open(source, label) as recording:
+        for block in _blocks_16k(recording.blocks, recording.rate, label):
             _check_peak(block, label)
             samples += len(block)
             yield block
@@ -116,10 +138,11 @@ def stream_audio(source: AudioSource, *, name: str | None = None) -> Iterator[Wa
 def read_encoded(source: AudioSource, *, name: str | None = None) -> bytes:
     """Return the bytes of the encoded file.
 
-    Raises: AudioError: absent, unreadable or empty.
+    Raises:
+        AudioError: absent, unreadable or empty.
     """
     label = _label(source, name)
-    with _open(source, label) as file:
+    with _open_file(source, label) as file:
         try:
             return file.read()
         except OSError as err:
@@ -134,8 +157,14 @@ def to_mono_16k(
     Args:
         samples: (T,) or (T, channels) floating point.
         rate: samples per second.
-    Returns: (T,) float32, 16 kHz.
-    Raises: AudioError: as `load_audio`.
+        name: what to call it in errors.
+        allow_silence: return a silent signal instead of raising.
+
+    Returns:
+        (T,) float32, 16 kHz.
+
+    Raises:
+        AudioError: as `load_audio`.
     """
     _check_rate(rate, name)
     mono = _mono(samples) if samples.ndim == 2 else samples
@@ -143,17 +172,18 @@ def to_mono_16k(
     return _finish(_to_16k(iter([block]), rate, name), name, allow_silence)
 
 
-class _NamelessFile(io.BufferedReader):
-    """A file that hides its name, so that decoders go by its content: names lie, and `.raw` would need a rate."""
-
-    name = "recording"
+# Opening and decoding, at the file's own rate
 
 
-class _Sequential(sf.SoundFile):  # type: ignore[misc]
-    """soundfile seeks to where it is after each read, and an mp3 decoder loses its reservoir by that."""
+@dataclass(frozen=True)
+class _Recording:
+    """An open recording: `blocks` of mono samples, (n,) float32 at `rate`, are decoded while they are read."""
 
-    def seekable(self) -> bool:
-        return False
+    rate: int
+    channels: int
+    promised_sec: float | None  # duration by its header; None where that is silent
+    tolerance_sec: float  # by which the promise may be missed
+    blocks: Iterator[Waveform]
 
 
 def _label(source: AudioSource, name: str | None) -> str:
@@ -163,7 +193,40 @@ def _label(source: AudioSource, name: str | None) -> str:
 
 
 @contextmanager
-def _open(source: AudioSource, label: str) -> Iterator[BinaryIO]:
+def _open(source: AudioSource, label: str) -> Iterator[_Recording]:
+    with ExitStack() as stack:
+        file = stack.enter_context(_open_file(source, label))
+        kind = file.read(4)
+        file.seek(0)
+        recording = _open_with_soundfile(file, label, stack) if kind in _SOUNDFILE else None
+        if recording is None:
+            file.seek(0)
+            recording = _open_with_ffmpeg(file, label, stack)
+        _check_rate(recording.rate, label)
+        yield replace(recording, blocks=_to_promised_end(recording, label))
+
+
+def _to_promised_end(recording: _Recording, label: str) -> Iterator[Waveform]:
+    samples = 0
+    for block in recording.blocks:
+        samples += len(block)
+        yield block
+    promised_sec, present_sec = recording.promised_sec, samples / recording.rate
+    if promised_sec is not None and present_sec < promised_sec - recording.tolerance_sec:
+        raise AudioError(
+            f"{label}: truncated: the header promises {promised_sec:.2f} s, {present_sec:.2f} s are there; "
+            "fetch it again"
+        )
+
+
+class _NamelessFile(io.BufferedReader):
+    """A file that hides its name, so that decoders go by its content: names lie, and `.raw` would need a rate."""
+
+    name = "recording"
+
+
+@contextmanager
+def _open_file(source: AudioSource, label: str) -> Iterator[BinaryIO]:
     try:
         if isinstance(source, str | Path):
             file: BinaryIO = _NamelessFile(io.FileIO(Path(source)))
@@ -176,70 +239,157 @@ def _open(source: AudioSource, label: str) -> Iterator[BinaryIO]:
     except ValueError as err:  # a zero byte in the path
         raise AudioError(f"{label}: cannot be read: {err}") from err
     with file:
-        if file_size(file) == 0:
+        if file.seek(0, io.SEEK_END) == 0:
             raise AudioError(f"{label}: the file is empty (0 bytes); remove it or fetch it again")
+        file.seek(0)
         yield file
 
 
-@contextmanager
-def _reader(file: BinaryIO, label: str) -> Iterator[NativeAudio]:
-    start = after_id3(file)
-    if is_mp3(file, start):
-        promised_sec = mp3_promised_sec(file, start)
-        file.seek(0)
-        with open_with_av(file, label, block_values=BLOCK_VALUES, mp3_sec=promised_sec) as native:
-            yield native
-        return
-    file.seek(0)
+class _Sequential(sf.SoundFile):  # type: ignore[misc]
+    """soundfile seeks to where it is after each read, and a decoder with a state loses it by that."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _open_with_soundfile(file: BinaryIO, label: str, stack: ExitStack) -> _Recording | None:
+    """Open WAV, its relatives and Ogg; None leaves the file to FFmpeg."""
     try:
-        sound = _Sequential(file)
+        sound = stack.enter_context(_Sequential(file))
     except sf.LibsndfileError as err:
-        file.seek(0)
-        with open_with_av(file, label, block_values=BLOCK_VALUES, first_error=err.error_string) as native:
-            yield native
-        return
-    with sound:
-        if sound.format not in _FORMATS:
-            raise AudioError(f"{label}: {sound.format_info} cannot be checked for damage; {CONVERT}")
-        known = sound.frames < _UNKNOWN_FRAMES and sound.samplerate > 0
-        promised_sec = sound.frames / sound.samplerate if known else None
-        yield NativeAudio(sound.samplerate, sound.channels, promised_sec, _sound_blocks(sound, file, label))
+        raise _undecodable(label, f"soundfile: {err.error_string}") from err
+    if sound.frames == 0 or sound.subtype.startswith("MPEG"):
+        return None  # a header that was never finished; a length that libsndfile gets wrong
+    if sound.format == "OGG":
+        _check_ogg_end(file, label)
+    else:
+        _check_sizes(sound, label)
+    promised_sec = sound.frames / sound.samplerate if sound.frames < _UNKNOWN_FRAMES else None
+    return _Recording(sound.samplerate, sound.channels, promised_sec, _EXACT_SEC, _sound_blocks(sound, label))
 
 
-def _refuse_damage(file: BinaryIO, label: str) -> None:
-    at = file.tell()  # a decoder goes on from here
-    damage = find_damage(file, file_size(file))
-    file.seek(at)
-    if damage is not None:
-        raise AudioError(f"{label}: {damage}; fetch it again")
+def _check_sizes(sound: sf.SoundFile, label: str) -> None:
+    """Refuse what libsndfile corrects with a line in its log: sizes beyond the end of the file."""
+    for field, stated, fitting in re.findall(r"^ *(\S.*?) *: (\d+) \(should be (\d+)\)", sound.extra_info, re.M):
+        is_rate = field == "Bytes/sec" and int(stated) != 0
+        if is_rate or int(fitting) + _SURPLUS_BYTES < int(stated) < _UNKNOWN_BYTES:
+            raise AudioError(
+                f"{label}: truncated or damaged: its header says {field} {stated}, {fitting} is right; fetch it again"
+            )
 
 
-def _sound_blocks(sound: sf.SoundFile, file: BinaryIO, label: str) -> Iterator[Waveform]:
-    """Yield mono blocks (n,), and refuse what ends early or has another MD5 than it says."""
+def _check_ogg_end(file: BinaryIO, label: str) -> None:
+    """Refuse an Ogg file that does not end with a whole page marked as the last (RFC 3533)."""
     at = file.tell()
-    flac = flac_info(file)
+    file.seek(max(0, file.seek(0, io.SEEK_END) - 65_536))  # a page has at most 65,307 bytes
+    end = file.read()
     file.seek(at)
-    digest = hashlib.md5(usedforsecurity=False) if flac and flac.md5 and flac.bits in (8, 16, 24) else None
-    size, frames = max(1, BLOCK_VALUES // sound.channels), 0
-    while frames < sound.frames:
-        wanted = min(size, sound.frames - frames)  # a tag may follow the sound: no frame more than that
+    page = end[end.rfind(b"OggS") :]
+    lengths = page[27 : 27 + page[26]] if len(page) > 27 else b""
+    if not (lengths and page[5] & 4) or len(page) < 27 + len(lengths) + sum(lengths):
+        raise AudioError(
+            f"{label}: truncated: no whole Ogg page is marked as the last; fetch it again, or if you want what is "
+            "left: ffmpeg -i IN -c copy OUT.ogg"
+        )
+
+
+def _sound_blocks(sound: sf.SoundFile, label: str) -> Iterator[Waveform]:
+    size = max(1, BLOCK_VALUES // sound.channels)
+    for at in range(0, sound.frames, size):  # no frame more: a tag may follow the sound
         try:
-            block = sound.read(wanted, dtype="float32", always_2d=True)  # (n, channels)
+            block = sound.read(min(size, sound.frames - at), dtype="float32", always_2d=True)  # (n, channels)
         except sf.LibsndfileError as err:
             raise AudioError(f"{label}: damaged: {err.error_string}; fetch it again") from err
-        frames += len(block)
-        if digest is not None and flac is not None:
-            digest.update(_pcm(block, flac.bits))
-        if len(block):
-            yield _mono(block)
-        if len(block) < wanted:
-            break
-    if frames < sound.frames < _UNKNOWN_FRAMES:
-        raise AudioError(
-            f"{label}: truncated: the header promises {sound.frames} samples, {frames} are there; fetch it again"
-        )
-    if digest is not None and flac is not None and digest.digest() != flac.md5:
-        raise AudioError(f"{label}: damaged: its samples do not have the MD5 that its header promises; fetch it again")
+        if not len(block):
+            return
+        yield _mono(block)
+
+
+def _open_with_ffmpeg(file: BinaryIO, label: str, stack: ExitStack) -> _Recording:
+    import av  # takes 0.2 s, and most recordings do without
+
+    try:
+        options = {"format_whitelist": _FFMPEG_FORMATS, **_STRICT}
+        container = stack.enter_context(av.open(file, options=options, metadata_errors="ignore"))
+        stream = container.streams.best("audio")
+        if stream is None or stream.codec_context is None:
+            raise AudioError(f"{label}: the file has no audio track that can be decoded; {_CONVERT}")
+        stream.codec_context.options = _STRICT
+        frames = container.decode(stream)
+        head = next(frames, None)  # its rate is the true one: the header of HE-AAC gives half of it
+    except (av.FFmpegError, ValueError, IndexError) as err:
+        raise _undecodable(label, f"PyAV: {err}") from err
+    if head is None:
+        raise AudioError(f"{label}: 0 samples decoded; remove it or record it again")
+    rate, channels = head.sample_rate, head.layout.nb_channels
+    begin_sec = None if stream.start_time is None else float(stream.start_time * stream.time_base)
+    promised_sec, lead_samples = _promised_sec(container, stream), 0
+    has_rounded_times = container.format.name.startswith(("asf", "matroska", "mov"))
+    tolerance_sec = _TOLERANCE_SEC if has_rounded_times else _EXACT_SEC
+    if begin_sec is not None and container.duration is not None and len(container.streams) > 1:
+        # The sound of a video may begin later than its picture: silence keeps the times of captions right.
+        lead_sec = begin_sec - container.start_time / av.time_base
+        if lead_sec > container.duration / av.time_base:
+            raise AudioError(f"{label}: damaged: its sound begins after its end; fetch it again, or {_CONVERT}")
+        if lead_sec > _TOLERANCE_SEC:
+            lead_samples = round(lead_sec * rate)
+            promised_sec = None if promised_sec is None else promised_sec + lead_sec
+    blocks = itertools.chain(_silence(lead_samples), _ffmpeg_blocks(itertools.chain([head], frames), begin_sec, label))
+    return _Recording(rate, channels, promised_sec, tolerance_sec, blocks)
+
+
+def _silence(samples: int) -> Iterator[Waveform]:
+    for at in range(0, samples, BLOCK_VALUES):
+        yield np.zeros(min(BLOCK_VALUES, samples - at), dtype=np.float32)
+
+
+def _promised_sec(container: Any, stream: Any) -> float | None:
+    """Return the duration of the sound that a header promises; None where FFmpeg guesses it from the bit rate."""
+    guessed = container.format.name in ("aac", "ac3", "amr")
+    if guessed or (container.format.name == "mp3" and not stream.start_time):  # without LAME's header, no delay
+        return None
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    if container.duration is not None and len(container.streams) == 1:  # else it may be the picture's
+        return float(container.duration - (container.start_time or 0)) / 1_000_000  # FFmpeg counts microseconds
+    return None
+
+
+def _ffmpeg_blocks(frames: Iterator[Any], expected_sec: float | None, label: str) -> Iterator[Waveform]:
+    """Mix frames to mono and join them to blocks; refuse holes, damage and a change of format."""
+    import av
+
+    resampler = av.AudioResampler(format="flt")  # keeps rate and channels, but interleaves them
+    pending: list[NDArray[np.float32]] = []  # (n, channels) each
+    kind, waiting, total_sec = None, 0, 0.0
+    try:
+        for frame in frames:
+            kind = kind or (frame.sample_rate, frame.layout.nb_channels)
+            if kind != (frame.sample_rate, frame.layout.nb_channels):
+                raise AudioError(f"{label}: its sample rate or channels change at {total_sec:.1f} s; {_CONVERT}")
+            gap_sec = 0.0 if frame.time is None or expected_sec is None else frame.time - expected_sec
+            if frame.is_corrupt or gap_sec > _TOLERANCE_SEC:
+                what = "damaged" if frame.is_corrupt else f"{gap_sec:.2f} s are missing"
+                raise AudioError(f"{label}: {what} at {total_sec:.1f} s; fetch it again, or {_CONVERT}")
+            frame_sec = frame.samples / frame.sample_rate
+            expected_sec = None if frame.time is None else frame.time + frame_sec
+            total_sec += frame_sec
+            if frame.format.name == "fltp" and kind[1] < 8:  # PyAV 18 crashes on 8 planes
+                pending.append(frame.to_ndarray().T)
+            else:
+                pending += [part.to_ndarray().reshape(-1, kind[1]) for part in resampler.resample(frame)]
+            waiting += frame.samples * kind[1]
+            if waiting >= BLOCK_VALUES:
+                yield _mono(np.concatenate(pending))
+                pending, waiting = [], 0
+    except (av.FFmpegError, ValueError) as err:
+        raise AudioError(f"{label}: damaged at {total_sec:.1f} s (PyAV: {err}); fetch it again, or {_CONVERT}") from err
+    if pending:
+        yield _mono(np.concatenate(pending))
+
+
+def _undecodable(label: str, reason: str) -> AudioError:
+    return AudioError(f"{label}: not a recording that can be decoded ({reason}); check that it plays, or {_CONVERT}")
 
 
 def _mono(block: NDArray[np.float32]) -> Waveform:
@@ -249,10 +399,7 @@ def _mono(block: NDArray[np.float32]) -> Waveform:
     return mono
 
 
-def _pcm(block: Waveform, bits: int) -> bytes:
-    """Return the integers that FLAC's MD5 is made of, least significant byte first."""
-    integers = (block * np.float32(1 << (bits - 1))).astype("<i4")  # exact: a float32 holds 24 bits
-    return integers.reshape(-1, 1).view(np.uint8)[:, : bits // 8].tobytes()
+# Checks and resampling
 
 
 def _check_rate(rate: int, label: str) -> None:
@@ -262,17 +409,12 @@ def _check_rate(rate: int, label: str) -> None:
         )
 
 
-def _too_long(label: str, max_sec: float, seconds: float | None = None) -> AudioError:
-    found = "" if seconds is None else f" (the header says {seconds:.1f} s)"
-    return AudioError(f"{label}: longer than {max_sec:g} s{found}; cut it at a pause")
-
-
 def _at_most(blocks: Iterator[Waveform], max_sec: float, rate: int, label: str) -> Iterator[Waveform]:
     frames = 0
     for block in blocks:
         frames += len(block)
         if frames > max_sec * rate:
-            raise _too_long(label, max_sec)
+            raise AudioError(f"{label}: longer than {max_sec:g} s; cut it at a pause")
         yield block
 
 
@@ -330,3 +472,94 @@ def _check_peak(block: Waveform, label: str) -> float:
     if peak > MAX_PEAK:
         raise AudioError(f"{label}: samples up to {peak:.3g}, floats belong in [-1, 1]; export it again as 16-bit PCM")
     return peak
+
+
+# Decoded recordings on disk
+
+
+class AudioCache:
+    """A folder of decoded recordings, so that later epochs and runs decode less.
+
+    Each is a 16-bit FLAC at 16 kHz mono that plays in any player, half the size of its samples. Its comment holds the
+    SHA-256 of the samples and their scale. Files are named by the SHA-256 of the encoded recording and appear whole,
+    so several processes may share a folder, and a changed recording is another file. A damaged file is made again.
+
+    Args:
+        folder: made when the first recording is written; nothing is ever removed from it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load_audio(self, source: AudioSource, *, name: str | None = None) -> Waveform:
+        """Return what `load_audio` does, rounded to 16 bits, from the folder if it is there.
+
+        Samples beyond [-1, 1] are kept: they are stored divided by a scale. The result differs from direct decoding
+        by half a 16-bit step at most (1.5e-5, times the scale), whether it comes from the folder or not.
+
+        Args:
+            source: a path, the bytes of an encoded file, or something that reads them.
+            name: what to call it in errors; the path by default.
+
+        Returns:
+            (T,) float32, 16 kHz.
+
+        Raises:
+            AudioError: the recording cannot be used.
+            WhisperASRError: the folder cannot be read or written.
+        """
+        encoded = read_encoded(source, name=name)
+        key = hashlib.sha256(encoded).hexdigest()
+        path = self.folder / key[:2] / f"{key}.flac"
+        try:
+            if (cached := _read_cached(path)) is not None:
+                return cached
+            pcm, scale = _quantize(load_audio(encoded, name=_label(source, name)))
+            write_bytes_atomic(path, _to_flac(pcm, scale))
+        except OSError as err:
+            raise WhisperASRError(
+                f"{self.folder}: decoded audio cannot be kept there: {err.strerror}; free some space, set "
+                "paths.cache_dir to a folder of yours, or data.cache_decoded: false"
+            ) from err
+        return _to_float(pcm, scale)
+
+
+def _read_cached(path: Path) -> Waveform | None:
+    """Return the samples of a cached file; None if it is absent or, with a warning, damaged."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        with sf.SoundFile(io.BytesIO(content)) as file:
+            comment = _CACHE_COMMENT.fullmatch(file.comment)
+            pcm = file.read(dtype="int16")  # (T,)
+    except sf.LibsndfileError:
+        comment, pcm = None, np.zeros(0, dtype=np.int16)
+    if comment is None or int(comment["version"]) != CACHE_VERSION or comment["sha256"] != _hash(pcm):
+        logger.warning("%s: damaged, or from another version; decoding the recording again", path)
+        return None
+    return _to_float(pcm, float(comment["scale"]))
+
+
+def _quantize(samples: Waveform) -> tuple[NDArray[np.int16], float]:
+    """Round to 16 bits; return the samples and the scale that they are divided by, 1 unless they would clip."""
+    scale = max(1.0, float(samples.max()) * _PCM_STEPS / (_PCM_STEPS - 1), -float(samples.min()))
+    steps = np.rint(samples * np.float64(_PCM_STEPS / scale))  # float64: rounding must not add to the half step
+    return steps.clip(-_PCM_STEPS, _PCM_STEPS - 1).astype(np.int16), scale
+
+
+def _to_float(pcm: NDArray[np.int16], scale: float) -> Waveform:
+    return pcm.astype(np.float32) * np.float32(scale / _PCM_STEPS)
+
+
+def _to_flac(pcm: NDArray[np.int16], scale: float) -> bytes:
+    buffer = io.BytesIO()
+    with sf.SoundFile(buffer, "w", SAMPLE_RATE, 1, subtype="PCM_16", format="FLAC") as file:
+        file.comment = f"decoded audio v{CACHE_VERSION}, pcm sha256 {_hash(pcm)}, scale {scale!r}"
+        file.write(pcm)
+    return buffer.getvalue()
+
+
+def _hash(pcm: NDArray[np.int16]) -> str:
+    return hashlib.sha256(pcm.astype("<i2").tobytes()).hexdigest()

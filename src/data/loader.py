@@ -16,8 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from src.data.audio import load_audio
-from src.data.audio_cache import AudioCache
+from src.data.audio import AudioCache, load_audio
 from src.data.batching import LengthBatchSampler
 from src.data.checking import enforce_skip_policy
 from src.data.composition import Example, ExamplePlanner

@@ -35,7 +35,7 @@ OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}  # per trained parameter, in mem
 PARAMETERS_M = {"tiny": 37.8, "base": 72.6, "small": 241.7, "medium": 763.9, "distil": 756.4, "large-v3-turbo": 808.9}
 _WEIGHT_BYTES = 4  # float32
 _EXPORTS = 3  # the best model, its successor while that is written, and a mix with the stock weights
-_DECODED = re.compile(r"[0-9a-f]{64}\.flac")  # as `data.audio_cache` names them
+_DECODED = re.compile(r"[0-9a-f]{64}\.flac")  # as `data.audio` names them
 _REMOVED = re.compile(r"\.checkpoint-\d{8}\.removed")  # as `training.checkpoint` names them
 
 
