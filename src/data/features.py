@@ -1,44 +1,116 @@
-"""Log-mel spectrograms in batches on the device, for audio of any length.
+"""Whisper's log-mel spectrogram for audio of any length: in batches on a device, or in NumPy.
 
-`WhisperFeatureExtractor` runs per clip on the CPU and pads to 30 s; this is the same arithmetic (equal to 1e-4, tested)
-as one STFT over a batch wherever the model lives, so nothing padded is ever stored or sent over a bus.
+`WhisperFeatureExtractor` runs per clip on the CPU and pads to 30 s. `LogMel` is the same arithmetic
+as one STFT over a batch wherever the audio lives, so nothing padded is stored or sent over a bus.
+`log_mel` serves engines that take their input from the host: it does without torch, whose import
+the first transcript of a process would wait for. Both are tested to equal the extractor to 1e-4.
+The filters are our own because `transformers.audio_utils` imports torch and librosa (5.5 s on two
+busy cores, 2026-11-30).
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+import math
+from functools import cache
+from typing import TYPE_CHECKING
 
-from src.data.mel import CONTEXT_SAMPLES, FRAMES_PER_SEC, HOP_SAMPLES, N_FFT, SAMPLES_PER_POSITION, mel_filters
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["CONTEXT_SAMPLES", "FRAMES_PER_SEC", "HOP_SAMPLES", "N_FFT", "SAMPLES_PER_POSITION", "LogMel"]
+from src.data.audio import SAMPLE_RATE
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+N_FFT = 400  # samples: a 25 ms window
+HOP_SAMPLES = 160  # 10 ms
+FRAMES_PER_SEC = SAMPLE_RATE // HOP_SAMPLES  # 100
+SAMPLES_PER_POSITION = 2 * HOP_SAMPLES  # 320: the encoder's second convolution halves the frames
+CONTEXT_SAMPLES = 30 * SAMPLE_RATE  # 480_000
+BREAK_HZ, BREAK_MEL = 1000.0, 15.0  # Slaney's scale: linear to here, logarithmic above
+LOG_STEP = math.log(6.4) / 27  # above the break: 27 mels from 1 to 6.4 kHz
+TOP_MEL = BREAK_MEL + math.log(SAMPLE_RATE / 2 / BREAK_HZ) / LOG_STEP  # 45.2: 8 kHz
 
 
-class LogMel(nn.Module):
-    """Whisper's input features.
+class LogMel:
+    """Whisper's input features on the device of the audio.
 
     Args:
         num_mel_bins: 80, or 128 for large-v3 and turbo.
     """
 
     def __init__(self, num_mel_bins: int = 80) -> None:
-        super().__init__()
-        self.filters: Tensor
-        self.window: Tensor
-        self.register_buffer("filters", torch.tensor(mel_filters(num_mel_bins)), persistent=False)  # (mels, 201)
-        self.register_buffer("window", torch.hann_window(N_FFT), persistent=False)
+        self.num_mel_bins = num_mel_bins
 
-    @torch.no_grad()
-    def forward(self, audio: Tensor) -> Tensor:
-        """Compute features.
+    def __call__(self, audio: Tensor) -> Tensor:
+        """Compute features, without a gradient.
 
         Args:
             audio: (B, T) float, 16 kHz, T > 200 samples; padding at a row's end must be zeros.
-        Returns: (B, num_mel_bins, T // 160) float32; each row is scaled by its own maximum.
+
+        Returns:
+            (B, num_mel_bins, T // 160) float32; each row is scaled by its own maximum.
         """
-        with torch.autocast(device_type=audio.device.type, enabled=False):  # the log needs float32
-            stft = torch.stft(audio.float(), N_FFT, HOP_SAMPLES, window=self.window, return_complex=True)
+        import torch
+
+        filters, window = _constants(self.num_mel_bins, audio.device)
+        with torch.no_grad(), torch.autocast(device_type=audio.device.type, enabled=False):  # the log needs float32
+            stft = torch.stft(audio.float(), N_FFT, HOP_SAMPLES, window=window, return_complex=True)
             power = stft[..., :-1].abs() ** 2  # (B, 201, T // 160); Whisper drops the last frame
-            log_mel = (self.filters @ power).clamp(min=1e-10).log10()
-            floor = log_mel.amax(dim=(1, 2), keepdim=True) - 8.0
-            return (torch.maximum(log_mel, floor) + 4.0) / 4.0
+            logs = (filters @ power).clamp(min=1e-10).log10()
+            floor = logs.amax(dim=(1, 2), keepdim=True) - 8.0
+            return (torch.maximum(logs, floor) + 4.0) / 4.0
+
+    def to(self, device: torch.device) -> LogMel:
+        """Return itself: the features are computed where the audio is."""
+        return self
+
+
+def log_mel(audio: NDArray[np.float32], num_mel_bins: int = 80) -> NDArray[np.float32]:
+    """Compute the features of `LogMel` in NumPy.
+
+    Args:
+        audio: (B, T) float32, 16 kHz, T > 200 samples; padding at a row's end must be zeros.
+        num_mel_bins: 80, or 128 for large-v3 and turbo.
+
+    Returns:
+        (B, num_mel_bins, T // 160) float32; each row is scaled by its own maximum.
+    """
+    window = np.hanning(N_FFT + 1)[:-1].astype(np.float32)  # periodic, as torch.hann_window
+    padded = np.pad(audio, ((0, 0), (N_FFT // 2, N_FFT // 2)), mode="reflect")
+    frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT, axis=1)[:, ::HOP_SAMPLES]
+    spectrum = np.fft.rfft(frames[:, : audio.shape[1] // HOP_SAMPLES] * window)  # (B, T // 160, 201)
+    power = spectrum.real**2 + spectrum.imag**2
+    logs = np.log10(np.maximum(power @ mel_filters(num_mel_bins).T, 1e-10)).transpose(0, 2, 1)
+    floor = logs.max(axis=(1, 2), keepdims=True) - 8.0
+    scaled: NDArray[np.float32] = (np.maximum(logs, floor) + 4.0) / 4.0
+    return scaled
+
+
+def padded_samples(samples: int) -> int:
+    """Round up to whole encoder positions (320 samples), within 0.1 and 30 s."""
+    whole = math.ceil(max(samples, SAMPLE_RATE // 10) / SAMPLES_PER_POSITION) * SAMPLES_PER_POSITION
+    return min(whole, CONTEXT_SAMPLES)
+
+
+@cache
+def mel_filters(num_mel_bins: int) -> NDArray[np.float32]:
+    """Return triangular filters of equal area, (num_mel_bins, 201), from 0 to 8 kHz.
+
+    Source: Slaney (1998), Auditory Toolbox; `transformers.audio_utils.mel_filter_bank` has the same values.
+    """
+    mels = np.linspace(0.0, TOP_MEL, num_mel_bins + 2)
+    corners = np.where(mels < BREAK_MEL, mels * BREAK_HZ / BREAK_MEL, BREAK_HZ * np.exp((mels - BREAK_MEL) * LOG_STEP))
+    left, peak, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
+    hz = np.linspace(0.0, SAMPLE_RATE / 2, 1 + N_FFT // 2)
+    triangles = np.maximum(0.0, np.minimum((hz - left) / (peak - left), (right - hz) / (right - peak)))
+    return (triangles * 2.0 / (right - left)).astype(np.float32)
+
+
+@cache
+def _constants(num_mel_bins: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return filters, (num_mel_bins, 201), and window, (400,), on a device."""
+    import torch
+
+    return torch.tensor(mel_filters(num_mel_bins), device=device), torch.hann_window(N_FFT, device=device)
