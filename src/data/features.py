@@ -105,7 +105,8 @@ def mel_filters(num_mel_bins: int) -> NDArray[np.float32]:
     left, peak, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
     hz = np.linspace(0.0, SAMPLE_RATE / 2, 1 + N_FFT // 2)
     triangles = np.maximum(0.0, np.minimum((hz - left) / (peak - left), (right - hz) / (right - peak)))
-    return (triangles * 2.0 / (right - left)).astype(np.float32)
+    filters: NDArray[np.float32] = (triangles * 2.0 / (right - left)).astype(np.float32)
+    return filters
 
 
 @cache

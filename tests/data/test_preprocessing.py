@@ -1,49 +1,169 @@
+"""Preparation and measurement of signals, against values that are known and against bundled speech."""
+
 from __future__ import annotations
 
+import hashlib
+import io
+import math
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile as sf
 import soxr
+from numpy.typing import NDArray
 
-from src.data.audio import DecodedAudio
-from src.data.preprocessing import AudioPreprocessor
-from src.data.quality import measure_clip
+from src.data.audio import SAMPLE_RATE, DecodedAudio, Waveform, decode
+from src.data.preprocessing import (
+    MAX_SNR_DB,
+    AudioPreprocessor,
+    ClipStats,
+    hash_audio,
+    measure_bandwidth,
+    measure_clip,
+    measure_clipping,
+)
+from src.data.utterance import Utterance
 from src.data.vad import VoiceActivityDetector
 from src.utils.errors import AudioError
 
 
-def test_nothing_asked_changes_nothing(jfk: Any) -> None:
-    assert np.array_equal(AudioPreprocessor()(jfk, 16_000), jfk)
+@pytest.fixture(scope="module")
+def sample_speech(sample: list[Utterance]) -> list[Waveform]:
+    """24 clips of many speakers, once Opus."""
+    return [decode(utterance.audio).samples for utterance in sample[::20]]
 
 
-def test_stereo_at_44_1_khz_becomes_mono_at_16_khz(jfk: Any) -> None:
-    stereo = np.repeat(soxr.resample(jfk, 16_000, 44_100)[:, None], 2, axis=1)
+def tone(amplitude: float, hz: float = 440.0) -> Waveform:
+    return (amplitude * np.sin(2 * np.pi * hz * np.arange(4 * SAMPLE_RATE) / SAMPLE_RATE)).astype(np.float32)
+
+
+def measure(samples: Waveform) -> ClipStats:
+    return measure_clip(DecodedAudio(samples, SAMPLE_RATE, 1))
+
+
+def as_pcm(samples: Waveform) -> Waveform:
+    return (np.clip(np.round(samples * 32768), -32768, 32767) / 32768).astype(np.float32)
+
+
+def encode(samples: NDArray[Any], rate: int = SAMPLE_RATE, *, kind: str = "WAV") -> bytes:
+    file = io.BytesIO()
+    sf.write(file, samples, rate, format=kind, subtype="PCM_16")
+    return file.getvalue()
+
+
+def test_stereo_at_44_1_khz_becomes_mono_at_16_khz_and_nothing_asked_changes_nothing(jfk: Waveform) -> None:
+    assert np.array_equal(AudioPreprocessor()(jfk, SAMPLE_RATE), jfk)
+    stereo = np.repeat(soxr.resample(jfk, SAMPLE_RATE, 44_100)[:, None], 2, axis=1)
     prepared = AudioPreprocessor()(stereo, 44_100)
     assert prepared.shape == pytest.approx(jfk.shape, abs=2)
-    assert np.corrcoef(prepared[: len(jfk) - 2], jfk[: len(prepared)][: len(jfk) - 2])[0, 1] > 0.99
+    shared = min(len(prepared), len(jfk))
+    assert np.corrcoef(prepared[:shared], jfk[:shared])[0, 1] > 0.99
 
 
-def test_silence_around_speech_is_cut_and_pauses_inside_stay(jfk: Any) -> None:
-    silence = np.zeros(3 * 16_000, dtype=np.float32)
-    vad = VoiceActivityDetector()
-    trimmed = AudioPreprocessor(vad=vad)(np.concatenate([silence, jfk, silence]), 16_000)
+def test_silence_around_speech_is_cut_and_pauses_inside_stay(jfk: Waveform) -> None:
+    silence, vad = np.zeros(3 * SAMPLE_RATE, dtype=np.float32), VoiceActivityDetector()
+    trimmed = AudioPreprocessor(vad=vad)(np.concatenate([silence, jfk, silence]), SAMPLE_RATE)
     speech = vad.speech_segments(jfk)
-    assert len(trimmed) / 16_000 == pytest.approx(speech[-1].end_sec - speech[0].start_sec, abs=0.2)
-
-
-@pytest.mark.parametrize("target_dbfs", [-30.0, -23.0])
-def test_loudness_is_what_was_asked(jfk: Any, target_dbfs: float) -> None:
-    prepared = AudioPreprocessor(loudness_dbfs=target_dbfs)(0.1 * jfk, 16_000)
-    assert measure_clip(DecodedAudio(prepared, 16_000, 1)).loudness_dbfs == pytest.approx(target_dbfs, abs=0.1)
-
-
-def test_loudness_never_clips(jfk: Any) -> None:
-    prepared = AudioPreprocessor(loudness_dbfs=0.0)(jfk, 16_000)
-    assert float(np.abs(prepared).max()) == pytest.approx(1.0, abs=1e-5)
-
-
-def test_a_recording_without_speech_is_named() -> None:
+    assert len(trimmed) / SAMPLE_RATE == pytest.approx(speech[-1].end_sec - speech[0].start_sec, abs=0.2)
     noise = 0.01 * np.random.default_rng(0).standard_normal(32_000).astype(np.float32)
-    with pytest.raises(AudioError, match=r"hum\.wav: no speech was found"):
-        AudioPreprocessor(vad=VoiceActivityDetector())(noise, 16_000, name="hum.wav")
+    with pytest.raises(AudioError, match=r"hum\.wav"):
+        AudioPreprocessor(vad=vad)(noise, SAMPLE_RATE, name="hum.wav")
+
+
+def test_loudness_is_what_was_asked_and_never_clips(jfk: Waveform) -> None:
+    for target_dbfs in (-30.0, -23.0):
+        prepared = AudioPreprocessor(loudness_dbfs=target_dbfs)(0.1 * jfk, SAMPLE_RATE)
+        assert measure(prepared).loudness_dbfs == pytest.approx(target_dbfs, abs=0.1)
+    assert np.abs(AudioPreprocessor(loudness_dbfs=0.0)(jfk, SAMPLE_RATE)).max() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_sine_has_its_peak_and_power() -> None:
+    stats = measure(tone(0.5))
+    assert stats.duration_sec == 4.0
+    assert stats.peak_dbfs == pytest.approx(20 * math.log10(0.5), abs=0.01)
+    assert stats.loudness_dbfs == pytest.approx(20 * math.log10(0.5 / math.sqrt(2)), abs=0.05)
+    assert stats.silent_fraction == 0
+
+
+def test_pauses_change_neither_loudness_nor_peak(jfk: Waveform) -> None:
+    alone = measure(jfk)
+    padded = measure(np.concatenate([np.zeros(10 * SAMPLE_RATE, np.float32), jfk]))
+    assert padded.loudness_dbfs == pytest.approx(alone.loudness_dbfs, abs=1e-6)
+    assert padded.peak_dbfs == alone.peak_dbfs
+    expected = (10 + alone.silent_fraction * len(jfk) / SAMPLE_RATE) / (10 + len(jfk) / SAMPLE_RATE)
+    assert padded.silent_fraction == pytest.approx(expected, abs=0.002)
+
+
+def test_loudness_follows_the_gain_and_silence_does_not(jfk: Waveform) -> None:
+    loud, quiet = measure(jfk), measure(jfk / 10)
+    assert quiet.loudness_dbfs == pytest.approx(loud.loudness_dbfs - 20, abs=0.2)
+    assert quiet.silent_fraction == pytest.approx(loud.silent_fraction, abs=0.1)
+
+
+def test_loudness_ranks_speech_as_bs1770_does(sample_speech: list[Waveform]) -> None:
+    functional = pytest.importorskip("torchaudio.functional")
+    stats = pytest.importorskip("scipy.stats")
+    torch = pytest.importorskip("torch")
+    clips = sample_speech[:12]
+    ours = [measure(audio).loudness_dbfs for audio in clips]
+    theirs = [float(functional.loudness(torch.from_numpy(audio)[None], SAMPLE_RATE)) for audio in clips]
+    assert stats.spearmanr(ours, theirs).statistic > 0.95
+
+
+def test_the_snr_of_noisy_speech_is_about_what_it_was_mixed_at(jfk: Waveform) -> None:
+    speech = np.concatenate([jfk, np.zeros(3 * SAMPLE_RATE, dtype=np.float32)])
+    noise = np.random.default_rng(0).standard_normal(len(speech)).astype(np.float32)
+    clean = measure(speech)
+    assert clean.snr_db == MAX_SNR_DB
+    for wanted_db, low_by_db in ((10, 4), (20, 1), (30, 1)):
+        gain = 10 ** ((clean.loudness_dbfs - wanted_db) / 20)
+        assert wanted_db - low_by_db <= measure(speech + gain * noise).snr_db <= wanted_db + 1
+
+
+def test_a_clipped_sine_has_the_share_that_geometry_says() -> None:
+    gain = 2.0
+    clipped = as_pcm(np.clip(tone(gain, 100.0), -1, 1))
+    expected = 1 - 2 * math.asin(0.99 / gain) / math.pi  # the share of a period at or above 99% of the rail
+    assert measure_clipping(clipped) == pytest.approx(expected, abs=0.01)
+    assert measure_clipping(as_pcm(0.3 * clipped)) == pytest.approx(expected, abs=0.01)  # made quieter afterwards
+
+
+def test_speech_that_was_too_loud_is_found_at_any_rate_and_clean_speech_is_not(sample_speech: list[Waveform]) -> None:
+    assert max(measure_clipping(audio) for audio in sample_speech) < 0.0003
+    for audio in sample_speech[:8]:
+        loud = 3 * audio / np.abs(audio).max()
+        truth = float((np.abs(loud) >= 1).mean())
+        assert 0.6 * truth < measure_clipping(as_pcm(np.clip(loud, -1, 1))) < 1.05 * truth  # runs of 3 and more
+        at_44k = as_pcm(np.clip(soxr.resample(loud, SAMPLE_RATE, 44_100), -1, 1))
+        assert measure_clipping(decode(encode(at_44k, 44_100)).samples) > 0.2 * truth
+
+
+def test_bandwidth_tells_telephone_speech_in_a_file_of_any_rate(sample_speech: list[Waveform]) -> None:
+    assert measure_bandwidth(tone(0.5, 3_000.0)) == pytest.approx(3_000, abs=4 * SAMPLE_RATE / 512)
+    assert np.mean([measure_bandwidth(audio) > 4_100 for audio in sample_speech]) > 0.95
+    for audio in sample_speech:
+        telephone = soxr.resample(audio, SAMPLE_RATE, 8_000)
+        for samples, rate in ((telephone, 8_000), (soxr.resample(telephone, 8_000, 48_000), 48_000)):
+            assert measure_clip(decode(encode(samples, rate))).bandwidth_hz < 4_000
+
+
+def test_a_file_is_described_by_its_own_rate_and_its_samples(jfk: Waveform) -> None:
+    stereo = np.stack([soxr.resample(jfk, SAMPLE_RATE, 44_100)] * 2, axis=1)
+    stats = measure_clip(decode(encode(stereo, 44_100)))
+    assert (stats.sample_rate, stats.channels) == (44_100, 2)
+    assert stats.duration_sec == pytest.approx(len(jfk) / SAMPLE_RATE, abs=1e-3)
+    pcm = np.round(jfk * 32_000).astype("<i2")
+    wav, flac = decode(encode(pcm)), decode(encode(pcm, kind="FLAC"))
+    assert (
+        measure_clip(wav).audio_sha256 == measure_clip(flac).audio_sha256 == hashlib.sha256(pcm.tobytes()).hexdigest()
+    )
+    assert hash_audio(jfk[1:]) != hash_audio(jfk)
+
+
+@pytest.mark.parametrize("samples", [np.zeros(1_600, np.float32), np.full(100, 1e-5, np.float32), tone(1.0)[:1_700]])
+def test_silence_and_short_signals_have_finite_values(samples: Waveform) -> None:
+    stats = measure(samples)
+    assert all(math.isfinite(value) for value in vars(stats).values() if isinstance(value, float))
+    assert 0 <= stats.silent_fraction <= 1
+    assert stats.peak_dbfs >= -120
