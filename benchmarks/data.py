@@ -37,7 +37,7 @@ from src.data.audio import SAMPLE_RATE, AudioCache, decode, load_audio
 from src.data.augmentation.augmenter import Effects
 from src.data.augmentation.effects import pitch_ratios
 from src.data.features import LogMel
-from src.data.quality import measure_clip
+from src.data.preprocessing import measure_clip
 from src.data.sources.catalog import SAMPLE_PARQUET
 from src.models import WhisperModelManager
 from src.utils import Config, load_config
@@ -207,7 +207,7 @@ def time_waiting(splits: DatasetSplits, processor: Any, config: Config) -> float
 
     everything = {"pitch_prob": 1.0, "noise_prob": 1.0, "room_prob": 1.0, "codec_prob": 1.0}
     augmenter = AudioAugmenter(config.augmentation.model_copy(update=everything))
-    generator, log_mel = torch.Generator().manual_seed(0), LogMel().cuda()
+    generator, log_mel = torch.Generator().manual_seed(0), LogMel()
     loader = create_loader(splits.train, processor, config, shuffle=True)
     for _ in range(2):  # the first epoch starts the workers
         meter = WaitMeter()

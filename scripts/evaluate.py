@@ -28,7 +28,7 @@ from scripts.command_line import check_model_path, parse_setting
 from src.data import create_loader
 from src.data.checking import SkippedUtterance, check_listed, enforce_skip_policy
 from src.data.labels import apply_case, resolve_case
-from src.data.quality import ClipStats
+from src.data.preprocessing import ClipStats
 from src.data.sources.catalog import load_utterances
 from src.data.sources.manifest import MANIFEST_SUFFIXES
 from src.data.utterance import SPLIT_NAMES, Utterance

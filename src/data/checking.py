@@ -15,7 +15,7 @@ import psutil
 from tqdm.auto import tqdm
 
 from src.data.audio import decode
-from src.data.quality import ClipStats, measure_clip
+from src.data.preprocessing import ClipStats, measure_clip
 from src.data.splitting import stable_hash
 from src.data.utterance import EncodedAudio, Utterance
 from src.utils.config import Config, DataConfig

@@ -62,10 +62,6 @@ class LogMel:
             floor = logs.amax(dim=(1, 2), keepdim=True) - 8.0
             return (torch.maximum(logs, floor) + 4.0) / 4.0
 
-    def to(self, device: torch.device) -> LogMel:
-        """Return itself: the features are computed where the audio is."""
-        return self
-
 
 def log_mel(audio: NDArray[np.float32], num_mel_bins: int = 80) -> NDArray[np.float32]:
     """Compute the features of `LogMel` in NumPy.

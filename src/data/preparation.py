@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from src.data.checking import SkippedUtterance, check_listed, check_stream, enforce_skip_policy
 from src.data.labels import LabelCase, apply_case, resolve_case
-from src.data.quality import ClipStats
+from src.data.preprocessing import ClipStats
 from src.data.sources.catalog import Streams, open_source
 from src.data.splitting import SPLITS, assign_splits, cut_missing, find_shared_speakers
 from src.data.utterance import Utterance

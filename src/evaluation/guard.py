@@ -26,7 +26,7 @@ from src.data.checking import (
 )
 from src.data.labels import apply_case, resolve_case
 from src.data.loader import create_loader
-from src.data.quality import ClipStats
+from src.data.preprocessing import ClipStats
 from src.data.sources.catalog import SAMPLE_CLIP, load_utterances, open_source
 from src.data.sources.hub import CORPORA
 from src.data.utterance import Utterance

@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from src.data.audio import SAMPLE_RATE, Waveform, to_mono_16k
-from src.data.mel import CONTEXT_SAMPLES
+from src.data.features import CONTEXT_SAMPLES
 from src.inference.decoding import TorchEngine
 from src.inference.engines import Engine as Transcriber
 from src.inference.engines import transcribe

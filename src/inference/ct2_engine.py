@@ -15,7 +15,7 @@ import ctranslate2
 import numpy as np
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.mel import HOP_SAMPLES, log_mel
+from src.data.features import HOP_SAMPLES, log_mel
 from src.inference.options import DecodingOptions, DecodingResult, batch_samples
 from src.inference.tokens import Vocabulary
 from src.inference.words import Word, place_words

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -126,14 +125,8 @@ def encode(
         batch = torch.zeros(len(audios), samples, device=device)
         for row, audio in enumerate(audios):
             batch[row, : len(audio)] = torch.as_tensor(audio, device=device)
-    features = log_mel_for(model.config.num_mel_bins, device)(batch)  # (B, mels, frames)
+    features = LogMel(model.config.num_mel_bins)(batch)  # (B, mels, frames)
     return model.get_encoder()(features.to(model.dtype))
-
-
-@lru_cache(maxsize=8)
-def log_mel_for(num_mel_bins: int, device: torch.device) -> LogMel:
-    """Return the feature extractor of a device, made once."""
-    return LogMel(num_mel_bins).to(device)
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from src.data.audio import SAMPLE_RATE
-from src.data.mel import CONTEXT_SAMPLES, padded_samples
+from src.data.features import CONTEXT_SAMPLES, padded_samples
 from src.inference.words import Word
 from src.utils.config import Config
 from src.utils.errors import ModelError

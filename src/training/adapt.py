@@ -34,10 +34,9 @@ from tqdm.auto import tqdm
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio, to_mono_16k
 from src.data.batching import batch_generator
 from src.data.dataset import decode_audio
-from src.data.features import CONTEXT_SAMPLES, SAMPLES_PER_POSITION
-from src.data.mel import padded_samples
+from src.data.features import CONTEXT_SAMPLES, SAMPLES_PER_POSITION, LogMel, padded_samples
 from src.data.utterance import Utterance
-from src.inference.decoding import decode, encode, log_mel_for
+from src.inference.decoding import decode, encode
 from src.inference.options import DecodingOptions
 from src.inference.tokens import Vocabulary
 from src.models.dynamic_context import DynamicWhisper
@@ -449,7 +448,7 @@ def matching_losses(model: DynamicWhisper, audio: Tensor, targets: Sequence[Targ
     Returns:
         `state_loss` of the encoder and of the decoder.
     """
-    features = log_mel_for(model.config.num_mel_bins, audio.device)(audio)  # (B, mels, T // 160)
+    features = LogMel(model.config.num_mel_bins)(audio)  # (B, mels, T // 160)
     tokens = pad_sequence([target.tokens for target in targets], batch_first=True).to(audio.device)
     heard = model.model.encoder(features).last_hidden_state  # (B, positions, d_model)
     written = model.model.decoder(

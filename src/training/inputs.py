@@ -24,11 +24,10 @@ from src.data.audio import SAMPLE_RATE
 from src.data.augmentation.augmenter import AudioAugmenter
 from src.data.augmentation.spec_augment import SpecAugment
 from src.data.dataset import WhisperDataset
-from src.data.features import CONTEXT_SAMPLES, HOP_SAMPLES
+from src.data.features import CONTEXT_SAMPLES, HOP_SAMPLES, LogMel, padded_samples
 from src.data.labels import IGNORE_INDEX
-from src.data.mel import padded_samples
 from src.inference.alignment import align_words
-from src.inference.decoding import encode, log_mel_for
+from src.inference.decoding import encode
 from src.inference.words import Word
 from src.models.dynamic_context import DynamicWhisper
 from src.models.modes import evaluation_mode
@@ -71,7 +70,7 @@ class TrainingInputs:
     def features(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         """Return (B, mels, frames) float32 on the batch's device; `generator` is on the CPU."""
         audio, lengths = self.audio(batch, generator)
-        log_mel = log_mel_for(self._num_mel_bins, audio.device)(audio)
+        log_mel = LogMel(self._num_mel_bins)(audio)
         frames = (lengths.cpu() / HOP_SAMPLES).ceil().long().clamp(max=log_mel.shape[2])
         return self._mask(log_mel, frames, generator=generator)
 

@@ -23,12 +23,10 @@ from torch import Tensor
 
 from src.data.audio import SAMPLE_RATE
 from src.data.batching import batch_generator
-from src.data.features import CONTEXT_SAMPLES, FRAMES_PER_SEC, HOP_SAMPLES
+from src.data.features import CONTEXT_SAMPLES, FRAMES_PER_SEC, HOP_SAMPLES, LogMel, padded_samples
 from src.data.labels import IGNORE_INDEX, resolve_case
 from src.data.loader import SpeechLoader, create_loader
-from src.data.mel import padded_samples
 from src.data.preparation import DatasetSplits
-from src.inference.decoding import log_mel_for
 from src.models.dynamic_context import DynamicWhisper
 from src.training.inputs import TrainingInputs
 from src.training.loss import TokenLoss
@@ -361,7 +359,7 @@ class _Trial:
         generator = torch.Generator().manual_seed(0)
         samples = padded_samples(round(clip_sec * SAMPLE_RATE))
         audio = torch.randn(clips, samples, generator=generator).to(self.device)
-        features = log_mel_for(self._loss.model.config.num_mel_bins, self.device)(audio)
+        features = LogMel(self._loss.model.config.num_mel_bins)(audio)
         length = max(4, round(self._clip_sec * TOKENS_PER_SEC))
         tokens = torch.randint(0, 1_000, (clips, length), generator=generator).to(self.device)
         labels = tokens.clone()

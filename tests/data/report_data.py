@@ -11,7 +11,7 @@ import soundfile as sf
 
 from src.data.audio import SAMPLE_RATE, Waveform, decode
 from src.data.preparation import DatasetSplits
-from src.data.quality import measure_clip
+from src.data.preprocessing import measure_clip
 from src.data.utterance import Utterance
 
 TEXTS = [

@@ -11,8 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from src.data.audio import load_audio
-from src.data.features import CONTEXT_SAMPLES, LogMel
-from src.data.mel import padded_samples
+from src.data.features import CONTEXT_SAMPLES, LogMel, padded_samples
 from src.inference.decoding import decode, encode
 from src.inference.options import DecodingOptions, DecodingResult
 from src.utils.errors import ModelError

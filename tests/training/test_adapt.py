@@ -10,8 +10,7 @@ import torch
 
 from src.data.audio import SAMPLE_RATE
 from src.data.dataset import decode_audio
-from src.data.features import CONTEXT_SAMPLES
-from src.data.mel import padded_samples
+from src.data.features import CONTEXT_SAMPLES, padded_samples
 from src.data.utterance import Utterance
 from src.training import adapt
 from src.training.adapt import Clip, Target, Teacher, _batches, adapt_context, matching_losses, state_loss

@@ -21,7 +21,7 @@ from src.data.audio import SAMPLE_RATE
 from src.data.dataset import decode_audio
 from src.data.labels import LabelEncoder
 from src.data.preparation import DatasetSplits
-from src.data.quality import ClipStats
+from src.data.preprocessing import ClipStats
 from src.data.splitting import SPLITS, stable_hash
 from src.data.utterance import Utterance
 from src.data.vad import VoiceActivityDetector

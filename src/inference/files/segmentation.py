@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.features import CONTEXT_SAMPLES
 from src.data.labels import TIMESTAMP_STEP_SEC, TimedTokens
-from src.data.mel import CONTEXT_SAMPLES
 from src.data.vad import VADEvent, VoiceActivityDetector
 from src.inference.engines import Engine, decode_with_fallback
 from src.inference.options import DecodingOptions, DecodingResult

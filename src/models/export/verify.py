@@ -19,8 +19,7 @@ from torch import Tensor
 from transformers import logging as transformers_logging
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
-from src.data.features import LogMel
-from src.data.mel import CONTEXT_SAMPLES, padded_samples
+from src.data.features import CONTEXT_SAMPLES, LogMel, padded_samples
 from src.data.sources.catalog import SAMPLE_PARQUET
 from src.data.sources.parquet import read_parquet
 from src.models.dynamic_context import DynamicWhisper
