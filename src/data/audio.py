@@ -101,14 +101,8 @@ def decode(
             shorter than 0.1 s, or silent.
     """
     label = _label(source, name)
-    with _open(source, label) as recording:
-        blocks = recording.blocks
-        if max_sec is not None:
-            if recording.promised_sec is not None and recording.promised_sec > max_sec:
-                found = f" (the header says {recording.promised_sec:.1f} s)"
-                raise AudioError(f"{label}: longer than {max_sec:g} s{found}; cut it at a pause")
-            blocks = _at_most(blocks, max_sec, recording.rate, label)
-        samples = _finish(_to_16k(blocks, recording.rate, label), label, allow_silence)
+    with _open(source, label, max_sec) as recording:
+        samples = _finish(_to_16k(recording.blocks, recording.rate, label), label, allow_silence)
         return DecodedAudio(samples, recording.rate, recording.channels)
 
 
@@ -193,7 +187,7 @@ def _label(source: AudioSource, name: str | None) -> str:
 
 
 @contextmanager
-def _open(source: AudioSource, label: str) -> Iterator[_Recording]:
+def _open(source: AudioSource, label: str, max_sec: float | None = None) -> Iterator[_Recording]:
     with ExitStack() as stack:
         file = stack.enter_context(_open_file(source, label))
         kind = file.read(4)
@@ -203,16 +197,25 @@ def _open(source: AudioSource, label: str) -> Iterator[_Recording]:
             file.seek(0)
             recording = _open_with_ffmpeg(file, label, stack)
         _check_rate(recording.rate, label)
-        yield replace(recording, blocks=_to_promised_end(recording, label))
+        yield replace(recording, blocks=_bounded(recording, max_sec, label))
 
 
-def _to_promised_end(recording: _Recording, label: str) -> Iterator[Waveform]:
+def _bounded(recording: _Recording, max_sec: float | None, label: str) -> Iterator[Waveform]:
+    """Pass blocks on; refuse more than `max_sec`, and an end before the promised one."""
+    limit_sec = float("inf") if max_sec is None else max_sec
+    promised_sec, present_sec = recording.promised_sec or 0.0, 0.0
+    if promised_sec > limit_sec:
+        raise AudioError(
+            f"{label}: longer than {max_sec:g} s (the header says {promised_sec:.1f} s); cut it at a pause"
+        )
     samples = 0
     for block in recording.blocks:
         samples += len(block)
+        present_sec = samples / recording.rate
+        if present_sec > limit_sec:
+            raise AudioError(f"{label}: longer than {max_sec:g} s; cut it at a pause")
         yield block
-    promised_sec, present_sec = recording.promised_sec, samples / recording.rate
-    if promised_sec is not None and present_sec < promised_sec - recording.tolerance_sec:
+    if present_sec < promised_sec - recording.tolerance_sec:
         raise AudioError(
             f"{label}: truncated: the header promises {promised_sec:.2f} s, {present_sec:.2f} s are there; "
             "fetch it again"
@@ -334,13 +337,11 @@ def _open_with_ffmpeg(file: BinaryIO, label: str, stack: ExitStack) -> _Recordin
         if lead_sec > _TOLERANCE_SEC:
             lead_samples = round(lead_sec * rate)
             promised_sec = None if promised_sec is None else promised_sec + lead_sec
-    blocks = itertools.chain(_silence(lead_samples), _ffmpeg_blocks(itertools.chain([head], frames), begin_sec, label))
+    silence = (
+        np.zeros(min(BLOCK_VALUES, lead_samples - at), np.float32) for at in range(0, lead_samples, BLOCK_VALUES)
+    )
+    blocks = itertools.chain(silence, _ffmpeg_blocks(itertools.chain([head], frames), begin_sec, label))
     return _Recording(rate, channels, promised_sec, tolerance_sec, blocks)
-
-
-def _silence(samples: int) -> Iterator[Waveform]:
-    for at in range(0, samples, BLOCK_VALUES):
-        yield np.zeros(min(BLOCK_VALUES, samples - at), dtype=np.float32)
 
 
 def _promised_sec(container: Any, stream: Any) -> float | None:
@@ -407,15 +408,6 @@ def _check_rate(rate: int, label: str) -> None:
         raise AudioError(
             f"{label}: sample rate {rate} Hz, {MIN_RATE} to {MAX_RATE} are possible; the header is damaged"
         )
-
-
-def _at_most(blocks: Iterator[Waveform], max_sec: float, rate: int, label: str) -> Iterator[Waveform]:
-    frames = 0
-    for block in blocks:
-        frames += len(block)
-        if frames > max_sec * rate:
-            raise AudioError(f"{label}: longer than {max_sec:g} s; cut it at a pause")
-        yield block
 
 
 def _to_16k(blocks: Iterator[Waveform], rate: int, label: str) -> Waveform:
