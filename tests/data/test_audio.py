@@ -9,7 +9,6 @@ import os
 import tracemalloc
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import soundfile as sf
@@ -18,46 +17,10 @@ from src.data import audio as audio_module
 from src.data.audio import SAMPLE_RATE, AudioCache, decode, load_audio, read_encoded, stream_audio, to_mono_16k
 from src.data.sources.catalog import SAMPLE_CLIP
 from src.utils.errors import AudioError, WhisperASRError
+from tests.data.recordings import encoded, muxed, peak_hz, tone
 from tests.utils.full_disk import fill_disk
 
 HALF_STEP = 0.5 / 32_768
-
-
-def tone(rate: int, seconds: float = 1.0, hz: float = 440.0, channels: int = 1) -> np.ndarray:
-    wave = 0.5 * np.sin(2 * np.pi * hz * np.arange(int(rate * seconds)) / rate).astype(np.float32)
-    return np.repeat(wave[:, None], channels, axis=1)
-
-
-def encoded(samples: np.ndarray, rate: int, kind: str, subtype: str | None = None) -> bytes:
-    buffer = io.BytesIO()
-    sf.write(buffer, samples, rate, format=kind, subtype=subtype)
-    return buffer.getvalue()
-
-
-def muxed(kind: str, codec: str, rate: int, *, begin_sec: float = 0.0, picture_sec: float = 0.0) -> bytes:
-    """Return a second of a 440 Hz tone, which begins late, with a picture or without."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=kind) as container:
-        stream = container.add_stream(codec, rate=rate, layout="stereo")
-        picture = container.add_stream("mpeg4", rate=5, width=32, height=32) if picture_sec else None
-        for number in range(round(5 * picture_sec)):
-            image = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))
-            image.pts = number
-            container.mux(picture.encode(image))
-        if picture is not None:
-            container.mux(picture.encode(None))
-        samples = np.ascontiguousarray(tone(rate, channels=2).T)
-        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
-        frame.sample_rate, frame.pts = rate, round(begin_sec * rate)
-        converted = av.AudioResampler(format=stream.format.name).resample(frame)
-        for packet in [packet for part in [*converted, None] for packet in stream.encode(part)]:
-            container.mux(packet)
-    return buffer.getvalue()
-
-
-def peak_hz(audio: np.ndarray) -> float:
-    spectrum = np.abs(np.fft.rfft(audio * np.hanning(len(audio))))
-    return float(np.argmax(spectrum) * SAMPLE_RATE / len(audio))
 
 
 # What is decoded

@@ -1,0 +1,53 @@
+"""Encoded recordings of a tone, in any container."""
+
+from __future__ import annotations
+
+import io
+
+import av
+import numpy as np
+import soundfile as sf
+
+from src.data.audio import SAMPLE_RATE
+
+TONE_HZ = 440.0
+
+
+def tone(rate: int, seconds: float = 1.0, channels: int = 1) -> np.ndarray:
+    wave = 0.5 * np.sin(2 * np.pi * TONE_HZ * np.arange(round(rate * seconds)) / rate).astype(np.float32)
+    return np.repeat(wave[:, None], channels, axis=1)
+
+
+def peak_hz(audio: np.ndarray) -> float:
+    spectrum = np.abs(np.fft.rfft(audio * np.hanning(len(audio)), 1 << 18))
+    return float(np.argmax(spectrum) * SAMPLE_RATE / (1 << 18))
+
+
+def encoded(samples: np.ndarray, rate: int, kind: str, subtype: str | None = None) -> bytes:
+    """Encode with soundfile."""
+    buffer = io.BytesIO()
+    sf.write(buffer, samples, rate, format=kind, subtype=subtype)
+    return buffer.getvalue()
+
+
+def muxed(
+    kind: str, codec: str, rate: int, seconds: float = 1.0, *, begin_sec: float = 0.0, picture_sec: float = 0.0
+) -> bytes:
+    """Encode a stereo tone with FFmpeg, which begins late, with a picture or without."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=rate, layout="stereo")
+        picture = container.add_stream("mpeg4", rate=5, width=32, height=32) if picture_sec else None
+        for number in range(round(5 * picture_sec)):
+            image = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))
+            image.pts = number
+            container.mux(picture.encode(image))
+        if picture is not None:
+            container.mux(picture.encode(None))
+        samples = np.ascontiguousarray(tone(rate, seconds, 2).T)
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
+        frame.sample_rate, frame.pts = rate, round(begin_sec * rate)
+        converted = av.AudioResampler(format=stream.format.name).resample(frame)
+        for packet in [packet for part in [*converted, None] for packet in stream.encode(part)]:
+            container.mux(packet)
+    return buffer.getvalue()
