@@ -21,8 +21,7 @@ from src.evaluation.metrics import MetricsCalculator
 from src.evaluation.results import EvaluationResult, ModelComparison, Prediction, compare_predictions
 from src.inference.decoding import decode, encode
 from src.inference.options import DecodingOptions
-from src.models.dynamic_context import get_audio_context
-from src.models.modes import evaluation_mode
+from src.models.dynamic_context import evaluation_mode, get_audio_context
 from src.utils.config import Config
 from src.utils.distributed import gather_objects, is_main_process, world_size
 from src.utils.errors import DataError

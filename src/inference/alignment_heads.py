@@ -37,7 +37,7 @@ from src.inference.decoding import decode, encode, languages_of
 from src.inference.options import DecodingOptions
 from src.inference.tokens import Vocabulary
 from src.models.alignment_heads import Head, listed_heads, upper_half_heads
-from src.models.modes import evaluation_mode
+from src.models.dynamic_context import evaluation_mode
 from src.utils.errors import DataError, ModelError
 from src.utils.files import write_text_atomic
 

@@ -1,6 +1,6 @@
 """CTranslate2 conversions of any weights, made once and kept in the cache.
 
-Imports stand where they are used: the Hub's client, torch and transformers take seconds, and most calls need none.
+Imports are where they are used: the Hub's client, torch and transformers take seconds, and most calls need none.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ def ct2_folder(source: str, *, quantization: str, cache_dir: Path) -> Path:
         source: as `resolve_weights` takes it; a CTranslate2 folder is returned as it is.
         quantization: of the weights where they are converted: "int8", "float16", ...
         cache_dir: conversions are kept under `cache_dir/weights`.
-    Raises: ModelError: no such weights, or the converted model does not give the source's text.
+
+    Raises:
+        ModelError: no such weights, or the converted model does not give the source's text.
     """
     folder = Path(source).expanduser()
     if (folder / "model.bin").is_file():
         return folder
-    from src.models.conversion_cache import combined_sha256, convert_once
+    from src.models.offline_weights import combined_sha256, convert_once
     from src.models.weights import resolve_weights
 
     weights = resolve_weights(source, cache_dir=cache_dir)

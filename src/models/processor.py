@@ -29,10 +29,12 @@ def build_processor(tokenizer_file: Path, *, num_mel_bins: int, vocab_size: int)
         tokenizer_file: a `tokenizer.json`; older ones lack the 1,501 timestamp tokens, which are then appended.
         num_mel_bins: 80, or 128 for large-v3 and turbo.
         vocab_size: rows of the model's embedding.
-    Raises: ModelError: no such file, not a Whisper tokenizer, or not this model's.
+
+    Raises:
+        ModelError: no such file, not a Whisper tokenizer, or not this model's.
     """
     spec = _read_tokenizer(tokenizer_file)
-    specials = [t["content"] for t in sorted(spec["added_tokens"], key=_token_id) if t["special"]]
+    specials = [t["content"] for t in sorted(spec["added_tokens"], key=lambda t: int(t["id"])) if t["special"]]
     _append_timestamps(spec)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
@@ -92,10 +94,6 @@ def _append_timestamps(spec: dict[str, Any]) -> None:
         name = f"<|{step * TIMESTAMP_STEP_SEC:.2f}|>"
         if name not in known:
             spec["added_tokens"].append({"id": first + step, "content": name, **shape})
-
-
-def _token_id(token: dict[str, Any]) -> int:
-    return int(token["id"])
 
 
 def _spelling_json() -> str:

@@ -1,7 +1,7 @@
-"""Where a model's weights come from: a folder, the Hugging Face Hub, or an installed package.
+"""Sources of a model's weights: a folder, the Hugging Face Hub, or an installed package.
 
-The first that has them wins, what was tried is logged, and a failure lists every attempt with its reason. Weights in
-CTranslate2 form are converted once into the cache.
+The first source that has them is taken, what was tried is logged, and a failure lists every attempt with its reason.
+Weights in CTranslate2 form are converted once into the cache.
 """
 
 from __future__ import annotations
@@ -17,15 +17,21 @@ import httpx
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from src.models.conversion_cache import combined_sha256, convert_once
-from src.models.ct2_format import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE
-from src.models.offline_weights import PACKAGED_MODELS, assemble_packaged_model
+from src.models.offline_weights import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    PACKAGED_MODELS,
+    TOKENIZER_FILE,
+    assemble_packaged_model,
+    combined_sha256,
+    convert_once,
+)
 from src.utils.config import VARIANTS
 from src.utils.errors import ModelError, did_you_mean, first_line
 
 logger = logging.getLogger(__name__)
 
-HUB_TIMEOUT_SEC = 5.0  # for the first answer; the Hub's client itself waits for ever
+HUB_TIMEOUT_SEC = 5.0  # for the first answer; the Hub's client itself waits forever
 HUB_ERRORS = (httpx.TransportError, HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError)
 HUB_FILES = ["*.json", "*.txt", "model.safetensors", "model-?????-of-?????.safetensors"]
 HUB_REPOSITORIES = {
@@ -48,9 +54,13 @@ def resolve_weights(variant_or_path: str, *, cache_dir: Path) -> ResolvedWeights
     Args:
         variant_or_path: a variant such as "base"; a folder with a Hugging Face or a CTranslate2 checkpoint (write
             `./base` for a folder that is named like a variant); or a repository of the Hub, "owner/name".
-        cache_dir: conversions are kept under `cache_dir/weights`. What the Hub gives stays in the Hub's own cache.
-    Returns: the first found of: the folder, the Hub's local cache, the Hub, an installed package.
-    Raises: ModelError: unknown name, a damaged or incomplete folder, or no source has the weights (all are listed).
+        cache_dir: conversions are kept under `cache_dir/weights`; downloads stay in the Hub's own cache.
+
+    Returns:
+        The first found of: the folder, the Hub's local cache, the Hub, an installed package.
+
+    Raises:
+        ModelError: unknown name, a damaged or incomplete folder, or no source has the weights (all are listed).
     """
     if variant_or_path in HUB_REPOSITORIES:
         return _from_sources(variant_or_path, HUB_REPOSITORIES[variant_or_path], cache_dir)
@@ -88,13 +98,8 @@ def _from_folder(folder: Path, cache_dir: Path) -> ResolvedWeights:
     if (folder / MODEL_FILE).is_file() and _model_type(folder) is None:
         label = f"CTranslate2 folder {folder}"
         digest = combined_sha256([folder / name for name in (MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE)])
-        path = convert_once(
-            folder.resolve().name,
-            digest,
-            label,
-            cache_dir=cache_dir,
-            convert=lambda target: _convert(folder, target),
-        )
+        name = folder.resolve().name
+        path = convert_once(name, digest, label, cache_dir=cache_dir, convert=lambda target: _convert(folder, target))
         return ResolvedWeights(path, f"{label} (converted)")
     problem = _incomplete(folder)
     if problem:

@@ -1,4 +1,4 @@
-"""From a variant's name to a model on its device and the processor that belongs to it."""
+"""Loading of a model by name or folder: weights, device, language, and its processor."""
 
 from __future__ import annotations
 
@@ -33,13 +33,18 @@ class WhisperModelManager:
 
         Args:
             variant: a name such as "base", or a checkpoint's folder; `model.variant` of the configuration by default.
-        Returns: (model in float32 on the configured device in evaluation mode, its `WhisperProcessor`).
-        Raises: ModelError: no weights to be had; the message lists what was tried. DeviceError: no such device.
+
+        Returns:
+            The model in float32 on the configured device, in evaluation mode, and its `WhisperProcessor`.
+
+        Raises:
+            ModelError: no weights are available; the message lists what was tried.
+            DeviceError: no such device.
         """
         device = get_device(self._config.device)
         keep_cudnn_out_of_attention(device)
         self.weights = resolve_weights(variant or self._config.model.variant, cache_dir=self._config.paths.cache_dir)
-        transformers_logging.disable_progress_bar()  # one bar a file of weights says nothing
+        transformers_logging.disable_progress_bar()  # one bar per file of weights says nothing
         model = DynamicWhisper.from_pretrained(self.weights.path, dtype=torch.float32)
         processor = WhisperProcessor.from_pretrained(self.weights.path)
         self._set_language(model)

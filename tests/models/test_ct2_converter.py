@@ -26,8 +26,7 @@ from transformers import (
 
 from src.data.audio import load_audio
 from src.data.utterance import Utterance
-from src.models.ct2_converter import convert_ct2_to_hf
-from src.models.ct2_format import read_ct2_model
+from src.models.ct2_converter import convert_ct2_to_hf, read_ct2_model
 from src.models.offline_weights import PACKAGED_MODELS, assemble_packaged_model
 from src.models.processor import build_processor, save_processor
 from src.utils.errors import ModelError

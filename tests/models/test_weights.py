@@ -16,7 +16,7 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from src.models import offline_weights as packaged_weights
 from src.models import weights
-from src.models.conversion_cache import MANIFEST_FILE, convert_once
+from src.models.offline_weights import MANIFEST_FILE, convert_once
 from src.models.weights import PACKAGED_MODELS, ResolvedWeights, resolve_weights
 from src.utils.config import VARIANTS
 from src.utils.errors import ModelError

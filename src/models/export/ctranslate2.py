@@ -1,8 +1,4 @@
-"""Checkpoints for CTranslate2 and faster-whisper.
-
-Nothing counts as saved before CTranslate2 has loaded it and given the source model's text. An older export of the same
-name is replaced when the new one is complete; any other folder is refused.
-"""
+"""Checkpoints for CTranslate2 and faster-whisper."""
 
 from __future__ import annotations
 
@@ -21,11 +17,10 @@ from transformers import WhisperProcessor
 
 from src.data.audio import Waveform
 from src.models.alignment_heads import existing_heads
-from src.models.dynamic_context import DynamicWhisper, get_audio_context
-from src.models.export.huggingface import source_folder
+from src.models.dynamic_context import get_audio_context
+from src.models.export.huggingface import loaded_source, new_export
 from src.models.export.verify import MAX_WORD_MISMATCH_QUANTISED, ClipBatch, verify_transcripts
 from src.utils.errors import ModelError
-from src.utils.files import atomic_folder, recover_folder
 
 logger = logging.getLogger(__name__)
 
@@ -42,33 +37,32 @@ def export_ctranslate2(
     verify_clips: Sequence[Waveform] | None = None,
     language: str | None = None,
 ) -> Path:
-    """Convert for CTranslate2 and faster-whisper, and prove it by transcribing.
+    """Convert for CTranslate2 and faster-whisper, and verify the export by transcribing.
 
     Args:
         source: a Hugging Face folder, or a model together with its `processor`.
         output_dir: replaced if it is an older export; appears whole or not at all.
+        processor: of a model.
         quantization: of the weights: "int8", "float16", "float32", ... as CTranslate2 names them.
         verify_clips: (T,) float32 each, 16 kHz, up to 30 s, transcribed by both; five bundled ones by default.
-        language: of the clips, for multilingual models; by default what the generation config says, else detected.
-    Returns: output_dir; its config.json keeps `audio_context`, which CTranslate2 ignores.
-    Raises: ModelError: unknown quantization, alignment heads that the model does not have, or more than 20% of the
-            words differ (float32 and float16: any word).
-        FileExistsError: output_dir holds something else.
+        language: of the clips, for multilingual models; by default that of the generation config, else detected.
+
+    Returns:
+        output_dir; its config.json keeps `audio_context`, which CTranslate2 ignores.
+
+    Raises:
+        ModelError: unknown quantization, alignment heads that the model does not have, or more than 20% of the words
+            differ (float32 and float16: any word).
+        FileExistsError: output_dir contains something else.
     """
     if quantization not in ACCEPTED_MODEL_TYPES:
         raise ModelError(f"unknown quantization {quantization!r}; known: {', '.join(ACCEPTED_MODEL_TYPES)}")
-    with source_folder(source, processor) as folder:
-        return _convert(folder, Path(output_dir), quantization, verify_clips, language)
-
-
-def _convert(
-    hf_dir: Path, output_dir: Path, quantization: str, clips: Sequence[Waveform] | None, language: str | None
-) -> Path:
-    model = DynamicWhisper.from_pretrained(hf_dir, dtype=torch.float32).eval()
-    existing_heads(model)  # CTranslate2 copies the list as it stands
-    processor = WhisperProcessor.from_pretrained(hf_dir)
-    recover_folder(output_dir)
-    with atomic_folder(output_dir, replace=(output_dir / "model.bin").is_file(), durable=True) as folder:
+    output_dir = Path(output_dir)
+    with (
+        loaded_source(source, processor) as (hf_dir, model, processor),
+        new_export(output_dir, ["model.bin"]) as folder,
+    ):
+        existing_heads(model)  # CTranslate2 copies the list as it is
         converter = TransformersConverter(str(hf_dir), copy_files=list(FASTER_WHISPER_FILES))
         converter.convert(str(folder), quantization=quantization, force=True)
         _write_audio_context(folder / "config.json", get_audio_context(model.config))
@@ -78,7 +72,7 @@ def _convert(
             _transcriber(folder, quantization),
             name=f"{output_dir}: the {quantization} model",
             allowed=0.0 if quantization in EXACT_QUANTIZATIONS else MAX_WORD_MISMATCH_QUANTISED,
-            clips=clips,
+            clips=verify_clips,
             language=language,
         )
     logger.info("saved %s (CTranslate2 %s, %.0f%% of words differ)", output_dir, quantization, 100 * mismatch)

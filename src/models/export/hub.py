@@ -1,7 +1,7 @@
-"""An exported model on the Hugging Face Hub: opt-in, private by default, never over something else.
+"""Upload of an exported model to the Hugging Face Hub: opt-in, private by default, never over something else.
 
 The token comes from the caller, or from where `huggingface_hub` finds it: HF_TOKEN, `hf auth login`, Colab's secrets.
-It is in no log and no error: errors of the network are not chained, since their texts may quote the request's headers.
+It is in no log and no error: network errors are not chained, since their texts may quote the request's headers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CARD_FILE = "README.md"
 INDEX_FILE = "model.safetensors.index.json"
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 _TOKENIZER_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json")
-# What is in each kind of export, as patterns; the first kind is told by a file of its own.
+# Files of each kind of export, as patterns; the key is the file that the kind is recognised by.
 _EXPORTS = {
     "model.bin": ("model.bin", "vocabulary.*", *_TOKENIZER_FILES),
     "onnx": (
@@ -49,7 +49,10 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True, token
         repo_id: "owner/name"; the owner is you, or an organisation in which you may write.
         private: False publishes the model.
         token: with the right to write; by default HF_TOKEN, the one of `hf auth login`, or Colab's secret HF_TOKEN.
-    Returns: the repository's address.
+
+    Returns:
+        The repository's address.
+
     Raises:
         ModelError: the folder is not a complete export or has no README.md, or repo_id is malformed.
         WhisperASRError: no token, no network, no right, or a name that is taken; the message says what to do.
@@ -77,10 +80,7 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True, token
 
 
 def check_export(folder: Path) -> None:
-    """Refuse a folder that is not a complete export with a model card.
-
-    Raises: ModelError: it says what is missing.
-    """
+    """Raise a `ModelError` that says what is missing, unless a folder is a complete export with a model card."""
     wanted = next((files for mark, files in _EXPORTS.items() if (folder / mark).exists()), None)
     if wanted is None:
         raise ModelError(
@@ -110,7 +110,7 @@ def _find_token(given: str | None) -> str:
 
 
 def _create(api: HfApi, repo_id: str, private: bool) -> None:
-    """Make the repository, or take one that is empty and as private as it should be."""
+    """Create the repository, or take one that is empty and as private as it should be."""
     try:
         api.create_repo(repo_id, private=private)
     except HfHubHTTPError as err:

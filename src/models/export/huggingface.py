@@ -1,7 +1,7 @@
-"""Checkpoints in the format of Hugging Face, which stock transformers loads.
+"""Checkpoints in Hugging Face format, which stock transformers loads; and the steps that all exports share.
 
-Nothing counts as saved before the tool that it is for has loaded it and given the source model's text. An older export
-of the same name is replaced when the new one is complete; any other folder is refused.
+No export counts as saved before the tool that it is for has loaded it and given the source model's text. An older
+export of the same name is replaced when the new one is complete; any other folder is refused.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,22 +39,25 @@ def export_huggingface(
     provenance: Mapping[str, Any] | None = None,
     adapters: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Save a model and its processor, and prove it: stock transformers loads it, weights and transcripts are the same.
+    """Save a model and its processor, and verify that stock transformers loads the same weights and transcribes alike.
 
     Args:
         model: `WhisperForConditionalGeneration` or a subclass with its state-dict keys.
         processor: of the model.
         output_dir: replaced if it is an older export; appears whole or not at all.
-        provenance: how the model came about, for `provenance.json` beside it.
-        adapters: that were merged into the model, for `adapters.safetensors`, with which training can go on.
-    Returns: output_dir, loadable by `WhisperForConditionalGeneration`, `WhisperProcessor` and `pipeline`.
-    Raises: ModelError: the weights or the text differ after reloading, or the model is not plain Whisper.
-        FileExistsError: output_dir holds something else.
+        provenance: how the model was made, saved as `provenance.json`.
+        adapters: that were merged into the model, saved as `adapters.safetensors`, with which training can go on.
+
+    Returns:
+        output_dir, loadable by `WhisperForConditionalGeneration`, `WhisperProcessor` and `pipeline`.
+
+    Raises:
+        ModelError: the weights or the text differ after reloading, or the model is not plain Whisper.
+        FileExistsError: output_dir contains something else.
     """
     output_dir = Path(output_dir)
     _check_plain(model)
-    recover_folder(output_dir)
-    with atomic_folder(output_dir, replace=(output_dir / "config.json").is_file(), durable=True) as folder:
+    with new_export(output_dir, ["config.json"]) as folder:
         _save(model, processor, folder)
         if provenance is not None:
             (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
@@ -66,24 +69,42 @@ def export_huggingface(
 
 
 @contextmanager
-def source_folder(source: Path | Any, processor: WhisperProcessor | None) -> Iterator[Path]:
-    """Yield what is to be converted as a Hugging Face folder; a model is saved for as long.
+def new_export(output_dir: Path, marks: Sequence[str]) -> Iterator[Path]:
+    """Yield a folder that becomes `output_dir` when the block ends; an older export is recognised by one of its files.
 
-    Raises: ModelError: a model without its processor, or one that is not plain Whisper.
+    Raises:
+        FileExistsError: output_dir contains something else.
     """
-    if isinstance(source, str | Path):
-        yield Path(source)
-        return
-    if processor is None:
-        raise ModelError("a model needs its processor: pass processor=, or a Hugging Face folder instead of the model")
-    _check_plain(source)
-    with tempfile.TemporaryDirectory() as folder:
-        _save(source, processor, Path(folder))
-        yield Path(folder)
+    recover_folder(output_dir)
+    replace = any((output_dir / mark).is_file() for mark in marks)
+    with atomic_folder(output_dir, replace=replace, durable=True) as folder:
+        yield folder
+
+
+@contextmanager
+def loaded_source(source: str | Path | Any, processor: Any) -> Iterator[tuple[Path, DynamicWhisper, Any]]:
+    """Yield the source of an export as a Hugging Face folder, as a model in float32 on the CPU, and its processor.
+
+    Args:
+        source: a folder, or a model, which is saved for the time of the block.
+        processor: of a model; that of a folder is loaded.
+
+    Raises:
+        ModelError: a model without its processor, or one that is not plain Whisper.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(source) if isinstance(source, str | Path) else Path(scratch)
+        if folder == Path(scratch):
+            if processor is None:
+                raise ModelError("a model needs its processor: pass processor=, or a Hugging Face folder instead")
+            _check_plain(source)
+            _save(source, processor, folder)
+        model = DynamicWhisper.from_pretrained(folder, dtype=torch.float32).eval()
+        yield folder, model, WhisperProcessor.from_pretrained(folder)
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Return what an export says of its making; empty where it says nothing or there is none."""
+    """Return the provenance of an export; empty if it has none that can be read."""
     try:
         provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
 """Checkpoints for ONNX Runtime, in the browser (transformers.js) and outside (Hugging Face Optimum).
 
 The folder is laid out as those tools expect it: configuration and tokenizer, and below `onnx/` the encoder and one
-decoder for all steps. It is kept only if ONNX Runtime gives the source's text. There are no cross-attentions among the
-outputs, so word times are not to be had from it.
+decoder for all steps. It is kept only if ONNX Runtime gives the source's text. Cross-attentions are not among the
+outputs, so word times are unavailable.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ import importlib.util
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from transformers import WhisperProcessor
+from numpy.typing import NDArray
+from transformers import GenerationConfig, WhisperProcessor
 
 from src.data.audio import Waveform
-from src.models.dynamic_context import DynamicWhisper
-from src.models.export.huggingface import source_folder
+from src.models.export.huggingface import loaded_source, new_export
 from src.models.export.verify import (
     MAX_WORD_MISMATCH_QUANTISED,
+    ClipBatch,
     bundled_clips,
     prepare_batch,
     quiet_inference,
@@ -29,17 +30,17 @@ from src.models.export.verify import (
 )
 from src.models.processor import save_processor
 from src.utils.errors import MissingDependencyError, ModelError
-from src.utils.files import atomic_folder, recover_folder
-
-if TYPE_CHECKING:  # needs the optional packages
-    from src.models.export.onnx_runtime import OnnxWhisper
 
 logger = logging.getLogger(__name__)
 
 OnnxQuantization = Literal["none", "int8"]
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+ONNX_DIR = "onnx"  # in the folder of an export, as on the Hub
 ENCODER_FILES = ("onnx/encoder_model.onnx", "onnx/encoder_model_quantized.onnx")
 MAX_LOGIT_DIFFERENCE = 0.01  # measured 2026-11-28, tiny.en and base, one CPU core: 3e-5 to 7e-5
+WARNINGS_OFF = 3  # severity
+
+FloatArray = NDArray[np.float32]
 
 
 def export_onnx(
@@ -51,51 +52,32 @@ def export_onnx(
     verify_clips: Sequence[Waveform] | None = None,
     language: str | None = None,
 ) -> Path:
-    """Convert for ONNX Runtime, and prove it by transcribing.
+    """Convert for ONNX Runtime, and verify the export by transcribing.
 
     Args:
         source: a Hugging Face folder, or a model together with its `processor`.
         output_dir: replaced if it is an older export; appears whole or not at all.
-        quantization: "none" keeps float32; "int8" is for the weights of the linear layers and the embedding.
+        processor: of a model.
+        quantization: "none" keeps float32; "int8" quantises the weights of the linear layers and the embedding.
         verify_clips: (T,) float32 each, 16 kHz, up to 30 s, transcribed by both; five bundled ones by default.
-        language: of the clips, for multilingual models; by default what the generation config says, else detected.
-    Returns: output_dir. The encoder takes 10 to 3,000 frames if the checkpoint has dynamic context, else 3,000.
+        language: of the clips, for multilingual models; by default that of the generation config, else detected.
+
+    Returns:
+        output_dir. The encoder takes 10 to 3,000 frames if the checkpoint has dynamic context, else 3,000.
+
     Raises:
         MissingDependencyError: onnx, onnxruntime or onnxscript is absent.
         ModelError: unknown quantization, or more than 20% of the words differ (without quantization: any word, or a
             logit by more than 0.01).
-        FileExistsError: output_dir holds something else.
+        FileExistsError: output_dir contains something else.
     """
     if quantization not in get_args(OnnxQuantization):
         raise ModelError(f"unknown quantization {quantization!r}; known: {', '.join(get_args(OnnxQuantization))}")
     require_onnx()
-    with source_folder(source, processor) as folder:
-        return _convert(folder, Path(output_dir), quantization, verify_clips, language)
-
-
-def require_onnx() -> None:
-    """Raise `MissingDependencyError` unless the optional packages are installed."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingDependencyError(f"export to ONNX needs {', '.join(missing)}: pip install {' '.join(PACKAGES)}")
-
-
-def _convert(
-    hf_dir: Path,
-    output_dir: Path,
-    quantization: OnnxQuantization,
-    clips: Sequence[Waveform] | None,
-    language: str | None,
-) -> Path:
     from src.models.export.onnx_graphs import write_onnx
-    from src.models.export.onnx_runtime import ONNX_DIR, OnnxWhisper
 
-    model = DynamicWhisper.from_pretrained(hf_dir, dtype=torch.float32).eval()
-    processor = WhisperProcessor.from_pretrained(hf_dir)
-    exact = quantization == "none"
-    is_export = any((output_dir / name).is_file() for name in ENCODER_FILES)
-    recover_folder(output_dir)
-    with atomic_folder(output_dir, replace=is_export, durable=True) as folder:
+    output_dir, exact = Path(output_dir), quantization == "none"
+    with loaded_source(source, processor) as (_, model, processor), new_export(output_dir, ENCODER_FILES) as folder:
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         save_processor(processor, folder)
@@ -108,13 +90,20 @@ def _convert(
             exported.transcribe,
             name=f"{output_dir}: the ONNX model (quantization {quantization})",
             allowed=0.0 if exact else MAX_WORD_MISMATCH_QUANTISED,
-            clips=clips,
+            clips=verify_clips,
             language=language,
         )
         if exact:
             _verify_logits(model, processor, exported, output_dir, language)
     logger.info("saved %s (ONNX, quantization %s, %.0f%% of words differ)", output_dir, quantization, 100 * mismatch)
     return output_dir
+
+
+def require_onnx() -> None:
+    """Raise `MissingDependencyError` unless the optional packages are installed."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(f"export to ONNX needs {', '.join(missing)}: pip install {' '.join(PACKAGES)}")
 
 
 def _verify_logits(
@@ -135,3 +124,82 @@ def _verify_logits(
             "so it was not saved"
         )
     logger.info("logits of torch and ONNX Runtime differ by at most %.1e", difference)
+
+
+class OnnxWhisper:
+    """An exported model on ONNX Runtime and the CPU, which decodes clip by clip, greedily.
+
+    Args:
+        folder: of `export_onnx`, in float32 or int8.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        (encoder,) = (folder / ONNX_DIR).glob("encoder_model*.onnx")
+        (decoder,) = (folder / ONNX_DIR).glob("decoder_model_merged*.onnx")
+        self._encoder, self._decoder = _open(encoder), _open(decoder)
+        self._generation = GenerationConfig.from_pretrained(folder)
+
+    def transcribe(self, batch: ClipBatch) -> list[list[int]]:
+        """Return the new tokens of each clip, the end token included."""
+        hidden = self.encode(batch.features.numpy())
+        cap = batch.max_new_tokens
+        return [self._greedy(hidden[row : row + 1], prompt, cap) for row, prompt in enumerate(batch.prompts)]
+
+    def encode(self, features: FloatArray) -> FloatArray:
+        """Return hidden states (B, frames // 2, d_model) of mel features (B, mels, frames)."""
+        hidden: FloatArray = self._encoder.run(None, {"input_features": features})[0]
+        return hidden
+
+    def logits_along(self, hidden: FloatArray, prompt: list[int], tokens: Sequence[int]) -> FloatArray:
+        """Return logits (1 + len(tokens), vocabulary): after the prompt, and after each of the tokens."""
+        decoder = _CachedDecoder(self._decoder, hidden)
+        return np.stack([decoder.step(given) for given in (prompt, *([token] for token in tokens))])
+
+    def _greedy(self, hidden: FloatArray, prompt: list[int], max_new_tokens: int) -> list[int]:
+        generation = self._generation
+        decoder = _CachedDecoder(self._decoder, hidden)
+        logits = decoder.step(prompt)
+        logits[generation.begin_suppress_tokens or []] = -np.inf
+        tokens: list[int] = []
+        while True:
+            logits[generation.suppress_tokens or []] = -np.inf
+            tokens.append(int(logits.argmax()))
+            if tokens[-1] == generation.eos_token_id or len(tokens) == max_new_tokens:
+                return tokens
+            logits = decoder.step(tokens[-1:])
+
+
+class _CachedDecoder:
+    """The decoder on one clip, with the keys and values of the steps before."""
+
+    def __init__(self, session: Any, hidden: FloatArray) -> None:
+        self._session, self._hidden = session, hidden
+        self._outputs = [output.name for output in session.get_outputs()]
+        past = [each for each in session.get_inputs() if each.name.startswith("past_key_values.")]
+        shapes = {each.name: (1, each.shape[1], 0, each.shape[3]) for each in past}  # (B, heads, tokens, width)
+        self._past = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
+        self._started = False
+
+    def step(self, tokens: list[int]) -> FloatArray:
+        """Return the logits (vocabulary,) after the last of these tokens; later steps take one."""
+        given = {
+            "input_ids": np.array([tokens], dtype=np.int64),
+            "encoder_hidden_states": self._hidden,
+            "use_cache_branch": np.array([self._started]),
+            **self._past,
+        }
+        found = dict(zip(self._outputs, self._session.run(None, given), strict=True))
+        present = {name: found[name.replace("past_key_values", "present")] for name in self._past}
+        self._past |= {name: value for name, value in present.items() if value.size}  # empty: as it was
+        self._started = True
+        logits: FloatArray = found["logits"][0, -1]
+        return logits
+
+
+def _open(path: Path) -> Any:
+    import onnxruntime  # type: ignore[import-untyped]
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = WARNINGS_OFF
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

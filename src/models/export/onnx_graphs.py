@@ -31,7 +31,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from src.models.dynamic_context import MIN_FRAMES, get_audio_context
 
 OPSET = 18
-MAX_FILE_BYTES = 1 << 30  # no ONNX file may have 2 GiB: larger weights go into a file beside it
+MAX_FILE_BYTES = 1 << 30  # no ONNX file may have 2 GiB: larger weights go into a file of their own
 QUANTISED_OPERATORS = ("MatMul", "Gather")  # the encoder's two convolutions, few weights, stay in float32
 # Sizes to trace with: at least 2, since the tracer takes 0 and 1 for constants.
 _BATCH, _FRAMES, _TOKENS, _PAST = 2, 400, 4, 5
@@ -42,7 +42,8 @@ def write_onnx(model: Any, folder: Path, *, int8: bool) -> None:
 
     Args:
         model: a `DynamicWhisper` in float32, on the CPU, in evaluation mode.
-        folder: exists; the decoder's weights are in it three times before the end.
+        folder: exists; it needs room for three copies of the decoder's weights.
+        int8: quantise the weights.
     """
     suffix = "_quantized" if int8 else ""
     with quiet_tools(), tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -54,7 +55,7 @@ def write_onnx(model: Any, folder: Path, *, int8: bool) -> None:
 
 @contextmanager
 def quiet_tools() -> Iterator[None]:
-    """Keep back what the tools say of each node, and their advice to developers."""
+    """Suppress the tools' messages about each node, and their advice to developers."""
     loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx")]
     levels = [logger.level for logger in loggers]
     root, unwanted = logging.getLogger(), _NotFromOnnxRuntime()
@@ -73,7 +74,7 @@ def quiet_tools() -> Iterator[None]:
 
 
 class _NotFromOnnxRuntime(logging.Filter):
-    """Its quantiser writes to the root logger: a line a node, and that shapes be inferred first, as they have been."""
+    """ONNX Runtime's quantiser writes to the root logger: one line per node, and advice that has been followed."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "onnxruntime" not in record.pathname or record.levelno >= logging.ERROR
@@ -92,9 +93,9 @@ def trace_whisper(model: Any, folder: Path) -> list[Path]:
 
 
 def quantize_int8(path: Path) -> Path:
-    """Write a graph with int8 weights, a scale a column, beside it; activations are quantised as they come.
+    """Write a graph with int8 weights, one scale per column, next to it; activations are quantised dynamically.
 
-    Measured 2026-11-28, tiny.en on 25 bundled test clips: 5% of the words differ, and 23% with one scale a matrix.
+    Measured 2026-11-28, tiny.en on 25 bundled test clips: 5% of the words differ, and 23% with one scale per matrix.
     """
     target = path.with_name(f"{path.stem}_quantized.onnx")
     quantize_dynamic(
@@ -111,9 +112,9 @@ def quantize_int8(path: Path) -> Path:
 
 
 def merge_decoder(first: ir.Model, later: ir.Model) -> ir.Model:
-    """Return one decoder from the two steps, which are used up; `use_cache_branch` says which of them it takes.
+    """Return one decoder from the two steps, which are consumed; `use_cache_branch` chooses between them.
 
-    All inputs are always given, at the first step with a past of no element. A later step gives empty tensors for the
+    All inputs are always given, at the first step with an empty past. A later step gives empty tensors for the
     cross-attention's keys and values: the caller keeps those that it has.
     """
     switch = ir.val("use_cache_branch", dtype=ir.DataType.BOOL, shape=[1])
@@ -143,7 +144,7 @@ def merge_decoder(first: ir.Model, later: ir.Model) -> ir.Model:
 
 
 def save_graph(graph: ir.Model, path: Path) -> None:
-    """Write a graph as one file; weights that are too large for one go into `<name>.onnx_data` beside it."""
+    """Write a graph as one file; weights that are too large for it go into `<name>.onnx_data`."""
     weights = [value.const_value for value in graph.graph.initializers.values()]
     apart = sum(weight.nbytes for weight in weights if weight is not None) > MAX_FILE_BYTES
     ir.save(graph, path, external_data=_data_file(path).name if apart else None)

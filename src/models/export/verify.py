@@ -1,7 +1,7 @@
-"""Whether an exported model still says what its source says: five clips, transcribed greedily by both.
+"""Check of an export: five clips, transcribed greedily by the source and by the exported model.
 
-One check for every format. The clips are short and bundled, so that it costs seconds on a CPU: a broken export flips
-most of their words, a sound quantised one a word here and there.
+One check for every format. The clips are short and bundled, so that it costs seconds on a CPU: a broken export changes
+most of their words, a sound quantised one few of them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.features import CONTEXT_SAMPLES, LogMel, padded_samples
 from src.data.sources.catalog import SAMPLE_PARQUET
 from src.data.sources.parquet import read_parquet
-from src.models.dynamic_context import DynamicWhisper
-from src.models.modes import evaluation_mode
+from src.models.dynamic_context import DynamicWhisper, evaluation_mode
 from src.utils.errors import ModelError, did_you_mean
 
 VERIFY_IDS = ("010120269", "010330257", "013090339", "021680297", "096390012")  # adults; 2.4 to 3.3 s, 7 to 9 words
@@ -37,14 +36,14 @@ MAX_WORD_MISMATCH_QUANTISED = 0.2  # other exports may not change any word
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """What the source and its export are both given.
+    """Input of the source and of its export.
 
     Attributes:
         features: (B, mels, frames) on the source's device and in its precision.
-        languages: a code a clip; empty for an English-only model.
+        languages: one code per clip; empty for an English-only model.
         task: "transcribe" or "translate".
-        prompts: the special tokens that begin each transcript, equally many.
-        max_new_tokens: to stop at.
+        prompts: the special tokens that begin each transcript, equally many for each.
+        max_new_tokens: limit of each transcript.
     """
 
     features: Tensor
@@ -76,13 +75,17 @@ def verify_transcripts(
     Args:
         model: the source, `WhisperForConditionalGeneration` or a subclass.
         processor: of the source.
-        transcribe: the export, greedy: tokens a clip, with or without special tokens.
+        transcribe: the export, greedy: tokens of each clip, with or without special tokens.
         name: of the export, for the message.
         allowed: `word_mismatch` at most.
         clips: (T,) float32 each, 16 kHz, up to 30 s; by default `bundled_clips`.
-        language: code, for multilingual models; by default what the generation config says, else detected a clip.
-    Returns: `word_mismatch` of the transcripts.
-    Raises: ModelError: more words differ than are allowed, no clip, a clip that is too long, an unknown language.
+        language: code, for multilingual models; by default that of the generation config, else detected for each clip.
+
+    Returns:
+        `word_mismatch` of the transcripts.
+
+    Raises:
+        ModelError: more words differ than are allowed, no clip, a clip that is too long, an unknown language.
     """
     audios = bundled_clips() if clips is None else clips
     if not len(audios):
@@ -104,7 +107,7 @@ def verify_transcripts(
 
 @lru_cache(maxsize=1)
 def bundled_clips() -> tuple[Waveform, ...]:
-    """Return the clips that exports are verified with by default: five speakers, (T,) float32 each, 16 kHz."""
+    """Return the default clips: five speakers, (T,) float32 each, 16 kHz."""
     listed = {utterance.id: utterance for utterance in read_parquet(SAMPLE_PARQUET)}
     return tuple(load_audio(listed[name].audio) for name in VERIFY_IDS)
 
@@ -117,12 +120,15 @@ def keeps_length(model: Any) -> bool:
 def prepare_batch(model: Any, tokenizer: Any, audios: Sequence[Waveform], language: str | None) -> ClipBatch:
     """Compute features at the model's own audio context, and find each clip's language and first tokens.
 
-    Raises: ModelError: a clip that is too long, an unknown language.
+    Raises:
+        ModelError: a clip that is too long, an unknown language.
     """
     longest = max(len(audio) for audio in audios)
     if longest > CONTEXT_SAMPLES:
         raise ModelError(f"a clip of {longest / SAMPLE_RATE:.1f} s: pass clips of at most 30 s to verify with")
-    padded = torch.zeros(len(audios), _context_samples(model, longest))
+    silence = round(TRAILING_SILENCE_SEC * SAMPLE_RATE)
+    samples = padded_samples(longest + silence) if keeps_length(model) else CONTEXT_SAMPLES
+    padded = torch.zeros(len(audios), samples)
     for row, audio in enumerate(audios):
         padded[row, : len(audio)] = torch.from_numpy(audio)
     features = LogMel(model.config.num_mel_bins)(padded).to(device=model.device, dtype=model.dtype)  # (B, mels, frames)
@@ -140,7 +146,7 @@ def prepare_batch(model: Any, tokenizer: Any, audios: Sequence[Waveform], langua
 
 
 def word_mismatch(expected: list[str], found: list[str]) -> float:
-    """Return the mean over clips of word edits over the words expected, at most 1 a clip.
+    """Return the mean over clips of word edits divided by expected words, at most 1 per clip.
 
     A clip counts once, however many words it has: a model that loops on one of five is not refused for ending the loop.
     """
@@ -170,14 +176,8 @@ def _texts(processor: Any, tokens: Sequence[Sequence[int]]) -> list[str]:
     return [processor.decode(row, skip_special_tokens=True).strip() for row in tokens]
 
 
-def _context_samples(model: Any, samples: int) -> int:
-    if not keeps_length(model):
-        return CONTEXT_SAMPLES
-    return padded_samples(samples + round(TRAILING_SILENCE_SEC * SAMPLE_RATE))
-
-
 def _languages(model: Any, features: Tensor, language: str | None) -> list[str]:
-    """Return a language a clip for a multilingual model, none for an English-only one."""
+    """Return one language per clip for a multilingual model, none for an English-only one."""
     config = model.generation_config
     if not getattr(config, "is_multilingual", False):
         return []

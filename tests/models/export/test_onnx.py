@@ -15,9 +15,8 @@ import torch
 from transformers import WhisperConfig
 
 from src.models.dynamic_context import DynamicWhisper
-from src.models.export import onnx_graphs, onnx_runtime
-from src.models.export.onnx import export_onnx
-from src.models.export.onnx_runtime import OnnxWhisper
+from src.models.export import onnx, onnx_graphs
+from src.models.export.onnx import OnnxWhisper, export_onnx
 from src.models.export.verify import ClipBatch, bundled_clips
 from src.utils.errors import MissingDependencyError, ModelError
 
@@ -135,7 +134,7 @@ class FakeRuntime:
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch, dynamic: tuple[Any, Any]) -> Iterator[type[FakeRuntime]]:
     fake = type("Runtime", (FakeRuntime,), {"source": dynamic[0]})
-    monkeypatch.setattr(onnx_runtime, "OnnxWhisper", fake)
+    monkeypatch.setattr(onnx, "OnnxWhisper", fake)
     monkeypatch.setattr(onnx_graphs, "write_onnx", lambda model, folder, int8: (folder / "encoder_model.onnx").touch())
     yield fake
 
