@@ -54,7 +54,7 @@ from src.data import (
     load_audio,
     prepare_datasets,
 )
-from src.evaluation import MetricsCalculator, ModelEvaluator, slice_rates
+from src.evaluation import EvaluationResult, MetricsCalculator, ModelEvaluator, slice_rates
 from src.inference import (
     BatchInference,
     DecodingOptions,
@@ -161,6 +161,14 @@ class Subject:
         return load_engine(self.ctranslate2_dir, self.config(), engine="ctranslate2", compute_type="float32")
 
     @cached_property
+    def evaluated(self) -> EvaluationResult:
+        """The stock model, measured on the clips."""
+        model, processor = self.stock
+        config = self.config()
+        loader = create_loader(self.clips, processor, config)
+        return ModelEvaluator(model, processor, config).evaluate_dataset(loader, name="stock")
+
+    @cached_property
     def trained(self) -> tuple[WhisperTrainer, list[dict[str, Any]]]:
         """A trainer after one epoch, and the rows of its metrics.jsonl."""
         config = self.config(
@@ -253,7 +261,7 @@ def labels(subject: Subject) -> Section:
 
 
 def losses(subject: Subject) -> Section:
-    """What a short training logs: 20 updates with augmentation, and a validation."""
+    """What a short training logs: 20 updates with augmentation, and a validation; and the stock model's loss."""
     rows = subject.trained[1]
     updates = [row for row in rows if row["event"] == "train_step"]
     (epoch,) = [row for row in rows if row["event"] == "epoch"]
@@ -264,6 +272,7 @@ def losses(subject: Subject) -> Section:
         "applied": [row["applied"] for row in updates],
         "train_loss": epoch["train_loss"],
         "val_loss": epoch["val_loss"],
+        "stock_loss": subject.evaluated.loss,
     }
 
 
@@ -415,10 +424,9 @@ def rates(subject: Subject) -> Section:
     model, processor = subject.stock
     config = subject.config()
     loader = create_loader(subject.clips, processor, config)
-    evaluator = ModelEvaluator(model, processor, config)
-    result = evaluator.evaluate_dataset(loader, name="stock")
-    samples = evaluator.evaluate_with_samples(loader, num_samples=3)
-    measured = {key: value for key, value in result.items() if key not in ("compute_sec", "rtf")}
+    samples = ModelEvaluator(model, processor, config).evaluate_with_samples(loader, num_samples=3)
+    result = subject.evaluated
+    measured = {key: value for key, value in result.items() if key not in ("compute_sec", "rtf", "loss")}
     return {
         "result": measured,
         "texts": {row.id: row.hypothesis for row in result.rows},
