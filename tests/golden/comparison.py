@@ -133,8 +133,9 @@ class _Walk:
         self._misplaced += max(len(expected), len(actual)) - in_place
 
     def _captions(self, path: str, expected: str, actual: str) -> None:
-        """Compare the texts of two caption files, and the times of all cues where there are as many."""
-        self._texts.append((_CAPTION_TIME.sub("", expected), _CAPTION_TIME.sub("", actual)))
+        """Compare the texts of two caption files, a line break counting as a word, and the times of their cues."""
+        texts = [_CAPTION_TIME.sub("", text).replace("\n", " \\n ") for text in (expected, actual)]
+        self._texts.append((texts[0], texts[1]))
         before, now = ([_seconds(*match) for match in _CAPTION_TIME.findall(text)] for text in (expected, actual))
         self._place(path, [["", sec] for sec in before], [["", sec] for sec in now])
 

@@ -180,9 +180,9 @@ def test_file_with_another_sha256_is_refused_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = PACKAGED_MODELS["tiny.en"]
-    other = replace(model.files["model.bin"], sha256="0" * 64)
+    other = ("0" * 64, *model.files["model.bin"][1:])
     monkeypatch.setitem(PACKAGED_MODELS, "tiny.en", replace(model, files={**model.files, "model.bin": other}))
-    with pytest.raises(ModelError, match=r"model\.bin has SHA-256 1a5afae06a4db91c.*expected 0000000000000000"):
+    with pytest.raises(ModelError, match="model.bin.*1a5afae06a4db91c.*0000000000000000"):
         resolve_weights("tiny.en", cache_dir=tmp_path)
     assert [path.suffix for path in (tmp_path / "weights").iterdir()] == [".lock"]
 
