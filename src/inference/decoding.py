@@ -25,8 +25,7 @@ from src.inference.options import DecodingOptions, DecodingResult, batch_samples
 from src.inference.tokens import Vocabulary
 from src.inference.words import Word
 from src.models.alignment_heads import Head
-from src.models.dynamic_context import get_audio_context
-from src.models.dynamic_context import evaluation_mode
+from src.models.dynamic_context import evaluation_mode, get_audio_context
 
 Clips = Sequence[Waveform | Tensor] | Tensor
 

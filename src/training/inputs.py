@@ -29,8 +29,7 @@ from src.data.labels import IGNORE_INDEX
 from src.inference.alignment import align_words
 from src.inference.decoding import encode
 from src.inference.words import Word
-from src.models.dynamic_context import DynamicWhisper
-from src.models.dynamic_context import evaluation_mode
+from src.models.dynamic_context import DynamicWhisper, evaluation_mode
 from src.training.state import tensors_digest
 from src.utils.config import Config
 from src.utils.files import write_text_atomic

@@ -182,7 +182,7 @@ def test_file_with_another_sha256_is_refused_and_leaves_nothing(
     model = PACKAGED_MODELS["tiny.en"]
     other = ("0" * 64, *model.files["model.bin"][1:])
     monkeypatch.setitem(PACKAGED_MODELS, "tiny.en", replace(model, files={**model.files, "model.bin": other}))
-    with pytest.raises(ModelError, match="model.bin.*1a5afae06a4db91c.*0000000000000000"):
+    with pytest.raises(ModelError, match=r"model.bin.*1a5afae06a4db91c.*0000000000000000"):
         resolve_weights("tiny.en", cache_dir=tmp_path)
     assert [path.suffix for path in (tmp_path / "weights").iterdir()] == [".lock"]
 
