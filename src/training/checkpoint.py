@@ -27,10 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from src.utils.colab import sha256_of
 from src.utils.config import Config, flatten
 from src.utils.errors import CheckpointError
-from src.utils.files import atomic_folder, recover_folder, remove_folder, removed_name
+from src.utils.files import atomic_folder, recover_folder, remove_folder, sha256_of
 from src.utils.mirror import DriveMirror
 
 logger = logging.getLogger(__name__)
@@ -174,7 +173,6 @@ def clean_up(folder: Path) -> None:
         return
     for name in {match[0] for path in folder.iterdir() if (match := _NAME.search(path.name))}:
         recover_folder(folder / name)
-        shutil.rmtree(removed_name(folder / name), ignore_errors=True)
 
 
 def read_values(checkpoint: Path) -> dict[str, Any]:

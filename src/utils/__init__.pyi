@@ -1,15 +1,13 @@
 from .colab import copy_verified, in_colab, mount_drive, start_session
 from .config import Config, load_config
-from .data_versions import DataVersionManager
 from .figures import save_figure
 from .logging_config import setup_logging
 from .memory import clean_up, watch_resources
 from .mirror import DriveMirror
-from .registry import ModelRegistry
 from .runtime import get_device, set_seed
 from .tracking import ExperimentLogger
 from .validation import EnvironmentReport, environment_report
-from .versioning import get_git_revision
+from .versioning import DataVersionManager, ModelRegistry, get_git_revision
 
 __all__ = [
     "Config",

@@ -36,7 +36,6 @@ PARAMETERS_M = {"tiny": 37.8, "base": 72.6, "small": 241.7, "medium": 763.9, "di
 _WEIGHT_BYTES = 4  # float32
 _EXPORTS = 3  # the best model, its successor while that is written, and a mix with the stock weights
 _DECODED = re.compile(r"[0-9a-f]{64}\.flac")  # as `data.audio` names them
-_REMOVED = re.compile(r"\.checkpoint-\d{8}\.removed")  # as `training.checkpoint` names them
 
 
 @dataclass(frozen=True)
@@ -295,12 +294,8 @@ def _item(kind: str, path: Path) -> Removable:
 
 
 def _is_unfinished(path: Path) -> bool:
-    if path.is_symlink():
-        return False
-    if _REMOVED.fullmatch(path.name):
-        return True
     hidden = read_hidden_name(path)
-    if hidden is None or hidden.is_in_use:
+    if path.is_symlink() or hidden is None or hidden.is_in_use:
         return False
     return hidden.kind == "partial" or hidden.final.exists()
 
@@ -314,9 +309,7 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 def _remove(path: Path) -> None:
     try:
-        if path.is_dir() and path.name.startswith("."):
-            shutil.rmtree(path)
-        elif path.is_dir():
+        if path.is_dir():
             remove_folder(path)
         else:
             path.unlink(missing_ok=True)

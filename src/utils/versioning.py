@@ -1,26 +1,423 @@
-"""Which code made a result."""
+"""Provenance: git revision of the running code, checksums of data sets, and metrics of every registered model.
+
+Data sets and models are kept in JSON files that people can read and git can store.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import math
+import re
 import subprocess
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from filelock import FileLock
+from pydantic import FiniteFloat, TypeAdapter
+
+from src.utils.errors import DataError, ModelError, did_you_mean
+from src.utils.files import read_json, sha256_of, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+logger = logging.getLogger(__name__)
+
+REGISTRY_FILE = "registry.json"  # in a folder
 _ROOT = Path(__file__).resolve().parents[2]
+_DIGEST_CHARS = 16  # hexadecimal, stored per clip: 64 bits distinguish two clips of one id
+_LISTED_IDS = 20  # of each kind, in an error
 
 
 def get_git_revision(folder: Path = _ROOT) -> str | None:
-    """Return the commit of a checkout, with `+changes` where tracked files differ from it.
+    """Return the commit of a checkout, with `+changes` if tracked files differ; None without git or a commit."""
 
-    Returns: None outside a git checkout, in one without a commit, or without git.
-    """
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        revision = _git(folder, "rev-parse", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        revision = git("rev-parse", "HEAD")
+        return f"{revision}+changes" if git("status", "--porcelain", "--untracked-files=no") else revision
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
-    return f"{revision}+changes" if changed else revision
 
 
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+class ReadsBytes(Protocol):
+    """An encoded recording that is read when it is needed."""
+
+    def read(self) -> bytes:
+        """Return the bytes of the encoded file."""
+        ...
+
+
+class Recorded(Protocol):
+    """One recording with its transcript, such as `src.data.Utterance`."""
+
+    @property
+    def id(self) -> str:
+        """Name of the recording."""
+        ...
+
+    @property
+    def text(self) -> str:
+        """Transcript."""
+        ...
+
+    @property
+    def audio(self) -> Path | bytes | ReadsBytes:
+        """Encoded audio."""
+        ...
+
+
+@dataclass(frozen=True)
+class DatasetVersion:
+    """A logged version of a data set.
+
+    Attributes:
+        dataset_name: as given.
+        version: as given.
+        metadata: as given; must be possible in JSON.
+        clips: number of utterances.
+        checksum: SHA-256 over all audio and texts in any order; None if logged without utterances.
+        git_revision: of this code; None outside a checkout.
+        time: UTC, ISO 8601.
+        digests: by utterance id, sorted; an id that occurs twice has two.
+    """
+
+    dataset_name: str
+    version: str
+    metadata: Mapping[str, Any]
+    clips: int
+    checksum: str | None
+    git_revision: str | None
+    time: str
+    digests: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class DatasetChanges:
+    """Sorted ids of utterances that are new, missing, or whose audio or text differs; true if there is any."""
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.removed or self.changed)
+
+
+class DataVersionManager:
+    """Log versions of data sets, and check later whether the data are still the same.
+
+    Each version is a file of its own. A clip's digest covers its encoded audio and its text; the version's checksum
+    covers all digests in any order: the same set has the same checksum on every machine, and one changed transcript
+    changes it.
+
+    Args:
+        path: folder of the files; made when the first version is logged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def log_dataset_version(
+        self, *, dataset_name: str, version: str, metadata: Mapping[str, Any], utterances: Iterable[Recorded] = ()
+    ) -> DatasetVersion:
+        """Log a version; reads all of its audio. Logging the same content again updates metadata, time and revision.
+
+        Raises:
+            DataError: if the version exists with other content, the metadata are not JSON, a recording cannot be read,
+                or the folder cannot be written.
+        """
+        checksum, digests = _checksums(utterances)
+        clips = sum(map(len, digests.values()))
+        older = self._find(dataset_name, version)
+        if older is not None and older.checksum != checksum:
+            raise DataError(
+                f"{dataset_name} {version} was logged on {older.time} with other content ({older.clips} clips, now "
+                f"{clips}); give the new data a new version, or see what changed: compare()"
+            )
+        try:
+            metadata = json.loads(json.dumps(dict(metadata), allow_nan=False))  # as it will be read
+        except (TypeError, ValueError) as err:
+            raise DataError(f"{dataset_name} {version}: the metadata cannot be written as JSON: {err}") from err
+        record = DatasetVersion(
+            dataset_name, version, metadata, clips, checksum, get_git_revision(), _now(), digests
+        )  # fmt: skip
+        target = self._file(dataset_name, version)
+        write_json(target, asdict(record))
+        logger.info("%s %s: %d clips, checksum %s, in %s", dataset_name, version, clips, checksum, target)
+        return record
+
+    def versions(self, dataset_name: str | None = None) -> list[DatasetVersion]:
+        """Return the logged versions of one data set or all, from old to new; a damaged file is a `DataError`."""
+        records = [_load_version(file) for file in sorted(self.path.glob("*.json"))]
+        chosen = [record for record in records if dataset_name in (None, record.dataset_name)]
+        return sorted(chosen, key=lambda record: (record.time, record.dataset_name, record.version))
+
+    def compare(self, dataset_name: str, version: str, utterances: Iterable[Recorded]) -> DatasetChanges:
+        """Return how the utterances differ from a logged version; reads all audio.
+
+        Raises:
+            DataError: if there is no such version, or it was logged without its utterances.
+        """
+        record = self._find(dataset_name, version)
+        if record is None:
+            known = [f"{r.dataset_name} {r.version}" for r in self.versions()]
+            hint = did_you_mean(f"{dataset_name} {version}", known)
+            raise DataError(f"{dataset_name} {version}: no such version in {self.path}{hint}")
+        if record.checksum is None:
+            raise DataError(f"{dataset_name} {version} was logged without its utterances: there is nothing to compare")
+        now = _checksums(utterances)[1]
+        return DatasetChanges(
+            added=tuple(sorted(now.keys() - record.digests.keys())),
+            removed=tuple(sorted(record.digests.keys() - now.keys())),
+            changed=tuple(sorted(i for i in now.keys() & record.digests.keys() if now[i] != record.digests[i])),
+        )
+
+    def verify(self, dataset_name: str, version: str, utterances: Iterable[Recorded]) -> None:
+        """Make sure that the utterances are those of a logged version; reads all audio.
+
+        Raises:
+            DataError: if they are not, with the ids that were added, removed and changed; and as `compare`.
+        """
+        changes = self.compare(dataset_name, version, utterances)
+        if not changes:
+            return
+        listed = ""
+        for kind, ids in asdict(changes).items():
+            more = f" and {len(ids) - _LISTED_IDS} more" if len(ids) > _LISTED_IDS else ""
+            listed += f"\n  - {kind}: {', '.join(ids[:_LISTED_IDS])}{more}" if ids else ""
+        raise DataError(f"the data are not {dataset_name} {version} any more:{listed}")
+
+    def _find(self, dataset_name: str, version: str) -> DatasetVersion | None:
+        file = self._file(dataset_name, version)
+        return _load_version(file) if file.exists() else None
+
+    def _file(self, dataset_name: str, version: str) -> Path:
+        # The hash distinguishes what the safe names do not: "a/b" and "a_b", or "A" and "a" where case is ignored.
+        exact = hashlib.sha256(json.dumps([dataset_name, version]).encode()).hexdigest()[:8]
+        safe = [re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._")[:60] or "_" for name in (dataset_name, version)]
+        return self.path / f"{safe[0]}--{safe[1]}--{exact}.json"
+
+
+def _load_version(file: Path) -> DatasetVersion:
+    parse = TypeAdapter(DatasetVersion).validate_python
+    return read_json(file, parse, what="a data set version", fix="remove it, or fetch it again")
+
+
+def _checksums(utterances: Iterable[Recorded]) -> tuple[str | None, dict[str, tuple[str, ...]]]:
+    """Return one checksum over all clips (None without any) and the short digests by id.
+
+    A clip's digest is SHA-256(SHA-256(audio) + SHA-256(text)). The checksum is over their sorted list, so the order
+    does not matter and duplicates count.
+    """
+    clips: Counter[str] = Counter()
+    by_id: defaultdict[str, list[str]] = defaultdict(list)
+    for utterance in utterances:
+        text = hashlib.sha256(utterance.text.encode("utf-8")).digest()
+        digest = hashlib.sha256(_audio_sha256(utterance) + text).hexdigest()
+        clips[digest] += 1
+        by_id[utterance.id].append(digest[:_DIGEST_CHARS])
+    checksum = hashlib.sha256("".join(sorted(clips.elements())).encode()).hexdigest() if clips else None
+    return checksum, {name: tuple(sorted(by_id[name])) for name in sorted(by_id)}
+
+
+def _audio_sha256(utterance: Recorded) -> bytes:
+    audio = utterance.audio
+    try:
+        if isinstance(audio, Path):
+            return bytes.fromhex(sha256_of(audio))
+        return hashlib.sha256(audio if isinstance(audio, bytes) else audio.read()).digest()
+    except OSError as err:
+        where = str(audio) if isinstance(audio, Path) else "embedded audio"
+        raise DataError(f"utterance {utterance.id} ({where}): cannot be read: {err.strerror}") from err
+
+
+@dataclass(frozen=True)
+class RegisteredModel:
+    """A model as it was registered.
+
+    Attributes:
+        model_id: its name.
+        version: 1, 2, ... of this model_id.
+        created: UTC, ISO 8601.
+        metrics: numbers by name; None if the value was not finite.
+        git_revision: of the code; None outside a checkout.
+        run: path or name, as given.
+        data_version: as `DataVersionManager` knows it.
+        checkpoint: path or name, as given.
+        base_model: what was fine-tuned.
+        notes: free text.
+    """
+
+    model_id: str
+    version: int
+    created: str
+    metrics: Mapping[str, FiniteFloat | None]
+    git_revision: str | None
+    run: str | None = None
+    data_version: str | None = None
+    checkpoint: str | None = None
+    base_model: str | None = None
+    notes: str = ""
+
+
+@dataclass(frozen=True)
+class _Registry:
+    format: Literal[1]  # raise it when the fields change
+    models: list[RegisteredModel]
+
+
+class ModelRegistry:
+    """Register models, and find the best.
+
+    One JSON file contains all models. Every registration reads it and replaces it under a lock: concurrent writers
+    wait for each other and lose nothing, and readers need no lock.
+
+    Args:
+        path: a `.json` file, or a folder for `registry.json`; made when the first model is registered.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.file = Path(path) if Path(path).suffix == ".json" else Path(path) / REGISTRY_FILE
+
+    def register_model(
+        self,
+        *,
+        model_id: str,
+        metrics: Mapping[str, float | None],
+        git_revision: str | None,
+        run: str | Path | None = None,
+        data_version: str | None = None,
+        checkpoint: str | Path | None = None,
+        base_model: str | None = None,
+        notes: str = "",
+    ) -> RegisteredModel:
+        """Add a model; it is on the disk when this returns. A known model_id gets a new version, older ones stay.
+
+        Args:
+            model_id: its name.
+            metrics: numbers by name. One that is not finite is stored as missing, with a warning, and never wins.
+            git_revision: of the code.
+            run: folder or name of the run.
+            data_version: version of the training data.
+            checkpoint: folder or name of the weights.
+            base_model: what was fine-tuned.
+            notes: free text.
+
+        Raises:
+            ModelError: if model_id is empty or a metric is not a number.
+            DataError: if the file is damaged (it stays as it is) or cannot be written.
+        """
+        if not model_id.strip():
+            raise ModelError("register_model: model_id is empty; give the model a name")
+        checked = _check_metrics(metrics, model_id)
+        with self._locked():
+            models = self.list_models()
+            model = RegisteredModel(
+                model_id,
+                version=1 + max((m.version for m in models if m.model_id == model_id), default=0),
+                created=_now(),
+                metrics=checked,
+                git_revision=git_revision,
+                run=None if run is None else str(run),
+                data_version=data_version,
+                checkpoint=None if checkpoint is None else str(checkpoint),
+                base_model=base_model,
+                notes=notes,
+            )
+            write_json(self.file, asdict(_Registry(1, [*models, model])), durable=True)
+        logger.info("registered %s version %d in %s", model_id, model.version, self.file)
+        return model
+
+    def list_models(self) -> list[RegisteredModel]:
+        """Return all versions of all models in the order of registration; a damaged file is a `DataError`."""
+        if not self.file.exists():
+            return []
+        parse = TypeAdapter(_Registry).validate_python
+        fix = "restore an older copy, or move it away to start a new one; it was not changed"
+        return read_json(self.file, parse, what="a model registry", fix=fix).models
+
+    def get(self, model_id: str, version: int | None = None) -> RegisteredModel:
+        """Return one version of a model, the newest by default; raises `ModelError` if there is none."""
+        models = self.list_models()
+        versions = {m.version: m for m in models if m.model_id == model_id}
+        if not versions:
+            hint = did_you_mean(model_id, sorted({m.model_id for m in models}))
+            raise ModelError(f"{model_id}: no such model in {self.file}{hint}; list_models() shows all")
+        chosen = max(versions) if version is None else version
+        if chosen not in versions:
+            known = ", ".join(map(str, sorted(versions)))
+            raise ModelError(f"{model_id}: no version {chosen} in {self.file}; there are {known}")
+        return versions[chosen]
+
+    def best(self, metric: str = "wer", *, lower_is_better: bool = True) -> RegisteredModel:
+        """Return the best version of all models, of equals the first; raises `ModelError` if none has the metric."""
+        models = self.list_models()
+        rated = [(value, m) for m in models if (value := m.metrics.get(metric)) is not None]
+        if not rated:
+            known = sorted({name for m in models for name, value in m.metrics.items() if value is not None})
+            raise ModelError(
+                f"{self.file}: none of {len(models)} models has the metric {metric!r}{did_you_mean(metric, known)}; "
+                f"known: {', '.join(known) or 'none'}"
+            )
+        sign = 1 if lower_is_better else -1
+        return min(rated, key=lambda pair: sign * pair[0])[1]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per version in the order of registration, with one column per field and metric.
+
+        A metric with the name of a field becomes `metrics.<name>`; missing values are nan.
+        """
+        import pandas as pd  # `import src.utils` and registering stay light
+
+        columns = [f.name for f in fields(RegisteredModel) if f.name != "metrics"]
+        models = self.list_models()
+        frame = pd.DataFrame([[getattr(m, name) for name in columns] for m in models], columns=columns)
+        for metric in dict.fromkeys(name for m in models for name in m.metrics):
+            values = [m.metrics.get(metric) for m in models]
+            frame[f"metrics.{metric}" if metric in columns else metric] = pd.Series(values, dtype="float64")
+        return frame
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other writers out through `<name>.lock`, which stays; a dead process holds no lock."""
+        lock = FileLock(f"{self.file}.lock")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except (OSError, NotImplementedError) as err:
+            raise DataError(f"{self.file}: cannot be locked for writing: {err}; choose a local disk") from err
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _check_metrics(metrics: Mapping[str, float | None], model_id: str) -> dict[str, float | None]:
+    checked: dict[str, float | None] = {}
+    for name, value in metrics.items():
+        try:
+            if not isinstance(name, str) or isinstance(value, str | bool):
+                raise TypeError(f"a {type(value).__name__}")
+            number = None if value is None else float(value)
+        except (TypeError, ValueError) as err:
+            raise ModelError(f"{model_id}: metric {name!r} is {value!r}, expected a name and one number") from err
+        if number is None or not math.isfinite(number):
+            logger.warning("%s: metric %s is %s; stored as missing", model_id, name, value)
+            number = None
+        checked[name] = number
+    return checked
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

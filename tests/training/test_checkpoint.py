@@ -279,7 +279,7 @@ def test_what_a_killed_process_left_is_cleaned_up(tmp_path: Path) -> None:
     path = store(tmp_path).save(make_state(), 1)
     dead = 2**22 + 1  # no process has this id
     (path.parent / f".checkpoint-00000002.{dead}.0a0b.partial").mkdir()
-    (path.parent / ".checkpoint-00000000.removed" / "sub").mkdir(parents=True)
+    (path.parent / f".checkpoint-00000000.{dead}.0a0d.partial" / "sub").mkdir(parents=True)
     shutil.copytree(path, path.parent / f".checkpoint-00000003.{dead}.0a0c.replaced")
     (path.parent / "notes.txt").write_text("mine")
     clean_up(path.parent)

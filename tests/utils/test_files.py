@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -13,8 +13,18 @@ from typing import Any
 
 import pytest
 
-from src.utils import files as atomic
-from src.utils.files import atomic_folder, fsync_folder, recover_folder, write_bytes_atomic, write_text_atomic
+from src.utils.errors import DataError
+from src.utils.files import (
+    atomic_folder,
+    fsync_folder,
+    read_json,
+    recover_folder,
+    remove_folder,
+    sha256_of,
+    write_bytes_atomic,
+    write_json,
+    write_text_atomic,
+)
 from tests.utils.full_disk import fill_disk
 
 FILES = [f"part{i}" for i in range(6)]
@@ -22,23 +32,6 @@ DEAD = 2**22 + 1  # a process id above every Linux limit
 can_fork = pytest.mark.skipif(
     "fork" not in multiprocessing.get_all_start_methods(), reason="a fresh process imports for seconds"
 )
-
-
-@pytest.fixture(params=["exchange", "two renames"])
-def way(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How a folder is replaced; the second as where the drive knows no exchange."""
-    if request.param == "two renames":
-        monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
-        return "two renames"
-    probes = [tmp_path / "probe_a", tmp_path / "probe_b"]
-    for probe in probes:
-        probe.mkdir()
-    possible = atomic._exchange(*probes)
-    for probe in probes:
-        probe.rmdir()
-    if not possible:
-        pytest.skip("this drive cannot exchange two names")
-    return "exchange"
 
 
 def write_generation(output_dir: Path, generation: int, *, durable: bool = False) -> None:
@@ -83,7 +76,6 @@ def replace_and_die(output_dir: Path, fatal_step: int) -> None:
         return run
 
     Path.rename = counted(Path.rename)  # type: ignore[method-assign]
-    atomic._exchange = counted(atomic._exchange)
     os.unlink = counted(os.unlink)  # each file of the old folder
     os.rmdir = counted(os.rmdir)
     write_generation(output_dir, 1)
@@ -109,11 +101,11 @@ def test_error_leaves_nothing_new_and_keeps_the_old(tmp_path: Path) -> None:
 
 
 def test_replacing_leaves_no_file_of_the_old_folder(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
+    write_generation(tmp_path / "out", 0)
     (tmp_path / "out" / "stale").write_text("old")
-    with atomic_folder(tmp_path / "out", replace=True) as folder:
-        (folder / "a").write_text("new")
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "a"]
+    write_generation(tmp_path / "out", 1)
+    assert generation_of(tmp_path / "out") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("kind", ["file", "full folder"])
@@ -153,22 +145,36 @@ def test_failed_write_keeps_the_old_file_and_leaves_no_part(tmp_path: Path, monk
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
 
-def test_replaced_folder_is_whole_and_alone(tmp_path: Path, way: str) -> None:
-    for generation in range(3):
-        write_generation(tmp_path / "out", generation)
-    assert generation_of(tmp_path / "out") == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+def test_json_is_read_back_and_wrong_content_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.json"
+    write_json(path, {"naïve": 1})
+    assert read_json(path, dict, what="x", fix="y") == {"naïve": 1}
+    assert sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    for content in ("{", "3"):
+        path.write_text(content)
+        with pytest.raises(DataError, match=r"a\.json.*settings.*remove it"):
+            read_json(path, dict, what="settings", fix="remove it")
+    for unusable in (path / "b.json", tmp_path):
+        with pytest.raises(DataError, match=str(unusable)):
+            read_json(unusable, dict, what="x", fix="y")
+        with pytest.raises(DataError, match=str(unusable)):
+            write_json(unusable, 1)
+
+
+def test_removed_folder_leaves_nothing(tmp_path: Path) -> None:
+    write_generation(tmp_path / "out", 0)
+    remove_folder(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @can_fork
-def test_kill_at_any_step_leaves_the_old_or_the_new_folder(tmp_path: Path, way: str) -> None:
+def test_kill_at_any_step_leaves_the_old_or_the_new_folder(tmp_path: Path) -> None:
     seen: list[int] = []
     for fatal_step in range(1, 30):
         out = tmp_path / str(fatal_step) / "out"
         write_generation(out, 0)
         process = start(replace_and_die, out, fatal_step)
         process.join()
-        assert way == "two renames" or generation_of(out) in (0, 1)  # without any recovery
         assert all(generation_of(folder) == 0 for folder in out.parent.glob(".*.replaced"))
         recover_folder(out)
         seen.append(generation_of(out))
@@ -181,25 +187,22 @@ def test_kill_at_any_step_leaves_the_old_or_the_new_folder(tmp_path: Path, way: 
 
 
 @can_fork
-def test_kill_at_random_instants_leaves_a_whole_folder(tmp_path: Path, way: str) -> None:
+def test_kill_at_random_instants_leaves_a_whole_folder(tmp_path: Path) -> None:
     out, instants = tmp_path / "out", random.Random(0)
     write_generation(out, 0)
     for _ in range(10):
         before = generation_of(out)
         process = start(replace_forever, out, before + 1)
-        deadline = time.monotonic() + instants.uniform(0.02, 0.2)
-        while time.monotonic() < deadline:
-            assert way == "two renames" or out.is_dir()
+        time.sleep(instants.uniform(0.02, 0.2))
         process.kill()
         process.join()
-        assert way == "two renames" or generation_of(out) >= before
         recover_folder(out)
         assert generation_of(out) >= before
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert generation_of(out) > 0
 
 
-def test_newest_replaced_folder_comes_back_and_left_overs_go(tmp_path: Path) -> None:
+def test_newest_replaced_folder_is_restored_and_other_remains_are_removed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for generation, name in enumerate([f".out.{DEAD}.01.replaced", f".out.{DEAD}.00.replaced"]):
         write_generation(tmp_path / name, generation)
@@ -221,9 +224,6 @@ def test_recovery_prefers_the_folder_that_is_there(tmp_path: Path) -> None:
     assert recover_folder(tmp_path / "out") is None
     assert generation_of(tmp_path / "out") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_recovery_where_nothing_was_is_nothing(tmp_path: Path) -> None:
     assert recover_folder(tmp_path / "absent" / "out") is None
 
 
@@ -236,16 +236,15 @@ def test_hidden_folders_of_running_processes_stay(tmp_path: Path) -> None:
     assert (tmp_path / f".out.{os.getppid()}.00.replaced").is_dir()
 
 
-def test_left_over_of_an_earlier_process_with_this_id_is_dead(tmp_path: Path) -> None:
+def test_a_folder_of_an_earlier_process_with_this_id_is_restored(tmp_path: Path) -> None:
     """A container that starts again gives the same process ids."""
     write_generation(tmp_path / f".out.{os.getpid()}.00.replaced", 3)
     assert recover_folder(tmp_path / "out") == tmp_path / "out"
     assert generation_of(tmp_path / "out") == 3
 
 
-def test_error_between_two_renames_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_between_two_renames_restores_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_generation(tmp_path / "out", 0)
-    monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
     rename = Path.rename
 
     def interrupted(self: Path, target: Path) -> Path:
@@ -260,18 +259,9 @@ def test_error_between_two_renames_puts_the_old_folder_back(tmp_path: Path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_failing_exchange_is_an_error_and_keeps_the_old(tmp_path: Path, way: str) -> None:
-    if way != "exchange":
-        pytest.skip("of the exchange only")
-    write_generation(tmp_path / "out", 0)
-    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "out", replace=True) as folder:
-        shutil.rmtree(folder)
-    assert generation_of(tmp_path / "out") == 0
-
-
 @pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced there")
 def test_durable_writes_sync_content_before_the_name_and_the_parent_after(
-    tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
     sync = os.fsync

@@ -116,7 +116,7 @@ def test_a_dry_run_lists_and_only_what_was_listed_is_removed(config: Config) -> 
     [decoded] = cache.folder.glob("*/*.flac")
     write(cache.folder / "ab" / "my song.flac")
     half = write(config.paths.runs_dir / "run" / f".report.html.{DEAD}.0a1b.partial")
-    (config.paths.checkpoints_dir / "run" / ".checkpoint-00000003.removed").mkdir(parents=True)
+    (config.paths.checkpoints_dir / "run" / f".checkpoint-00000003.{DEAD}.0a1b.partial").mkdir(parents=True)
     old = write(config.paths.checkpoints_dir / "run" / "checkpoint-00000004" / "model.safetensors").parent
     weights = write(config.paths.cache_dir / "weights" / "base" / "model.safetensors")
 

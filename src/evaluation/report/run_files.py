@@ -17,7 +17,7 @@ import yaml
 
 from src.evaluation.metrics import Bootstrap
 from src.evaluation.results import Prediction
-from src.utils.data_versions import DatasetVersion, DataVersionManager
+from src.utils.versioning import DatasetVersion, DataVersionManager
 from src.utils.errors import DataError
 
 STOCK, TUNED = "stock", "tuned"

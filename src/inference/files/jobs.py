@@ -23,8 +23,7 @@ from filelock import FileLock, Timeout
 
 from src.utils.distributed import from_main, rank, wait_for_all, world_size
 from src.utils.errors import DataError
-from src.utils.files import atomic_file
-from src.utils.json_store import read_json, write_json
+from src.utils.files import atomic_file, read_json, write_json
 
 if TYPE_CHECKING:
     from src.inference.files.transcribe import Transcription

@@ -12,7 +12,7 @@ from src.evaluation.report.run_files import (
     load_predictions,
     read_origin,
 )
-from src.utils.data_versions import DataVersionManager
+from src.utils.versioning import DataVersionManager
 from src.utils.errors import DataError
 from tests.evaluation.run_files import append, epoch, prediction, steps
 
