@@ -168,7 +168,7 @@ def last_step(folder: Path) -> int:
 
 def compare(straight: Path, killed: Path) -> bool:
     """Whether both runs end with the same weights, optimizer state, best model and history."""
-    from src.utils.colab import sha256_of
+    from src.utils.files import sha256_of
 
     end = f"checkpoints/drill/checkpoint-{UPDATES:08d}"
     files = [f"{end}/model.safetensors", f"{end}/optimizer.safetensors", "checkpoints/best_model_hf/model.safetensors"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -141,17 +142,15 @@ def vanished_mirror(stock: Path, folder: Path) -> Outcome:
 
 def full_mirror(stock: Path, folder: Path) -> Outcome:
     """Let the mirror's disk report no free space after its first copies."""
-    from src.utils import mirror_store
-
     target = folder / "drive"
     trainer, warnings = make_trainer(stock, folder, mirror_dir=str(target)), Warnings()
-    real = mirror_store.shutil.disk_usage
+    real = shutil.disk_usage
 
     def fill(step: int) -> None:
         if step == 4:
             trainer._saver.flush()
             usage = real(folder)
-            mirror_store.shutil.disk_usage = lambda path: (
+            shutil.disk_usage = lambda path: (
                 usage._replace(free=0) if target in (Path(path), *Path(path).parents) else real(path)
             )
 
@@ -159,7 +158,7 @@ def full_mirror(stock: Path, folder: Path) -> Outcome:
     try:
         trainer.train(1)
     finally:
-        mirror_store.shutil.disk_usage = real
+        shutil.disk_usage = real
     copies = [path for path in (target / "drill").iterdir() if is_whole(path)]
     return "mirror full", f"{len(copies)} older whole copies kept, training went on", bool(copies) and warnings.seen
 

@@ -37,12 +37,12 @@ from src.training.checkpoint import (
 from src.training.saver import BEST_MODEL_NAME
 from src.training.trainer import WhisperTrainer
 from src.utils.config import DEFAULT_CONFIG_PATH, Config, flatten, load_config, load_profiles
-from src.utils.versioning import DatasetVersion, DataVersionManager
 from src.utils.errors import CheckpointError, ConfigError, first_line
 from src.utils.memory import size_mb
 from src.utils.runtime import set_seed
 from src.utils.tracking import ExperimentLogger
 from src.utils.validation import Check, CheckReport
+from src.utils.versioning import DatasetVersion, DataVersionManager
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from src.models.whisper_model import WhisperModelManager
 from src.training import checkpoint
 from src.training.restart import restart, spare_checkpoints, stored_checkpoints, stored_report
 from src.training.trainer import WhisperTrainer
-from src.utils.files import sha256_of
 from src.utils.config import Config, load_config
 from src.utils.errors import CheckpointError
+from src.utils.files import sha256_of
 from src.utils.memory import clean_up
 from src.utils.tracking import ExperimentLogger
 from src.utils.validation import Check

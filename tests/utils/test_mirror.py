@@ -1,9 +1,9 @@
-"""The background mirror on real folders; faults enter through the one function that writes a block."""
+"""The background mirror on real folders: faults of the drive, crashes at any step, and what is never deleted."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import json
 import logging
 import os
 import shutil
@@ -16,10 +16,10 @@ from typing import BinaryIO
 
 import pytest
 
-from src.utils import colab, mirror_store
-from src.utils.colab import sha256_of
+from src.utils import colab
+from src.utils.colab import MIRROR_MARKER
 from src.utils.errors import WhisperASRError
-from src.utils.mirror import STALL_SEC, DriveMirror
+from src.utils.mirror import STALL_SEC, DriveMirror, _Job
 
 LONG_SEC = 20.0  # a limit that no good run comes near
 Make = Callable[..., DriveMirror]
@@ -41,7 +41,7 @@ class Time:
 
 
 class Drive:
-    """What happens to the next blocks that are written; by default they are written."""
+    """Faults of the next blocks; without one, a block is written."""
 
     def __init__(self) -> None:
         self.faults: list[Callable[[BinaryIO, bytes], None]] = []
@@ -87,25 +87,21 @@ def make(time: Time, target: Path, caplog: pytest.LogCaptureFixture) -> Iterator
 
 
 def save(folder: Path, content: str, *, n_bytes: int = 3000) -> Path:
-    """Save a folder as a checkpoint store does: two files, one in a subfolder, and a manifest."""
+    """Save a folder as a checkpoint store does: two files, one in a subfolder."""
     (folder / "sub").mkdir(parents=True, exist_ok=True)
-    (folder / "model.safetensors").write_bytes((content * n_bytes).encode()[:n_bytes])
-    (folder / "sub" / "state.json").write_text(content)
-    files = {
-        name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-        for name in ("model.safetensors", "sub/state.json")
-    }
-    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    (folder / "model").write_bytes((content * n_bytes).encode()[:n_bytes])
+    (folder / "sub" / "config").write_text(content)
     return folder
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MIRROR_MARKER)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def names(target: Path) -> list[str]:
-    """What lies in the target beside the ledger, hidden names too."""
-    return sorted(path.name for path in target.iterdir() if path.name != mirror_store.LEDGER)
+    """All names in a folder, hidden ones too, without the marker."""
+    return sorted(path.name for path in target.iterdir() if path.name != MIRROR_MARKER)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -174,12 +170,9 @@ def test_a_lasting_fault_is_one_warning_and_keeps_the_last_good_copy(
     assert content_of(target / "best") == good
     assert names(target) == ["best"]
     (message,) = warnings(caplog)
-    assert "best has no copy" in message
-    assert reason in message
-    assert "check that the drive" in message
     (failure,) = mirror.failures
-    assert failure.name == "best"
-    assert reason in failure.reason
+    assert failure.name == "best" and failure.name in message
+    assert reason in failure.reason and failure.reason in message
     mirror.submit(tmp_path / "best")  # the fault has passed
     assert mirror.flush(LONG_SEC)
     assert content_of(target / "best") == content_of(tmp_path / "best") != good
@@ -216,8 +209,7 @@ def test_a_target_that_vanishes_is_told_and_never_made_again(
     mirror.submit(save(tmp_path / "c-1", "a"), group="checkpoints", keep=1)
     assert mirror.flush(LONG_SEC)
     assert not target.parent.exists()
-    (message,) = warnings(caplog)
-    assert "mount the drive again" in message
+    assert len(warnings(caplog)) == 1
     target.mkdir(parents=True)  # the mount point is an empty local folder now
     mirror.submit(save(tmp_path / "c-2", "b"), group="checkpoints", keep=1)
     assert mirror.flush(LONG_SEC)
@@ -232,12 +224,12 @@ def test_a_target_that_vanishes_is_told_and_never_made_again(
 
 def test_a_target_that_cannot_be_used_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(WhisperASRError, match="cannot take the mirror"):
+    with pytest.raises(WhisperASRError, match="below"):
         DriveMirror(tmp_path / "file" / "below", max_mb_per_sec=1)
-    with pytest.raises(WhisperASRError, match="above 0"):
+    with pytest.raises(WhisperASRError, match="max_mb_per_sec"):
         DriveMirror(tmp_path / "drive", max_mb_per_sec=0)
     monkeypatch.setattr(colab, "MOUNT_POINT", tmp_path / "content" / "drive")
-    with pytest.raises(WhisperASRError, match="not mounted"):
+    with pytest.raises(WhisperASRError, match="mount_drive"):
         DriveMirror(tmp_path / "content" / "drive" / "MyDrive" / "x", max_mb_per_sec=1)
     assert not (tmp_path / "content").exists()
 
@@ -256,7 +248,7 @@ def test_free_space_is_checked_where_the_drive_knows_it(
     assert mirror.flush(LONG_SEC)
     assert (target / "c-1").exists() == arrives
     assert (drive.n_blocks > 0) == arrives
-    assert ["free space there" in failure.reason for failure in mirror.failures] == [True] * (not arrives)
+    assert len(mirror.failures) == (not arrives)
 
 
 def test_bandwidth_is_bounded_and_training_is_not(make: Make, tmp_path: Path, target: Path, time: Time) -> None:
@@ -266,7 +258,7 @@ def test_bandwidth_is_bounded_and_training_is_not(make: Make, tmp_path: Path, ta
     mirror.submit(source)
     assert mirror.flush(LONG_SEC)
     assert content_of(target / "c-1") == content_of(source)
-    least_sec = (2 * n_bytes - (1 << 20)) / 2e6  # written and read back; the last block does not wait
+    least_sec = (2 * n_bytes - (1 << 18)) / 2e6  # written and read back; the last block does not wait
     assert least_sec <= time.now_sec <= least_sec + 1.1
 
 
@@ -296,7 +288,6 @@ def test_submitting_returns_while_the_drive_hangs(
     assert len([message for message in warnings(caplog) if "drive hangs" in message]) == 1
     assert not mirror.flush(0.01)
     assert "still without a copy" in warnings(caplog)[-1]
-    assert "c-1 is not copied, c-2 is newer" in caplog.text
     release.set()
     assert mirror.flush(LONG_SEC)
     assert names(target) == ["c-0", "c-3"]
@@ -326,7 +317,7 @@ def test_closing_ends_a_hanging_copy_as_a_failure(
     assert names(target) == []
 
 
-@pytest.mark.slow  # imports the library anew
+@pytest.mark.slow  # imports the library in a fresh process
 def test_the_interpreter_ends_while_the_drive_hangs(tmp_path: Path) -> None:
     save(tmp_path / "c-1", "a")
     code = (
@@ -356,7 +347,6 @@ def test_a_source_deleted_during_its_copy_is_dropped_quietly(
     assert mirror.flush(LONG_SEC)
     assert mirror.failures == []
     assert not warnings(caplog)
-    assert "was deleted before its copy was whole" in caplog.text
     assert names(target) == []
     assert all(seconds < 1 for seconds in time.slept_sec)
 
@@ -376,7 +366,7 @@ def test_a_source_replaced_during_its_copy_is_copied_again(
     mirror.submit(source)
     assert mirror.flush(LONG_SEC)
     assert content_of(target / "best") == content_of(source)
-    assert (target / "best" / "sub" / "state.json").read_text() == "b"
+    assert (target / "best" / "sub" / "config").read_text() == "b"
     assert not warnings(caplog)
 
 
@@ -385,22 +375,15 @@ def test_what_cannot_be_copied_is_refused_without_trying_again(
 ) -> None:
     mirror = make()
     linked = save(tmp_path / "linked", "a")
-    (linked / "other").symlink_to(tmp_path / "damaged")
-    damaged = save(tmp_path / "damaged", "a")
-    (damaged / "model.safetensors").write_bytes(b"b" * 3000)
+    (linked / "other").symlink_to(tmp_path / "empty")
     foreign = save(tmp_path / "foreign", "a")
     (target / "foreign").mkdir()
     (target / "foreign" / "mine.txt").write_text("mine")
     (tmp_path / "empty").mkdir()
-    for source in (linked, damaged, foreign, tmp_path / "empty", tmp_path / "absent"):
+    for source in (linked, foreign, tmp_path / "empty", tmp_path / "absent"):
         mirror.submit(source)
     assert mirror.flush(LONG_SEC)
-    reasons = {failure.name: failure.reason for failure in mirror.failures}
-    assert "a link" in reasons["linked"]
-    assert "model.safetensors disagrees with manifest.json" in reasons["damaged"]
-    assert "was not written by this mirror" in reasons["foreign"]
-    assert "holds no files" in reasons["empty"]
-    assert "no such folder" in reasons["absent"]
+    assert sorted(failure.name for failure in mirror.failures) == ["absent", "empty", "foreign", "linked"]
     assert all(seconds < 1 for seconds in time.slept_sec)
     assert names(target) == ["foreign"]
     assert content_of(target / "foreign") == {"mine.txt": b"mine"}
@@ -409,9 +392,9 @@ def test_what_cannot_be_copied_is_refused_without_trying_again(
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../x", ".hidden", "a\\b", "run/.x"])
 def test_a_name_outside_the_target_is_refused(make: Make, tmp_path: Path, name: str) -> None:
     mirror = make()
-    with pytest.raises(WhisperASRError, match="not a relative path"):
+    with pytest.raises(WhisperASRError, match="relative path"):
         mirror.submit(save(tmp_path / "c-1", "a"), name=name)
-    with pytest.raises(WhisperASRError, match="keep at least 1"):
+    with pytest.raises(WhisperASRError, match="keep=0"):
         mirror.submit(tmp_path / "c-1", keep=0, group="checkpoints")
 
 
@@ -433,11 +416,201 @@ def test_an_error_that_nobody_thought_of_is_a_failure_and_the_thread_lives(
 
 def test_of_a_group_the_newest_stay_also_across_restarts(make: Make, tmp_path: Path, target: Path) -> None:
     for start in (0, 3):
-        mirror = make(keep={"checkpoints": 2})
+        mirror = make()
         for i in range(start, start + 3):
-            mirror.submit(save(tmp_path / f"c-{i}", str(i)), group="checkpoints")
+            mirror.submit(save(tmp_path / f"c-{i}", str(i)), group="checkpoints", keep=2)
             assert mirror.flush(LONG_SEC)
         mirror.submit(save(tmp_path / "best", str(start)))
         assert mirror.close(LONG_SEC)
     assert names(target) == ["best", "c-4", "c-5"]
     assert all(content_of(target / f"c-{i}") == content_of(tmp_path / f"c-{i}") for i in (4, 5))
+
+
+class Crash(BaseException):
+    """The process ends here: nothing more reaches the drive."""
+
+
+class Countdown:
+    """Lets some steps that change the drive happen, then ends the process; afterwards every step fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, drive: Path) -> None:
+        self.left = float("inf")
+        for name in ("mkdir", "rename", "unlink", "rmdir", "write_text"):
+            monkeypatch.setattr(Path, name, self._counted(getattr(Path, name), drive))
+        monkeypatch.setattr(shutil, "rmtree", self._counted(shutil.rmtree, drive))
+        monkeypatch.setattr(os, "truncate", self._counted(os.truncate, drive))
+
+    def _counted(self, step: Callable[..., object], drive: Path) -> Callable[..., object]:
+        def counted(path: Path, *args: object, **kwargs: object) -> object:
+            if Path(path).is_relative_to(drive):
+                self.left -= 1
+                if self.left < 0:
+                    raise Crash
+            return step(path, *args, **kwargs)
+
+        return counted
+
+
+def put(mirror: DriveMirror, source: Path, name: str | None = None, keep: int | None = None) -> None:
+    """Copy at once, in this thread."""
+    group = "checkpoints" if keep is not None else None
+    mirror._copy_with_retries(_Job(source, name or source.name, group, keep))
+
+
+def generation_of(folder: Path) -> str:
+    """The content of a whole copy; half a copy fails."""
+    content = (folder / "sub" / "config").read_text()
+    assert content_of(folder) == {"sub/config": content.encode(), "model": content.encode() * 100}
+    return content
+
+
+def save_small(folder: Path, content: str) -> Path:
+    return save(folder, content, n_bytes=100)
+
+
+def test_a_crash_at_any_step_leaves_a_whole_copy_that_the_next_start_finds(
+    make: Make, tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    countdown = Countdown(monkeypatch, target)
+    source = tmp_path / "best"
+    outcomes: list[str] = []
+    for n_steps in range(100):
+        shutil.rmtree(target, ignore_errors=True)
+        first = make()
+        put(first, save_small(source, "a"), "run/best")
+        save_small(source, "b")
+        countdown.left = n_steps
+        try:
+            put(first, source, "run/best")
+            break
+        except Crash:
+            countdown.left = n_steps // 3  # the recovery crashes as well
+        with contextlib.suppress(Crash):
+            make()
+        countdown.left = float("inf")
+        second = make()
+        outcomes.append(generation_of(target / "run" / "best"))
+        assert names(target / "run") == ["best"], n_steps
+        put(second, save_small(source, "c"), "run/best")  # it is still known as the mirror's
+        assert generation_of(target / "run" / "best") == "c"
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {"a", "b"}
+    assert len(outcomes) > 10
+
+
+def test_a_crash_at_any_step_of_pruning_ends_in_whole_copies(
+    make: Make, tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    countdown = Countdown(monkeypatch, target)
+    sources = [save_small(tmp_path / f"c-{i}", str(i)) for i in range(3)]
+    for n_steps in range(100):
+        shutil.rmtree(target, ignore_errors=True)
+        first = make()
+        for source in sources:
+            put(first, source, keep=9)
+        countdown.left = n_steps
+        try:
+            first._prune(target, "checkpoints", 1)
+            break
+        except Crash:
+            countdown.left = float("inf")
+        second = make()
+        assert generation_of(target / "c-2") == "2"
+        assert [generation_of(target / name) for name in names(target)] == [name[-1] for name in names(target)]
+        second._prune(target, "checkpoints", 1)
+        assert names(target) == ["c-2"]
+    assert n_steps > 8
+
+
+def test_what_the_mirror_did_not_write_is_never_deleted(
+    make: Make, tmp_path: Path, target: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mirror = make()
+    for name in ("c-0", "c-1"):
+        put(mirror, save_small(tmp_path / name, name[-1]), keep=9)
+    foreign = save_small(target / "c-7", "7")
+    save_small(target / ".c-1.0123456789abcdef.partial", "8")
+    shutil.copytree(target / "c-1", target / "c-1 (copy)")
+    (target / "c-0" / "notes.txt").write_text("mine")
+    (target / "c-0" / "link").symlink_to(foreign / "model")
+    (target / "c-0" / "sub" / "config").write_text("edited by hand")
+    os.link(target / "c-0" / "model", tmp_path / "kept_model")
+    put(make(), save_small(tmp_path / "c-2", "2"), keep=1)
+    (kept,) = target.glob("c-0.kept-*")
+    assert names(target) == sorted([".c-1.0123456789abcdef.partial", kept.name, "c-1 (copy)", "c-2", "c-7"])
+    assert [generation_of(target / name) for name in (".c-1.0123456789abcdef.partial", "c-1 (copy)", "c-7")] == list(
+        "817"
+    )
+    assert sorted(path.name for path in kept.rglob("*")) == ["config", "link", "notes.txt", "sub"]
+    assert (kept / "sub" / "config").read_text() == "edited by hand"
+    assert (tmp_path / "kept_model").read_text() == "0" * 100
+    assert kept.name in caplog.text
+
+
+def test_a_folder_that_the_user_deleted_does_not_count(make: Make, tmp_path: Path, target: Path) -> None:
+    mirror = make()
+    for i in range(4):
+        if i == 3:
+            shutil.rmtree(target / "c-2")
+        put(mirror, save_small(tmp_path / f"c-{i}", str(i)), keep=3)
+    assert names(target) == ["c-0", "c-1", "c-3"]
+
+
+def test_a_failed_second_rename_restores_the_last_good_copy_at_once(
+    make: Make, tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = make()
+    put(mirror, save_small(tmp_path / "best", "a"))
+    rename = Path.rename
+
+    def refuse(path: Path, to: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, to)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="error"):
+        patch.setattr(Path, "rename", refuse)
+        put(mirror, save_small(tmp_path / "best", "b"))
+    assert generation_of(target / "best") == "a"
+    assert names(target) == ["best"]
+
+
+def test_a_second_mirror_leaves_the_firsts_unfinished_work_alone(
+    make: Make, tmp_path: Path, target: Path, drive: Drive
+) -> None:
+    other = save_small(tmp_path / "other", "a")
+
+    def meanwhile(writer: BinaryIO, block: bytes) -> None:
+        put(make(), other)  # a notebook cell that is run again
+        writer.write(block)
+
+    drive.faults = [meanwhile]
+    put(make(), save_small(tmp_path / "best", "a"))
+    assert generation_of(target / "best") == generation_of(target / "other") == "a"
+    assert names(target) == ["best", "other"]
+
+
+def test_a_target_of_an_earlier_version_is_refused_with_the_reason(make: Make, target: Path) -> None:
+    target.mkdir(parents=True)
+    ledger = '{"format":1,"folders":{"c-0":{"group":null,"order":1,"files":{}}},"pending":{}}'
+    (target / MIRROR_MARKER).write_text(ledger)
+    with pytest.raises(WhisperASRError, match="earlier version"):
+        make()
+    assert (target / MIRROR_MARKER).read_text() == ledger
+
+
+def test_remains_that_cannot_be_removed_do_not_stop_a_start(
+    make: Make, tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(make(), save_small(tmp_path / "best", "a"))
+    (target / "best").rename(target / ".best.0123456789abcdef.replaced")
+
+    def refuse(path: Path, *args: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        make()
+    assert len(warnings(caplog)) == 1
+    make()
+    assert generation_of(target / "best") == "a"

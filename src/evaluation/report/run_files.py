@@ -17,8 +17,8 @@ import yaml
 
 from src.evaluation.metrics import Bootstrap
 from src.evaluation.results import Prediction
-from src.utils.versioning import DatasetVersion, DataVersionManager
 from src.utils.errors import DataError
+from src.utils.versioning import DatasetVersion, DataVersionManager
 
 STOCK, TUNED = "stock", "tuned"
 MEASURED_EVENT = "measured"  # row of scripts/evaluate.py: model, stock and data as they were named

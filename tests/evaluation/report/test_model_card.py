@@ -12,8 +12,8 @@ from src.data.report.report import build_data_report
 from src.data.utterance import Utterance
 from src.evaluation.report.model_card import write_model_card
 from src.utils.config import Config
-from src.utils.versioning import DataVersionManager
 from src.utils.errors import DataError, ModelError
+from src.utils.versioning import DataVersionManager
 from tests.evaluation.run_files import append, epoch, evaluation, guard_rows, prediction, write
 
 

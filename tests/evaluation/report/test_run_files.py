@@ -12,8 +12,8 @@ from src.evaluation.report.run_files import (
     load_predictions,
     read_origin,
 )
-from src.utils.versioning import DataVersionManager
 from src.utils.errors import DataError
+from src.utils.versioning import DataVersionManager
 from tests.evaluation.run_files import append, epoch, prediction, steps
 
 REVISION = "0123456789abcdef"
