@@ -21,11 +21,10 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from benchmarks.benchmarking import append_table, read, strided
-from src.data.checking import check_utterance
 from src.data.labels import apply_case, resolve_case
 from src.data.loader import create_loader
+from src.data.preparation import check_utterance, find_shared_speakers
 from src.data.sources.catalog import load_utterances
-from src.data.splitting import find_shared_speakers
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator
 from src.evaluation.results import EvaluationResult, compare_predictions

@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks.benchmarking import append_table, median_sec, read, strided
 from benchmarks.training_sides import read_recording
 from src.data import Utterance, create_loader
-from src.data.checking import check_listed
+from src.data.preparation import check_listed
 from src.data.sources.catalog import SAMPLE_PARQUET
 from src.evaluation import EvaluationResult, ModelEvaluator
 from src.evaluation.metrics import Bootstrap

@@ -40,8 +40,8 @@ def make_trainer(stock: Path, folder: Path, **checkpoints: Any) -> Any:
     """Return a trainer that writes below a folder."""
     import torch
 
-    from src.data.checking import check_utterance
     from src.data.loader import create_loader
+    from src.data.preparation import check_utterance
     from src.data.sources.catalog import load_utterances
     from src.models import WhisperModelManager
     from src.training import WhisperTrainer

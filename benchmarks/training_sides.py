@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.training_measures import FlopCounter, peak_memory_mb, side_figures, update_rows
 from src.data import SpeechLoader, Utterance, create_loader, prepare_datasets
-from src.data.checking import check_listed
 from src.data.labels import apply_case, resolve_case
+from src.data.preparation import check_listed
 from src.data.sources.catalog import load_utterances
 from src.evaluation import ModelEvaluator
 from src.models import WhisperModelManager

@@ -26,12 +26,12 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.command_line import check_model_path, parse_setting
 from src.data import create_loader
-from src.data.checking import SkippedUtterance, check_listed, enforce_skip_policy
 from src.data.labels import apply_case, resolve_case
+from src.data.preparation import check_listed, enforce_skip_policy
 from src.data.preprocessing import ClipStats
 from src.data.sources.catalog import load_utterances
 from src.data.sources.manifest import MANIFEST_SUFFIXES
-from src.data.utterance import SPLIT_NAMES, Utterance
+from src.data.utterance import SPLIT_NAMES, SkippedUtterance, Utterance
 from src.evaluation import EvaluationResult, ModelEvaluator
 from src.evaluation.report.html import write_html_report
 from src.evaluation.report.run_files import DATA_VERSIONS_DIR, MEASURED_EVENT, STOCK, TUNED, bootstrap_of

@@ -24,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 from scripts.command_line import check_model_path
 from scripts.evaluate import source_of
 from src.data.audio import load_audio
-from src.data.checking import audio_name
 from src.data.labels import apply_case, resolve_case
 from src.data.sources.catalog import load_utterances
 from src.data.utterance import SPLIT_NAMES, Utterance
@@ -85,7 +84,7 @@ def run(arguments: argparse.Namespace) -> HeadSearch:
     found = find_alignment_heads(
         model,
         processor,
-        [load_audio(clip.audio, name=audio_name(clip), max_sec=MAX_AUDIO_SEC) for clip in clips],
+        [load_audio(clip.audio, name=clip.audio_name, max_sec=MAX_AUDIO_SEC) for clip in clips],
         [clip.text for clip in clips],
         count=arguments.count,
         language=arguments.language or ("en" if arguments.data is None else None),

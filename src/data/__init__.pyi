@@ -2,11 +2,10 @@ from .audio import SAMPLE_RATE, AudioCache, load_audio
 from .augmentation.augmenter import AudioAugmenter
 from .augmentation.demo import demonstrate, draw_examples, players
 from .augmentation.spec_augment import SpecAugment
-from .batching import LengthBatchSampler
 from .dataset import DataCollator, WhisperDataset, decode_audio
 from .features import LogMel
 from .labels import LabelEncoder
-from .loader import SpeechLoader, create_dataloaders, create_loader
+from .loader import LengthBatchSampler, SpeechLoader, create_dataloaders, create_loader
 from .preparation import DatasetSplits, prepare_datasets
 from .preprocessing import AudioPreprocessor
 from .report.figure import draw_data_report

@@ -1,44 +1,76 @@
-"""From utterances to padded batches: a recording stays encoded until an example needs it.
+"""From utterances to padded batches: decoded audio with labels, joined and timed where the settings ask for it.
 
-Audio is padded to the longest clip of its batch only. Log-mel, silence and augmentation happen later, on the device.
+A recording stays encoded until an example needs it, and audio is padded to the longest clip of its
+batch only. Log-mel, silence and augmentation happen later, on the device.
 """
 
 from __future__ import annotations
 
+import io
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import soundfile as sf
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
-from src.data.checking import SkippedUtterance, audio_name
-from src.data.composition import Example
-from src.data.labels import IGNORE_INDEX, EncodedLabel, LabelEncoder, TimedTokens
-from src.data.no_speech import NoSpeechAudio
-from src.data.utterance import Utterance
+from src.data.augmentation.noise import coloured_noise
+from src.data.labels import IGNORE_INDEX, MAX_LABEL_TOKENS, LabelEncoder, TimedTokens
+from src.data.utterance import SkippedUtterance, Utterance, stable_hash
+from src.utils.config import MAX_AUDIO_SEC, CompositionConfig
 from src.utils.errors import AudioError, DataError
+
+MIN_GAP_SEC, MAX_GAP_SEC = 0.2, 0.8  # pauses between sentences that are read aloud
+TIMESTAMPS_PER_CLIP = 2
+MIN_PROMPT_TOKENS = 2  # the token that starts the previous text, and one of its own
+SILENCE_SHARE = 0.25  # of the recordings without speech; the others are noise
+NOISE_DBFS = (-70.0, -30.0)  # RMS: from a quiet microphone's own noise to a loud street behind a closed window
 
 AudioLoader = Callable[..., Waveform]
 
 
+@dataclass(frozen=True)
+class Example:
+    """One training example.
+
+    Attributes:
+        indices: of its clips in the data set, in the order in which they are heard.
+        gaps_sec: pauses between them, one fewer than clips; whole samples at 16 kHz.
+        timestamps: its label carries times.
+        previous: index of the clip whose text is its prompt, or None.
+        duration_sec: of the clips and the pauses.
+    """
+
+    indices: tuple[int, ...]
+    gaps_sec: tuple[float, ...] = ()
+    timestamps: bool = False
+    previous: int | None = None
+    duration_sec: float = 0.0
+
+
 class WhisperDataset(Dataset[dict[str, Any]]):
     """Utterances as decoded audio with encoded labels.
+
+    Everything that cannot be labelled is found here and not in the middle of training.
 
     Args:
         utterances: checked, with durations.
         encoder: of the model to train or measure.
         on_error: "skip" drops transcripts of more than 448 tokens into `skipped`; "raise" refuses them.
         load: how to decode, with the arguments of `load_audio`; for example `AudioCache(...).load_audio`.
-    Raises: DataError: a transcript over 448 tokens, or a duration that is unknown: found here and not in the middle of
-        training.
 
     Attributes:
         utterances: those that can be used.
-        tokens: text tokens of each.
+        tokens: text tokens of each; made once, since a tokenizer's threads do not survive a worker's fork.
         prefix: special tokens before a text without timestamps.
+
+    Raises:
+        DataError: a transcript of more than 448 tokens, or an unknown duration.
     """
 
     def __init__(
@@ -51,14 +83,12 @@ class WhisperDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.utterances: list[Utterance] = []
         self.skipped: list[SkippedUtterance] = []
-        # made once: workers need no tokenizer, whose threads do not survive a fork
         self.tokens: list[tuple[int, ...]] = []
-        self._encoder = encoder
         self.prefix = tuple(encoder.prefix)
+        self._encoder = encoder
         self._load = load
         for utterance in utterances:
-            if utterance.duration_sec is None:
-                raise DataError(f"utterance {utterance.id}: its duration is unknown; check_utterance measures it")
+            _known_duration(utterance)
             tokens = encoder.tokenize(utterance.text)
             try:
                 encoder.label(tokens)
@@ -66,9 +96,9 @@ class WhisperDataset(Dataset[dict[str, Any]]):
                 if on_error == "raise":
                     raise DataError(f"utterance {utterance.id}: {err}") from err
                 self.skipped.append(SkippedUtterance(utterance.id, str(err)))
-                continue
-            self.utterances.append(utterance)
-            self.tokens.append(tokens)
+            else:
+                self.utterances.append(utterance)
+                self.tokens.append(tokens)
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -76,44 +106,53 @@ class WhisperDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: int | Example) -> dict[str, Any]:
         """Return one utterance, or one composed example.
 
-        Returns: `utterance` (of an example of several clips: ids joined by "+", texts by spaces), `audio` (T,) float32
-            at 16 kHz with zeros in the pauses, `label`, and `timed`: the label holds times.
-        Raises: AudioError: naming the utterance and its file.
+        Returns:
+            `utterance` (of several clips: ids joined by "+", texts by spaces), `audio` (T,) float32 at 16 kHz with
+            zeros in the pauses, `label`, and `timed`: the label holds times.
+
+        Raises:
+            AudioError: a recording cannot be decoded; the message names the utterance and its file.
         """
         example = key if isinstance(key, Example) else Example((key,))
-        utterances = [self.utterances[index] for index in example.indices]
-        audios = [decode_audio(utterance, load=self._load) for utterance in utterances]
-        return {
-            "utterance": _joined(utterances, example),
-            "audio": _with_pauses(audios, example.gaps_sec),
-            "label": self._label(example, [len(audio) / SAMPLE_RATE for audio in audios]),
-            "timed": example.timestamps,
-        }
-
-    def _label(self, example: Example, durations_sec: Sequence[float]) -> EncodedLabel:
-        parts = [self.tokens[index] for index in example.indices]
+        clips = [self.utterances[index] for index in example.indices]
+        tokens = [self.tokens[index] for index in example.indices]
         previous = () if example.previous is None else self.tokens[example.previous]
-        if not example.timestamps:
-            return self._encoder.label([token for part in parts for token in part], previous=previous)
-        timed = []
+        # join the recordings, with zeros in the pauses, and note when each is heard
+        pieces: list[Tensor] = []
+        timed: list[TimedTokens] = []
         start_sec = 0.0
-        for part, duration_sec, gap_sec in zip(parts, durations_sec, (*example.gaps_sec, 0.0), strict=True):
+        for clip, part, gap_sec in zip(clips, tokens, (*example.gaps_sec, 0.0), strict=True):
+            audio = decode_audio(clip, load=self._load)
+            duration_sec = len(audio) / SAMPLE_RATE
+            pieces += [audio, torch.zeros(round(gap_sec * SAMPLE_RATE))]
             timed.append(TimedTokens(part, start_sec, start_sec + duration_sec))
             start_sec += duration_sec + gap_sec
-        return self._encoder.timed_label(timed, previous=previous)
+        if example.timestamps:
+            label = self._encoder.timed_label(timed, previous=previous)
+        else:
+            label = self._encoder.label(list(itertools.chain.from_iterable(tokens)), previous=previous)
+        utterance = clips[0]
+        if len(clips) > 1:
+            name, text = "+".join(clip.id for clip in clips), " ".join(clip.text.strip() for clip in clips)
+            utterance = replace(utterance, id=name, text=text, duration_sec=example.duration_sec)
+        audio = torch.cat(pieces) if len(clips) > 1 else audio
+        return {"utterance": utterance, "audio": audio, "label": label, "timed": example.timestamps}
 
 
 def decode_audio(utterance: Utterance, *, load: AudioLoader = load_audio) -> Tensor:
     """Decode one utterance to (T,) float32 at 16 kHz.
 
     Args:
-        load: with the arguments of `load_audio`.
-    Raises: AudioError: naming the utterance and its file.
+        utterance: its recording is decoded, or made where it is one without speech.
+        load: how to decode, with the arguments of `load_audio`.
+
+    Raises:
+        AudioError: it cannot be decoded; the message names the utterance and its file.
     """
     if isinstance(utterance.audio, NoSpeechAudio):
         return torch.from_numpy(utterance.audio.waveform())
     try:
-        return torch.from_numpy(load(utterance.audio, name=audio_name(utterance)))
+        return torch.from_numpy(load(utterance.audio, name=utterance.audio_name))
     except AudioError as err:
         raise AudioError(f"utterance {utterance.id}: {err}") from err
 
@@ -130,7 +169,7 @@ class DataCollator:
         self._end_token = end_token
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        audios = [item["audio"] for item in items]
+        audios: list[Tensor] = [item["audio"] for item in items]
         utterances: list[Utterance] = [item["utterance"] for item in items]
         inputs = [torch.tensor(item["label"].decoder_input_ids) for item in items]
         labels = [torch.tensor(item["label"].labels) for item in items]
@@ -149,19 +188,171 @@ class DataCollator:
         }
 
 
-def _joined(utterances: Sequence[Utterance], example: Example) -> Utterance:
-    if len(utterances) == 1:
-        return utterances[0]
-    return replace(
-        utterances[0],
-        id="+".join(utterance.id for utterance in utterances),
-        text=" ".join(utterance.text.strip() for utterance in utterances),
-        duration_sec=example.duration_sec,
-    )
+class ExamplePlanner:
+    """Decides for each epoch which clips are joined, timed and prompted; every clip is in exactly one example.
+
+    Whisper was trained on 30 s of running speech with timestamps and the text before. A data set of single sentences
+    takes that away from it; joining sentences of one speaker gives some of it back. What is made of which clip is a
+    pure function of the seed and the epoch, so that workers, processes and resumed runs agree.
+
+    Clips of one speaker are neighbours in the order of the data set; clips without a speaker count as one group. A clip
+    without text stands alone, without times or prompt. The shares are of clips (`concatenate_prob`) or of examples,
+    where it is possible: a clip that leaves no room for a neighbour stays single, and before the first of a speaker
+    there is no text.
+
+    Args:
+        utterances: checked, with durations.
+        token_counts: text tokens of each, without special ones.
+        prefix_tokens: special tokens before a text without timestamps.
+        config: the shares; all 0 gives every clip by itself, in order.
+        seed: with the epoch, decides everything.
+    """
+
+    def __init__(
+        self,
+        utterances: Sequence[Utterance],
+        token_counts: Sequence[int],
+        *,
+        prefix_tokens: int,
+        config: CompositionConfig,
+        seed: int,
+    ) -> None:
+        self._durations = [utterance.duration_sec or 0.0 for utterance in utterances]
+        self._counts = token_counts
+        self._room = MAX_LABEL_TOKENS - prefix_tokens - 1  # 1: the end token
+        self._config = config
+        self._seed = seed
+        groups: dict[str | None, list[int]] = {}
+        for index, utterance in enumerate(utterances):
+            if token_counts[index]:
+                groups.setdefault(utterance.speaker, []).append(index)
+        self._groups = list(groups.values())
+        self._before = {b: a for group in self._groups for a, b in itertools.pairwise(group)}
+        self._planned: tuple[int, list[Example]] | None = None  # the last epoch asked for
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the examples depend on, apart from the clips and the seed."""
+        return self._config.model_dump(mode="json")
+
+    def durations_sec(self, epoch: int) -> list[float]:
+        """Return the seconds of an epoch's examples, pauses included."""
+        return [example.duration_sec for example in self.plan(epoch)]
+
+    def plan(self, epoch: int) -> list[Example]:
+        """Return an epoch's examples, in the order of their first clips."""
+        if self._planned is None or self._planned[0] != epoch:
+            self._planned = epoch, self._compose(epoch)
+        return self._planned[1]
+
+    def _compose(self, epoch: int) -> list[Example]:
+        # one number of each kind for each clip: changing one share leaves the others' draws alone
+        rng = np.random.default_rng((self._seed, epoch))
+        join, target, gap, timed, prompted = rng.random((5, len(self._durations))).tolist()
+        # the pause before each clip in whole samples, so that sums in seconds are exact in samples
+        gaps = [round((MIN_GAP_SEC + g * (MAX_GAP_SEC - MIN_GAP_SEC)) * SAMPLE_RATE) / SAMPLE_RATE for g in gap]
+        examples = [Example((i,), duration_sec=self._durations[i]) for i, n in enumerate(self._counts) if not n]
+        for group in self._groups:
+            at = 0
+            while at < len(group):
+                run = self._run(group[at:], gaps, target[group[at]]) if self._config.concatenate_prob else [group[at]]
+                at += len(run)
+                # each clip is in one run, so that keeping a run with this probability joins this share of the clips
+                runs = [run] if join[run[0]] < self._config.concatenate_prob else [[index] for index in run]
+                examples += [self._example(run, gaps, timed[run[0]], prompted[run[0]]) for run in runs]
+        return sorted(examples, key=lambda example: example.indices)
+
+    def _run(self, group: list[int], gaps: list[float], target: float) -> list[int]:
+        """Return the first clip and its following neighbours up to a drawn length, at least two where two fit."""
+        longest_sec = min(self._config.max_concatenated_sec, MAX_AUDIO_SEC)
+        seconds = self._durations[group[0]]
+        tokens = self._counts[group[0]] + TIMESTAMPS_PER_CLIP
+        limit_sec = 0.0
+        for count, index in enumerate(group[1:], start=1):
+            seconds += gaps[index] + self._durations[index]
+            tokens += self._counts[index] + TIMESTAMPS_PER_CLIP
+            if count == 1:  # between two clips and the longest allowed
+                limit_sec = min(seconds + target * (longest_sec - seconds), longest_sec)
+            if seconds > limit_sec or tokens > self._room:
+                return group[:count]
+        return group
+
+    def _example(self, run: list[int], gaps: list[float], timed: float, prompted: float) -> Example:
+        pauses = tuple(gaps[index] for index in run[1:])
+        tokens = sum(self._counts[index] for index in run)
+        with_times = tokens + TIMESTAMPS_PER_CLIP * len(run)
+        timestamps = timed < self._config.timestamp_prob and with_times <= self._room
+        fits = (with_times if timestamps else tokens) + MIN_PROMPT_TOKENS <= self._room
+        return Example(
+            indices=tuple(run),
+            gaps_sec=pauses,
+            timestamps=timestamps,
+            previous=self._before.get(run[0]) if fits and prompted < self._config.previous_text_prob else None,
+            duration_sec=sum(self._durations[index] for index in run) + sum(pauses),
+        )
 
 
-def _with_pauses(audios: Sequence[Tensor], gaps_sec: Sequence[float]) -> Tensor:
-    pieces = [audios[0]]
-    for gap_sec, audio in zip(gaps_sec, audios[1:], strict=True):
-        pieces += [torch.zeros(round(gap_sec * SAMPLE_RATE)), audio]
-    return torch.cat(pieces) if len(pieces) > 1 else audios[0]
+@dataclass(frozen=True)
+class NoSpeechAudio:
+    """A recording that is made, not decoded: digital silence, or noise of a drawn colour and level.
+
+    Attributes:
+        seed: with the id, decides the kind, the colour, the level and every sample.
+        id: of the utterance.
+        duration_sec: seconds.
+    """
+
+    seed: int
+    id: str
+    duration_sec: float
+
+    def waveform(self) -> Waveform:
+        """Return (T,) float32 at 16 kHz: zeros, or noise whose power falls with f^0 (white) to f^-2 (brown)."""
+        rng = _generator(self.seed, self.id)
+        samples = round(self.duration_sec * SAMPLE_RATE)
+        if rng.random() < SILENCE_SHARE:
+            return np.zeros(samples, dtype=np.float32)
+        exponent = torch.tensor([rng.uniform(0.0, 2.0)])
+        level_dbfs = rng.uniform(*NOISE_DBFS)
+        noise = coloured_noise((1, samples), exponent, torch.Generator().manual_seed(int(rng.integers(2**62))))[0]
+        waveform: Waveform = (noise * 10 ** (level_dbfs / 20)).numpy()
+        return waveform
+
+    def read(self) -> bytes:
+        """Return the same as the bytes of a float WAV file, for players and whatever else takes encoded audio."""
+        buffer = io.BytesIO()
+        sf.write(buffer, self.waveform(), SAMPLE_RATE, format="WAV", subtype="FLOAT")
+        return buffer.getvalue()
+
+
+def make_no_speech(utterances: Sequence[Utterance], *, fraction: float, seed: int) -> list[Utterance]:
+    """Make utterances without speech to go with a training set.
+
+    Fine-tuning on speech alone makes Whisper write something into every silence. A small share of recordings of
+    nothing, with an empty text, teaches the end token there.
+
+    Args:
+        utterances: checked; each new one has the duration of one of them.
+        fraction: of their number.
+        seed: with the id, decides everything.
+
+    Returns:
+        Utterances `no-speech-0001` and so on, with an empty text and no speaker.
+    """
+    made = []
+    for number in range(1, round(fraction * len(utterances)) + 1):
+        name = f"no-speech-{number:04d}"
+        pick = int(_generator(seed, f"{name}:duration").integers(len(utterances)))
+        duration_sec = _known_duration(utterances[pick])
+        made.append(Utterance(name, NoSpeechAudio(seed, name, duration_sec), text="", duration_sec=duration_sec))
+    return made
+
+
+def _known_duration(utterance: Utterance) -> float:
+    if utterance.duration_sec is None:
+        raise DataError(f"utterance {utterance.id}: its duration is unknown; check_utterance measures it")
+    return utterance.duration_sec
+
+
+def _generator(seed: int, name: str) -> np.random.Generator:
+    return np.random.default_rng(int.from_bytes(bytes.fromhex(stable_hash(seed, name))[:8], "little"))

@@ -1,7 +1,8 @@
 """Labels: exactly what the decoder is fed at inference, with the loss on the text and the end token alone.
 
-Measured (tiny.en, negative log-likelihood of a transcript a clip): `HELLO` 29.1, `hello` 16.6, ` hello` 8.7,
-` Hello.` 7.0 nats. So text gets the leading space that Whisper always writes, and capitals-only corpora are recased.
+Measured (tiny.en, negative log-likelihood of a transcript in nats, mean per clip): `HELLO` 29.1,
+`hello` 16.6, ` hello` 8.7, ` Hello.` 7.0. So text gets the leading space that Whisper always writes,
+and corpora in capitals are recased.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from src.utils.errors import DataError
 MAX_LABEL_TOKENS = 448  # the decoder's position table
 IGNORE_INDEX = -100
 MULTILINGUAL_END_TOKEN = 50257
-MAX_PROMPT_TOKENS = 223  # of previous text: half of the table, less the token that starts it
+MAX_PROMPT_TOKENS = MAX_LABEL_TOKENS // 2 - 1  # 223 of previous text, after the token that starts it
 TIMESTAMP_STEP_SEC = 0.02  # one encoder position
 NUM_TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>
 LabelCase = Literal["auto", "keep", "lower", "sentence"]
@@ -46,21 +47,33 @@ class LabelEncoder:
         tokenizer: a Whisper tokenizer; its end token tells multilingual (50257) from English-only (50256) vocabularies.
         language: code; needed by multilingual models.
         task: "transcribe" or "translate"; unused by English-only models.
-    Raises: DataError: no language for a multilingual model, one that it does not know, or no timestamp tokens.
 
     Attributes:
         prefix: special tokens before a text without timestamps.
         timestamp_prefix: before a text with timestamps; it lacks <|notimestamps|>.
+
+    Raises:
+        DataError: no language for a multilingual model, one that it does not know, or no timestamp tokens.
     """
 
     def __init__(self, tokenizer: Any, *, language: str | None = None, task: str = "transcribe") -> None:
         self._tokenizer = tokenizer
         self.end_token = int(tokenizer.eos_token_id)
-        self.prefix = _prefix(tokenizer, language, task)
+        spoken = []
+        if self.end_token == MULTILINGUAL_END_TOKEN:
+            if language is None:
+                raise DataError(
+                    "a multilingual model needs the language of the transcripts: set model.language, for example 'en'"
+                )
+            spoken = [f"<|{language}|>", f"<|{task}|>"]
+        last_time = f"<|{(NUM_TIMESTAMPS - 1) * TIMESTAMP_STEP_SEC:.2f}|>"
+        names = ["<|startoftranscript|>", *spoken, "<|notimestamps|>", "<|startofprev|>", "<|0.00|>", last_time]
+        ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
+        for name, token in zip(names, ids, strict=True):
+            if token is None or token == tokenizer.unk_token_id:
+                raise DataError(f"this model's tokenizer has no token {name}; check model.language ({language!r})")
+        *self.prefix, self._previous_token, self._first_timestamp, last = ids
         self.timestamp_prefix = self.prefix[:-1]
-        self._previous_token, self._first_timestamp, last = _special_ids(
-            tokenizer, ["<|startofprev|>", "<|0.00|>", f"<|{(NUM_TIMESTAMPS - 1) * TIMESTAMP_STEP_SEC:.2f}|>"], language
-        )
         if last - self._first_timestamp != NUM_TIMESTAMPS - 1:
             raise DataError("this tokenizer's timestamps <|0.00|> to <|30.00|> are not 1,501 successive tokens")
 
@@ -70,10 +83,7 @@ class LabelEncoder:
         return tuple(self._tokenizer.encode(" " + stripped, add_special_tokens=False)) if stripped else ()
 
     def encode(self, text: str) -> EncodedLabel:
-        """Encode one transcript.
-
-        Raises: DataError: more than 448 tokens with the prefix and the end token.
-        """
+        """Encode one transcript; as `label`."""
         return self.label(self.tokenize(text))
 
     def label(self, tokens: Sequence[int], *, previous: Sequence[int] = ()) -> EncodedLabel:
@@ -83,7 +93,9 @@ class LabelEncoder:
             tokens: of the text, from `tokenize`.
             previous: tokens of the text before, as a prompt without loss. The last 223 are taken, fewer where the label
                 leaves less room in the 448 positions, none where it leaves no room.
-        Raises: DataError: more than 448 tokens with the prefix and the end token.
+
+        Raises:
+            DataError: more than 448 tokens with the prefix and the end token.
         """
         return self._label(self.prefix, tokens, previous)
 
@@ -93,20 +105,20 @@ class LabelEncoder:
         Args:
             parts: in order; times round to 0.02 s.
             previous: as for `label`.
-        Raises: DataError: more than 448 tokens, or a time beyond 30 s.
+
+        Raises:
+            DataError: more than 448 tokens, or a time beyond 30 s.
         """
-        timed = [
-            token
-            for part in parts
-            for token in (self._timestamp(part.start_sec), *part.tokens, self._timestamp(part.end_sec))
-        ]
-        return self._label(self.timestamp_prefix, timed, previous)
+        tokens: list[int] = []
+        for part in parts:
+            tokens += [self._timestamp(part.start_sec), *part.tokens, self._timestamp(part.end_sec)]
+        return self._label(self.timestamp_prefix, tokens, previous)
 
     def _timestamp(self, seconds: float) -> int:
         step = round(seconds / TIMESTAMP_STEP_SEC)
         if not 0 <= step < NUM_TIMESTAMPS:
             raise DataError(f"no timestamp token for {seconds:.2f} s: Whisper's go from 0 to 30 s; cut the recording")
-        return self._first_timestamp + step
+        return int(self._first_timestamp + step)
 
     def _label(self, prefix: Sequence[int], tokens: Sequence[int], previous: Sequence[int]) -> EncodedLabel:
         room = MAX_LABEL_TOKENS - len(prefix) - len(tokens) - 1  # 1: the end token
@@ -139,33 +151,9 @@ def apply_case(text: str, label_case: LabelCase) -> str:
     """
     if label_case == "lower":
         return text.lower()
-    if label_case == "sentence":
-        words = [_pronoun(word) for word in text.lower().split()]
-        joined = " ".join(words)
-        sentence = joined[:1].upper() + joined[1:]
-        return sentence + "." if sentence[-1:].isalnum() else sentence
-    return text
-
-
-def _pronoun(word: str) -> str:
-    return "I" + word[1:] if word == "i" or word.startswith(("i'", "i’")) else word
-
-
-def _prefix(tokenizer: Any, language: str | None, task: str) -> list[int]:
-    if int(tokenizer.eos_token_id) != MULTILINGUAL_END_TOKEN:
-        names = ["<|startoftranscript|>", "<|notimestamps|>"]
-    elif language is None:
-        raise DataError(
-            "a multilingual model needs the language of the transcripts: set model.language, for example 'en'"
-        )
-    else:
-        names = ["<|startoftranscript|>", f"<|{language}|>", f"<|{task}|>", "<|notimestamps|>"]
-    return _special_ids(tokenizer, names, language)
-
-
-def _special_ids(tokenizer: Any, names: Sequence[str], language: str | None) -> list[int]:
-    ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
-    for name, token in zip(names, ids, strict=True):
-        if token is None or token == tokenizer.unk_token_id:
-            raise DataError(f"this model's tokenizer has no token {name}; check model.language ({language!r})")
-    return ids
+    if label_case != "sentence":
+        return text
+    words = ["I" + word[1:] if word == "i" or word.startswith(("i'", "i’")) else word for word in text.lower().split()]
+    sentence = " ".join(words)
+    sentence = sentence[:1].upper() + sentence[1:]
+    return sentence + "." if sentence[-1:].isalnum() else sentence

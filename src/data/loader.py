@@ -1,65 +1,156 @@
-"""Loaders: batches in an order that a stopped run can take up again, decoded ahead of time by worker processes.
+"""Batches of similar length in an order that a stopped run can continue, decoded ahead of time by worker processes.
 
-The order is planned in the main process for a whole epoch (`composition`, `batching`), so the state of a loader is two
-numbers, and resuming skips no audio that it would have to decode first.
+The order is planned in the main process for a whole epoch, as a pure function of the seed and the
+epoch. So the state of a loader is two numbers, resuming skips no audio that it would have to decode
+first, and several processes take their shares of one plan without sending anything.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
+import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from src.data.audio import AudioCache, load_audio
-from src.data.batching import LengthBatchSampler
-from src.data.checking import enforce_skip_policy
-from src.data.composition import Example, ExamplePlanner
-from src.data.dataset import AudioLoader, DataCollator, WhisperDataset
+from src.data.dataset import DataCollator, Example, ExamplePlanner, WhisperDataset, make_no_speech
 from src.data.labels import LabelEncoder
-from src.data.no_speech import make_no_speech
-from src.data.preparation import DatasetSplits
+from src.data.preparation import DatasetSplits, enforce_skip_policy
 from src.data.utterance import Utterance
 from src.utils.config import MAX_AUDIO_SEC, CompositionConfig, Config
-from src.utils.errors import CheckpointError, WhisperASRError
+from src.utils.errors import CheckpointError, DataError, WhisperASRError
 from src.utils.runtime import usable_cores
 
 logger = logging.getLogger(__name__)
 
-PREFETCH_BATCHES = 2  # a worker; a batch of 16 clips of 10 s is 10 MB of shared memory
+BUCKET_BATCHES = 32  # batches sorted together: enough to cut padding, few enough to keep batches mixed
+PREFETCH_BATCHES = 2  # per worker; a batch of 16 clips of 10 s is 10 MB of shared memory
 MAX_AUTO_WORKERS = 8  # more decode faster than any one GPU trains
 
 Batch = dict[str, Any]
+Batches = list[list[int]]
 
 
-@dataclass(frozen=True)
-class WorkerChoice:
-    """How many processes decode audio, and why."""
+class Loaders(NamedTuple):
+    """One loader per split."""
 
-    count: int
-    reason: str
+    train: SpeechLoader
+    validation: SpeechLoader
+    test: SpeechLoader
 
 
-def choose_workers(setting: int | Literal["auto"], *, on_cuda: bool, cores: int | None = None) -> WorkerChoice:
+def create_dataloaders(splits: DatasetSplits, processor: Any, config: Config) -> Loaders:
+    """Build the loaders of all splits for one model.
+
+    Args:
+        splits: from `prepare_datasets`.
+        processor: of the model; its tokenizer encodes the labels.
+        config: batch sizes, composition, workers, language.
+
+    Raises:
+        DataError: a transcript over 448 tokens with `on_error="raise"`, or too many skipped.
+    """
+    return Loaders(
+        train=create_loader(splits.train, processor, config, shuffle=True),
+        validation=create_loader(splits.validation, processor, config),
+        test=create_loader(splits.test, processor, config),
+    )
+
+
+def create_loader(
+    utterances: Sequence[Utterance], processor: Any, config: Config, *, shuffle: bool = False
+) -> SpeechLoader:
+    """Build one loader over checked utterances.
+
+    Args:
+        utterances: of one split.
+        processor: of the model; its tokenizer encodes the labels.
+        config: batch sizes, composition, workers, language.
+        shuffle: for training: composed examples in a new order each epoch, shared out where several processes train.
+            Otherwise for evaluation: single clips from long to short, dealt out in whole batches to the processes.
+
+    Raises:
+        DataError: as `create_dataloaders`.
+    """
+    encoder = LabelEncoder(processor.tokenizer, language=config.model.language, task=config.model.task)
+    composition = config.composition if shuffle else CompositionConfig()
+    made = make_no_speech(utterances, fraction=composition.no_speech_fraction, seed=config.seed)
+    dataset = WhisperDataset(
+        [*utterances, *made],
+        encoder,
+        on_error=config.data.on_error,
+        load=AudioCache(config.paths.cache_dir / "audio").load_audio if config.data.cache_decoded else load_audio,
+    )
+    enforce_skip_policy(dataset.skipped, len(utterances), config.data.max_skip_fraction)
+    planner = ExamplePlanner(
+        dataset.utterances,
+        [len(tokens) for tokens in dataset.tokens],
+        prefix_tokens=len(encoder.prefix),
+        config=composition,
+        seed=config.seed,
+    )
+    if shuffle:
+        batches = _training_batches(planner, config)
+    else:
+        batches = LengthBatchSampler(planner.durations_sec, config.inference.batch_size, shuffle=False)
+    on_cuda = torch.cuda.is_available() and config.device != "cpu"
+    workers, reason = choose_workers(config.data.num_workers, on_cuda=on_cuda)
+    if shuffle:  # once is enough: the other loaders choose alike
+        logger.info("%d process(es) decode audio (%s)", workers, reason)
+    return SpeechLoader(
+        dataset,
+        DataCollator(encoder.end_token),
+        batches,
+        planner,
+        num_workers=workers,
+        keep_workers=shuffle,  # evaluation is rare: its workers would hold memory between passes
+        pin_memory=on_cuda,
+    )
+
+
+def _training_batches(planner: ExamplePlanner, config: Config) -> LengthBatchSampler:
+    size: int | None = config.training.batch_size
+    seconds = config.training.batch_seconds
+    if seconds is not None:
+        size = None
+        if config.model.audio_context == "full":  # every clip is padded to 30 s
+            size, seconds = max(1, int(seconds // MAX_AUDIO_SEC)), None
+    batches = LengthBatchSampler(planner.durations_sec, size, batch_seconds=seconds, shuffle=True, seed=config.seed)
+    if seconds is not None and config.training.full_context_prob:
+        padded_sec = MAX_AUDIO_SEC * max(map(len, batches), default=0)
+        if padded_sec > seconds:
+            logger.warning(
+                "training.full_context_prob pads the clips of some batches to 30 s: these hold up to %.0f s, more than "
+                "training.batch_seconds (%.0f)", padded_sec, seconds,
+            )  # fmt: skip
+    return batches
+
+
+def choose_workers(setting: int | Literal["auto"], *, on_cuda: bool, cores: int | None = None) -> tuple[int, str]:
     """Resolve `data.num_workers`.
 
     Args:
         setting: a number, or "auto".
         on_cuda: the model computes on a CUDA device, and the cores are free to decode.
         cores: usable ones; those that this process may run on by default.
+
+    Returns:
+        The number of processes that decode audio, and why.
     """
     if setting != "auto":
-        return WorkerChoice(setting, "asked for")
+        return setting, "asked for"
     if not on_cuda:
-        return WorkerChoice(0, "the model computes on the same cores, and decoding is a small share of that")
+        return 0, "the model computes on the same cores, and decoding is a small share of that"
     usable = usable_cores() if cores is None else cores
-    count = min(usable, MAX_AUTO_WORKERS)
-    return WorkerChoice(count, f"{usable} usable core(s) decode while the GPU computes")
+    return min(usable, MAX_AUTO_WORKERS), f"{usable} usable core(s) decode while the GPU computes"
 
 
 class SpeechLoader:
@@ -93,18 +184,18 @@ class SpeechLoader:
         self.batch_sampler = batch_sampler
         self.num_workers = num_workers
         self._planner = planner
-        self._queue = _Queue()
+        self._remaining: list[list[Example]] = []  # batches of the current epoch
         self._decoded: DataLoader[Batch | WhisperASRError] = DataLoader(
             _Batches(dataset, collate_fn),
             batch_size=None,  # batches come ready
-            sampler=self._queue,
+            sampler=self._remaining,
             collate_fn=_as_it_is,
             num_workers=num_workers,
             persistent_workers=keep_workers and num_workers > 0,
             prefetch_factor=PREFETCH_BATCHES if num_workers else None,
             pin_memory=pin_memory,
             worker_init_fn=_leave_interrupts_to_the_parent,
-            generator=torch.Generator(),  # its own: else each epoch would take a number from the global one
+            generator=torch.Generator(),  # otherwise each epoch would take a number from the global one
         )
         self._epoch = 0
         self._handed_over = 0  # batches, not those that wait in a worker
@@ -117,12 +208,13 @@ class SpeechLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches.
 
-        Raises: AudioError: a recording that cannot be decoded, with its utterance, also from a worker.
+        Raises:
+            AudioError: a recording cannot be decoded, also in a worker; the message names its utterance.
         """
         examples = self._planner.plan(self._epoch)
         self._handed_over, self._start = self._start, 0
         batches = self.batch_sampler.batches(self._epoch)[self._handed_over :]
-        self._queue.batches = [[examples[index] for index in batch] for batch in batches]
+        self._remaining[:] = [[examples[index] for index in batch] for batch in batches]
         for batch in self._decoded:
             if isinstance(batch, WhisperASRError):
                 raise batch
@@ -158,9 +250,10 @@ class SpeechLoader:
         return {"epoch": self._epoch, "batches": self._handed_over, "made_from": self._made_from()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the batch after the last one handed over. The number of workers may be another.
+        """Continue with the batch after the last one handed over; the number of workers may be another.
 
-        Raises: CheckpointError: a state of other utterances, settings or number of processes; all are named.
+        Raises:
+            CheckpointError: a state of other utterances, settings or number of processes; all are named.
         """
         try:
             epoch, batches, theirs = int(state["epoch"]), int(state["batches"]), dict(state["made_from"])
@@ -170,9 +263,8 @@ class SpeechLoader:
         other = [f"{key}: {theirs.get(key)} then, {ours[key]} now" for key in ours if theirs.get(key) != ours[key]]
         if other:
             raise CheckpointError(
-                "the loader's state belongs to other batches and cannot be taken up: "
-                + "; ".join(other)
-                + ". Restore what it was made from, or begin a new run"
+                f"the loader's state belongs to other batches and cannot be continued: {'; '.join(other)}. "
+                "Restore what it was made from, or begin a new run"
             )
         self.set_epoch(epoch)
         self._handed_over = self._start = batches
@@ -190,111 +282,11 @@ class SpeechLoader:
         }
 
 
-class Loaders(NamedTuple):
-    """One loader a split."""
-
-    train: SpeechLoader
-    validation: SpeechLoader
-    test: SpeechLoader
-
-
-def create_dataloaders(splits: DatasetSplits, processor: Any, config: Config) -> Loaders:
-    """Build the loaders of all splits for one model.
-
-    Args:
-        splits: from `prepare_datasets`.
-        processor: of the model; its tokenizer encodes the labels.
-        config: batch sizes, composition, workers, language.
-    Raises: DataError: a transcript over 448 tokens with `on_error="raise"`, or too many skipped.
-    """
-    return Loaders(
-        train=create_loader(splits.train, processor, config, shuffle=True),
-        validation=create_loader(splits.validation, processor, config),
-        test=create_loader(splits.test, processor, config),
-    )
-
-
-def create_loader(
-    utterances: Sequence[Utterance], processor: Any, config: Config, *, shuffle: bool = False
-) -> SpeechLoader:
-    """Build one loader over checked utterances.
-
-    Args:
-        shuffle: for training: composed examples in a new order each epoch, shared out where several processes train.
-            Else for evaluation: single clips from long to short, dealt out in whole batches to the processes.
-    Raises: DataError: as `create_dataloaders`.
-    """
-    encoder = LabelEncoder(processor.tokenizer, language=config.model.language, task=config.model.task)
-    composition = config.composition if shuffle else CompositionConfig()
-    made = make_no_speech(utterances, fraction=composition.no_speech_fraction, seed=config.seed)
-    dataset = WhisperDataset([*utterances, *made], encoder, on_error=config.data.on_error, load=_audio_loader(config))
-    enforce_skip_policy(dataset.skipped, len(utterances), config.data.max_skip_fraction)
-    planner = ExamplePlanner(
-        dataset.utterances,
-        [len(tokens) for tokens in dataset.tokens],
-        prefix_tokens=len(encoder.prefix),
-        config=composition,
-        seed=config.seed,
-    )
-    on_cuda = torch.cuda.is_available() and config.device != "cpu"
-    workers = choose_workers(config.data.num_workers, on_cuda=on_cuda)
-    if shuffle:  # once is enough: the others choose alike
-        logger.info("%d process(es) decode audio (%s)", workers.count, workers.reason)
-    return SpeechLoader(
-        dataset,
-        DataCollator(encoder.end_token),
-        _training_batches(planner, config) if shuffle else _evaluation_batches(planner, config),
-        planner,
-        num_workers=workers.count,
-        keep_workers=shuffle,  # evaluation is rare: its workers would hold memory between passes
-        pin_memory=on_cuda,
-    )
-
-
-def _training_batches(planner: ExamplePlanner, config: Config) -> LengthBatchSampler:
-    size: int | None = config.training.batch_size
-    seconds = config.training.batch_seconds
-    if seconds is not None:
-        size = None
-        if config.model.audio_context == "full":  # every clip is padded to 30 s
-            size, seconds = max(1, int(seconds // MAX_AUDIO_SEC)), None
-    batches = LengthBatchSampler(planner.durations_sec, size, batch_seconds=seconds, shuffle=True, seed=config.seed)
-    if seconds is not None and config.training.full_context_prob:
-        padded_sec = MAX_AUDIO_SEC * max(map(len, batches), default=0)
-        if padded_sec > seconds:
-            logger.warning(
-                "training.full_context_prob pads some batches to 30 s a clip: these hold up to %.0f s, more than "
-                "training.batch_seconds (%.0f)", padded_sec, seconds,
-            )  # fmt: skip
-    return batches
-
-
-def _evaluation_batches(planner: ExamplePlanner, config: Config) -> LengthBatchSampler:
-    return LengthBatchSampler(planner.durations_sec, config.inference.batch_size, shuffle=False)
-
-
-def _audio_loader(config: Config) -> AudioLoader:
-    return AudioCache(config.paths.cache_dir / "audio").load_audio if config.data.cache_decoded else load_audio
-
-
-class _Queue(Sampler[list[Example]]):
-    """The batches that are left of an epoch."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[Example]] = []
-
-    def __iter__(self) -> Iterator[list[Example]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
 class _Batches(Dataset[Batch | WhisperASRError]):
     """Whole batches, or the error that stopped one.
 
-    DataLoader would raise a worker's error anew with the worker's whole traceback as its message; given back as a
-    value, the error arrives as it was.
+    DataLoader raises a worker's error with the worker's whole traceback as its message; returned as a value, the error
+    arrives as it was.
     """
 
     def __init__(self, dataset: WhisperDataset, collate_fn: DataCollator) -> None:
@@ -315,3 +307,178 @@ def _as_it_is(batch: Any) -> Any:
 def _leave_interrupts_to_the_parent(worker: int) -> None:
     # a notebook's interrupt reaches the whole process group: the parent stops its workers, they need not say so too
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class LengthBatchSampler(Sampler[list[int]]):
+    """Batches of clips of similar length; every index exactly once per epoch, over all processes.
+
+    For training, all processes get the same number of batches, and at each step batches of similar length: they wait
+    for the slowest. Where the batches of an epoch do not divide by the processes, the largest are halved. For
+    evaluation, where nobody waits, whole batches are dealt out in turn.
+
+    Args:
+        durations_sec: of each clip, or a function that gives them for an epoch, where epochs differ.
+        batch_size: at most so many clips per batch.
+        batch_seconds: instead of `batch_size`: clips x the longest of them, so padding included, at most. A clip that
+            is longer by itself stands alone.
+        shuffle: for training: mix clips and batches again each epoch. Otherwise from long to short: too little memory
+            shows at once.
+        seed: with the epoch, decides the order.
+        rank: of this process, with `world_size`; both from `current_shard` by default.
+        world_size: number of processes.
+
+    Raises:
+        DataError: neither or both of `batch_size` and `batch_seconds`; when an epoch is planned, a duration that is not
+            above 0, or clips that cannot be shared out to all processes.
+    """
+
+    def __init__(
+        self,
+        durations_sec: Sequence[float] | Callable[[int], Sequence[float]],
+        batch_size: int | None = None,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        batch_seconds: float | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        if (batch_size is None) == (batch_seconds is None):
+            raise DataError(f"batches need a size or a budget: batch_size {batch_size}, batch_seconds {batch_seconds}")
+        if (rank is None) != (world_size is None):
+            raise DataError(f"rank {rank} and world_size {world_size}: give both or neither")
+        self._durations_of = durations_sec if callable(durations_sec) else lambda epoch: durations_sec
+        self.batch_size = batch_size
+        self.batch_seconds = batch_seconds
+        self.shuffle = shuffle
+        self.seed = seed
+        self.shard = current_shard() if rank is None or world_size is None else Shard(rank, world_size)
+        self._epoch = 0
+        self._planned: tuple[int, Batches] | None = None  # the last epoch asked for
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.batches(self._epoch))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches(self._epoch))
+
+    def batches(self, epoch: int) -> Batches:
+        """Return this process's batches of an epoch, in order."""
+        if self._planned is None or self._planned[0] != epoch:
+            self._planned = epoch, self._plan(epoch)
+        return self._planned[1]
+
+    def _plan(self, epoch: int) -> Batches:
+        durations = self._durations_of(epoch)
+        unusable = [index for index, duration in enumerate(durations) if not 0 < duration < math.inf]
+        if unusable:
+            raise DataError(
+                f"clip {unusable[0]} has a duration of {durations[unusable[0]]} s; check the data set first"
+            )
+        if not self.shuffle:  # no step waits for another: whole batches are dealt out in turn
+            long_to_short = sorted(range(len(durations)), key=durations.__getitem__, reverse=True)
+            return self._cut(long_to_short, durations)[self.shard.rank :: self.shard.world_size]
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
+        # cut a random order into buckets of about 32 batches, and each, sorted by length, into batches
+        limit = BUCKET_BATCHES * (self.batch_size or self.batch_seconds or 0)
+        buckets: Batches = [[]]
+        filled = 0.0
+        for index in torch.randperm(len(durations), generator=generator).tolist():
+            if filled >= limit:
+                buckets.append([])
+                filled = 0.0
+            buckets[-1].append(index)
+            filled += 1 if self.batch_size else durations[index]
+        batches = [b for bucket in buckets for b in self._cut(sorted(bucket, key=durations.__getitem__), durations)]
+        # one batch of each step is this process's
+        steps = self._steps(batches, durations)
+        return [steps[index][self.shard.rank] for index in torch.randperm(len(steps), generator=generator).tolist()]
+
+    def _cut(self, order: list[int], durations: Sequence[float]) -> Batches:
+        """Cut a sorted order into batches."""
+        batches: Batches = []
+        longest = 0.0
+        for index in order:
+            longest = max(longest, durations[index])
+            rows = len(batches[-1]) + 1 if batches else math.inf
+            if (rows if self.batch_size else rows * longest) <= (self.batch_size or self.batch_seconds or 0):
+                batches[-1].append(index)
+            else:
+                batches.append([index])
+                longest = durations[index]
+        return batches
+
+    def _steps(self, batches: Batches, durations: Sequence[float]) -> list[Batches]:
+        """Group batches into steps: one batch for each process, of similar length."""
+        world_size = self.shard.world_size
+        if world_size == 1:
+            return [[batch] for batch in batches]
+        clips = sum(map(len, batches))
+        missing = -len(batches) % world_size if clips else world_size
+        if clips < len(batches) + missing:
+            raise DataError(
+                f"{clips} clips in {len(batches)} batches cannot be shared out to {world_size} processes without "
+                "repeating or dropping one: use fewer processes, more clips, or raise training.batch_size or "
+                "training.batch_seconds, so that batches have clips to give"
+            )
+        for _ in range(missing):
+            at = max(range(len(batches)), key=lambda i: len(batches[i]))
+            half = len(batches[at]) // 2
+            batches[at : at + 1] = [batches[at][:half], batches[at][half:]]
+        batches.sort(key=lambda batch: max(durations[i] for i in batch))
+        return [batches[at : at + world_size] for at in range(0, len(batches), world_size)]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which of the processes that train together this one is."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise DataError(f"rank {self.rank} of {self.world_size} process(es): ranks go from 0 to the number less 1")
+
+
+def current_shard() -> Shard:
+    """Find this process's place among those that train together.
+
+    From torch.distributed where it is initialised; otherwise from the variables RANK and WORLD_SIZE, which launchers
+    such as torchrun and accelerate set before anything is initialised; otherwise there is one process.
+
+    Raises:
+        DataError: one variable without the other, or not a number in range.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return Shard(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is None and world_size is None:
+        return Shard()
+    try:
+        return Shard(int(rank or ""), int(world_size or ""))
+    except ValueError as err:
+        raise DataError(
+            f"RANK is {rank!r} and WORLD_SIZE {world_size!r}: a launcher sets both, as numbers; unset them to run alone"
+        ) from err
+
+
+def batch_generator(seed: int, epoch: int, index: int) -> torch.Generator:
+    """Make the generator of everything that is drawn for one batch.
+
+    It depends on no batch before, so a resumed run draws what an uninterrupted one would have drawn.
+
+    Args:
+        seed: of the run.
+        epoch: from 0.
+        index: of the batch within the epoch, over all processes.
+
+    Returns:
+        A generator on the CPU.
+    """
+    state = np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))

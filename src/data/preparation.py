@@ -1,27 +1,41 @@
-"""Check every recording, then split by speaker: the same utterances in the same split on every machine.
+"""Check every recording, measure it and split by speaker: the same utterances in the same split on every machine.
 
-Splits that the source gives are honoured; what is missing is cut from the training speakers. Choice goes by a hash of
-the seed and the id, never by position: corpora are ordered by speaker, and the head of one is not a sample of it.
-Streamed sources are the exception: there, the first N that pass are taken, since any other choice would cost a download
-of the whole.
+Splits that the source gives are honoured; what is missing is cut from the training speakers. The
+choice goes by a hash of the seed and the id, never by position: corpora are ordered by speaker, and
+the head of one is not a sample of it. Streamed sources are the exception: there, the first N that
+pass are taken, since any other choice would cost a download of the whole.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from typing import Any
 
-from src.data.checking import SkippedUtterance, check_listed, check_stream, enforce_skip_policy
+import psutil
+from tqdm.auto import tqdm
+
+from src.data.audio import decode
 from src.data.labels import LabelCase, apply_case, resolve_case
-from src.data.preprocessing import ClipStats
-from src.data.sources.catalog import Streams, open_source
-from src.data.splitting import SPLITS, assign_splits, cut_missing, find_shared_speakers
-from src.data.utterance import Utterance
+from src.data.preprocessing import ClipStats, measure_clip
+from src.data.sources.catalog import open_source
+from src.data.utterance import SPLIT_NAMES, SPLITS, SkippedUtterance, Utterance, stable_hash
 from src.utils.config import Config, DataConfig, SourceName
-from src.utils.errors import DataError, SourceUnavailableError
+from src.utils.errors import AudioError, DataError, SourceUnavailableError
 
 logger = logging.getLogger(__name__)
+
+MAX_MEMORY_SHARE = 0.5  # of what is free, for the encoded recordings of a stream
+_CHUNK, _STREAM_CHUNK = 256, 32  # recordings decoded before counting how many are still wanted; each costs a download
+_ENOUGH_TO_JUDGE = 50  # rows of a stream before too many failures end it
+
+Parts = dict[str, list[Utterance]]
 
 
 @dataclass(frozen=True)
@@ -29,11 +43,14 @@ class DatasetSplits:
     """Checked utterances, disjoint by speaker where speakers are known.
 
     Attributes:
-        skipped: what `on_error="skip"` left out.
+        train: to train on.
+        validation: to choose the best epoch by.
+        test: to measure the result on, once.
         label_case: how transcripts were recased; `with_label_case` changes it.
+        skipped: what `on_error="skip"` left out.
         shared_speakers: speakers that occur in more than one split (the source's own splits may).
         shared_texts: number of test transcripts that also occur in training.
-        source: that was taken.
+        source: the one that was taken.
         stats: what was measured on each recording while it was checked, by utterance id.
     """
 
@@ -48,7 +65,7 @@ class DatasetSplits:
     stats: Mapping[str, ClipStats] = field(default_factory=dict, repr=False)
 
     def summary(self) -> list[dict[str, object]]:
-        """Return one row a split: clips, minutes, speakers."""
+        """Return one row per split: clips, minutes, speakers."""
         return [
             {
                 "split": name,
@@ -56,8 +73,13 @@ class DatasetSplits:
                 "minutes": round(sum(u.duration_sec or 0.0 for u in part) / 60, 1),
                 "speakers": len({u.speaker for u in part if u.speaker}) or None,
             }
-            for name, part in (("train", self.train), ("validation", self.validation), ("test", self.test))
+            for name, part in self.parts.items()
         ]
+
+    @property
+    def parts(self) -> Parts:
+        """The splits by name."""
+        return {name: getattr(self, name) for name in SPLITS}
 
     @property
     def utterances(self) -> list[Utterance]:
@@ -66,28 +88,49 @@ class DatasetSplits:
 
     def with_label_case(self, label_case: LabelCase) -> DatasetSplits:
         """Return the same utterances with their source's transcripts in another case."""
-        train, validation, test = (
-            [_recased(u, label_case) for u in part] for part in (self.train, self.validation, self.test)
-        )
-        return replace(self, train=train, validation=validation, test=test, label_case=label_case)
+        recased: dict[str, Any] = dict(_recased(self.parts, label_case))
+        return replace(self, **recased, label_case=label_case)
 
 
 def prepare_datasets(config: Config) -> DatasetSplits:
     """List, check, split and recase the configured source.
 
-    Returns: splits capped at `max_*`, or at what exists.
+    Of `data.sources`, one that is unavailable gives way to the next; any other fault is raised.
+
+    Returns:
+        Splits capped at `max_*`, or at what exists.
+
     Raises:
-        SourceUnavailableError: the source, or every one of `data.sources`, cannot be had.
+        SourceUnavailableError: the source, or every one of `data.sources`, is unavailable.
         DataError: nothing usable, too few speakers to split, more than `max_skip_fraction` skipped, another language
             than `model.language`; with `on_error="raise"` the first unusable recording, with a count of the others.
     """
-    source, parts, stats, skipped = _take_first_available(config)
+    *others, last = config.data.chosen_sources
+    for source in others:
+        try:
+            return _prepare(source, config)
+        except SourceUnavailableError as err:
+            logger.warning("source %r is unavailable, going on to the next of data.sources: %s", source, err)
+    return _prepare(last, config)
+
+
+def _prepare(source: SourceName, config: Config) -> DatasetSplits:
+    stats: dict[str, ClipStats] = {}
+    skipped: list[SkippedUtterance] = []
+    caps = {"train": config.data.max_train, "validation": config.data.max_validation, "test": config.data.max_test}
+    opened = open_source(config.data, source)
+    if isinstance(opened, dict):
+        parts = _take_from_streams(opened, caps, config, stats, skipped)
+    else:
+        parts = cut_missing(assign_splits(opened), config.data, config.seed)
+        parts = {name: check_listed(name, parts[name], caps[name], config, stats, skipped) for name in SPLITS}
+    enforce_skip_policy(skipped, sum(map(len, parts.values())) + len(skipped), config.data.max_skip_fraction)
     for name, part in parts.items():
         if not part:
             raise DataError(f"the {name} split is empty after checking; {len(skipped)} recording(s) were skipped")
     _refuse_other_language(parts["train"], config)
     label_case = resolve_case([u.text for u in parts["train"]], config.data.label_case)
-    recased = {name: [_recased(u, label_case) for u in part] for name, part in parts.items()}
+    recased = _recased(parts, label_case)
     train_texts = {u.text.lower() for u in recased["train"]}
     splits = DatasetSplits(
         **recased,
@@ -102,53 +145,231 @@ def prepare_datasets(config: Config) -> DatasetSplits:
     return splits
 
 
-_Prepared = tuple[SourceName, dict[str, list[Utterance]], dict[str, ClipStats], list[SkippedUtterance]]
-
-
-def _take_first_available(config: Config) -> _Prepared:
-    """Try the configured sources in order; only one that cannot be had at all gives way to the next."""
-    *others, last = config.data.chosen_sources
-    for source in others:
-        try:
-            return _prepare_source(source, config)
-        except SourceUnavailableError as err:
-            logger.warning("source %r cannot be had, going on to the next of data.sources: %s", source, err)
-    return _prepare_source(last, config)
-
-
-def _prepare_source(source: SourceName, config: Config) -> _Prepared:
-    stats: dict[str, ClipStats] = {}
-    skipped: list[SkippedUtterance] = []
-    opened = open_source(config.data, source)
-    if isinstance(opened, dict):
-        parts = _take_from_streams(opened, config, stats, skipped)
-    else:
-        if not opened:
-            raise DataError(f"source {source!r} ({config.data.path or 'bundled'}) has no utterance")
-        parts = cut_missing(assign_splits(opened), config.data, config.seed)
-        caps = _caps(config.data)
-        parts = {name: check_listed(name, parts[name], caps[name], config, stats, skipped) for name in SPLITS}
-    enforce_skip_policy(skipped, sum(map(len, parts.values())) + len(skipped), config.data.max_skip_fraction)
-    return source, parts, stats, skipped
-
-
 def _take_from_streams(
-    streams: Streams, config: Config, stats: dict[str, ClipStats], skipped: list[SkippedUtterance]
-) -> dict[str, list[Utterance]]:
+    streams: Mapping[str, Iterator[Utterance]],
+    caps: Mapping[str, int | None],
+    config: Config,
+    stats: dict[str, ClipStats],
+    skipped: list[SkippedUtterance],
+) -> Parts:
     """Take the first N of each split that pass; what a missing split needs is taken from train as well."""
-    caps = _caps(config.data)
+    fetched = dict(caps)
     fractions = {"validation": config.data.validation_fraction, "test": config.data.test_fraction}
     for_missing = sum(fraction for name, fraction in fractions.items() if name not in streams)
-    if caps["train"] is not None and for_missing:
-        caps["train"] = round(caps["train"] / (1 - for_missing))
-        logger.info("train: fetching %d clips, since validation or test is cut from them", caps["train"])
-    taken = {name: check_stream(name, streams[name], caps[name], config, stats, skipped) for name in streams}
-    parts = cut_missing({name: taken.get(name, []) for name in SPLITS}, config.data, config.seed)
-    return {name: part[: _caps(config.data)[name]] for name, part in parts.items()}
+    if fetched["train"] is not None and for_missing:
+        fetched["train"] = round(fetched["train"] / (1 - for_missing))
+        logger.info("train: fetching %d clips, since validation or test is cut from them", fetched["train"])
+    parts: Parts = {name: [] for name in SPLITS}
+    for name, stream in streams.items():
+        parts[name] = check_stream(name, stream, fetched[name], config, stats, skipped)
+    return {name: part[: caps[name]] for name, part in cut_missing(parts, config.data, config.seed).items()}
 
 
-def _caps(config: DataConfig) -> dict[str, int | None]:
-    return {"train": config.max_train, "validation": config.max_validation, "test": config.max_test}
+# checking
+
+
+def check_utterance(utterance: Utterance, config: DataConfig) -> Utterance:
+    """Decode one recording and check it; as `inspect_utterance`, without the measurements."""
+    return inspect_utterance(utterance, config)[0]
+
+
+def inspect_utterance(utterance: Utterance, config: DataConfig) -> tuple[Utterance, ClipStats]:
+    """Check one recording and measure it in the same pass.
+
+    Returns:
+        The utterance with its duration, and what was measured.
+
+    Raises:
+        DataError: an empty transcript, or a duration out of bounds.
+        AudioError: not decodable, silent, NaN, ...
+    """
+    line = f" (line {utterance.meta['line']} of the manifest)" if "line" in utterance.meta else ""
+    where = f"utterance {utterance.id}{line}"
+    if not utterance.text.strip():
+        raise DataError(f"{where}: the transcript is empty; fill it in or remove the row")
+    try:
+        decoded = decode(utterance.audio, name=utterance.audio_name, max_sec=config.max_duration_sec)
+    except AudioError as err:
+        raise AudioError(f"{where}: {err}") from err
+    stats = measure_clip(decoded)
+    if not config.min_duration_sec <= stats.duration_sec <= config.max_duration_sec:
+        raise DataError(
+            f"{where}: {stats.duration_sec:.2f} s, allowed are {config.min_duration_sec} to "
+            f"{config.max_duration_sec} s (data.min_duration_sec, data.max_duration_sec); cut it at a pause"
+        )
+    meta = {"snr_db": round(stats.snr_db, 1), **utterance.meta}  # what the source knows is better than an estimate
+    return replace(utterance, duration_sec=stats.duration_sec, meta=meta), stats
+
+
+def check_listed(
+    name: str,
+    part: Sequence[Utterance],
+    cap: int | None,
+    config: Config,
+    stats: dict[str, ClipStats],
+    skipped: list[SkippedUtterance],
+) -> list[Utterance]:
+    """Check recordings in hashed order until `cap` have passed; return them in the source's order.
+
+    Fills `stats` and `skipped`.
+    """
+    position = {u.id: index for index, u in enumerate(part)}
+    queue = sorted(part, key=lambda u: stable_hash(config.seed, u.id)) if cap is not None else part
+    passed: list[Utterance] = []
+    total = len(part) if cap is None else min(cap, len(part))
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=total, desc=f"checking {name}", leave=False) as bar:
+        waiting = iter(queue)
+        while chunk := list(islice(waiting, min(_CHUNK, total - len(passed)))):
+            passed += _check_chunk(pool, chunk, config.data, stats, skipped)
+            bar.update(len(passed) - bar.n)
+    _log_fewer(name, cap, len(passed))
+    return sorted(passed, key=lambda u: position[u.id])
+
+
+def check_stream(
+    name: str,
+    stream: Iterator[Utterance],
+    cap: int | None,
+    config: Config,
+    stats: dict[str, ClipStats],
+    skipped: list[SkippedUtterance],
+) -> list[Utterance]:
+    """Take the first `cap` recordings of a stream that pass.
+
+    Raises:
+        DataError: more than `max_skip_fraction` fail, or the recordings do not fit into memory.
+    """
+    if cap is None:
+        logger.warning("%s: data.max_%s is not set, so the whole stream is downloaded", name, name)
+    free_bytes = MAX_MEMORY_SHARE * psutil.virtual_memory().available
+    passed: list[Utterance] = []
+    seen = held_bytes = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=cap, desc=f"fetching {name}", leave=False) as bar:
+        while chunk := list(islice(stream, _STREAM_CHUNK if cap is None else min(_STREAM_CHUNK, cap - len(passed)))):
+            passed += _check_chunk(pool, chunk, config.data, stats, skipped)
+            bar.update(len(passed) - bar.n)
+            held_bytes += sum(len(u.audio) for u in chunk if isinstance(u.audio, bytes))
+            if held_bytes > free_bytes:
+                raise DataError(
+                    f"{name}: {len(passed)} clips hold {held_bytes / 1e9:.1f} GB, half of the free memory; set "
+                    f"data.max_{name} to about {len(passed) // 2}, or download the files and use data.source: parquet"
+                )
+            seen += len(chunk)
+            if seen >= _ENOUGH_TO_JUDGE:
+                enforce_skip_policy(skipped, seen, config.data.max_skip_fraction, log=False)
+    _log_fewer(name, cap, len(passed))
+    return passed
+
+
+def _check_chunk(
+    pool: ThreadPoolExecutor,
+    chunk: Sequence[Utterance],
+    config: DataConfig,
+    stats: dict[str, ClipStats],
+    skipped: list[SkippedUtterance],
+) -> list[Utterance]:
+    """Check a chunk and return what passed; the first failure raises where the policy is "raise"."""
+    passed: list[Utterance] = []
+    failures: list[SkippedUtterance] = []
+    for outcome in pool.map(partial(_inspect_or_skip, config=config), chunk):
+        if isinstance(outcome, SkippedUtterance):
+            failures.append(outcome)
+        else:
+            utterance, stats[outcome[0].id] = outcome
+            passed.append(utterance)
+    if failures and config.on_error == "raise":
+        more = f"\n({len(failures) - 1} more like it)" if len(failures) > 1 else ""
+        raise DataError(f'{failures[0].reason}; or set data.on_error to "skip"{more}')
+    skipped.extend(failures)
+    return passed
+
+
+def _inspect_or_skip(utterance: Utterance, config: DataConfig) -> tuple[Utterance, ClipStats] | SkippedUtterance:
+    try:
+        return inspect_utterance(utterance, config)
+    except DataError as err:
+        return SkippedUtterance(utterance.id, str(err))
+
+
+def _log_fewer(name: str, cap: int | None, passed: int) -> None:
+    if cap is not None and passed < cap:
+        logger.info("%s: %d asked for, %d exist; taking all of them", name, cap, passed)
+
+
+def enforce_skip_policy(
+    skipped: Sequence[SkippedUtterance], total: int, max_skip_fraction: float, *, log: bool = True
+) -> None:
+    """Raise `DataError` when more than the allowed share of utterances was skipped; log the rest."""
+    if not skipped:
+        return
+    listed = "".join(f"\n  - {row.id}: {row.reason}" for row in skipped[:20])
+    if len(skipped) > max_skip_fraction * total:
+        raise DataError(
+            f"{len(skipped)} of {total} utterances cannot be used, more than data.max_skip_fraction "
+            f"({max_skip_fraction:.0%}) allows:{listed}"
+        )
+    if log:
+        logger.warning("skipped %d of %d utterances:%s", len(skipped), total, listed)
+
+
+# splitting
+
+
+def assign_splits(utterances: Sequence[Utterance]) -> Parts:
+    """Sort utterances by the split that their source gives; those without one are for training.
+
+    Raises:
+        DataError: an unknown split's name, or nothing to train on.
+    """
+    parts: Parts = {name: [] for name in SPLITS}
+    for utterance in utterances:
+        given = str(utterance.meta.get("split") or "train").lower()
+        if given not in SPLIT_NAMES:
+            raise DataError(f"utterance {utterance.id}: unknown split {given!r}; use {', '.join(SPLIT_NAMES)}")
+        parts[SPLIT_NAMES[given]].append(utterance)
+    if not parts["train"]:
+        raise DataError(f"no utterance is in the train split, of {len(utterances)} in all")
+    return parts
+
+
+def cut_missing(parts: Parts, config: DataConfig, seed: int) -> Parts:
+    """Cut validation and test, where they are missing, from the training speakers.
+
+    Raises:
+        DataError: fewer than two speakers are left to cut from.
+    """
+    whole = dict(parts)
+    total = len(whole["train"])
+    for name, fraction in (("test", config.test_fraction), ("validation", config.validation_fraction)):
+        if not whole[name]:
+            whole["train"], whole[name] = _cut_by_speaker(whole["train"], max(1, round(fraction * total)), seed, name)
+    return whole
+
+
+def _cut_by_speaker(pool: list[Utterance], size: int, seed: int, name: str) -> tuple[list[Utterance], list[Utterance]]:
+    """Move whole speakers out of `pool`, in hashed order, until `size` utterances are reached."""
+    if any(u.speaker is None for u in pool):
+        logger.warning("%s: speakers are unknown, so the split is by clip; one speaker may be on both sides", name)
+    keys = [u.speaker if u.speaker is not None else f"clip:{u.id}" for u in pool]
+    counts = Counter(keys)
+    if len(counts) < 2:
+        raise DataError(
+            f"cannot cut a {name} split: {len(counts)} speaker(s) among {len(pool)} training utterances, at least 2 "
+            "are needed; add recordings, or a `split` column with train, validation and test"
+        )
+    moved: set[str] = set()
+    for speaker in sorted(counts, key=lambda s: stable_hash(seed, name + s))[:-1]:
+        if sum(counts[s] for s in moved) >= size:
+            break
+        moved.add(speaker)
+    rest = [u for u, key in zip(pool, keys, strict=True) if key not in moved]
+    return rest, [u for u, key in zip(pool, keys, strict=True) if key in moved]
+
+
+def find_shared_speakers(parts: Iterable[Sequence[Utterance]]) -> tuple[str, ...]:
+    """Return the speakers that occur in more than one part, sorted."""
+    counts = Counter(speaker for part in parts for speaker in {u.speaker for u in part if u.speaker is not None})
+    return tuple(sorted(speaker for speaker, count in counts.items() if count > 1))
 
 
 def _refuse_other_language(train: Sequence[Utterance], config: Config) -> None:
@@ -165,12 +386,15 @@ def _refuse_other_language(train: Sequence[Utterance], config: Config) -> None:
             )
 
 
-def _recased(utterance: Utterance, label_case: LabelCase) -> Utterance:
-    source_text = str(utterance.meta.get("source_text", utterance.text))
-    text = apply_case(source_text, label_case)
-    if text == utterance.text:
-        return utterance
-    return replace(utterance, text=text, meta={**utterance.meta, "source_text": source_text})
+def _recased(parts: Parts, label_case: LabelCase) -> Parts:
+    def recase(utterance: Utterance) -> Utterance:
+        source_text = str(utterance.meta.get("source_text", utterance.text))
+        text = apply_case(source_text, label_case)
+        if text == utterance.text:
+            return utterance
+        return replace(utterance, text=text, meta={**utterance.meta, "source_text": source_text})
+
+    return {name: [recase(utterance) for utterance in part] for name, part in parts.items()}
 
 
 def _log(splits: DatasetSplits) -> None:

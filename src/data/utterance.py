@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
 
 
@@ -40,3 +42,21 @@ class Utterance:
     language: str | None = None
     duration_sec: float | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def audio_name(self) -> str:
+        """What to call the recording in an error."""
+        return str(self.audio) if isinstance(self.audio, Path | EncodedAudio) else "embedded audio"
+
+
+@dataclass(frozen=True)
+class SkippedUtterance:
+    """A row that was left out, and why."""
+
+    id: str
+    reason: str
+
+
+def stable_hash(seed: int, text: str) -> str:
+    """Return a hash that is the same in every process and on every machine."""
+    return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()

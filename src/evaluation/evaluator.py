@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from src.data.batching import Shard
 from src.data.labels import IGNORE_INDEX
+from src.data.loader import Shard
 from src.evaluation.edits import word_counts
 from src.evaluation.metrics import MetricsCalculator
 from src.evaluation.results import EvaluationResult, ModelComparison, Prediction, compare_predictions

@@ -17,19 +17,13 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from src.data.checking import (
-    SkippedUtterance,
-    check_listed,
-    check_stream,
-    check_utterance,
-    enforce_skip_policy,
-)
 from src.data.labels import apply_case, resolve_case
 from src.data.loader import create_loader
+from src.data.preparation import check_listed, check_stream, check_utterance, enforce_skip_policy
 from src.data.preprocessing import ClipStats
 from src.data.sources.catalog import SAMPLE_CLIP, load_utterances, open_source
 from src.data.sources.hub import CORPORA
-from src.data.utterance import Utterance
+from src.data.utterance import SkippedUtterance, Utterance
 from src.evaluation.evaluator import ModelEvaluator
 from src.evaluation.report.run_files import guard_name
 from src.evaluation.results import EvaluationResult

@@ -32,9 +32,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio, to_mono_16k
-from src.data.batching import batch_generator
 from src.data.dataset import decode_audio
 from src.data.features import CONTEXT_SAMPLES, SAMPLES_PER_POSITION, LogMel, padded_samples
+from src.data.loader import batch_generator
 from src.data.utterance import Utterance
 from src.inference.decoding import decode, encode
 from src.inference.options import DecodingOptions

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 from src.data.audio import SAMPLE_RATE
-from src.data.batching import batch_generator
 from src.data.features import CONTEXT_SAMPLES, FRAMES_PER_SEC, HOP_SAMPLES, LogMel, padded_samples
 from src.data.labels import IGNORE_INDEX, resolve_case
-from src.data.loader import SpeechLoader, create_loader
+from src.data.loader import SpeechLoader, batch_generator, create_loader
 from src.data.preparation import DatasetSplits
 from src.models.dynamic_context import DynamicWhisper
 from src.training.inputs import TrainingInputs

@@ -22,8 +22,7 @@ from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
-from src.data.batching import batch_generator
-from src.data.loader import SpeechLoader
+from src.data.loader import SpeechLoader, batch_generator
 from src.evaluation.evaluator import ModelEvaluator
 from src.evaluation.results import EvaluationResult
 from src.models.dynamic_context import DynamicWhisper

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.data.batching import LengthBatchSampler, Shard, batch_generator, current_shard
+from src.data.loader import LengthBatchSampler, Shard, batch_generator, current_shard
 from src.utils.errors import DataError
 
 DURATIONS = st.lists(st.floats(0.1, 30), min_size=1, max_size=60)

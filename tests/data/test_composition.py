@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.data.audio import SAMPLE_RATE, load_audio
-from src.data.checking import check_utterance
-from src.data.composition import Example, ExamplePlanner
-from src.data.dataset import DataCollator, WhisperDataset
+from src.data.dataset import DataCollator, Example, ExamplePlanner, WhisperDataset
 from src.data.labels import IGNORE_INDEX, MAX_LABEL_TOKENS, LabelEncoder
+from src.data.preparation import check_utterance
 from src.data.utterance import Utterance
 from src.utils.config import CompositionConfig, Config
 

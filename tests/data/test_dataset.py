@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from src.data.audio import load_audio
-from src.data.checking import audio_name
 from src.data.dataset import DataCollator, WhisperDataset
 from src.data.labels import IGNORE_INDEX, EncodedLabel, LabelEncoder
 from src.data.loader import create_dataloaders
@@ -81,5 +80,5 @@ def test_audio_comes_from_the_loader_that_was_given(_tiny_en: tuple[Any, Any], s
 
     clip = replace(sample[0], duration_sec=3.735)
     item = WhisperDataset([clip], LabelEncoder(_tiny_en[1].tokenizer), load=load)[0]
-    assert asked == [(clip.audio, audio_name(clip))]
+    assert asked == [(clip.audio, clip.audio_name)]
     assert len(item["audio"]) == 59_760

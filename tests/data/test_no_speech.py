@@ -7,9 +7,8 @@ import pytest
 from scipy.signal import welch
 
 from src.data.audio import load_audio
-from src.data.dataset import WhisperDataset
+from src.data.dataset import NoSpeechAudio, WhisperDataset, make_no_speech
 from src.data.labels import LabelEncoder
-from src.data.no_speech import NoSpeechAudio, make_no_speech
 from src.data.utterance import EncodedAudio, Utterance
 from src.utils.errors import DataError
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from src.data.checking import check_utterance
 from src.data.loader import create_loader
+from src.data.preparation import check_utterance
 from src.data.utterance import Utterance
 from src.evaluation.edits import word_counts
 from src.evaluation.evaluator import ModelEvaluator

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from src.data.checking import check_utterance
 from src.data.loader import create_loader
+from src.data.preparation import check_utterance
 from src.data.utterance import Utterance
 from src.evaluation import variants
 from src.evaluation.evaluator import ModelEvaluator

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from src.data.checking import check_utterance
 from src.data.loader import create_loader
+from src.data.preparation import check_utterance
 from src.data.utterance import Utterance
 from src.models.dynamic_context import DynamicWhisper
 from src.training.trainer import WhisperTrainer

@@ -20,9 +20,8 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import WhisperProcessor
 
-from src.data.batching import Batches, LengthBatchSampler
-from src.data.checking import check_utterance
-from src.data.loader import create_loader
+from src.data.loader import Batches, LengthBatchSampler, create_loader
+from src.data.preparation import check_utterance
 from src.data.sources.catalog import load_utterances
 from src.evaluation.evaluator import ModelEvaluator
 from src.models.dynamic_context import DynamicWhisper

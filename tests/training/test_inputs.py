@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from src.data.batching import batch_generator
 from src.data.features import LogMel
 from src.data.labels import IGNORE_INDEX
-from src.data.loader import SpeechLoader, create_loader
+from src.data.loader import SpeechLoader, batch_generator, create_loader
 from src.data.utterance import Utterance
 from src.inference.decoding import decode
 from src.inference.options import DecodingOptions

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from src.data.checking import check_utterance
 from src.data.loader import create_loader
+from src.data.preparation import check_utterance
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator
 from src.evaluation.report.summary import describe_mix, summarize_run

@@ -14,8 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from src.data.batching import batch_generator
-from src.data.loader import create_loader
+from src.data.loader import batch_generator, create_loader
 from src.data.utterance import Utterance
 from src.training import updates
 from src.training.inputs import TrainingInputs

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from src.data.report.findings import CLIPPED_FRACTION, LONG_SILENCE_SEC, NOT_MEASURED, count_clips
 from src.data.report.report import DataReport
-from src.data.splitting import SPLITS
+from src.data.utterance import SPLITS
 from src.utils.figures import BLUE, FIGURE_STYLE, GREEN, GREY, ORANGE, NotebookFigure
 
 SPLIT_COLORS = dict(zip(SPLITS, (BLUE, GREEN, ORANGE), strict=True))

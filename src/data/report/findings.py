@@ -13,9 +13,9 @@ from typing import Literal
 import pandas as pd
 
 from src.data.audio import SAMPLE_RATE
-from src.data.checking import SkippedUtterance
 from src.data.labels import MAX_LABEL_TOKENS
 from src.data.report.table import text_key
+from src.data.utterance import SkippedUtterance
 
 Level = Literal["error", "warning", "info"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "info")

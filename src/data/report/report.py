@@ -14,11 +14,10 @@ from typing import Any
 
 import pandas as pd
 
-from src.data.checking import SkippedUtterance
 from src.data.preparation import DatasetSplits
 from src.data.report.findings import CLIPPED_FRACTION, LEVELS, Finding, find_all
 from src.data.report.table import CLIP_TYPES, tabulate_clips
-from src.data.splitting import SPLITS
+from src.data.utterance import SPLITS, SkippedUtterance
 from src.data.vad import VoiceActivityDetector
 from src.utils.config import Config
 from src.utils.errors import DataError

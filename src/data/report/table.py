@@ -22,8 +22,7 @@ from src.data.dataset import decode_audio
 from src.data.labels import LabelEncoder
 from src.data.preparation import DatasetSplits
 from src.data.preprocessing import ClipStats
-from src.data.splitting import SPLITS, stable_hash
-from src.data.utterance import Utterance
+from src.data.utterance import SPLITS, Utterance, stable_hash
 from src.data.vad import VoiceActivityDetector
 from src.utils.config import Config
 from src.utils.errors import DataError

@@ -182,7 +182,7 @@ def test_the_next_source_is_tried_only_where_the_config_says_so(caplog: pytest.L
     with caplog.at_level("WARNING"):
         splits = prepare_datasets(config)
     assert splits.source == "sample"
-    assert "source 'minds14' cannot be had, going on to the next of data.sources" in caplog.text
+    assert "source 'minds14' is unavailable" in caplog.text
 
 
 def test_a_fault_in_the_data_never_switches_the_source(tmp_path: Path, train: list[Utterance]) -> None:
