@@ -30,7 +30,7 @@ from src.data.labels import apply_case, resolve_case
 from src.data.preparation import check_listed, enforce_skip_policy
 from src.data.preprocessing import ClipStats
 from src.data.sources.catalog import load_utterances
-from src.data.sources.manifest import MANIFEST_SUFFIXES
+from src.data.sources.folder import MANIFEST_SUFFIXES
 from src.data.utterance import SPLIT_NAMES, SkippedUtterance, Utterance
 from src.evaluation import EvaluationResult, ModelEvaluator
 from src.evaluation.report.html import write_html_report

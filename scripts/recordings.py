@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.data.sources.manifest import AUDIO_COLUMNS, AUDIO_SUFFIXES, MANIFEST_SUFFIXES, pick_column, read_rows
+from src.data.sources.folder import AUDIO_COLUMNS, AUDIO_SUFFIXES, MANIFEST_SUFFIXES, pick_column, read_rows
 from src.utils.errors import DataError
 
 LIST_SUFFIX = ".txt"  # one path per line

@@ -23,10 +23,11 @@ _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EO
 def unpack(path: Path) -> Path:
     """Return a path as it is, or, of an archive, the folder that it holds.
 
-    An archive is unpacked once, whole or not at all, below the system's folder for temporary files: beside it there may
-    be Google Drive, which is slow with many small files. Folders that hold nothing but one folder are stepped into.
+    An archive is unpacked once, whole or not at all, below the system's folder for temporary files: its own folder may
+    be on Google Drive, which is slow with many small files. Folders that hold nothing but one folder are stepped into.
 
-    Raises: DataError: damaged, empty, with a member that would lie outside, or no space.
+    Raises:
+        DataError: damaged, empty, with a member that would lie outside, or no space.
     """
     if not path.is_file() or not path.name.lower().endswith(ARCHIVE_SUFFIXES):
         return path

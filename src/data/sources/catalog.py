@@ -1,26 +1,27 @@
-"""Where utterances come from: one adapter a source, all giving `Utterance`.
+"""Where utterances come from: one adapter per source, all giving `Utterance`.
 
-Adapters list recordings and transcripts; nothing is decoded here. A source that cannot be had raises: there is no other
-source to switch to in silence. `data.sources` names the ones to try, in order; `prepare_datasets` says which it took.
+Adapters list recordings and transcripts; nothing is decoded here. An unavailable source raises: there
+is no other source to switch to in silence. `data.sources` names the ones to try, in order;
+`prepare_datasets` says which it took.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from src.data.sources.archives import unpack
+from src.data.sources.folder import read_folder, utterances_from_rows
 from src.data.sources.hub import stream_hub
-from src.data.sources.manifest import read_folder, utterances_from_rows
 from src.data.sources.parquet import read_parquet
 from src.data.utterance import Utterance
 from src.utils.config import DataConfig, SourceName
 from src.utils.errors import DataError, SourceUnavailableError
 
 SAMPLES_DIR = Path(__file__).parents[1] / "samples"
-SAMPLE_PARQUET = SAMPLES_DIR / "speechocean762-mini.parquet"
+SAMPLE_PARQUET = SAMPLES_DIR / "speechocean762-mini.parquet"  # 500 clips of SpeechOcean762, see samples/README.md
 SAMPLE_CLIP = SAMPLES_DIR / "jfk.flac"
-_COMMON_VOICE_LISTS = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
 
 Streams = dict[str, Iterator[Utterance]]
 
@@ -29,8 +30,11 @@ def load_utterances(config: DataConfig, source: SourceName | None = None) -> lis
     """List all utterances of a source.
 
     Args:
+        config: where it lies.
         source: `data.source` by default. One of the Hub is read to its end: use `open_source` to take the first N.
-    Raises: DataError: source empty, manifest absent or with unknown columns, duplicate ids.
+
+    Raises:
+        DataError: source empty, manifest absent or with unknown columns, duplicate ids.
     """
     name = source or config.chosen_sources[0]
     opened = open_source(config, name)
@@ -43,19 +47,14 @@ def load_utterances(config: DataConfig, source: SourceName | None = None) -> lis
 def open_source(config: DataConfig, source: SourceName) -> list[Utterance] | Streams:
     """Open a source.
 
-    Returns: a list, with the split in `meta["split"]` where the source gives one; or, for the Hub, an iterator a split.
-    Raises: SourceUnavailableError: it cannot be had. DataError: it can, and is not in order.
+    Returns:
+        A list, with the split in `meta["split"]` where the source gives one; or, for the Hub, one iterator per split.
+
+    Raises:
+        SourceUnavailableError: it is unavailable.
+        DataError: it is available, and not in order.
     """
     return SOURCES[source](config)
-
-
-def _load_sample(config: DataConfig) -> list[Utterance]:
-    """Read 500 clips of SpeechOcean762, bundled; see samples/README.md."""
-    return read_parquet(SAMPLE_PARQUET, language="en")
-
-
-def _load_folder(config: DataConfig) -> list[Utterance]:
-    return read_folder(_path(config))
 
 
 def _load_parquet(config: DataConfig) -> list[Utterance]:
@@ -65,16 +64,21 @@ def _load_parquet(config: DataConfig) -> list[Utterance]:
 def _load_common_voice(config: DataConfig) -> list[Utterance]:
     """Read an archive of Common Voice, extracted or not: clips/ and train.tsv, dev.tsv, test.tsv."""
     folder = _path(config)
-    lists = {split: folder / name for split, name in _COMMON_VOICE_LISTS.items() if (folder / name).is_file()}
-    if not (folder / "clips").is_dir() or "train" not in lists:
+    lists = {"train": folder / "train.tsv", "validation": folder / "dev.tsv", "test": folder / "test.tsv"}
+    if not (folder / "clips").is_dir() or not lists["train"].is_file():
         raise SourceUnavailableError(
             f"{folder}: not a Common Voice archive, which has clips/ and train.tsv; set data.path to the archive of "
             "one language, or to where that was extracted, for example cv-corpus-23.0/en"
         )
     listed: list[Utterance] = []
     for split, manifest in lists.items():
-        listed += utterances_from_rows(manifest, audio_dir=folder / "clips", quoted=False, split=split)
+        if manifest.is_file():
+            listed += utterances_from_rows(manifest, audio_dir=folder / "clips", quoted=False, split=split)
     return listed
+
+
+def _stream(source: str, config: DataConfig) -> Streams:
+    return stream_hub(source, config.hub)
 
 
 def _path(config: DataConfig) -> Path:
@@ -83,12 +87,9 @@ def _path(config: DataConfig) -> Path:
 
 
 SOURCES: dict[SourceName, Callable[[DataConfig], list[Utterance] | Streams]] = {
-    "sample": _load_sample,
-    "folder": _load_folder,
+    "sample": lambda config: read_parquet(SAMPLE_PARQUET, language="en"),
+    "folder": lambda config: read_folder(_path(config)),
     "parquet": _load_parquet,
     "common_voice": _load_common_voice,
-    "minds14": lambda config: stream_hub("minds14", config.hub),
-    "librispeech": lambda config: stream_hub("librispeech", config.hub),
-    "speechocean762": lambda config: stream_hub("speechocean762", config.hub),
-    "hub": lambda config: stream_hub("hub", config.hub),
+    **{name: partial(_stream, name) for name in ("minds14", "librispeech", "speechocean762", "hub")},
 }

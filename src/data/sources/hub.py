@@ -1,27 +1,26 @@
 """Data sets of the Hugging Face Hub, streamed: N clips cost N clips, whatever the size of the corpus.
 
-`datasets` finds the files and reads the rows; recordings stay encoded (`Audio(decode=False)`), since its own decoder
-needs torchcodec and FFmpeg. A folder that is laid out as on the Hub works like a data set of the Hub.
+`datasets` finds the files and reads the rows; recordings stay encoded (`Audio(decode=False)`), since
+its own decoder needs torchcodec and FFmpeg. A folder that is laid out as on the Hub works like a data
+set of the Hub.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import httpx
 from huggingface_hub.errors import HfHubHTTPError
 
-from src.data.sources.manifest import AUDIO_COLUMNS, TEXT_COLUMNS, pick_column
-from src.data.sources.parquet import utterance_from_row, with_unique_id
+from src.data.sources.folder import AUDIO_COLUMNS, TEXT_COLUMNS, pick_column, utterance_from_row
+from src.data.sources.parquet import with_unique_id
 from src.data.utterance import SPLIT_NAMES, Utterance
 from src.utils.config import HubConfig
 from src.utils.errors import DataError, SourceUnavailableError, first_line
 
-logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 PARQUET_REVISION = "refs/convert/parquet"  # the Hub's own conversion of data sets that are scripts
@@ -40,22 +39,24 @@ class HubCorpus:
     Attributes:
         id: of the data set.
         config: subset by default.
-        train, validation, test: names of its splits; None where it has none, then it is cut from train.
+        train: name of this split.
+        validation: None where the corpus has none; then it is cut from train.
+        test: None where the corpus has none; then it is cut from train.
         language: code of the transcripts; None takes it from the subset's name (en-US).
         revision: branch; `PARQUET_REVISION` where main holds a script, which datasets 4 refuses.
     """
 
     id: str
-    config: str | None
-    train: str
-    validation: str | None
-    test: str | None
-    language: str | None
+    config: str | None = None
+    train: str = ""
+    validation: str | None = None
+    test: str | None = None
+    language: str | None = None
     revision: str | None = None
 
 
 CORPORA: dict[str, HubCorpus] = {
-    "minds14": HubCorpus("PolyAI/minds14", "en-US", "train", None, None, None, PARQUET_REVISION),
+    "minds14": HubCorpus("PolyAI/minds14", "en-US", "train", revision=PARQUET_REVISION),
     "librispeech": HubCorpus("openslr/librispeech_asr", "clean", "train.100", "validation", "test", "en"),
     "speechocean762": HubCorpus("mispeech/speechocean762", None, "train", None, "test", "en"),
 }
@@ -67,30 +68,29 @@ def stream_hub(source: str, options: HubConfig) -> dict[str, Iterator[Utterance]
     Args:
         source: "minds14", "librispeech", "speechocean762", or "hub" for any id.
         options: `data.hub`: what to take instead of the corpus's defaults.
-    Returns: an iterator a split: "train", and "validation" and "test" where the data set has them.
+
+    Returns:
+        One iterator per split: "train", and "validation" and "test" where the data set has them.
+
     Raises:
         SourceUnavailableError: no network, or no such data set; also while iterating.
         DataError: no such subset, split or column.
     """
-    spec = _specify(source, options)
-    streams = _guarded(spec.id, lambda: _open(spec))
-    names = _choose_splits(spec, list(streams))
-    return {name: _rows(streams[split], name, spec, options) for name, split in names.items()}
-
-
-def _specify(source: str, options: HubConfig) -> HubCorpus:
-    """Lay the options over the corpus's defaults."""
-    known = CORPORA.get(source)
-    base = known or HubCorpus(str(options.id), None, "", None, None, None)
-    return HubCorpus(
+    base = CORPORA.get(source) or HubCorpus(str(options.id))
+    if options.id is not None and not Path(options.id).is_dir():  # another data set: its main branch
+        base = replace(base, id=options.id, revision=None)
+    spec = HubCorpus(
         id=options.id or base.id,
         config=options.config or base.config,
         train=options.train_split or base.train,
         validation=options.validation_split or base.validation,
         test=options.test_split or base.test,
         language=base.language,
-        revision=options.revision or (base.revision if options.id is None or Path(options.id).is_dir() else None),
+        revision=options.revision or base.revision,
     )
+    streams = _guarded(spec.id, lambda: _open(spec))
+    names = _choose_splits(spec, list(streams))
+    return {name: _rows(streams[split], name, spec, options) for name, split in names.items()}
 
 
 def _open(spec: HubCorpus) -> Mapping[str, Any]:
@@ -98,25 +98,19 @@ def _open(spec: HubCorpus) -> Mapping[str, Any]:
     from datasets import load_dataset  # seconds to import, and needed for the Hub alone
 
     folder = Path(spec.id).expanduser()
-    if spec.revision == PARQUET_REVISION or (spec.config and _has_subsets_but_no_card(folder, spec.config)):
+    is_folder = folder.is_dir()
+    without_card = spec.config and (folder / spec.config).is_dir() and not (folder / "README.md").is_file()
+    opened: Mapping[str, Any]
+    if spec.revision == PARQUET_REVISION or without_card:
         # the Hub's conversion holds <subset>/<split>/0000.parquet and no card that would say so
-        root = str(folder) if folder.is_dir() else f"hf://datasets/{spec.id}@{PARQUET_REVISION}"
-        splits = [name for name in (spec.train or "train", spec.validation, spec.test) if name]
-        files = {_key(name): f"{root}/{spec.config or 'default'}/{name}/*.parquet" for name in splits}
-        streams = load_dataset("parquet", data_files=files, streaming=True)
-        return {name: streams[_key(name)] for name in splits}
-    place = str(folder) if folder.is_dir() else spec.id
-    revision = None if folder.is_dir() else spec.revision
-    opened: Mapping[str, Any] = load_dataset(place, spec.config, revision=revision, streaming=True)
+        root = str(folder) if is_folder else f"hf://datasets/{spec.id}@{PARQUET_REVISION}"
+        splits = {name.replace(".", "_"): name for name in (spec.train or "train", spec.validation, spec.test) if name}
+        files = {key: f"{root}/{spec.config or 'default'}/{name}/*.parquet" for key, name in splits.items()}
+        opened = load_dataset("parquet", data_files=files, streaming=True)  # refuses dots in names of splits
+        return {name: opened[key] for key, name in splits.items()}
+    revision = None if is_folder else spec.revision
+    opened = load_dataset(str(folder) if is_folder else spec.id, spec.config, revision=revision, streaming=True)
     return opened
-
-
-def _has_subsets_but_no_card(folder: Path, config: str) -> bool:
-    return (folder / config).is_dir() and not (folder / "README.md").is_file()
-
-
-def _key(split: str) -> str:
-    return split.replace(".", "_")  # datasets refuses dots in the names of data_files' splits
 
 
 def _choose_splits(spec: HubCorpus, available: list[str]) -> dict[str, str]:
@@ -124,7 +118,7 @@ def _choose_splits(spec: HubCorpus, available: list[str]) -> dict[str, str]:
     first = {SPLIT_NAMES[name.lower()]: name for name in reversed(available) if name.lower() in SPLIT_NAMES}
     asked = {"train": spec.train, "validation": spec.validation, "test": spec.test}
     names = {name: asked[name] or first.get(name) for name in asked}
-    missing = [str(split) for split in names.values() if split and split not in available]
+    missing = [split for split in names.values() if split and split not in available]
     if missing or not names["train"]:
         raise DataError(
             f"{spec.id}: no split {missing[0] if missing else 'train'!r} among {', '.join(available)}; "
@@ -136,54 +130,43 @@ def _choose_splits(spec: HubCorpus, available: list[str]) -> dict[str, str]:
 def _rows(stream: Any, split: str, spec: HubCorpus, options: HubConfig) -> Iterator[Utterance]:
     from datasets import Audio, ClassLabel
 
-    if stream.features is None:
+    features: Mapping[str, Any] | None = stream.features
+    if features is None:
         raise DataError(f"{spec.id}: it does not say its columns; download it and use data.source: folder or parquet")
-    features = stream.features
-    columns = list(features)
-    audio_column = options.audio_column or _find_audio_column(features, spec.id)
-    text_column = options.text_column or pick_column(columns, TEXT_COLUMNS, "text", spec.id)
+    typed = [name for name, feature in features.items() if isinstance(feature, Audio)]
+    audio_column = options.audio_column or (typed[0] if len(typed) == 1 else "")
+    audio_column = audio_column or pick_column(typed or list(features), AUDIO_COLUMNS, "audio", spec.id)
+    text_column = options.text_column or pick_column(list(features), TEXT_COLUMNS, "text", spec.id)
     for column in (audio_column, text_column):
-        if column not in columns:
-            raise DataError(f"{spec.id}: no column {column!r}; it has {', '.join(columns)}")
+        if column not in features:
+            raise DataError(f"{spec.id}: no column {column!r}; it has {', '.join(features)}")
     labels = {name: feature for name, feature in features.items() if isinstance(feature, ClassLabel)}
-    language = spec.language or _language_of(spec.config)
+    code = (spec.config or "").split("-")[0].split("_")[0]  # of a subset's name such as en-US or fr
+    language = spec.language or (code if len(code) == 2 and code.isalpha() and code.islower() else None)
     iterator = iter(stream.cast_column(audio_column, Audio(decode=False)))
     seen: set[str] = set()
     index = 0
     while (row := _guarded(spec.id, lambda: next(iterator, None))) is not None:
         cell = row.pop(audio_column) or {}
+        data, path = cell.get("bytes"), cell.get("path")
+        if not (isinstance(data, bytes) or path):
+            raise DataError(
+                f"{spec.id}: a row has no recording; set data.hub.audio_column to the column with recordings"
+            )
         for name, feature in labels.items():
             row[name] = feature.int2str(row[name]) if isinstance(row.get(name), int) and row[name] >= 0 else None
+        name = path or row.get("path") or row.get("file")
         utterance = utterance_from_row(
-            {"language": language, **row, "split": split},
-            _payload(cell, spec.id),
+            {**row, "split": split},
+            data
+            if isinstance(data, bytes)
+            else Path(str(path)),  # refused by name when it is checked, if it is not there
             text_column=text_column,
-            audio_name=cell.get("path") or row.get("path") or row.get("file"),
-            fallback_id=f"{split}-{index:06d}",
+            language=language,
+            fallback_id=(PurePosixPath(name).stem if name else "") or f"{split}-{index:06d}",
         )
         index += 1
         yield with_unique_id(utterance, seen)
-
-
-def _payload(cell: Mapping[str, Any], data_set: str) -> Path | bytes:
-    if isinstance(cell.get("bytes"), bytes):
-        return bytes(cell["bytes"])
-    if cell.get("path"):
-        return Path(cell["path"])  # refused by name when it is checked, if it is not there
-    raise DataError(f"{data_set}: a row has no recording; set data.hub.audio_column to the column with recordings")
-
-
-def _find_audio_column(features: Mapping[str, Any], data_set: str) -> str:
-    from datasets import Audio
-
-    found = [name for name, feature in features.items() if isinstance(feature, Audio)]
-    return found[0] if len(found) == 1 else pick_column(found or list(features), AUDIO_COLUMNS, "audio", data_set)
-
-
-def _language_of(config: str | None) -> str | None:
-    """Return the code of a subset's name such as en-US or fr; None where it is not one."""
-    code = (config or "").split("-")[0].split("_")[0]
-    return code if len(code) == 2 and code.isalpha() and code.islower() else None
 
 
 def _guarded(data_set: str, action: Callable[[], _T]) -> _T:

@@ -1,0 +1,229 @@
+"""Folders with a manifest: a CSV, TSV or JSONL file that says which recording has which transcript.
+
+What spreadsheets and other systems write is read as it is: byte order marks, CRLF, semicolons,
+UTF-16, file names in the other Unicode composition, backslashes. What cannot be read is refused with
+the line's number. The `csv` module reads them and not pandas, which fills short rows with empty cells,
+ends a cell at a NUL, and counts records instead of lines (pandas 2.2.3).
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from src.data.utterance import EncodedAudio, Utterance
+from src.utils.errors import DataError, SourceUnavailableError, did_you_mean
+
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm", ".aac", ".wma", ".mkv"})
+AUDIO_COLUMNS = ("file", "file_name", "path", "audio", "audio_path", "filename", "wav")
+TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")
+SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
+LANGUAGE_COLUMNS = ("language", "lang", "locale")
+MANIFEST_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.tsv")
+MANIFEST_SUFFIXES = frozenset({".csv", ".tsv", ".jsonl"})
+_DELIMITERS = {".tsv": "\t", ".csv": ",;\t"}
+
+Row = dict[str, Any]
+
+
+def read_folder(path: Path) -> list[Utterance]:
+    """List the recordings of a folder's manifest (`metadata.csv` first), or of a manifest given itself.
+
+    Raises:
+        SourceUnavailableError: no such folder, or no manifest in it.
+        DataError: columns not recognised, a broken line, an id that occurs twice; with the line.
+    """
+    return utterances_from_rows(find_manifest(path))
+
+
+def find_manifest(path: Path) -> Path:
+    """Return the manifest of a folder, or the path itself where it is one.
+
+    Raises:
+        SourceUnavailableError: no such folder, or no manifest in it.
+        DataError: several that could be meant.
+    """
+    if path.is_file():
+        if path.suffix.lower() not in MANIFEST_SUFFIXES:
+            raise DataError(f"{path}: a manifest ends in .csv, .tsv or .jsonl")
+        return path
+    if not path.is_dir():
+        raise SourceUnavailableError(
+            f"{path}: no such folder; set data.path to a folder with audio and a CSV, TSV or JSONL"
+        )
+    found = [path / name for name in MANIFEST_NAMES if (path / name).is_file()][:1]
+    found = found or sorted(p for p in path.iterdir() if p.suffix.lower() in MANIFEST_SUFFIXES)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(f"{path}: several manifests ({', '.join(p.name for p in found)}); set data.path to one of them")
+    audio = sum(p.suffix.lower() in AUDIO_SUFFIXES for p in path.rglob("*"))
+    raise SourceUnavailableError(
+        f"{path}: no manifest among its {audio} recording(s); add metadata.csv with the columns file_name,text"
+        if audio
+        else f"{path}: no recording and no manifest in this folder; add audio and metadata.csv (file_name,text)"
+    )
+
+
+def utterances_from_rows(
+    manifest: Path, *, audio_dir: Path | None = None, quoted: bool = True, **meta: Any
+) -> list[Utterance]:
+    """Turn a manifest's rows into utterances.
+
+    Args:
+        manifest: CSV, TSV or JSONL.
+        audio_dir: what file names are relative to; the manifest's folder by default.
+        quoted: whether quotation marks enclose cells; Common Voice writes them as part of the text.
+        meta: added to every utterance's `meta`.
+    """
+    rows = list(read_rows(manifest, quoted=quoted))
+    if not rows:
+        raise DataError(f"{manifest}: no rows; expected one row per recording, with a file and a text column")
+    columns = list(dict.fromkeys(key for _, row in rows for key in row))
+    audio_column = pick_column(columns, AUDIO_COLUMNS, "file", str(manifest))
+    text_column = pick_column(columns, TEXT_COLUMNS, "text", str(manifest))
+    first_line: dict[str, int] = {}
+    utterances = []
+    for line, row in rows:
+        name = str(row.pop(audio_column, None) or "")
+        utterance = utterance_from_row(
+            {**row, "line": line, **meta},
+            _locate(audio_dir or manifest.parent, name),
+            text_column=text_column,  # an empty text is refused by name when the data set is checked
+            fallback_id=name or f"line {line}",
+        )
+        if first_line.setdefault(utterance.id, line) != line:
+            raise DataError(
+                f"{manifest}, line {line}: the id {utterance.id!r} occurs twice, first in line "
+                f"{first_line[utterance.id]}; remove one row, or add an `id` column"
+            )
+        utterances.append(utterance)
+    return utterances
+
+
+def utterance_from_row(
+    row: Mapping[str, Any],
+    audio: Path | bytes | EncodedAudio,
+    *,
+    text_column: str,
+    fallback_id: str,
+    language: str | None = None,
+) -> Utterance:
+    """Build an utterance from a row's plain columns.
+
+    Args:
+        row: without the recording.
+        audio: the recording.
+        text_column: of the transcript.
+        fallback_id: where the row has no id.
+        language: where the row does not say its own.
+    """
+    speaker = next((row[c] for c in SPEAKER_COLUMNS if row.get(c) not in (None, "")), None)
+    spoken = next((row[c] for c in LANGUAGE_COLUMNS if isinstance(row.get(c), str) and row[c]), language)
+    taken = {text_column, "id", "path", "file", *SPEAKER_COLUMNS, *LANGUAGE_COLUMNS}
+    plain = (str, int, float, bool, type(None))
+    return Utterance(
+        id=str(row["id"]) if row.get("id") not in (None, "") else fallback_id,
+        audio=audio,
+        text=str(row.get(text_column) or ""),
+        speaker=None if speaker is None else str(speaker),
+        language=spoken,
+        meta={key: value for key, value in row.items() if key not in taken and isinstance(value, plain)},
+    )
+
+
+def pick_column(columns: Sequence[str], known: Sequence[str], meaning: str, where: str) -> str:
+    """Return the first known name among columns.
+
+    Raises:
+        DataError: none; with the columns that exist and the nearest name.
+    """
+    for name in known:
+        if name in columns:
+            return name
+    hint = next((h for c in columns if (h := did_you_mean(c.lower(), known))), "")
+    raise DataError(
+        f"{where}: no {meaning} column among {', '.join(columns)}; name one of them {' or '.join(known[:4])}{hint}"
+    )
+
+
+def read_rows(manifest: Path, *, quoted: bool = True) -> Iterator[tuple[int, Row]]:
+    """Yield (line number, row) with column names stripped and in lower case; cells of CSV and TSV stay text.
+
+    Raises:
+        DataError: not text, a line that is not JSON or does not have the header's columns; with its number.
+    """
+    text = _read_text(manifest)
+    if manifest.suffix.lower() == ".jsonl":
+        yield from _read_jsonl(manifest, text)
+        return
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=_find_delimiter(manifest, text),
+        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+        strict=quoted,
+    )
+    try:
+        header = [name.strip().lower() for name in next(reader, [])]
+        repeated = sorted({name for name in header if header.count(name) > 1})
+        if repeated:
+            raise DataError(f"{manifest}, line 1: the column {repeated[0]!r} occurs twice; rename one")
+        for cells in filter(None, reader):  # an empty line has no cells
+            if len(cells) != len(header):
+                raise DataError(
+                    f"{manifest}, line {reader.line_num}: the row does not have the {len(header)} columns of the "
+                    f"header, but {len(cells)} cells; quote a text that holds the delimiter"
+                )
+            yield reader.line_num, dict(zip(header, cells, strict=True))
+    except csv.Error as err:
+        raise DataError(f"{manifest}, line {reader.line_num}: {err}") from err
+
+
+def _read_text(manifest: Path) -> str:
+    try:
+        data = manifest.read_bytes()
+    except OSError as err:
+        raise SourceUnavailableError(f"{manifest}: cannot be read: {err.strerror}") from err
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # spreadsheets' "Unicode text"
+    try:
+        return data.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as err:
+        line = data.count(b"\n", 0, err.start) + 1
+        raise DataError(f"{manifest}, line {line}: not UTF-8 (byte {err.start}); save it again as UTF-8") from err
+
+
+def _read_jsonl(manifest: Path, text: str) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a text may hold U+2028
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as err:
+            raise DataError(f"{manifest}, line {number}: not JSON: {err}") from err
+        if not isinstance(row, dict):
+            raise DataError(f"{manifest}, line {number}: expected an object with a file and a text")
+        yield number, {str(key).strip().lower(): value for key, value in row.items()}
+
+
+def _find_delimiter(manifest: Path, text: str) -> str:
+    """Return the delimiter under which the header has the columns that are needed; the usual one where none does."""
+    allowed = _DELIMITERS.get(manifest.suffix.lower(), ",")
+    header = text.split("\n", 1)[0].rstrip("\r").lower()
+    for delimiter in allowed:
+        names = {name.strip().strip('"') for name in header.split(delimiter)}
+        if names & set(AUDIO_COLUMNS) and names & set(TEXT_COLUMNS):
+            return delimiter
+    return allowed[0]
+
+
+def _locate(folder: Path, name: str) -> Path:
+    """Return the path of a recording; spellings of the same name are tried where it is not there as written."""
+    spellings = [name, name.replace("\\", "/")]  # written on Windows
+    spellings += [unicodedata.normalize(form, spelling) for form in ("NFC", "NFD") for spelling in spellings]  # macOS
+    return next((folder / s for s in spellings if name and (folder / s).exists()), folder / name)
