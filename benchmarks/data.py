@@ -35,7 +35,7 @@ from benchmarks.benchmarking import append_table, median_sec
 from src.data import AudioAugmenter, DatasetSplits, SpecAugment, Utterance, create_loader, prepare_datasets
 from src.data.audio import SAMPLE_RATE, AudioCache, decode, load_audio
 from src.data.augmentation.augmenter import Effects
-from src.data.augmentation.effects import pitch_ratios
+from src.data.augmentation.effects import Gain, Noise, Pitch, Room, Speed, Telephone, pitch_ratios
 from src.data.features import LogMel
 from src.data.preprocessing import measure_clip
 from src.data.sources.catalog import SAMPLE_PARQUET
@@ -160,18 +160,16 @@ def time_stages(
         "read from the cache": lambda: [cache.load_audio(u.audio) for u in utterances],
         "measure for the report": lambda: [measure_clip(d) for d in decoded],
     }
-    pitch = pitch_ratios(2.0)[0]
-    effects = {
-        "speed": Effects(speed=1.1),
-        "pitch": Effects(pitch=pitch),
-        "noise, coloured": Effects(noise="pink", snr_db=10.0),
-        "noise, babble": Effects(noise="babble", snr_db=10.0),
-        "room": Effects(rt60_sec=0.4, direct_db=6.0),
-        "telephone": Effects(telephone=True),
-        "gain": Effects(gain_db=-3.0),
-        "every effect": Effects(
-            speed=1.1, pitch=pitch, rt60_sec=0.4, direct_db=6.0, noise="pink", snr_db=10.0, gain_db=-3.0, telephone=True
-        ),
+    pitch = Pitch(pitch_ratios(2.0)[0])
+    effects: dict[str, Effects] = {
+        "speed": (Speed(1.1),),
+        "pitch": (pitch,),
+        "noise, coloured": (Noise("pink", 10.0),),
+        "noise, babble": (Noise("babble", 10.0),),
+        "room": (Room(0.4, 6.0),),
+        "telephone": (Telephone(),),
+        "gain": (Gain(-3.0),),
+        "every effect": (Speed(1.1), pitch, Room(0.4, 6.0), Noise("pink", 10.0), Gain(-3.0), Telephone()),
     }
     augmenter, generator = AudioAugmenter(), torch.Generator().manual_seed(0)
     log_mel, masks = LogMel(), SpecAugment()

@@ -1,7 +1,6 @@
 from .audio import SAMPLE_RATE, AudioCache, load_audio
-from .augmentation.augmenter import AudioAugmenter
+from .augmentation.augmenter import AudioAugmenter, SpecAugment
 from .augmentation.demo import demonstrate, draw_examples, players
-from .augmentation.spec_augment import SpecAugment
 from .dataset import DataCollator, WhisperDataset, decode_audio
 from .features import LogMel
 from .labels import LabelEncoder

@@ -21,8 +21,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from src.data.audio import SAMPLE_RATE
-from src.data.augmentation.augmenter import AudioAugmenter
-from src.data.augmentation.spec_augment import SpecAugment
+from src.data.augmentation.augmenter import AudioAugmenter, SpecAugment
 from src.data.dataset import WhisperDataset
 from src.data.features import CONTEXT_SAMPLES, HOP_SAMPLES, LogMel, padded_samples
 from src.data.labels import IGNORE_INDEX

@@ -1,22 +1,41 @@
-"""Signal processing in batches on the device: speed, pitch, rooms, telephones.
+"""Effects on batches of speech: speed, pitch, rooms, noise, level, telephone; one class for each.
 
-Every function takes (B, T) rows that share one parameter and gives each row what it would get alone, whatever the
-padding behind it (tested). This is the only module that imports torchaudio, and only when a function is called: its
-wheels fit few versions of torch, and whatever needs none of this must not fail with it.
+`CHAIN` lists them in the order of a recording: the voice (speed, pitch), the room around it, the noise
+that a microphone hears next to it, the recording level, the telephone line. So the noise does not sound
+in the voice's room, its ratio is to the voice as the microphone hears it, and the codec quantises
+whatever level arrives.
+
+Every row gets what it would get alone, whatever the padding after it (tested). Random numbers come from
+a generator on the CPU, noise and rooms included, so that a seed means the same on every device. This
+is the only module that imports torchaudio, and only when an effect needs it: its wheels fit few
+versions of torch, and whatever needs none of this must not fail with it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from src.data.audio import SAMPLE_RATE
+from src.data.augmentation.noise import (
+    EXPONENTS,
+    NoiseKind,
+    NoisePool,
+    babble,
+    coloured_noise,
+    mask_padding,
+    mix_at_snr,
+)
+from src.data.features import CONTEXT_SAMPLES
+from src.utils.config import AugmentationConfig
 from src.utils.errors import MissingDependencyError
 
 NEWEST_TORCHAUDIO = (2, 11, 0)  # its last release line; it follows torch's numbers up to there
@@ -24,25 +43,303 @@ MAX_DENOMINATOR = 100  # of resampling ratios: factors of two decimals stay exac
 KERNEL_ZEROS = 16  # zero crossings each side; torchaudio's 6 dull the octave that holds fricatives
 VOCODER_FFT = 512  # samples: 32 ms, long enough to part the harmonics of a low voice
 VOCODER_HOP = VOCODER_FFT // 4
-FFT_STEP = 4_096  # samples; multiples of it have small prime factors, where an FFT is quick
+RT60_SEC = (0.15, 0.6)  # a furnished small room to a bare large one
+DIRECT_DB = (0.0, 12.0)  # direct sound over reverberation: across the room to close to the microphone
 MIN_ROOM_SEC = 0.002  # the first reflection comes after a detour of at least 0.7 m
+FFT_STEP = 4_096  # samples; multiples of it have small prime factors, where an FFT is quick
 TELEPHONE_RATE = SAMPLE_RATE // 2  # 8_000 Hz
 TELEPHONE_ROLLOFF = 0.9  # of 4 kHz: the flank of the filter ends below it
 TELEPHONE_ZEROS = 16
 G711_CLIP = 8_158  # of 8_192: the largest magnitude that G.711 codes
 G711_BIAS = 33
 
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+
+class Clip(NamedTuple):
+    """What an effect may depend on when it is drawn.
+
+    Attributes:
+        samples: length.
+        keep_speed: its label holds times.
+        audible: it is not silent, so that noise has a ratio to it.
+        has_voices: enough of its batch is audible to make babble.
+    """
+
+    samples: int
+    keep_speed: bool
+    audible: bool
+    has_voices: bool
+
+
+@dataclass
+class Batch:
+    """A batch while effects change it.
+
+    Attributes:
+        audio: (B, T') float32, changed in place.
+        lengths: (B,) int64 on the CPU, samples of each clip.
+        trailing: (B,) int64 on the CPU, samples of pause after each clip.
+        reach: (B,) int64 on the CPU: `lengths`, and the pause too where noise goes on through it.
+        original: audio (B, T) and lengths as they came, from which babble is made.
+        pool: recordings of noise, if there are any.
+        generator: on the CPU.
+    """
+
+    audio: Tensor
+    lengths: Tensor
+    trailing: Tensor
+    reach: Tensor
+    original: tuple[Tensor, Tensor]
+    pool: NoisePool | None
+    generator: torch.Generator
+
+
+class Effect:
+    """One change of one clip, with the values that were drawn for it; a subclass is a frozen dataclass.
+
+    Attributes:
+        setting: the field of `AugmentationConfig` that switches it on.
+        numbers: how many uniform numbers are drawn for each clip, whether the effect is on or not, so that switching it
+            leaves the draws of the others alone.
+        needs_torchaudio: it is off where torchaudio cannot be imported.
+    """
+
+    setting: ClassVar[str]
+    numbers: ClassVar[int]
+    needs_torchaudio: ClassVar[bool] = False
+
+    @classmethod
+    def draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
+        """Return the effect with its values, or None where the clip stays as it is; numbers in [0, 1) decide."""
+        raise NotImplementedError
+
+    @classmethod
+    def apply(cls, batch: Batch, chosen: Mapping[int, Self]) -> None:
+        """Change the chosen rows of a batch."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Speed(Effect):
+    """Played faster or slower, as a tape: pitch and tempo by one factor; the length becomes round(T / factor)."""
+
+    factor: float
+    setting = "speed_factors"
+    numbers = 1
+    needs_torchaudio = True
+
+    @classmethod
+    def draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
+        """Draw a factor; a clip that would grow past 30 s keeps its speed."""
+        factor = _pick(config.speed_factors, uniform[0])
+        if factor == 1 or clip.keep_speed or clip.samples / factor > CONTEXT_SAMPLES:
+            return None
+        return cls(factor)
+
+    @classmethod
+    def apply(cls, batch: Batch, chosen: Mapping[int, Self]) -> None:
+        """Resample once for each factor, into audio of another width."""
+        groups = _groups({row: speed_ratio(effect.factor) for row, effect in chosen.items()})
+        before, lengths = batch.audio, batch.lengths
+        batch.lengths = lengths.clone()
+        for ratio, rows in groups.items():
+            batch.lengths[rows] = resampled_lengths(lengths[rows], ratio)
+        batch.reach = batch.lengths.clone()
+        batch.audio = functional.pad(before, (0, int((batch.reach + batch.trailing).max()) - before.shape[1]))
+        for ratio, rows in groups.items():
+            part = resample_by(before[rows, : int(lengths[rows].max())], ratio)
+            width = int(batch.lengths[rows].max())
+            batch.audio[rows] = 0
+            batch.audio[rows, :width] = mask_padding(part, batch.lengths[rows])[:, :width]
+
+    def __str__(self) -> str:
+        return f"speed x{self.factor:g}"
+
+
+@dataclass(frozen=True)
+class Pitch(Effect):
+    """All frequencies times a ratio, at the same length."""
+
+    ratio: Fraction
+    setting = "pitch_prob"
+    numbers = 2
+    needs_torchaudio = True
+
+    @classmethod
+    def draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
+        """Draw one of a few steps."""
+        ratios = pitch_ratios(config.max_pitch_semitones)
+        return cls(_pick(ratios, uniform[1])) if ratios and uniform[0] < config.pitch_prob else None
+
+    @classmethod
+    def apply(cls, batch: Batch, chosen: Mapping[int, Self]) -> None:
+        """Shift once for each step."""
+        for ratio, rows in _groups({row: effect.ratio for row, effect in chosen.items()}).items():
+            _change_rows(batch.audio, batch.lengths, rows, partial(shift_pitch, ratio=ratio))
+
+    def __str__(self) -> str:
+        return f"pitch {12 * math.log2(self.ratio):+.1f} semitones"
+
+
+@dataclass(frozen=True)
+class Room(Effect):
+    """Heard in a room: its reverberation time, and direct sound over reverberation in dB."""
+
+    rt60_sec: float
+    direct_db: float
+    setting = "room_prob"
+    numbers = 3
+    needs_torchaudio = True
+
+    @classmethod
+    def draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
+        """Draw both values evenly."""
+        if uniform[0] >= config.room_prob:
+            return None
+        return cls(_between(RT60_SEC, uniform[1]), _between(DIRECT_DB, uniform[2]))
+
+    @classmethod
+    def apply(cls, batch: Batch, chosen: Mapping[int, Self]) -> None:
+        """Convolve all rows at once."""
+        rt60_sec, direct_db = torch.tensor([(effect.rt60_sec, effect.direct_db) for effect in chosen.values()]).T
+        impulses = room_impulses(rt60_sec, direct_db, batch.generator).to(batch.audio.device)
+        _change_rows(batch.audio, batch.lengths, list(chosen), partial(reverberate, impulses=impulses))
+
+    def __str__(self) -> str:
+        return f"room, RT60 {self.rt60_sec:.2f} s"
+
+
+@dataclass(frozen=True)
+class Noise(Effect):
+    """Noise of a kind, at a ratio of speech over noise in dB, through the pause after the clip too."""
+
+    kind: NoiseKind
+    snr_db: float
+    setting = "noise_prob"
+    numbers = 3
+
+    @classmethod
+    def draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
+        """Draw kind and ratio; a silent clip has no ratio and stays silent."""
+        if not clip.audible or uniform[0] >= config.noise_prob:
+            return None
+        made: tuple[NoiseKind, ...] = (*EXPONENTS, "babble") if clip.has_voices else tuple(EXPONENTS)
+        kinds: tuple[NoiseKind, ...] = ("recording",) if config.noise_dir else made
+        return cls(_pick(kinds, uniform[1]), _between((config.min_snr_db, config.max_snr_db), uniform[2]))
+
+    @classmethod
+    def apply(cls, batch: Batch, chosen: Mapping[int, Self]) -> None:
+        """Make and mix the noise of each kind."""
+        for kind, rows in _groups({row: effect.kind for row, effect in chosen.items()}).items():
+            batch.reach[rows] = batch.lengths[rows] + batch.trailing[rows]
+            width, own = int(batch.reach[rows].max()), batch.lengths[rows]
+            if kind == "recording":
+                assert batch.pool is not None  # only a pool makes this kind
+                noise = batch.pool.crops(own, width, batch.generator)
+            elif kind == "babble":
+                noise = babble(
+                    *batch.original, targets=torch.tensor(rows), target_lengths=own, num_samples=width,
+                    generator=batch.generator,
+                )  # fmt: skip
+            else:
+                noise = coloured_noise(
+                    (len(rows), width), torch.full((len(rows),), EXPONENTS[kind]), batch.generator
+                )  # fmt: skip
+            noise = mask_padding(noise.to(batch.audio.device), batch.reach[rows])
+            snr_db = torch.tensor([chosen[row].snr_db for row in rows], device=batch.audio.device)
+            batch.audio[rows, :width] = mix_at_snr(batch.audio[rows, :width], noise, snr_db=snr_db, lengths=own)
+
+    def __str__(self) -> str:
+        kind = "recorded" if self.kind == "recording" else self.kind
+        return f"{kind} noise, SNR {self.snr_db:.0f} dB"
+
+
+@dataclass(frozen=True)
+class Gain(Effect):
+    """Another recording level, in dB; what is applied is reduced where the peak would exceed 1.0."""
+
+    gain_db: float
+    setting = "max_gain_db"
+    numbers = 1
+
+    @classmethod
+    def draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
+        """Draw a level evenly."""
+        gain_db = _between((-config.max_gain_db, config.max_gain_db), uniform[0])
+        return cls(gain_db) if gain_db else None
+
+    @classmethod
+    def apply(cls, batch: Batch, chosen: Mapping[int, Self]) -> None:
+        """Multiply rows."""
+        factors = [10 ** (effect.gain_db / 20) for effect in chosen.values()]
+        batch.audio[list(chosen)] *= torch.tensor(factors, device=batch.audio.device)[:, None]
+
+    def __str__(self) -> str:
+        return f"gain {self.gain_db:+.1f} dB"
+
+
+@dataclass(frozen=True)
+class Telephone(Effect):
+    """Sent through a telephone."""
+
+    setting = "codec_prob"
+    numbers = 1
+    needs_torchaudio = True
+
+    @classmethod
+    def draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
+        """Draw whether."""
+        return cls() if uniform[0] < config.codec_prob else None
+
+    @classmethod
+    def apply(cls, batch: Batch, chosen: Mapping[int, Self]) -> None:
+        """Send all rows through one line."""
+        _change_rows(batch.audio, batch.reach, list(chosen), lambda part, _: telephone(limit_peak(part)))
+
+    def __str__(self) -> str:
+        return "telephone"
+
+
+CHAIN: tuple[type[Effect], ...] = (Speed, Pitch, Room, Noise, Gain, Telephone)
+
+
+def limit_peak(audio: Tensor) -> Tensor:
+    """Scale rows down whose peak exceeds 1.0."""
+    return audio / audio.abs().amax(dim=1, keepdim=True).clamp(min=1.0)
+
+
+def _change_rows(audio: Tensor, lengths: Tensor, rows: list[int], change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Replace rows in place by `change(part (K, W), lengths (K,))`; what it leaves after the clips is cut off."""
+    own = lengths[rows]
+    width = int(own.max())
+    audio[rows, :width] = mask_padding(change(audio[rows, :width], own), own)
+
+
+def _groups(keys: Mapping[int, K]) -> dict[K, list[int]]:
+    """Return the rows of each key."""
+    groups: dict[K, list[int]] = {}
+    for row, key in keys.items():
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def _pick(options: Sequence[T], uniform: float) -> T:
+    return options[int(uniform * len(options))]
+
+
+def _between(limits: tuple[float, float], uniform: float) -> float:
+    low, high = limits
+    return low + uniform * (high - low)
+
+
+# speed and pitch
+
 
 def resample_by(audio: Tensor, ratio: Fraction) -> Tensor:
-    """Play audio faster, as a tape: pitch and tempo rise together.
-
-    Args:
-        audio: (B, T) float32.
-        ratio: speed; above 1 is faster, higher and shorter.
-    Returns: (B, ceil(T / ratio)).
-    Raises: MissingDependencyError: no torchaudio that fits.
-    """
-    resampled: Tensor = _torchaudio_functional().resample(
+    """Play (B, T) audio faster, as a tape; above 1 is faster, higher and shorter: (B, ceil(T / ratio))."""
+    resampled: Tensor = torchaudio_functional().resample(
         audio.contiguous(), ratio.numerator, ratio.denominator, lowpass_filter_width=KERNEL_ZEROS
     )
     return resampled
@@ -66,14 +363,12 @@ def shift_pitch(audio: Tensor, lengths: Tensor, *, ratio: Fraction) -> Tensor:
 
     Args:
         audio: (B, T) float32.
-        lengths: (B,) int64 samples; zeros lie behind each clip, before and after.
+        lengths: (B,) int64 samples; zeros lie after each clip, before and after.
         ratio: of frequencies, 2 ** (semitones / 12).
-    Returns: (B, T).
-    Raises: MissingDependencyError: no torchaudio that fits.
     """
     samples = audio.shape[1]
     window = torch.hann_window(VOCODER_FFT, device=audio.device)
-    # Zeros on both sides: a reflected edge would differ between a clip alone and the same clip in front of padding.
+    # zeros on both sides: a reflected edge would differ between a clip alone and the same clip in front of padding
     padded = functional.pad(audio, (0, VOCODER_FFT))
     spectrum = torch.stft(padded, VOCODER_FFT, VOCODER_HOP, window=window, pad_mode="constant", return_complex=True)
     stretched = stretch_spectrum(spectrum, 1 / ratio)  # (B, bins, frames * ratio)
@@ -83,16 +378,11 @@ def shift_pitch(audio: Tensor, lengths: Tensor, *, ratio: Fraction) -> Tensor:
 
 
 def stretch_spectrum(spectrum: Tensor, rate: Fraction) -> Tensor:
-    """Change the tempo of an STFT and keep its frequencies.
+    """Change the tempo of a (B, bins, F) complex64 STFT and keep its frequencies: (B, bins, ceil(F / rate)).
 
     It gives what `torchaudio.functional.phase_vocoder` gives (tested) with half of its trigonometry: the turn of a bin
     from frame to frame is the angle of one complex product. Whole turns make no difference; left out, they do not eat
     the digits of a sum over 30 s.
-
-    Args:
-        spectrum: (B, bins, F) complex64.
-        rate: above 1 is faster.
-    Returns: (B, bins, ceil(F / rate)) complex64.
     """
     frames = functional.pad(spectrum.transpose(1, 2), (0, 0, 0, 2))  # (B, F + 2, bins): a frame lies in one piece
     size = frames.abs()
@@ -121,9 +411,7 @@ def pitch_ratios(max_semitones: float) -> tuple[Fraction, ...]:
     return tuple(sorted(ups | {1 / up for up in ups}))
 
 
-def semitones(ratio: Fraction) -> float:
-    """Return 12 log2(ratio)."""
-    return 12 * math.log2(ratio)
+# rooms and telephones
 
 
 def room_impulses(rt60_sec: Tensor, direct_db: Tensor, generator: torch.Generator) -> Tensor:
@@ -134,9 +422,11 @@ def room_impulses(rt60_sec: Tensor, direct_db: Tensor, generator: torch.Generato
 
     Args:
         rt60_sec: (B,) seconds.
-        direct_db: (B,) power of the direct sound over that of everything behind it, dB.
+        direct_db: (B,) power of the direct sound over that of everything after it, dB.
         generator: on the CPU.
-    Returns: (B, S) float32 on the CPU; `[:, 0]` is 1, the direct sound.
+
+    Returns:
+        (B, S) float32 on the CPU; `[:, 0]` is 1, the direct sound.
     """
     taps = int(float(rt60_sec.max()) * SAMPLE_RATE)
     time_sec = torch.arange(taps) / SAMPLE_RATE
@@ -150,33 +440,19 @@ def room_impulses(rt60_sec: Tensor, direct_db: Tensor, generator: torch.Generato
 
 
 def reverberate(audio: Tensor, lengths: Tensor, *, impulses: Tensor) -> Tensor:
-    """Let clips sound in rooms; words keep their times, clips their lengths and energies.
-
-    Args:
-        audio: (B, T) float32, zeros behind each clip.
-        lengths: (B,) int64 samples; what rings on behind a clip is cut.
-        impulses: (B, S), of `room_impulses`.
-    Returns: (B, T).
-    Raises: MissingDependencyError: no torchaudio that fits.
-    """
+    """Let (B, T) clips sound in rooms (B, S); words keep their times, clips their lengths (B,) and energies."""
     samples = audio.shape[1]
     full = samples + impulses.shape[1] - 1
     padded = functional.pad(audio, (0, -full % FFT_STEP))
-    wet: Tensor = _torchaudio_functional().fftconvolve(padded, impulses)[:, :samples]
+    wet: Tensor = torchaudio_functional().fftconvolve(padded, impulses)[:, :samples]
     return _keep_energy(audio, wet, lengths)
 
 
 def telephone(audio: Tensor) -> Tensor:
-    """Send audio through a telephone: 8 kHz, 8-bit mu-law, back to 16 kHz.
-
-    Args:
-        audio: (B, T) float32; beyond [-1, 1] it is clipped, as the codec does.
-    Returns: (B, T), with nothing above 4 kHz.
-    Raises: MissingDependencyError: no torchaudio that fits.
-    """
-    resample = _torchaudio_functional().resample
+    """Send (B, T) audio through a telephone: 8 kHz, 8-bit mu-law, back to 16 kHz with nothing above 4 kHz."""
+    resample = torchaudio_functional().resample
     options: dict[str, Any] = {"lowpass_filter_width": TELEPHONE_ZEROS, "rolloff": TELEPHONE_ROLLOFF}
-    padded = functional.pad(audio, (0, 4 * TELEPHONE_ZEROS))  # the filters ring on behind a clip, padding or not
+    padded = functional.pad(audio, (0, 4 * TELEPHONE_ZEROS))  # the filters ring on after a clip, padding or not
     narrow = resample(padded, SAMPLE_RATE, TELEPHONE_RATE, **options)
     wide: Tensor = resample(g711_mu_law(narrow), TELEPHONE_RATE, SAMPLE_RATE, **options)
     return wide[:, : audio.shape[1]]
@@ -186,20 +462,16 @@ def g711_mu_law(audio: Tensor) -> Tensor:
     """Encode to 8 bits and decode: ITU-T G.711, the segments of the standard and not the smooth curve behind them.
 
     Args:
-        audio: any shape, float32; full scale is 1.
-    Returns: the same shape, on the 255 levels of the codec; 0 stays 0.
+        audio: any shape, float32; full scale is 1, beyond it is clipped.
+
+    Returns:
+        The same shape, on the 255 levels of the codec; 0 stays 0.
     """
     magnitude = (audio.abs() * 8_192).floor().clamp(max=G711_CLIP) + G711_BIAS  # 13 bits and sign, as integers
     segment = torch.log2(magnitude + 0.5).floor() - 5  # 0 to 7; + 0.5: no integer lies at an edge of rounding
     step = torch.exp2(segment + 1)
     middle = (torch.floor(magnitude / step) + 0.5) * step - G711_BIAS
     return torch.sign(audio) * middle / 8_192
-
-
-def mask_padding(audio: Tensor, lengths: Tensor) -> Tensor:
-    """Set everything behind each clip to zero, keeping (B, T)."""
-    position = torch.arange(audio.shape[1], device=audio.device)
-    return audio.masked_fill(position >= lengths.to(audio.device)[:, None], 0.0)
 
 
 def _keep_energy(before: Tensor, after: Tensor, lengths: Tensor) -> Tensor:
@@ -210,22 +482,24 @@ def _keep_energy(before: Tensor, after: Tensor, lengths: Tensor) -> Tensor:
 
 
 @cache
-def _torchaudio_functional() -> Any:
+def torchaudio_functional() -> Any:
+    """Import torchaudio, once.
+
+    Raises:
+        MissingDependencyError: it is absent, or does not fit the installed torch; with the line that installs it.
+    """
     try:
         from torchaudio import functional as torchaudio_functional
     except ModuleNotFoundError as err:
+        installed = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:3])
+        fitting = ".".join(str(part) for part in min(installed, NEWEST_TORCHAUDIO))
         raise MissingDependencyError(
-            f"augmentation needs torchaudio ({err}): pip install torchaudio=={_fitting_torchaudio()}"
+            f"augmentation needs torchaudio ({err}): pip install torchaudio=={fitting}"
         ) from err
     except (ImportError, OSError, RuntimeError, AttributeError) as err:  # what wheels of another torch or CUDA raise
         raise MissingDependencyError(
-            f"torchaudio does not import beside torch {torch.__version__} ({err}). Its wheels need a CUDA build of "
-            "torch, which runs on the CPU too: pip install --force-reinstall torch==2.11.0 torchaudio==2.11.0 "
+            f"torchaudio does not import together with torch {torch.__version__} ({err}). Its wheels need a CUDA build "
+            "of torch, which runs on the CPU too: pip install --force-reinstall torch==2.11.0 torchaudio==2.11.0 "
             "and restart the runtime"
         ) from err
     return torchaudio_functional
-
-
-def _fitting_torchaudio() -> str:
-    installed = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:3])
-    return ".".join(str(part) for part in min(installed, NEWEST_TORCHAUDIO))

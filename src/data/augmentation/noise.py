@@ -1,7 +1,7 @@
-"""Background noise for training: coloured, babble from other clips, recordings from a folder; mixed at a given ratio.
+"""Noise in batches: coloured, babble from other clips, recordings from a folder; mixed at a given ratio.
 
-All of it is batched. Random numbers come from a generator on the CPU, so that a seed gives the same noise on every
-device; only coloured noise and crops of recordings then travel there.
+Random numbers come from a generator on the CPU, so that a seed gives the same noise on every device;
+only coloured noise and crops of recordings then travel there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from src.data.audio import SAMPLE_RATE, SILENCE_PEAK, load_audio
-from src.data.sources.manifest import AUDIO_SUFFIXES
+from src.data.sources.folder import AUDIO_SUFFIXES
 from src.utils.errors import AudioError, DataError
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,36 @@ MAX_RECORDING_SEC = 60  # of each file of a folder, so that a few long ones do n
 MAX_POOL_SEC = 3_600  # 230 MB of float32
 
 
+def mix_at_snr(speech: Tensor, noise: Tensor, *, snr_db: float | Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Mix noise into speech at a given signal-to-noise ratio.
+
+    Equal to `torchaudio.functional.add_noise` to 3e-8; without it, noise works where torchaudio does not.
+
+    Args:
+        speech: (T,) or (B, T) float32 in [-1, 1], 16 kHz.
+        noise: the same shape, same rate.
+        snr_db: power ratio in dB over the whole clip, one for all or (B,).
+        lengths: (B,) int64 samples of each clip, over which the ratio is measured; None means T. Noise after a clip
+            stays, at the same level.
+
+    Returns:
+        The mixture, same shape; may exceed 1.0, the caller decides.
+
+    Raises:
+        AudioError: if either signal is silent: there is no such ratio then.
+    """
+    speech_energy, noise_energy = _energy(speech, lengths), _energy(noise, lengths)  # (..., 1)
+    for name, energy in (("speech", speech_energy), ("noise", noise_energy)):
+        if bool((energy <= 0).any()):
+            raise AudioError(
+                f"the {name} is silent, so that it has no ratio to the other; leave this clip without noise"
+            )
+    ratio_db = torch.as_tensor(snr_db, dtype=torch.float32, device=speech.device)
+    wanted = speech_energy / 10 ** (ratio_db[..., None] / 10)
+    scale: Tensor = (wanted / noise_energy).sqrt()  # sqrt: snr is a power ratio, waveforms are amplitudes
+    return speech + noise * scale
+
+
 def coloured_noise(shape: tuple[int, int], exponents: Tensor, generator: torch.Generator) -> Tensor:
     """Make noise whose power falls as 1 / f^exponent above 20 Hz: 0 is white, 1 pink, 2 brown.
 
@@ -36,14 +66,18 @@ def coloured_noise(shape: tuple[int, int], exponents: Tensor, generator: torch.G
         shape: (B, T).
         exponents: (B,).
         generator: on the CPU.
-    Returns: (B, T) float32 on the CPU; each row has mean square 1.
+
+    Returns:
+        (B, T) float32 on the CPU; each row has mean square 1.
     """
     samples = shape[1]
     hertz = torch.fft.rfftfreq(samples, d=1 / SAMPLE_RATE)
     # half the exponent: the slope is of power, the spectrum is of amplitudes
     weights = hertz.clamp(min=LOWEST_HZ) ** (-exponents.float()[:, None] / 2) * (hertz >= LOWEST_HZ)
     spectrum = torch.fft.rfft(torch.randn(shape, generator=generator))
-    return _unit_power(torch.fft.irfft(spectrum * weights, n=samples))
+    noise: Tensor = torch.fft.irfft(spectrum * weights, n=samples)
+    level = noise.square().mean(dim=-1, keepdim=True).sqrt()
+    return noise / level.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def babble(
@@ -67,12 +101,22 @@ def babble(
         target_lengths: (K,) int64 samples.
         num_samples: to return.
         generator: on the CPU.
-    Returns: (K, num_samples) float32 on the device of `clips`; each voice has mean square 1 over its own clip.
-    Raises: AudioError: a target without another clip that is not silent.
+
+    Returns:
+        (K, num_samples) float32 on the device of `clips`; each voice has mean square 1 over its own clip.
+
+    Raises:
+        AudioError: a target without another clip that is not silent.
     """
     device = clips.device
     peaks, loudest = clips.abs().max(dim=1)
-    chosen, counts = _choose_voices(targets, (peaks < SILENCE_PEAK).cpu(), generator)
+    # choose rows of other clips, (K, voices), and note which count, where there are too few
+    score = torch.rand(len(targets), len(clips), generator=generator)
+    score[torch.arange(len(targets)), targets] = -1.0
+    score[:, (peaks < SILENCE_PEAK).cpu()] = -1.0
+    best, chosen = score.topk(min(BABBLE_VOICES, len(clips)), dim=1)
+    if bool((best[:, 0] < 0).any()):
+        raise AudioError("babble needs another clip in the batch that is not silent; use coloured noise for this one")
     place = (torch.rand(chosen.shape, generator=generator) * target_lengths.cpu()[:, None]).long()
     position = torch.arange(num_samples, device=device)
     own = lengths.to(device)
@@ -81,43 +125,9 @@ def babble(
     for voice in range(chosen.shape[1]):  # not all voices at once: at 30 s their indices would take half a gigabyte
         row = chosen[:, voice].to(device)
         at = (position + (loudest[row] - place[:, voice].to(device))[:, None]) % own[row][:, None]
-        there = counts[:, voice].to(device)
-        mixed += clips[row].gather(1, at) * (there / level[row])[:, None]
+        counts = (best[:, voice] >= 0).to(device)
+        mixed += clips[row].gather(1, at) * (counts / level[row])[:, None]
     return mixed
-
-
-def _choose_voices(targets: Tensor, silent: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return rows of other clips, (K, voices), and which of them count, where there are too few."""
-    score = torch.rand(len(targets), len(silent), generator=generator)
-    score[torch.arange(len(targets)), targets] = -1.0
-    score[:, silent] = -1.0
-    best, chosen = score.topk(min(BABBLE_VOICES, len(silent)), dim=1)
-    if bool((best[:, 0] < 0).any()):
-        raise AudioError("babble needs another clip in the batch that is not silent; use coloured noise for this one")
-    return chosen, best >= 0
-
-
-def mix_at_snr(speech: Tensor, noise: Tensor, *, snr_db: float | Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Mix noise into speech at a given signal-to-noise ratio.
-
-    Args:
-        speech: (T,) or (B, T) float32 in [-1, 1], 16 kHz.
-        noise: the same shape, same rate.
-        snr_db: power ratio in dB over the whole clip, one for all or (B,).
-        lengths: (B,) int64 samples of each clip, over which the ratio is measured; None means T. Noise behind a clip
-            stays, at the same level.
-    Returns: the mixture, same shape; may exceed 1.0, the caller decides.
-    Raises: AudioError: if either signal is silent: there is no such ratio then.
-    """
-    speech_energy, noise_energy = _energy(speech, lengths), _energy(noise, lengths)  # (..., 1)
-    for name, energy in (("speech", speech_energy), ("noise", noise_energy)):
-        if bool((energy <= 0).any()):
-            raise AudioError(
-                f"the {name} is silent, so that it has no ratio to the other; leave this clip without noise"
-            )
-    ratio_db = torch.as_tensor(snr_db, dtype=torch.float32, device=speech.device)
-    wanted = speech_energy / 10 ** (ratio_db[..., None] / 10)
-    return speech + noise * (wanted / noise_energy).sqrt()  # sqrt: snr is a power ratio, waveforms are amplitudes
 
 
 class NoisePool:
@@ -128,19 +138,25 @@ class NoisePool:
 
     Args:
         folder: with audio files, at any depth; the first minute of each counts.
-    Raises: DataError: no such folder, or no audio in it. AudioError: a recording that cannot be decoded or is silent.
+
+    Raises:
+        DataError: no such folder, or no audio in it.
+        AudioError: a recording that cannot be decoded or is silent.
     """
 
     def __init__(self, folder: str | Path) -> None:
         paths = _audio_files(Path(folder))
-        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
         recordings: list[Tensor] = []
         room = MAX_POOL_SEC * SAMPLE_RATE
-        for index in order:
+        for index in torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist():
             if room <= 0:
                 break
-            recording = _first_minute(paths[index])[:room]
-            recordings.append(recording)
+            recording = torch.from_numpy(load_audio(paths[index])[: MAX_RECORDING_SEC * SAMPLE_RATE])
+            if not bool(recording.any()):
+                raise AudioError(
+                    f"{paths[index]}: its first {MAX_RECORDING_SEC} s are digital silence; cut them off, or remove it"
+                )
+            recordings.append(recording[:room])
             room -= len(recording)
         self._tape = torch.cat(recordings)  # one tensor, so that a batch of crops is one indexing
         self._lengths = torch.tensor([len(recording) for recording in recordings])
@@ -158,7 +174,9 @@ class NoisePool:
             lengths: (K,) int64 samples of the clips, within which no crop is silent.
             num_samples: to return.
             generator: on the CPU.
-        Returns: (K, num_samples) float32 on the CPU.
+
+        Returns:
+            (K, num_samples) float32 on the CPU.
         """
         count = len(lengths)
         chosen = torch.randint(len(self._lengths), (count,), generator=generator)
@@ -189,21 +207,14 @@ def _audio_files(folder: Path) -> list[Path]:
     return paths
 
 
-def _first_minute(path: Path) -> Tensor:
-    recording = load_audio(path)[: MAX_RECORDING_SEC * SAMPLE_RATE]
-    if not abs(recording).max() > 0:
-        raise AudioError(f"{path}: its first {MAX_RECORDING_SEC} s are digital silence; cut them off, or remove it")
-    return torch.from_numpy(recording)
+def mask_padding(audio: Tensor, lengths: Tensor) -> Tensor:
+    """Set everything after each clip to zero, keeping (B, T)."""
+    position = torch.arange(audio.shape[1], device=audio.device)
+    return audio.masked_fill(position >= lengths.to(audio.device)[:, None], 0.0)
 
 
 def _energy(audio: Tensor, lengths: Tensor | None) -> Tensor:
     """Return the sum of squares over each clip's own samples, (..., 1)."""
     if lengths is not None:
-        position = torch.arange(audio.shape[-1], device=audio.device)
-        audio = audio * (position < lengths.to(audio.device)[:, None])
+        audio = mask_padding(audio, lengths)
     return audio.square().sum(dim=-1, keepdim=True)
-
-
-def _unit_power(noise: Tensor) -> Tensor:
-    level = noise.square().mean(dim=-1, keepdim=True).sqrt()
-    return noise / level.clamp(min=torch.finfo(torch.float32).tiny)

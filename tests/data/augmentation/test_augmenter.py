@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from src.data.audio import SAMPLE_RATE
-from src.data.augmentation.augmenter import NOTHING, RT60_SEC, AudioAugmenter, Effects
-from src.data.augmentation.effects import pitch_ratios, semitones
+from src.data.augmentation import effects as dsp
+from src.data.augmentation.augmenter import AudioAugmenter, Effects
+from src.data.augmentation.effects import RT60_SEC, Effect, Gain, Noise, Pitch, Room, Speed, Telephone, pitch_ratios
 from src.evaluation.text import normalize_plain
 from src.inference.decoding import decode
 from src.inference.options import DecodingOptions
@@ -43,6 +45,15 @@ def only(**changes: Any) -> AugmentationConfig:
     return AugmentationConfig(**{**OFF, **changes})
 
 
+def pick(effects: Effects, kind: type[Effect]) -> Any:
+    """The effect of a kind, None where the clip has none."""
+    return next((effect for effect in effects if isinstance(effect, kind)), None)
+
+
+def every(drawn: tuple[Effects, ...], kind: type[Effect]) -> list[Any]:
+    return [effect for effects in drawn if (effect := pick(effects, kind)) is not None]
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -63,12 +74,12 @@ def test_nothing_switched_on_is_the_identity(batch: tuple[Tensor, Tensor], confi
     result = AudioAugmenter(config)(audio * 5, lengths, generator=generator())  # over range: that is not ours to change
     assert torch.equal(result.audio, audio * 5)
     assert torch.equal(result.lengths, lengths)
-    assert result.applied == (NOTHING,) * 4
+    assert result.applied == ((),) * 4
 
 
 def test_clips_for_which_nothing_was_drawn_keep_every_bit(batch: tuple[Tensor, Tensor]) -> None:
     audio, lengths = batch
-    effects = [Effects(speed=0.9), NOTHING, Effects(pitch=Fraction(12, 11)), Effects(telephone=True, gain_db=3.0)]
+    effects = [(Speed(0.9),), (), (Pitch(Fraction(12, 11)),), (Gain(3.0), Telephone())]
     changed = AudioAugmenter().apply(audio, lengths, effects, seed=0).audio
     assert torch.equal(changed[1, :48_000], audio[1])
     assert not changed[1, 48_000:].any()
@@ -95,65 +106,59 @@ def draw_many(config: AugmentationConfig, clips: int = 4_000) -> tuple[Effects, 
 
 def test_speeds_and_pitches_are_drawn_evenly() -> None:
     drawn = draw_many(only(speed_factors=(0.9, 1.0, 1.1), pitch_prob=1.0))
-    assert scipy.stats.chisquare(list(Counter(effect.speed for effect in drawn).values())).pvalue > 0.01
-    pitches = Counter(effect.pitch for effect in drawn)
+    speeds = Counter(effect.factor for effect in every(drawn, Speed))
+    speeds[1.0] = len(drawn) - sum(speeds.values())
+    pitches = Counter(effect.ratio for effect in every(drawn, Pitch))
     assert set(pitches) == set(pitch_ratios(2.0))
-    assert scipy.stats.chisquare(list(pitches.values())).pvalue > 0.01
+    for counts in (speeds, pitches):
+        assert scipy.stats.chisquare(list(counts.values())).pvalue > 0.01
 
 
 def test_effects_come_at_their_rates() -> None:
     drawn = draw_many(only(pitch_prob=0.2, noise_prob=0.3, room_prob=0.4, codec_prob=0.5))
-    counts = {
-        0.2: sum(effect.pitch != 1 for effect in drawn),
-        0.3: sum(effect.noise is not None for effect in drawn),
-        0.4: sum(effect.rt60_sec is not None for effect in drawn),
-        0.5: sum(effect.telephone for effect in drawn),
-    }
-    for prob, count in counts.items():
-        assert scipy.stats.binomtest(count, len(drawn), prob).pvalue > 0.01
-    both = sum(effect.telephone and effect.noise is not None for effect in drawn)
+    for kind, prob in ((Pitch, 0.2), (Noise, 0.3), (Room, 0.4), (Telephone, 0.5)):
+        assert scipy.stats.binomtest(len(every(drawn, kind)), len(drawn), prob).pvalue > 0.01
+    both = sum(pick(effects, Telephone) is not None and pick(effects, Noise) is not None for effects in drawn)
     assert scipy.stats.binomtest(both, len(drawn), 0.15).pvalue > 0.01  # drawn independently
 
 
 def test_ratios_gains_and_rooms_are_uniform_in_their_ranges() -> None:
     drawn = draw_many(only(noise_prob=1.0, min_snr_db=3.0, max_snr_db=21.0, max_gain_db=4.0, room_prob=1.0))
     for low, high, values in (
-        (3.0, 21.0, [effect.snr_db for effect in drawn]),
-        (-4.0, 4.0, [effect.gain_db for effect in drawn]),
-        (*RT60_SEC, [effect.rt60_sec for effect in drawn]),
+        (3.0, 21.0, [effect.snr_db for effect in every(drawn, Noise)]),
+        (-4.0, 4.0, [effect.gain_db for effect in every(drawn, Gain)]),
+        (*RT60_SEC, [effect.rt60_sec for effect in every(drawn, Room)]),
     ):
-        assert low <= min(values) and max(values) <= high
+        assert len(values) == len(drawn) and low <= min(values) and max(values) <= high
         assert scipy.stats.kstest(values, scipy.stats.uniform(low, high - low).cdf).pvalue > 0.01
-    kinds = Counter(effect.noise for effect in drawn)
+    kinds = Counter(effect.kind for effect in every(drawn, Noise))
     assert set(kinds) == {"white", "pink", "brown", "babble"}
     assert scipy.stats.chisquare(list(kinds.values())).pvalue > 0.01
 
 
-def test_switching_an_effect_off_leaves_the_draws_of_the_others() -> None:
-    with_noise, without = draw_many(only(**EVERYTHING), 50), draw_many(only(**{**EVERYTHING, "noise_prob": 0.0}), 50)
-    assert [effect.pitch for effect in with_noise] == [effect.pitch for effect in without]
-    assert [effect.gain_db for effect in with_noise] == [effect.gain_db for effect in without]
+@pytest.mark.parametrize("off", [{"noise_prob": 0.0}, {"pitch_prob": 0.0}, {"speed_factors": (1.0,)}], ids=str)
+def test_switching_an_effect_off_leaves_the_draws_of_the_others(off: dict[str, Any]) -> None:
+    drawn, fewer = draw_many(only(**EVERYTHING), 50), draw_many(only(**{**EVERYTHING, **off}), 50)
+    for kind in dsp.CHAIN:
+        assert every(fewer, kind) in ([], every(drawn, kind))
+    assert fewer != drawn
 
 
 def test_lengths_follow_the_speed_and_only_the_speed(batch: tuple[Tensor, Tensor]) -> None:
     audio, lengths = batch
     result = AudioAugmenter(only(**EVERYTHING))(audio, lengths, generator=generator(3))
-    expected = [round(n / effect.speed) for n, effect in zip(lengths.tolist(), result.applied, strict=True)]
+    speeds = [pick(effects, Speed).factor for effects in result.applied]
+    expected = [round(n / speed) for n, speed in zip(lengths.tolist(), speeds, strict=True)]
     assert result.lengths.tolist() == expected
     assert result.audio.shape[1] == max(expected)
 
 
-def test_clips_with_times_in_their_labels_keep_their_speed(batch: tuple[Tensor, Tensor]) -> None:
-    keep = torch.tensor([True, False, True, False])
-    result = AudioAugmenter(only(speed_factors=(0.9,)))(*batch, generator=generator(), keep_speed=keep)
-    assert [effect.speed for effect in result.applied] == [1.0, 0.9, 1.0, 0.9]
-
-
-def test_a_clip_that_would_outgrow_30_s_keeps_its_speed() -> None:
-    audio = 0.1 * torch.randn(2, 29 * SAMPLE_RATE, generator=generator())
-    lengths = torch.tensor([29 * SAMPLE_RATE, 26 * SAMPLE_RATE])
-    result = AudioAugmenter(only(speed_factors=(0.9,)))(audio, lengths, generator=generator())
-    assert [effect.speed for effect in result.applied] == [1.0, 0.9]
+def test_clips_with_times_and_clips_that_would_outgrow_30_s_keep_their_speed() -> None:
+    augmenter = AudioAugmenter(only(speed_factors=(0.9,)))
+    lengths = torch.tensor([29 * SAMPLE_RATE, 26 * SAMPLE_RATE, 16_000])
+    audio = torch.full((3, 29 * SAMPLE_RATE), 0.1)
+    drawn = augmenter.draw(audio, lengths, generator(), keep_speed=torch.tensor([False, False, True]))
+    assert drawn == ((), (Speed(0.9),), ())
 
 
 @pytest.mark.parametrize("name", [*ONE_EFFECT, "everything"])
@@ -173,14 +178,14 @@ def test_padding_stays_zero_and_everything_finite(batch: tuple[Tensor, Tensor], 
 def test_silence_stays_silence(name: str) -> None:
     result = AudioAugmenter(only(**ONE_EFFECT.get(name, EVERYTHING)))(torch.zeros(2, 1_600), generator=generator())
     assert not result.audio.any()  # nan would be true
-    assert all(effect.noise is None for effect in result.applied)
+    assert not every(result.applied, Noise)
 
 
 def test_a_silent_clip_between_others_gets_no_noise(batch: tuple[Tensor, Tensor]) -> None:
     audio, lengths = batch[0].clone(), batch[1]
     audio[2] = 0
     result = AudioAugmenter(only(noise_prob=1.0))(audio, lengths, generator=generator())
-    assert [effect.noise is None for effect in result.applied] == [False, False, True, False]
+    assert [pick(effects, Noise) is None for effects in result.applied] == [False, False, True, False]
     assert not result.audio[2].any()
 
 
@@ -188,7 +193,7 @@ def test_a_silent_clip_between_others_gets_no_noise(batch: tuple[Tensor, Tensor]
 def test_snr_measured_equals_snr_asked(batch: tuple[Tensor, Tensor], kind: Any) -> None:
     audio, lengths = batch
     ratios_db = [5.0, 12.0, 18.5, 25.0]
-    effects = [Effects(noise=kind, snr_db=snr_db) for snr_db in ratios_db]
+    effects = [(Noise(kind, snr_db),) for snr_db in ratios_db]
     trailing = torch.tensor([0, 4_000, 8_000, 100])
     mixed = AudioAugmenter().apply(audio, lengths, effects, seed=1, trailing_samples=trailing).audio
     for row, length in enumerate(lengths.tolist()):
@@ -201,7 +206,7 @@ def test_snr_measured_equals_snr_asked(batch: tuple[Tensor, Tensor], kind: Any) 
 def test_noise_goes_on_through_the_pause_and_ends_there(batch: tuple[Tensor, Tensor]) -> None:
     audio, lengths = batch
     trailing = torch.tensor([8_000, 8_000, 0, 16_000])
-    effects = [Effects(noise="white", snr_db=10.0), Effects(telephone=True), NOTHING, Effects(noise="pink", snr_db=5.0)]
+    effects = [(Noise("white", 10.0),), (Telephone(),), (), (Noise("pink", 5.0),)]
     result = AudioAugmenter().apply(audio, lengths, effects, seed=1, trailing_samples=trailing)
     assert torch.equal(result.lengths, lengths)
     assert result.audio.shape[1] == 56_000
@@ -221,7 +226,7 @@ def test_the_pause_has_room_where_nothing_is_drawn(batch: tuple[Tensor, Tensor])
 def test_gains_are_as_drawn_and_never_clip(jfk: np.ndarray) -> None:
     clip = torch.from_numpy(jfk[:48_000])
     audio = torch.stack([0.1 * clip / clip.abs().max(), 0.9 * clip / clip.abs().max(), 1.5 * clip / clip.abs().max()])
-    effects = [Effects(gain_db=6.0)] * 3
+    effects = [(Gain(6.0),)] * 3
     changed = AudioAugmenter().apply(audio, torch.full((3,), 48_000), effects, seed=0).audio
     torch.testing.assert_close(changed[0], audio[0] * 10 ** (6 / 20))
     assert changed.abs().amax(dim=1).tolist() == pytest.approx([0.1 * 10 ** (6 / 20), 1.0, 1.0])
@@ -231,10 +236,10 @@ def test_gains_are_as_drawn_and_never_clip(jfk: np.ndarray) -> None:
 def test_a_batch_gives_each_clip_what_it_gets_alone(batch: tuple[Tensor, Tensor]) -> None:
     audio, lengths = batch
     effects = [
-        Effects(speed=0.9, pitch=Fraction(12, 11), gain_db=-3.0),
-        Effects(speed=0.9, gain_db=2.0),
-        Effects(pitch=Fraction(12, 11), telephone=True),
-        Effects(speed=1.1, pitch=Fraction(11, 12)),
+        (Speed(0.9), Pitch(Fraction(12, 11)), Gain(-3.0)),
+        (Speed(0.9), Gain(2.0)),
+        (Pitch(Fraction(12, 11)), Telephone()),
+        (Speed(1.1), Pitch(Fraction(11, 12))),
     ]
     augmenter = AudioAugmenter()
     together = augmenter.apply(audio, lengths, effects, seed=0)
@@ -251,7 +256,7 @@ def test_one_waveform_gives_one_back(jfk: np.ndarray) -> None:
     alone, batch_of_one = (augmenter(a, generator=generator(4)) for a in (audio, audio[None]))
     assert alone.audio.shape == (int(alone.lengths[0]),)
     assert torch.equal(alone.audio, batch_of_one.audio[0]) and alone.applied == batch_of_one.applied
-    assert alone.applied[0].noise in {"white", "pink", "brown"}  # no other clip to babble
+    assert pick(alone.applied[0], Noise).kind in {"white", "pink", "brown"}  # no other clip to babble
 
 
 def test_autocast_does_not_reach_the_audio(batch: tuple[Tensor, Tensor]) -> None:
@@ -277,7 +282,7 @@ def test_recordings_of_noise_come_from_the_folder(batch: tuple[Tensor, Tensor], 
     audio, lengths = batch
     config = only(noise_prob=1.0, noise_dir=tmp_path, min_snr_db=10.0, max_snr_db=10.0)
     result = AudioAugmenter(config)(audio, lengths, generator=generator())
-    assert {effect.noise for effect in result.applied} == {"recording"}
+    assert {effect.kind for effect in every(result.applied, Noise)} == {"recording"}
     noise = (result.audio[0] - audio[0]).numpy()
     assert np.abs(np.fft.rfft(noise)).argmax() * SAMPLE_RATE / 48_000 == pytest.approx(5_000, abs=2)
 
@@ -313,13 +318,12 @@ def test_the_generator_must_be_on_the_cpu(batch: tuple[Tensor, Tensor]) -> None:
 @pytest.mark.slow
 def test_changed_speech_stays_intelligible(tiny_en: tuple[Any, Any], jfk: np.ndarray) -> None:
     changes = {
-        **{f"{semitones(ratio):+.1f} semitones": Effects(pitch=ratio) for ratio in pitch_ratios(2.0)[::7]},
-        "slow": Effects(speed=0.9),
-        "fast": Effects(speed=1.1),
-        "room": Effects(rt60_sec=0.6),
-        "telephone": Effects(telephone=True),
-        "noise": Effects(noise="pink", snr_db=15.0),
-    }
+        str(effect): (effect,)
+        for effect in (
+            *map(Pitch, pitch_ratios(2.0)[::7]), Speed(0.9), Speed(1.1), Room(0.6, 0.0), Telephone(),
+            Noise("pink", 15.0),
+        )
+    }  # fmt: skip
     audio = torch.from_numpy(jfk)[None].expand(len(changes), -1)
     result = AudioAugmenter().apply(audio, torch.full((len(changes),), len(jfk)), list(changes.values()), seed=0)
     clips = [jfk] + [row[:n].numpy() for row, n in zip(result.audio, result.lengths.tolist(), strict=True)]
@@ -330,10 +334,27 @@ def test_changed_speech_stays_intelligible(tiny_en: tuple[Any, Any], jfk: np.nda
 
 @pytest.mark.parametrize(("clips", "babbles"), [(2, False), (3, False), (4, True)])
 def test_babble_needs_three_other_voices(jfk: np.ndarray, clips: int, babbles: bool) -> None:
-    """Fewer can be followed, and a clip without speech, whose label is empty, may be the one beside them."""
+    """Fewer can be followed, and a clip without speech, whose label is empty, may be the one next to them."""
     audio = torch.from_numpy(jfk[: 16_000 * clips]).reshape(clips, 16_000)
     augmenter = AudioAugmenter(AugmentationConfig(noise_prob=1.0))
     generator = torch.Generator().manual_seed(0)
     lengths = torch.full((clips,), 16_000)
-    kinds = {effects.noise for _ in range(50) for effects in augmenter.draw(audio, lengths, generator)}
+    kinds = {noise.kind for _ in range(50) for noise in every(augmenter.draw(audio, lengths, generator), Noise)}
     assert ("babble" in kinds) == babbles
+
+
+def test_without_torchaudio_only_the_effects_that_need_it_are_off(
+    batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_it = AudioAugmenter(only(**EVERYTHING)).draw(*batch, generator())
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    dsp.torchaudio_functional.cache_clear()
+    augmenter = AudioAugmenter(only(**EVERYTHING))
+    assert "speed_factors, augmentation.pitch_prob" in caplog.text and "pip install torchaudio==" in caplog.text
+    result = augmenter(*batch, generator=generator())
+    assert result.applied == tuple((pick(effects, Noise), pick(effects, Gain)) for effects in with_it)
+    caplog.clear()
+    AudioAugmenter(only(noise_prob=1.0))
+    assert not caplog.text
+    monkeypatch.undo()
+    dsp.torchaudio_functional.cache_clear()

@@ -87,9 +87,9 @@ def test_the_picture_fits_a_notebook_and_lacks_no_glyph(examples: list[Example],
     assert png.startswith(b"\x89PNG")
     width, height = figure.get_size_inches()
     assert width <= 10 and height <= 4
-    shown = [axes for axes in figure.axes if axes.images]
+    shown = [axes for axes in figure.axes if axes.collections]
     assert [axes.get_title(loc="left") for axes in shown] == [example.name for example in examples[:count]]
-    assert len({axes.images[0].get_clim() for axes in shown}) == len({axes.get_xlim() for axes in shown}) == 1
+    assert len({axes.collections[0].get_clim() for axes in shown}) == len({axes.get_xlim() for axes in shown}) == 1
 
 
 def test_no_examples_are_an_error() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.data.augmentation.spec_augment import SpecAugment
+from src.data.augmentation.augmenter import SpecAugment
 from src.data.features import LogMel
 from src.utils.config import AugmentationConfig, SpecAugmentConfig
 from src.utils.errors import ConfigError, DataError
