@@ -201,21 +201,23 @@ def _peer_log_mel(clips: list[np.ndarray[Any, Any]]) -> Callable[[], object]:
 
 def time_waiting(splits: DatasetSplits, processor: Any, config: Config) -> float:
     """Return the share of time that a GPU step of 100 ms for 16 clips waits for data, all augmentation on."""
-    from src.training.trainer import WaitMeter
+    from src.training.trainer import with_waits
 
     everything = {"pitch_prob": 1.0, "noise_prob": 1.0, "room_prob": 1.0, "codec_prob": 1.0}
     augmenter = AudioAugmenter(config.augmentation.model_copy(update=everything))
     generator, log_mel = torch.Generator().manual_seed(0), LogMel()
     loader = create_loader(splits.train, processor, config, shuffle=True)
     for _ in range(2):  # the first epoch starts the workers
-        meter = WaitMeter()
-        for batch in meter.watch(loader):
+        epoch_began, waited_sec = time.perf_counter(), 0.0
+        for batch, batch_waited_sec in with_waits(loader):
+            waited_sec += batch_waited_sec
             began = time.perf_counter()
             audio = batch["audio"].cuda(non_blocking=True)
             log_mel(augmenter(audio, batch["audio_lengths"], generator=generator).audio)
             torch.cuda.synchronize()
             time.sleep(max(0.0, GPU_STEP_SEC - (time.perf_counter() - began)))
-    return meter.total()
+        share = waited_sec / (time.perf_counter() - epoch_began)
+    return share
 
 
 def table(figures: dict[str, Any]) -> list[dict[str, str]]:

@@ -26,8 +26,6 @@ import papermill
 from nbconvert import HTMLExporter
 
 NOTEBOOK = ROOT / "whisper_asr_colab.ipynb"
-
-
 QUICK = {
     "data": {"max_train": 64, "max_validation": 8, "max_test": 16},
     "training": {"epochs": 1, "batch_size": 4},  # 16 updates: enough for the model to know when to stop
@@ -46,9 +44,8 @@ def main() -> int:
     print(f"running {NOTEBOOK.name} with the demo profile; this takes some minutes", flush=True)
     began = time.perf_counter()
     execute_notebook(run_dir, QUICK if arguments.quick else {})
-    from src.evaluation.report.summary import (
-        summarize_run,  # loads torch: not while the kernel needs the memory and cores
-    )
+    # loads torch: not while the kernel needs the memory and cores
+    from src.evaluation.report.summary import summarize_run
 
     summary = summarize_run(run_dir)
     print(summary.to_text())

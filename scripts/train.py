@@ -4,8 +4,8 @@
     accelerate launch --num_processes 4 scripts/train.py --config config.yaml
     accelerate launch --num_processes 4 scripts/train.py --set training.shard_model=true
 
-A stopped run goes on from its newest checkpoint when the same command is given again; `--fresh` begins anew. Settings
-are overridden by `--set training.epochs=5`. The last line printed is one JSON object.
+A stopped run resumes from its newest checkpoint when the same command is given again; `--fresh` starts from the
+beginning. Settings are overridden by `--set training.epochs=5`. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting; may repeat"
     )
-    parser.add_argument("--fresh", action="store_true", help="begin anew, although there is a checkpoint to go on from")
+    parser.add_argument("--fresh", action="store_true", help="start from the beginning, although there is a checkpoint")
     return parser.parse_args()
 
 
 def train(config: Config, *, fresh: bool) -> dict[str, Any]:
-    """Run one training in this process and those beside it."""
+    """Run one training in this process and the others of the launcher."""
     splits = prepare_datasets(config)
     model, processor = WhisperModelManager(config).initialize_model()
     loaders = create_dataloaders(splits, processor, config)

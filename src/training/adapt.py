@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -164,31 +165,55 @@ def adapt_context(
     _check_numbers(steps, batch_size, rate, max_trailing_silence_sec, full_context_prob, cut_prob)
     _check_inputs(model, audio)
     began = time.perf_counter()
-    teacher = Teacher(
-        model, processor, config,
-        max_trailing_silence_sec=max_trailing_silence_sec, keep=steps * batch_size > len(audio),
-    )  # fmt: skip
+    device = next(model.parameters()).device
+    choice = choose_precision(config.precision, device)
+    dtype, scaler = getattr(torch, choice.precision), GradScaler(device.type, enabled=choice.precision == "float16")
+    pause_samples = max_trailing_silence_sec * SAMPLE_RATE
+    teacher = Teacher(model, processor, config, round(pause_samples), keep=steps * batch_size > len(audio))
     logger.info(
-        "adapting to dynamic context: %d clips, %d updates of %d clips, peak learning rate %.2e, without transcripts",
-        len(audio), steps, batch_size, rate,
+        "adapting to dynamic context: %d clips, %d updates of %d clips, peak learning rate %.2e, precision %s (%s)",
+        len(audio), steps, batch_size, rate, choice.precision, choice.reason,
     )  # fmt: skip
-    parts: list[tuple[float, float]] = []
+    encoder_losses: list[float] = []
+    decoder_losses: list[float] = []
     audio_sec = 0.0
     with _dynamic_while_adapting(model), tqdm(total=steps, desc="adapting", unit="update") as bar:
-        student = Student(
-            model, config, steps=steps, learning_rate=rate, max_trailing_silence_sec=max_trailing_silence_sec,
-            full_context_prob=full_context_prob, seed=seed,
-        )  # fmt: skip
-        for batch in _batches(audio, steps=steps, batch_size=batch_size, cut_prob=cut_prob, seed=seed):
-            parts.append(student.update(batch, teacher.targets(batch), step=len(parts)))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = build_optimizer(model, learning_rate=rate, weight_decay=0.0)
+        schedule = build_schedule(optimizer, total_updates=steps, warmup_ratio=WARMUP_RATIO)
+        for step, batch in enumerate(_batches(audio, steps=steps, batch_size=batch_size, cut_prob=cut_prob, seed=seed)):
+            # what the states must be, and what they are
+            targets = teacher.targets(batch)
+            draws = batch_generator(seed, _PAUSE_STREAM, step)
+            padded = _pad(batch, pause_samples, full_context_prob, draws).to(device)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                encoder_loss, decoder_loss = matching_losses(model, padded, targets)
+            loss = encoder_loss + decoder_loss
+            if not torch.isfinite(loss):
+                raise DataError(
+                    f"the loss of update {step + 1} is {loss.item()}; its clips: "
+                    f"{', '.join(clip.name for clip in batch)}. Listen to them, lower learning_rate, or set precision: "
+                    "float32"
+                )
+            # one update
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            # for the result
+            encoder_losses.append(encoder_loss.item())
+            decoder_losses.append(decoder_loss.item())
             audio_sec += sum(len(clip.audio) for clip in batch) / SAMPLE_RATE
-            bar.set_postfix(encoder=f"{parts[-1][0]:.4f}", decoder=f"{parts[-1][1]:.4f}")
+            bar.set_postfix(encoder=f"{encoder_losses[-1]:.4f}", decoder=f"{decoder_losses[-1]:.4f}")
             bar.update()
     result = AdaptationResult(
-        losses=tuple(encoder + decoder for encoder, decoder in parts),
-        encoder_losses=tuple(encoder for encoder, _ in parts),
-        decoder_losses=tuple(decoder for _, decoder in parts),
-        steps=len(parts),
+        losses=tuple(map(sum, zip(encoder_losses, decoder_losses, strict=True))),
+        encoder_losses=tuple(encoder_losses),
+        decoder_losses=tuple(decoder_losses),
+        steps=len(encoder_losses),
         clips=len(teacher.seen),
         cut_clips=sum(is_cut for is_cut, _ in teacher.seen.values()),
         unfinished_clips=sum(not is_finished for _, is_finished in teacher.seen.values()),
@@ -206,17 +231,16 @@ def adapt_context(
 def _check_numbers(
     steps: int, batch_size: int, rate: float, max_trailing_silence_sec: float, full_context_prob: float, cut_prob: float
 ) -> None:
+    ranges = (
+        ("steps", steps, 1, math.inf),
+        ("batch_size", batch_size, 1, math.inf),
+        ("learning_rate", rate, sys.float_info.min, math.inf),
+        ("max_trailing_silence_sec", max_trailing_silence_sec, 0, 5),
+        ("full_context_prob", full_context_prob, 0, 1),
+        ("cut_prob", cut_prob, 0, 1),
+    )
     problems = [
-        f"{name} is {value}: {expected}"
-        for name, value, expected, valid in (
-            ("steps", steps, "at least 1", steps >= 1),
-            ("batch_size", batch_size, "at least 1", batch_size >= 1),
-            ("learning_rate", rate, "above 0", rate > 0),
-            ("max_trailing_silence_sec", max_trailing_silence_sec, "from 0 to 5", 0 <= max_trailing_silence_sec <= 5),
-            ("full_context_prob", full_context_prob, "from 0 to 1", 0 <= full_context_prob <= 1),
-            ("cut_prob", cut_prob, "from 0 to 1", 0 <= cut_prob <= 1),
-        )
-        if not valid
+        f"{name} is {value}: from {low:g} to {high:g}" for name, value, low, high in ranges if not low <= value <= high
     ]
     if problems:
         raise ConfigError("\n  - ".join([f"adapt_context: {len(problems)} value(s) out of range:", *problems]))
@@ -292,12 +316,25 @@ def _dynamic_while_adapting(model: DynamicWhisper) -> Iterator[None]:
         embedding.requires_grad_(required)
 
 
+def _pad(batch: Sequence[Clip], pause_samples: float, full_context_prob: float, draws: torch.Generator) -> Tensor:
+    """Return (B, T): clips with random pauses of at most `pause_samples`, or padded to 30 s."""
+    pauses = torch.rand(len(batch), generator=draws) * pause_samples
+    full = float(torch.rand(1, generator=draws)) < full_context_prob
+    longest = max(len(clip.audio) + int(pause) for clip, pause in zip(batch, pauses, strict=True))
+    audio = torch.zeros(len(batch), CONTEXT_SAMPLES if full else padded_samples(longest))
+    for row, clip in enumerate(batch):
+        audio[row, : len(clip.audio)] = clip.audio
+    return audio
+
+
 class Teacher:
     """A frozen copy of a full-context model, in float32.
 
     Args:
+        model: copied.
+        processor: of the model.
         config: `model.language`, `model.task` and `inference`, for its transcripts.
-        max_trailing_silence_sec: the longest pause of a student's clip.
+        pause_samples: the longest pause of a student's clip.
         keep: keep the targets that fit into 1 GB, because they will be needed again.
 
     Attributes:
@@ -306,13 +343,13 @@ class Teacher:
     """
 
     def __init__(
-        self, model: DynamicWhisper, processor: Any, config: Config, *, max_trailing_silence_sec: float, keep: bool
+        self, model: DynamicWhisper, processor: Any, config: Config, pause_samples: int, *, keep: bool
     ) -> None:
         self._model = copy.deepcopy(model).requires_grad_(False).eval()
         self._processor = processor
         self._decoding = DecodingOptions.from_config(config)
         self._vocabulary = Vocabulary.of(processor.tokenizer)
-        self._pause_samples = round(max_trailing_silence_sec * SAMPLE_RATE)
+        self._pause_samples = pause_samples
         self._room = TARGET_MEMORY_BYTES if keep else 0
         self._kept: dict[int, Target] = {}
         self.seen: dict[int, tuple[bool, bool]] = {}
@@ -359,89 +396,11 @@ class Teacher:
         return targets
 
 
-class Student:
-    """The model in training; it must be "dynamic".
-
-    Args:
-        config: `precision`.
-        steps: updates to come.
-        learning_rate: peak.
-        max_trailing_silence_sec: each clip gets a pause at its end, drawn from 0 to this.
-        full_context_prob: share of batches that are padded to 30 s.
-        seed: decides the pauses, and which batches are padded.
-    """
-
-    def __init__(
-        self,
-        model: DynamicWhisper,
-        config: Config,
-        *,
-        steps: int,
-        learning_rate: float,
-        max_trailing_silence_sec: float,
-        full_context_prob: float,
-        seed: int,
-    ) -> None:
-        self._model = model
-        self._max_pause_samples = max_trailing_silence_sec * SAMPLE_RATE
-        self._full_context_prob = full_context_prob
-        self._seed = seed
-        self._device = next(model.parameters()).device
-        choice = choose_precision(config.precision, self._device)
-        logger.info("precision: %s (%s)", choice.precision, choice.reason)
-        self._dtype = getattr(torch, choice.precision)
-        self._scaler = GradScaler(self._device.type, enabled=choice.precision == "float16")
-        self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._optimizer = build_optimizer(model, learning_rate=learning_rate, weight_decay=0.0)
-        self._schedule = build_schedule(self._optimizer, total_updates=steps, warmup_ratio=WARMUP_RATIO)
-
-    def update(self, batch: Sequence[Clip], targets: Sequence[Target], *, step: int) -> tuple[float, float]:
-        """Make one update.
-
-        Args:
-            batch: clips of similar length.
-            targets: one per clip.
-            step: from 0; with the seed, it decides what is random.
-
-        Returns:
-            The losses of encoder and decoder, from before the update.
-
-        Raises:
-            DataError: a loss is not finite; its clips are named.
-        """
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            encoder_loss, decoder_loss = matching_losses(self._model, self._audio(batch, step), targets)
-        loss = encoder_loss + decoder_loss
-        if not torch.isfinite(loss):
-            raise DataError(
-                f"the loss of update {step + 1} is {loss.item()}; its clips: {', '.join(clip.name for clip in batch)}. "
-                "Listen to them, lower learning_rate, or set precision: float32"
-            )
-        self._scaler.scale(loss).backward()
-        self._scaler.unscale_(self._optimizer)
-        nn.utils.clip_grad_norm_(self._trained, MAX_GRAD_NORM)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
-        self._schedule.step()
-        return encoder_loss.item(), decoder_loss.item()
-
-    def _audio(self, batch: Sequence[Clip], step: int) -> Tensor:
-        """Return (B, T) on the device: clips with their pauses, or padded to 30 s."""
-        generator = batch_generator(self._seed, _PAUSE_STREAM, step)
-        pauses = torch.rand(len(batch), generator=generator) * self._max_pause_samples
-        full = float(torch.rand(1, generator=generator)) < self._full_context_prob
-        longest = max(len(clip.audio) + int(pause) for clip, pause in zip(batch, pauses, strict=True))
-        audio = torch.zeros(len(batch), CONTEXT_SAMPLES if full else padded_samples(longest))
-        for row, clip in enumerate(batch):
-            audio[row, : len(clip.audio)] = clip.audio
-        return audio.to(self._device)
-
-
 def matching_losses(model: DynamicWhisper, audio: Tensor, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
     """Compare a model's states with the teacher's.
 
     Args:
+        model: in training, "dynamic".
         audio: (B, T) float32 on the model's device, T in whole encoder positions.
         targets: one per row; if the audio is shorter than a target, it counts as far as the audio goes.
 

@@ -291,7 +291,7 @@ class ResumeReport:
 
     def __str__(self) -> str:
         places = ", ".join(map(str, self.searched))
-        lines = [f"going on from {self.checkpoint}" if self.checkpoint else f"no checkpoint to go on from in {places}"]
+        lines = [f"resuming from {self.checkpoint}" if self.checkpoint else f"no checkpoint to resume from in {places}"]
         return "\n".join([*lines, *(f"  refused {path}: {reason}" for path, reason in self.refused)])
 
 

@@ -174,6 +174,8 @@ def load_or_time_words(
     Args:
         model: as it is before training; at its own length, where word ends differ from those at 30 s by 0.02 s in the
             median (tiny.en, 125 words, 2026-11-25).
+        tokenizer: of the model.
+        dataset: of the training clips.
         prefix: special tokens before a text.
         cache_dir: gets `word_times/<checksum>.json`.
     """

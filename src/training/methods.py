@@ -209,6 +209,7 @@ def shard_model(loss: TokenLoss, config: TrainingConfig, *, mixed_precision: str
 
     Args:
         loss: changed in place.
+        config: the training section.
         mixed_precision: "no", "bf16" or "fp16", as Accelerate names them.
 
     Returns:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,26 +71,6 @@ class MixResult:
         return describe_mix(self.rows())
 
 
-def mix_state(stock: Mapping[str, Tensor], tuned: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-    """Interpolate two state dicts: (1 - share) * stock + share * tuned.
-
-    Args:
-        stock: state dict of the stock model.
-        tuned: with the same keys and shapes.
-        share: of the tuned weights, from 0 (exactly stock) to 1 (exactly tuned).
-
-    Returns:
-        New tensors, with the types and devices of `tuned`.
-
-    Raises:
-        ModelError: keys or shapes differ, or the share is outside of 0 to 1.
-    """
-    _check_alike(stock, tuned)
-    if not 0 <= share <= 1:
-        raise ModelError(f"a mix with share {share}: give a share of the tuned weights from 0 to 1")
-    return dict(_mixed(stock, tuned, share))
-
-
 def choose_mix(
     model: DynamicWhisper,
     stock_model: DynamicWhisper,
@@ -137,13 +117,13 @@ def choose_mix(
         wers = {0.0: first.wer}
         evaluator = ModelEvaluator(model, processor, config)
         for share in tried if tuned_wer is not None else (*tried, 1.0):
-            _load(model, stock, tuned, share)
+            load_mix(model, stock, tuned, share)
             wers[share] = evaluator.evaluate_dataset(val_loader, name=f"mix {share:g}").wer
         wers[1.0] = wers[1.0] if tuned_wer is None else tuned_wer
         best_share = broadcast_object(min(wers, key=lambda share: (wers[share], share)))
         final_share = best_share or 1.0
     finally:  # an interrupt leaves the model as it was tuned
-        _load(model, stock, tuned, final_share)
+        load_mix(model, stock, tuned, final_share)
     contexts = (first.audio_context, *[get_audio_context(model.config)] * (len(wers) - 1))
     result = MixResult(tuple(wers), tuple(wers.values()), contexts, first.n, best_share, keep_stock=best_share == 0)
     if experiment is not None:
@@ -166,7 +146,16 @@ def _check_request(
             "the stock model is the tuned model itself, since training changes a model in place; load the stock "
             "weights again with WhisperModelManager(config).initialize_model()"
         )
-    _check_alike(stock_model.state_dict(), model.state_dict())
+    stock, tuned = (
+        {name: tuple(tensor.shape) for name, tensor in each.state_dict().items()} for each in (stock_model, model)
+    )
+    odd = [name for name in sorted({**stock, **tuned}) if stock.get(name) != tuned.get(name)]
+    if odd:
+        raise ModelError(
+            f"{len(odd)} weights of the stock and the tuned model do not fit, the first is {odd[0]} (stock: "
+            f"{stock.get(odd[0], 'absent')}, tuned: {tuned.get(odd[0], 'absent')}). Pass the stock model of the same "
+            "variant, and for LoRA the merged_model of the tuned one"
+        )
     outside = [share for share in shares if not 0 < share < 1]
     if outside:
         raise ModelError(f"shares {outside}: give shares of the tuned weights between 0 and 1; 0 and 1 are tried too")
@@ -174,39 +163,16 @@ def _check_request(
         raise DataError(f"tuned_wer is {tuned_wer}; pass the model's WER on this loader, or None to measure it")
 
 
-def _check_alike(stock: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
-    odd = sorted(stock.keys() ^ tuned.keys())
-    odd += [name for name in stock.keys() & tuned.keys() if stock[name].shape != tuned[name].shape]
-    if odd:
-        shapes = [tuple(state[odd[0]].shape) if odd[0] in state else "absent" for state in (stock, tuned)]
-        raise ModelError(
-            f"{len(odd)} weights of the stock and the tuned model do not fit, the first is {odd[0]} (stock: "
-            f"{shapes[0]}, tuned: {shapes[1]}). Pass the stock model of the same variant, and for LoRA the "
-            "merged_model of the tuned one"
-        )
-
-
-def _mixed(stock: Mapping[str, Tensor], tuned: Mapping[str, Tensor], share: float) -> Iterator[tuple[str, Tensor]]:
-    """Yield one mixed weight after the other, so that a whole mix is never in memory with the two models."""
-    for name, end in tuned.items():
-        start = stock[name].to(device=end.device, dtype=torch.float32)
-        yield name, torch.lerp(start, end.float(), share).to(end.dtype)  # exact at 0 and at 1
-
-
 @torch.no_grad()
-def _load(model: DynamicWhisper, stock: Mapping[str, Tensor], tuned: Mapping[str, Tensor], share: float) -> None:
+def load_mix(model: DynamicWhisper, stock: Mapping[str, Tensor], tuned: Mapping[str, Tensor], share: float) -> None:
+    """Put (1 - share) * stock + share * tuned into a model; exactly the stock weights at 0, the tuned ones at 1."""
     targets = model.state_dict()  # the parameters' own memory
-    for name, tensor in _mixed(stock, tuned, share):
-        targets[name].copy_(tensor)
+    for name, end in tuned.items():  # one after the other: a whole mix is never in memory with the two models
+        start = stock[name].to(device=end.device, dtype=torch.float32)
+        targets[name].copy_(torch.lerp(start, end.float(), share))
 
 
 def _cpu_copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy to the CPU; tied weights once."""
-    copies: dict[int, Tensor] = {}
-    copied: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        key = tensor.data_ptr()
-        if key not in copies:
-            copies[key] = tensor.detach().to("cpu", copy=True)
-        copied[name] = copies[key]
-    return copied
+    copies = {tensor.data_ptr(): tensor.detach().to("cpu", copy=True) for tensor in state.values()}
+    return {name: copies[tensor.data_ptr()] for name, tensor in state.items()}

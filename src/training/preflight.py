@@ -105,7 +105,10 @@ def _look_at(
 ) -> Preflight:
     serial = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
     loader = create_loader(splits.train, processor, serial, shuffle=True)
-    trial = _prepared_copy(model, config)
+    trial = copy.deepcopy(model)
+    trial.audio_context = config.model.audio_context
+    if not has_adapters(trial):
+        prepare_model(trial, config.training)
     total = sum(parameter.numel() for parameter in trial.parameters())
     trained = sum(parameter.numel() for parameter in trainable(trial))
     training, kept = config.training, config.checkpoints.save_total_limit
@@ -127,14 +130,6 @@ def _look_at(
     return Preflight(checks, updates, warmup, memory_mb, disk_mb, seconds)
 
 
-def _prepared_copy(model: DynamicWhisper, config: Config) -> DynamicWhisper:
-    trial = copy.deepcopy(model)
-    trial.audio_context = config.model.audio_context
-    if not has_adapters(trial):
-        prepare_model(trial, config.training)
-    return trial
-
-
 def _try_batches(model: DynamicWhisper, loader: SpeechLoader, config: Config) -> float | None:
     """Return the seconds of forward and backward of a whole training, from those of some batches; None if no memory."""
     try:
@@ -152,9 +147,14 @@ def _measure_batches(model: DynamicWhisper, loader: SpeechLoader, config: Config
     loss = TokenLoss(model).train()
     dtype = getattr(torch, choose_precision(config.precision, model.device).precision)
     compute_sec = padded_sec = recorded_sec = 0.0
-    batches = [_on_device(batch, model.device) for batch in itertools.islice(loader, MEASURED_BATCHES)]
+    batches = list(itertools.islice(loader, MEASURED_BATCHES))
+    if model.device.type == "cpu":  # as many rows as go through at once
+        for batch in batches:
+            rows = max(1, CPU_FRAMES * HOP_SAMPLES // batch["audio"].shape[1])
+            batch.update({key: value[:rows] for key, value in batch.items()})
     for number, batch in enumerate([batches[0], *batches]):
         began = time.perf_counter()
+        batch = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         features = inputs.features(batch, batch_generator(config.seed, 0, number))  # (B, mels, frames)
         with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
             total = loss(features, batch["decoder_input_ids"], batch["labels"])
@@ -169,14 +169,6 @@ def _measure_batches(model: DynamicWhisper, loader: SpeechLoader, config: Config
     full = 1.0 if config.model.audio_context == "full" else config.training.full_context_prob
     audio_sec = (1 - full) * own_sec + full * MAX_AUDIO_SEC * len(clips)
     return config.training.epochs * audio_sec / world_size() * compute_sec / padded_sec
-
-
-def _on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    rows = len(batch["ids"])
-    if device.type == "cpu":
-        rows = max(1, CPU_FRAMES * HOP_SAMPLES // batch["audio"].shape[1])
-    cut = {key: value[:rows] for key, value in batch.items()}
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in cut.items()}
 
 
 def _check_labels(splits: DatasetSplits) -> Check:

@@ -257,8 +257,10 @@ class WhisperTrainer:
         # each epoch has its own order; a resumed or interrupted one continues after its last update
         loader.load_state_dict({**loader.state_dict(), "epoch": progress.epochs_done, "batches": progress.next_batch})
         self._loss.train()
-        meter = WaitMeter()
-        for window in _windows(meter.watch(loader), self.config.training.gradient_accumulation_steps):
+        epoch_began, waited_sec = time.perf_counter(), 0.0
+        windows = _windows(loader, self.config.training.gradient_accumulation_steps)
+        for window, window_waited_sec in with_waits(windows):
+            waited_sec += window_waited_sec
             began = time.perf_counter()
             report = self._updater.update(window, self._generators(len(window)))
             progress.last_rate = float(schedule.get_last_lr()[0])
@@ -269,9 +271,10 @@ class WhisperTrainer:
                 progress.applied += 1
                 progress.totals.loss_sum += report.loss_sum
                 progress.totals.tokens += report.tokens
-            self._log_update(report, time.perf_counter() - began, meter.lap(), bar)
+            update_sec = time.perf_counter() - began
+            self._log_update(report, update_sec, window_waited_sec / (window_waited_sec + update_sec), bar)
             self._saver.save_if_due(progress)
-        return meter.total()
+        return waited_sec / (time.perf_counter() - epoch_began)
 
     def _generators(self, count: int) -> list[torch.Generator]:
         """Make a generator for each of the next batches; everything random about a batch is drawn from it."""
@@ -352,40 +355,16 @@ def _windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield window
 
 
-class WaitMeter:
-    """Splits wall time into waiting for the next item of an iterable, and everything else.
+def with_waits(items: Iterable[T], clock: Callable[[], float] = time.perf_counter) -> Iterator[tuple[T, float]]:
+    """Yield each item with the seconds until it came.
 
-    Much waiting means that more loader processes, or decoded audio on the disk, would make training faster.
-
-    Args:
-        clock: seconds that never go back.
+    Long waits mean that more loader processes, or decoded audio on the disk, would make training faster.
     """
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self._waited_sec = 0.0
-        self._began_sec = clock()
-        self._lap = (self._began_sec, 0.0)  # start of the lap, and the waiting until then
-
-    def watch(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield the items; the time until each of them comes, and until they end, is waiting."""
-        iterator = iter(items)
-        while True:
-            asked_sec = self._clock()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                self._waited_sec += self._clock() - asked_sec
-            yield item
-
-    def lap(self) -> float:
-        """Return the share of waiting, 0 to 1, since the last lap, and start the next."""
-        began_sec, waited_sec = self._lap
-        self._lap = (self._clock(), self._waited_sec)
-        return (self._waited_sec - waited_sec) / ((self._lap[0] - began_sec) or 1.0)
-
-    def total(self) -> float:
-        """Return the share of waiting, 0 to 1, since the meter was made."""
-        return self._waited_sec / ((self._clock() - self._began_sec) or 1.0)
+    iterator = iter(items)
+    while True:
+        asked_sec = clock()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        yield item, clock() - asked_sec

@@ -61,6 +61,9 @@ def build_optimizer(
     """Make AdamW with weight decay on matrices only; LayerNorm and biases (one dimension) have none.
 
     Args:
+        model: whose trained parameters it gets.
+        learning_rate: peak; the schedule scales it.
+        weight_decay: of matrices.
         kind: "adamw" (fused if the device has it: one pass over the weights), or "adamw_8bit" of bitsandbytes.
 
     Raises:
@@ -105,6 +108,7 @@ def build_schedule(optimizer: Optimizer, *, total_updates: int, warmup_ratio: fl
     """Make a linear warm-up over a share of the updates, then a linear decay to zero.
 
     Args:
+        optimizer: gets the rate.
         total_updates: of the optimizer, over all epochs.
         warmup_ratio: share of them.
         done_updates: those that a resumed run has made already.

@@ -41,7 +41,7 @@ def test_the_same_command_again_goes_on_and_a_wrong_key_is_named(tmp_path: Path)
     assert (Path(figures["best_model"]) / "model.safetensors").exists()
     second = run(tmp_path)
     assert second.returncode == 0, second.stderr[-3000:]
-    assert "going on from" in second.stderr
+    assert "resuming from" in second.stderr
     assert json.loads(second.stdout.strip().splitlines()[-1]) == figures
     wrong = run(tmp_path, "--set", "training.epoch=2")
     assert wrong.returncode == 1

@@ -45,7 +45,7 @@ def losses(model: Any, clips: list[Clip], targets: list[Target]) -> np.ndarray:
 def test_states_of_other_clips_come_nearer_to_those_at_30_s(tiny_en: tuple[Any, Any], clips: list[Utterance]) -> None:
     model, processor = tiny_en
     held_out = [Clip(i, u.id, decode_audio(u), is_cut=False) for i, u in enumerate(clips[8:])]
-    targets = Teacher(model, processor, Config(), max_trailing_silence_sec=0.5, keep=False).targets(held_out)
+    targets = Teacher(model, processor, Config(), pause_samples=SAMPLE_RATE // 2, keep=False).targets(held_out)
     keys, embedding = set(model.state_dict()), model.proj_out.weight.clone()
     model.audio_context = "dynamic"
     before = losses(model, held_out, targets)
@@ -67,7 +67,7 @@ def test_targets_are_over_the_real_audio_and_kept_while_there_is_room(
 ) -> None:
     model, processor = tiny_en
     clip = Clip(0, "jfk", torch.from_numpy(jfk[: 2 * SAMPLE_RATE]), is_cut=True)
-    teacher = Teacher(model, processor, Config(), max_trailing_silence_sec=1.0, keep=True)
+    teacher = Teacher(model, processor, Config(), pause_samples=SAMPLE_RATE, keep=True)
     (target,) = teacher.targets([clip])
     assert target.encoder.shape == (150, 384)  # 2 s and 1 s of pause, 50 per second
     assert target.encoder.dtype == torch.float16
@@ -79,7 +79,7 @@ def test_targets_are_over_the_real_audio_and_kept_while_there_is_room(
         assert teacher.targets([clip, clip]) == [target, target]
     monkeypatch.setattr(adapt, "TARGET_MEMORY_BYTES", 1000)
     capped = Config.model_validate({"inference": {"max_tokens_per_sec": 0.01}})  # 9 tokens: the transcript does not end
-    teacher = Teacher(model, processor, capped, max_trailing_silence_sec=0.0, keep=True)
+    teacher = Teacher(model, processor, capped, pause_samples=0, keep=True)
     (first,), (second,) = (teacher.targets([Clip(0, "jfk", torch.from_numpy(jfk), is_cut=False)]) for _ in range(2))
     assert first is not second
     assert torch.equal(first.encoder, second.encoder)
