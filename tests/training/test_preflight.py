@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 from src.data.loader import create_loader
 from src.data.preparation import DatasetSplits
 from src.data.utterance import Utterance
-from src.training import preflight as module
 from src.training.loss import TokenLoss
 from src.training.methods import prepare_model, trainable
 from src.training.preflight import BatchProposal, Preflight, largest_that_fits, preflight, propose_batch_seconds
@@ -25,6 +25,7 @@ from src.utils.errors import DeviceError
 from src.utils.memory import run_disk_mb, size_mb
 from src.utils.validation import Check, EnvironmentReport
 
+module = importlib.import_module("src.training.preflight")  # its function has the same name in the package
 TrainerFactory = Callable[..., WhisperTrainer]
 
 
