@@ -273,9 +273,10 @@ def _open_with_soundfile(file: BinaryIO, label: str, stack: ExitStack) -> _Recor
 
 def _check_sizes(sound: sf.SoundFile, label: str) -> None:
     """Refuse what libsndfile corrects with a line in its log: sizes beyond the end of the file."""
+    is_exact = sound.subtype.startswith(("PCM", "FLOAT", "DOUBLE"))  # others round their bytes per second
     for field, stated, fitting in re.findall(r"^ *(\S.*?) *: (\d+) \(should be (\d+)\)", sound.extra_info, re.M):
-        is_rate = field == "Bytes/sec" and int(stated) != 0
-        if is_rate or int(fitting) + _SURPLUS_BYTES < int(stated) < _UNKNOWN_BYTES:
+        is_wrong_rate = is_exact and field == "Bytes/sec" and int(stated) != 0
+        if is_wrong_rate or int(fitting) + _SURPLUS_BYTES < int(stated) < _UNKNOWN_BYTES:
             raise AudioError(
                 f"{label}: truncated or damaged: its header says {field} {stated}, {fitting} is right; fetch it again"
             )

@@ -9,9 +9,11 @@ import os
 import tracemalloc
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile as sf
+from av.stream import Disposition
 
 from src.data import audio as audio_module
 from src.data.audio import SAMPLE_RATE, AudioCache, decode, load_audio, read_encoded, stream_audio, to_mono_16k
@@ -48,7 +50,10 @@ def test_lossless_files_give_the_samples_of_soundfile(kind: str, subtype: str, c
     assert np.array_equal(load_audio(content), expected)
 
 
-@pytest.mark.parametrize(("kind", "subtype"), [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None)])
+@pytest.mark.parametrize(
+    ("kind", "subtype"),
+    [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None), ("WAV", "IMA_ADPCM"), ("WAV", "MS_ADPCM"), ("WAV", "ULAW")],
+)
 def test_lossy_files_keep_the_pitch(kind: str, subtype: str | None) -> None:
     assert peak_hz(load_audio(encoded(tone(16_000), 16_000, kind, subtype))) == pytest.approx(440, abs=3)
 
@@ -76,6 +81,20 @@ def test_sound_that_begins_after_its_picture_follows_silence(kind: str) -> None:
     assert len(audio) / SAMPLE_RATE == pytest.approx(3.0, abs=0.1)
     assert np.abs(audio[: round(1.9 * SAMPLE_RATE)]).max() == 0.0
     assert peak_hz(audio[2 * SAMPLE_RATE :]) == pytest.approx(440, abs=4)
+
+
+def test_of_several_tracks_the_default_one_is_taken() -> None:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as container:
+        for is_default in (False, True):
+            stream = container.add_stream("flac", rate=16_000, layout="mono")
+            stream.disposition = Disposition.default if is_default else Disposition(0)
+        for stream, gain in zip(container.streams, (0.1, 1.0), strict=True):
+            samples = np.round(gain * tone(16_000).T * 32_767).astype(np.int16)
+            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+            frame.sample_rate, frame.pts = 16_000, 0
+            container.mux([*stream.encode(frame), *stream.encode(None)])
+    assert np.abs(load_audio(buffer.getvalue())).max() == pytest.approx(0.5, abs=0.01)
 
 
 class Cell:
