@@ -157,6 +157,8 @@ NO_RECORDINGS = {
     "no channels": patched_wav(22, "<H", 0),
     "1000 channels": patched_wav(22, "<H", 1000),
     "0 bits": patched_wav(34, "<H", 0),
+    "another rate": patched_wav(24, "<I", 8_000),
+    "silence": encoded(np.zeros((16_000, 1)), 16_000, "WAV"),
     "size of samples too small": patched_wav(40, "<I", 100),
     "size of samples too big": patched_wav(40, "<I", 1 << 30),
     **{f"{value} as {sub}": wav_with(value, sub) for value in (np.nan, -np.inf, 1e30) for sub in ("FLOAT", "DOUBLE")},
