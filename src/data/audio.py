@@ -264,7 +264,7 @@ def _open_with_soundfile(file: BinaryIO, label: str, stack: ExitStack) -> _Recor
     if sound.frames == 0 or sound.subtype.startswith("MPEG"):
         return None  # a header that was never finished; a length that libsndfile gets wrong
     if sound.format == "OGG":
-        _check_ogg_end(file, label)
+        _check_ogg_pages(file, label)
     else:
         _check_sizes(sound, label)
     promised_sec = sound.frames / sound.samplerate if sound.frames < _UNKNOWN_FRAMES else None
@@ -282,18 +282,20 @@ def _check_sizes(sound: sf.SoundFile, label: str) -> None:
             )
 
 
-def _check_ogg_end(file: BinaryIO, label: str) -> None:
-    """Refuse an Ogg file that does not end with a whole page marked as the last (RFC 3533)."""
-    at = file.tell()
-    file.seek(max(0, file.seek(0, io.SEEK_END) - 65_536))  # a page has at most 65,307 bytes
-    end = file.read()
+def _check_ogg_pages(file: BinaryIO, label: str) -> None:
+    """Refuse an Ogg file that is cut, or goes on after its end: decoders stop there without a word (RFC 3533)."""
+    at, size = file.tell(), file.seek(0, io.SEEK_END)
+    is_whole, end = False, file.seek(0)
+    while (head := file.read(27)).startswith(b"OggS") and len(head) == 27:
+        if is_whole and head[5] & 2:  # the first page of a stream after the last one of another
+            raise AudioError(f"{label}: several recordings chained in one Ogg file, of which one is read; split it")
+        end = file.seek(sum(file.read(head[26])), io.SEEK_CUR)
+        is_whole = bool(head[5] & 4) and end <= size
     file.seek(at)
-    page = end[end.rfind(b"OggS") :]
-    lengths = page[27 : 27 + page[26]] if len(page) > 27 else b""
-    if not (lengths and page[5] & 4) or len(page) < 27 + len(lengths) + sum(lengths):
+    if not is_whole:
         raise AudioError(
-            f"{label}: truncated: no whole Ogg page is marked as the last; fetch it again, or if you want what is "
-            "left: ffmpeg -i IN -c copy OUT.ogg"
+            f"{label}: truncated or damaged at byte {min(end, size)} of {size}: no whole Ogg page is marked as the "
+            "last; fetch it again, or if you want what is left: ffmpeg -i IN -c copy OUT.ogg"
         )
 
 

@@ -33,10 +33,10 @@ def encoded(samples: np.ndarray, rate: int, kind: str, subtype: str | None = Non
 def muxed(
     kind: str, codec: str, rate: int, seconds: float = 1.0, *, begin_sec: float = 0.0, picture_sec: float = 0.0
 ) -> bytes:
-    """Encode a stereo tone with FFmpeg, which begins late, with a picture or without."""
+    """Encode a stereo tone with FFmpeg, which may begin late, with a picture; 0 s leave the picture alone."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=kind) as container:
-        stream = container.add_stream(codec, rate=rate, layout="stereo")
+        stream = container.add_stream(codec, rate=rate, layout="stereo") if seconds else None
         picture = container.add_stream("mpeg4", rate=5, width=32, height=32) if picture_sec else None
         for number in range(round(5 * picture_sec)):
             image = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))
@@ -44,6 +44,9 @@ def muxed(
             container.mux(picture.encode(image))
         if picture is not None:
             container.mux(picture.encode(None))
+        if stream is None:
+            container.close()
+            return buffer.getvalue()
         samples = np.ascontiguousarray(tone(rate, seconds, 2).T)
         frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
         frame.sample_rate, frame.pts = rate, round(begin_sec * rate)

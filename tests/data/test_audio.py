@@ -183,9 +183,23 @@ def test_wav_with_other_chunks_or_without_a_true_length_is_decoded() -> None:
 
 
 def test_absent_file_and_folder_are_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "nothing.wav", tmp_path):
+    for path in (tmp_path / "nothing.wav", tmp_path, tmp_path / "nu\0l.wav"):
         with pytest.raises(AudioError, match=path.name):
             load_audio(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        muxed("matroska", "aac", 16_000, 0.0, picture_sec=1.0),
+        encoded(tone(16_000), 16_000, "MP3") + encoded(tone(24_000), 24_000, "MP3"),
+        encoded(tone(16_000), 16_000, "OGG") * 2,
+    ],
+    ids=["a picture alone", "two rates", "chained"],
+)
+def test_what_is_not_one_recording_is_refused(content: bytes) -> None:
+    with pytest.raises(AudioError, match="clip: "):
+        load_audio(content, name="clip")
 
 
 @pytest.mark.parametrize("kind", ["AIFF", "AU", "W64", "RF64", "CAF", "NIST", "WAV", "FLAC", "OGG", "MP3"])
