@@ -27,8 +27,8 @@ from src.models import WhisperModelManager
 from src.training import WhisperTrainer
 from src.utils import load_config, setup_logging
 from src.utils.config import Config
-from src.utils.distributed import is_main_process, world_size
 from src.utils.errors import WhisperASRError
+from src.utils.runtime import is_main_process, world_size
 
 
 def main() -> int:

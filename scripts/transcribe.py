@@ -30,10 +30,10 @@ from src.inference.captions import cues_of_segments, make_cues, write_captions
 from src.inference.files.jobs import deal, run_job
 from src.inference.files.transcribe import Transcription
 from src.utils.config import Config, flatten, load_config
-from src.utils.distributed import from_main, gather_objects, is_main_process, join_processes, rank, world_size
 from src.utils.errors import AudioError, DataError, WhisperASRError, did_you_mean
 from src.utils.files import write_text_atomic
 from src.utils.logging_config import setup_logging
+from src.utils.runtime import from_main, gather_objects, is_main_process, join_processes, rank, world_size
 
 if TYPE_CHECKING:
     from src.inference.files.transcribe import BatchInference

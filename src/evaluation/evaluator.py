@@ -23,9 +23,8 @@ from src.inference.decoding import decode, encode
 from src.inference.options import DecodingOptions
 from src.models.dynamic_context import evaluation_mode, get_audio_context
 from src.utils.config import Config
-from src.utils.distributed import gather_objects, is_main_process, world_size
 from src.utils.errors import DataError
-from src.utils.runtime import FittingSize
+from src.utils.runtime import FittingSize, gather_objects, is_main_process, world_size
 
 
 @dataclass(frozen=True)

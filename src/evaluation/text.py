@@ -15,8 +15,8 @@ from functools import cache, lru_cache
 
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-from src.utils.english_spelling import load_english_spelling
 from src.utils.errors import ConfigError, did_you_mean
+from src.utils.files import load_english_spelling
 
 PLAIN = "plain-v1"
 WHISPER_ENGLISH = "whisper-english-v1"

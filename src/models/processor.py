@@ -14,8 +14,8 @@ from typing import Any
 from transformers import WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
 
 from src.data.labels import MAX_LABEL_TOKENS, NUM_TIMESTAMPS, TIMESTAMP_STEP_SEC
-from src.utils.english_spelling import load_english_spelling
 from src.utils.errors import ModelError
+from src.utils.files import load_english_spelling
 
 END_TOKEN = "<|endoftext|>"
 START_TOKEN = "<|startoftranscript|>"

@@ -33,8 +33,8 @@ from torch.distributed.tensor import DTensor
 from src.models.dynamic_context import DynamicWhisper
 from src.training.loss import TokenLoss
 from src.utils.config import LoRAConfig, TrainingConfig
-from src.utils.distributed import world_size
 from src.utils.errors import ConfigError, DeviceError, ModelError
+from src.utils.runtime import world_size
 
 logger = logging.getLogger(__name__)
 

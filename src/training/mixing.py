@@ -24,8 +24,8 @@ from src.evaluation.report.summary import describe_mix
 from src.models.dynamic_context import DynamicWhisper, get_audio_context
 from src.models.export.huggingface import export_huggingface
 from src.utils.config import Config
-from src.utils.distributed import broadcast_object, is_main_process, wait_for_all
 from src.utils.errors import DataError, ModelError
+from src.utils.runtime import broadcast_object, is_main_process, wait_for_all
 from src.utils.tracking import ExperimentLogger
 
 logger = logging.getLogger(__name__)

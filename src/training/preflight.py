@@ -33,10 +33,9 @@ from src.training.methods import has_adapters, prepare_model, trainable
 from src.training.state import random_state, restore_random_state
 from src.training.updates import CPU_FRAMES, OWN_LENGTH_SLACK, build_optimizer, count_updates, count_warmup
 from src.utils.config import MAX_AUDIO_SEC, Config
-from src.utils.distributed import world_size
 from src.utils.errors import DeviceError, OutOfMemoryError, first_line
 from src.utils.memory import free_memory_mb, run_disk_mb, run_memory_mb
-from src.utils.runtime import choose_precision, in_memory, release_memory
+from src.utils.runtime import choose_precision, in_memory, release_memory, world_size
 from src.utils.validation import Check, CheckReport, EnvironmentReport, check_disk, environment_report
 
 logger = logging.getLogger(__name__)

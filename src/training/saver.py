@@ -43,10 +43,10 @@ from src.training.state import (
 from src.training.updates import Updater
 from src.utils.colab import copy_verified
 from src.utils.config import Config
-from src.utils.distributed import broadcast_object, from_main, is_main_process, sum_over_processes, wait_for_all
 from src.utils.errors import CheckpointError
 from src.utils.files import atomic_folder, recover_folder
 from src.utils.mirror import DriveMirror
+from src.utils.runtime import broadcast_object, from_main, is_main_process, sum_over_processes, wait_for_all
 from src.utils.tracking import ExperimentLogger
 from src.utils.versioning import get_git_revision
 

@@ -42,10 +42,17 @@ from src.training.updates import (
     default_learning_rate,
 )
 from src.utils.config import Config
-from src.utils.distributed import broadcast_object, is_main_process, rank, world_size
 from src.utils.errors import DataError
 from src.utils.memory import measure_memory
-from src.utils.runtime import allow_tf32, choose_precision, set_seed
+from src.utils.runtime import (
+    allow_tf32,
+    broadcast_object,
+    choose_precision,
+    is_main_process,
+    rank,
+    set_seed,
+    world_size,
+)
 from src.utils.tracking import ExperimentLogger
 
 logger = logging.getLogger(__name__)

@@ -28,10 +28,9 @@ from src.data.labels import IGNORE_INDEX
 from src.training.inputs import TrainingInputs
 from src.training.methods import is_sharded
 from src.utils.config import TrainingConfig
-from src.utils.distributed import gather_objects, sum_over_processes, world_size
 from src.utils.errors import DataError, DeviceError, MissingDependencyError, OutOfMemoryError
 from src.utils.memory import return_freed_memory
-from src.utils.runtime import in_memory
+from src.utils.runtime import gather_objects, in_memory, sum_over_processes, world_size
 
 logger = logging.getLogger(__name__)
 

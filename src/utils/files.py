@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, even after a crash: atomic writes, JSON files, hashes.
+"""Files and folders that are whole or absent, even after a crash: atomic writes, JSON, hashes; files of the packages.
 
 What is being written or replaced lies next to its final name as `.<name>.<process id>.<token>.partial` or `.replaced`;
 a folder called `.replaced` is always whole. A folder is replaced by two renames, because few systems and no network
@@ -21,7 +21,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, TypeVar
 
 import psutil
@@ -291,3 +294,20 @@ def _fsync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+@cache
+def read_template(package: str, name: str) -> str:
+    """Return a file of `templates/` in a package such as "src.evaluation"."""
+    return resources.files(package).joinpath("templates", name).read_text(encoding="utf-8")
+
+
+@cache
+def load_english_spelling() -> MappingProxyType[str, str]:
+    """Return the map from British to American spelling of Whisper's English normaliser (1,739 words, lower case).
+
+    `english_spelling.json` is `whisper/normalizers/english.json` of openai-whisper 20250625 (PyPI source archive, MIT
+    licence, Copyright (c) 2022 OpenAI), unchanged. Hugging Face checkpoints have the same map in `normalizer.json`.
+    """
+    text = resources.files("src.utils").joinpath("english_spelling.json").read_text(encoding="utf-8")
+    return MappingProxyType(json.loads(text))

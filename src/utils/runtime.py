@@ -1,6 +1,6 @@
-"""Seed, device and precision: each choice comes with its reason, which is logged and saved with the run.
+"""Seed, device, precision, memory errors, and processes that train or transcribe together.
 
-torch is imported where it is used: it takes seconds, and a process that decodes with CTranslate2 does without.
+torch is imported where it is used: it takes seconds, and a process that decodes with CTranslate2 does not need it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 
-from src.utils.errors import DeviceError, OutOfMemoryError, first_line
+from src.utils.errors import DeviceError, OutOfMemoryError, WhisperASRError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -28,20 +29,12 @@ T = TypeVar("T")
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
-@dataclass(frozen=True)
-class PrecisionChoice:
-    """The dtype of matrix products in training (master weights stay float32), and why."""
-
-    precision: Precision
-    reason: str
-
-
 def set_seed(seed: int) -> int:
     """Seed Python, NumPy and torch; return the seed."""
     import torch
 
     random.seed(seed)
-    np.random.seed(seed)  # libraries that we call draw from the global state
+    np.random.seed(seed)  # used by libraries that draw from the global state
     torch.manual_seed(seed)
     return seed
 
@@ -50,14 +43,21 @@ def get_device(name: str = "auto") -> torch.device:
     """Resolve a device.
 
     Args:
-        name: "auto" (CUDA, else Apple's MPS, else CPU), or what torch takes: "cpu", "cuda", "cuda:1", "mps".
-    Raises: DeviceError: the named device is not on this machine; only "auto" may choose the CPU.
+        name: "auto" (CUDA, else Apple's MPS, else CPU), or any name that torch accepts: "cpu", "cuda:1", "mps".
+
+    Raises:
+        DeviceError: if the named device is not on this machine; only "auto" may choose the CPU.
     """
     import torch
 
     if name == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        logger.info("device: %s (%s)", chosen, _why(chosen))
+        if torch.cuda.is_available():
+            chosen, reason = "cuda", torch.cuda.get_device_name()
+        elif torch.backends.mps.is_available():
+            chosen, reason = "mps", "no CUDA device, Apple GPU present"
+        else:
+            chosen, reason = "cpu", "no CUDA device"
+        logger.info("device: %s (%s)", chosen, reason)
         return torch.device(chosen)
     try:
         device = torch.device(name)
@@ -76,24 +76,27 @@ def get_device(name: str = "auto") -> torch.device:
     return device
 
 
-def choose_precision(precision: str, device: torch.device) -> PrecisionChoice:
-    """Resolve "auto" for a device, or check what was asked.
+@dataclass(frozen=True)
+class PrecisionChoice:
+    """The dtype of matrix products in training (master weights stay float32), and the reason."""
 
-    Raises: DeviceError: the device cannot compute in the asked precision.
-    """
+    precision: Precision
+    reason: str
+
+
+def choose_precision(precision: str, device: torch.device) -> PrecisionChoice:
+    """Resolve "auto" for a device, or check a named precision; raises `DeviceError` if the device cannot compute it."""
     import torch
 
+    if precision == "auto" and device.type != "cuda":
+        return PrecisionChoice("float32", f"{device.type} gains nothing from 16 bits in training")
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
-        if device.type != "cuda":
-            return PrecisionChoice("float32", f"{device.type} gains nothing from 16 bits in training")
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return PrecisionChoice("bfloat16", f"{torch.cuda.get_device_name(device)} computes bfloat16")
-        return PrecisionChoice("float16", f"{torch.cuda.get_device_name(device)} has no bfloat16; losses are scaled")
-    if (
-        precision == "bfloat16"
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
+        name = torch.cuda.get_device_name(device)
+        if has_bfloat16:
+            return PrecisionChoice("bfloat16", f"{name} computes bfloat16")
+        return PrecisionChoice("float16", f"{name} has no bfloat16; losses are scaled")
+    if precision == "bfloat16" and not has_bfloat16:
         raise DeviceError(f"{torch.cuda.get_device_name(device)} has no bfloat16; set precision: auto or float16")
     if precision == "float16" and device.type != "cuda":
         raise DeviceError(f"float16 training needs a CUDA device, this is {device.type}; set precision: auto")
@@ -102,22 +105,8 @@ def choose_precision(precision: str, device: torch.device) -> PrecisionChoice:
     return PrecisionChoice(precision, "asked for")  # type: ignore[arg-type]
 
 
-def usable_cores() -> int:
-    """Return this process's share of the cores that it may run on; a container may have fewer than the machine.
-
-    Processes that train together on one machine share them; launchers say how many there are in LOCAL_WORLD_SIZE.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def cpu_threads() -> int:
-    """Return how many threads this process may compute with: OMP_NUM_THREADS, which launchers set, or its cores."""
-    return int(os.environ.get("OMP_NUM_THREADS") or usable_cores())
-
-
 def allow_tf32(device: torch.device) -> str:
-    """Let float32 matrix products of an Ampere or newer GPU run in TF32, and return what was done, for the log."""
+    """Let float32 matrix products of an Ampere or newer GPU run in TF32; return what was done, for the log."""
     import torch
 
     if device.type != "cuda":
@@ -131,9 +120,9 @@ def allow_tf32(device: torch.device) -> str:
 def keep_cudnn_out_of_attention(device: torch.device) -> None:
     """Leave attention on a CUDA device to the other backends, in this whole process.
 
-    On Hopper and newer GPUs torch asks cuDNN first, which builds a plan for every new shape: with torch 2.11 about half
-    a second forward and again backward (https://github.com/modelscope/FunASR/issues/3704). Audio at its own length, and
-    a decoder's growing cache, have a new shape at nearly every call.
+    On Hopper and newer GPUs torch tries cuDNN first, which builds a plan for every new shape: with torch 2.11 about
+    half a second forward and again backward (https://github.com/modelscope/FunASR/issues/3704). Audio at its own length
+    and a decoder's growing cache have a new shape at nearly every call.
     """
     import torch
 
@@ -141,19 +130,25 @@ def keep_cudnn_out_of_attention(device: torch.device) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def _why(device: str) -> str:
-    if device == "cuda":
-        import torch
+def usable_cores() -> int:
+    """Return this process's share of the cores that it may run on; a container may have fewer than the machine.
 
-        return torch.cuda.get_device_name()
-    return "no CUDA device" if device == "cpu" else "no CUDA device, Apple GPU present"
+    Processes that train together on one machine share them; launchers set their number in LOCAL_WORLD_SIZE.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def cpu_threads() -> int:
+    """Return how many threads this process may compute with: OMP_NUM_THREADS, which launchers set, or its cores."""
+    return int(os.environ.get("OMP_NUM_THREADS") or usable_cores())
 
 
 def in_memory(work: Callable[[], T]) -> T:
-    """Return what `work` returns; where memory runs out, release what it held before the error leaves.
+    """Return what `work` returns; if memory runs out, release what it held before the error is raised.
 
     Raises:
-        OutOfMemoryError: the GPU or the machine had no memory left. Any other error passes through.
+        OutOfMemoryError: if the GPU or the machine had no memory left. Any other error passes through.
     """
     try:
         return work()
@@ -182,7 +177,7 @@ class FittingSize:
             The result of each part, in order.
 
         Raises:
-            OutOfMemoryError: a single item does not fit; its name is in the message.
+            OutOfMemoryError: if a single item does not fit; its name is in the message.
         """
         results: list[T] = []
         done = 0
@@ -203,19 +198,118 @@ class FittingSize:
 
 
 def release_memory() -> None:
-    """Drop what only garbage holds, and give torch's cache of GPU memory back.
+    """Collect garbage, and return torch's cache of GPU memory.
 
-    After memory ran out, call it outside of the except block: in there the error's frames hold what did not fit.
+    After memory ran out, call it outside of the except block: inside, the error's frames hold what did not fit.
     """
     gc.collect()
-    torch = sys.modules.get("torch")  # what was not imported holds nothing
+    torch = sys.modules.get("torch")  # without an import it holds nothing
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the GPU or the machine had no memory left."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported for it
+    """Whether an error means that the GPU or the machine had no memory left."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
         return True
     text = str(error)
     return "out of memory" in text.lower() or "can't allocate memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
+
+
+def join_processes(*, patience: timedelta) -> None:
+    """Join the processes that torchrun or `accelerate launch` has started.
+
+    What follows works with torch.distributed alone: accelerate's helpers would choose the device of a process that
+    only transcribes. A process that has not joined others is alone, and everything is the identity.
+
+    Args:
+        patience: how long the first process at a meeting point waits for the last.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from torch import distributed
+
+        distributed.init_process_group("gloo", timeout=patience)
+
+
+def world_size() -> int:
+    """Return the number of processes that work together."""
+    group = _group()
+    return 1 if group is None else int(group.get_world_size())
+
+
+def rank() -> int:
+    """Return the index of this process among them, from 0."""
+    group = _group()
+    return 0 if group is None else int(group.get_rank())
+
+
+def is_main_process() -> bool:
+    """Whether this is the one process that writes."""
+    return rank() == 0
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return every process's value, by rank, in all of them; pickled between processes of one run, never on disk."""
+    group = _group()
+    if group is None:
+        return [value]
+    gathered: list[T] = [value] * world_size()
+    group.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: T) -> T:
+    """Return the main process's value in all of them."""
+    group = _group()
+    if group is None:
+        return value
+    holder = [value]
+    group.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """Return what the main process makes, in all of them; its `WhisperASRError` is raised in all of them, too."""
+    made: T | WhisperASRError | None = None
+    if is_main_process():
+        try:
+            made = make()
+        except WhisperASRError as err:
+            made = err
+    made = broadcast_object(made)
+    if isinstance(made, WhisperASRError):
+        raise made
+    return cast(T, made)
+
+
+def sum_over_processes(values: Sequence[float], device: torch.device) -> list[float]:
+    """Return the sum of each value over all processes, in float64.
+
+    Args:
+        values: of this process.
+        device: whose backend communicates: the CPU for gloo, the GPU for nccl.
+    """
+    group = _group()
+    if group is None:
+        return list(values)
+    import torch
+
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    total = torch.tensor(list(values), dtype=dtype, device=device)
+    group.all_reduce(total)
+    return [float(value) for value in total.tolist()]
+
+
+def wait_for_all() -> None:
+    """Return when every process has arrived here."""
+    group = _group()
+    if group is not None:
+        group.barrier()
+
+
+def _group() -> Any | None:
+    """Return torch.distributed if this process has joined others."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    return torch.distributed

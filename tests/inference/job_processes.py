@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from src.inference.files.jobs import part_path, run_job
 from src.inference.files.transcribe import Transcription
-from src.utils.distributed import join_processes, rank, world_size
+from src.utils.runtime import join_processes, rank, world_size
 
 
 def main(folder: Path, sources: Path, output: Path, die: bool) -> None:

@@ -30,7 +30,7 @@ from src.training.state import Progress
 from src.training.trainer import WhisperTrainer
 from src.training.updates import Piece, fill_up
 from src.utils.config import DataConfig, load_config
-from src.utils.distributed import rank, world_size
+from src.utils.runtime import rank, world_size
 
 CLIPS, VALIDATION, BATCH = 8, 3, 2
 STOP_AFTER = 3  # updates: one of the second epoch's two

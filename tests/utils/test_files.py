@@ -17,6 +17,7 @@ from src.utils.errors import DataError
 from src.utils.files import (
     atomic_folder,
     fsync_folder,
+    load_english_spelling,
     read_json,
     recover_folder,
     remove_folder,
@@ -27,6 +28,7 @@ from src.utils.files import (
 )
 from tests.utils.full_disk import fill_disk
 
+ROOT = Path(__file__).resolve().parents[2]
 FILES = [f"part{i}" for i in range(6)]
 DEAD = 2**22 + 1  # a process id above every Linux limit
 can_fork = pytest.mark.skipif(
@@ -291,3 +293,13 @@ def test_sync_reaches_nested_folders_and_leaves_links_alone(tmp_path: Path) -> N
     (tmp_path / "out" / "broken").symlink_to(tmp_path / "nowhere")
     fsync_folder(tmp_path / "out")
     assert (tmp_path / "out" / "sub" / "a").read_text() == "1"
+
+
+def test_the_spelling_map_is_that_of_openai_whisper_and_read_only() -> None:
+    file = ROOT / "src" / "utils" / "english_spelling.json"
+    assert sha256_of(file) == "6607f948be9824d2e1b2fa2223cd94c06c45afa4e05ea0e3d5e1f2bdffde2465"
+    spelling = load_english_spelling()
+    assert len(spelling) == 1739
+    assert (spelling["colour"], spelling["accessorise"]) == ("color", "accessorize")
+    with pytest.raises(TypeError):
+        spelling["colour"] = "x"  # type: ignore[index]

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from filelock import FileLock, Timeout
 
-from src.utils.distributed import from_main, rank, wait_for_all, world_size
 from src.utils.errors import DataError
 from src.utils.files import atomic_file, read_json, write_json
+from src.utils.runtime import from_main, rank, wait_for_all, world_size
 
 if TYPE_CHECKING:
     from src.inference.files.transcribe import Transcription

@@ -16,7 +16,7 @@ import gradio as gr
 from src.inference.server.page_backend import Backend
 from src.inference.server.page_live import LiveSessions
 from src.utils.errors import WhisperASRError, first_line
-from src.utils.templates import read_template
+from src.utils.files import read_template
 
 logger = logging.getLogger(__name__)
 

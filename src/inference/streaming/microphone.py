@@ -29,7 +29,7 @@ from src.inference.streaming.session import StreamingResult, StreamingSession
 from src.utils.colab import in_colab, in_notebook
 from src.utils.config import Config
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError, ModelError
-from src.utils.templates import read_template
+from src.utils.files import read_template
 
 logger = logging.getLogger(__name__)
 
