@@ -14,6 +14,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,40 +94,36 @@ def preflight(
     """
     before = random_state()
     try:
-        return _look_at(config, splits, model, processor, environment or environment_report(config))
+        # the training's own loader, and a copy of the model as it will be trained
+        serial = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
+        loader = create_loader(splits.train, processor, serial, shuffle=True)
+        trial = copy.deepcopy(model)
+        trial.audio_context = config.model.audio_context
+        if not has_adapters(trial):
+            prepare_model(trial, config.training)
+        # what it takes
+        training, kept = config.training, config.checkpoints.save_total_limit
+        total, trained = (sum(p.numel() for p in each) for each in (trial.parameters(), trainable(trial)))
+        memory_mb = run_memory_mb(total, trained=trained, optimizer=training.optimizer)
+        disk_mb = run_disk_mb(total, trained=trained, kept=kept, optimizer=training.optimizer)
+        batches = [loader.batches_in(epoch) for epoch in range(training.epochs)]
+        updates = sum(count_updates(number, training.gradient_accumulation_steps) for number in batches)
+        warmup = count_warmup(updates, training.warmup_ratio)
+        seconds = _try_batches(trial, loader, config)
+        # and whether that is a problem
+        checks = (
+            *(check for check in (environment or environment_report(config)).checks if check.status == "error"),
+            _check_labels(splits),
+            _check_updates(updates, warmup, loader, config),
+            _check_memory(trial, memory_mb),
+            *_try_largest_batch(trial, loader, config),
+            check_disk("disk", config.paths.checkpoints_dir, disk_mb),
+            _check_time(seconds, trial, updates),
+        )
+        return Preflight(checks, updates, warmup, memory_mb, disk_mb, seconds)
     finally:
         restore_random_state(*before)
         release_memory()
-
-
-def _look_at(
-    config: Config, splits: DatasetSplits, model: DynamicWhisper, processor: Any, environment: EnvironmentReport
-) -> Preflight:
-    serial = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
-    loader = create_loader(splits.train, processor, serial, shuffle=True)
-    trial = copy.deepcopy(model)
-    trial.audio_context = config.model.audio_context
-    if not has_adapters(trial):
-        prepare_model(trial, config.training)
-    total = sum(parameter.numel() for parameter in trial.parameters())
-    trained = sum(parameter.numel() for parameter in trainable(trial))
-    training, kept = config.training, config.checkpoints.save_total_limit
-    memory_mb = run_memory_mb(total, trained=trained, optimizer=training.optimizer)
-    disk_mb = run_disk_mb(total, trained=trained, kept=kept, optimizer=training.optimizer)
-    batches = [loader.batches_in(epoch) for epoch in range(training.epochs)]
-    updates = sum(count_updates(number, training.gradient_accumulation_steps) for number in batches)
-    warmup = count_warmup(updates, training.warmup_ratio)
-    seconds = _try_batches(trial, loader, config)
-    checks = (
-        *(check for check in environment.checks if check.status == "error"),
-        _check_labels(splits),
-        _check_updates(updates, warmup, loader, config),
-        _check_memory(trial, memory_mb),
-        *_try_largest_batch(trial, loader, config),
-        check_disk("disk", config.paths.checkpoints_dir, disk_mb),
-        _check_time(seconds, trial, updates),
-    )
-    return Preflight(checks, updates, warmup, memory_mb, disk_mb, seconds)
 
 
 def _try_batches(model: DynamicWhisper, loader: SpeechLoader, config: Config) -> float | None:
@@ -333,12 +330,12 @@ class _Trial:
     def fits(self, clips: int) -> bool:
         """Whether one update on this many clips fits."""
         try:
-            with _CpuMemory(self.device) as memory:
+            with _watched_memory(self.device) as exceeded:
                 in_memory(lambda: self._update(clips, _CONTEXT_SEC if self._full else self._clip_sec))
                 if self._some_full and not self._full:  # such a batch goes in pieces, as `Updater` cuts it
                     padded = max(1, int(clips * self._clip_sec * OWN_LENGTH_SLACK / _CONTEXT_SEC))
                     in_memory(lambda: self._update(padded, _CONTEXT_SEC))
-            return not memory.exceeded
+            return not exceeded
         except OutOfMemoryError:
             return False
         finally:
@@ -361,26 +358,24 @@ class _Trial:
         self._optimizer.zero_grad(set_to_none=True)
 
 
-class _CpuMemory:
-    """Watches this process's memory while something runs on a CPU; does nothing for another device."""
+@contextmanager
+def _watched_memory(device: torch.device) -> Iterator[list[int]]:
+    """Yield the readings of this process's memory that exceed its share, while something runs on a CPU."""
+    process, stop = psutil.Process(), threading.Event()
+    limit = process.memory_info().rss + _CPU_SHARE * psutil.virtual_memory().available
+    exceeded: list[int] = []
 
-    def __init__(self, device: torch.device) -> None:
-        self.exceeded = False
-        self._process = psutil.Process()
-        self._limit = self._process.memory_info().rss + _CPU_SHARE * psutil.virtual_memory().available
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True) if device.type == "cpu" else None
+    def watch() -> None:
+        while not stop.wait(_POLL_SEC):
+            if (used := process.memory_info().rss) > limit:
+                exceeded.append(used)
 
-    def __enter__(self) -> _CpuMemory:
-        if self._thread is not None:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(_POLL_SEC):
-            self.exceeded |= self._process.memory_info().rss > self._limit
+    thread = threading.Thread(target=watch, daemon=True)
+    if device.type == "cpu":
+        thread.start()
+    try:
+        yield exceeded
+    finally:
+        stop.set()
+        if device.type == "cpu":
+            thread.join()
