@@ -26,8 +26,7 @@ from src.data.loader import create_loader
 from src.data.preparation import check_utterance, find_shared_speakers
 from src.data.sources.catalog import load_utterances
 from src.data.utterance import Utterance
-from src.evaluation.evaluator import ModelEvaluator
-from src.evaluation.results import EvaluationResult, compare_predictions
+from src.evaluation.evaluator import EvaluationResult, ModelEvaluator, compare_predictions
 from src.models.whisper_model import WhisperModelManager
 from src.training.adapt import AdaptationResult, adapt_context
 from src.utils.config import Config, load_config

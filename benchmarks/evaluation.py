@@ -123,7 +123,7 @@ def repeat_rows(result: EvaluationResult) -> EvaluationResult:
 
 def measure_bootstrap(result: EvaluationResult) -> float:
     """Return the seconds of one interval, with clips as blocks: there are never more blocks than those."""
-    errors = np.array([row.counts.errors for row in result.rows], dtype=float)
+    errors = np.array([row.errors for row in result.rows], dtype=float)
     words = np.array([row.reference_words for row in result.rows], dtype=float)
     return median_sec(lambda: Bootstrap(RESAMPLES).interval(errors, words, np.arange(ROWS)), 3)
 

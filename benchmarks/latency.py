@@ -38,9 +38,8 @@ from benchmarks.benchmarking import load_clips, number, show
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
 from src.data.sources.catalog import SAMPLE_CLIP
-from src.evaluation.edits import error_rate, word_counts
 from src.evaluation.streams import join_audios
-from src.evaluation.text import whisper_normalizer_for
+from src.evaluation.text import error_rate, whisper_normalizer_for, word_counts
 from src.inference.ct2_engine import CTranslate2Engine
 from src.inference.engines import load_engine, transcribe
 from src.inference.files.transcribe import BatchInference

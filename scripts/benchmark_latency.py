@@ -32,9 +32,8 @@ from transformers import logging as transformers_logging
 from benchmarks.benchmarking import load_clips, number, show
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
-from src.evaluation.edits import error_rate, word_counts
 from src.evaluation.latency import Engine, LatencyResult, check_clips, measure_engine, torch_engine
-from src.evaluation.text import whisper_normalizer_for
+from src.evaluation.text import error_rate, whisper_normalizer_for, word_counts
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import Config, load_config
 

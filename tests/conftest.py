@@ -80,6 +80,33 @@ def tiny_en(_tiny_en: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="session")
+def _small(_tiny_en: tuple[Any, Any]) -> tuple[Any, Any]:
+    import torch
+
+    from src.models.dynamic_context import DynamicWhisper
+
+    model, processor = _tiny_en
+    config = copy.deepcopy(model.config)
+    config.d_model = 16
+    config.encoder_layers = config.decoder_layers = config.num_hidden_layers = 2
+    config.encoder_attention_heads = config.decoder_attention_heads = 2
+    config.encoder_ffn_dim = config.decoder_ffn_dim = 32
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        small = DynamicWhisper(config)
+    small.generation_config = copy.deepcopy(model.generation_config)
+    small.generation_config.alignment_heads = [[0, 0], [1, 1]]
+    return small.eval(), processor
+
+
+@pytest.fixture
+def small(_small: tuple[Any, Any]) -> tuple[Any, Any]:
+    """A random Whisper of width 16 with the tokens of tiny.en, as a fresh copy, and its processor."""
+    model, processor = _small
+    return copy.deepcopy(model), processor
+
+
+@pytest.fixture(scope="session")
 def base() -> tuple[Any, Any]:
     """Stock multilingual whisper-base; do not change it."""
     from src.models.whisper_model import WhisperModelManager

@@ -1,13 +1,12 @@
 from .data_checks import add_model_checks, choose_label_case
-from .evaluator import ModelEvaluator
+from .evaluator import EvaluationResult, ModelComparison, ModelEvaluator
 from .guard import GuardSet, evaluate_guard, prepare_guard_set
 from .latency import LatencyBenchmark, latency_table
-from .metrics import MetricsCalculator
+from .metrics import Bootstrap, MetricsCalculator
 from .report.clips import AlignmentView
 from .report.html import write_html_report
 from .report.model_card import write_model_card
 from .report.summary import comparison_table, describe_comparison, summarize_run
-from .results import EvaluationResult, ModelComparison
 from .slices import slice_rates
 from .streaming import ReplayClock, evaluate_stream, measure_stream, replay
 from .streams import WordAligner, add_noise, join_clips, make_stream
@@ -21,6 +20,7 @@ from .word_timing import time_words
 
 __all__ = [
     "AlignmentView",
+    "Bootstrap",
     "EvaluationResult",
     "EvaluationVisualizer",
     "GuardSet",

@@ -25,9 +25,8 @@ from src.data.report.findings import Finding, count_clips, sort_findings
 from src.data.report.report import DataReport
 from src.data.report.table import hashed_choice
 from src.data.utterance import Utterance
-from src.evaluation.edits import word_counts
 from src.evaluation.evaluator import ModelEvaluator
-from src.evaluation.text import PLAIN
+from src.evaluation.text import PLAIN, word_counts
 from src.inference.decoding import encode
 from src.utils.config import Config
 from src.utils.errors import DataError, ModelError
@@ -176,7 +175,11 @@ def find_hard_clips(
     plain = word_counts([row.reference for row in result.rows], [row.hypothesis for row in result.rows], PLAIN)
     rows = []
     for row, count in zip(result.rows, plain, strict=True):
-        wer = min(row.wer, count.errors / count.reference) if row.reference_words and count.reference else math.nan
+        wer = (
+            min(row.wer, count.errors / count.reference_words)
+            if row.reference_words and count.reference_words
+            else math.nan
+        )
         rows.append((row.id, row.duration_sec, row.reference, row.hypothesis, wer))
     frame = pd.DataFrame(rows, columns=["id", "duration_sec", "reference", "hypothesis", "wer"])
     frame = frame[frame["wer"] > HARD_WER]

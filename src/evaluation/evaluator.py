@@ -1,11 +1,14 @@
-"""Evaluation by generation: the same decoder as everywhere, the loss from the same encoder pass."""
+"""Evaluation by generation: the same decoder as everywhere, and the loss from the same encoder pass."""
 
 from __future__ import annotations
 
+import json
+import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,25 +19,129 @@ from tqdm.auto import tqdm
 
 from src.data.labels import IGNORE_INDEX
 from src.data.loader import Shard
-from src.evaluation.edits import word_counts
-from src.evaluation.metrics import MetricsCalculator
-from src.evaluation.results import EvaluationResult, ModelComparison, Prediction, compare_predictions
+from src.evaluation.metrics import Bootstrap, ErrorRates, MetricsCalculator, PairedComparison, compare_counts
+from src.evaluation.text import EditCounts, word_counts
 from src.inference.decoding import decode, encode
 from src.inference.options import DecodingOptions
 from src.models.dynamic_context import evaluation_mode, get_audio_context
 from src.utils.config import Config
 from src.utils.errors import DataError
+from src.utils.files import write_text_atomic
 from src.utils.runtime import FittingSize, gather_objects, is_main_process, world_size
+from src.utils.tracking import ExperimentLogger
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction(EditCounts):
+    """One decoded clip, with its word edits under the result's normaliser.
+
+    Attributes:
+        avg_logprob: mean natural-log probability of its tokens; nan with beams.
+        latency_sec: of its batch, divided by the batch's clips.
+        num_tokens: text tokens of the hypothesis; None in rows of older runs.
+        meta: what else the source says of the clip (age, gender, ...), and `snr_db`; for `slice_rates`.
+    """
+
+    id: str
+    speaker: str | None
+    duration_sec: float
+    reference: str
+    hypothesis: str
+    avg_logprob: float
+    latency_sec: float
+    num_tokens: int | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def wer(self) -> float:
+        """Word error rate of this clip; nan if its reference is empty."""
+        return self.errors / self.reference_words if self.reference_words else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult(ErrorRates, Mapping[str, Any]):
+    """Rates of one model on one set, as attributes and as a read-only mapping (`results["wer"]`, `results.wer`).
+
+    Attributes:
+        name: of the model.
+        loss: token-weighted mean cross-entropy in nats, teacher-forced.
+        audio_sec: audio measured, without padding.
+        compute_sec: wall time of features, encoder and decoder; not of decoding files, nor of the loss.
+        audio_context: "full" (each clip padded to 30 s) or "dynamic".
+        rows: one `Prediction` per clip; not a key of the mapping.
+    """
+
+    name: str
+    loss: float
+    audio_sec: float
+    compute_sec: float
+    audio_context: str
+    rows: tuple[Prediction, ...] = field(repr=False)
+
+    @property
+    def rtf(self) -> float:
+        """Real-time factor, a ratio of sums: compute_sec / audio_sec."""
+        return self.compute_sec / self.audio_sec
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._keys():
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys())
+
+    def __len__(self) -> int:
+        return len(self._keys())
+
+    @classmethod
+    def _keys(cls) -> list[str]:
+        return ["name", *(f.name for f in fields(cls) if f.name not in ("name", "rows")), "rtf"]
+
+    def save(self, experiment: ExperimentLogger) -> None:
+        """Append the rates to the run's metrics.jsonl and put the rows into its predictions.jsonl."""
+        self.write_predictions(experiment.predictions_path)
+        experiment.log("evaluation", **self)
+
+    def write_predictions(self, path: Path) -> None:
+        """Put the rows into a JSONL file, in place of older rows of this model; others stay.
+
+        The file changes as a whole or not at all, so that measuring twice never leaves a mixture.
+        """
+        older = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = [line for line in older if json.loads(line)["model"] != self.name]
+        for row in self.rows:
+            values = {key: None if value != value else value for key, value in asdict(row).items()}  # nan is not JSON
+            lines.append(json.dumps({"model": self.name, "id": row.id, **values}, ensure_ascii=False, allow_nan=False))
+        write_text_atomic(path, "".join(f"{line}\n" for line in lines))
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    """The stock and the tuned model on the same clips; `difference` is tuned against stock, negative is better."""
+
+    stock: EvaluationResult
+    tuned: EvaluationResult
+    difference: PairedComparison
 
 
 @dataclass(frozen=True)
 class _Decoded:
-    """What a pass over batches gives; rows lack the edit counts."""
+    """The result of decoding some clips; the loss is summed over `tokens`, in nats."""
 
-    rows: list[dict[str, Any]]
-    loss_sum: float  # nats
+    rows: list[Prediction]
+    loss_sum: float
     tokens: int
     compute_sec: float
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Decoded]) -> _Decoded:
+        return cls(
+            [row for part in parts for row in part.rows],
+            sum(part.loss_sum for part in parts),
+            sum(part.tokens for part in parts),
+            sum(part.compute_sec for part in parts),
+        )
 
 
 class ModelEvaluator:
@@ -43,7 +150,7 @@ class ModelEvaluator:
     Args:
         model: in the context that its config says: a stock model is measured padded to 30 s.
         processor: of the model.
-        config: `inference`, `evaluation`, `model.language`; defaults without.
+        config: `inference`, `evaluation`, `model.language`; defaults if None.
     """
 
     def __init__(self, model: Any, processor: Any, config: Config | None = None) -> None:
@@ -51,50 +158,52 @@ class ModelEvaluator:
         self._processor = processor
         self._config = config or Config()
         self._fitting = FittingSize()
-        self._calculator = MetricsCalculator(
-            self._config.model.language,
-            bootstrap_samples=self._config.evaluation.bootstrap_samples,
-            confidence=self._config.evaluation.confidence,
-            seed=self._config.seed,
-        )
+        self._calculator = MetricsCalculator(self._config.model.language, bootstrap=Bootstrap.from_config(self._config))
 
     def evaluate_dataset(self, loader: Any, *, name: str = "model") -> EvaluationResult:
-        """Decode every clip of a loader and measure; processes that run together share the clips out.
+        """Decode every clip of a loader and measure; processes that run together share the clips.
 
         Args:
+            loader: without shuffling.
             name: of the model, in tables and files.
-        Raises: DataError: no clip, no word in any reference, or a loader that left clips out. OutOfMemoryError: not
-            even one clip fits into memory. An error of the model passes through.
+
+        Raises:
+            DataError: no clip, no word in any reference, or a loader that left clips out.
+            OutOfMemoryError: not even one clip fits into memory. Another error of the model passes through.
         """
         decoded = _gathered(self._decode_batches(loader, desc=f"evaluating {name}"), loader)
         rows = decoded.rows
         if not rows:
             raise DataError("the loader has no clip: there is nothing to measure")
-        _check_complete(rows, loader)
         rates = self._calculator.compute(
-            [row["reference"] for row in rows],
-            [row["hypothesis"] for row in rows],
-            [row["speaker"] for row in rows],
-            durations_sec=[row["duration_sec"] for row in rows],
-            num_tokens=[row["num_tokens"] for row in rows],
+            [row.reference for row in rows],
+            [row.hypothesis for row in rows],
+            [row.speaker for row in rows],
+            durations_sec=[row.duration_sec for row in rows],
+            num_tokens=[row.num_tokens for row in rows],
         )
         return EvaluationResult(
-            **asdict(rates),
+            **vars(rates),
             name=name,
             loss=decoded.loss_sum / decoded.tokens,
-            audio_sec=sum(row["duration_sec"] for row in rows),
+            audio_sec=sum(row.duration_sec for row in rows),
             compute_sec=decoded.compute_sec,
             audio_context=get_audio_context(self._model.config),
-            rows=self._count(rows),
+            rows=tuple(rows),
         )
 
     def evaluate_with_samples(self, loader: Any, num_samples: int = 5) -> pd.DataFrame:
         """Decode some clips, at a stride over the whole loader, and return them with their texts, worst first.
 
         Args:
-            num_samples: clips; all where there are fewer.
-        Returns: one row a clip: id, speaker, duration_sec, reference, hypothesis, wer, avg_logprob.
-        Raises: DataError: no clip, or none asked for.
+            loader: of the clips.
+            num_samples: clips; all if there are fewer.
+
+        Returns:
+            One row per clip: id, speaker, duration_sec, reference, hypothesis, wer, avg_logprob.
+
+        Raises:
+            DataError: no clip, or none asked for.
         """
         dataset = loader.dataset
         if num_samples < 1:
@@ -105,19 +214,31 @@ class ModelEvaluator:
         decoded = self._decode_batches(
             (loader.collate_fn([dataset[i] for i in batch]) for batch in batches), desc="samples", total=len(batches)
         )
-        table = pd.DataFrame([{**asdict(row), "wer": row.wer} for row in self._count(decoded.rows)])
-        shown = table[["id", "speaker", "duration_sec", "reference", "hypothesis", "wer", "avg_logprob"]]
-        return shown.sort_values("wer", ascending=False, ignore_index=True, kind="stable")
+        columns = ["id", "speaker", "duration_sec", "reference", "hypothesis", "wer", "avg_logprob"]
+        table = pd.DataFrame([[getattr(row, column) for column in columns] for row in decoded.rows], columns=columns)
+        return table.sort_values("wer", ascending=False, ignore_index=True, kind="stable")
 
     def compare(self, stock: Any, tuned: Any, loader: Any = None) -> ModelComparison:
-        """Measure two models of this processor on the same clips, and say whether they differ.
+        """Measure two models of this processor on the same clips, and test whether they differ.
 
         Args:
-            stock, tuned: models, or what `evaluate_dataset` gave for them.
-            loader: of the clips; needed where one of the two is a model.
-        Raises: DataError: a model without a loader; results of other clips, or of another normaliser.
+            stock: a model, or the result of `evaluate_dataset` for it.
+            tuned: as `stock`.
+            loader: of the clips; needed if one of the two is a model.
+
+        Raises:
+            DataError: a model without a loader; results of other clips, or of another normaliser.
         """
-        first, second = self._result_of(stock, "stock", loader), self._result_of(tuned, "tuned", loader)
+        results = []
+        for name, subject in (("stock", stock), ("tuned", tuned)):
+            if isinstance(subject, EvaluationResult):
+                results.append(subject)
+                continue
+            if loader is None:
+                raise DataError(f"compare: the {name} model has not been measured; pass the loader to measure it on")
+            evaluator = ModelEvaluator(subject, self._processor, self._config)
+            results.append(evaluator.evaluate_dataset(loader, name=name))
+        first, second = results
         if first.normalizer != second.normalizer:
             raise DataError(
                 f"{first.name!r} was measured with {first.normalizer}, {second.name!r} with {second.normalizer}; "
@@ -125,66 +246,30 @@ class ModelEvaluator:
             )
         return ModelComparison(first, second, compare_predictions(first.rows, second.rows, self._calculator.bootstrap))
 
-    def _result_of(self, subject: Any, name: str, loader: Any) -> EvaluationResult:
-        if isinstance(subject, EvaluationResult):
-            return subject
-        if loader is None:
-            raise DataError(f"compare: the {name} model has not been measured; pass the loader to measure it on")
-        return ModelEvaluator(subject, self._processor, self._config).evaluate_dataset(loader, name=name)
-
-    def _count(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Prediction, ...]:
-        counts = word_counts(
-            [row["reference"] for row in rows], [row["hypothesis"] for row in rows], self._calculator.normalizer
-        )
-        return tuple(
-            Prediction(
-                **row,
-                substitutions=count.substitutions,
-                deletions=count.deletions,
-                insertions=count.insertions,
-                reference_words=count.reference,
-            )
-            for row, count in zip(rows, counts, strict=True)
-        )
-
     def _decode_batches(self, batches: Iterable[Any], *, desc: str, total: int | None = None) -> _Decoded:
-        """Decode batches in evaluation mode and give the model back in the mode it came in."""
+        """Decode batches in evaluation mode, and restore the model's mode."""
         parts: list[_Decoded] = []
         with evaluation_mode(self._model), torch.inference_mode():
             for batch in tqdm(batches, desc=desc, total=total, leave=False, disable=not is_main_process()):
                 parts += self._fitting.run(partial(self._decode_rows, batch), batch["ids"])
-        return _joined(parts)
+        return _Decoded.joined(parts)
 
     def _decode_rows(self, whole: Mapping[str, Any], first: int, last: int) -> _Decoded:
-        batch = _rows(whole, first, last)
+        batch = {key: values[first:last] for key, values in whole.items()}
         audios, lengths = batch["audio"], batch["audio_lengths"].tolist()
         options = DecodingOptions.from_config(self._config)
-        self._synchronize()
+
+        # features, encoder and decoder, on the clock
+        device = next(self._model.parameters()).device
+        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        wait()
         began = time.perf_counter()
         encoded = encode(self._model, audios, options.trailing_silence_sec, lengths=lengths)
         decoded = decode(self._model, self._processor, audios, options, lengths=lengths, encoder_outputs=encoded)
-        self._synchronize()
+        wait()
         compute_sec = time.perf_counter() - began
-        loss_sum, tokens = self._teacher_forced_loss(encoded, batch)
-        rows = [
-            {
-                "id": batch["ids"][i],
-                "speaker": batch["speakers"][i],
-                "duration_sec": batch["durations"][i],
-                "reference": batch["texts"][i],
-                "hypothesis": result.text,
-                "avg_logprob": result.avg_logprob,
-                "latency_sec": compute_sec / len(audios),
-                "num_tokens": len(result.tokens),
-                "meta": batch["meta"][i],
-            }
-            for i, result in enumerate(decoded)
-        ]
-        return _Decoded(rows, loss_sum, tokens, compute_sec)
 
-    def _teacher_forced_loss(self, encoded: Any, batch: Mapping[str, Any]) -> tuple[float, int]:
-        """Return the summed cross-entropy in nats over the batch's text and end tokens, and their number."""
-        device = encoded.last_hidden_state.device
+        # the teacher-forced loss, summed over text and end tokens
         labels = batch["labels"].to(device)
         logits = self._model(
             encoder_outputs=encoded, decoder_input_ids=batch["decoder_input_ids"].to(device), use_cache=False
@@ -192,47 +277,61 @@ class ModelEvaluator:
         loss = functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         )
-        return float(loss), int((labels != IGNORE_INDEX).sum())
 
-    def _synchronize(self) -> None:
-        device = next(self._model.parameters()).device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-
-def _rows(batch: Mapping[str, Any], first: int, last: int) -> dict[str, Any]:
-    """Cut clips out of a batch; its padding stays."""
-    return {key: values[first:last] for key, values in batch.items()}
-
-
-def _check_complete(rows: Sequence[Mapping[str, Any]], loader: Any) -> None:
-    """A rate over the clips that happened to come is no rate of the set."""
-    expected = len(loader.dataset) if hasattr(loader, "dataset") else len(rows)
-    if len(rows) != expected:
-        raise DataError(
-            f"{len(rows)} clips were measured of {expected}: the loader leaves some out; create it with "
-            "`create_loader`, without `shuffle` and `drop_last`"
-        )
+        counts = word_counts(batch["texts"], [result.text for result in decoded], self._calculator.normalizer)
+        rows = [
+            Prediction(
+                **vars(count),
+                id=batch["ids"][i],
+                speaker=batch["speakers"][i],
+                duration_sec=batch["durations"][i],
+                reference=batch["texts"][i],
+                hypothesis=result.text,
+                avg_logprob=result.avg_logprob,
+                latency_sec=compute_sec / len(audios),
+                num_tokens=len(result.tokens),
+                meta=batch["meta"][i],
+            )
+            for i, (result, count) in enumerate(zip(decoded, counts, strict=True))
+        ]
+        return _Decoded(rows, float(loss), int((labels != IGNORE_INDEX).sum()), compute_sec)
 
 
 def _gathered(decoded: _Decoded, loader: Any) -> _Decoded:
-    """Join what several processes decoded of a loader that deals its batches out; every clip is there exactly once."""
+    """Join the rows of processes that share a loader's batches, and check that every clip is there exactly once."""
     sampler = getattr(loader, "batch_sampler", None)
-    if world_size() == 1 or getattr(sampler, "shard", Shard()).world_size == 1:
-        return decoded
-    joined = _joined(gather_objects(decoded))
-    if len(joined.rows) != len(loader.dataset) or len({row["id"] for row in joined.rows}) != len(joined.rows):
+    shared = world_size() > 1 and getattr(sampler, "shard", Shard()).world_size > 1
+    if shared:
+        decoded = _Decoded.joined(gather_objects(decoded))
+    measured = len({row.id for row in decoded.rows}) if shared else len(decoded.rows)
+    expected = len(loader.dataset) if hasattr(loader, "dataset") else measured
+    if measured != expected or len(decoded.rows) != expected:
         raise DataError(
-            f"{len(joined.rows)} clips were measured of {len(loader.dataset)}: the processes were given other loaders; "
-            "create the same one in each"
+            f"{measured} clips were measured of {expected}: the loader leaves some out, or processes have different "
+            "loaders; create it with `create_loader`, without `shuffle` and `drop_last`, alike in each process"
         )
-    return joined
+    return decoded
 
 
-def _joined(parts: Sequence[_Decoded]) -> _Decoded:
-    return _Decoded(
-        rows=[row for part in parts for row in part.rows],
-        loss_sum=sum(part.loss_sum for part in parts),
-        tokens=sum(part.tokens for part in parts),
-        compute_sec=sum(part.compute_sec for part in parts),
-    )
+def compare_predictions(
+    first: Sequence[Prediction], second: Sequence[Prediction], bootstrap: Bootstrap | None = None
+) -> PairedComparison:
+    """Compare two models' rows by a paired bootstrap of their counts, matched by clip id.
+
+    Raises:
+        DataError: they are not of the same clips with the same references, or an id occurs twice.
+    """
+    other = {row.id: row for row in second}
+    if not first or set(other) != {row.id for row in first} or not len(first) == len(second) == len(other):
+        raise DataError(
+            f"the models were measured on different clips ({len(first)} and {len(second)}) and cannot be compared; "
+            "evaluate both on the same loader, whose ids are unique"
+        )
+    matched = [other[row.id] for row in first]
+    changed = [a.id for a, b in zip(first, matched, strict=True) if a.reference != b.reference]
+    if changed:
+        raise DataError(
+            f"the references of {len(changed)} clips differ between the models (first: {changed[0]}); "
+            "evaluate both on the same loader"
+        )
+    return compare_counts(first, matched, [row.speaker for row in first], bootstrap)

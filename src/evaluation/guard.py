@@ -24,9 +24,8 @@ from src.data.preprocessing import ClipStats
 from src.data.sources.catalog import SAMPLE_CLIP, load_utterances, open_source
 from src.data.sources.hub import CORPORA
 from src.data.utterance import SkippedUtterance, Utterance
-from src.evaluation.evaluator import ModelEvaluator
+from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
 from src.evaluation.report.run_files import guard_name
-from src.evaluation.results import EvaluationResult
 from src.models.weights import HUB_ERRORS, HUB_TIMEOUT_SEC
 from src.utils.config import Config, DataConfig
 from src.utils.errors import DataError, SourceUnavailableError, first_line

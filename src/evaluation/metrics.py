@@ -5,12 +5,13 @@
     (Morris, Maier & Green, Interspeech 2004)
 
 An empty reference has N = 0 and its insertions count: a hallucination on silence is an error. Clips of one speaker are
-not independent, so intervals resample speakers (Bisani & Ney, ICASSP 2004, with speakers as blocks). Where there are
-not two known speakers, clips are resampled: the interval then speaks of this voice's next clips, not of other voices.
+not independent, so intervals resample speakers (Bisani & Ney, ICASSP 2004, with speakers as blocks). Without two known
+speakers, clips are resampled: the interval then speaks of this voice's next clips, not of other voices.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,80 +19,28 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from src.evaluation.edits import EditCounts, character_counts, error_rate, sum_counts, word_counts
-from src.evaluation.hallucination import empty_outputs, invented_words, is_loop
-from src.evaluation.text import PLAIN, get_normalizer, whisper_normalizer_for
+from src.evaluation.text import (
+    PLAIN,
+    EditCounts,
+    character_error_rate,
+    error_rate,
+    get_normalizer,
+    sum_counts,
+    whisper_normalizer_for,
+    word_counts,
+)
+from src.inference.options import MIN_NEW_TOKENS
+from src.inference.streaming.commit import find_loop
+from src.inference.words import Word
+from src.utils.config import Config
 from src.utils.errors import DataError
 
+MAX_TOKENS_PER_SEC = 8.0  # text tokens; fast speech has about 6
+_UNKNOWN_WORD_SEC = 1.0  # if the duration is unknown: then only repetitions of many words count as a loop
 _CHUNK_CELLS = 5_000_000  # resampled cells held at once: 40 MB
 FloatArray = NDArray[np.float64]
 Blocks = Literal["speaker", "clip"]
 Verdict = Literal["better", "no difference shown", "worse"]
-
-
-@dataclass(frozen=True)
-class ErrorRates:
-    """Corpus rates of one set of rows.
-
-    Attributes:
-        n: rows.
-        normalizer: of `wer`, `cer` and the counts; the `_plain` rates use "plain-v1".
-        wer, cer: fractions; WER may exceed 1.
-        wer_low, wer_high: bootstrap percentile interval; nan where there is one clip only.
-        mer, wil: match error rate and word information lost; both lie within 0 and 1.
-        sentence_error_rate: share of rows with any error.
-        loop_rate: share of rows that `is_loop` finds.
-        empty_rate: share of the rows with a spoken reference whose hypothesis is empty.
-        empty_references, hallucinated_words: rows without a word to say, and the words put out on them; these count in
-            `insertions` too.
-        blocks, num_blocks: what was resampled, and how many there are. Under about ten the interval is too narrow.
-        confidence, bootstrap_samples, bootstrap_seed: how, so that it can be drawn again.
-    """
-
-    n: int
-    normalizer: str
-    wer: float
-    wer_low: float
-    wer_high: float
-    cer: float
-    wer_plain: float
-    wer_plain_low: float
-    wer_plain_high: float
-    cer_plain: float
-    substitutions: int
-    deletions: int
-    insertions: int
-    reference_words: int
-    mer: float
-    wil: float
-    sentence_error_rate: float
-    loop_rate: float
-    empty_rate: float
-    empty_references: int
-    hallucinated_words: int
-    blocks: Blocks
-    num_blocks: int
-    confidence: float
-    bootstrap_samples: int
-    bootstrap_seed: int
-
-
-@dataclass(frozen=True)
-class PairedComparison:
-    """Difference in WER, second minus first, on the same rows; negative is better.
-
-    Attributes:
-        low, high: paired bootstrap interval of the difference; nan where there is one clip only.
-        verdict: "better" or "worse" where the interval leaves zero out, else "no difference shown".
-        blocks, num_blocks: what was resampled, and how many there are.
-    """
-
-    difference: float
-    low: float
-    high: float
-    verdict: Verdict
-    blocks: Blocks
-    num_blocks: int
 
 
 @dataclass(frozen=True)
@@ -108,17 +57,25 @@ class Bootstrap:
     confidence: float = 0.95
     seed: int = 0
 
+    @classmethod
+    def from_config(cls, config: Config) -> Bootstrap:
+        """Return the settings of a configuration."""
+        return cls(config.evaluation.bootstrap_samples, config.evaluation.confidence, config.seed)
+
     def interval(self, errors: FloatArray, words: FloatArray, block_ids: NDArray[np.int64]) -> tuple[float, float]:
         """Return the interval of sum(errors) / sum(words) when blocks are drawn with replacement.
 
         Args:
-            errors, words: (n,) a row; errors may be differences of two systems.
+            errors: (n,) of each row; may be differences of two systems.
+            words: (n,) of each row.
             block_ids: (n,) in 0..blocks - 1.
-        Returns: low, high; nan with fewer than two blocks. A draw without a word has no rate and is left out.
+
+        Returns:
+            Low and high; nan with fewer than two blocks. A draw without a word has no rate and is left out.
         """
         count = int(block_ids.max()) + 1
         if count < 2:
-            return float("nan"), float("nan")
+            return math.nan, math.nan
         block_errors = np.bincount(block_ids, errors, minlength=count)
         block_words = np.bincount(block_ids, words, minlength=count)
         rng = np.random.default_rng(self.seed)
@@ -129,9 +86,156 @@ class Bootstrap:
             denominator = block_words[drawn].sum(axis=1)
             spoken = denominator > 0
             rates.append(block_errors[drawn].sum(axis=1)[spoken] / denominator[spoken])
+        return self.percentiles(np.concatenate(rates))
+
+    def percentiles(self, drawn: Sequence[float] | FloatArray) -> tuple[float, float]:
+        """Return the ends of the percentile interval of resampled values."""
         tail = 100 * (1 - self.confidence) / 2
-        low, high = np.percentile(np.concatenate(rates), [tail, 100 - tail])
+        low, high = np.percentile(drawn, [tail, 100 - tail])
         return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class WerEstimate:
+    """A corpus WER with its bootstrap interval.
+
+    Attributes:
+        wer: sum(S + D + I) / sum(N).
+        low: end of the interval; nan with one clip only.
+        high: as `low`.
+        blocks: what was resampled.
+        num_blocks: how many there are. Under about ten the interval is too narrow.
+    """
+
+    wer: float
+    low: float
+    high: float
+    blocks: Blocks
+    num_blocks: int
+
+
+def estimate_wer(
+    counts: Sequence[EditCounts], groups: Sequence[str | None] | None, bootstrap: Bootstrap
+) -> WerEstimate:
+    """Return `error_rate` with its interval.
+
+    Args:
+        counts: one per row.
+        groups: speaker of each row; rows without one are blocks of their own.
+        bootstrap: how the interval is drawn.
+
+    Raises:
+        DataError: no word in any reference, or another number of groups than of rows.
+    """
+    block_ids, blocks = _find_blocks(groups, len(counts))
+    wer = error_rate(counts)  # first: without words there is no interval either
+    low, high = bootstrap.interval(_errors(counts), _words(counts), block_ids)
+    return WerEstimate(wer, low, high, blocks, int(block_ids.max()) + 1)
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """Difference in WER, second minus first, on the same rows; negative is better.
+
+    Attributes:
+        difference: of the two rates.
+        low: end of the paired bootstrap interval; nan with one clip only.
+        high: as `low`.
+        verdict: "better" or "worse" if zero is outside the interval, otherwise "no difference shown".
+        blocks: what was resampled.
+        num_blocks: how many there are.
+    """
+
+    difference: float
+    low: float
+    high: float
+    verdict: Verdict
+    blocks: Blocks
+    num_blocks: int
+
+
+def compare_counts(
+    first: Sequence[EditCounts],
+    second: Sequence[EditCounts],
+    groups: Sequence[str | None] | None = None,
+    bootstrap: Bootstrap | None = None,
+) -> PairedComparison:
+    """Compare two systems by the counts of their rows, which must be of the same references in the same order.
+
+    Raises:
+        DataError: the references differ, or have no word.
+    """
+    if [a.reference_words for a in first] != [b.reference_words for b in second]:
+        raise DataError("the two systems have other references; compare them on the same rows, in the same order")
+    difference = error_rate(second) - error_rate(first)
+    block_ids, blocks = _find_blocks(groups, len(first))
+    low, high = (bootstrap or Bootstrap()).interval(_errors(second) - _errors(first), _words(first), block_ids)
+    verdict: Verdict = "better" if high < 0 else "worse" if low > 0 else "no difference shown"  # nan: neither
+    return PairedComparison(difference, low, high, verdict, blocks, int(block_ids.max()) + 1)
+
+
+def _find_blocks(groups: Sequence[str | None] | None, n: int) -> tuple[NDArray[np.int64], Blocks]:
+    """Number the rows by what is resampled: speakers if two are known, otherwise clips."""
+    if groups is not None and len(groups) != n:
+        raise DataError(f"{n} rows but {len(groups)} groups; every row needs one, or None")
+    if groups is None or len(set(groups) - {None}) < 2:
+        return np.arange(n), "clip"
+    names = [f"row {i}" if group is None else f"group {group}" for i, group in enumerate(groups)]
+    return np.unique(names, return_inverse=True)[1].astype(np.int64), "speaker"
+
+
+def _errors(counts: Sequence[EditCounts]) -> FloatArray:
+    return np.array([c.errors for c in counts], dtype=float)  # (n,)
+
+
+def _words(counts: Sequence[EditCounts]) -> FloatArray:
+    return np.array([c.reference_words for c in counts], dtype=float)  # (n,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorRates(EditCounts):
+    """Corpus rates of one set of rows; rates are fractions, and a WER may exceed 1.
+
+    Attributes:
+        n: rows.
+        normalizer: of `wer`, `cer` and the counts; the `_plain` rates use "plain-v1".
+        wer: word error rate, with the ends of its bootstrap interval in `wer_low` and `wer_high`; these are nan with
+            one clip only.
+        cer: character error rate.
+        mer: match error rate, 0 to 1.
+        wil: word information lost, 0 to 1.
+        sentence_error_rate: share of rows with any error.
+        loop_rate: share of rows that `is_loop` finds.
+        empty_rate: share of the rows with a spoken reference whose hypothesis is empty.
+        empty_references: rows without a word to say.
+        hallucinated_words: words put out on them; these count in `insertions` too.
+        blocks: what was resampled.
+        num_blocks: how many there are. Under about ten the interval is too narrow.
+        confidence: as in `Bootstrap`, so that the interval can be drawn again; likewise the next two.
+    """
+
+    n: int
+    normalizer: str
+    wer: float
+    wer_low: float
+    wer_high: float
+    cer: float
+    wer_plain: float
+    wer_plain_low: float
+    wer_plain_high: float
+    cer_plain: float
+    mer: float
+    wil: float
+    sentence_error_rate: float
+    loop_rate: float
+    empty_rate: float
+    empty_references: int
+    hallucinated_words: int
+    blocks: Blocks
+    num_blocks: int
+    confidence: float
+    bootstrap_samples: int
+    bootstrap_seed: int
 
 
 class MetricsCalculator:
@@ -139,19 +243,12 @@ class MetricsCalculator:
 
     Args:
         language: chooses Whisper's normaliser; None means English, for models that know no other language.
-        bootstrap_samples, confidence, seed: as in `Bootstrap`.
+        bootstrap: how intervals are drawn.
     """
 
-    def __init__(
-        self,
-        language: str | None = "en",
-        *,
-        bootstrap_samples: int = 2000,
-        confidence: float = 0.95,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, language: str | None = "en", *, bootstrap: Bootstrap | None = None) -> None:
         self.normalizer = whisper_normalizer_for(language)
-        self.bootstrap = Bootstrap(bootstrap_samples, confidence, seed)
+        self.bootstrap = bootstrap or Bootstrap()
 
     def compute(
         self,
@@ -165,43 +262,47 @@ class MetricsCalculator:
         """Compute rates over rows.
 
         Args:
-            references, hypotheses: raw texts; they are normalised here.
+            references: raw texts; they are normalised here.
+            hypotheses: raw texts.
             groups: speaker of each row; rows without one are blocks of their own.
-            durations_sec, num_tokens: of each row; with them `loop_rate` knows impossible rates too.
-        Raises: DataError: no rows, different lengths, or no word in any reference.
+            durations_sec: of each row; with it and `num_tokens`, `loop_rate` counts impossible rates too.
+            num_tokens: of each row.
+
+        Raises:
+            DataError: no rows, different lengths, or no word in any reference.
         """
         words = word_counts(references, hypotheses, self.normalizer)
-        plain = word_counts(references, hypotheses, PLAIN)
-        block_ids, blocks = find_blocks(groups, len(references))
-        wer, wer_plain = error_rate(words), error_rate(plain)  # first: no words, no interval
-        low, high = self.bootstrap.interval(_errors(words), _words(words), block_ids)
-        plain_low, plain_high = self.bootstrap.interval(_errors(plain), _words(plain), block_ids)
+        wer = estimate_wer(words, groups, self.bootstrap)
+        plain = estimate_wer(word_counts(references, hypotheses, PLAIN), groups, self.bootstrap)
         total = sum_counts(words)
-        empty_references, hallucinated_words = invented_words(words)
+        spoken = [count for count in words if count.reference_words]
+        silent = [count for count in words if not count.reference_words]
+        kept = (total.hits / total.reference_words) * (total.hits / max(1, total.hypothesis_words))
+        normalize = get_normalizer(self.normalizer)
+        unknown = [None] * len(references)
+        rows = zip(references, hypotheses, durations_sec or unknown, num_tokens or unknown, strict=True)
+        loops = [is_loop(normalize(a), normalize(b), duration_sec=sec, num_tokens=tokens) for a, b, sec, tokens in rows]
         return ErrorRates(
-            n=len(references),
+            **vars(total),
+            n=len(words),
             normalizer=self.normalizer,
-            wer=wer,
-            wer_low=low,
-            wer_high=high,
-            cer=error_rate(character_counts(references, hypotheses, self.normalizer)),
-            wer_plain=wer_plain,
-            wer_plain_low=plain_low,
-            wer_plain_high=plain_high,
-            cer_plain=error_rate(character_counts(references, hypotheses, PLAIN)),
-            substitutions=total.substitutions,
-            deletions=total.deletions,
-            insertions=total.insertions,
-            reference_words=total.reference,
+            wer=wer.wer,
+            wer_low=wer.low,
+            wer_high=wer.high,
+            cer=character_error_rate(references, hypotheses, self.normalizer),
+            wer_plain=plain.wer,
+            wer_plain_low=plain.low,
+            wer_plain_high=plain.high,
+            cer_plain=character_error_rate(references, hypotheses, PLAIN),
             mer=total.errors / (total.hits + total.errors),
-            wil=_information_lost(total),
-            sentence_error_rate=sum(1 for count in words if count.errors) / len(words),
-            loop_rate=self._loops(references, hypotheses, durations_sec, num_tokens) / len(words),
-            empty_rate=empty_outputs(words) / (len(words) - empty_references),
-            empty_references=empty_references,
-            hallucinated_words=hallucinated_words,
-            blocks=blocks,
-            num_blocks=int(block_ids.max()) + 1,
+            wil=1 - kept,
+            sentence_error_rate=sum(count.errors > 0 for count in words) / len(words),
+            loop_rate=sum(loops) / len(words),
+            empty_rate=sum(count.hypothesis_words == 0 for count in spoken) / len(spoken),
+            empty_references=len(silent),
+            hallucinated_words=sum(count.insertions for count in silent),
+            blocks=wer.blocks,
+            num_blocks=wer.num_blocks,
             confidence=self.bootstrap.confidence,
             bootstrap_samples=self.bootstrap.samples,
             bootstrap_seed=self.bootstrap.seed,
@@ -216,71 +317,38 @@ class MetricsCalculator:
     ) -> PairedComparison:
         """Compare two systems on the same rows by a paired bootstrap.
 
-        Raises: DataError: as `compute`.
+        Raises:
+            DataError: as `compute`.
         """
         a = word_counts(references, first, self.normalizer)
         b = word_counts(references, second, self.normalizer)
         return compare_counts(a, b, groups, self.bootstrap)
 
-    def _loops(
-        self,
-        references: Sequence[str],
-        hypotheses: Sequence[str],
-        durations_sec: Sequence[float] | None,
-        num_tokens: Sequence[int | None] | None,
-    ) -> int:
-        normalize = get_normalizer(self.normalizer)
-        unknown = [None] * len(references)
-        rows = zip(references, hypotheses, durations_sec or unknown, num_tokens or unknown, strict=True)
-        return sum(
-            is_loop(normalize(reference), normalize(hypothesis), duration_sec=duration_sec, num_tokens=tokens)
-            for reference, hypothesis, duration_sec, tokens in rows
+
+def is_loop(
+    reference: str, hypothesis: str, *, duration_sec: float | None = None, num_tokens: int | None = None
+) -> bool:
+    """Whether a hypothesis repeats itself as no speaker does, or has more tokens than fit into its audio.
+
+    A repetition is what `find_loop` calls one, with the words spread evenly over the clip, unless the reference has one
+    too: some people are recorded counting. A corpus rate hides loops: one such clip adds as many errors as a hundred
+    that are slightly wrong.
+
+    Args:
+        reference: normalised as the hypothesis.
+        hypothesis: of one clip.
+        duration_sec: of the clip, without padding; None if unknown.
+        num_tokens: text tokens of the hypothesis; None if unknown.
+    """
+    most_tokens = math.inf if duration_sec is None else MIN_NEW_TOKENS + MAX_TOKENS_PER_SEC * duration_sec
+    if num_tokens is not None and num_tokens > most_tokens:
+        return True
+
+    def repeats(text: str) -> bool:
+        words = text.split()
+        step_sec = _UNKNOWN_WORD_SEC if duration_sec is None else duration_sec / max(1, len(words))
+        return (
+            find_loop([Word(word, i * step_sec, (i + 1) * step_sec, 1.0) for i, word in enumerate(words)]) is not None
         )
 
-
-def compare_counts(
-    first: Sequence[EditCounts],
-    second: Sequence[EditCounts],
-    groups: Sequence[str | None] | None = None,
-    bootstrap: Bootstrap | None = None,
-) -> PairedComparison:
-    """Compare two systems by the counts of their rows, which must be of the same references in the same order.
-
-    Raises: DataError: the references differ, or hold no word.
-    """
-    if [a.reference for a in first] != [b.reference for b in second]:
-        raise DataError("the two systems have other references; compare them on the same rows, in the same order")
-    difference = error_rate(second) - error_rate(first)
-    block_ids, blocks = find_blocks(groups, len(first))
-    low, high = (bootstrap or Bootstrap()).interval(_errors(second) - _errors(first), _words(first), block_ids)
-    verdict: Verdict = "better" if high < 0 else "worse" if low > 0 else "no difference shown"  # nan: neither
-    return PairedComparison(difference, low, high, verdict, blocks, int(block_ids.max()) + 1)
-
-
-def rate_interval(
-    counts: Sequence[EditCounts], groups: Sequence[str | None] | None, bootstrap: Bootstrap
-) -> tuple[float, float]:
-    """Return the interval of `error_rate(counts)`; nan where there is one row only."""
-    return bootstrap.interval(_errors(counts), _words(counts), find_blocks(groups, len(counts))[0])
-
-
-def _information_lost(total: EditCounts) -> float:
-    return 1 - (total.hits / total.reference) * (total.hits / total.hypothesis) if total.hypothesis else 1.0
-
-
-def _errors(counts: Sequence[EditCounts]) -> FloatArray:
-    return np.array([c.errors for c in counts], dtype=float)  # (n,)
-
-
-def _words(counts: Sequence[EditCounts]) -> FloatArray:
-    return np.array([c.reference for c in counts], dtype=float)  # (n,)
-
-
-def find_blocks(groups: Sequence[str | None] | None, n: int) -> tuple[NDArray[np.int64], Blocks]:
-    """Number the rows by what is resampled: speakers where two are known, else clips."""
-    if groups is not None and len(groups) != n:
-        raise DataError(f"{n} rows but {len(groups)} groups; every row needs one, or None")
-    if groups is None or len({group for group in groups if group is not None}) < 2:
-        return np.arange(n), "clip"
-    names = [f"row {i}" if group is None else f"group {group}" for i, group in enumerate(groups)]
-    return np.unique(names, return_inverse=True)[1].astype(np.int64), "speaker"
+    return repeats(hypothesis) and not repeats(reference)

@@ -35,12 +35,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.evaluation.edits import error_rate
+from src.evaluation.evaluator import EvaluationResult
 from src.evaluation.latency import MIN_CALLS
 from src.evaluation.metrics import Bootstrap, ErrorRates, MetricsCalculator, PairedComparison
-from src.evaluation.results import EvaluationResult
 from src.evaluation.streams import SpeechStream
-from src.evaluation.text import WHISPER_ENGLISH
+from src.evaluation.text import WHISPER_ENGLISH, error_rate
 from src.evaluation.word_timing import Display, WordMatch, find_turns, follow_words, match_words, texts_by_clip
 from src.inference.streaming.commit import Event
 from src.inference.streaming.microphone import BLOCK_SEC, StreamingASR
@@ -160,7 +159,7 @@ def evaluate_stream(asr: StreamingASR, stream: SpeechStream, offline: Evaluation
     result = asr.stream_audio(stream.audio)
     language = "en" if offline.normalizer == WHISPER_ENGLISH else "other"
     rates = MetricsCalculator(language).compute([stream.text], [result.text])
-    return StreamingEvaluation(stream, result, rates, error_rate([rows[clip].counts for clip in stream.ids]))
+    return StreamingEvaluation(stream, result, rates, error_rate([rows[clip] for clip in stream.ids]))
 
 
 @dataclass(frozen=True)
@@ -326,9 +325,7 @@ def _rates(
             joined.setdefault(clip, []).append(text)
         return [" ".join(parts) for parts in joined.values()]
 
-    calculator = MetricsCalculator(
-        language, bootstrap_samples=bootstrap.samples, confidence=bootstrap.confidence, seed=bootstrap.seed
-    )
+    calculator = MetricsCalculator(language, bootstrap=bootstrap)
     references, live = by_clip([clip.text for clip in stream.clips]), by_clip(streamed)
     rates = calculator.compute(references, live)
     if offline is None:
@@ -406,9 +403,7 @@ def _percentile_interval(
         times = np.bincount(rng.integers(0, count, size=count), minlength=count)  # how often each block was drawn
         reached = times[blocks[order]].cumsum()
         found.append(values[order[reached.searchsorted(q / 100 * reached[-1])]])
-    tail = 100 * (1 - bootstrap.confidence) / 2
-    low, high = np.percentile(found, [tail, 100 - tail])
-    return float(low), float(high)
+    return bootstrap.percentiles(found)
 
 
 def _count_without_speech(stream: SpeechStream, words: Sequence[Word], match: WordMatch) -> int:

@@ -20,7 +20,7 @@ from src.data.audio import Waveform
 from src.data.dataset import decode_audio
 from src.data.utterance import Utterance
 from src.evaluation.latency import Engine, check_clips, describe_engine, measure_engine, readable, torch_engine
-from src.evaluation.metrics import MetricsCalculator
+from src.evaluation.metrics import Bootstrap, MetricsCalculator
 from src.evaluation.report.run_files import load_metrics
 from src.inference.ct2_engine import CTranslate2Engine
 from src.models.export.ctranslate2 import export_ctranslate2
@@ -211,12 +211,8 @@ def _fill(blank: VariantFigures, engine: Engine, clips: _TestClips, config: Conf
     described = replace(blank, device=engine.device, batch_size=size, n=len(clips.audios), reason=result.reason)
     if result.reason is not None:
         return described
-    rates = MetricsCalculator(
-        config.model.language,
-        bootstrap_samples=config.evaluation.bootstrap_samples,
-        confidence=config.evaluation.confidence,
-        seed=config.seed,
-    ).compute([u.text for u in clips.utterances], result.texts, [u.speaker for u in clips.utterances])
+    calculator = MetricsCalculator(config.model.language, bootstrap=Bootstrap.from_config(config))
+    rates = calculator.compute([u.text for u in clips.utterances], result.texts, [u.speaker for u in clips.utterances])
     return replace(
         described,
         peak_memory_mb=result.peak_memory_mb,

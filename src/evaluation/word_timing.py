@@ -11,9 +11,8 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from src.evaluation.edits import align_words
 from src.evaluation.streams import SpeechStream, SpokenWord
-from src.evaluation.text import PLAIN, normalize_plain
+from src.evaluation.text import PLAIN, align_words, normalize_plain
 from src.inference.streaming.commit import Event, word_key
 from src.inference.words import Word
 

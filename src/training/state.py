@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from src.evaluation.results import EvaluationResult
+from src.evaluation.evaluator import EvaluationResult
 from src.utils.errors import CheckpointError
 
 HISTORY_KEYS = ("epoch", "train_loss", "val_loss", "val_wer", "val_cer", "learning_rate")

@@ -23,8 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from src.data.loader import SpeechLoader, batch_generator
-from src.evaluation.evaluator import ModelEvaluator
-from src.evaluation.results import EvaluationResult
+from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
 from src.models.dynamic_context import DynamicWhisper
 from src.training.checkpoint import ResumeReport, WholeCheckpoint
 from src.training.inputs import PrefixCutter, TrainingInputs, load_or_time_words

@@ -17,13 +17,11 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from src.data.loader import create_loader
 from src.data.preparation import check_utterance
 from src.data.utterance import Utterance
-from src.evaluation.edits import word_counts
-from src.evaluation.evaluator import ModelEvaluator
+from src.evaluation.evaluator import ModelEvaluator, Prediction
 from src.evaluation.report.clips import clip_kinds
 from src.evaluation.report.html import write_html_report
 from src.evaluation.report.run_files import load_predictions
-from src.evaluation.results import Prediction
-from src.evaluation.text import WHISPER_ENGLISH
+from src.evaluation.text import WHISPER_ENGLISH, word_counts
 from src.utils.config import load_config
 from src.utils.tracking import ExperimentLogger
 from tests.evaluation.run_files import epoch, evaluation, prediction, steps, write
@@ -179,7 +177,7 @@ def test_filter_and_search_find_as_many_clips_as_there_are(browser: Browser, lar
             assert found_of(page) == (with_kind(rows, kind), SYNTHETIC), kind
             assert found_of(page)[0] > 0
         page.locator(".av-filter").select_option("worse")
-        assert found_of(page)[0] == sum(row.counts.errors > stock[row.id].counts.errors for row in rows)
+        assert found_of(page)[0] == sum(row.errors > stock[row.id].errors for row in rows)
 
         page.locator(".av-filter").select_option("all")
         page.locator(".av-search").fill("quiet RIVER")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from src.evaluation.results import Prediction
+from src.evaluation.evaluator import Prediction
 from src.evaluation.slices import slice_columns, slice_rates
 from src.utils.errors import DataError
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.evaluation.edits import sum_counts, word_counts
-from src.evaluation.text import PLAIN, normalize_plain
+from src.evaluation.text import PLAIN, normalize_plain, sum_counts, word_counts
 from src.evaluation.word_timing import (
     find_turns,
     follow_words,

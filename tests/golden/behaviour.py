@@ -54,7 +54,7 @@ from src.data import (
     load_audio,
     prepare_datasets,
 )
-from src.evaluation import EvaluationResult, MetricsCalculator, ModelEvaluator, slice_rates
+from src.evaluation import Bootstrap, EvaluationResult, MetricsCalculator, ModelEvaluator, slice_rates
 from src.inference import (
     BatchInference,
     DecodingOptions,
@@ -448,7 +448,7 @@ def metrics(subject: Subject) -> Section:
     groups = [clip.speaker for clip in clips] + [None]
     found: Section = {}
     for language in ("en", "de"):
-        calculator = MetricsCalculator(language, bootstrap_samples=500, seed=3)
+        calculator = MetricsCalculator(language, bootstrap=Bootstrap(500, seed=3))
         found[language] = {
             "rates": asdict(calculator.compute(references, hypotheses, groups)),
             "difference": asdict(calculator.compare(references, hypotheses, better, groups)),

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from src.data.loader import create_loader
 from src.data.preparation import check_utterance
 from src.data.utterance import Utterance
-from src.models.dynamic_context import DynamicWhisper
 from src.training.trainer import WhisperTrainer
 from src.utils.config import Config, load_config
 from src.utils.tracking import ExperimentLogger
@@ -48,29 +46,6 @@ def configure(tmp_path: Path) -> Callable[..., Config]:
         return load_config(None, overrides={**base, **{key.replace("__", "."): v for key, v in overrides.items()}})
 
     return make
-
-
-@pytest.fixture(scope="session")
-def _small(_tiny_en: tuple[Any, Any]) -> tuple[Any, Any]:
-    model, processor = _tiny_en
-    config = copy.deepcopy(model.config)
-    config.d_model = 16
-    config.encoder_layers = config.decoder_layers = config.num_hidden_layers = 2
-    config.encoder_attention_heads = config.decoder_attention_heads = 2
-    config.encoder_ffn_dim = config.decoder_ffn_dim = 32
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        small = DynamicWhisper(config)
-    small.generation_config = copy.deepcopy(model.generation_config)
-    small.generation_config.alignment_heads = [[0, 0], [1, 1]]
-    return small.eval(), processor
-
-
-@pytest.fixture
-def small(_small: tuple[Any, Any]) -> tuple[Any, Any]:
-    """A random Whisper of width 16 with the tokens of tiny.en, as a fresh copy, and its processor."""
-    model, processor = _small
-    return copy.deepcopy(model), processor
 
 
 @pytest.fixture

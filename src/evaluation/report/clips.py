@@ -20,11 +20,10 @@ import soundfile as sf
 from src.data.audio import SAMPLE_RATE, load_audio
 from src.data.dataset import decode_audio
 from src.data.utterance import Utterance
-from src.evaluation.edits import align_words
-from src.evaluation.hallucination import is_loop
+from src.evaluation.evaluator import Prediction
+from src.evaluation.metrics import is_loop
 from src.evaluation.report.summary import counted, render
-from src.evaluation.results import Prediction
-from src.evaluation.text import get_normalizer
+from src.evaluation.text import align_words, get_normalizer
 from src.utils.errors import DataError
 
 _TAGS = {"loop": "loop", "empty": "empty output", "invented": "words on silence"}
@@ -138,8 +137,8 @@ class AlignmentView:
     def _row(self, row: Prediction) -> dict[str, Any]:
         other = self._others.get(row.id)
         kinds = list(self._kinds[row.id])
-        if other is not None and other.counts.errors != row.counts.errors:
-            kinds.append("worse" if row.counts.errors > other.counts.errors else "better")
+        if other is not None and other.errors != row.errors:
+            kinds.append("worse" if row.errors > other.errors else "better")
         return {
             "id": row.id,
             "speaker": row.speaker,
@@ -162,7 +161,7 @@ class AlignmentView:
         return {
             "hypothesis": row.hypothesis,
             "wer": None if math.isnan(row.wer) else round(row.wer, 4),
-            "errors": row.counts.errors,
+            "errors": row.errors,
             "words": row.reference_words,
             "steps": steps,
         }
@@ -173,14 +172,14 @@ def clip_kinds(row: Prediction, normalizer: str) -> tuple[str, ...]:
     normalize = get_normalizer(normalizer)
     texts = normalize(row.reference), normalize(row.hypothesis)
     kinds = {
-        "error": row.counts.errors > 0,
+        "error": row.errors > 0,
         "substitution": row.substitutions > 0,
         "deletion": row.deletions > 0,
         "insertion": row.insertions > 0,
         "loop": is_loop(*texts, duration_sec=row.duration_sec, num_tokens=row.num_tokens),
-        "empty": row.reference_words > 0 and row.counts.hypothesis == 0,
+        "empty": row.reference_words > 0 and row.hypothesis_words == 0,
         "invented": row.reference_words == 0 and row.insertions > 0,
-        "perfect": row.counts.errors == 0,
+        "perfect": row.errors == 0,
     }
     return tuple(kind for kind, holds in kinds.items() if holds)
 
@@ -195,7 +194,7 @@ def worst_first(rows: Sequence[Prediction], kinds: Mapping[str, Sequence[str]]) 
 
     def badness(row: Prediction) -> tuple[bool, int, float]:
         made_up = bool({"loop", "invented"} & set(kinds[row.id]))
-        return made_up, row.counts.errors, 0.0 if math.isnan(row.wer) else row.wer
+        return made_up, row.errors, 0.0 if math.isnan(row.wer) else row.wer
 
     return tuple(sorted(rows, key=badness, reverse=True))
 

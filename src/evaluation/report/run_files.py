@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
+from src.evaluation.evaluator import Prediction
 from src.evaluation.metrics import Bootstrap
-from src.evaluation.results import Prediction
 from src.utils.errors import DataError
 from src.utils.versioning import DatasetVersion, DataVersionManager
 

@@ -12,6 +12,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
+from src.evaluation.evaluator import EvaluationResult, Prediction, compare_predictions
 from src.evaluation.metrics import PairedComparison
 from src.evaluation.report.run_files import (
     STOCK,
@@ -30,7 +31,6 @@ from src.evaluation.report.run_files import (
     model_of,
     stock_first,
 )
-from src.evaluation.results import EvaluationResult, Prediction, compare_predictions
 from src.evaluation.slices import Slice, slice_rates
 from src.utils.errors import DataError
 from src.utils.figures import BLUE, GREEN, ORANGE

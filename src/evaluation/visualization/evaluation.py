@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from src.evaluation.edits import EditCounts, align_words, sum_counts
+from src.evaluation.evaluator import Prediction, compare_predictions
 from src.evaluation.metrics import PairedComparison
 from src.evaluation.report.run_files import (
     STOCK,
@@ -28,8 +28,8 @@ from src.evaluation.report.run_files import (
     stock_first,
 )
 from src.evaluation.report.summary import FEW_BLOCKS, NOT_MEASURED, counted, describe_interval, number
-from src.evaluation.results import Prediction, compare_predictions
 from src.evaluation.slices import DURATION_EDGES_SEC, UNKNOWN, Slice, slice_rates
+from src.evaluation.text import EditCounts, align_words, sum_counts
 from src.evaluation.visualization.speed import (
     draw_latency_distribution,
     draw_modes,
@@ -346,8 +346,8 @@ def draw_error_types(evaluations: Mapping[str, Row], predictions: PredictionsByM
 
 def _edit_shares(evaluation: Row, rows: Sequence[Prediction]) -> list[float]:
     logged = [evaluation.get(key) for key in (*_EDITS, "reference_words")]
-    counts = sum_counts([row.counts for row in rows]) if None in logged else EditCounts(*map(int, logged))  # type: ignore[arg-type]
-    return [getattr(counts, kind) / counts.reference if counts.reference else math.nan for kind in _EDITS]
+    counts = sum_counts(rows) if None in logged else EditCounts(*map(int, logged))  # type: ignore[arg-type]
+    return [getattr(counts, kind) / counts.reference_words if counts.reference_words else math.nan for kind in _EDITS]
 
 
 def _draw_groups(

@@ -15,10 +15,9 @@ from scipy.signal import correlate
 
 from src.data.audio import load_audio
 from src.data.utterance import Utterance
-from src.evaluation.edits import word_counts
+from src.evaluation.evaluator import Prediction
 from src.evaluation.report.clips import AlignmentView, ViewOptions, clip_kinds, worst_first
-from src.evaluation.results import Prediction
-from src.evaluation.text import PLAIN
+from src.evaluation.text import PLAIN, word_counts
 from src.utils.errors import AudioError, DataError
 from tests.evaluation.report.test_html import Page
 

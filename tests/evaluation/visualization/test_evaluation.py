@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from src.evaluation.edits import word_counts
+from src.evaluation.evaluator import Prediction
 from src.evaluation.report.run_files import load_predictions
-from src.evaluation.results import Prediction
 from src.evaluation.slices import Slice, slice_rates
+from src.evaluation.text import word_counts
 from src.evaluation.visualization import evaluation as visualization
 from src.evaluation.visualization.evaluation import (
     MAX_SLICES,
@@ -123,7 +123,7 @@ def test_a_slice_is_drawn_with_its_rate_its_interval_and_its_size(run_dir: Path)
 
 
 def slice_of(value: str, wer: float, *, n: int = 20, column: str = "room", blocks: int = 12) -> Slice:
-    return Slice(column, value, n, 4 * n, wer, wer - 0.1, wer + 0.1, "speaker", blocks)
+    return Slice(wer, wer - 0.1, wer + 0.1, "speaker", blocks, column=column, value=value, n=n, reference_words=4 * n)
 
 
 def test_a_slice_without_a_rate_is_a_gap(tmp_path: Path) -> None:
