@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from src.data.features import FRAMES_PER_SEC
-from src.inference.tokens import Vocabulary
-from src.inference.words import Word, place_words
+from src.inference.words import Vocabulary, Word, place_words
 from src.models.alignment_heads import FIND_HEADS, Head, existing_heads, upper_half_heads
 from src.utils.errors import ModelError
 

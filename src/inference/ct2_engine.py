@@ -17,8 +17,7 @@ import numpy as np
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import HOP_SAMPLES, log_mel
 from src.inference.options import DecodingOptions, DecodingResult, batch_samples
-from src.inference.tokens import Vocabulary
-from src.inference.words import Word, place_words
+from src.inference.words import Vocabulary, Word, place_words
 from src.utils.errors import DeviceError, ModelError
 from src.utils.runtime import cpu_threads
 

@@ -22,8 +22,7 @@ from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import LogMel
 from src.inference.alignment import align_words, alignment_heads, record_cross_attention, words_from_attention
 from src.inference.options import DecodingOptions, DecodingResult, batch_samples
-from src.inference.tokens import Vocabulary
-from src.inference.words import Word
+from src.inference.words import Vocabulary, Word
 from src.models.alignment_heads import Head
 from src.models.dynamic_context import evaluation_mode, get_audio_context
 

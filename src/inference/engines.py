@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from src.data.audio import Waveform
 from src.inference.options import DecodingOptions, DecodingResult
-from src.inference.tokens import Vocabulary
-from src.inference.words import Word
+from src.inference.words import Vocabulary, Word
 from src.utils.config import Config, InferenceConfig
 from src.utils.errors import ConfigError, ModelError
 from src.utils.runtime import get_device, usable_cores

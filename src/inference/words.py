@@ -1,13 +1,24 @@
-"""Words with times: the `Word` of every transcript, and the grouping of tokens into words."""
+"""Words with times, and the Whisper vocabulary: text to tokens, tokens to text and words, the special tokens.
+
+Every engine uses them. They need only `tokenizers` and a `tokenizer.json`: transformers takes a second to import, which
+would delay the first transcript of a process.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
-from src.inference.tokens import Vocabulary
+from tokenizers import Tokenizer
+
+from src.data.labels import MAX_PROMPT_TOKENS, MULTILINGUAL_END_TOKEN
+from src.utils.errors import ModelError
 
 _CLOSING = string.punctuation.replace("'", "") + "。、，！？：”’)]}"  # joins the word before it
 _OPENING = "\"'“¿([{-"  # joins the word after it
@@ -31,6 +42,116 @@ class Word:
     end_sec: float
     probability: float = math.nan
     tokens: int = field(default=0, compare=False, repr=False)
+
+
+def shifted(words: Sequence[Word], by_sec: float) -> tuple[Word, ...]:
+    """Return the words later by some seconds."""
+    return tuple(replace(w, start_sec=w.start_sec + by_sec, end_sec=w.end_sec + by_sec) for w in words)
+
+
+class Vocabulary:
+    """Tokens of one model.
+
+    Args:
+        tokenizer: of the `tokenizers` library.
+
+    Attributes:
+        end: token at the end of a text; each id from it on is special or a timestamp.
+        start: token at the start of a transcript.
+        no_timestamps: token that turns timestamps off.
+        previous: token before the previous text.
+        languages: code to token, empty for English-only models.
+
+    Raises:
+        ModelError: it is not a Whisper tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.end, self.start = self._id("<|endoftext|>"), self._id("<|startoftranscript|>")
+        self.no_timestamps, self.previous = self._id("<|notimestamps|>"), self._id("<|startofprev|>")
+        self.languages: dict[str, int] = {}
+        if self.end == MULTILINGUAL_END_TOKEN:
+            codes = {
+                name[2:-2]: i for name, i in tokenizer.get_vocab().items() if re.fullmatch(r"<\|[a-z]{2,3}\|>", name)
+            }
+            self.languages = dict(sorted(codes.items()))
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Vocabulary:
+        """Read `tokenizer.json` of a checkpoint.
+
+        Raises:
+            ModelError: absent, or not a Whisper tokenizer.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ModelError(f"{folder}: no tokenizer.json; copy that of the same openai/whisper-* variant there")
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except Exception as err:
+            raise ModelError(f"{path}: not a Whisper tokenizer: {err}") from err
+
+    @classmethod
+    @lru_cache(maxsize=8)  # each decoded batch asks, and reading 50,000 names for the languages takes milliseconds
+    def of(cls, tokenizer: Any) -> Vocabulary:
+        """Return the vocabulary of a tokenizer of transformers, made once."""
+        return cls(tokenizer.backend_tokenizer)
+
+    @property
+    def multilingual(self) -> bool:
+        """Whether the model knows languages and tasks."""
+        return bool(self.languages)
+
+    @property
+    def timestamp_begin(self) -> int:
+        """The token <|0.00|>; later times follow at 0.02 s."""
+        return self.no_timestamps + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text, with the leading space that Whisper writes; none for an empty one."""
+        return list(self._tokenizer.encode(" " + text.strip(), add_special_tokens=False).ids) if text.strip() else []
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens, leading space included; special tokens and timestamps have none."""
+        return str(
+            self._tokenizer.decode([token for token in token_ids if token < self.end], skip_special_tokens=False)
+        )
+
+    def start_sequence(self, language: str | None, task: str, *, timestamps: bool) -> list[int]:
+        """Return the special tokens that begin a transcript.
+
+        Raises:
+            ModelError: a language that the model does not know, or none for a multilingual one; an unknown task.
+        """
+        ending = [] if timestamps else [self.no_timestamps]
+        if not self.multilingual:
+            if language not in (None, "en"):
+                raise ModelError(f"this is an English-only model, language is {language!r}; use a multilingual variant")
+            if task != "transcribe":
+                raise ModelError(f"this is an English-only model, task is {task!r}; use a multilingual variant")
+            return [self.start, *ending]
+        if language not in self.languages:
+            raise ModelError(f"unknown language {language!r}; this model knows: {', '.join(self.languages)}")
+        if task not in ("transcribe", "translate"):
+            raise ModelError(f"unknown task {task!r}; known: transcribe, translate")
+        return [self.start, self.languages[language], self._id(f"<|{task}|>"), *ending]
+
+    def prompt_tokens(self, prompt: str, hotwords: str = "") -> list[int]:
+        """Return the tokens before the start of transcript: hotwords, then the newest of the text before.
+
+        Hotwords come first, as in faster-whisper, and take at most half of the room.
+        """
+        expected = self.encode(hotwords)[: MAX_PROMPT_TOKENS // 2]
+        room = MAX_PROMPT_TOKENS - len(expected)
+        tokens = [*expected, *self.encode(prompt)[-room:]]
+        return [self.previous, *tokens] if tokens else []
+
+    def _id(self, name: str) -> int:
+        token = self._tokenizer.token_to_id(name)
+        if token is None:
+            raise ModelError(f"not a Whisper tokenizer: it has no {name}")
+        return int(token)
 
 
 def split_words(vocabulary: Vocabulary, tokens: Sequence[int]) -> list[tuple[str, int]]:
@@ -82,8 +203,3 @@ def place_words(
         words.append(Word(text, start, max(start, end), probability, size))
         at += size
     return tuple(word for word in words if word.text)
-
-
-def shifted(words: Sequence[Word], by_sec: float) -> tuple[Word, ...]:
-    """Return the words later by some seconds."""
-    return tuple(replace(w, start_sec=w.start_sec + by_sec, end_sec=w.end_sec + by_sec) for w in words)

@@ -39,7 +39,7 @@ from src.data.loader import batch_generator
 from src.data.utterance import Utterance
 from src.inference.decoding import decode, encode
 from src.inference.options import DecodingOptions
-from src.inference.tokens import Vocabulary
+from src.inference.words import Vocabulary
 from src.models.dynamic_context import DynamicWhisper
 from src.training.updates import build_optimizer, build_schedule, default_learning_rate
 from src.utils.config import Config

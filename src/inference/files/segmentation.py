@@ -18,8 +18,7 @@ from src.data.labels import TIMESTAMP_STEP_SEC, TimedTokens
 from src.data.vad import VADEvent, VoiceActivityDetector
 from src.inference.engines import Engine, decode_with_fallback
 from src.inference.options import DecodingOptions, DecodingResult
-from src.inference.tokens import Vocabulary
-from src.inference.words import Word, shifted, split_words
+from src.inference.words import Vocabulary, Word, shifted, split_words
 from src.utils.config import InferenceConfig
 
 QUIET_SAMPLES = SAMPLE_RATE // 10  # 0.1 s: the gap that a cut in the middle of speech looks for
