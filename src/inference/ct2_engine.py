@@ -1,7 +1,7 @@
-"""The CTranslate2 engine: 8-bit and 16-bit weights on CPU and CUDA, three times as fast as torch on a CPU.
+"""CTranslate2 engine: 8-bit and 16-bit weights on CPU and CUDA, three times as fast as torch on a CPU.
 
 CTranslate2's encoder takes short features as they are, so that a checkpoint with dynamic context runs at the audio's
-own length here too. It gives no attention while it generates: word times are a second pass of the decoder (`align`).
+own length here too. It gives no attention while it generates: word times need a second pass of the decoder (`align`).
 """
 
 from __future__ import annotations
@@ -85,34 +85,39 @@ class CTranslate2Engine:
             self.vocabulary.start_sequence(code, options.task, timestamps=options.timestamps) for code in languages
         ]
         caps = [options.token_cap(len(audio)) for audio in audios]
-        context_size = len(prompt) + len(starts[0]) + len(prefix)
+        forced = len(prefix)
+        sampling = {}
         if options.temperature:
             ctranslate2.set_random_seed(options.seed)
-        sampling = {"sampling_topk": 0, "sampling_temperature": options.temperature} if options.temperature else {}
+            sampling = {"sampling_topk": 0, "sampling_temperature": options.temperature}
         generated = self._model.generate(
             encoded,
             [[*prompt, *start, *prefix] for start in starts],
             beam_size=options.num_beams,
-            max_length=_max_length(context_size, max(caps)),
+            max_length=_max_length(len(prompt) + len(starts[0]) + forced, max(caps)),
             suppress_blank=not prefix,
             return_scores=True,
             return_no_speech_prob=options.no_speech,
             **sampling,
         )
-        new = [row.sequences_ids[0][: len(prefix) + cap] for row, cap in zip(generated, caps, strict=True)]
-        words = self._align_rows(encoded, audios, starts, new) if options.word_timestamps else [None] * len(new)
-        return [
-            DecodingResult(
-                text=self.vocabulary.decode(tokens).strip(),
-                tokens=tuple(tokens),
-                avg_logprob=_mean_logprob(row.scores[0], len(row.sequences_ids[0]), len(prefix)),
-                words=found,
-                language=code,
-                no_speech_prob=row.no_speech_prob if options.no_speech else None,
-                temperature=options.temperature,
+        texts = [row.sequences_ids[0][: forced + cap] for row, cap in zip(generated, caps, strict=True)]
+        words = self._align_rows(encoded, audios, starts, texts) if options.word_timestamps else [None] * len(texts)
+        results = []
+        for row, tokens, words_of_row, language in zip(generated, texts, words, languages, strict=True):
+            size = len(row.sequences_ids[0])
+            results.append(
+                DecodingResult(
+                    text=self.vocabulary.decode(tokens).strip(),
+                    tokens=tuple(tokens),
+                    # CTranslate2 divides the sum by all tokens, the forced ones too, and leaves the end token out
+                    avg_logprob=row.scores[0] * size / (size - forced + 1),
+                    words=words_of_row,
+                    language=language,
+                    no_speech_prob=row.no_speech_prob if options.no_speech else None,
+                    temperature=options.temperature,
+                )
             )
-            for row, tokens, found, code in zip(generated, new, words, languages, strict=True)
-        ]
+        return results
 
     def align(
         self, encoded: Any, audios: Sequence[Waveform], texts: Sequence[Sequence[int]], options: DecodingOptions
@@ -146,18 +151,17 @@ class CTranslate2Engine:
         rows = [[token for token in tokens if token < self.vocabulary.end] for tokens in texts]
         frames = [max(1, len(audio) // HOP_SAMPLES) for audio in audios]
         keys = [tuple(token for token in start if token != self.vocabulary.no_timestamps) for start in starts]
-        found = {key: self._model.align(encoded, list(key), rows, frames) for key in set(keys)}
-        return [
-            self._place(tokens, found[key][i], len(audio) / SAMPLE_RATE)
-            for i, (tokens, key, audio) in enumerate(zip(rows, keys, audios, strict=True))
-        ]
-
-    def _place(self, tokens: list[int], result: Any, audio_sec: float) -> tuple[Word, ...]:
-        if not tokens:
-            return ()
-        entered = dict(reversed(result.alignments))  # token -> its first position
-        entered_sec = [min(entered[i] * POSITION_SEC, audio_sec) for i in range(len(tokens) + 1)]
-        return place_words(self.vocabulary, tokens, entered_sec=entered_sec, probabilities=result.text_token_probs)
+        aligned = {key: self._model.align(encoded, list(key), rows, frames) for key in set(keys)}
+        words: list[tuple[Word, ...]] = [()] * len(rows)
+        for i, (tokens, key, audio) in enumerate(zip(rows, keys, audios, strict=True)):
+            if tokens:
+                found, audio_sec = aligned[key][i], len(audio) / SAMPLE_RATE
+                entered = dict(reversed(found.alignments))  # token -> its first position
+                entered_sec = [min(entered[at] * POSITION_SEC, audio_sec) for at in range(len(tokens) + 1)]
+                words[i] = place_words(
+                    self.vocabulary, tokens, entered_sec=entered_sec, probabilities=found.text_token_probs
+                )
+        return words
 
 
 def find_device(name: str) -> tuple[str, int]:
@@ -187,11 +191,6 @@ def find_device(name: str) -> tuple[str, int]:
 def _max_length(context: int, new: int) -> int:
     """CTranslate2 stops after half of max_length, or where context and text fill it."""
     return min(max(2 * new, context + new), MAX_POSITIONS)
-
-
-def _mean_logprob(score: float, tokens: int, forced: int) -> float:
-    """CTranslate2 divides the sum by all tokens, the forced ones too, and leaves the end token out."""
-    return score * tokens / (tokens - forced + 1)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -106,13 +106,13 @@ class Transcription:
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON takes them: nan becomes None."""
+        """Return the fields as JSON takes them; nan becomes None."""
         fields: dict[str, Any] = _for_json(asdict(self))
         return fields
 
 
 def _for_json(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, dict):  # numbers of tokens are not written
         return {key: _for_json(each) for key, each in value.items() if key != "tokens"}
     if isinstance(value, list | tuple):
         return [_for_json(each) for each in value]
