@@ -1,6 +1,6 @@
 """From audio to text: files in batches, and streams.
 
-The names are in the stub beside this file, and load when first used: importing one module does not import them all.
+The names are in the stub next to this file and load when first used: importing one module does not import them all.
 """
 
 import lazy_loader
