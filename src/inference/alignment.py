@@ -101,19 +101,11 @@ def align_words(
     audio_sec: float,
     heads: Sequence[Head] | None = None,
 ) -> tuple[Word, ...]:
-    """Give each word of one decoded text its times and probability.
+    """Give each word of a text its times and probability; starts and ends never decrease.
 
-    Args:
-        model: a `DynamicWhisper`.
-        tokenizer: its tokenizer.
-        hidden: (1, positions, d_model) encoder output of this clip.
-        sot_sequence: the tokens that precede the text.
-        tokens: text tokens, without the end token.
-        audio_sec: real audio in `hidden`; times are clipped to it.
-        heads: to read; those of `alignment_heads` by default.
-
-    Returns:
-        Words in order; starts and ends never decrease.
+    `hidden` (1, positions, d_model) is the encoder's output for a clip, of which `audio_sec` are real audio: times are
+    clipped to it. The tokens of the text, without the end token, follow those of `sot_sequence`. The heads are those
+    of `alignment_heads` by default.
 
     Raises:
         ModelError: the decoder has no cross-attention heads to read, or none of the listed.
@@ -145,14 +137,8 @@ def words_from_attention(
 ) -> tuple[Word, ...]:
     """Give words their times by the cheapest monotone path through the attention.
 
-    Args:
-        tokenizer: of the model.
-        tokens: of the text, n of them.
-        probabilities: of each token.
-        attention: (heads, L, positions), one row per token that the decoder was fed; L is first + n, or one less where
-            decoding was cut off before the last token.
-        first: the number of tokens before the text.
-        audio_sec: real audio; times are clipped to it.
+    `attention` (heads, L, positions) has one row per token that the decoder was fed: `first` tokens before the text,
+    then those of the text, the last of which is missing where decoding was cut off before it.
     """
     if not tokens:
         return ()

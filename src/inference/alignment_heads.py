@@ -181,14 +181,10 @@ def _score_clip(model: Any, clip: _Clip, heads: Sequence[Head]) -> Tensor:
 
 
 def score_heads(attention: Tensor, entered_sec: Sequence[float]) -> Tensor:
-    """Score heads against the places of tokens; see `HeadSearch.scores`.
+    """Score heads against the places of tokens: (heads, n), of which a head's score is the mean.
 
-    Args:
-        attention: (heads, n, P) probabilities of n > 1 tokens, one row each, over the positions of the real audio.
-        entered_sec: when each token begins, and after them the end: n + 1 times, ascending.
-
-    Returns:
-        (heads, n); the score of a head is the mean of its row.
+    `attention` (heads, n, P) has the probabilities of n > 1 tokens over the positions of the real audio, `entered_sec`
+    when each begins, and then the end: n + 1 times, ascending.
     """
     begins = np.rint(np.asarray(entered_sec) / POSITION_SEC).astype(int)
     at = np.arange(attention.shape[-1])

@@ -19,9 +19,8 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -316,11 +315,9 @@ def write_captions(path: str | Path, cues: Sequence[Cue], *, language: str | Non
         OSError: the folder cannot be made or written.
     """
     path = Path(path)
-    in_json = partial(to_json, language=language)
-    writers: dict[str, Callable[[Sequence[Cue]], str]] = {
-        ".json": in_json, ".srt": to_srt, ".tsv": to_tsv, ".vtt": to_vtt,
-    }  # fmt: skip
-    write_text_atomic(path, writers[_known_suffix(path, list(writers))](cues))
+    suffix = _known_suffix(path, [".json", ".srt", ".tsv", ".vtt"])
+    writers = {".srt": to_srt, ".tsv": to_tsv, ".vtt": to_vtt}
+    write_text_atomic(path, to_json(cues, language=language) if suffix == ".json" else writers[suffix](cues))
     return path
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -153,10 +153,10 @@ def decode(
     Raises:
         ModelError: clip too long, or a language or task that the model does not know.
     """
-    vocabulary = Vocabulary.of(processor.tokenizer)
+    tokenizer, vocabulary = processor.tokenizer, Vocabulary.of(processor.tokenizer)
     lengths = [len(audio) for audio in audios] if lengths is None else lengths
     encoded = encoder_outputs or encode(model, audios, options.trailing_silence_sec, lengths=lengths)
-    hidden = encoded.last_hidden_state
+    hidden = encoded.last_hidden_state  # kept here: `generate` repeats that of `encoded` for beams
 
     # what the decoder is given: previous text and hotwords, special tokens, the forced beginning of the text
     languages = languages_of(model, vocabulary, encoded, options)
@@ -174,23 +174,14 @@ def decode(
         words = None
         if options.word_timestamps:
             text, audio_sec = [token for token in tokens if token < vocabulary.end], lengths[i] / SAMPLE_RATE
+            start = starts[i]
             if row.attention is not None:
                 words = words_from_attention(
-                    processor.tokenizer,
-                    text,
-                    row.probabilities,
-                    row.attention,
-                    first=len(starts[i]),
-                    audio_sec=audio_sec,
+                    tokenizer, text, row.probabilities, row.attention, first=len(start), audio_sec=audio_sec
                 )
             else:  # beams and timestamps: in a second pass
                 words = align_words(
-                    model,
-                    processor.tokenizer,
-                    hidden[i : i + 1],
-                    sot_sequence=starts[i],
-                    tokens=text,
-                    audio_sec=audio_sec,
+                    model, tokenizer, hidden[i : i + 1], sot_sequence=start, tokens=text, audio_sec=audio_sec
                 )
         results.append(
             DecodingResult(
@@ -226,9 +217,7 @@ class _Decoded:
     avg_logprob: float
     no_speech_prob: float | None = None
     probabilities: Sequence[float] = ()  # of the forced and the new tokens, where attention was recorded
-    attention: Tensor | None = (
-        None  # (heads, rows, positions) from the start token on: the row before a token predicts it
-    )
+    attention: Tensor | None = None  # (heads, tokens from the start token on, positions)
 
 
 def _greedy(
@@ -311,13 +300,14 @@ def _greedy(
     for i, row in enumerate(torch.stack(chosen, dim=1).tolist()):
         text = row[: row.index(end)] if end in row else row[: limits[i]]
         scored = min(len(text) + 1, limits[i])
-        decoded = _Decoded(text, float(scores[i, :scored].sum()) / scored, no_speech[i])
-        if heads:  # a shorter text than its neighbours' was fed end tokens
-            until = given.shape[1] - begin + len(text)
-            decoded = replace(
-                decoded, probabilities=certainty_of_row[i][: forced + len(text)], attention=attention[i, :, :until]
-            )
-        rows.append(decoded)
+        logprob = float(scores[i, :scored].sum()) / scored
+        if not heads:
+            rows.append(_Decoded(text, logprob, no_speech[i]))
+            continue
+        until = given.shape[1] - begin + len(text)  # a shorter text than its neighbours' was fed end tokens
+        rows.append(
+            _Decoded(text, logprob, no_speech[i], certainty_of_row[i][: forced + len(text)], attention[i, :, :until])
+        )
     return rows
 
 

@@ -167,14 +167,9 @@ def decode_with_fallback(
     """Transcribe clips of at most 30 s as one batch; those that fail are decoded again at the next temperature.
 
     The rules are those of openai/whisper (Radford et al. 2022, section 4.5): a text that compresses too well is a loop,
-    one of low log-probability a guess; a guess on what the model takes for silence has no text.
-
-    Args:
-        engine: from `load_engine`.
-        audios: (T,) float32 each, 16 kHz.
-        options: temperature and `no_speech` are set here.
-        rules: its temperatures, tried in order until a text passes, and thresholds; None switches one off.
-        vad: asked where the model doubts that there is speech, and where it loops; without speech there is no text.
+    one of low log-probability a guess; a guess on what the model takes for silence has no text. The temperatures of
+    `rules` are tried until a text passes its thresholds; None switches one off. Where the model doubts that there is
+    speech, and where it loops, the VAD is asked: without speech there is no text.
 
     Returns:
         One result per clip, in order, with the temperature that gave it. Silence has an empty text.

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from src.data.audio import SAMPLE_RATE
 from src.data.features import CONTEXT_SAMPLES, padded_samples
 from src.inference.words import Word
-from src.utils.config import Config
+from src.utils.config import Config, InferenceConfig
 from src.utils.errors import ModelError
 
 MIN_NEW_TOKENS = 8  # a short clip may still hold a long word
+_DEFAULTS = InferenceConfig()
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class DecodingOptions:
 
     language: str | None = None
     task: str = "transcribe"
-    num_beams: int = 1
+    num_beams: int = _DEFAULTS.num_beams
     temperature: float = 0.0
-    trailing_silence_sec: float = 0.5
-    max_tokens_per_sec: float = 10.0
+    trailing_silence_sec: float = _DEFAULTS.trailing_silence_sec
+    max_tokens_per_sec: float = _DEFAULTS.max_tokens_per_sec
     word_timestamps: bool = False
     timestamps: bool = False
     no_speech: bool = False

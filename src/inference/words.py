@@ -155,11 +155,7 @@ class Vocabulary:
 
 
 def split_words(vocabulary: Vocabulary, tokens: Sequence[int]) -> list[tuple[str, int]]:
-    """Group tokens into words: a token starts one if it decodes to a leading space, else it extends the last.
-
-    Returns:
-        (text, number of tokens) per word; the numbers add up to all tokens.
-    """
+    """Return the text and the number of tokens of each word: a token with a leading space starts one."""
     words: list[tuple[str, int]] = []
     pending: list[int] = []
     for token in tokens:
@@ -184,22 +180,16 @@ def split_words(vocabulary: Vocabulary, tokens: Sequence[int]) -> list[tuple[str
 def place_words(
     vocabulary: Vocabulary, tokens: Sequence[int], *, entered_sec: Sequence[float], probabilities: Sequence[float]
 ) -> tuple[Word, ...]:
-    """Give words the times and probabilities of their tokens.
+    """Give words the probabilities of their tokens, and times, which never decrease.
 
-    Args:
-        vocabulary: of the model.
-        tokens: of a text.
-        entered_sec: when each token begins, and then the end token: one more than `tokens`, ascending.
-        probabilities: of each token, in [0, 1].
-
-    Returns:
-        Words in order; starts and ends never decrease.
+    `entered_sec` says when each token begins, and then the end token: one more than `tokens`, ascending.
     """
     words = []
     at = 0
     for text, size in split_words(vocabulary, tokens):
         start, end = float(entered_sec[at]), float(entered_sec[at + size])
         probability = float(sum(probabilities[at : at + size]) / size)
-        words.append(Word(text, start, max(start, end), probability, size))
+        if text:
+            words.append(Word(text, start, max(start, end), probability, size))
         at += size
-    return tuple(word for word in words if word.text)
+    return tuple(words)

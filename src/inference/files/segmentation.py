@@ -186,14 +186,8 @@ def decode_windows(
 
     The long-form algorithm of openai/whisper (Radford et al. 2022, section 3.8): the model writes segment times into
     its tokens, and the next window begins where the last whole segment ended. It keeps context over cuts, but decodes
-    one window at a time: segments cut at silences are several times faster.
-
-    Args:
-        engine: from `load_engine`.
-        blocks: (n,) float32, 16 kHz, in order.
-        options: the prompt stands before the first window; the language of the first window holds for all.
-        rules: as for `decode_with_fallback`.
-        vad: as for `decode_with_fallback`.
+    one window at a time: segments cut at silences are several times faster. The prompt of `options` precedes the first
+    window; the language of the first window is that of all. See `decode_with_fallback` for `rules` and `vad`.
 
     Yields:
         Each segment's result, its start and its end in seconds of the recording, as the times of its words.
