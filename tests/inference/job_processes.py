@@ -24,6 +24,7 @@ from src.utils.runtime import join_processes, rank, world_size
 
 def main(folder: Path, sources: Path, output: Path, die: bool) -> None:
     join_processes(patience=timedelta(minutes=2))
+    folder.mkdir(exist_ok=True)
     with (folder / f"done-{rank()}.txt").open("a") as log:
 
         def transcribe(mine: list[str]) -> Iterator[Transcription]:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.training.launching import collect, launch
 
 from src.inference.files.jobs import JobReport, RowWriter, deal, part_path, run_job
 from src.inference.files.transcribe import TranscribedSegment, Transcription
@@ -146,16 +148,24 @@ def test_shares_take_as_long_as_each_other_in_every_format(tmp_path: Path) -> No
     assert deal(sources[:1], 3) == [[sources[0]], [], []]
 
 
+def launch(processes: int, *arguments: object) -> int:
+    """Run job_processes.py in so many processes, and return the exit code."""
+    script = str(Path(__file__).parents[1] / "job_processes.py")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), script, *map(str, arguments)]
+    return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300).returncode
+
+
 @pytest.mark.slow
 def test_two_processes_of_which_one_is_killed_and_one_that_goes_on_do_each_file_once(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "job_processes.py"
     names = [str(tmp_path / f"{i:02d}.wav") for i in range(12)]
     listed, output = tmp_path / "sources.txt", tmp_path / "rows.jsonl"
     listed.write_text("\n".join(names))
-    assert launch(script, tmp_path / "two", 2, listed, output, "die").wait(timeout=300) != 0
+    assert launch(2, tmp_path / "two", listed, output, "die") != 0
     assert not output.exists()
     assert sorted(path.name for path in tmp_path.glob("*.part-*")) == ["rows.jsonl.part-00000", "rows.jsonl.part-00001"]
-    (found,) = collect(tmp_path / "one", launch(script, tmp_path / "one", 1, listed, output, "live"), 1)
+    assert launch(1, tmp_path / "one", listed, output, "live") == 0
+    found = json.loads((tmp_path / "one" / "found-0.json").read_text())
     assert found == {"processes": 1, "recordings": 12, "audio_sec": 12.0}
     done = [line for path in tmp_path.glob("*/done-*.txt") for line in path.read_text().splitlines()]
     assert sorted(done) == [row["source"] for row in rows_of(output)] == names
