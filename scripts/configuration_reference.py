@@ -2,8 +2,8 @@
 
     python scripts/configuration_reference.py [--check]
 
-Types, ranges and the defaults of left out keys come from the pydantic models, values and effects from config.yaml and
-its comments, so nothing is said twice. With --check nothing is written, and a file that is out of date is exit code 1.
+Types, ranges and the defaults of keys that are left out come from the pydantic models, values and effects from
+config.yaml and its comments. With --check nothing is written, and the exit code is 1 if the file is out of date.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ CONFIG, REFERENCE = ROOT / "config.yaml", ROOT / "docs" / "CONFIGURATION.md"
 INTRODUCTION = """<!-- Written by scripts/configuration_reference.py: edit config.yaml, src/utils/config.py -->
 # Configuration
 
-Every setting of [`config.yaml`](../config.yaml). A value there gives way to that of the chosen profile, and both to
-overrides: `load_config(overrides={"training.epochs": 5})` in Python, `--set training.epochs=5` in the scripts that take
-it, the forms of the notebook. The default is the value in the file, then what a profile has instead, then, as "left
-out", what holds where the file lacks the key or there is no file. Keys that do not exist, values out of range and
-settings that contradict each other are refused, all at once: see [Settings](TROUBLESHOOTING.md#settings).
+Every setting of [`config.yaml`](../config.yaml). The chosen profile overrides values of the file, and overrides take
+precedence over both: `load_config(overrides={"training.epochs": 5})` in Python, `--set training.epochs=5` in scripts
+that have it, the forms of the notebook. The default column shows the value in the file, then the value of a profile
+that differs, then, as "left out", the value without the key or the file. Unknown keys, values out of range and settings
+that contradict each other are all reported at once: see [Settings](TROUBLESHOOTING.md#settings).
 """
 _TYPES = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`", "null": "`null`"}
 _BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
@@ -54,7 +54,7 @@ class Setting:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the file is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the file is out of date")
     arguments = parser.parse_args()
     text, name = configuration_reference(), REFERENCE.relative_to(ROOT)
     if not arguments.check:
@@ -87,11 +87,12 @@ def configuration_reference() -> str:
 
 
 def settings(schema: Mapping[str, Any], sections: Mapping[str, Any], prefix: str = "") -> Iterator[Setting]:
-    """Yield the keys of a section and of those in it, in the order of the models.
+    """Yield the keys of a section and its subsections, in the order of the models.
 
     Args:
         schema: JSON schema of the section.
         sections: the schemas that it refers to, by name.
+        prefix: dotted key of the section, with a dot at the end.
     """
     for name, field in schema["properties"].items():
         if "$ref" in field:
@@ -114,7 +115,7 @@ def describe(field: Mapping[str, Any]) -> str:
 
 
 def read_comments(text: str) -> Iterator[tuple[str, str]]:
-    """Yield each dotted key of a YAML text with the comment behind it; keys without one are left out."""
+    """Yield each dotted key of a YAML text with the comment after it; keys without one are left out."""
     lines = text.splitlines()
 
     def walk(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The error vocabulary: one class per thing that can be wrong, so that callers catch exactly what they can handle."""
+"""Errors: one class per kind of problem, so that callers catch exactly what they can handle."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class DataError(WhisperASRError):
 
 
 class SourceUnavailableError(DataError):
-    """A whole source cannot be had: no network, no such folder or data set. `data.sources` may name another."""
+    """A whole source is unavailable: no network, no such folder or data set. `data.sources` may name another."""
 
 
 class AudioError(DataError):
-    """A recording cannot be decoded or holds no usable signal."""
+    """A recording cannot be decoded or has no usable signal."""
 
 
 class DeviceError(WhisperASRError):
@@ -39,7 +39,7 @@ class ModelError(WhisperASRError):
 
 
 class MissingDependencyError(WhisperASRError):
-    """An optional package is absent; the message holds the line that installs it."""
+    """An optional package is absent; the message contains the line that installs it."""
 
 
 class CheckpointError(WhisperASRError):
@@ -47,7 +47,7 @@ class CheckpointError(WhisperASRError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, its type's name where it has no text."""
+    """Return the first line of an error's text, or the name of its type if it has none."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 

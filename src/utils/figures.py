@@ -1,7 +1,7 @@
-"""How pictures look, and how they reach a notebook and the disk.
+"""Style of all figures, and their display in a notebook and on the disk.
 
-Okabe-Ito colours (safe for colour-blind readers) on an opaque white ground, so that they read the same in light and
-dark notebooks. Only figure objects are used: no pyplot, no global state, nothing at import.
+Okabe-Ito colours (safe for colour-blind readers) on an opaque white background, so that figures look the same in light
+and dark notebooks. Only figure objects are used: no pyplot, no global state.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ FIGURE_STYLE: dict[str, Any] = {
     **dict.fromkeys(  # a user's dark style would make them white on white
         ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color"), "black"
     ),
-    "svg.hashsalt": "whisper",  # the same picture gives the same file
+    "svg.hashsalt": "whisper",  # the same figure gives the same file
 }
 
 
 class NotebookFigure(Figure):
-    """A figure that a notebook shows as a picture: without pyplot, a plain `Figure` shows as its name only."""
+    """A figure that a notebook displays: without pyplot, it shows a plain `Figure` as its name only."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Logging, set up by the notebook or a script and never by the library."""
+"""Logging setup for the notebook and scripts; the library itself never calls it."""
 
 from __future__ import annotations
 

@@ -50,31 +50,18 @@ def get_git_revision(folder: Path = _ROOT) -> str | None:
         return None
 
 
-class ReadsBytes(Protocol):
-    """An encoded recording that is read when it is needed."""
-
-    def read(self) -> bytes:
-        """Return the bytes of the encoded file."""
-        ...
+class _ReadsBytes(Protocol):
+    def read(self) -> bytes: ...
 
 
-class Recorded(Protocol):
-    """One recording with its transcript, such as `src.data.Utterance`."""
-
+class _Recorded(Protocol):
+    # one recording with its transcript, such as `src.data.Utterance`
     @property
-    def id(self) -> str:
-        """Name of the recording."""
-        ...
-
+    def id(self) -> str: ...
     @property
-    def text(self) -> str:
-        """Transcript."""
-        ...
-
+    def text(self) -> str: ...
     @property
-    def audio(self) -> Path | bytes | ReadsBytes:
-        """Encoded audio."""
-        ...
+    def audio(self) -> Path | bytes | _ReadsBytes: ...
 
 
 @dataclass(frozen=True)
@@ -129,7 +116,7 @@ class DataVersionManager:
         self.path = Path(path)
 
     def log_dataset_version(
-        self, *, dataset_name: str, version: str, metadata: Mapping[str, Any], utterances: Iterable[Recorded] = ()
+        self, *, dataset_name: str, version: str, metadata: Mapping[str, Any], utterances: Iterable[_Recorded] = ()
     ) -> DatasetVersion:
         """Log a version; reads all of its audio. Logging the same content again updates metadata, time and revision.
 
@@ -163,7 +150,7 @@ class DataVersionManager:
         chosen = [record for record in records if dataset_name in (None, record.dataset_name)]
         return sorted(chosen, key=lambda record: (record.time, record.dataset_name, record.version))
 
-    def compare(self, dataset_name: str, version: str, utterances: Iterable[Recorded]) -> DatasetChanges:
+    def compare(self, dataset_name: str, version: str, utterances: Iterable[_Recorded]) -> DatasetChanges:
         """Return how the utterances differ from a logged version; reads all audio.
 
         Raises:
@@ -183,7 +170,7 @@ class DataVersionManager:
             changed=tuple(sorted(i for i in now.keys() & record.digests.keys() if now[i] != record.digests[i])),
         )
 
-    def verify(self, dataset_name: str, version: str, utterances: Iterable[Recorded]) -> None:
+    def verify(self, dataset_name: str, version: str, utterances: Iterable[_Recorded]) -> None:
         """Make sure that the utterances are those of a logged version; reads all audio.
 
         Raises:
@@ -214,7 +201,7 @@ def _load_version(file: Path) -> DatasetVersion:
     return read_json(file, parse, what="a data set version", fix="remove it, or fetch it again")
 
 
-def _checksums(utterances: Iterable[Recorded]) -> tuple[str | None, dict[str, tuple[str, ...]]]:
+def _checksums(utterances: Iterable[_Recorded]) -> tuple[str | None, dict[str, tuple[str, ...]]]:
     """Return one checksum over all clips (None without any) and the short digests by id.
 
     A clip's digest is SHA-256(SHA-256(audio) + SHA-256(text)). The checksum is over their sorted list, so the order
@@ -231,7 +218,7 @@ def _checksums(utterances: Iterable[Recorded]) -> tuple[str | None, dict[str, tu
     return checksum, {name: tuple(sorted(by_id[name])) for name in sorted(by_id)}
 
 
-def _audio_sha256(utterance: Recorded) -> bytes:
+def _audio_sha256(utterance: _Recorded) -> bytes:
     audio = utterance.audio
     try:
         if isinstance(audio, Path):
