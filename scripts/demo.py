@@ -21,10 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.command_line import check_model_path, parse_setting
-from src.inference.server.connection import ServerLimits
-from src.inference.server.page import Demo, launch_demo
-from src.inference.server.page_files import MAX_UPLOAD_SEC
-from src.inference.server.server import LOOPBACK
+from src.inference.server.host import LOOPBACK, ServerLimits
+from src.inference.server.page import MAX_UPLOAD_SEC, Demo, launch_demo
 from src.utils.config import load_config
 from src.utils.errors import WhisperASRError
 from src.utils.logging_config import setup_logging

@@ -24,8 +24,8 @@ from scripts.command_line import check_model_path, parse_setting
 from scripts.stream_client import read_token
 from src.data.vad import VoiceActivityDetector
 from src.inference.engines import Engine, load_engine
-from src.inference.server.connection import ServerLimits
-from src.inference.server.server import DEFAULT_PORT, LOOPBACK, CaptionServer, SessionFactory
+from src.inference.server.host import LOOPBACK, ServerLimits
+from src.inference.server.server import DEFAULT_PORT, CaptionServer, SessionFactory
 from src.inference.streaming.session import StreamingSession
 from src.utils import load_config, setup_logging
 from src.utils.config import Config

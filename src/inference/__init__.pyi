@@ -5,7 +5,7 @@ from .engines import load_engine
 from .files.transcribe import BatchInference, Transcription
 from .options import DecodingOptions
 from .server.client import stream_to_server
-from .server.connection import ServerLimits
+from .server.host import ServerLimits
 from .server.page import launch_demo
 from .server.server import CaptionServer
 from .streaming.microphone import StreamingASR

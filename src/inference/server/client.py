@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-from types import TracebackType
-from typing import Self
+from collections.abc import AsyncIterator, Iterable, Iterator
 
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
@@ -38,7 +36,7 @@ async def stream_to_server(
     language: str | None = None,
     token: str | None = None,
 ) -> AsyncIterator[Ready | LiveEvent | Done]:
-    """Send audio to a caption server, and yield what it answers, as it comes.
+    """Send audio to a caption server, and yield its answers as they come.
 
     Args:
         url: such as "ws://127.0.0.1:8765".
@@ -48,12 +46,19 @@ async def stream_to_server(
         sample_format: on the wire; "s16le" is half as large.
         language: code such as "en"; None leaves it to the server.
         token: that the server asks for.
-    Yields: `Ready`, the session's events, and `Done`; its reason is "shutdown" where the server stopped before the end.
-    Raises: StreamError: no caption server there, or it refused or failed. What `blocks` raises.
+
+    Yields:
+        `Ready`, the session's events, and `Done`; its reason is "shutdown" where the server stopped before the end.
+
+    Raises:
+        StreamError: no caption server there, or it refused or failed.
+        Exception: what `blocks` raises.
     """
     hello = Hello(sample_rate=sample_rate, format=sample_format, language=language)
+    sender: asyncio.Task[None] | None = None
+    source_errors: list[Exception] = []
     websocket = await _connect(url, token)
-    async with websocket, _Sender(websocket, blocks, sample_format) as sender:
+    async with websocket:
         try:
             await websocket.send(hello.to_text())
             while True:
@@ -61,52 +66,39 @@ async def stream_to_server(
                 if isinstance(message, Failure):
                     raise message.error
                 if isinstance(message, Ready):
-                    sender.start(message.max_message_bytes)
+                    step = message.max_message_bytes // np.dtype(DTYPES[sample_format]).itemsize
+                    sending = _send_audio(websocket, iter(blocks), sample_format, step, source_errors)
+                    sender = asyncio.create_task(sending)
                 yield message
                 if isinstance(message, Done):
                     return
         except ConnectionClosed as err:
             lost = f"{url}: the connection ended before the captions did: {err}"
-            raise sender.error or StreamError("lost", lost, fix="stream the rest again") from err
+            raise next(iter(source_errors), StreamError("lost", lost, fix="stream the rest again")) from err
+        finally:
+            if sender is not None:
+                sender.cancel()
+                await asyncio.wait([sender])
 
 
-class _Sender:
-    """Sends blocks and the end, from its start until the end of its `async with` block.
-
-    Attributes:
-        error: what their source raised; the connection is closed then.
-    """
-
-    def __init__(self, websocket: ClientConnection, blocks: Iterable[Waveform], sample_format: SampleFormat) -> None:
-        self._websocket, self._blocks, self._format = websocket, iter(blocks), sample_format
-        self._task: asyncio.Task[None] | None = None
-        self.error: Exception | None = None
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-
-    def start(self, max_message_bytes: int) -> None:
-        self._task = asyncio.create_task(self._send(max_message_bytes))
-
-    async def _send(self, max_message_bytes: int) -> None:
-        step = max_message_bytes // np.dtype(DTYPES[self._format]).itemsize
-        try:
-            while (block := await asyncio.to_thread(next, self._blocks, None)) is not None:
-                for at in range(0, len(block), step):
-                    await self._websocket.send(write_samples(block[at : at + step], self._format))
-            await self._websocket.send(End().to_text())
-        except ConnectionClosed:
-            pass  # the receiving side learns why
-        except Exception as err:  # noqa: BLE001 - nobody awaits this task; the receiving side raises it
-            self.error = err
-            await self._websocket.close()
+async def _send_audio(
+    websocket: ClientConnection,
+    blocks: Iterator[Waveform],
+    sample_format: SampleFormat,
+    step: int,
+    errors: list[Exception],
+) -> None:
+    """Send all blocks, in messages of `step` samples, and the end; `errors` gets what their source raises."""
+    try:
+        while (block := await asyncio.to_thread(next, blocks, None)) is not None:
+            for at in range(0, len(block), step):
+                await websocket.send(write_samples(block[at : at + step], sample_format))
+        await websocket.send(End().to_text())
+    except ConnectionClosed:
+        pass  # the receiving side learns why
+    except Exception as err:  # noqa: BLE001 - nobody awaits this task; the receiving side raises it
+        errors.append(err)
+        await websocket.close()
 
 
 async def _connect(url: str, token: str | None) -> ClientConnection:

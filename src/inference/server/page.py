@@ -2,25 +2,47 @@
 
 Everything stays between the browser and this process: no font, script or count comes from or goes to anywhere else.
 `share=True` alone opens a tunnel through Gradio's servers.
+
+Live captions go over the page's own requests, because a proxy such as Colab's may not pass WebSockets. gr.Audio can
+stream a microphone too, but loses audio: of the first 8 s that it recorded it delivered 1.0 to 3.0 s, and never what
+came after the last full piece before Stop (Gradio 6.24, Chromium, loopback, 2026-11-28). So the page hears for itself
+(`templates/demo_live.js`): a message holds at most half a second, and the next one leaves when the answer to the last
+has come. The backlog stays in the browser, nothing is lost, and tabs take turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import asyncio
+import base64
+import binascii
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, Self
+from types import TracebackType
+from typing import Any, Self, cast
 
-from src.inference.engines import Engine, load_engine
-from src.inference.server.connection import ServerLimits
-from src.inference.server.page_backend import make_backend
-from src.inference.server.page_files import MAX_UPLOAD_SEC
-from src.inference.server.page_turns import SharedEngine, Turns
-from src.inference.server.server import LOOPBACK
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from src.data.audio import SAMPLE_RATE, Waveform, stream_audio
+from src.data.vad import VoiceActivityDetector
+from src.inference.captions import make_cues, spaced, to_srt, to_vtt
+from src.inference.engines import Engine, load_engine, transcribe
+from src.inference.files.transcribe import BatchInference, Transcriptions
+from src.inference.options import DecodingOptions
+from src.inference.server.host import LOOPBACK, LiveHost, LiveSession, ServerLimits
+from src.inference.server.protocol import MAX_WIRE_RATE, MIN_WIRE_RATE, LiveEvent, StreamError, read_samples
+from src.inference.streaming.commit import Event
+from src.inference.streaming.session import StreamingSession
+from src.inference.words import Word
 from src.utils.config import Config
-from src.utils.errors import ConfigError, MissingDependencyError, ModelError
+from src.utils.errors import AudioError, ConfigError, MissingDependencyError, ModelError, WhisperASRError, first_line
 
+MAX_UPLOAD_SEC = 3600.0  # 230 MB of samples
+MAX_CHARS = 1 << 18  # of a message's audio: 1 s of int16 at the highest rate, in base64
+CPU_BATCH = 1  # segments of a file in a turn: live captions wait for one, not for sixteen; on a CPU it is as fast
 TUNED, STOCK = "tuned", "stock"
+CONTEXTS = {"full": "padded to 30 s", "dynamic": "at the audio's own length"}
 ModelSource = str | Path | Engine
 
 
@@ -32,8 +54,8 @@ class Demo:
         share_url: where everybody does; None unless shared.
     """
 
-    def __init__(self, page: Any, turns: Turns) -> None:
-        self._page, self._turns = page, turns
+    def __init__(self, page: Any, host: LiveHost) -> None:
+        self._page, self._host = page, host
         self.url: str = page.local_url
         self.share_url: str | None = page.share_url
 
@@ -47,9 +69,9 @@ class Demo:
         self.close()
 
     def close(self) -> None:
-        """Stop serving; what is being decoded is given up."""
+        """Stop serving; the model call that runs comes to its end, and no other is started."""
         self._page.close(verbose=False)
-        self._turns.close()
+        self._host.worker.shutdown(wait=False, cancel_futures=True)
 
 
 def launch_demo(
@@ -71,7 +93,7 @@ def launch_demo(
     Args:
         model: a `DynamicWhisper`, called "tuned" on the page; not needed with `models`.
         processor: its processor.
-        config: `inference`, `streaming`, `model`, `vad` and `device`; defaults without.
+        config: `inference`, `streaming`, `model`, `vad` and `device`; by default the defaults of `Config`.
         stock: to compare with: a variant such as "tiny.en", a folder, or an engine.
         models: more of them, by the name that the page shows. The first model of all is chosen at the start.
         share: open a public address through Gradio's servers: whoever knows it can use the page, for a week at most.
@@ -80,43 +102,202 @@ def launch_demo(
         limits: of live captions.
         max_upload_sec: of a file.
         height: of the frame in a notebook, pixels.
-    Raises: MissingDependencyError: gradio is absent. ModelError: no model. ConfigError: the address or port cannot be
-        had, or no tunnel can be opened. And what `load_engine` raises.
+
+    Raises:
+        MissingDependencyError: gradio is absent.
+        ModelError: no model, or what `load_engine` raises.
+        ConfigError: the address or port is unavailable, or no tunnel can be opened.
     """
     if (model is None) != (processor is None) or (model is None and not models):
         raise ModelError("launch_demo needs a model and its processor, or models={name: folder}")
-    demo_page = _import_page()
-    config = config or Config()
-    turns = Turns()
-    engines = {name: SharedEngine(engine, turns) for name, engine in _engines(model, processor, config, stock, models)}
-    page = demo_page.build_page(make_backend(engines, config, limits=limits, max_upload_sec=max_upload_sec))
     try:
-        demo_page.serve(page, share=share, server_name=server_name, server_port=port, height=height)
+        from src.inference.server import page_layout
+    except ImportError as err:
+        raise MissingDependencyError(f"the web page needs gradio 6 ({err}): pip install gradio") from err
+    config, host = config or Config(), LiveHost(limits)
+    engines: dict[str, Engine] = {}
+    if model is not None:
+        from src.inference.decoding import TorchEngine
+
+        engines[TUNED] = TorchEngine(model, processor)
+    for name, source in {**(models or {}), **({} if stock is None else {STOCK: stock})}.items():
+        engines[name] = load_engine(source, config) if isinstance(source, str | Path) else source
+    backend = Backend(engines, config, host, max_upload_sec=max_upload_sec)
+    page = page_layout.build_page(
+        backend.about, hear=backend.live.answer, leave=backend.live.leave, transcribe=backend.transcribe
+    )
+    try:
+        page_layout.serve(page, share=share, server_name=server_name, server_port=port, height=height)
     except (OSError, ValueError) as err:
-        turns.close()
+        host.worker.shutdown()
         raise ConfigError(f"the page cannot listen on {server_name}:{port}: {err}; choose another port") from err
-    demo = Demo(page, turns)
+    demo = Demo(page, host)
     if share and demo.share_url is None:
         demo.close()
         raise ConfigError("share=True, and no tunnel can be opened: see what is printed above; or leave share out")
     return demo
 
 
-def _import_page() -> ModuleType:
-    try:
-        from src.inference.server import page_layout as demo_page
-    except ImportError as err:
-        raise MissingDependencyError(f"the web page needs gradio 6 ({err}): pip install gradio") from err
-    return demo_page
+class Backend:
+    """The models behind the page, by the name that it shows; it knows nothing of Gradio.
+
+    Attributes:
+        about: how each model computes.
+        live: for microphones.
+    """
+
+    def __init__(self, engines: Mapping[str, Engine], config: Config, host: LiveHost, *, max_upload_sec: float) -> None:
+        self._engines, self._config, self._max_upload_sec = engines, config, max_upload_sec
+        self._vad = VoiceActivityDetector(config.vad)
+        self.live = LiveTabs(host, self._make_session)
+        self.about: dict[str, str] = {}
+        self._batches: dict[str, BatchInference] = {}
+        for name, engine in engines.items():
+            transcribe(engine, [np.zeros(SAMPLE_RATE, np.float32)], DecodingOptions(language="en"))  # the first is slow
+            self.about[name] = f"{engine.name}, {engine.precision} on {engine.device}, {CONTEXTS[engine.audio_context]}"
+            short = {"batch_size": CPU_BATCH} if engine.device == "cpu" else {}
+            settings = config.model_copy(update={"inference": config.inference.model_copy(update=short)})
+            in_turns = cast(Engine, _InTurns(engine, host))
+            self._batches[name] = BatchInference(config=settings, engine=in_turns, vad=self._vad)
+
+    def _make_session(self, model: str) -> StreamingSession:
+        if model not in self._engines:
+            raise ConfigError(f"model {model!r} is not on this page; known: {', '.join(self._engines)}")
+        return StreamingSession(self._engines[model], vad=self._vad, config=self._config)
+
+    def transcribe(self, path: str | None, *models: str) -> list[Transcriptions]:
+        """Transcribe an upload with one model after the other, so that their times compare; silence is allowed.
+
+        Raises:
+            AudioError: there is none, it cannot be decoded, or it is too long.
+        """
+        if path is None:
+            raise AudioError("no recording yet: upload one, or record it")
+        audio = read_upload(Path(path), max_sec=self._max_upload_sec)
+        return [self._batches[model].transcribe_batch([audio], word_timestamps=True) for model in models]
 
 
-def _engines(
-    model: Any, processor: Any, config: Config, stock: ModelSource | None, models: Mapping[str, ModelSource] | None
-) -> Iterator[tuple[str, Engine]]:
-    if model is not None:
-        from src.inference.decoding import TorchEngine
+class _InTurns:
+    """An engine whose calls wait for their turn in the host's worker: a file must not keep live captions waiting."""
 
-        yield TUNED, TorchEngine(model, processor)
-    sources = dict(models or {}) | ({} if stock is None else {STOCK: stock})
-    for name, source in sources.items():
-        yield name, load_engine(source, config) if isinstance(source, str | Path) else source
+    workers = 1
+
+    def __init__(self, engine: Engine, host: LiveHost) -> None:
+        self._engine, self._host = engine, host
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._engine, name)
+        if not callable(value):
+            return value
+        return lambda *given, **named: self._host.worker.submit(value, *given, **named).result()
+
+
+def read_upload(path: Path, *, max_sec: float) -> Waveform:
+    """Decode an upload to (T,) float32 at 16 kHz; silence is allowed.
+
+    Raises:
+        AudioError: it cannot be decoded, or is longer than `max_sec`.
+    """
+    blocks, samples = [], 0
+    for block in stream_audio(path, name=path.name):
+        blocks.append(block)
+        samples += len(block)
+        if samples > max_sec * SAMPLE_RATE:
+            raise AudioError(
+                f"{path.name}: longer than {max_sec / 60:g} minutes, the most that this page takes; "
+                "scripts/transcribe.py transcribes recordings of any length"
+            )
+    return np.concatenate(blocks)
+
+
+class LiveMessage(BaseModel):
+    """A message of a tab: samples as base64 of "s16le"; a recording begins with `first` and ends with `last`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tab: str = Field(min_length=1, max_length=100)
+    model: str
+    rate: int = Field(ge=MIN_WIRE_RATE, le=MAX_WIRE_RATE)
+    pcm: str = Field(max_length=MAX_CHARS)
+    first: bool = False
+    last: bool = False
+
+
+class LiveTabs:
+    """Recordings that are under way, at most one per tab: an adapter between the page's requests and `host`."""
+
+    def __init__(self, host: LiveHost, make_session: Callable[[str], StreamingSession]) -> None:
+        self._host, self._make_session = host, make_session
+        self._tabs: dict[str, LiveSession] = {}
+
+    async def answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Hear a message.
+
+        Returns:
+            `events` as they travel and `audio_sec` heard; when the recording ends `srt` and `vtt`, and a `note` if it
+            ended at a limit. Or `error` alone, and the recording is over.
+        """
+        try:
+            return await self._hear(LiveMessage.model_validate(message))
+        except ValidationError as err:
+            return {"error": f"not a message of this page: {err.errors()[0]['msg']}; reload the page"}
+        except WhisperASRError as err:
+            self.leave(str(message.get("tab")))
+            return {"error": first_line(err)}
+
+    def leave(self, tab: str) -> None:
+        """Free a tab's session, if it has one."""
+        if (live := self._tabs.pop(tab, None)) is not None:
+            live.close()
+
+    async def _hear(self, message: LiveMessage) -> dict[str, Any]:
+        try:
+            samples = read_samples(base64.b64decode(message.pcm, validate=True), "s16le")
+        except binascii.Error as err:
+            raise StreamError("bad_audio", f"the audio is not base64: {err}", fix="reload the page") from err
+        if message.first:
+            await self._begin(message)
+        if (live := self._tabs.get(message.tab)) is None:
+            raise StreamError("idle", "this recording has ended: the connection was lost", fix="press Start again")
+        newest = live.session.words[-1:]
+        events = await live.hear(samples)
+        if message.last:
+            live.end("end")
+        reply: dict[str, Any] = {}
+        if live.ending is not None:
+            while (more := await live.next_events()) is not None:
+                events += more
+            self.leave(message.tab)
+            cues = await asyncio.to_thread(make_cues, live.session.words)
+            reply = {"srt": to_srt(cues), "vtt": to_vtt(cues)}
+        if isinstance(live.ending, StreamError):
+            reply["note"] = f"This recording has ended: {live.ending.message}; press Start for another."
+        return {"events": _on_page(events, newest), "audio_sec": live.session.audio_sec, **reply}
+
+    async def _begin(self, message: LiveMessage) -> None:
+        for tab, live in list(self._tabs.items()):
+            if tab == message.tab or live.ending is not None:  # its last recording, and those that fell silent
+                self.leave(tab)
+        live = await self._host.open(partial(self._make_session, message.model), message.rate)
+        self.leave(message.tab)  # its page may have sent two at once
+        self._tabs[message.tab] = live
+
+
+def _on_page(events: Sequence[Event], newest: Sequence[Word]) -> list[dict[str, Any]]:
+    """Return events as they travel; a word's text begins with the space before it, if there is one.
+
+    Args:
+        events: in order.
+        newest: the last word committed before them, if there is one.
+    """
+    before = newest[-1].text if newest else ""
+    found = []
+    for event in events:
+        fields = LiveEvent.of(event, lag_sec=0.0).model_dump()
+        texts = [word.text for word in event.words]
+        for word, text in zip(fields["words"], spaced([before, *texts])[1:], strict=True):
+            word["text"] = text
+        if event.kind == "commit":
+            before = texts[-1]
+        found.append(fields)
+    return found

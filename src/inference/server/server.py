@@ -1,12 +1,9 @@
-"""A WebSocket server of live captions: several sessions on one model. `protocol` has the wire format.
+"""A WebSocket server of live captions: an adapter between sockets and `host`. `protocol` has the wire format.
 
-All model calls run in one worker thread, whose queue is first in, first out. A session has at most one turn of
-`TURN_SEC` of audio in it, so turns go round: a client with a minute of audio waiting delays the others no more than one
-with a second. Audio that waits is bounded by `ServerLimits.queue_sec`; beyond that the socket is not read, TCP holds
-the client back, and nothing is dropped.
-
-A session is freed when its client leaves, stalls or breaks the rules, and the server goes on. A model call cannot be
-interrupted: its session ends after it.
+Each connection has a reader, which moves audio into the session's backlog, and a loop that sends the events of each
+turn. While the backlog is full the socket is not read, TCP holds the client back, and no audio is dropped. A session is
+freed when its client leaves, stalls or breaks the rules, and the server continues. A model call cannot be interrupted:
+its session ends after it.
 """
 
 from __future__ import annotations
@@ -17,17 +14,16 @@ import ipaddress
 import logging
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict
+from functools import partial
 from http import HTTPStatus
-from typing import TypeVar
 
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from src.inference.server.audio_queue import AudioQueue
-from src.inference.server.connection import CLOSE_SEC, ClientConnection, ServerLimits
+from src.inference.server.host import LOOPBACK, LiveHost, LiveSession, ServerLimits
 from src.inference.server.protocol import (
     CLOSE_CODES,
     Done,
@@ -35,23 +31,24 @@ from src.inference.server.protocol import (
     Hello,
     LiveEvent,
     Ready,
+    ServerMessage,
     StreamError,
+    read_end,
     read_hello,
+    read_samples,
 )
-from src.inference.streaming.commit import Event
 from src.inference.streaming.session import StreamingSession
-from src.utils.errors import ConfigError, first_line
+from src.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 8765
 MAX_WAITING = 16  # connections that have not begun a session
 MAX_FRAMES = 4  # messages that the library holds before it stops reading
 CLOSE_OK, CLOSE_GOING_AWAY = 1000, 1001
+CLOSE_SEC = 5.0  # for the client to answer a close
 
 SessionFactory = Callable[[str | None], StreamingSession]
-T = TypeVar("T")
 
 
 class CaptionServer:
@@ -59,12 +56,14 @@ class CaptionServer:
 
     Args:
         make_session: makes a session for a language, None for the server's own; runs in the worker. A `ConfigError`
-            of it is the client's: what its hello asked for cannot be had.
+            of it is the client's mistake: its hello asked for something unavailable.
         limits: what a client may use.
         token: that clients must know; None admits everyone who reaches the port.
         origins: of web pages that may connect, such as "https://captions.example"; a page of any other is refused,
             as browsers let every page connect to the user's own machine. Programs send no origin.
-    Raises: ConfigError: an empty token.
+
+    Raises:
+        ConfigError: an empty token.
     """
 
     def __init__(
@@ -77,20 +76,23 @@ class CaptionServer:
     ) -> None:
         if token == "":
             raise ConfigError("the token is empty; give at least 16 random characters, or None to admit everyone")
-        self._make_session, self._limits = make_session, limits or ServerLimits()
-        self._token, self._origins = token, frozenset(origins)
-        self._worker = ThreadPoolExecutor(1, "captions")
+        self._make_session, self._host = make_session, LiveHost(limits)
+        self._limits, self._token, self._origins = self._host.limits, token, frozenset(origins)
         self._waiting: set[ServerConnection] = set()  # have not begun a session
-        self._sessions: set[AudioQueue] = set()
 
     @asynccontextmanager
     async def listen(self, host: str = LOOPBACK, port: int = DEFAULT_PORT) -> AsyncIterator[str]:
         """Serve inside the block, once; at its end decode every session to its end, say done, and close.
 
         Args:
+            host: to listen on.
             port: 0 takes a free one.
-        Yields: the address, such as "ws://127.0.0.1:8765".
-        Raises: ConfigError: the host or port cannot be had.
+
+        Yields:
+            The address, such as "ws://127.0.0.1:8765".
+
+        Raises:
+            ConfigError: the host or port is unavailable.
         """
         try:
             server = await serve(
@@ -117,11 +119,11 @@ class CaptionServer:
             yield f"ws://{f'[{host}]' if ':' in host else host}:{next(iter(server.sockets)).getsockname()[1]}"
         finally:
             server.close(close_connections=False)
-            for audio in self._sessions:
-                audio.end("shutdown", drop=True)
+            for live in self._host.sessions:
+                live.end("shutdown", drop=True)
             await asyncio.gather(*(websocket.close(CLOSE_GOING_AWAY) for websocket in self._waiting))
             await server.wait_closed()
-            self._worker.shutdown()
+            self._host.worker.shutdown()
 
     def _refusal(self, websocket: ServerConnection, request: Request) -> Response | None:
         """Return the answer to a handshake that is refused; None accepts it."""
@@ -144,114 +146,107 @@ class CaptionServer:
 
     async def _handle(self, websocket: ServerConnection) -> None:
         """Serve one connection, whatever happens on it."""
-        client = ClientConnection(websocket, self._limits)
+        peer = websocket.remote_address
         try:
-            done = await self._converse(websocket, client)
-            last: Done | Failure = done
-            code = CLOSE_GOING_AWAY if done.reason == "shutdown" else CLOSE_OK
+            last: Done | Failure = await self._converse(websocket)
+            code = CLOSE_GOING_AWAY if isinstance(last, Done) and last.reason == "shutdown" else CLOSE_OK
         except StreamError as err:
-            logger.warning("%s: %s: %s", client.peer, err.code, err)
+            logger.warning("%s: %s: %s", peer, err.code, err)
             last, code = Failure.of(err), CLOSE_CODES[err.code]
             traceback.clear_frames(err.__traceback__)  # they hold the session, in a cycle with the error
         except (ConnectionClosed, ConnectionAbortedError) as err:
-            logger.info("%s: left: %s", client.peer, err)
+            logger.info("%s: left: %s", peer, err)
             traceback.clear_frames(err.__traceback__)
             return
         with suppress(ConnectionClosed, ConnectionAbortedError):
-            await client.send(last)
-            await client.close(code)
+            await self._send(websocket, last)
+            await _close(websocket, code)
 
-    async def _converse(self, websocket: ServerConnection, client: ClientConnection) -> Done:
+    async def _converse(self, websocket: ServerConnection) -> Done:
         """Hold one session; return what to say last.
 
-        Raises: StreamError: it was refused, or failed. ConnectionClosed, ConnectionAbortedError: the client left, or
-            takes no events.
+        Raises:
+            StreamError: it was refused, or failed.
+            ConnectionClosed: the client left.
+            ConnectionAbortedError: the client takes no events.
         """
         self._waiting.add(websocket)
         try:
-            first = await client.receive()
+            async with asyncio.timeout(self._limits.idle_sec):
+                first = await websocket.recv()
+        except TimeoutError as err:
+            nothing = f"nothing came for {self._limits.idle_sec:g} s"
+            raise StreamError("idle", nothing, fix="send audio, silence too, and then the end") from err
         finally:
             self._waiting.remove(websocket)
         hello = Hello() if isinstance(first, bytes) else read_hello(first)
-        self._admit(websocket, hello)
-        audio = AudioQueue(hello.sample_rate, self._limits.queue_sec)
-        self._sessions.add(audio)
-        try:
-            session = await self._in_worker(self._make_session, hello.language)
-            await client.send(_ready(hello, self._limits))
-            logger.info("%s: session begun, %d at once", client.peer, len(self._sessions))
-            reader = asyncio.create_task(client.read_audio(first if isinstance(first, bytes) else None, hello, audio))
-            try:
-                return await self._transcribe(client, session, audio)
-            except StreamError as err:
-                err.audio_sec = session.audio_sec
-                raise
-            finally:
-                reader.cancel()
-                await asyncio.wait([reader])  # two may not read
-        finally:
-            self._sessions.remove(audio)
-
-    def _admit(self, websocket: ServerConnection, hello: Hello) -> None:
         tokens = [] if hello.token is None else [hello.token]
         if not self._is_known(tokens + _bearer_tokens(websocket.request)):
             raise StreamError(
                 "unauthorized", "no token, or a wrong one", fix="send Authorization: Bearer TOKEN, or token in hello"
             )
-        if len(self._sessions) >= self._limits.max_sessions:
-            raise StreamError(
-                "too_many_sessions", f"all {self._limits.max_sessions} sessions are taken", fix="try again later"
-            )
-
-    async def _transcribe(self, client: ClientConnection, session: StreamingSession, audio: AudioQueue) -> Done:
-        """Feed the session turn by turn, until its audio has ended."""
-        while (samples := await audio.get()) is not None:
-            session.sharers = len(self._sessions)
-            events = await self._in_worker(session.feed, samples, audio.sample_rate)
-            await _send_events(client, events, audio.waiting_sec)
-        await _send_events(client, await self._in_worker(session.flush), audio.waiting_sec)
-        if isinstance(audio.ending, StreamError):
-            raise audio.ending
-        reason = audio.ending or "end"
-        return Done(reason=reason, text=session.transcript, audio_sec=session.audio_sec)
-
-    async def _in_worker(self, call: Callable[..., T], *arguments: object) -> T:
-        """Run a call in its turn.
-
-        Raises: StreamError: it failed.
-        """
+        live = await self._host.open(partial(self._make_session, hello.language), hello.sample_rate)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._worker, call, *arguments)
-        except ConfigError as err:
-            raise StreamError("bad_message", first_line(err), fix="change the hello message") from err
-        except Exception as err:  # the thread's boundary: one session fails, the others go on
-            logger.exception("a session failed")
-            notes = "".join(f", {note}" for note in getattr(err, "__notes__", ()))
-            raise StreamError(
-                "engine_failed",
-                f"{type(err).__name__}: {first_line(err)}{notes}",
-                fix="stream again from where the commits end; the server's log has the traceback",
-            ) from err
+            limits = {name: value for name, value in asdict(self._limits).items() if name in Ready.model_fields}
+            await self._send(websocket, Ready(sample_rate=hello.sample_rate, format=hello.format, **limits))
+            logger.info("%s: session begun, %d at once", websocket.remote_address, len(self._host.sessions))
+            reader = asyncio.create_task(_read_audio(websocket, first, hello, live))
+            try:
+                while (events := await live.next_events()) is not None:
+                    for event in events:
+                        await self._send(websocket, LiveEvent.of(event, lag_sec=live.waiting_sec))
+                if isinstance(live.ending, StreamError):
+                    raise live.ending
+                return Done(reason=live.ending or "end", text=live.session.transcript, audio_sec=live.session.audio_sec)
+            except StreamError as err:
+                err.audio_sec = live.session.audio_sec
+                raise
+            finally:
+                reader.cancel()
+                await asyncio.wait([reader])  # two may not read
+        finally:
+            live.close()
+
+    async def _send(self, websocket: ServerConnection, message: ServerMessage) -> None:
+        try:
+            async with asyncio.timeout(self._limits.send_sec):
+                await websocket.send(message.to_text())
+        except TimeoutError as err:
+            websocket.transport.abort()
+            raise ConnectionAbortedError(f"took no event for {self._limits.send_sec:g} s") from err
+
+
+async def _read_audio(websocket: ServerConnection, first: str | bytes, hello: Hello, live: LiveSession) -> None:
+    """Move what the client sends into the backlog, until its end or a failure."""
+    try:
+        message = first if isinstance(first, bytes) else await websocket.recv()
+        while isinstance(message, bytes):
+            await live.put(read_samples(message, hello.format))
+            message = await websocket.recv()
+        read_end(message)
+        live.end("end")
+    except Exception as err:  # noqa: BLE001 - nobody awaits this task; `next_events` raises it
+        live.fail(err)
+
+
+async def _close(websocket: ServerConnection, code: int) -> None:
+    """Close, and read on until the client has answered.
+
+    Otherwise a socket that is not read would never show the answer, and TCP would discard what was sent last when it is
+    cut off with audio unread.
+    """
+    try:
+        async with asyncio.timeout(CLOSE_SEC), asyncio.TaskGroup() as tasks:
+            tasks.create_task(websocket.close(code))
+            with suppress(ConnectionClosed):
+                while True:
+                    await websocket.recv()
+    except TimeoutError:
+        websocket.transport.abort()
 
 
 def _bearer_tokens(request: Request | None) -> list[str]:
     return [] if request is None else [v.removeprefix("Bearer ") for v in request.headers.get_all("Authorization")]
-
-
-async def _send_events(client: ClientConnection, events: Sequence[Event], lag_sec: float) -> None:
-    for event in events:
-        await client.send(LiveEvent.of(event, lag_sec=lag_sec))
-
-
-def _ready(hello: Hello, limits: ServerLimits) -> Ready:
-    return Ready(
-        sample_rate=hello.sample_rate,
-        format=hello.format,
-        max_message_bytes=limits.max_message_bytes,
-        queue_sec=limits.queue_sec,
-        idle_sec=limits.idle_sec,
-        max_session_sec=limits.max_session_sec,
-    )
 
 
 def is_loopback(host: str) -> bool:

@@ -120,7 +120,6 @@ class StreamingASR(StreamingSession):
         """Transcribe a file as a stream; see `iter_file`.
 
         Args:
-            path: of the recording.
             real_time: hear it no faster than it was recorded, to see what a microphone would give.
             on_event: called with each event as it comes, in this thread.
         """
@@ -143,7 +142,14 @@ class StreamingASR(StreamingSession):
         Raises:
             MissingDependencyError, AudioError, ConfigError: as `Microphone` and `BrowserMicrophone`.
         """
-        microphone = open_microphone(duration_sec)
+        microphone: Microphone | BrowserMicrophone
+        if in_colab() and in_notebook():
+            microphone = BrowserMicrophone(duration_sec)
+            logger.info("recording %g s from the browser's microphone; allow it if the browser asks", duration_sec)
+        else:
+            microphone = Microphone(duration_sec)
+            rate = microphone.sample_rate
+            logger.info("recording %g s from this machine's microphone at %d Hz", duration_sec, rate)
         with contextlib.closing(microphone.blocks()) as blocks:  # an error must not leave it open
             events = self._listen((block, microphone.sample_rate) for block in blocks)
             return replace(self._gather(events, on_event), overruns=microphone.overruns)
@@ -164,20 +170,6 @@ class StreamingASR(StreamingSession):
             if on_event is not None:
                 on_event(event)
         return self.result(gathered)
-
-
-def open_microphone(duration_sec: float) -> Microphone | BrowserMicrophone:
-    """Return the microphone that a person here can speak into, and log which.
-
-    Raises:
-        MissingDependencyError, AudioError, ConfigError: as `Microphone` and `BrowserMicrophone`.
-    """
-    if in_colab() and in_notebook():
-        logger.info("recording %g s from the browser's microphone; allow it if the browser asks", duration_sec)
-        return BrowserMicrophone(duration_sec)
-    microphone = Microphone(duration_sec)
-    logger.info("recording %g s from this machine's microphone at %d Hz", duration_sec, microphone.sample_rate)
-    return microphone
 
 
 def in_real_time(

@@ -13,7 +13,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -42,9 +41,11 @@ class LiveCaptions:
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, terminal: TextIO | None = None) -> None:
         self._clock, self._terminal = clock, terminal or sys.stdout
-        self._in_notebook = in_notebook()
-        self._captions, self._display_id = Captions(), ""
+        self._in_notebook, self._display_id = in_notebook(), ""
         self._drawn_sec: deque[float] = deque(maxlen=MAX_UPDATES_PER_SEC)  # the newest updates
+        self._committed, self._partial = "", ""  # text that stays, its newest `MAX_CHARS`; text that may change
+        self._heard_sec = 0.0
+        self._late = ""
 
     def __enter__(self) -> Self:
         self._draw()
@@ -55,18 +56,40 @@ class LiveCaptions:
 
     def show(self, event: Event) -> None:
         """Take an event, and show its effect unless there were too many updates."""
-        self._captions = self._captions.after(event)
+        self._heard_sec = event.audio_sec
+        text = "".join(spaced([word.text for word in event.words]))
+        if event.kind == "partial":
+            self._partial = text
+        elif event.kind == "commit":
+            self._committed, self._partial = _newest(_join(self._committed, text)), ""
+            late_sec = event.audio_sec - event.words[-1].end_sec
+            self._late = f", the newest word committed {late_sec:.1f} s of audio after its end"
         now_sec = self._clock()
         if len(self._drawn_sec) < MAX_UPDATES_PER_SEC or now_sec - self._drawn_sec[0] >= 1.0:
             self._drawn_sec.append(now_sec)
             self._draw()
 
+    def to_html(self, *, over: bool = False) -> str:
+        """Return the captions for a notebook; text is escaped."""
+        rest = _join(self._committed, self._partial)[len(self._committed) :]
+        status = f"{'finished' if over else 'listening'}: {self._heard_sec:.1f} s heard{self._late}"
+        return (
+            '<div style="max-width: 60em; line-height: 1.5">'
+            f'<div dir="auto" style="min-height: 1.5em">{html.escape(self._committed)}'
+            f'<span style="opacity: {FAINT}; font-style: italic">{html.escape(rest)}</span></div>'
+            f'<small style="opacity: {FAINT}">{status}</small></div>'
+        )
+
+    def to_text(self) -> str:
+        """Return the captions for a terminal, on one line, without control characters."""
+        return "".join(filter(str.isprintable, _join(self._committed, self._partial)))
+
     def _draw(self, *, over: bool = False) -> None:
-        text = self._captions.to_text()
+        text = self.to_text()
         if self._in_notebook:
             from IPython.display import display
 
-            shown = {"text/html": self._captions.to_html(over=over), "text/plain": text}
+            shown = {"text/html": self.to_html(over=over), "text/plain": text}
             update, self._display_id = bool(self._display_id), self._display_id or secrets.token_hex(8)
             display(shown, raw=True, display_id=self._display_id, update=update)
         elif over:
@@ -76,51 +99,6 @@ class LiveCaptions:
             columns = shutil.get_terminal_size().columns - 1  # the last one may wrap
             self._terminal.write(CLEAR_LINE + text[-columns:])
             self._terminal.flush()
-
-
-@dataclass(frozen=True)
-class Captions:
-    """The captions on show.
-
-    Attributes:
-        committed: text that stays, the newest `MAX_CHARS` characters.
-        partial: text that may still change.
-        heard_sec: audio heard.
-        latency_sec: from the end of the newest committed word to its commit, seconds of audio; None before the first.
-    """
-
-    committed: str = ""
-    partial: str = ""
-    heard_sec: float = 0.0
-    latency_sec: float | None = None
-
-    def after(self, event: Event) -> Captions:
-        """Return the captions after an event."""
-        heard = replace(self, heard_sec=event.audio_sec)
-        if event.kind == "final":  # its words have been committed
-            return heard
-        text = "".join(spaced([word.text for word in event.words]))
-        if event.kind == "partial":
-            return replace(heard, partial=text)
-        latency_sec = event.audio_sec - event.words[-1].end_sec
-        return replace(heard, committed=_newest(_join(self.committed, text)), partial="", latency_sec=latency_sec)
-
-    def to_html(self, *, over: bool) -> str:
-        """Return them for a notebook; text is escaped."""
-        rest = _join(self.committed, self.partial)[len(self.committed) :]
-        status = f"{'finished' if over else 'listening'}: {self.heard_sec:.1f} s heard"
-        if self.latency_sec is not None:
-            status += f", the newest word committed {self.latency_sec:.1f} s of audio after its end"
-        return (
-            '<div style="max-width: 60em; line-height: 1.5">'
-            f'<div dir="auto" style="min-height: 1.5em">{html.escape(self.committed)}'
-            f'<span style="opacity: {FAINT}; font-style: italic">{html.escape(rest)}</span></div>'
-            f'<small style="opacity: {FAINT}">{status}</small></div>'
-        )
-
-    def to_text(self) -> str:
-        """Return them for a terminal, on one line, without control characters."""
-        return "".join(filter(str.isprintable, _join(self.committed, self.partial)))
 
 
 def _join(left: str, right: str) -> str:

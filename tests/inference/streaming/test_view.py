@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import io
 import re
-from pathlib import Path
 from typing import Any
 
-import nbclient
-import nbformat
 import pytest
 
 from src.inference.streaming import view as live_view
 from src.inference.streaming.commit import Event
-from src.inference.streaming.view import FAINT, MAX_CHARS, Captions, LiveCaptions
+from src.inference.streaming.view import FAINT, MAX_CHARS, LiveCaptions
 from src.inference.words import Word
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def event(kind: Any, text: str, audio_sec: float, *, end_sec: float | None = None) -> Event:
@@ -25,10 +20,10 @@ def event(kind: Any, text: str, audio_sec: float, *, end_sec: float | None = Non
     return Event(kind, words, text, audio_sec, audio_sec, 0)
 
 
-def after(*events: Event) -> Captions:
-    captions = Captions()
+def after(*events: Event) -> LiveCaptions:
+    captions = LiveCaptions(terminal=io.StringIO())
     for each in events:
-        captions = captions.after(each)
+        captions.show(each)
     return captions
 
 
@@ -60,39 +55,33 @@ def test_committed_text_grows_and_the_partial_is_replaced() -> None:
     captions = after(
         event("commit", "and so", 1.0), event("partial", "my fell", 1.5), event("partial", "my fellow", 2.0)
     )
-    assert (captions.committed, captions.partial, captions.heard_sec) == ("and so", "my fellow", 2.0)
-    captions = captions.after(event("commit", "my fellow", 2.5, end_sec=1.75))
-    assert (captions.committed, captions.partial) == ("and so my fellow", "")
-    assert captions.latency_sec == 0.75
-    assert captions.after(event("final", "and so my fellow", 4.0)) == Captions("and so my fellow", "", 4.0, 0.75)
-    assert captions.after(event("partial", "", 5.0)).partial == ""
+    assert captions.to_text() == "and so my fellow"
+    captions.show(event("commit", "my", 2.5, end_sec=1.75))
+    assert captions.to_text() == "and so my"
+    assert "2.5 s heard, the newest word committed 0.8 s" in captions.to_html()
+    captions.show(event("final", "and so my", 4.0))
+    assert captions.to_text() == "and so my"
+    assert "4.0 s heard" in captions.to_html()
 
 
 def test_scripts_without_spaces_get_none() -> None:
     captions = after(event("commit", "こんにちは", 1.0), event("commit", "世界", 2.0), event("partial", "です", 3.0))
-    assert captions.to_text() == "こんにちは世界です"
-    assert shown_text(captions.to_html(over=False)) == "こんにちは世界です"
+    assert captions.to_text() == shown_text(captions.to_html()) == "こんにちは世界です"
 
 
 def test_a_long_session_shows_its_newest_words_whole() -> None:
-    captions = after(*[event("commit", f"word{i} and more", float(i)) for i in range(300)])
-    assert MAX_CHARS - 20 < len(captions.committed) <= MAX_CHARS + 2
-    assert re.match(r"… (word\d+|and|more) ", captions.committed)
-    assert captions.committed.endswith(" word299 and more")
-    assert len(after(*[event("commit", "世界", float(i)) for i in range(600)]).committed) == MAX_CHARS + 2
+    text = after(*[event("commit", f"word{i} and more", float(i)) for i in range(300)]).to_text()
+    assert MAX_CHARS - 20 < len(text) <= MAX_CHARS + 2
+    assert re.match(r"… (word\d+|and|more) ", text)
+    assert text.endswith(" word299 and more")
+    assert len(after(*[event("commit", "世界", float(i)) for i in range(600)]).to_text()) == MAX_CHARS + 2
 
 
-def test_what_was_said_is_text_and_never_markup() -> None:
-    html = after(event("commit", "a<b> & <script>", 1.0), event("partial", "<img>", 1.0)).to_html(over=False)
+def test_what_was_said_is_text_and_never_markup_and_the_partial_is_fainter() -> None:
+    html = after(event("commit", "a<b> & <script>", 1.0), event("partial", "<img>", 1.0)).to_html()
     assert "&lt;script&gt;" in html
-    assert "&lt;img&gt;" in html
+    assert f'<span style="opacity: {FAINT}; font-style: italic"> &lt;img&gt;</span>' in html
     assert set(re.findall(r"<(\w+)", html)) == {"div", "span", "small"}
-
-
-def test_the_partial_is_fainter_and_has_no_colour_of_its_own() -> None:
-    html = after(event("commit", "hello", 1.0), event("partial", "world", 1.0)).to_html(over=False)
-    assert f'hello<span style="opacity: {FAINT}; font-style: italic"> world</span>' in html
-    assert "color" not in html  # that of the theme
 
 
 def test_all_events_of_an_update_are_shown_and_a_flood_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,25 +122,3 @@ def test_a_terminal_shows_one_line_in_place_and_a_file_the_end_only(monkeypatch:
     lines = terminal.getvalue().split(live_view.CLEAR_LINE)
     assert lines == ["", "", "hello[2J", " my fellow", "hello[2J my fellow\n"]
     assert file.getvalue() == "hello[2J my fellow\n"
-
-
-CELL = """
-from src.inference.streaming.commit import Event
-from src.inference.streaming.view import LiveCaptions
-from src.inference.words import Word
-with LiveCaptions() as live:
-    for number in range(100):  # too many to show them all
-        live.show(Event("commit", (Word(f"w{number}", 0.0, 0.1, 0.9),), f"w{number}", 0.5, 0.0, number))
-    print("between two updates")
-"""
-
-
-@pytest.mark.slow
-def test_a_notebook_keeps_one_output_the_final_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
-    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=300).execute()
-    outputs = notebook.cells[0].outputs
-    assert [output.output_type for output in outputs] == ["display_data", "stream"]
-    assert shown_text(outputs[0].data["text/html"]).endswith("w98 w99")
-    assert outputs[0].data["text/plain"].endswith("w98 w99")

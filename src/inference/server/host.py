@@ -1,0 +1,250 @@
+"""Live sessions on one machine: who is admitted, whose audio is heard next, and when a session ends.
+
+Two adapters carry audio in and events out: `server` over WebSockets, `page` over the requests of a web page. The host
+runs on their event loop. All model calls run in one worker thread, first in, first out. A session has at most one turn
+of `TURN_SEC` of audio in that queue, so turns go round: a client with a minute of audio waiting delays the others no
+more than one with a second. The backlog of a session is bounded; beyond that `put` waits, and nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from src.data.audio import Waveform
+from src.inference.server.protocol import StreamError
+from src.inference.streaming.commit import Event
+from src.inference.streaming.session import StreamingSession
+from src.utils.errors import ConfigError, first_line
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"  # by default only this machine can connect
+TURN_SEC = 0.5  # about the interval of updates, so that a turn is one model call, rarely a few
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """What a client may use.
+
+    Attributes:
+        max_sessions: at once; one more is refused.
+        max_message_bytes: of one message; a longer one closes the connection with code 1009.
+        queue_sec: audio that may wait for a session's turns.
+        idle_sec: without a message, after which a session is decoded to its end and closed.
+        max_session_sec: of audio, and of time.
+        send_sec: for a client to take an event; one that does not read is cut off.
+
+    Raises:
+        ConfigError: a limit is not above 0.
+    """
+
+    max_sessions: int = 4
+    max_message_bytes: int = 1 << 18  # 4 s of float32 at 16 kHz
+    queue_sec: float = 10.0
+    idle_sec: float = 30.0
+    max_session_sec: float = 4 * 3600.0
+    send_sec: float = 10.0
+
+    def __post_init__(self) -> None:
+        wrong = [f"{f.name} is {getattr(self, f.name)}" for f in fields(self) if not getattr(self, f.name) > 0]
+        if wrong:
+            raise ConfigError(f"limits of the caption server: {', '.join(wrong)}; they must be above 0")
+
+
+class LiveHost:
+    """Admits sessions, and runs their calls in turn.
+
+    Attributes:
+        worker: the thread of all model calls; other work on the same models takes its turns there too.
+        sessions: those that are not closed.
+    """
+
+    def __init__(self, limits: ServerLimits | None = None) -> None:
+        self.limits = limits or ServerLimits()
+        self.worker = ThreadPoolExecutor(1, "live")
+        self.sessions: set[LiveSession] = set()
+
+    async def open(self, make_session: Callable[[], StreamingSession], sample_rate: int) -> LiveSession:
+        """Admit a client; `close` what is returned.
+
+        Args:
+            make_session: runs in the worker; a `ConfigError` of it is the client's mistake.
+            sample_rate: of the client's audio, Hz.
+
+        Raises:
+            StreamError: all sessions are taken, or none could be made.
+        """
+        if len(self.sessions) >= self.limits.max_sessions:
+            raise StreamError(
+                "too_many_sessions", f"all {self.limits.max_sessions} sessions are taken", fix="try again later"
+            )
+        live = LiveSession(self, sample_rate)
+        self.sessions.add(live)
+        try:
+            live.session = await self.in_worker(make_session)
+        except BaseException:
+            live.close()
+            raise
+        live.wait_for_client()
+        return live
+
+    async def in_worker(self, call: Callable[..., T], *arguments: object) -> T:
+        """Run a call in its turn.
+
+        Raises:
+            StreamError: it failed.
+        """
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.worker, call, *arguments)
+        except ConfigError as err:
+            raise StreamError("bad_message", first_line(err), fix="correct the request") from err
+        except Exception as err:  # the thread's boundary: one session fails, the others go on
+            logger.exception("a session failed")
+            notes = "".join(f", {note}" for note in getattr(err, "__notes__", ()))
+            raise StreamError(
+                "engine_failed",
+                f"{type(err).__name__}: {first_line(err)}{notes}",
+                fix="stream again from where the commits end; the server's log has the traceback",
+            ) from err
+
+
+class LiveSession:
+    """A session on the host: its backlog, its turns and its limits.
+
+    Attributes:
+        session: of which `feed` and `flush` run in the host's worker.
+        ending: why no more audio is taken; what was taken before is still heard. None while more may come.
+    """
+
+    session: StreamingSession
+
+    def __init__(self, host: LiveHost, sample_rate: int) -> None:
+        limits, self._host, self._rate = host.limits, host, sample_rate
+        self._turn = round(TURN_SEC * sample_rate)
+        self._max_waiting = max(round(limits.queue_sec * sample_rate), self._turn)
+        self._left = round(limits.max_session_sec * sample_rate)  # samples that it may still take
+        self._pieces: deque[Waveform] = deque()  # none longer than a turn
+        self._waiting = 0  # samples in them
+        self._changed = asyncio.Event()
+        self._failure: Exception | None = None
+        self._flushed = False
+        self.ending: Literal["end", "shutdown"] | StreamError | None = None
+        self._too_long = StreamError(
+            "session_too_long",
+            f"a session lasts {limits.max_session_sec:g} s at most",
+            fix="begin another one, and continue there",
+        )
+        self._deadline = asyncio.get_running_loop().call_later(limits.max_session_sec, self.end, self._too_long)
+        self._idle: asyncio.TimerHandle | None = None
+
+    @property
+    def waiting_sec(self) -> float:
+        """Audio taken and not heard yet."""
+        return self._waiting / self._rate
+
+    async def put(self, samples: Waveform) -> None:
+        """Take (T,) float32, as there is room; nothing after the end."""
+        for piece in self._pieces_of(samples):
+            while self.ending is None and self._waiting + len(piece) > self._max_waiting:
+                await self._change()
+            piece = piece[: self._left]
+            if not len(piece):
+                self.end(self._too_long)
+            if self.ending is not None:
+                return
+            self._cancel_idle()
+            self._left -= len(piece)
+            self._waiting += len(piece)
+            self._pieces.append(piece)
+            self._changed.set()
+
+    async def hear(self, samples: Waveform) -> list[Event]:
+        """Take (T,) float32 and hear it at once, for a client that waits for the answer before it sends more."""
+        events: list[Event] = []
+        for piece in self._pieces_of(samples):
+            await self.put(piece)
+            events += await self.next_events() or []
+        return events
+
+    def _pieces_of(self, samples: Waveform) -> Iterator[Waveform]:
+        return (samples[at : at + self._turn] for at in range(0, len(samples), self._turn))
+
+    async def next_events(self) -> list[Event] | None:
+        """Wait for audio, hear a turn of it, and return what that gave; None once all was heard to its end.
+
+        Raises:
+            StreamError: the session failed.
+            Exception: what `fail` was given.
+        """
+        while not self._pieces and self.ending is None and self._failure is None:
+            await self._change()
+        if self._failure is not None:
+            raise self._failure
+        if self._pieces:
+            samples = self._take()
+            self.session.sharers = len(self._host.sessions)
+            events = await self._host.in_worker(self.session.feed, samples, self._rate)
+            if not self._pieces:
+                self.wait_for_client()
+            return events
+        if self._flushed:
+            return None
+        self._flushed = True
+        return await self._host.in_worker(self.session.flush)
+
+    def _take(self) -> Waveform:
+        """Take pieces that together are at most a turn."""
+        taken = [self._pieces.popleft()]
+        size = len(taken[0])
+        while self._pieces and size + len(self._pieces[0]) <= self._turn:
+            taken.append(self._pieces.popleft())
+            size += len(taken[-1])
+        self._waiting -= size
+        self._changed.set()
+        return np.concatenate(taken)
+
+    def end(self, ending: Literal["end", "shutdown"] | StreamError, *, drop: bool = False) -> None:
+        """Take no more audio; `drop` discards what waits. Only the first call counts."""
+        if self.ending is not None:
+            return
+        self.ending = ending
+        if drop:
+            self._pieces.clear()
+            self._waiting = 0
+        self._changed.set()
+
+    def fail(self, error: Exception) -> None:
+        """Hear nothing more: the next `next_events` raises."""
+        self._failure = error
+        self._changed.set()
+
+    def close(self) -> None:
+        """Free the place of the session."""
+        self._host.sessions.discard(self)
+        self._failure = None  # its traceback holds this session, in a cycle
+        self._deadline.cancel()
+        self._cancel_idle()
+
+    def wait_for_client(self) -> None:
+        """End the session unless audio comes in time."""
+        self._cancel_idle()
+        idle_sec = self._host.limits.idle_sec
+        idle = StreamError("idle", f"nothing came for {idle_sec:g} s", fix="send audio, silence too, and then the end")
+        self._idle = asyncio.get_running_loop().call_later(idle_sec, self.end, idle)
+
+    def _cancel_idle(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
