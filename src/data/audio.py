@@ -334,7 +334,7 @@ def _open_with_ffmpeg(file: BinaryIO, label: str, stack: ExitStack) -> _Recordin
     tolerance_sec = _TOLERANCE_SEC if has_rounded_times else _EXACT_SEC
     if begin_sec is not None and container.duration is not None and len(container.streams) > 1:
         # The sound of a video may begin later than its picture: silence keeps the times of captions right.
-        lead_sec = begin_sec - container.start_time / av.time_base
+        lead_sec = begin_sec - (container.start_time or 0) / av.time_base
         if lead_sec > container.duration / av.time_base:
             raise AudioError(f"{label}: damaged: its sound begins after its end; fetch it again, or {_CONVERT}")
         if lead_sec > _TOLERANCE_SEC:
