@@ -146,7 +146,12 @@ def _cut_rows(batch: dict[str, Any], cuts: Mapping[int, tuple[int, float]]) -> d
         samples = max(1, min(int(lengths[row]), round(seconds * SAMPLE_RATE)))
         audio[row, samples:] = 0
         lengths[row], durations[row] = samples, samples / SAMPLE_RATE
-        _cut_label(inputs[row], labels[row], tokens)
+        # the label keeps this many text tokens, then the end token; the collator pads inputs with it
+        due = torch.nonzero(labels[row] != IGNORE_INDEX)[:, 0].tolist()
+        end_at, end = due[0] + tokens, labels[row, due[-1]].item()
+        labels[row, end_at] = end
+        labels[row, end_at + 1 :] = IGNORE_INDEX
+        inputs[row, end_at + 1 :] = end
     return {
         **batch,
         "audio": audio[:, : int(lengths.max())],
@@ -155,15 +160,6 @@ def _cut_rows(batch: dict[str, Any], cuts: Mapping[int, tuple[int, float]]) -> d
         "decoder_input_ids": inputs,
         "labels": labels,
     }
-
-
-def _cut_label(inputs: Tensor, labels: Tensor, tokens: int) -> None:
-    """Shorten one label in place to this many text tokens and the end token."""
-    due = torch.nonzero(labels != IGNORE_INDEX)[:, 0].tolist()
-    first, end = due[0], labels[due[-1]].item()
-    labels[first + tokens] = end
-    labels[first + tokens + 1 :] = IGNORE_INDEX
-    inputs[first + tokens + 1 :] = end  # what the collator pads with
 
 
 def load_or_time_words(

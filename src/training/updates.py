@@ -196,9 +196,11 @@ class Updater:
         device = self._accelerator.device
         self._optimizer.zero_grad(set_to_none=True)  # an interrupted update may have left some
         window = [self._inputs.cut(batch, draws) for batch, draws in zip(window, generators, strict=True)]
-        counts = [sum(_tokens(batch) for batch in window), sum(len(batch["ids"]) for batch in window)]
-        seconds = sum(sum(batch["durations"]) for batch in window)
-        tokens, clips, audio_sec = sum_over_processes([*counts, seconds], device)
+        counted = (
+            (int((batch["labels"] != IGNORE_INDEX).sum()), len(batch["ids"]), sum(batch["durations"]))
+            for batch in window
+        )
+        tokens, clips, audio_sec = sum_over_processes([sum(each) for each in zip(*counted, strict=True)], device)
         losses = self._accumulate_in_memory(window, [generator.get_state() for generator in generators], tokens)
         norm = self._accelerator.clip_grad_norm_(self._loss.parameters(), self._config.max_grad_norm)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
@@ -250,7 +252,10 @@ class Updater:
             generator.set_state(state)  # a repeated window draws what the first attempt drew
             on_device = self._to_device(batch)
             features = self._inputs.features(on_device, generator)
-            pieces = _cut(features, on_device, self._rows_together(features, batch))
+            size = self._rows_together(features, batch)
+            # pieces keep their padding, so that the sums stay the same
+            parts = (each.split(size) for each in (features, on_device["decoder_input_ids"], on_device["labels"]))
+            pieces: list[Piece] = list(zip(*parts, strict=True))
             if self._is_sharded:
                 pieces = fill_up(pieces)
             batch_loss = torch.zeros((), device=features.device)
@@ -343,16 +348,6 @@ class Updater:
                 + "\n  ".join(self._skipped_in_row)
                 + "\nListen to these recordings, lower training.learning_rate, or set precision: float32"
             )
-
-
-def _tokens(batch: Batch) -> int:
-    return int((batch["labels"] != IGNORE_INDEX).sum())
-
-
-def _cut(features: Tensor, batch: Batch, size: int) -> list[Piece]:
-    """Cut a batch into rows of (features, decoder inputs, labels); lengths stay, so that the sums stay the same."""
-    parts = zip(features.split(size), batch["decoder_input_ids"].split(size), batch["labels"].split(size), strict=True)
-    return list(parts)
 
 
 def fill_up(pieces: Sequence[Piece]) -> list[Piece]:
