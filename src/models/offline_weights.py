@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock
 
 from src.utils.errors import ModelError
-from src.utils.files import atomic_folder
+from src.utils.files import atomic_folder, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def convert_once(
             logger.info("converting %s into %s", source, folder)
         with atomic_folder(folder) as partial:
             convert(partial)
-            files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+            files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
             manifest = {"source": source, "source_sha256": source_sha256, "files": files}
             (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return folder
@@ -205,7 +205,7 @@ def _damage(folder: Path, source_sha256: str) -> str | None:
     for name, expected in manifest["files"].items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if _sha256(folder / name) != expected:
+        if sha256_of(folder / name) != expected:
             return f"{name} is damaged"
     return None
 
@@ -216,12 +216,7 @@ def combined_sha256(paths: Sequence[Path]) -> str:
     Raises:
         ModelError: one is absent.
     """
-    return hashlib.sha256("".join(_sha256(path) for path in paths).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256("".join(map(sha256_of, paths)).encode()).hexdigest()
     except FileNotFoundError as err:
-        raise ModelError(f"{path}: no such file") from err
+        raise ModelError(f"{err.filename}: no such file") from err

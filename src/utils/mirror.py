@@ -148,18 +148,14 @@ class DriveMirror:
             raise WhisperASRError(f"{job.name!r}: not a relative path of visible names, as in 'run/checkpoint-1'")
         if keep is not None and (keep < 1 or group is None):
             raise WhisperASRError(f"keep={keep}, group={group!r}: keep at least 1 folder of a named group")
-        if not job.source.is_dir():
-            self._record(job, "no such folder; submit it after it is saved")
+        if self._closed or not job.source.is_dir():
+            reason = "the mirror is closed; make a new one" if self._closed else "no such folder; save it first"
+            self._record(job, reason)
             return
         with self._changed:
-            is_closed = self._closed
-            if not is_closed:
-                self._queue = [other for other in self._queue if not job.replaces(other)] + [job]
-                self._changed.notify_all()
-        if is_closed:
-            self._record(job, "the mirror is closed; make a new one")
-        else:
-            self._warn_of_stall()
+            self._queue = [other for other in self._queue if not job.replaces(other)] + [job]
+            self._changed.notify_all()
+        self._warn_of_stall()
 
     def is_busy(self, source: Path) -> bool:
         """Whether a folder waits or is being copied, so that it must not be deleted."""
