@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
+import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,15 +30,14 @@ from src.inference.streaming.commit import Event, join_words
 from src.inference.words import Word
 from src.utils.config import load_config
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError, ModelError
-from tests.evaluation.test_report_in_browser import CHROMIUM, CONTRASTS, READABLE
 from tests.inference.test_captions import parsed
 
 MICROPHONE = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-in_a_browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium on the PATH: apt-get install chromium")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+NO_BROWSER = pytest.mark.skipif(not CHROMIUM, reason="no chromium on the PATH: apt-get install chromium")
 PATIENCE_SEC = 120.0  # a test must not fail because the machine is busy
 MAX_UPLOAD_SEC = 20.0
 ATTACK = "<img src=x onerror=\"document.title = 'attacked'\">"
-TEXTS = "h1, h3, p, dt, dd, time, a, label, button, .word, .partial, [data-start], .legend span"
 WATCH = """() => {
   window.broken = [];
   let before = [];
@@ -257,9 +258,9 @@ def browsers(jfk: Waveform, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             each.close()
 
 
-def opened(browser: Browser, demo: Demo, *, scheme: Any = "light", width: int = 1280) -> tuple[Page, list[str]]:
+def opened(browser: Browser, demo: Demo, *, width: int = 1280) -> tuple[Page, list[str]]:
     """Open the page; the list gets what errors and requests to elsewhere say."""
-    page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
+    page = browser.new_page(viewport={"width": width, "height": 900})
     page.set_default_timeout(PATIENCE_SEC * 1000)
     said: list[str] = []
     own = (demo.url, "data:", "blob:")
@@ -283,15 +284,7 @@ def captions_of(page: Page, link: str) -> str:
     return download.value.path().read_text(encoding="utf-8")
 
 
-def check_looks(page: Page, width: int) -> None:
-    """Every text can be read, and nothing is wider than the window."""
-    contrasts = page.evaluate(CONTRASTS, TEXTS)
-    assert len(contrasts) > 20
-    assert [text for ratio, text in contrasts if ratio < READABLE] == []
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-
-
-@in_a_browser
+@NO_BROWSER
 @pytest.mark.slow
 def test_tabs_show_their_own_words_which_never_change_and_give_captions(browsers: list[Browser], demo: Demo) -> None:
     tabs = [opened(browser, demo) for browser in browsers]
@@ -316,28 +309,21 @@ def test_tabs_show_their_own_words_which_never_change_and_give_captions(browsers
         page.close()
 
 
-@in_a_browser
+@NO_BROWSER
 @pytest.mark.slow
-def test_a_tab_that_is_closed_frees_its_session(
-    browsers: list[Browser], demo: Demo, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tab_that_is_closed_frees_its_session(browsers: list[Browser], demo: Demo) -> None:
     page, _ = opened(browsers[0], demo)
     page.locator(".toggle").click()
     page.locator(".heard", has_text=re.compile("0:0[1-9]")).wait_for()
-    free, leave = threading.Event(), LiveTabs.leave
-
-    def leaving(self: LiveTabs, tab: str) -> None:
-        assert len(self._host.sessions) == 1
-        leave(self, tab)
-        if not self._host.sessions:
-            free.set()
-
-    monkeypatch.setattr(LiveTabs, "leave", leaving)
+    assert len(demo._host.sessions) == 1
     page.close()
-    assert free.wait(PATIENCE_SEC)
+    give_up = time.monotonic() + PATIENCE_SEC
+    while demo._host.sessions and time.monotonic() < give_up:
+        time.sleep(0.1)
+    assert not demo._host.sessions
 
 
-@in_a_browser
+@NO_BROWSER
 @pytest.mark.slow
 def test_a_file_becomes_words_that_play_and_captions(browsers: list[Browser], demo: Demo) -> None:
     page, said = opened(browsers[0], demo)
@@ -354,17 +340,16 @@ def test_a_file_becomes_words_that_play_and_captions(browsers: list[Browser], de
     shown.last.click()
     page.locator("#file-result .now").wait_for()
     assert page.evaluate("document.querySelector('#file-audio audio').currentTime") >= starts[-1]
-    check_looks(page, 1280)
     assert said == []
     page.close()
 
 
-@in_a_browser
+@NO_BROWSER
 @pytest.mark.slow
-def test_models_stand_side_by_side_in_the_dark_and_on_a_phone(
+def test_models_stand_side_by_side_on_a_phone(
     browsers: list[Browser], demo: Demo, jfk: Waveform, tmp_path: Path
 ) -> None:
-    page, said = opened(browsers[0], demo, scheme="dark", width=390)
+    page, said = opened(browsers[0], demo, width=390)
     sf.write(tmp_path / "short.wav", jfk[: 3 * SAMPLE_RATE], SAMPLE_RATE)
     uploaded(page, "Compare", tmp_path / "short.wav")
     page.locator("#compare").click()
@@ -372,12 +357,12 @@ def test_models_stand_side_by_side_in_the_dark_and_on_a_phone(
     assert page.locator(".side h3").all_inner_texts() == ["stock", "tuned"]
     assert all("fellow Americans" in text for text in page.locator(".side p").all_inner_texts())
     assert page.locator("#compare-result mark[data-start]").count() == 0  # it is the same model
-    check_looks(page, 390)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert said == []
     page.close()
 
 
-@in_a_browser
+@NO_BROWSER
 @pytest.mark.slow
 def test_a_bad_a_long_and_a_silent_upload_are_said_to_be_that(
     browsers: list[Browser], demo: Demo, tmp_path: Path

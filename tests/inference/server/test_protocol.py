@@ -25,15 +25,12 @@ from src.inference.streaming.commit import Event
 from src.inference.words import Word
 
 
-def test_float_samples_arrive_unchanged_and_integers_to_half_a_step() -> None:
+def test_float_samples_arrive_unchanged_and_integers_clipped_and_to_half_a_step() -> None:
     samples = np.random.default_rng(0).uniform(-1, 1, 1_000).astype(np.float32)
     assert np.array_equal(read_samples(write_samples(samples, "f32le"), "f32le"), samples)
     heard = read_samples(write_samples(samples, "s16le"), "s16le")
     assert heard.dtype == np.float32
     assert np.abs(heard - samples).max() <= 0.5 / 32_768 + 1e-7
-
-
-def test_integers_clip_where_floats_are_out_of_range() -> None:
     loud = np.array([-3.0, -1.0, 1.0, 3.0], dtype=np.float32)
     assert write_samples(loud, "s16le") == np.array([-32_768, -32_768, 32_767, 32_767], dtype="<i2").tobytes()
 
@@ -64,9 +61,13 @@ def test_hello_has_defaults_and_hides_its_token() -> None:
     assert "secret" not in repr(hello)
 
 
+TOO_MANY_KEYS = json.dumps({"type": "hello", **{f"key{i}": i for i in range(10_000)}})
+
+
 @pytest.mark.parametrize(
     "text",
     [
+        TOO_MANY_KEYS,
         "",
         "hello",
         "[" * 100_000,
@@ -85,12 +86,6 @@ def test_anything_but_a_hello_of_this_version_is_refused(text: str) -> None:
     with pytest.raises(StreamError) as caught:
         read_hello(text)
     assert caught.value.code == "bad_message"
-
-
-def test_an_error_stays_short_whatever_it_is_about() -> None:
-    text = json.dumps({"type": "hello", **{f"key{i}": i for i in range(10_000)}})
-    with pytest.raises(StreamError) as caught:
-        read_hello(text)
     assert len(str(caught.value)) < 1_000
 
 
