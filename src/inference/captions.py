@@ -29,7 +29,7 @@ from src.utils.errors import ConfigError, DataError, did_you_mean
 from src.utils.files import write_text_atomic
 
 if TYPE_CHECKING:
-    from src.inference.files.transcribe import TranscribedSegment
+    from src.inference.files.segmentation import TranscribedSegment
     from src.inference.streaming.commit import Event
 
 SHORT_WORD_COLUMNS = 3

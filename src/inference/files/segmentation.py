@@ -32,6 +32,45 @@ RESET_TEMPERATURE = 0.5  # a text that was drawn above it is no context to trust
 
 
 @dataclass(frozen=True)
+class TranscribedSegment:
+    """A part of a recording that was decoded together.
+
+    Attributes:
+        start_sec: in the recording, as `end_sec`.
+        text: stripped.
+        words: times in the recording; None unless asked for.
+        language: given or detected; None for English-only models.
+
+    The other attributes are those of `DecodingResult`.
+    """
+
+    start_sec: float
+    end_sec: float
+    text: str
+    avg_logprob: float
+    no_speech_prob: float | None
+    compression_ratio: float
+    temperature: float
+    words: tuple[Word, ...] | None
+    language: str | None
+
+    @classmethod
+    def of(cls, result: DecodingResult, start_sec: float, end_sec: float) -> TranscribedSegment:
+        """Place a result, whose words have times in the recording."""
+        return cls(
+            start_sec,
+            end_sec,
+            result.text,
+            result.avg_logprob,
+            result.no_speech_prob,
+            result.compression_ratio,
+            result.temperature,
+            result.words,
+            result.language,
+        )
+
+
+@dataclass(frozen=True)
 class Segment:
     """A piece of a recording, from `start_sec` to `end_sec`; `audio` is (T,) float32 at 16 kHz."""
 

@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from src.data.audio import SAMPLE_RATE, Waveform, stream_audio, to_mono_16k
 from src.data.vad import VoiceActivityDetector
 from src.inference.engines import Engine, decode_with_fallback
-from src.inference.files.segmentation import Segment, cut_at_silences, decode_windows
-from src.inference.options import DecodingOptions, DecodingResult
+from src.inference.files.segmentation import Segment, TranscribedSegment, cut_at_silences, decode_windows
+from src.inference.options import DecodingOptions
 from src.inference.words import Word, shifted
 from src.utils.config import Config
 from src.utils.errors import AudioError, DataError, ModelError
@@ -42,45 +42,6 @@ ROUND_BATCHES = 8  # per worker: enough to sort by length
 # of four in 20 s they leave 21% of the words out. Uncut WER 26.9%, cut at every pause 9.9%, at those above 1 s 8.3%,
 # above 1.5 s 9.4% (tiny.en int8, bundled test clips by fours, 0.8 s apart, 2026-11-28). Stock models know 30 s.
 JOIN_PAUSE_SEC = {"full": 30.0, "dynamic": 1.0}
-
-
-@dataclass(frozen=True)
-class TranscribedSegment:
-    """A part of a recording that was decoded together.
-
-    Attributes:
-        start_sec: in the recording, as `end_sec`.
-        text: stripped.
-        words: times in the recording; None unless asked for.
-        language: given or detected; None for English-only models.
-
-    The other attributes are those of `DecodingResult`.
-    """
-
-    start_sec: float
-    end_sec: float
-    text: str
-    avg_logprob: float
-    no_speech_prob: float | None
-    compression_ratio: float
-    temperature: float
-    words: tuple[Word, ...] | None
-    language: str | None
-
-    @classmethod
-    def of(cls, result: DecodingResult, start_sec: float, end_sec: float) -> TranscribedSegment:
-        """Place a result, whose words have times in the recording."""
-        return cls(
-            start_sec,
-            end_sec,
-            result.text,
-            result.avg_logprob,
-            result.no_speech_prob,
-            result.compression_ratio,
-            result.temperature,
-            result.words,
-            result.language,
-        )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from src.inference.files.jobs import JobReport, RowWriter, deal, part_path, run_job
-from src.inference.files.transcribe import TranscribedSegment, Transcription
+from src.inference.files.segmentation import TranscribedSegment
+from src.inference.files.transcribe import Transcription
 from src.inference.options import DecodingResult
 from src.utils.errors import DataError
 

@@ -22,7 +22,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.sources.catalog import SAMPLE_CLIP
 from src.inference.engines import load_engine
-from src.inference.files.transcribe import TranscribedSegment, Transcription, Transcriptions
+from src.inference.files.segmentation import TranscribedSegment
+from src.inference.files.transcribe import Transcription, Transcriptions
 from src.inference.server.host import LiveHost, ServerLimits
 from src.inference.server.page import Demo, LiveTabs, _InTurns, launch_demo, read_upload
 from src.inference.server.protocol import write_samples
