@@ -9,7 +9,8 @@ is that of silero's `get_speech_timestamps` (tested to be equal).
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -265,9 +266,8 @@ class SpeechTimeline:
         old = sum(end < sec for end in self._ends)
         del self._starts[:old], self._ends[:old]
 
-    def _spans(self) -> list[tuple[float, float]]:
-        ends = self._ends if len(self._ends) == len(self._starts) else [*self._ends, float("inf")]
-        return list(zip(self._starts, ends, strict=True))
+    def _spans(self) -> Iterator[tuple[float, float]]:
+        return itertools.zip_longest(self._starts, self._ends, fillvalue=float("inf"))  # speech that goes on has no end
 
     def _note(self, events: list[VADEvent]) -> list[VADEvent]:
         offset = self._stream_from_sec
