@@ -426,7 +426,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except FileNotFoundError as err:
         raise ConfigError(f"{path}: no such file; run from the repository's folder or pass its path") from err
     except (yaml.YAMLError, UnicodeDecodeError) as err:
@@ -434,6 +434,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict | None):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
     return tree or {}
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that occurs twice in one section, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for index, (key, _) in enumerate(node.value):
+            if key.value in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} occurs twice", key.start_mark)
+        return super().construct_mapping(node, deep=deep)
 
 
 def _nest(overrides: Mapping[str, Any]) -> dict[str, Any]:

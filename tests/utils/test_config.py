@@ -91,6 +91,12 @@ def test_a_saved_configuration_loads_to_the_same(tmp_path: Path) -> None:
     assert config.to_yaml().startswith("# profile: demo\n")
 
 
+def test_a_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("training: {epochs: 1}\nseed: 1\ntraining: {batch_size: 2}\n")
+    with pytest.raises(ConfigError, match=r"'training'(.|\n)*line 3"):
+        load_config(tmp_path / "config.yaml")
+
+
 def test_configuration_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_config(None).seed = 1  # type: ignore[misc]
