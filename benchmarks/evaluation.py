@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks.benchmarking import append_table, median_sec, read, strided
 from benchmarks.training_sides import read_recording
 from src.data import Utterance, create_loader
-from src.data.preparation import check_listed
+from src.data.preparation import RecordingChecker
 from src.data.sources.catalog import SAMPLE_PARQUET
 from src.evaluation import EvaluationResult, ModelEvaluator
 from src.evaluation.metrics import Bootstrap
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def choose(data: Path, count: int, config: Config) -> list[Utterance]:
     """Take clips at equal distances, and check them."""
-    return check_listed("clips", strided(read(data), count), None, config, {}, [])
+    return RecordingChecker(config).take("clips", strided(read(data), count), None)
 
 
 def as_files(utterances: Sequence[Utterance], folder: Path) -> list[Utterance]:

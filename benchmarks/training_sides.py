@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from benchmarks.training_measures import FlopCounter, peak_memory_mb, side_figures, update_rows
 from src.data import SpeechLoader, Utterance, create_loader, prepare_datasets
 from src.data.labels import apply_case, resolve_case
-from src.data.preparation import check_listed
+from src.data.preparation import RecordingChecker
 from src.data.sources.catalog import load_utterances
 from src.evaluation import ModelEvaluator
 from src.models import WhisperModelManager
@@ -145,7 +145,7 @@ def choose_clips(
 def read_clips(path: str, config: Config) -> list[Utterance]:
     """List and check the clips of a file, as `prepare_datasets` does."""
     listed = load_utterances(DataConfig(source="parquet", path=Path(path)))
-    return check_listed(Path(path).stem, listed, None, config, {}, [])
+    return RecordingChecker(config).take(Path(path).stem, listed, None)
 
 
 def word_error_rates(

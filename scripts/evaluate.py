@@ -27,11 +27,10 @@ sys.path.insert(0, str(ROOT))
 from scripts.command_line import check_model_path, parse_setting
 from src.data import create_loader
 from src.data.labels import apply_case, resolve_case
-from src.data.preparation import check_listed, enforce_skip_policy
-from src.data.preprocessing import ClipStats
+from src.data.preparation import RecordingChecker, enforce_skip_policy
 from src.data.sources.catalog import load_utterances
 from src.data.sources.folder import MANIFEST_SUFFIXES
-from src.data.utterance import SPLIT_NAMES, SkippedUtterance, Utterance
+from src.data.utterance import SPLIT_NAMES, Utterance
 from src.evaluation import EvaluationResult, ModelEvaluator
 from src.evaluation.evaluator import compare_predictions
 from src.evaluation.report.html import write_html_report
@@ -191,10 +190,9 @@ def read_clips(config: Config) -> list[Utterance]:
             f"none of the {len(tested)} references has a word, so there is nothing to measure against; give data with "
             "transcripts in a column text, sentence, transcription or transcript"
         )
-    stats: dict[str, ClipStats] = {}
-    skipped: list[SkippedUtterance] = []
-    checked = check_listed("test", tested, config.data.max_test, config, stats, skipped)
-    enforce_skip_policy(skipped, len(checked) + len(skipped), config.data.max_skip_fraction)
+    checker = RecordingChecker(config)
+    checked = checker.take("test", tested, config.data.max_test)
+    enforce_skip_policy(checker.skipped, len(checked) + len(checker.skipped), config.data.max_skip_fraction)
     case = resolve_case([clip.text for clip in checked], config.data.label_case)
     return [replace(clip, text=apply_case(clip.text, case)) for clip in checked]
 

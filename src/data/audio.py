@@ -504,19 +504,47 @@ class AudioCache:
             WhisperASRError: the folder cannot be read or written.
         """
         encoded = read_encoded(source, name=name)
-        key = hashlib.sha256(encoded).hexdigest()
-        path = self.folder / key[:2] / f"{key}.flac"
-        try:
+        path = self._path(encoded)
+        with self._naming_the_folder():
             if (cached := _read_cached(path)) is not None:
                 return cached
             pcm, scale = _quantize(load_audio(encoded, name=_label(source, name)))
             write_bytes_atomic(path, _to_flac(pcm, scale))
+        return _to_float(pcm, scale)
+
+    def decode(self, source: AudioSource, *, name: str | None = None, max_sec: float | None = None) -> DecodedAudio:
+        """Return what `decode` does, and keep it for `load_audio`.
+
+        Args:
+            source: as in `load_audio`.
+            name: as in `load_audio`.
+            max_sec: as in `decode`.
+
+        Raises:
+            AudioError: the recording cannot be used.
+            WhisperASRError: the folder cannot be written.
+        """
+        encoded = read_encoded(source, name=name)
+        decoded = decode(encoded, name=_label(source, name), max_sec=max_sec)
+        path = self._path(encoded)
+        with self._naming_the_folder():
+            if not path.exists():
+                write_bytes_atomic(path, _to_flac(*_quantize(decoded.samples)))
+        return decoded
+
+    def _path(self, encoded: bytes) -> Path:
+        key = hashlib.sha256(encoded).hexdigest()
+        return self.folder / key[:2] / f"{key}.flac"
+
+    @contextmanager
+    def _naming_the_folder(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as err:
             raise WhisperASRError(
                 f"{self.folder}: decoded audio cannot be kept there: {err.strerror}; free some space, set "
                 "paths.cache_dir to a folder of yours, or data.cache_decoded: false"
             ) from err
-        return _to_float(pcm, scale)
 
 
 def _read_cached(path: Path) -> Waveform | None:

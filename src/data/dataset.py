@@ -169,6 +169,7 @@ class DataCollator:
         self._end_token = end_token
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the batch of items that `WhisperDataset` gave."""
         audios: list[Tensor] = [item["audio"] for item in items]
         utterances: list[Utterance] = [item["utterance"] for item in items]
         inputs = [torch.tensor(item["label"].decoder_input_ids) for item in items]

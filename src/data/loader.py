@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from src.data.audio import AudioCache, load_audio
+from src.data.audio import load_audio
 from src.data.dataset import DataCollator, Example, ExamplePlanner, WhisperDataset, make_no_speech
 from src.data.labels import LabelEncoder
-from src.data.preparation import DatasetSplits, enforce_skip_policy
+from src.data.preparation import DatasetSplits, audio_cache, enforce_skip_policy
 from src.data.utterance import Utterance
 from src.utils.config import MAX_AUDIO_SEC, CompositionConfig, Config
 from src.utils.errors import CheckpointError, DataError, WhisperASRError
@@ -83,11 +83,12 @@ def create_loader(
     encoder = LabelEncoder(processor.tokenizer, language=config.model.language, task=config.model.task)
     composition = config.composition if shuffle else CompositionConfig()
     made = make_no_speech(utterances, fraction=composition.no_speech_fraction, seed=config.seed)
+    cache = audio_cache(config)
     dataset = WhisperDataset(
         [*utterances, *made],
         encoder,
         on_error=config.data.on_error,
-        load=AudioCache(config.paths.cache_dir / "audio").load_audio if config.data.cache_decoded else load_audio,
+        load=cache.load_audio if cache else load_audio,
     )
     enforce_skip_policy(dataset.skipped, len(utterances), config.data.max_skip_fraction)
     planner = ExamplePlanner(

@@ -9,29 +9,31 @@ pass are taken, since any other choice would cost a download of the whole.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from typing import Any
 
 import psutil
 from tqdm.auto import tqdm
 
-from src.data.audio import decode
+from src.data.audio import SAMPLE_RATE, AudioCache, Waveform, decode
 from src.data.labels import LabelCase, apply_case, resolve_case
 from src.data.preprocessing import ClipStats, measure_clip
 from src.data.sources.catalog import open_source
 from src.data.utterance import SPLIT_NAMES, SPLITS, SkippedUtterance, Utterance, stable_hash
+from src.data.vad import VoiceActivityDetector
 from src.utils.config import Config, DataConfig, SourceName
 from src.utils.errors import AudioError, DataError, SourceUnavailableError
 
 logger = logging.getLogger(__name__)
 
 MAX_MEMORY_SHARE = 0.5  # of what is free, for the encoded recordings of a stream
+MAX_VAD_CLIPS = 1_000  # speech is looked for in at most so many recordings
 _CHUNK, _STREAM_CHUNK = 256, 32  # recordings decoded before counting how many are still wanted; each costs a download
 _ENOUGH_TO_JUDGE = 50  # rows of a stream before too many failures end it
 
@@ -52,6 +54,7 @@ class DatasetSplits:
         shared_texts: number of test transcripts that also occur in training.
         source: the one that was taken.
         stats: what was measured on each recording while it was checked, by utterance id.
+        speech: where speech is in a sample of the recordings, by utterance id; empty without speech detection.
     """
 
     train: list[Utterance]
@@ -63,6 +66,7 @@ class DatasetSplits:
     shared_texts: int = 0
     source: str = "sample"
     stats: Mapping[str, ClipStats] = field(default_factory=dict, repr=False)
+    speech: Mapping[str, SpeechStats] = field(default_factory=dict, repr=False)
 
     def summary(self) -> list[dict[str, object]]:
         """Return one row per split: clips, minutes, speakers."""
@@ -92,10 +96,14 @@ class DatasetSplits:
         return replace(self, **recased, label_case=label_case)
 
 
-def prepare_datasets(config: Config) -> DatasetSplits:
-    """List, check, split and recase the configured source.
+def prepare_datasets(config: Config, *, vad: VoiceActivityDetector | None = None) -> DatasetSplits:
+    """List, check, split and recase the configured source; every recording is decoded once.
 
     Of `data.sources`, one that is unavailable gives way to the next; any other fault is raised.
+
+    Args:
+        config: `data` and `seed`; `model.language` that the transcripts must have.
+        vad: looks for speech in a sample of at most `MAX_VAD_CLIPS` recordings, for the data report.
 
     Returns:
         Splits capped at `max_*`, or at what exists.
@@ -108,22 +116,23 @@ def prepare_datasets(config: Config) -> DatasetSplits:
     *others, last = config.data.chosen_sources
     for source in others:
         try:
-            return _prepare(source, config)
+            return _prepare(source, config, vad)
         except SourceUnavailableError as err:
             logger.warning("source %r is unavailable, going on to the next of data.sources: %s", source, err)
-    return _prepare(last, config)
+    return _prepare(last, config, vad)
 
 
-def _prepare(source: SourceName, config: Config) -> DatasetSplits:
-    stats: dict[str, ClipStats] = {}
-    skipped: list[SkippedUtterance] = []
+def _prepare(source: SourceName, config: Config, vad: VoiceActivityDetector | None) -> DatasetSplits:
     caps = {"train": config.data.max_train, "validation": config.data.max_validation, "test": config.data.max_test}
     opened = open_source(config.data, source)
     if isinstance(opened, dict):
-        parts = _take_from_streams(opened, caps, config, stats, skipped)
+        parts, checker = _take_from_streams(opened, caps, config, vad)
     else:
         parts = cut_missing(assign_splits(opened), config.data, config.seed)
-        parts = {name: check_listed(name, parts[name], caps[name], config, stats, skipped) for name in SPLITS}
+        expected = sum(min(len(part), caps[name] or len(part)) for name, part in parts.items())
+        checker = RecordingChecker(config, vad=vad, expected=expected)
+        parts = {name: checker.take(name, parts[name], caps[name]) for name in SPLITS}
+    skipped = checker.skipped
     enforce_skip_policy(skipped, sum(map(len, parts.values())) + len(skipped), config.data.max_skip_fraction)
     for name, part in parts.items():
         if not part:
@@ -139,7 +148,8 @@ def _prepare(source: SourceName, config: Config) -> DatasetSplits:
         shared_speakers=find_shared_speakers(recased.values()),
         shared_texts=sum(u.text.lower() in train_texts for u in recased["test"]),
         source=source,
-        stats=stats,
+        stats=checker.stats,
+        speech=checker.speech,
     )
     _log(splits)
     return splits
@@ -149,9 +159,8 @@ def _take_from_streams(
     streams: Mapping[str, Iterator[Utterance]],
     caps: Mapping[str, int | None],
     config: Config,
-    stats: dict[str, ClipStats],
-    skipped: list[SkippedUtterance],
-) -> Parts:
+    vad: VoiceActivityDetector | None,
+) -> tuple[Parts, RecordingChecker]:
     """Take the first N of each split that pass; what a missing split needs is taken from train as well."""
     fetched = dict(caps)
     fractions = {"validation": config.data.validation_fraction, "test": config.data.test_fraction}
@@ -159,25 +168,78 @@ def _take_from_streams(
     if fetched["train"] is not None and for_missing:
         fetched["train"] = round(fetched["train"] / (1 - for_missing))
         logger.info("train: fetching %d clips, since validation or test is cut from them", fetched["train"])
+    asked = [fetched[name] for name in streams]
+    expected = None if None in asked else sum(cap for cap in asked if cap is not None)
+    checker = RecordingChecker(config, vad=vad, expected=expected)
     parts: Parts = {name: [] for name in SPLITS}
     for name, stream in streams.items():
-        parts[name] = check_stream(name, stream, fetched[name], config, stats, skipped)
-    return {name: part[: caps[name]] for name, part in cut_missing(parts, config.data, config.seed).items()}
+        parts[name] = checker.take_stream(name, stream, fetched[name])
+    cut = cut_missing(parts, config.data, config.seed)
+    return {name: part[: caps[name]] for name, part in cut.items()}, checker
 
 
 # checking
 
 
+@dataclass(frozen=True)
+class SpeechStats:
+    """Where speech is in a recording.
+
+    Attributes:
+        speech_fraction: share of the recording.
+        leading_silence_sec: before the first speech, nan where there is none.
+        trailing_silence_sec: after the last speech, nan where there is none.
+    """
+
+    speech_fraction: float
+    leading_silence_sec: float = math.nan
+    trailing_silence_sec: float = math.nan
+
+
+def measure_speech(audio: Waveform, vad: VoiceActivityDetector) -> SpeechStats:
+    """Find where speech is in (T,) float32 audio at 16 kHz."""
+    duration_sec = len(audio) / SAMPLE_RATE
+    segments = vad.speech_segments(audio)
+    if not segments:
+        return SpeechStats(0.0)
+    share = sum(segment.duration_sec for segment in segments) / duration_sec
+    return SpeechStats(share, segments[0].start_sec, duration_sec - segments[-1].end_sec)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One recording that passed.
+
+    Attributes:
+        utterance: with its duration.
+        stats: what was measured.
+        speech: where speech is; None where it was not looked for.
+    """
+
+    utterance: Utterance
+    stats: ClipStats
+    speech: SpeechStats | None = None
+
+
 def check_utterance(utterance: Utterance, config: DataConfig) -> Utterance:
     """Decode one recording and check it; as `inspect_utterance`, without the measurements."""
-    return inspect_utterance(utterance, config)[0]
+    return inspect_utterance(utterance, config).utterance
 
 
-def inspect_utterance(utterance: Utterance, config: DataConfig) -> tuple[Utterance, ClipStats]:
-    """Check one recording and measure it in the same pass.
+def inspect_utterance(
+    utterance: Utterance,
+    config: DataConfig,
+    *,
+    cache: AudioCache | None = None,
+    vad: VoiceActivityDetector | None = None,
+) -> Inspection:
+    """Decode one recording, check it and measure it.
 
-    Returns:
-        The utterance with its duration, and what was measured.
+    Args:
+        utterance: its recording is decoded.
+        config: bounds of the duration.
+        cache: keeps what was decoded.
+        vad: looks for speech.
 
     Raises:
         DataError: an empty transcript, or a duration out of bounds.
@@ -188,7 +250,9 @@ def inspect_utterance(utterance: Utterance, config: DataConfig) -> tuple[Utteran
     if not utterance.text.strip():
         raise DataError(f"{where}: the transcript is empty; fill it in or remove the row")
     try:
-        decoded = decode(utterance.audio, name=utterance.audio_name, max_sec=config.max_duration_sec)
+        decoded = (decode if cache is None else cache.decode)(
+            utterance.audio, name=utterance.audio_name, max_sec=config.max_duration_sec
+        )
     except AudioError as err:
         raise AudioError(f"{where}: {err}") from err
     stats = measure_clip(decoded)
@@ -198,102 +262,123 @@ def inspect_utterance(utterance: Utterance, config: DataConfig) -> tuple[Utteran
             f"{config.max_duration_sec} s (data.min_duration_sec, data.max_duration_sec); cut it at a pause"
         )
     meta = {"snr_db": round(stats.snr_db, 1), **utterance.meta}  # what the source knows is better than an estimate
-    return replace(utterance, duration_sec=stats.duration_sec, meta=meta), stats
+    checked = replace(utterance, duration_sec=stats.duration_sec, meta=meta)
+    return Inspection(checked, stats, None if vad is None else measure_speech(decoded.samples, vad))
 
 
-def check_listed(
-    name: str,
-    part: Sequence[Utterance],
-    cap: int | None,
-    config: Config,
-    stats: dict[str, ClipStats],
-    skipped: list[SkippedUtterance],
-) -> list[Utterance]:
-    """Check recordings in hashed order until `cap` have passed; return them in the source's order.
+class RecordingChecker:
+    """Checks recordings until enough have passed, and keeps what was measured and what was left out.
 
-    Fills `stats` and `skipped`.
+    Args:
+        config: `data` says what may pass, what happens to the rest, and whether decoded audio is cached.
+        vad: looks for speech in a sample of the recordings.
+        expected: how many recordings will be checked in all, for the size of the sample; None if unknown.
+
+    Attributes:
+        stats: of each recording that passed, by utterance id.
+        speech: of a sample of them, at most `MAX_VAD_CLIPS`, chosen by hash.
+        skipped: what `on_error="skip"` left out.
     """
-    position = {u.id: index for index, u in enumerate(part)}
-    queue = sorted(part, key=lambda u: stable_hash(config.seed, u.id)) if cap is not None else part
-    passed: list[Utterance] = []
-    total = len(part) if cap is None else min(cap, len(part))
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=total, desc=f"checking {name}", leave=False) as bar:
-        waiting = iter(queue)
-        while chunk := list(islice(waiting, min(_CHUNK, total - len(passed)))):
-            passed += _check_chunk(pool, chunk, config.data, stats, skipped)
-            bar.update(len(passed) - bar.n)
-    _log_fewer(name, cap, len(passed))
-    return sorted(passed, key=lambda u: position[u.id])
 
+    def __init__(
+        self, config: Config, *, vad: VoiceActivityDetector | None = None, expected: int | None = None
+    ) -> None:
+        self.stats: dict[str, ClipStats] = {}
+        self.speech: dict[str, SpeechStats] = {}
+        self.skipped: list[SkippedUtterance] = []
+        self._config = config
+        self._cache = audio_cache(config)
+        self._vad = vad
+        self._sampled_share = 1.0 if not expected else MAX_VAD_CLIPS / expected
 
-def check_stream(
-    name: str,
-    stream: Iterator[Utterance],
-    cap: int | None,
-    config: Config,
-    stats: dict[str, ClipStats],
-    skipped: list[SkippedUtterance],
-) -> list[Utterance]:
-    """Take the first `cap` recordings of a stream that pass.
+    def take(self, name: str, part: Sequence[Utterance], cap: int | None) -> list[Utterance]:
+        """Check recordings in hashed order until `cap` have passed; return them in the source's order."""
+        position = {u.id: index for index, u in enumerate(part)}
+        queue = sorted(part, key=lambda u: stable_hash(self._config.seed, u.id)) if cap is not None else part
+        total = len(part) if cap is None else min(cap, len(part))
+        passed = [u for chunk in self._check(name, iter(queue), total, _CHUNK) for u in chunk]
+        if cap is not None and len(passed) < cap:
+            logger.info("%s: %d asked for, %d exist; taking all of them", name, cap, len(passed))
+        return sorted(passed, key=lambda u: position[u.id])
 
-    Raises:
-        DataError: more than `max_skip_fraction` fail, or the recordings do not fit into memory.
-    """
-    if cap is None:
-        logger.warning("%s: data.max_%s is not set, so the whole stream is downloaded", name, name)
-    free_bytes = MAX_MEMORY_SHARE * psutil.virtual_memory().available
-    passed: list[Utterance] = []
-    seen = held_bytes = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=cap, desc=f"fetching {name}", leave=False) as bar:
-        while chunk := list(islice(stream, _STREAM_CHUNK if cap is None else min(_STREAM_CHUNK, cap - len(passed)))):
-            passed += _check_chunk(pool, chunk, config.data, stats, skipped)
-            bar.update(len(passed) - bar.n)
+    def take_stream(self, name: str, stream: Iterator[Utterance], cap: int | None) -> list[Utterance]:
+        """Take the first `cap` recordings of a stream that pass.
+
+        Raises:
+            DataError: more than `max_skip_fraction` fail, or the recordings do not fit into memory.
+        """
+        if cap is None:
+            logger.warning("%s: data.max_%s is not set, so the whole stream is downloaded", name, name)
+        free_bytes = MAX_MEMORY_SHARE * psutil.virtual_memory().available
+        skipped_before = len(self.skipped)
+        passed: list[Utterance] = []
+        held_bytes = 0
+        for chunk in self._check(name, stream, cap, _STREAM_CHUNK):
+            passed += chunk
             held_bytes += sum(len(u.audio) for u in chunk if isinstance(u.audio, bytes))
             if held_bytes > free_bytes:
                 raise DataError(
                     f"{name}: {len(passed)} clips hold {held_bytes / 1e9:.1f} GB, half of the free memory; set "
                     f"data.max_{name} to about {len(passed) // 2}, or download the files and use data.source: parquet"
                 )
-            seen += len(chunk)
-            if seen >= _ENOUGH_TO_JUDGE:
-                enforce_skip_policy(skipped, seen, config.data.max_skip_fraction, log=False)
-    _log_fewer(name, cap, len(passed))
-    return passed
+            skipped = self.skipped[skipped_before:]
+            if len(passed) + len(skipped) >= _ENOUGH_TO_JUDGE:
+                fraction = self._config.data.max_skip_fraction
+                enforce_skip_policy(skipped, len(passed) + len(skipped), fraction, log=False)
+        if cap is not None and len(passed) < cap:
+            logger.info("%s: %d asked for, %d exist; taking all of them", name, cap, len(passed))
+        return passed
+
+    def _check(
+        self, name: str, waiting: Iterator[Utterance], wanted: int | None, chunk_size: int
+    ) -> Iterator[list[Utterance]]:
+        """Yield what passed of each chunk until `wanted` have; the first failure raises where the policy is "raise"."""
+        missing = wanted
+        with (
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            tqdm(total=wanted, desc=f"checking {name}", leave=False) as bar,
+        ):
+            while chunk := list(islice(waiting, chunk_size if missing is None else min(chunk_size, missing))):
+                listened = self._sample(chunk)
+                passed: list[Utterance] = []
+                failures: list[SkippedUtterance] = []
+                for outcome in pool.map(self._inspect_or_skip, chunk, listened):
+                    if isinstance(outcome, SkippedUtterance):
+                        failures.append(outcome)
+                        continue
+                    passed.append(outcome.utterance)
+                    self.stats[outcome.utterance.id] = outcome.stats
+                    if outcome.speech is not None:
+                        self.speech[outcome.utterance.id] = outcome.speech
+                if failures and self._config.data.on_error == "raise":
+                    more = f"\n({len(failures) - 1} more like it)" if len(failures) > 1 else ""
+                    raise DataError(f'{failures[0].reason}; or set data.on_error to "skip"{more}')
+                self.skipped += failures
+                missing = None if missing is None else missing - len(passed)
+                bar.update(len(passed))
+                yield passed
+
+    def _sample(self, chunk: Sequence[Utterance]) -> list[bool]:
+        """Choose in which recordings speech is looked for: a share of them, by hash."""
+        room = MAX_VAD_CLIPS - len(self.speech) if self._vad is not None else 0
+        chosen = []
+        for utterance in chunk:
+            place = int(stable_hash(self._config.seed, utterance.id)[:8], 16) / 16**8
+            chosen.append(room > 0 and place < self._sampled_share)
+            room -= chosen[-1]
+        return chosen
+
+    def _inspect_or_skip(self, utterance: Utterance, listen: bool) -> Inspection | SkippedUtterance:
+        vad = self._vad if listen else None
+        try:
+            return inspect_utterance(utterance, self._config.data, cache=self._cache, vad=vad)
+        except DataError as err:
+            return SkippedUtterance(utterance.id, str(err))
 
 
-def _check_chunk(
-    pool: ThreadPoolExecutor,
-    chunk: Sequence[Utterance],
-    config: DataConfig,
-    stats: dict[str, ClipStats],
-    skipped: list[SkippedUtterance],
-) -> list[Utterance]:
-    """Check a chunk and return what passed; the first failure raises where the policy is "raise"."""
-    passed: list[Utterance] = []
-    failures: list[SkippedUtterance] = []
-    for outcome in pool.map(partial(_inspect_or_skip, config=config), chunk):
-        if isinstance(outcome, SkippedUtterance):
-            failures.append(outcome)
-        else:
-            utterance, stats[outcome[0].id] = outcome
-            passed.append(utterance)
-    if failures and config.on_error == "raise":
-        more = f"\n({len(failures) - 1} more like it)" if len(failures) > 1 else ""
-        raise DataError(f'{failures[0].reason}; or set data.on_error to "skip"{more}')
-    skipped.extend(failures)
-    return passed
-
-
-def _inspect_or_skip(utterance: Utterance, config: DataConfig) -> tuple[Utterance, ClipStats] | SkippedUtterance:
-    try:
-        return inspect_utterance(utterance, config)
-    except DataError as err:
-        return SkippedUtterance(utterance.id, str(err))
-
-
-def _log_fewer(name: str, cap: int | None, passed: int) -> None:
-    if cap is not None and passed < cap:
-        logger.info("%s: %d asked for, %d exist; taking all of them", name, cap, passed)
+def audio_cache(config: Config) -> AudioCache | None:
+    """Return the cache of decoded recordings, None where `data.cache_decoded` is off."""
+    return AudioCache(config.paths.cache_dir / "audio") if config.data.cache_decoded else None
 
 
 def enforce_skip_policy(

@@ -22,8 +22,7 @@ from src.data.dataset import decode_audio
 from src.data.labels import IGNORE_INDEX, EncodedLabel, LabelCase, LabelEncoder, apply_case, resolve_case
 from src.data.loader import create_loader
 from src.data.report.findings import Finding, count_clips, sort_findings
-from src.data.report.report import DataReport
-from src.data.report.table import hashed_choice
+from src.data.report.report import DataReport, hashed_choice
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator
 from src.evaluation.text import PLAIN, word_counts

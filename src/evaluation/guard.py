@@ -19,11 +19,10 @@ from huggingface_hub import HfApi
 
 from src.data.labels import apply_case, resolve_case
 from src.data.loader import create_loader
-from src.data.preparation import check_listed, check_stream, check_utterance, enforce_skip_policy
-from src.data.preprocessing import ClipStats
+from src.data.preparation import RecordingChecker, check_utterance, enforce_skip_policy
 from src.data.sources.catalog import SAMPLE_CLIP, load_utterances, open_source
 from src.data.sources.hub import CORPORA
-from src.data.utterance import SkippedUtterance, Utterance
+from src.data.utterance import Utterance
 from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
 from src.evaluation.report.run_files import guard_name
 from src.models.weights import HUB_ERRORS, HUB_TIMEOUT_SEC
@@ -184,10 +183,9 @@ def _from_librispeech(config: Config, fresh: _Fresh) -> GuardSet:
     assert isinstance(streams, dict)  # as every source of the Hub
     clips = config.guard.max_clips
     stream = _spread(fresh(streams["test"]), max_per_speaker=math.ceil(clips / MIN_SPEAKERS))
-    stats: dict[str, ClipStats] = {}
-    skipped: list[SkippedUtterance] = []
-    checked = check_stream("guard", stream, clips, config.model_copy(update={"data": data}), stats, skipped)
-    enforce_skip_policy(skipped, len(checked) + len(skipped), data.max_skip_fraction)
+    checker = RecordingChecker(config.model_copy(update={"data": data}))
+    checked = checker.take_stream("guard", stream, clips)
+    enforce_skip_policy(checker.skipped, len(checked) + len(checker.skipped), data.max_skip_fraction)
     return fresh.finish("LibriSpeech test-clean", checked)
 
 
@@ -205,11 +203,9 @@ def _from_files(config: Config, fresh: _Fresh) -> GuardSet:
         {"source": config.guard.source, "path": config.guard.path, **{key: getattr(config.data, key) for key in keys}}
     )
     listed = list(fresh(load_utterances(data)))
-    stats: dict[str, ClipStats] = {}
-    skipped: list[SkippedUtterance] = []
-    settings = config.model_copy(update={"data": data})
-    checked = check_listed("guard", listed, config.guard.max_clips, settings, stats, skipped)
-    enforce_skip_policy(skipped, len(checked) + len(skipped), data.max_skip_fraction)
+    checker = RecordingChecker(config.model_copy(update={"data": data}))
+    checked = checker.take("guard", listed, config.guard.max_clips)
+    enforce_skip_policy(checker.skipped, len(checked) + len(checker.skipped), data.max_skip_fraction)
     return fresh.finish(str(config.guard.path), checked)
 
 

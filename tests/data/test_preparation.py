@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile as sf
 
+from src.data import audio, preparation
+from src.data.loader import create_dataloaders
 from src.data.preparation import prepare_datasets
+from src.data.report.report import build_data_report
+from src.data.vad import VoiceActivityDetector
 from src.utils.config import Config, load_config
 from src.utils.errors import AudioError, DataError
 
@@ -135,3 +142,43 @@ def test_a_recording_longer_than_allowed_is_refused_before_it_is_decoded(tmp_pat
     sf.write(path / "b.wav", 0.1 * np.ones(40 * 8_000, dtype=np.float32), 8_000)
     with pytest.raises(DataError, match=r"b\.wav.*cut it at a pause"):
         prepare_datasets(folder_config(path))
+
+
+@pytest.mark.slow
+def test_recordings_are_decoded_once_before_the_first_update(
+    _tiny_en: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: Counter[str | None] = Counter()
+
+    def count(source: Any, *, name: str | None = None, **options: Any) -> audio.DecodedAudio:
+        decoded[name] += 1
+        return original(source, name=name, **options)
+
+    original = audio.decode
+    for module in (audio, preparation):
+        monkeypatch.setattr(module, "decode", count)
+    path = write_folder(tmp_path / "d", [(f"{i}.wav", f"text {i}", f"s{i % 6}") for i in range(12)])
+    data = {"source": "folder", "path": str(path), "cache_decoded": True, "num_workers": 0}
+    config = load_config(None, overrides={"data": data, "device": "cpu", "paths.cache_dir": str(tmp_path / "cache")})
+    splits = prepare_datasets(config, vad=VoiceActivityDetector(config.vad))
+    report = build_data_report(splits, config, tokenizer=_tiny_en[1].tokenizer, vad=VoiceActivityDetector(config.vad))
+    assert report.clips["speech_fraction"].notna().all()
+    batches = list(create_dataloaders(splits, _tiny_en[1], config).train)
+    assert sum(len(batch["ids"]) for batch in batches) == len(splits.train)
+    assert decoded == {str(path / f"{i}.wav"): 1 for i in range(12)}
+
+
+def test_speech_is_looked_for_in_a_sample_that_the_report_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(None, overrides={"data": {"max_train": 30, "max_validation": 10, "max_test": 10}})
+    detector = VoiceActivityDetector()
+    monkeypatch.setattr(preparation, "MAX_VAD_CLIPS", 10)
+    splits = prepare_datasets(config, vad=detector)
+    assert 0 < len(splits.speech) <= 10
+    report = build_data_report(splits, config, max_vad_clips=10)
+    later = build_data_report(replace(splits, speech={}), config, vad=detector, max_vad_clips=len(splits.speech))
+    columns = ["speech_fraction", "leading_silence_sec", "trailing_silence_sec"]
+    assert report.clips["speech_fraction"].notna().sum() == len(splits.speech)
+    found, again = (each.clips.set_index("id")[columns].dropna() for each in (report, later))
+    assert set(found.index) == set(again.index) == set(splits.speech)
+    np.testing.assert_allclose(found, again.loc[found.index], atol=1e-6)
+    assert not prepare_datasets(config).speech

@@ -10,14 +10,12 @@ from typing import Any
 
 import matplotlib
 import torch
-from matplotlib.axes import Axes
 from numpy.typing import NDArray
-from transformers.audio_utils import hertz_to_mel
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.augmentation.augmenter import AudioAugmenter, SpecAugment
 from src.data.augmentation.effects import CHAIN, Gain
-from src.data.features import FRAMES_PER_SEC, HOP_SAMPLES, LogMel
+from src.data.features import HOP_SAMPLES, LogMel
 from src.utils.config import AugmentationConfig
 from src.utils.errors import DataError
 from src.utils.figures import FIGURE_STYLE, NotebookFigure
@@ -125,16 +123,3 @@ def draw_examples(examples: Sequence[Example]) -> NotebookFigure:
         figure.supxlabel("s", fontsize=8)
         figure.supylabel("Hz", fontsize=8)
     return figure
-
-
-def draw_log_mel(axes: Axes, log_mel: NDArray[Any], levels: tuple[float, float], *, begin_sec: float = 0.0) -> None:
-    """Draw (bins, frames) of a log-mel spectrogram over seconds and kHz, with `levels` at the ends of the colours."""
-    bins, frames = log_mel.shape
-    axes.imshow(
-        log_mel, origin="lower", aspect="auto", cmap="magma", vmin=levels[0], vmax=levels[1],
-        extent=(begin_sec, begin_sec + frames / FRAMES_PER_SEC, 0, bins), interpolation="nearest",
-    )  # fmt: skip
-    top = hertz_to_mel(SAMPLE_RATE / 2, mel_scale="slaney")
-    ticks = (500, 1_000, 2_000, 4_000)
-    places = [bins * float(hertz_to_mel(hertz, mel_scale="slaney") / top) for hertz in ticks]
-    axes.set_yticks(places, [f"{hertz / 1_000:g}" for hertz in ticks])

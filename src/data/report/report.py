@@ -1,33 +1,68 @@
-"""What a person should know about the data before training: tables, findings and advice, kept in the run's folder.
+"""The data report: tables, findings and advice to read before training, kept in the run's folder.
 
-No model is needed. `src.evaluation.data_checks` adds what only a model can tell, and the result is saved the same way.
+No model is needed. `src.evaluation.data_checks` adds what only a model can tell, and the result is
+saved the same way.
 """
 
 from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
-from src.data.preparation import DatasetSplits
-from src.data.report.findings import CLIPPED_FRACTION, LEVELS, Finding, find_all
-from src.data.report.table import CLIP_TYPES, tabulate_clips
-from src.data.utterance import SPLITS, SkippedUtterance
+from src.data.audio import load_audio
+from src.data.dataset import decode_audio
+from src.data.labels import LabelEncoder
+from src.data.preparation import MAX_VAD_CLIPS, DatasetSplits, SpeechStats, audio_cache, measure_speech
+from src.data.report.findings import CLIPPED_FRACTION, LEVELS, Finding, find_all, text_key
+from src.data.utterance import SPLITS, SkippedUtterance, Utterance, stable_hash
 from src.data.vad import VoiceActivityDetector
 from src.utils.config import Config
 from src.utils.errors import DataError
 from src.utils.figures import BLUE, GREY, ORANGE
 from src.utils.files import write_text_atomic
 
+CLIP_TYPES: Mapping[str, str] = {
+    "id": "str",
+    "split": "str",
+    "speaker": "object",
+    "duration_sec": "float64",
+    "text": "str",
+    "characters": "int64",
+    "chars_per_sec": "float64",
+    "chars_per_sec_outlier": "bool",
+    "sample_rate": "int64",
+    "channels": "int64",
+    "peak_dbfs": "float64",
+    "clipped_fraction": "float64",
+    "loudness_dbfs": "float64",
+    "silent_fraction": "float64",
+    "bandwidth_hz": "float64",
+    "leading_silence_sec": "float64",
+    "trailing_silence_sec": "float64",
+    "speech_fraction": "float64",
+    "tokens": "Int64",
+    "duplicate_audio_of": "object",
+    "duplicate_text_count": "int64",
+    "audio_sha256": "str",
+}
+OUTLIER_SCORE = 3.5
+MIN_CLIPS_FOR_OUTLIERS = 10
+_MIN_LOG_SPREAD = 0.1  # 10%: where all clips speak at one rate, not every small difference is an outlier
+
 REPORT_FILE = "data_report.json"
 CLIPS_FILE = "data_report_clips.csv"
-MAX_VAD_CLIPS = 1000  # about 20 s on one CPU core, decoding included, at 4 s a clip
-_LEVEL_COLORS = {"error": ORANGE, "warning": BLUE, "info": GREY}  # beside the word, which says it already
+_LEVEL_COLORS = {"error": ORANGE, "warning": BLUE, "info": GREY}  # next to the word, which says it already
 _SHOWN_SKIPPED = 20
 
 
@@ -36,12 +71,12 @@ class DataReport:
     """The data of one run.
 
     Attributes:
-        source: that was taken.
+        source: the one that was taken.
         label_case: how transcripts were recased.
-        clips: one row a clip, columns as in `CLIP_TYPES`; NA where something was not measured.
+        clips: one row per clip, columns as in `CLIP_TYPES`; NA where something was not measured.
         findings: errors first.
         skipped: recordings that were left out while checking.
-        label_styles: one row a style of writing, with what it costs the model; None where no model was asked.
+        label_styles: one row per style of writing, with what it costs the model; None where no model was asked.
         hard_clips: clips that the model gets wrong altogether; None where no model was asked.
     """
 
@@ -54,12 +89,12 @@ class DataReport:
     hard_clips: pd.DataFrame | None = None
 
     def summary(self) -> pd.DataFrame:
-        """Return one row a split, an empty one too; shares are of its clips, NA where nothing was measured."""
+        """Return one row per split, an empty one too; shares are of its clips, NA where nothing was measured."""
         rows = [_summarize(name, self.clips[self.clips["split"] == name]) for name in SPLITS]
         return pd.DataFrame(rows).astype({"max_tokens": "Int64"})
 
     def findings_table(self) -> pd.DataFrame:
-        """Return one row a finding, errors first."""
+        """Return one row per finding, errors first."""
         rows = [{**asdict(finding), "ids": ", ".join(finding.ids)} for finding in self.findings]
         return pd.DataFrame(rows, columns=["level", "topic", "message", "advice", "ids"])
 
@@ -113,7 +148,8 @@ class DataReport:
     def load(cls, run_dir: str | Path) -> DataReport:
         """Read a saved report.
 
-        Raises: DataError: it is absent or damaged.
+        Raises:
+            DataError: it is absent or damaged.
         """
         folder = Path(run_dir)
         try:
@@ -125,8 +161,8 @@ class DataReport:
                 clips=clips,
                 findings=tuple(Finding(**{**row, "ids": tuple(row["ids"])}) for row in content["findings"]),
                 skipped=tuple(SkippedUtterance(**row) for row in content["skipped"]),
-                label_styles=_to_frame(content["label_styles"]),
-                hard_clips=_to_frame(content["hard_clips"]),
+                label_styles=None if (rows := content["label_styles"]) is None else pd.DataFrame(rows),
+                hard_clips=None if (rows := content["hard_clips"]) is None else pd.DataFrame(rows),
             )
         except FileNotFoundError as err:
             raise DataError(f"{err.filename}: no such file; build the report and save it into this run first") from err
@@ -148,14 +184,106 @@ def build_data_report(
         splits: from `prepare_datasets`, which measured the recordings.
         config: `model.language` and `model.task` for the labels, `seed` for the choice of clips.
         tokenizer: of the model to train; without one tokens are not counted.
-        vad: finds where speech is; without one silence before and after it, and its absence, are not measured.
-        max_vad_clips: recordings to decode for it, chosen by hash.
-    Raises: DataError: a clip without measurements, or a language unknown to the tokenizer. AudioError: a recording that
-        can no longer be decoded.
+        vad: looks for speech where `prepare_datasets` did not; those recordings are decoded again. Where neither did,
+            silence before and after speech, and its absence, are not measured.
+        max_vad_clips: recordings in which to look, chosen by hash.
+
+    Raises:
+        DataError: a clip without measurements, or a language unknown to the tokenizer.
+        AudioError: a recording that can no longer be decoded.
     """
     clips = tabulate_clips(splits, config, tokenizer=tokenizer, vad=vad, max_vad_clips=max_vad_clips)
     skipped = tuple(splits.skipped)
     return DataReport(splits.source, splits.label_case, clips, find_all(clips, skipped), skipped)
+
+
+def tabulate_clips(
+    splits: DatasetSplits,
+    config: Config,
+    *,
+    tokenizer: Any | None,
+    vad: VoiceActivityDetector | None,
+    max_vad_clips: int,
+) -> pd.DataFrame:
+    """Return one row per clip with the columns of `CLIP_TYPES`, in the order of the splits; NA if not measured.
+
+    Raises:
+        DataError: a clip without measurements.
+        AudioError: a recording that can no longer be decoded.
+    """
+    utterances = splits.utterances
+    missing = next((u.id for u in utterances if u.id not in splits.stats), None)
+    if missing is not None:
+        raise DataError(f"utterance {missing}: it was not measured; take the splits from prepare_datasets")
+    clips = pd.DataFrame([asdict(splits.stats[u.id]) for u in utterances])
+    clips["id"] = [u.id for u in utterances]
+    clips["split"] = [name for name, part in splits.parts.items() for _ in part]
+    clips["speaker"] = [u.speaker for u in utterances]
+    clips["text"] = [u.text for u in utterances]
+    clips["characters"] = clips["text"].str.strip().str.len()
+    clips["chars_per_sec"] = clips["characters"] / clips["duration_sec"]
+    clips["chars_per_sec_outlier"] = find_rate_outliers(clips["chars_per_sec"].to_numpy(dtype=float))
+    first = clips.groupby("audio_sha256")["id"].transform("first")
+    clips["duplicate_audio_of"] = first.astype(object).where(first != clips["id"], None)
+    keys = clips["text"].map(text_key)
+    clips["duplicate_text_count"] = keys.groupby(keys).transform("size")
+    tokens = None if tokenizer is None else _count_tokens(clips["text"].tolist(), tokenizer, config)
+    clips["tokens"] = pd.array(tokens or [None] * len(clips), dtype="Int64")
+    speech = dict(splits.speech)
+    if vad is not None:
+        chosen = hashed_choice(utterances, max_vad_clips, config.seed)
+        speech |= _find_speech([u for u in chosen if u.id not in speech], vad, config)
+    for column in ("leading_silence_sec", "trailing_silence_sec", "speech_fraction"):
+        clips[column] = [getattr(speech[u.id], column) if u.id in speech else np.nan for u in utterances]
+    return clips[list(CLIP_TYPES)].astype(dict(CLIP_TYPES))
+
+
+def _count_tokens(texts: Sequence[str], tokenizer: Any, config: Config) -> list[int]:
+    """Count the decoder's positions per transcript, prefix and end token included, as `LabelEncoder` makes them."""
+    special = len(LabelEncoder(tokenizer, language=config.model.language, task=config.model.task).prefix) + 1
+    encoded = tokenizer([" " + text.strip() for text in texts], add_special_tokens=False)["input_ids"]
+    return [len(ids) + special for ids in encoded]
+
+
+def _find_speech(utterances: Sequence[Utterance], vad: VoiceActivityDetector, config: Config) -> dict[str, SpeechStats]:
+    cache = audio_cache(config)
+    load = cache.load_audio if cache else load_audio
+
+    def measure(utterance: Utterance) -> SpeechStats:
+        return measure_speech(decode_audio(utterance, load=load).numpy(), vad)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = tqdm(pool.map(measure, utterances), total=len(utterances), desc="speech", leave=False)
+        return {utterance.id: heard for utterance, heard in zip(utterances, found, strict=True)}
+
+
+def find_rate_outliers(rates: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Tell which clips have far too many or too few characters per second.
+
+    The modified z-score of Iglewicz and Hoaglin (1993), |x - median| / (1.4826 MAD) > 3.5, on the logarithm of the
+    rate: half and twice the speed are equally far, and outliers do not move the yardstick. Fewer than 10 clips have
+    none; a rate of zero is one.
+
+    Args:
+        rates: (n,) characters per second.
+    """
+    if len(rates) < MIN_CLIPS_FOR_OUTLIERS:
+        return np.zeros(len(rates), dtype=bool)
+    logs = np.log(np.maximum(rates, 1e-9))
+    distances = np.abs(logs - np.median(logs))
+    outliers: NDArray[np.bool_] = distances > OUTLIER_SCORE * max(1.4826 * float(np.median(distances)), _MIN_LOG_SPREAD)
+    return outliers
+
+
+def hashed_choice(utterances: Sequence[Utterance], count: int, seed: int) -> list[Utterance]:
+    """Choose `count` utterances by a hash of their ids, all where there are fewer: a sample of the whole, never a head.
+
+    Raises:
+        DataError: none asked for.
+    """
+    if count < 1:
+        raise DataError(f"{count} clips asked for; ask for at least one")
+    return sorted(utterances, key=lambda u: stable_hash(seed, u.id))[:count]
 
 
 def _summarize(name: str, clips: pd.DataFrame) -> dict[str, Any]:
@@ -207,10 +335,6 @@ def _to_records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Return rows of plain Python values, None for NA."""
     records: list[dict[str, Any]] = json.loads(frame.to_json(orient="records", double_precision=12))
     return records
-
-
-def _to_frame(records: list[Mapping[str, Any]] | None) -> pd.DataFrame | None:
-    return None if records is None else pd.DataFrame(records)
 
 
 def _read_clips(path: Path) -> pd.DataFrame:

@@ -16,8 +16,15 @@ import soxr
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.preparation import DatasetSplits
 from src.data.report.findings import Finding
-from src.data.report.report import CLIPS_FILE, REPORT_FILE, DataReport, build_data_report
-from src.data.report.table import CLIP_TYPES, find_rate_outliers, hashed_choice
+from src.data.report.report import (
+    CLIP_TYPES,
+    CLIPS_FILE,
+    REPORT_FILE,
+    DataReport,
+    build_data_report,
+    find_rate_outliers,
+    hashed_choice,
+)
 from src.data.utterance import SPLITS, SkippedUtterance, Utterance
 from src.data.vad import VoiceActivityDetector
 from src.utils.config import Config
