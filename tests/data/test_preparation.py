@@ -166,6 +166,7 @@ def test_recordings_are_decoded_once_before_the_first_update(
     batches = list(create_dataloaders(splits, _tiny_en[1], config).train)
     assert sum(len(batch["ids"]) for batch in batches) == len(splits.train)
     assert decoded == {str(path / f"{i}.wav"): 1 for i in range(12)}
+    assert len(list((tmp_path / "cache" / "audio").rglob("*.flac"))) == 12
 
 
 def test_speech_is_looked_for_in_a_sample_that_the_report_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,18 +82,16 @@ def test_the_input_is_not_changed_and_the_seed_decides() -> None:
     results = [masks(before, generator=generator(seed)) for seed in (1, 1, 2)]
     assert torch.equal(before, kept)
     assert torch.equal(results[0], results[1])
+    assert torch.equal(masks(before[0], generator=generator()), masks(before[:1], generator=generator())[0])
     assert not torch.equal(results[0], results[2])
-
-
-def test_one_clip_gets_what_a_batch_of_one_gets() -> None:
-    before = features(1)
-    alone = SpecAugment()(before[0], generator=generator())
-    assert alone.shape == (80, 200)
-    assert torch.equal(alone, SpecAugment()(before, generator=generator())[0])
 
 
 def test_no_masks_are_the_identity() -> None:
     before = features(2)
+    off = AugmentationConfig(enabled=False, spec_augment_prob=0.25)
+    assert torch.equal(SpecAugment.from_config(off)(before, generator=generator()), before)
+    on = SpecAugment.from_config(off.model_copy(update={"enabled": True, "spec_augment": TIME_ONLY}))
+    assert (on.prob, on.config) == (0.25, TIME_ONLY)
     config = SpecAugmentConfig(time_masks=0, frequency_masks=0)
     assert torch.equal(SpecAugment(config)(before, generator=generator()), before)
     none_wide = SpecAugmentConfig(max_time_mask_fraction=0.0, max_frequency_mask_bins=0)
@@ -109,13 +107,6 @@ def test_short_clips_and_wide_masks_stay_finite() -> None:
 def test_the_type_is_kept() -> None:
     half = features(2).bfloat16()
     assert SpecAugment()(half, generator=generator()).dtype == torch.bfloat16
-
-
-def test_the_configuration_decides_share_and_masks() -> None:
-    config = AugmentationConfig(spec_augment_prob=0.25, spec_augment=TIME_ONLY)
-    masks = SpecAugment.from_config(config)
-    assert (masks.prob, masks.config) == (0.25, TIME_ONLY)
-    assert SpecAugment.from_config(config.model_copy(update={"enabled": False})).prob == 0
 
 
 def test_what_does_not_fit_is_refused() -> None:
