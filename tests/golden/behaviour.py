@@ -414,9 +414,20 @@ def augmentation(subject: Subject) -> Section:
         "batch": {
             "samples": changed.lengths.tolist(),
             "rms": [rms(row[:n].numpy()) for row, n in zip(changed.audio, changed.lengths.tolist(), strict=True)],
-            "applied": [{k: str(v) if k == "pitch" else v for k, v in asdict(e).items()} for e in changed.applied],
+            "applied": [_drawn(effects) for effects in changed.applied],
         },
     }
+
+
+def _drawn(effects: Sequence[Any]) -> dict[str, Any]:
+    """The values of a clip's effects, under the names of the record."""
+    values: dict[str, Any] = {"speed": 1.0, "pitch": "1", "rt60_sec": None, "direct_db": 0.0, "noise": None}
+    values |= {"snr_db": None, "gain_db": 0.0, "telephone": False}
+    names = {"factor": "speed", "ratio": "pitch", "kind": "noise"}
+    for effect in effects:
+        values |= {names.get(key, key): str(v) if key == "ratio" else v for key, v in asdict(effect).items()}
+        values["telephone"] |= type(effect).__name__ == "Telephone"
+    return values
 
 
 def rates(subject: Subject) -> Section:
