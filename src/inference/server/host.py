@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -132,8 +131,7 @@ class LiveSession:
         self._turn = round(TURN_SEC * sample_rate)
         self._max_waiting = max(round(limits.queue_sec * sample_rate), self._turn)
         self._left = round(limits.max_session_sec * sample_rate)  # samples that it may still take
-        self._pieces: deque[Waveform] = deque()  # none longer than a turn
-        self._waiting = 0  # samples in them
+        self._backlog: Waveform = np.zeros(0, np.float32)  # taken and not heard yet
         self._changed = asyncio.Event()
         self._failure: Exception | None = None
         self._flushed = False
@@ -149,12 +147,12 @@ class LiveSession:
     @property
     def waiting_sec(self) -> float:
         """Audio taken and not heard yet."""
-        return self._waiting / self._rate
+        return len(self._backlog) / self._rate
 
     async def put(self, samples: Waveform) -> None:
         """Take (T,) float32, as there is room; nothing after the end."""
-        for piece in self._pieces_of(samples):
-            while self.ending is None and self._waiting + len(piece) > self._max_waiting:
+        for piece in self._turns_of(samples):
+            while self.ending is None and len(self._backlog) + len(piece) > self._max_waiting:
                 await self._change()
             piece = piece[: self._left]
             if not len(piece):
@@ -163,19 +161,18 @@ class LiveSession:
                 return
             self._cancel_idle()
             self._left -= len(piece)
-            self._waiting += len(piece)
-            self._pieces.append(piece)
+            self._backlog = np.concatenate([self._backlog, piece])
             self._changed.set()
 
     async def hear(self, samples: Waveform) -> list[Event]:
         """Take (T,) float32 and hear it at once, for a client that waits for the answer before it sends more."""
         events: list[Event] = []
-        for piece in self._pieces_of(samples):
+        for piece in self._turns_of(samples):
             await self.put(piece)
             events += await self.next_events() or []
         return events
 
-    def _pieces_of(self, samples: Waveform) -> Iterator[Waveform]:
+    def _turns_of(self, samples: Waveform) -> Iterator[Waveform]:
         return (samples[at : at + self._turn] for at in range(0, len(samples), self._turn))
 
     async def next_events(self) -> list[Event] | None:
@@ -185,15 +182,16 @@ class LiveSession:
             StreamError: the session failed.
             Exception: what `fail` was given.
         """
-        while not self._pieces and self.ending is None and self._failure is None:
+        while not len(self._backlog) and self.ending is None and self._failure is None:
             await self._change()
         if self._failure is not None:
             raise self._failure
-        if self._pieces:
-            samples = self._take()
+        if len(self._backlog):
+            samples, self._backlog = np.split(self._backlog, [self._turn])
+            self._changed.set()  # there is room
             self.session.sharers = len(self._host.sessions)
             events = await self._host.in_worker(self.session.feed, samples, self._rate)
-            if not self._pieces:
+            if not len(self._backlog):
                 self.wait_for_client()
             return events
         if self._flushed:
@@ -201,25 +199,13 @@ class LiveSession:
         self._flushed = True
         return await self._host.in_worker(self.session.flush)
 
-    def _take(self) -> Waveform:
-        """Take pieces that together are at most a turn."""
-        taken = [self._pieces.popleft()]
-        size = len(taken[0])
-        while self._pieces and size + len(self._pieces[0]) <= self._turn:
-            taken.append(self._pieces.popleft())
-            size += len(taken[-1])
-        self._waiting -= size
-        self._changed.set()
-        return np.concatenate(taken)
-
     def end(self, ending: Literal["end", "shutdown"] | StreamError, *, drop: bool = False) -> None:
         """Take no more audio; `drop` discards what waits. Only the first call counts."""
         if self.ending is not None:
             return
         self.ending = ending
         if drop:
-            self._pieces.clear()
-            self._waiting = 0
+            self._backlog = self._backlog[:0]
         self._changed.set()
 
     def fail(self, error: Exception) -> None:
