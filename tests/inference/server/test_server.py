@@ -347,6 +347,12 @@ class TestRefusals:
             await assert_serves(url)
 
     @in_a_loop
+    async def test_a_connection_that_says_nothing_is_closed(self) -> None:
+        async with serving(idle_sec=0.2) as (url, _):
+            received, close_code = await exchange(url)
+        assert ([each.code for each in received], close_code) == (["idle"], 1008)
+
+    @in_a_loop
     async def test_a_message_too_large_closes_the_connection(self) -> None:
         async with serving(max_message_bytes=100_000) as (url, _):
             assert await exchange(url, bytes(100_004)) == ([], 1009)
