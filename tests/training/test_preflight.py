@@ -237,7 +237,7 @@ def test_memory_ends_the_search_and_other_errors_pass(
 
     monkeypatch.setattr(module._Trial, "_update", update)
     room, message = 5, "CUDA out of memory. Tried to allocate 2.00 GiB"
-    proposal = propose_batch_seconds(small[0], config, clip_sec=10.0)
+    proposal = propose_batch_seconds(small[0], config, clip_sec=10.0, max_seconds=100.0)
     assert (proposal.fits_sec, proposal.limit) == (50.0, "memory")
     room = 0
     with pytest.raises(DeviceError, match="gradient_checkpointing"):
