@@ -68,10 +68,7 @@ def start_session(drive_folder: str | None = None) -> Path | None:
 
 
 def mount_drive(folder: str) -> Path:
-    """Mount Google Drive and return a folder in it, made if absent.
-
-    Args:
-        folder: below "MyDrive", for example "whisper_asr".
+    """Mount Google Drive and return a folder below "MyDrive", made if absent.
 
     Raises:
         WhisperASRError: if this is not Colab, or the mount was refused.

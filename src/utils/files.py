@@ -53,18 +53,7 @@ def write_text_atomic(path: Path, text: str, *, durable: bool = False) -> None:
 
 
 def write_bytes_atomic(path: Path, content: bytes, *, durable: bool = False) -> None:
-    """Write a file, which is replaced as a whole or stays as it was.
-
-    Readers in other processes find the old file or the new one; after a power cut it may be either, or empty.
-
-    Args:
-        path: the file; its folder is made.
-        content: of the new file.
-        durable: as in `atomic_file`.
-
-    Raises:
-        OSError: if the folder cannot be made or written.
-    """
+    """Write a file as `atomic_file` does: other processes find the old content or the new one."""
     with atomic_file(path, durable=durable) as file:
         file.write(content)
 
@@ -73,12 +62,8 @@ def write_bytes_atomic(path: Path, content: bytes, *, durable: bool = False) -> 
 def atomic_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
     """Yield a hidden file next to `path`, open for writing; it takes that name at the end, or is removed on an error.
 
-    Args:
-        path: the file; its folder is made.
-        durable: wait for the disk, so that a power cut after the return loses nothing.
-
-    Raises:
-        OSError: if the folder cannot be made or written.
+    After a power cut the file may be the old one, the new one or empty; if `durable`, this waits for the disk, and the
+    new one stays. The folder is made; `OSError` is raised if it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _hidden_name(path, "partial")
@@ -115,16 +100,7 @@ def read_json(path: Path, parse: Callable[[Any], T], *, what: str, fix: str) -> 
 
 
 def write_json(path: Path, content: Any, *, durable: bool = False) -> None:
-    """Write a JSON file atomically; its folder is made.
-
-    Args:
-        path: the file.
-        content: without nan and infinity, which JSON does not have.
-        durable: as in `atomic_file`.
-
-    Raises:
-        DataError: if the folder cannot be made or written.
-    """
+    """Write a JSON file as `atomic_file` does; raises `DataError` if its folder cannot be made or written."""
     text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     try:
         write_text_atomic(path, text, durable=durable)
@@ -196,9 +172,6 @@ def recover_folder(output_dir: Path) -> Path | None:
 
     Returns:
         output_dir if it was restored, else None.
-
-    Raises:
-        OSError: if something cannot be renamed or removed.
     """
     remains: list[tuple[int, Path]] = []
     for path in output_dir.parent.iterdir() if output_dir.parent.is_dir() else ():
@@ -219,11 +192,7 @@ def recover_folder(output_dir: Path) -> Path | None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, or file, under a hidden name, so that no half of it is ever seen under its own name.
-
-    Raises:
-        OSError: if it cannot be renamed or removed.
-    """
+    """Remove a folder, or file, under a hidden name, so that no half of it is ever seen under its own name."""
     hidden = read_hidden_name(folder)
     doomed = _hidden_name(hidden.final if hidden else folder, "partial")
     folder.rename(doomed)
@@ -271,9 +240,6 @@ def fsync_folder(folder: Path) -> None:
     """Wait until every file below a folder, and the folders themselves, are on the disk.
 
     Folders are left out on Windows and on drives that cannot do it. macOS may keep data in the drive's own cache.
-
-    Raises:
-        OSError: if something cannot be opened or written.
     """
     for parent, _, names in os.walk(folder, topdown=False):
         for path in (Path(parent, name) for name in names):

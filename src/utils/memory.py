@@ -67,14 +67,9 @@ class MemoryUse:
 
 
 def measure_memory(folder: Path, device: torch.device | str | None = None) -> MemoryUse:
-    """Read memory and disk; cheap enough for every update.
+    """Read memory, and the disk of an existing folder; cheap enough for every update.
 
-    Args:
-        folder: an existing folder; its file system is measured.
-        device: whose memory is read, "cuda" or "mps"; None and the CPU have none of their own.
-
-    Raises:
-        OSError: if the folder is absent.
+    None and the CPU have no device memory of their own.
     """
     gpu_bytes = gpu_peak_bytes = None
     kind = str(device).partition(":")[0]
@@ -205,19 +200,12 @@ def existing_folder(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Removable:
-    """Files that this project wrote and that can be removed.
+    """Files that this project wrote and that can be removed."""
 
-    Attributes:
-        kind: "decoded audio", "unfinished" or "checkpoint".
-        place: the file or folder; for decoded audio, the folder that contains the files.
-        paths: what is removed.
-        mb: size of all paths.
-    """
-
-    kind: str
-    place: Path
-    paths: tuple[Path, ...]
-    mb: float
+    kind: str  # "decoded audio", "unfinished" or "checkpoint"
+    place: Path  # the file or folder; for decoded audio, the folder that contains the files
+    paths: tuple[Path, ...]  # what is removed
+    mb: float  # of all paths
 
 
 @dataclass(frozen=True)

@@ -165,13 +165,9 @@ class DriveMirror:
         return any(job is not None and job.source == source for job in jobs)
 
     def flush(self, timeout_sec: float | None = None) -> bool:
-        """Wait until every submitted folder is copied or has failed; see `failures`.
+        """Wait until every submitted folder is copied or has failed; False, with a warning, if the time has passed.
 
-        Args:
-            timeout_sec: None waits for ever, even for a drive that hangs.
-
-        Returns:
-            False, with a warning, if the time has passed.
+        Without a time limit this waits even for a drive that hangs.
         """
         with self._changed:
             done = self._changed.wait_for(lambda: not self._queue and self._current is None, timeout_sec)

@@ -291,15 +291,8 @@ class ModelRegistry:
     ) -> RegisteredModel:
         """Add a model; it is on the disk when this returns. A known model_id gets a new version, older ones stay.
 
-        Args:
-            model_id: its name.
-            metrics: numbers by name. One that is not finite is stored as missing, with a warning, and never wins.
-            git_revision: of the code.
-            run: folder or name of the run.
-            data_version: version of the training data.
-            checkpoint: folder or name of the weights.
-            base_model: what was fine-tuned.
-            notes: free text.
+        The arguments are those of `RegisteredModel`. A metric that is not finite is stored as missing, with a warning,
+        and never wins.
 
         Raises:
             ModelError: if model_id is empty or a metric is not a number.
