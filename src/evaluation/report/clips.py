@@ -185,12 +185,7 @@ def clip_kinds(row: Prediction, normalizer: str) -> tuple[str, ...]:
 
 
 def worst_first(rows: Sequence[Prediction], kinds: Mapping[str, Sequence[str]]) -> tuple[Prediction, ...]:
-    """Sort clips: loops and words on silence first, then by errors, then by WER.
-
-    Args:
-        rows: of one model.
-        kinds: `clip_kinds` of each clip, by its id.
-    """
+    """Sort clips: loops and words on silence first, then by errors, then by WER."""
 
     def badness(row: Prediction) -> tuple[bool, int, float]:
         made_up = bool({"loop", "invented"} & set(kinds[row.id]))

@@ -195,26 +195,14 @@ def comparison_table(results: Mapping[str, Row], predictions: PredictionsByModel
 
 
 def format_comparison(results: Mapping[str, Row], predictions: PredictionsByModel | None = None) -> str:
-    """Return `comparison_table` as aligned Markdown, one column per model, and what it means in sentences.
-
-    Raises:
-        DataError: as `comparison_table`.
-    """
+    """Return `comparison_table` as aligned Markdown, one column per model, and `describe_results`."""
     table = comparison_table(results, predictions).T
     said = describe_results(results, predictions)
     return "\n".join([markdown_table(["", *table.columns], table.itertuples()), *([""] if said else []), *said])
 
 
 def describe_results(results: Mapping[str, Row], predictions: PredictionsByModel | None = None) -> list[str]:
-    """Return what each comparison with the stock model means, and where test set and guard set disagree.
-
-    Args:
-        results: as for `comparison_table`.
-        predictions: as for `comparison_table`.
-
-    Raises:
-        DataError: results of different clips.
-    """
+    """Return what each comparison with the stock model means, and where test set and guard set disagree."""
     stocks = _stocks_of(results)
     compared = {name: _compare(stock, name, results, predictions or {}) for name, stock in stocks.items()}
     said: list[str] = []
@@ -298,16 +286,7 @@ def more_rates(evaluations: Mapping[str, Row]) -> pd.DataFrame:
 
 
 def slice_table(column: str, predictions: PredictionsByModel, evaluations: Mapping[str, Row]) -> pd.DataFrame:
-    """Return one row per slice, with the WER of each model that was measured on the main model's clips.
-
-    Args:
-        column: of `slice_columns`.
-        predictions: rows of the test set by model.
-        evaluations: by model; they hold the settings of the intervals.
-
-    Raises:
-        DataError: as `slice_rates`.
-    """
+    """Return one row per slice, with the WER of each model that was measured on the main model's clips."""
     main = main_model(predictions)
     ids = {row.id for row in predictions[main]}
     names = [name for name in stock_first(predictions) if {row.id for row in predictions[name]} == ids]

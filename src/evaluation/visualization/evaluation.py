@@ -29,13 +29,12 @@ from src.evaluation.report.run_files import (
 )
 from src.evaluation.report.summary import FEW_BLOCKS, NOT_MEASURED, counted, describe_interval, number
 from src.evaluation.slices import DURATION_EDGES_SEC, UNKNOWN, Slice, slice_rates
-from src.evaluation.text import EditCounts, align_words, sum_counts
+from src.evaluation.text import align_words, sum_counts
 from src.evaluation.visualization.speed import (
     draw_latency_distribution,
     draw_modes,
     draw_rtf_by_batch,
     latest_latencies,
-    list_modes,
 )
 from src.evaluation.visualization.style import Look, drawable, figure_style, gap, looks_of, say
 from src.utils.errors import DataError, did_you_mean
@@ -161,7 +160,7 @@ class EvaluationVisualizer:
         Raises:
             DataError: this model was not evaluated.
         """
-        return draw_modes(list_modes(self._evaluation_of(model), self._streaming, self._latencies), model=model)
+        return draw_modes(self._evaluation_of(model), self._streaming, self._latencies, model=model)
 
     def _evaluation_of(self, model: str) -> Row:
         if model not in self._evaluations:
@@ -181,13 +180,7 @@ class EvaluationVisualizer:
 
 
 def draw_comparison(evaluations: Mapping[str, Row], difference: PairedComparison | None = None) -> Figure:
-    """Draw WER with intervals under both normalisers, one bar per model, the stock model first.
-
-    Args:
-        evaluations: rows of metrics.jsonl by model, at least one.
-        difference: of the tuned against the stock model, for the caption: intervals of two models on the same clips
-            may overlap although one of them is better.
-    """
+    """Draw WER with intervals under both normalisers, one bar per model, the stock model first."""
     looks = looks_of(stock_first(evaluations))
     first = evaluations[next(iter(looks))]
     with figure_style():
@@ -200,7 +193,7 @@ def draw_comparison(evaluations: Mapping[str, Row], difference: PairedComparison
         caption = counted(first["n"], "clip")
         if first.get("wer_low") is not None:
             caption += f"; {first['confidence']:.0%} bootstrap intervals over {first['num_blocks']} {first['blocks']}s"
-        if difference is not None:
+        if difference is not None:  # intervals may overlap although one model is better
             points = f"{100 * difference.difference:+.1f} points {describe_interval(difference)}"
             caption += f"\n{TUNED} against {STOCK}, clip by clip: {difference.verdict}; WER {points}"
         figure.supxlabel(caption, fontsize=8, color=GREY)
@@ -232,16 +225,7 @@ def _draw_bars(axes: Axes, rates: Sequence[_Rate], looks: Mapping[str, Look]) ->
 
 
 def draw_slices(slices: Mapping[str, Sequence[Slice]], evaluations: Mapping[str, Row], *, omitted: str = "") -> Figure:
-    """Draw WER with intervals, one row per slice of a column, below the rate over all clips.
-
-    Args:
-        slices: by model, of one column, from `slice_rates`; the first 12 are drawn.
-        evaluations: rows of metrics.jsonl by model, for the first row and the confidence.
-        omitted: for the caption: what the caller left out.
-
-    Raises:
-        DataError: no slice.
-    """
+    """Draw WER with intervals, one row per slice of a column, below the rate over all clips."""
     names = [name for name in stock_first(slices) if slices[name]]
     values = list(dict.fromkeys(each.value for name in names for each in slices[name]))
     if not values:
@@ -320,12 +304,7 @@ def _rate_of(row: Row, key: str) -> _Rate:
 
 
 def draw_error_types(evaluations: Mapping[str, Row], predictions: PredictionsByModel) -> Figure:
-    """Draw substitutions, deletions and insertions as shares of the reference's words, loops and empties of the clips.
-
-    Args:
-        evaluations: rows of metrics.jsonl by model, at least one.
-        predictions: by model; they give the edits of evaluations that were logged without them.
-    """
+    """Draw the kinds of edits as shares of the reference's words, loops and empty outputs as shares of the clips."""
     looks = looks_of(stock_first(evaluations))
     edits = {name: _edit_shares(evaluations[name], predictions.get(name, ())) for name in looks}
     clip_rates = {name: [gap(evaluations[name].get(key)) for key in _CLIP_RATES] for name in looks}
@@ -345,9 +324,12 @@ def draw_error_types(evaluations: Mapping[str, Row], predictions: PredictionsByM
 
 
 def _edit_shares(evaluation: Row, rows: Sequence[Prediction]) -> list[float]:
-    logged = [evaluation.get(key) for key in (*_EDITS, "reference_words")]
-    counts = sum_counts(rows) if None in logged else EditCounts(*map(int, logged))  # type: ignore[arg-type]
-    return [getattr(counts, kind) / counts.reference_words if counts.reference_words else math.nan for kind in _EDITS]
+    totals = [evaluation.get(key) for key in (*_EDITS, "reference_words")]
+    if None in totals:  # an older run logged no edits
+        counts = sum_counts(rows)
+        totals = [counts.substitutions, counts.deletions, counts.insertions, counts.reference_words]
+    *edits, words = totals
+    return [each / words if words else math.nan for each in edits]
 
 
 def _draw_groups(
@@ -377,17 +359,7 @@ def _draw_groups(
 
 
 def draw_confusions(rows: Sequence[Prediction], normalizer: str, *, model: str, top: int = 15) -> Figure:
-    """Draw the most frequent substitutions, deletions and insertions; of equally frequent ones the first by letter.
-
-    Args:
-        rows: of one model.
-        normalizer: of the evaluation.
-        model: for the title.
-        top: words per panel, 1 to 20.
-
-    Raises:
-        DataError: `top` is out of range, or an unknown normaliser.
-    """
+    """Draw the most frequent substitutions, deletions and insertions; of equally frequent ones the first by letter."""
     if not 1 <= top <= MAX_TOP:
         raise DataError(f"top is {top}; a panel of confusions shows 1 to {MAX_TOP} words")
     found = count_confusions(rows, normalizer)

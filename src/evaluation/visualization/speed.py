@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -48,15 +47,7 @@ def latest_latencies(rows: Sequence[Row]) -> list[Row]:
 
 
 def draw_latency_distribution(predictions: PredictionsByModel, latencies: Sequence[Row]) -> Figure:
-    """Draw how the clips' times in the evaluation are distributed, and median to 95th percentile of each engine.
-
-    Args:
-        predictions: by model.
-        latencies: from `latest_latencies`.
-
-    Raises:
-        DataError: neither holds a time.
-    """
+    """Draw how the clips' times in the evaluation are distributed, and median to 95th percentile of each engine."""
     times = {name: np.array([gap(row.latency_sec) for row in predictions[name]]) for name in stock_first(predictions)}
     times = {name: values[np.isfinite(values)] for name, values in times.items() if np.isfinite(values).any()}
     ranges = [row for row in latencies if math.isfinite(gap(row.get("p50_sec")))]
@@ -109,14 +100,7 @@ def _draw_ranges(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def draw_rtf_by_batch(latencies: Sequence[Row]) -> Figure:
-    """Draw the real-time factor (compute time / audio time; less is faster) of each engine against its batch size.
-
-    Args:
-        latencies: from `latest_latencies`.
-
-    Raises:
-        DataError: none of them has a real-time factor.
-    """
+    """Draw the real-time factor (compute time / audio time; less is faster) of each engine against its batch size."""
     sizes = sorted({int(row["batch_size"]) for row in latencies if math.isfinite(gap(row.get("rtf")))})
     if not sizes:
         raise DataError(f"no real-time factor of any batch size: {' '.join(HOW_TO_MEASURE.split())}")
@@ -146,81 +130,48 @@ def draw_rtf_by_batch(latencies: Sequence[Row]) -> Figure:
     return figure
 
 
-@dataclass(frozen=True)
-class Mode:
-    """A way to run a model.
+def draw_modes(evaluation: Row, streaming: Row | None, latencies: Sequence[Row], *, model: str) -> Figure:
+    """Draw WER and real-time factor in batches, as a stream and clip by clip; what was not measured is blank.
 
-    Attributes:
-        name: for reading.
-        wer: nan if it was not measured.
-        rtf: nan if it was not measured.
-        note: after the speed.
+    The stream is followed by the same clips in batches; timings with a batch of one are the single passes.
     """
-
-    name: str
-    wer: float = math.nan
-    rtf: float = math.nan
-    note: str = ""
-
-
-def list_modes(evaluation: Row, streaming: Row | None, latencies: Sequence[Row]) -> list[Mode]:
-    """Return what was measured of each mode; the stream is followed by the same clips in batches.
-
-    Args:
-        evaluation: of the test set in batches.
-        streaming: last streaming row of the run.
-        latencies: from `latest_latencies`; those with a batch of one are the single passes.
-    """
-    modes = [Mode(f"batch, {counted(evaluation['n'], 'clip')}", gap(evaluation.get("wer")), gap(evaluation.get("rtf")))]
+    clips = counted(evaluation["n"], "clip")
+    modes = [(f"batch, {clips}", evaluation.get("wer"), evaluation.get("rtf"), "")]  # name, WER, RTF and a note
     if streaming is None:
-        modes.append(Mode("streaming"))
+        modes.append(("streaming", None, None, ""))
     else:
-        longest = streaming.get("longest_update_sec")
+        longest, clips = streaming.get("longest_update_sec"), counted(streaming["clips"], "clip")
         note = "" if longest is None else f"longest update {longest:.2f} s"
-        clips = counted(streaming["clips"], "clip")
-        modes += [
-            Mode(f"streaming, {clips}", gap(streaming.get("wer")), gap(streaming.get("rtf")), note),
-            Mode(f"batch, the stream's {clips}", gap(streaming.get("offline_wer"))),
-        ]
+        modes.append((f"streaming, {clips}", streaming.get("wer"), streaming.get("rtf"), note))
+        modes.append((f"batch, the stream's {clips}", streaming.get("offline_wer"), None, ""))
     single = [row for row in latencies if row["batch_size"] == 1][:MAX_ENGINES]
-    modes += [
-        Mode(f"single pass, {drawable(str(row['engine']))}", gap(row.get("wer")), gap(row.get("rtf"))) for row in single
-    ]
-    return modes if single else [*modes, Mode("single pass")]
-
-
-def draw_modes(modes: Sequence[Mode], *, model: str) -> Figure:
-    """Draw WER and real-time factor of each mode; what was not measured is blank and says so.
-
-    Args:
-        modes: from `list_modes`.
-        model: of the batches, for the caption; rows of streams and timings do not name it.
-    """
+    modes += [(f"single pass, {drawable(row['engine'])}", row.get("wer"), row.get("rtf"), "") for row in single]
+    modes += [] if single else [("single pass", None, None, "")]
+    names, wers, rtfs, notes = zip(*modes, strict=True)
     with figure_style():
         figure = NotebookFigure(figsize=(10, min(4.0, 1.4 + 0.4 * len(modes))), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
-        _draw_values(left, [mode.wer for mode in modes], ["" for _ in modes], BLUE)
+        _draw_values(left, wers, [""] * len(modes), BLUE)
         left.set(title="Accuracy", xlabel="WER")
-        _draw_values(right, [mode.rtf for mode in modes], [mode.note for mode in modes], ORANGE)
+        _draw_values(right, rtfs, notes, ORANGE)
         right.set(title="Speed", xlabel="real-time factor, computing time / audio time")
-        left.set_yticks(range(len(modes)), [mode.name for mode in modes])
+        left.set_yticks(range(len(modes)), names)
         left.set_ylim(len(modes) - 0.5, -0.5)
         caption = f"batch: {drawable(model)} model; stream and single pass: last measurement of the run; less is better"
         figure.supxlabel(caption, fontsize=8, color=GREY)
     return figure
 
 
-def _draw_values(axes: Axes, values: Sequence[float], notes: Sequence[str], color: str) -> None:
-    for place, (value, note) in enumerate(zip(values, notes, strict=True)):
-        known = math.isfinite(value)
-        if known:
-            axes.barh(place, value, height=0.55, color=color)
+def _draw_values(axes: Axes, values: Sequence[float | None], notes: Sequence[str], color: str) -> None:
+    widths = np.nan_to_num([gap(value) for value in values])
+    for place, (value, width, note) in enumerate(zip(values, widths, notes, strict=True)):
+        if number(value) != NOT_MEASURED:
+            axes.barh(place, width, height=0.55, color=color)
         axes.annotate(
-            ", ".join(filter(None, (number(value), note))), (value if known else 0, place), (4, 0),
-            textcoords="offset points", va="center", fontsize=9, color="black" if known else GREY,
+            ", ".join(filter(None, (number(value), note))), (width, place), (4, 0), textcoords="offset points",
+            va="center", fontsize=9, color=GREY if number(value) == NOT_MEASURED else "black",
         )  # fmt: skip
-    top = max((value for value in values if math.isfinite(value)), default=0.0)
-    axes.set_xlim(0, (2.1 if any(notes) else 1.2) * top or 1)
+    axes.set_xlim(0, (2.1 if any(notes) else 1.2) * widths.max() or 1)
     axes.grid(axis="y", visible=False)
 
 

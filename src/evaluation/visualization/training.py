@@ -216,12 +216,7 @@ class LivePlot:
 
 
 def draw_curves(steps: Sequence[Row], epochs: Sequence[Row]) -> NotebookFigure:
-    """Draw loss and learning rate by update, and validation WER and CER by epoch.
-
-    Args:
-        steps: train_step rows, at least one.
-        epochs: epoch rows.
-    """
+    """Draw loss and learning rate by update, and validation WER and CER by epoch."""
     with matplotlib.rc_context({**FIGURE_STYLE, "font.size": 9, "axes.titlesize": 10, "axes.titley": 1.0}):
         figure = NotebookFigure(figsize=(10, 3.1))
         # fixed margins: a solved layout takes as long as the drawing, and moves between two figures
