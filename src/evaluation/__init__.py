@@ -1,4 +1,4 @@
-"""From text to numbers, tables and pictures.
+"""From text to numbers, tables and figures.
 
 The names are in the stub beside this file, and load when first used: importing one module does not import them all.
 """

@@ -90,7 +90,7 @@ def write_html_report(
         tested=tested,
         no_clips="predictions.jsonl holds no clips of the test set: evaluate and save first",
         slice_tables={column: slice_table(column, tested, summary.evaluations) for column in columns},
-        pictures=_draw_all(run) if figures is None else [(name, _encode(each), "") for name, each in figures.items()],
+        figures=_draw_all(run) if figures is None else [(name, _encode(each), "") for name, each in figures.items()],
         clips=_clips(summary, audio, options),
         data_report=data_report and Markup(data_report._repr_html_()),
         **_origin(origin),
@@ -126,13 +126,13 @@ def _draw_all(run_dir: Path) -> list[tuple[str, str, str]]:
         "Kinds of errors": lambda: evaluated().error_types(),
         "Most frequent errors": lambda: evaluated().confusions(),
     }
-    pictures = []
+    drawn = []
     for title, draw in drawings.items():
         try:
-            pictures.append((title, _encode(draw()), ""))
+            drawn.append((title, _encode(draw()), ""))
         except DataError as err:  # a run that did not train has no curves
-            pictures.append((title, "", str(err)))
-    return pictures
+            drawn.append((title, "", str(err)))
+    return drawn
 
 
 def _encode(figure: Figure) -> str:
