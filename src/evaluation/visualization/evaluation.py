@@ -36,7 +36,7 @@ from src.evaluation.visualization.speed import (
     draw_rtf_by_batch,
     latest_latencies,
 )
-from src.evaluation.visualization.style import Look, drawable, figure_style, gap, looks_of, say
+from src.evaluation.visualization.style import ModelStyle, drawable, figure_style, gap, show_note, styles_of
 from src.utils.errors import DataError, did_you_mean
 from src.utils.figures import BLUE, GREEN, GREY, ORANGE, NotebookFigure
 
@@ -181,13 +181,13 @@ class EvaluationVisualizer:
 
 def draw_comparison(evaluations: Mapping[str, Row], difference: PairedComparison | None = None) -> Figure:
     """Draw WER with intervals under both normalisers, one bar per model, the stock model first."""
-    looks = looks_of(stock_first(evaluations))
-    first = evaluations[next(iter(looks))]
+    styles = styles_of(stock_first(evaluations))
+    first = evaluations[next(iter(styles))]
     with figure_style():
         figure = NotebookFigure(figsize=(8, 3.6), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, key, title in zip(panels, ("wer", "wer_plain"), (first["normalizer"], "plain-v1"), strict=True):
-            _draw_bars(axes, [_rate_of(evaluations[name], key) for name in looks], looks)
+            _draw_bars(axes, [_rate_of(evaluations[name], key) for name in styles], styles)
             axes.set_title(title)
         panels[0].set_ylabel("WER, test set")
         caption = counted(first["n"], "clip")
@@ -200,25 +200,25 @@ def draw_comparison(evaluations: Mapping[str, Row], difference: PairedComparison
     return figure
 
 
-def _draw_bars(axes: Axes, rates: Sequence[_Rate], looks: Mapping[str, Look]) -> None:
-    for x, ((value, low, high), look) in enumerate(zip(rates, looks.values(), strict=True)):
+def _draw_bars(axes: Axes, rates: Sequence[_Rate], styles: Mapping[str, ModelStyle]) -> None:
+    for x, ((value, low, high), style) in enumerate(zip(rates, styles.values(), strict=True)):
         if not math.isfinite(value):
             axes.annotate(NOT_MEASURED, (x, 0), (0, 5), textcoords="offset points", ha="center", color=GREY)
             continue
-        axes.bar(x, value, width=0.6, color=look.color)
+        axes.bar(x, value, width=0.6, color=style.color)
         top = value
         if math.isfinite(low) and math.isfinite(high):
             axes.vlines(x, low, high, color="black", linewidth=1.5)
             axes.plot([x, x], [low, high], "_", color="black", markersize=12)
             top = max(value, high)
         axes.annotate(f"{value:.3f}", (x, top), (0, 5), textcoords="offset points", ha="center")
-    labels = [drawable(name) for name in looks]
+    labels = [drawable(name) for name in styles]
     crowded = len(labels) * max(map(len, labels)) > _CHARS_PER_PANEL
     axes.set_xticks(
         range(len(labels)), labels, rotation=20 if crowded else 0, ha="right" if crowded else "center",
         rotation_mode="anchor" if crowded else "default",
     )  # fmt: skip
-    axes.set_xlim(-0.6, len(looks) - 0.4)
+    axes.set_xlim(-0.6, len(styles) - 0.4)
     axes.margins(y=0.15)
     axes.set_ylim(bottom=0)
     axes.grid(axis="x", visible=False)
@@ -249,7 +249,7 @@ def draw_slices(slices: Mapping[str, Sequence[Slice]], evaluations: Mapping[str,
     with figure_style():
         figure = NotebookFigure(figsize=(8, min(4.0, 1.5 + 0.4 * len(rows))), layout="constrained")
         axes = figure.subplots()
-        _draw_rows(axes, rows, looks_of(names))
+        _draw_rows(axes, rows, styles_of(names))
         if overall:
             axes.axhline(0.5, color=GREY, linewidth=0.8)
         axes.set_title("WER by clip length" if column == "duration_sec" else f"WER by {drawable(column)}")
@@ -259,25 +259,25 @@ def draw_slices(slices: Mapping[str, Sequence[Slice]], evaluations: Mapping[str,
 
 
 def _draw_rows(
-    axes: Axes, rows: Sequence[tuple[str, Mapping[str, tuple[int, _Rate]]]], looks: Mapping[str, Look]
+    axes: Axes, rows: Sequence[tuple[str, Mapping[str, tuple[int, _Rate]]]], styles: Mapping[str, ModelStyle]
 ) -> None:
     missing = (0, (math.nan, math.nan, math.nan))
-    for index, (name, look) in enumerate(looks.items()):
+    for index, (name, style) in enumerate(styles.items()):
         # models side by side, so that intervals do not hide one another
-        places = np.arange(len(rows)) + 0.5 / len(looks) * (index - (len(looks) - 1) / 2)
+        places = np.arange(len(rows)) + 0.5 / len(styles) * (index - (len(styles) - 1) / 2)
         value, low, high = np.array([rates.get(name, missing)[1] for _, rates in rows]).T
         axes.plot(
-            value, places, look.marker, linestyle="none", color=look.color, markersize=6, label=drawable(name),
+            value, places, style.marker, linestyle="none", color=style.color, markersize=6, label=drawable(name),
             clip_on=False,
         )  # fmt: skip
-        axes.hlines(places, low, high, color=look.color, linewidth=1.5)
+        axes.hlines(places, low, high, color=style.color, linewidth=1.5)
         for place in places[np.isnan(value)]:
             axes.annotate(
                 NOT_MEASURED, (0, place), (4, 0), textcoords="offset points", va="center", color=GREY, fontsize=8
             )
     ticks = []
     for label, rates in rows:
-        sizes = dict.fromkeys(rates.get(name, missing)[0] for name in looks)  # models may differ in their clips
+        sizes = dict.fromkeys(rates.get(name, missing)[0] for name in styles)  # models may differ in their clips
         ticks.append(f"{label}, {' / '.join(f'{size:,}' for size in sizes)} clip{'s' * (list(sizes) != [1])}")
     axes.set_yticks(range(len(rows)), ticks)
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -305,15 +305,15 @@ def _rate_of(row: Row, key: str) -> _Rate:
 
 def draw_error_types(evaluations: Mapping[str, Row], predictions: PredictionsByModel) -> Figure:
     """Draw the kinds of edits as shares of the reference's words, loops and empty outputs as shares of the clips."""
-    looks = looks_of(stock_first(evaluations))
-    edits = {name: _edit_shares(evaluations[name], predictions.get(name, ())) for name in looks}
-    clip_rates = {name: [gap(evaluations[name].get(key)) for key in _CLIP_RATES] for name in looks}
+    styles = styles_of(stock_first(evaluations))
+    edits = {name: _edit_shares(evaluations[name], predictions.get(name, ())) for name in styles}
+    clip_rates = {name: [gap(evaluations[name].get(key)) for key in _CLIP_RATES] for name in styles}
     with figure_style():
         figure = NotebookFigure(figsize=(10, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-        _draw_groups(left, _EDITS, edits, looks)
+        _draw_groups(left, _EDITS, edits, styles)
         left.set(title="Word errors", ylabel="share of the reference's words")
-        _draw_groups(right, list(_CLIP_RATES.values()), clip_rates, looks)
+        _draw_groups(right, list(_CLIP_RATES.values()), clip_rates, styles)
         right.set(title="Clips that failed", ylabel="share of the clips")
         left.legend(frameon=False)
         figure.supxlabel(
@@ -333,23 +333,23 @@ def _edit_shares(evaluation: Row, rows: Sequence[Prediction]) -> list[float]:
 
 
 def _draw_groups(
-    axes: Axes, groups: Sequence[str], shares: Mapping[str, Sequence[float]], looks: Mapping[str, Look]
+    axes: Axes, groups: Sequence[str], shares: Mapping[str, Sequence[float]], styles: Mapping[str, ModelStyle]
 ) -> None:
-    width = 0.8 / len(looks)
-    for index, (name, look) in enumerate(looks.items()):
-        places = np.arange(len(groups)) + width * (index - (len(looks) - 1) / 2)
+    width = 0.8 / len(styles)
+    for index, (name, style) in enumerate(styles.items()):
+        places = np.arange(len(groups)) + width * (index - (len(styles) - 1) / 2)
         total = sum(shares[name])
         rate = f", WER {total:.3f}" if math.isfinite(total) else ""
         axes.bar(
-            places, shares[name], width=0.92 * width, color=look.color, hatch=look.hatch, edgecolor="white",
+            places, shares[name], width=0.92 * width, color=style.color, hatch=style.hatch, edgecolor="white",
             linewidth=0, label=drawable(name) + rate,
         )  # fmt: skip
         for place, value in zip(places, shares[name], strict=True):
             known = math.isfinite(value)
             axes.annotate(
                 number(value), (place, value if known else 0), (0, 4), textcoords="offset points", ha="center",
-                fontsize=9 if len(looks) <= 2 else 7, color="black" if known else GREY,
-                rotation=0 if known and len(looks) <= 4 else 90,
+                fontsize=9 if len(styles) <= 2 else 7, color="black" if known else GREY,
+                rotation=0 if known and len(styles) <= 4 else 90,
             )  # fmt: skip
     top = max((value for values in shares.values() for value in values if math.isfinite(value)), default=0.0)
     axes.set_xticks(range(len(groups)), groups)
@@ -370,7 +370,7 @@ def draw_confusions(rows: Sequence[Prediction], normalizer: str, *, model: str, 
         for axes, (kind, counter), color in panels:
             axes.set_title(f"{kind.capitalize()}: {counter.total():,}")
             if not counter:
-                say(axes, "none")
+                show_note(axes, "none")
                 continue
             shown = sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:top]
             counts = [n for _, n in shown]

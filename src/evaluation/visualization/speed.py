@@ -17,14 +17,14 @@ from src.evaluation.metrics import FloatArray
 from src.evaluation.report.run_files import PredictionsByModel, Row, stock_first
 from src.evaluation.report.summary import NOT_MEASURED, counted, number
 from src.evaluation.visualization.style import (
-    OTHER_LOOKS,
+    OTHER_STYLES,
     drawable,
     figure_style,
     gap,
     label_points,
-    looks_of,
     mark_powers,
-    say,
+    show_note,
+    styles_of,
 )
 from src.utils.errors import DataError
 from src.utils.figures import BLUE, GREY, ORANGE, NotebookFigure
@@ -67,14 +67,14 @@ def draw_latency_distribution(predictions: PredictionsByModel, latencies: Sequen
 
 def _draw_distribution(axes: Axes, times: Mapping[str, FloatArray]) -> None:
     if not times:
-        say(axes, f"{NOT_MEASURED}:\nevaluate a model")
+        show_note(axes, f"{NOT_MEASURED}:\nevaluate a model")
         return
-    for name, look in looks_of(times).items():
+    for name, style in styles_of(times).items():
         values = times[name]
         median, high = np.percentile(values, [50, 95])
         label = f"{drawable(name)}, {counted(len(values), 'clip')}: median {median:.3g} s, 95 % at most {high:.3g} s"
-        axes.ecdf(values, color=look.color, linestyle=look.line, linewidth=2, label=label)
-        axes.plot([median, high], [0.5, 0.95], look.marker, color=look.color, linestyle="none", clip_on=False)
+        axes.ecdf(values, color=style.color, linestyle=style.line, linewidth=2, label=label)
+        axes.plot([median, high], [0.5, 0.95], style.marker, color=style.color, linestyle="none", clip_on=False)
     axes.set(xlabel="seconds per clip: its batch's time / clips in it", ylabel="share of the clips", ylim=(0, 1))
     axes.set_xlim(0, 1.05 * max(values.max() for values in times.values()))
     axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
@@ -82,7 +82,7 @@ def _draw_distribution(axes: Axes, times: Mapping[str, FloatArray]) -> None:
 
 def _draw_ranges(axes: Axes, rows: Sequence[Row]) -> None:
     if not rows:
-        say(axes, f"{NOT_MEASURED}:\n{HOW_TO_MEASURE}")
+        show_note(axes, f"{NOT_MEASURED}:\n{HOW_TO_MEASURE}")
         return
     for place, row in enumerate(rows):
         median, high = row["p50_sec"], gap(row.get("p95_sec"))
@@ -109,11 +109,11 @@ def draw_rtf_by_batch(latencies: Sequence[Row]) -> Figure:
         figure = NotebookFigure(figsize=(8, 3.8), layout="constrained")
         axes = figure.subplots()
         for index, (engine, rows) in enumerate(engines.items()):
-            look = OTHER_LOOKS[index % len(OTHER_LOOKS)]
+            style = OTHER_STYLES[index % len(OTHER_STYLES)]
             measured = {int(row["batch_size"]): gap(row.get("rtf")) for row in rows}
             values = [measured[size] for size in sizes if size in measured]
             places = [place for place, size in enumerate(sizes) if size in measured]
-            axes.plot(places, values, look.line, marker=look.marker, color=look.color, label=drawable(engine))
+            axes.plot(places, values, style.line, marker=style.marker, color=style.color, label=drawable(engine))
             for place, value in zip(places, values, strict=True) if len(engines) <= 2 else ():
                 if math.isfinite(value):
                     axes.annotate(

@@ -12,14 +12,19 @@ from matplotlib.figure import Figure
 
 from src.evaluation.report.run_files import Row
 from src.evaluation.report.summary import NOT_MEASURED
-from src.evaluation.visualization.style import OTHER_LOOKS, Look, drawable, figure_style, gap, label_points
+from src.evaluation.visualization.style import OTHER_STYLES, ModelStyle, drawable, figure_style, gap, label_points
 from src.evaluation.word_timing import WordTiming
 from src.utils.errors import DataError
 from src.utils.figures import GREY, NotebookFigure
 
 MARKER_RADIUS = 3.5  # points
 # more of Okabe and Ito's colours, since more systems than models are compared
-LOOKS = (*OTHER_LOOKS, Look("#CC79A7", "v", "--", ""), Look("#E69F00", "P", "-", ""), Look("#56B4E9", "X", "-.", ""))
+SYSTEM_STYLES = (
+    *OTHER_STYLES,
+    ModelStyle("#CC79A7", "v", "--", ""),
+    ModelStyle("#E69F00", "P", "-", ""),
+    ModelStyle("#56B4E9", "X", "-.", ""),
+)
 
 
 def draw_emission(
@@ -43,7 +48,7 @@ def draw_emission(
     with figure_style():
         figure = NotebookFigure(figsize=(10, 4), layout="constrained")
         axes = figure.subplots()
-        for (name, timings), look in zip(systems.items(), itertools.cycle(LOOKS), strict=False):
+        for (name, timings), style in zip(systems.items(), itertools.cycle(SYSTEM_STYLES), strict=False):
             ends = [word.end_sec for word in timings]
             late = [gap(w.commit_clock_sec if aware else w.commit_audio_sec) - w.end_sec for w in timings]
             shown = [gap(w.shown_clock_sec if aware else w.shown_audio_sec) - w.end_sec for w in timings]
@@ -52,8 +57,8 @@ def draw_emission(
             size = 5.0 if len(timings) <= 300 else 3.0
             for values, hollow, text in ((shown, True, None), (late, False, label)):
                 axes.plot(
-                    ends, values, look.marker, linestyle="none", color=look.color, markersize=size, label=text,
-                    markerfacecolor="none" if hollow else look.color, markeredgewidth=0.8 if hollow else 0,
+                    ends, values, style.marker, linestyle="none", color=style.color, markersize=size, label=text,
+                    markerfacecolor="none" if hollow else style.color, markeredgewidth=0.8 if hollow else 0,
                     alpha=0.5 if hollow else 0.8,
                 )  # fmt: skip
         axes.axhline(0, color="black", linewidth=0.8)
@@ -95,12 +100,12 @@ def draw_tradeoff(rows: Sequence[Row], *, latency: str = "commit_aware_p50") -> 
     with figure_style():
         figure = NotebookFigure(figsize=(9, 4), layout="constrained")
         axes = figure.subplots()
-        for system, look in zip(dict.fromkeys(systems), itertools.cycle(LOOKS), strict=False):
+        for system, style in zip(dict.fromkeys(systems), itertools.cycle(SYSTEM_STYLES), strict=False):
             mine = [i for i in np.argsort(x) if systems[i] == system]
-            axes.plot(x[mine], y[mine], look.line, color=look.color, linewidth=1, alpha=0.5)
-            axes.plot(x[mine], y[mine], look.marker, color=look.color, markersize=2 * MARKER_RADIUS, linestyle="none")
-            axes.hlines(y[mine], x_low[mine], x_high[mine], color=look.color, linewidth=1.2)
-            axes.vlines(x[mine], y_low[mine], y_high[mine], color=look.color, linewidth=1.2)
+            axes.plot(x[mine], y[mine], style.line, color=style.color, linewidth=1, alpha=0.5)
+            axes.plot(x[mine], y[mine], style.marker, color=style.color, markersize=2 * MARKER_RADIUS, linestyle="none")
+            axes.hlines(y[mine], x_low[mine], x_high[mine], color=style.color, linewidth=1.2)
+            axes.vlines(x[mine], y_low[mine], y_high[mine], color=style.color, linewidth=1.2)
         lowest, highest = np.nanmin([x_low, x]), np.nanmax([x, x_high])
         axes.set_xlim(min(0.0, 1.15 * lowest), 1.15 * highest)  # shown before its end: negative
         axes.set_ylim(0, 1.15 * max([np.nanmax([y, y_high]), *(row["wer"] for row in across)]) or 1)

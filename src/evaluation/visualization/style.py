@@ -46,8 +46,8 @@ _LABEL_ANGLES = np.deg2rad([0, 180, 90, 270, 35, -35, 145, -145])
 
 
 @dataclass(frozen=True)
-class Look:
-    """Style of a model: it differs from others by colour, and without colour by marker, line and hatch."""
+class ModelStyle:
+    """Style of a model in figures: it differs from others by colour, and without colour by marker, line and hatch."""
 
     color: str
     marker: str
@@ -55,14 +55,18 @@ class Look:
     hatch: str
 
 
-STOCK_LOOK = Look(GREY, "s", "--", "")
-OTHER_LOOKS = (Look(BLUE, "o", "-", "//"), Look(ORANGE, "^", "-.", ".."), Look(GREEN, "D", ":", "xx"))
+STOCK_STYLE = ModelStyle(GREY, "s", "--", "")
+OTHER_STYLES = (
+    ModelStyle(BLUE, "o", "-", "//"),
+    ModelStyle(ORANGE, "^", "-.", ".."),
+    ModelStyle(GREEN, "D", ":", "xx"),
+)
 
 
-def looks_of(names: Iterable[str]) -> dict[str, Look]:
+def styles_of(names: Iterable[str]) -> dict[str, ModelStyle]:
     """Give each model a style; the stock model has the same one in every figure."""
-    others = itertools.cycle(OTHER_LOOKS)
-    return {name: STOCK_LOOK if name == STOCK else next(others) for name in names}
+    others = itertools.cycle(OTHER_STYLES)
+    return {name: STOCK_STYLE if name == STOCK else next(others) for name in names}
 
 
 def gap(value: Any) -> float:
@@ -77,7 +81,7 @@ def mark_powers(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def say(axes: Axes, text: str) -> None:
+def show_note(axes: Axes, text: str) -> None:
     """Write a text into a panel that has nothing to draw."""
     axes.text(0.5, 0.5, text, ha="center", va="center", color=GREY, transform=axes.transAxes)
     axes.set(xticks=[], yticks=[])

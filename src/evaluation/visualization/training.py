@@ -31,7 +31,7 @@ from src.evaluation.report.run_files import (
     load_metrics,
 )
 from src.evaluation.report.summary import NOT_MEASURED, counted, number
-from src.evaluation.visualization.style import gap, say
+from src.evaluation.visualization.style import gap, show_note
 from src.utils.colab import in_notebook
 from src.utils.errors import DataError
 from src.utils.figures import BLUE, FIGURE_STYLE, GREEN, GREY, ORANGE, NotebookFigure
@@ -262,7 +262,7 @@ def _draw_live_rates(axes: Axes, epochs: Sequence[Row]) -> None:
     numbers = _column(epochs, "epoch")
     rates = {key: _column(epochs, f"val_{key}") for key in ("wer", "cer")}
     if not any(np.isfinite(values).any() for values in rates.values()):
-        say(axes, "after the first epoch")
+        show_note(axes, "after the first epoch")
         return
     for (key, values), (color, marker) in zip(rates.items(), ((ORANGE, "o"), (GREEN, "^")), strict=True):
         measured = values[np.isfinite(values)]
