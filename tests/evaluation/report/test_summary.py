@@ -55,6 +55,14 @@ def test_what_was_not_measured_is_said_and_never_zero(tmp_path: Path) -> None:
         comparison_table({})
 
 
+def test_one_clip_has_no_interval_and_a_missing_rate_no_change(tmp_path: Path) -> None:
+    metrics = [evaluation("stock", 0.0) | {"cer": None}, evaluation("tuned", 0.25)]
+    summary = summarize_run(write(tmp_path / "r", metrics, [prediction("stock", 0, 0), prediction("tuned", 0, 1)]))
+    table = comparison_table(summary.evaluations, summary.predictions)
+    assert list(table.loc["tuned", ["WER change", "CER change"]]) == ["", ""]
+    assert "no interval" in summary.to_text()
+
+
 def test_the_table_puts_stock_first_with_change_and_verdict(run_dir: Path) -> None:
     summary = summarize_run(run_dir)
     shuffled = dict(reversed(list(summary.evaluations.items())))
