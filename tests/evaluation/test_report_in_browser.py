@@ -107,9 +107,8 @@ def large_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hypotheses = ["" if i % 101 == 5 else "of course " * 9 if i % 97 == 0 else h for i, h in enumerate(hypotheses)]
         references[7], hypotheses[7] = ATTACK, f"{ATTACK} now"
         for i, count in enumerate(word_counts(references, hypotheses, WHISPER_ENGLISH)):
-            counts = {key: getattr(count, key) for key in ("substitutions", "deletions", "insertions")}
-            said = {"reference": references[i], "hypothesis": hypotheses[i], "reference_words": count.reference}
-            rows.append({**prediction(model, i, 0), **said, **counts, "meta": {"gender": "mf"[i % 2]}})
+            said = {"reference": references[i], "hypothesis": hypotheses[i], **vars(count)}
+            rows.append({**prediction(model, i, 0), **said, "meta": {"gender": "mf"[i % 2]}})
     metrics = [*steps(60), epoch(1, 0.3, True), epoch(2, 0.2, True), evaluation("stock", 0.3), evaluation("tuned", 0.2)]
     run = write(tmp_path_factory.mktemp("runs") / "large", metrics, rows)
     write_html_report(run, run / "report.html")

@@ -30,8 +30,7 @@ def clips(*pairs: tuple[str, str], tokens: int | None = None) -> list[Prediction
     return [
         Prediction(
             id=f"c{i}", speaker=f"s{i % 2}", duration_sec=2.0, reference=reference, hypothesis=hypothesis,
-            substitutions=count.substitutions, deletions=count.deletions, insertions=count.insertions,
-            reference_words=count.reference, avg_logprob=-0.2, latency_sec=0.1, num_tokens=tokens,
+            avg_logprob=-0.2, latency_sec=0.1, num_tokens=tokens, **vars(count),
         )
         for i, ((reference, hypothesis), count) in enumerate(zip(pairs, counts, strict=True))
     ]  # fmt: skip

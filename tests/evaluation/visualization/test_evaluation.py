@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +155,9 @@ def test_labels_have_units_and_few_speakers_are_called_few() -> None:
 
 @pytest.fixture
 def rows() -> list[Prediction]:
-    row = Prediction("u", None, 2.0, "", "", 0, 0, 0, 0, -0.1, 0.1)
-    return [replace(row, id=f"u{i}", reference=a, hypothesis=b) for i, (a, b) in enumerate(TEXTS)]
+    counts = dict.fromkeys(("substitutions", "deletions", "insertions", "reference_words"), 0)
+    given = {"speaker": None, "duration_sec": 2.0, "avg_logprob": -0.1, "latency_sec": 0.1, **counts}
+    return [Prediction(id=f"u{i}", reference=a, hypothesis=b, **given) for i, (a, b) in enumerate(TEXTS)]
 
 
 def test_confusions_add_up_to_the_edits_of_the_rates(rows: list[Prediction]) -> None:
