@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,7 +79,8 @@ def test_the_environment_of_the_tests_is_in_order(report: EnvironmentReport) -> 
     assert report.ok, report.to_text()
     checks = by_name(report.checks)
     assert {"Python", "packages", "torch", "torchaudio", "GPU", "FFmpeg", "microphone", "RAM", "runs"} <= set(checks)
-    assert "29 of 29 fit" in checks["packages"].found
+    fit, needed = re.findall(r"\d+", checks["packages"].found)[:2]
+    assert fit == needed
 
 
 def test_tokens_are_seen_and_never_shown(report: EnvironmentReport) -> None:
@@ -91,8 +93,10 @@ def test_tokens_are_seen_and_never_shown(report: EnvironmentReport) -> None:
 def test_absent_and_old_packages_are_errors_with_their_command(installed: Callable[..., None]) -> None:
     installed(jiwer=None, av="13.1.0", tqdm="4.68.0")
     checks = by_name(validation._check_packages())
-    assert (checks["jiwer"].status, checks["jiwer"].fix) == ("error", 'pip install "jiwer>=4.0" -c constraints.txt')
-    assert (checks["av"].status, checks["av"].fix) == ("error", 'pip install "av<19,>=14" -c constraints.txt')
+    needed = validation.read_requirements("requirements.txt")
+    for name in ("jiwer", "av"):
+        assert checks[name].status == "error"
+        assert checks[name].fix == f'pip install "{needed[name]}" -c constraints.txt'
     assert checks["packages"].status == "ok"
     assert "tqdm 4.68.0 (4.67.3)" in checks["packages"].found
 
