@@ -49,7 +49,7 @@ def build_page(
     Args:
         about: how each model computes, by its name.
         hear: answers a message of the live tab.
-        leave: is told the name of a tab that was closed.
+        leave: called with the name of a tab that was closed.
         transcribe: turns the path of an upload, which may be None, and names of models into their transcripts.
     """
     names = list(about)

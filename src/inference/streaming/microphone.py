@@ -120,6 +120,7 @@ class StreamingASR(StreamingSession):
         """Transcribe a file as a stream; see `iter_file`.
 
         Args:
+            path: of the recording.
             real_time: hear it no faster than it was recorded, to see what a microphone would give.
             on_event: called with each event as it comes, in this thread.
         """
