@@ -1,8 +1,9 @@
-"""One picture of a data report: six small panels, drawn from its tables alone, so that a saved report redraws."""
+"""Figure of a data report: six small panels, drawn from its tables alone, so that a saved report redraws."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,7 +17,7 @@ from src.data.utterance import SPLITS
 from src.utils.figures import BLUE, FIGURE_STYLE, GREEN, GREY, ORANGE, NotebookFigure
 
 SPLIT_COLORS = dict(zip(SPLITS, (BLUE, GREEN, ORANGE), strict=True))
-MAX_POINTS = 4_000  # more overlap anyway, and make a slow picture
+MAX_POINTS = 4_000  # more overlap anyway, and make a slow figure
 _BINS = 30
 
 
@@ -68,37 +69,32 @@ def _draw_durations(axes: Axes, clips: pd.DataFrame) -> None:
 
 
 def _draw_pace(axes: Axes, clips: pd.DataFrame) -> None:
-    shown = _thin(clips)
     odd = clips[clips["chars_per_sec_outlier"]]
-    axes.plot(
-        shown["duration_sec"], shown["chars_per_sec"], ".", color=BLUE, alpha=0.4, markersize=4, rasterized=True
-    )  # fmt: skip
-    axes.plot(
-        odd["duration_sec"], odd["chars_per_sec"], "x", color=ORANGE, markersize=6, markeredgewidth=1.5,
-        label=f"{count_clips(len(odd))} far off", rasterized=True,
-    )  # fmt: skip
+    _scatter(axes, clips, odd, ("duration_sec", "chars_per_sec"), f"{count_clips(len(odd))} far off")
     median = float(clips["chars_per_sec"].median())
     axes.axhline(median, color=GREY, linestyle=":", label=f"median {median:.1f}")
-    axes.set(title="Pace", xlabel="seconds", ylabel="characters a second", xlim=(0, None))
+    axes.set(title="Pace", xlabel="seconds", ylabel="characters per second", xlim=(0, None))
     axes.set_ylim(0, 1.3 * max(float(clips["chars_per_sec"].max()), 1.0))
     axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=2, handlelength=1.2, columnspacing=1)
 
 
 def _draw_levels(axes: Axes, clips: pd.DataFrame) -> None:
     clipped = clips[clips["clipped_fraction"] > CLIPPED_FRACTION]
-    shown = _thin(clips)
-    axes.plot(
-        shown["loudness_dbfs"], shown["peak_dbfs"], ".", color=BLUE, alpha=0.4, markersize=4, rasterized=True
-    )  # fmt: skip
-    axes.plot(
-        clipped["loudness_dbfs"], clipped["peak_dbfs"], "x", color=ORANGE, markersize=6, markeredgewidth=1.5,
-        label=f"{count_clips(len(clipped))} cut off", rasterized=True,
-    )  # fmt: skip
+    _scatter(axes, clips, clipped, ("loudness_dbfs", "peak_dbfs"), f"{count_clips(len(clipped))} cut off")
     axes.axhline(0, color=GREY, linestyle=":", label="full scale")
     axes.set(title="Levels", xlabel="loudness, dBFS", ylabel="peak, dBFS")
     lowest = float(clips["peak_dbfs"].min())
     axes.set_ylim(lowest - 3, max(float(clips["peak_dbfs"].max()), 0) + 0.3 * (6 - lowest))
     axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=2, handlelength=1.2, columnspacing=1)
+
+
+def _scatter(axes: Axes, clips: pd.DataFrame, marked: pd.DataFrame, columns: tuple[str, str], label: str) -> None:
+    """Draw at most 4,000 clips as points, and all marked ones as crosses."""
+    x, y = columns
+    shown = clips.iloc[:: math.ceil(len(clips) / MAX_POINTS)]
+    axes.plot(shown[x], shown[y], ".", color=BLUE, alpha=0.4, markersize=4, rasterized=True)
+    style: dict[str, Any] = {"color": ORANGE, "markersize": 6, "markeredgewidth": 1.5, "rasterized": True}
+    axes.plot(marked[x], marked[y], "x", label=label, **style)
 
 
 def _draw_silence(axes: Axes, clips: pd.DataFrame) -> None:
@@ -107,7 +103,9 @@ def _draw_silence(axes: Axes, clips: pd.DataFrame) -> None:
     ends = {"before": heard["leading_silence_sec"].dropna(), "after": heard["trailing_silence_sec"].dropna()}
     longest = max((float(part.max()) for part in ends.values() if len(part)), default=math.nan)
     if math.isnan(longest):
-        _say(axes, NOT_MEASURED if not len(heard) else "no speech found")
+        reason = NOT_MEASURED if not len(heard) else "no speech found"
+        axes.text(0.5, 0.5, reason, ha="center", color=GREY, transform=axes.transAxes)
+        axes.set(xticks=[], yticks=[])
         return
     right = max(longest, 1.25 * LONG_SILENCE_SEC)
     bins = list(np.linspace(0, right, _BINS + 1))
@@ -143,16 +141,7 @@ def _draw_styles(axes: Axes, styles: pd.DataFrame) -> None:
     axes.set_yticks(places, names, fontsize=8)
     axes.invert_yaxis()
     n = int(styles["clips"].iloc[0])
-    axes.set(title="Label styles", xlabel=f"nats a transcript, {count_clips(n)}", xlim=(0, 1.2 * styles["nats"].max()))
+    axes.set(
+        title="Label styles", xlabel=f"nats per transcript, {count_clips(n)}", xlim=(0, 1.2 * styles["nats"].max())
+    )
     axes.grid(axis="y", visible=False)
-
-
-def _thin(clips: pd.DataFrame) -> pd.DataFrame:
-    """Keep every n-th clip, so that at most 4,000 are drawn."""
-    return clips.iloc[:: math.ceil(len(clips) / MAX_POINTS)]
-
-
-def _say(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, ha="center", color=GREY, transform=axes.transAxes)
-    axes.set_xticks([])
-    axes.set_yticks([])

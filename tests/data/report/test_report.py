@@ -220,13 +220,6 @@ def test_skipped_and_short_clips_are_told(clean: list[Utterance]) -> None:
     assert found["short"].ids == ("s",)
 
 
-def test_errors_come_first(clean: list[Utterance]) -> None:
-    report = build(clean, test=[replace(clean[0], id="copy", speaker="s9")])
-    levels = [f.level for f in report.findings]
-    assert levels == sorted(levels, key=("error", "warning", "info").index)
-    assert levels[0] == "error"
-
-
 def test_a_report_comes_back_as_it_was_saved(bundled_report: DataReport, tmp_path: Path) -> None:
     clips = bundled_report.clips.copy()
     clips.loc[0, "text"], clips.loc[1, "text"] = "NA", 'None, "nan"\nin two lines'
@@ -247,23 +240,6 @@ def test_a_report_comes_back_as_it_was_saved(bundled_report: DataReport, tmp_pat
     assert again.to_text() == report.to_text()
 
 
-def test_json_has_no_nan(clean: list[Utterance], tmp_path: Path) -> None:
-    path, _ = build(clean).save(tmp_path)  # no validation, no test, no speech detection
-    content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
-    assert [row["clips"] for row in content["summary"]] == [20, 0, 0]
-    assert content["summary"][1]["median_sec"] is None
-    assert content["summary"][0]["no_speech_share"] is None
-
-
-def test_an_absent_or_damaged_report_is_an_error(clean: list[Utterance], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
-        DataReport.load(tmp_path)
-    path, _ = build(clean).save(tmp_path)
-    path.write_text(path.read_text()[:-40])
-    with pytest.raises(DataError, match="damaged"):
-        DataReport.load(tmp_path)
-
-
 def test_a_notebook_shows_levels_and_escapes_texts(clean: list[Utterance]) -> None:
     report = build([*clean, clip("<b>", noise(2, 3, 0.002), "A text.", speaker=None)])
     hard = pd.DataFrame([{"id": "x", "reference": "A <script> text.", "hypothesis": "A long text. " * 9, "wer": 9.0}])
@@ -275,11 +251,6 @@ def test_a_notebook_shows_levels_and_escapes_texts(clean: list[Utterance]) -> No
     assert "NaN" not in page
 
 
-def test_clips_that_were_not_measured_are_refused(clean: list[Utterance]) -> None:
-    with pytest.raises(DataError, match="utterance a0: it was not measured"):
-        build_data_report(replace(splits_of(clean), stats={}), Config())
-
-
 def test_a_hashed_choice_is_the_same_in_any_order(clean: list[Utterance]) -> None:
     chosen = [u.id for u in hashed_choice(clean, 5, 0)]
     assert [u.id for u in hashed_choice(clean[::-1], 5, 0)] == chosen
@@ -287,3 +258,27 @@ def test_a_hashed_choice_is_the_same_in_any_order(clean: list[Utterance]) -> Non
     assert len(hashed_choice(clean, 1_000, 0)) == 20
     with pytest.raises(DataError, match="at least one"):
         hashed_choice(clean, 0, 0)
+
+
+def test_a_saved_report_has_no_nan_and_an_absent_or_damaged_one_is_refused(
+    clean: list[Utterance], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        DataReport.load(tmp_path)
+    path, _ = build(clean).save(tmp_path)  # no validation, no test, no speech detection
+    content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
+    assert [row["clips"] for row in content["summary"]] == [20, 0, 0]
+    assert content["summary"][1]["median_sec"] is None
+    assert content["summary"][0]["no_speech_share"] is None
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(DataError, match=str(tmp_path)):
+        DataReport.load(tmp_path)
+
+
+def test_errors_come_first_and_clips_that_were_not_measured_are_refused(clean: list[Utterance]) -> None:
+    splits = splits_of(clean, test=[replace(clean[0], id="copy", speaker="s9")])
+    levels = [f.level for f in build_data_report(splits, Config()).findings]
+    assert levels[0] == "error"
+    assert levels == sorted(levels, key=("error", "warning", "info").index)
+    with pytest.raises(DataError, match="utterance a0"):
+        build_data_report(replace(splits, stats={}), Config())
