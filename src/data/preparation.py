@@ -9,7 +9,6 @@ pass are taken, since any other choice would cost a download of the whole.
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 import psutil
 from tqdm.auto import tqdm
 
-from src.data.audio import SAMPLE_RATE, AudioCache, Waveform, decode
+from src.data.audio import AudioCache, decode
 from src.data.labels import LabelCase, apply_case, resolve_case
 from src.data.preprocessing import ClipStats, measure_clip
 from src.data.sources.catalog import open_source
@@ -54,7 +53,6 @@ class DatasetSplits:
         shared_texts: number of test transcripts that also occur in training.
         source: the one that was taken.
         stats: what was measured on each recording while it was checked, by utterance id.
-        speech: where speech is in a sample of the recordings, by utterance id; empty without speech detection.
     """
 
     train: list[Utterance]
@@ -66,7 +64,6 @@ class DatasetSplits:
     shared_texts: int = 0
     source: str = "sample"
     stats: Mapping[str, ClipStats] = field(default_factory=dict, repr=False)
-    speech: Mapping[str, SpeechStats] = field(default_factory=dict, repr=False)
 
     def summary(self) -> list[dict[str, object]]:
         """Return one row per split: clips, minutes, speakers."""
@@ -149,7 +146,6 @@ def _prepare(source: SourceName, config: Config, vad: VoiceActivityDetector | No
         shared_texts=sum(u.text.lower() in train_texts for u in recased["test"]),
         source=source,
         stats=checker.stats,
-        speech=checker.speech,
     )
     _log(splits)
     return splits
@@ -181,49 +177,9 @@ def _take_from_streams(
 # checking
 
 
-@dataclass(frozen=True)
-class SpeechStats:
-    """Where speech is in a recording.
-
-    Attributes:
-        speech_fraction: share of the recording.
-        leading_silence_sec: before the first speech, nan where there is none.
-        trailing_silence_sec: after the last speech, nan where there is none.
-    """
-
-    speech_fraction: float
-    leading_silence_sec: float = math.nan
-    trailing_silence_sec: float = math.nan
-
-
-def measure_speech(audio: Waveform, vad: VoiceActivityDetector) -> SpeechStats:
-    """Find where speech is in (T,) float32 audio at 16 kHz."""
-    duration_sec = len(audio) / SAMPLE_RATE
-    segments = vad.speech_segments(audio)
-    if not segments:
-        return SpeechStats(0.0)
-    share = sum(segment.duration_sec for segment in segments) / duration_sec
-    return SpeechStats(share, segments[0].start_sec, duration_sec - segments[-1].end_sec)
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """One recording that passed.
-
-    Attributes:
-        utterance: with its duration.
-        stats: what was measured.
-        speech: where speech is; None where it was not looked for.
-    """
-
-    utterance: Utterance
-    stats: ClipStats
-    speech: SpeechStats | None = None
-
-
 def check_utterance(utterance: Utterance, config: DataConfig) -> Utterance:
     """Decode one recording and check it; as `inspect_utterance`, without the measurements."""
-    return inspect_utterance(utterance, config).utterance
+    return inspect_utterance(utterance, config)[0]
 
 
 def inspect_utterance(
@@ -232,7 +188,7 @@ def inspect_utterance(
     *,
     cache: AudioCache | None = None,
     vad: VoiceActivityDetector | None = None,
-) -> Inspection:
+) -> tuple[Utterance, ClipStats]:
     """Decode one recording, check it and measure it.
 
     Args:
@@ -240,6 +196,9 @@ def inspect_utterance(
         config: bounds of the duration.
         cache: keeps what was decoded.
         vad: looks for speech.
+
+    Returns:
+        The utterance with its duration, and what was measured.
 
     Raises:
         DataError: an empty transcript, or a duration out of bounds.
@@ -255,15 +214,14 @@ def inspect_utterance(
         )
     except AudioError as err:
         raise AudioError(f"{where}: {err}") from err
-    stats = measure_clip(decoded)
+    stats = measure_clip(decoded, vad=vad)
     if not config.min_duration_sec <= stats.duration_sec <= config.max_duration_sec:
         raise DataError(
             f"{where}: {stats.duration_sec:.2f} s, allowed are {config.min_duration_sec} to "
             f"{config.max_duration_sec} s (data.min_duration_sec, data.max_duration_sec); cut it at a pause"
         )
     meta = {"snr_db": round(stats.snr_db, 1), **utterance.meta}  # what the source knows is better than an estimate
-    checked = replace(utterance, duration_sec=stats.duration_sec, meta=meta)
-    return Inspection(checked, stats, None if vad is None else measure_speech(decoded.samples, vad))
+    return replace(utterance, duration_sec=stats.duration_sec, meta=meta), stats
 
 
 class RecordingChecker:
@@ -275,8 +233,8 @@ class RecordingChecker:
         expected: how many recordings will be checked in all, for the size of the sample; None if unknown.
 
     Attributes:
-        stats: of each recording that passed, by utterance id.
-        speech: of a sample of them, at most `MAX_VAD_CLIPS`, chosen by hash.
+        stats: of each recording that passed, by utterance id; speech is looked for in a sample of them, at most
+            `MAX_VAD_CLIPS`, chosen by hash.
         skipped: what `on_error="skip"` left out.
     """
 
@@ -284,12 +242,12 @@ class RecordingChecker:
         self, config: Config, *, vad: VoiceActivityDetector | None = None, expected: int | None = None
     ) -> None:
         self.stats: dict[str, ClipStats] = {}
-        self.speech: dict[str, SpeechStats] = {}
         self.skipped: list[SkippedUtterance] = []
         self._config = config
         self._cache = audio_cache(config)
         self._vad = vad
         self._sampled_share = 1.0 if not expected else MAX_VAD_CLIPS / expected
+        self._sampled = 0
 
     def take(self, name: str, part: Sequence[Utterance], cap: int | None) -> list[Utterance]:
         """Check recordings in hashed order until `cap` have passed; return them in the source's order."""
@@ -297,8 +255,7 @@ class RecordingChecker:
         queue = sorted(part, key=lambda u: stable_hash(self._config.seed, u.id)) if cap is not None else part
         total = len(part) if cap is None else min(cap, len(part))
         passed = [u for chunk in self._check(name, iter(queue), total, _CHUNK) for u in chunk]
-        if cap is not None and len(passed) < cap:
-            logger.info("%s: %d asked for, %d exist; taking all of them", name, cap, len(passed))
+        _log_fewer(name, cap, len(passed))
         return sorted(passed, key=lambda u: position[u.id])
 
     def take_stream(self, name: str, stream: Iterator[Utterance], cap: int | None) -> list[Utterance]:
@@ -325,8 +282,7 @@ class RecordingChecker:
             if len(passed) + len(skipped) >= _ENOUGH_TO_JUDGE:
                 fraction = self._config.data.max_skip_fraction
                 enforce_skip_policy(skipped, len(passed) + len(skipped), fraction, log=False)
-        if cap is not None and len(passed) < cap:
-            logger.info("%s: %d asked for, %d exist; taking all of them", name, cap, len(passed))
+        _log_fewer(name, cap, len(passed))
         return passed
 
     def _check(
@@ -339,17 +295,14 @@ class RecordingChecker:
             tqdm(total=wanted, desc=f"checking {name}", leave=False) as bar,
         ):
             while chunk := list(islice(waiting, chunk_size if missing is None else min(chunk_size, missing))):
-                listened = self._sample(chunk)
                 passed: list[Utterance] = []
                 failures: list[SkippedUtterance] = []
-                for outcome in pool.map(self._inspect_or_skip, chunk, listened):
+                for outcome in pool.map(self._inspect_or_skip, chunk, [self._detector_for(u) for u in chunk]):
                     if isinstance(outcome, SkippedUtterance):
                         failures.append(outcome)
-                        continue
-                    passed.append(outcome.utterance)
-                    self.stats[outcome.utterance.id] = outcome.stats
-                    if outcome.speech is not None:
-                        self.speech[outcome.utterance.id] = outcome.speech
+                    else:
+                        utterance, self.stats[outcome[0].id] = outcome
+                        passed.append(utterance)
                 if failures and self._config.data.on_error == "raise":
                     more = f"\n({len(failures) - 1} more like it)" if len(failures) > 1 else ""
                     raise DataError(f'{failures[0].reason}; or set data.on_error to "skip"{more}')
@@ -358,22 +311,26 @@ class RecordingChecker:
                 bar.update(len(passed))
                 yield passed
 
-    def _sample(self, chunk: Sequence[Utterance]) -> list[bool]:
-        """Choose in which recordings speech is looked for: a share of them, by hash."""
-        room = MAX_VAD_CLIPS - len(self.speech) if self._vad is not None else 0
-        chosen = []
-        for utterance in chunk:
-            place = int(stable_hash(self._config.seed, utterance.id)[:8], 16) / 16**8
-            chosen.append(room > 0 and place < self._sampled_share)
-            room -= chosen[-1]
-        return chosen
+    def _detector_for(self, utterance: Utterance) -> VoiceActivityDetector | None:
+        """Return the detector for a sample of the recordings, by hash."""
+        place = int(stable_hash(self._config.seed, utterance.id)[:8], 16) / 16**8
+        if place >= self._sampled_share or self._sampled >= MAX_VAD_CLIPS:
+            return None
+        self._sampled += 1
+        return self._vad
 
-    def _inspect_or_skip(self, utterance: Utterance, listen: bool) -> Inspection | SkippedUtterance:
-        vad = self._vad if listen else None
+    def _inspect_or_skip(
+        self, utterance: Utterance, vad: VoiceActivityDetector | None
+    ) -> tuple[Utterance, ClipStats] | SkippedUtterance:
         try:
             return inspect_utterance(utterance, self._config.data, cache=self._cache, vad=vad)
         except DataError as err:
             return SkippedUtterance(utterance.id, str(err))
+
+
+def _log_fewer(name: str, cap: int | None, passed: int) -> None:
+    if cap is not None and passed < cap:
+        logger.info("%s: %d asked for, %d exist; taking all of them", name, cap, passed)
 
 
 def audio_cache(config: Config) -> AudioCache | None:

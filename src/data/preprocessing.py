@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +89,9 @@ class ClipStats:
         snr_db: estimate of speech over noise, see `measure_snr`.
         bandwidth_hz: highest frequency with power, see `measure_bandwidth`; at most 8,000.
         audio_sha256: of the samples as 16-bit PCM, so that a copy in another lossless container has the same.
+        speech_fraction: share of the recording that is speech; nan where speech was not looked for.
+        leading_silence_sec: before the first speech; nan where there is none.
+        trailing_silence_sec: after the last speech; nan where there is none.
     """
 
     sample_rate: int
@@ -100,10 +104,13 @@ class ClipStats:
     snr_db: float
     bandwidth_hz: float
     audio_sha256: str
+    speech_fraction: float = math.nan
+    leading_silence_sec: float = math.nan
+    trailing_silence_sec: float = math.nan
 
 
-def measure_clip(decoded: DecodedAudio) -> ClipStats:
-    """Measure one decoded recording, of at least one sample."""
+def measure_clip(decoded: DecodedAudio, *, vad: VoiceActivityDetector | None = None) -> ClipStats:
+    """Measure one decoded recording, of at least one sample, and with `vad` where speech is in it."""
     samples = decoded.samples
     levels_dbfs = _frame_levels(samples)
     loudness_dbfs = measure_loudness(levels_dbfs)
@@ -119,7 +126,19 @@ def measure_clip(decoded: DecodedAudio) -> ClipStats:
         snr_db=measure_snr(levels_dbfs),
         bandwidth_hz=measure_bandwidth(samples),
         audio_sha256=hash_audio(samples),
+        **({} if vad is None else measure_speech(samples, vad)),
     )
+
+
+def measure_speech(samples: Waveform, vad: VoiceActivityDetector) -> dict[str, Any]:
+    """Return the fields of `ClipStats` that say where speech is in (T,) samples at 16 kHz."""
+    duration_sec = len(samples) / SAMPLE_RATE
+    segments = vad.speech_segments(samples)
+    found = {"speech_fraction": sum(segment.duration_sec for segment in segments) / duration_sec}
+    if segments:
+        found["leading_silence_sec"] = segments[0].start_sec
+        found["trailing_silence_sec"] = duration_sec - segments[-1].end_sec
+    return found
 
 
 def measure_clipping(samples: Waveform) -> float:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +173,10 @@ def test_speech_is_looked_for_in_a_sample_that_the_report_takes(monkeypatch: pyt
     detector = VoiceActivityDetector()
     monkeypatch.setattr(preparation, "MAX_VAD_CLIPS", 10)
     splits = prepare_datasets(config, vad=detector)
-    assert 0 < len(splits.speech) <= 10
     report = build_data_report(splits, config)
-    later = build_data_report(replace(splits, speech={}), config, vad=detector)
+    later = build_data_report(prepare_datasets(config), config, vad=detector)
     columns = ["speech_fraction", "leading_silence_sec", "trailing_silence_sec"]
-    assert report.clips["speech_fraction"].notna().sum() == len(splits.speech)
     found, again = (each.clips.set_index("id")[columns].dropna() for each in (report, later))
-    assert set(found.index) == set(splits.speech)
+    assert 0 < len(found) <= 10 < len(again) <= 50
     np.testing.assert_allclose(found, again.loc[found.index], atol=1e-6)
-    assert not prepare_datasets(config).speech
+    assert build_data_report(prepare_datasets(config), config).clips[columns].isna().all(axis=None)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from tqdm.auto import tqdm
 from src.data.audio import load_audio
 from src.data.dataset import decode_audio
 from src.data.labels import LabelEncoder
-from src.data.preparation import MAX_VAD_CLIPS, DatasetSplits, SpeechStats, audio_cache, measure_speech
+from src.data.preparation import MAX_VAD_CLIPS, DatasetSplits, audio_cache
+from src.data.preprocessing import ClipStats, measure_speech
 from src.data.report.findings import CLIPPED_FRACTION, LEVELS, Finding, find_all, text_key
 from src.data.utterance import SPLITS, SkippedUtterance, Utterance, stable_hash
 from src.data.vad import VoiceActivityDetector
@@ -215,7 +217,11 @@ def tabulate_clips(
     missing = next((u.id for u in utterances if u.id not in splits.stats), None)
     if missing is not None:
         raise DataError(f"utterance {missing}: it was not measured; take the splits from prepare_datasets")
-    clips = pd.DataFrame([asdict(splits.stats[u.id]) for u in utterances])
+    stats = dict(splits.stats)
+    if vad is not None:
+        chosen = hashed_choice(utterances, max_vad_clips, config.seed)
+        stats |= _find_speech([u for u in chosen if math.isnan(stats[u.id].speech_fraction)], stats, vad, config)
+    clips = pd.DataFrame([asdict(stats[u.id]) for u in utterances])
     clips["id"] = [u.id for u in utterances]
     clips["split"] = [name for name, part in splits.parts.items() for _ in part]
     clips["speaker"] = [u.speaker for u in utterances]
@@ -229,12 +235,6 @@ def tabulate_clips(
     clips["duplicate_text_count"] = keys.groupby(keys).transform("size")
     tokens = None if tokenizer is None else _count_tokens(clips["text"].tolist(), tokenizer, config)
     clips["tokens"] = pd.array(tokens or [None] * len(clips), dtype="Int64")
-    speech = dict(splits.speech)
-    if vad is not None:
-        chosen = hashed_choice(utterances, max_vad_clips, config.seed)
-        speech |= _find_speech([u for u in chosen if u.id not in speech], vad, config)
-    for column in ("leading_silence_sec", "trailing_silence_sec", "speech_fraction"):
-        clips[column] = [getattr(speech[u.id], column) if u.id in speech else np.nan for u in utterances]
     return clips[list(CLIP_TYPES)].astype(dict(CLIP_TYPES))
 
 
@@ -245,16 +245,20 @@ def _count_tokens(texts: Sequence[str], tokenizer: Any, config: Config) -> list[
     return [len(ids) + special for ids in encoded]
 
 
-def _find_speech(utterances: Sequence[Utterance], vad: VoiceActivityDetector, config: Config) -> dict[str, SpeechStats]:
+def _find_speech(
+    utterances: Sequence[Utterance], stats: Mapping[str, ClipStats], vad: VoiceActivityDetector, config: Config
+) -> dict[str, ClipStats]:
+    """Decode recordings again and add where speech is to what was measured on them."""
     cache = audio_cache(config)
     load = cache.load_audio if cache else load_audio
 
-    def measure(utterance: Utterance) -> SpeechStats:
-        return measure_speech(decode_audio(utterance, load=load).numpy(), vad)
+    def measure(utterance: Utterance) -> ClipStats:
+        audio = decode_audio(utterance, load=load).numpy()
+        return replace(stats[utterance.id], **measure_speech(audio, vad))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = tqdm(pool.map(measure, utterances), total=len(utterances), desc="speech", leave=False)
-        return {utterance.id: heard for utterance, heard in zip(utterances, found, strict=True)}
+        return {utterance.id: measured for utterance, measured in zip(utterances, found, strict=True)}
 
 
 def find_rate_outliers(rates: NDArray[np.float64]) -> NDArray[np.bool_]:
