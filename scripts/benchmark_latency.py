@@ -32,8 +32,9 @@ from transformers import logging as transformers_logging
 from benchmarks.benchmarking import load_clips, number, show
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
-from src.evaluation.latency import Engine, LatencyResult, check_clips, measure_engine, torch_engine
+from src.evaluation.latency import Engine, LatencyResult, check_clips, describe_engine, measure_engine
 from src.evaluation.text import error_rate, whisper_normalizer_for, word_counts
+from src.inference.decoding import TorchEngine
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import Config, load_config
 
@@ -94,7 +95,10 @@ def measure_model(
     manager = WhisperModelManager(config)
     model, processor = manager.initialize_model()
     peer = WhisperForConditionalGeneration.from_pretrained(manager.weights.path, dtype=torch.float32)
-    engines = [torch_engine(model, processor, config), peer_engine(peer.to(model.device).eval(), processor)]
+    engines = [
+        describe_engine(TorchEngine(model, processor), config),
+        peer_engine(peer.to(model.device).eval(), processor),
+    ]
     measured = []
     for size in arguments.batch_sizes:
         results: dict[str, list[LatencyResult]] = {engine.name: [] for engine in engines}

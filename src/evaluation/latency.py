@@ -1,9 +1,10 @@
-"""How fast an engine turns audio into text: latency of calls, real-time factor, first token, memory.
+"""Speed of engines: latency of calls, real-time factor, first token, memory.
 
     RTF = sum(compute) / sum(audio), RTFx = sum(audio) / sum(compute); features are part of the compute
 
-`measure_engine` measures whatever maps clips to texts, `LatencyBenchmark` a model of ours. Calls that warm up are not
-counted, and a GPU is waited for. Clips go from long to short, as in `BatchInference`: batches then hold little padding.
+`measure_engine` measures anything that turns clips into texts, `LatencyBenchmark` a model of ours. Warm-up calls are
+not counted, and a GPU is waited for. Clips go from long to short, as in `BatchInference`: batches then have little
+padding.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -38,19 +39,18 @@ logger = logging.getLogger(__name__)
 WARMUP_CALLS = 2  # of the longest batch: the first allocates, the second runs as all later ones
 MIN_CALLS = {50: 2, 95: 20, 99: 100}  # for a percentile: so many that one call is expected beyond it
 SAMPLING_SEC = 0.01  # between readings of memory, during the warm-up only
-Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Something that turns audio into text, and what it is.
+    """Something that turns audio into text, with what it computes on.
 
     Attributes:
         transcribe: takes clips, (T,) float32 each, 16 kHz, up to 30 s, and returns their texts in order.
         device: as torch names it; a GPU is waited for.
         precision: of its weights: "float32", "int8", ...
         audio_context: "full" (each clip padded to 30 s) or "dynamic".
-        first_token: runs features, encoder and the decoder's first step on a clip; None where that cannot be told.
+        first_token: runs features, encoder and the decoder's first step on a clip; None if it has no such step.
     """
 
     name: str
@@ -61,25 +61,38 @@ class Engine:
     first_token: Callable[[Waveform], object] | None = None
 
 
+def describe_engine(engine: Transcriber, config: Config) -> Engine:
+    """Return an engine of `src.inference` to be measured; `inference` and `model` say how it decodes."""
+    options = DecodingOptions.from_config(config)
+    return Engine(
+        name=engine.name,
+        transcribe=lambda audios: [result.text for result in transcribe(engine, audios, options)],
+        device=engine.device,
+        precision=engine.precision,
+        audio_context=engine.audio_context,
+        first_token=(lambda audio: engine.first_token(audio, options)) if options.num_beams == 1 else None,
+    )
+
+
 @dataclass(frozen=True)
 class LatencyResult:
-    """What a measurement found; None where there is no figure.
+    """The result of a measurement; a number is None if it was not measured.
 
     Attributes:
         name: of the model.
-        engine, device, precision, audio_context: as in `Engine`.
-        batch_size: clips of a call; the last call of a pass may hold fewer.
+        engine: as in `Engine`, likewise device, precision and audio_context.
+        batch_size: clips of a call; the last call of a pass may have fewer.
         clips: distinct ones; each was transcribed equally often, in `calls` calls in all.
-        audio_sec, compute_sec: sums over all calls; audio without padding.
-        rtf, rtfx, clips_per_sec: ratios of sums: real-time factor compute / audio, its inverse, clips a second.
-        mean_sec, std_sec, p50_sec, p95_sec, p99_sec: wall time of a call, until its texts are there; std is that of a
-            sample. With fewer than `MIN_CALLS` (2 for std and p50, 20 for p95, 100 for p99) None: no call is expected
-            beyond the percentile then, and it would only be the slowest call under another name.
+        audio_sec: sum over all calls, without padding; compute_sec likewise.
+        rtf: a ratio of sums, compute / audio; rtfx is its inverse, clips_per_sec a ratio of sums too.
+        mean_sec: wall time of a call, until its texts are there; std_sec is that of a sample. With fewer than
+            `MIN_CALLS` (2 for std and p50, 20 for p95, 100 for p99) None: no call is expected beyond the percentile
+            then, and it would only be the slowest call under another name.
         first_token_sec: median time of features, encoder and first decoder step. None in batches, with beams (no token
-            is final before the end), and where the engine cannot tell.
-        peak_memory_mb: 10^6 bytes, the most during the warm-up, which is the longest batch: of the GPU's tensors, else
-            of the whole process with all else that it holds.
-        reason: why nothing was measured; None where something was.
+            is final before the end), and if the engine has no such step.
+        peak_memory_mb: 10^6 bytes, the maximum during the warm-up, which is the longest batch: of the GPU's tensors,
+            otherwise of the whole process.
+        reason: why nothing was measured.
         texts: of the clips, in order; not saved.
     """
 
@@ -119,15 +132,31 @@ class LatencyResult:
         experiment.log("latency", **self.row())
 
 
+def latency_table(results: Sequence[LatencyResult]) -> pd.DataFrame:
+    """Return a table for reading, one row per measurement: four digits, blank if not measured."""
+    return readable_table(result.row() for result in results)
+
+
+def readable_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return a table with four digits of each float, blank for None and nan."""
+
+    def cell(value: Any) -> Any:
+        if value is None or value != value:
+            return ""
+        return float(f"{value:.4g}") if isinstance(value, float) else value
+
+    return pd.DataFrame([{key: cell(value) for key, value in row.items()} for row in rows])
+
+
 class LatencyBenchmark:
     """Measures a model with the decoder that files, evaluation and streaming use.
 
     Args:
         model: a `DynamicWhisper`, in the context that its config says: a stock model is measured padded to 30 s.
         processor: of the model.
-        config: `inference` and `model.language`; defaults without.
+        config: `inference` and `model.language`; defaults if None.
         name: of the model, in tables and files.
-        experiment: the run that keeps what is measured.
+        experiment: the run that records the results.
     """
 
     def __init__(
@@ -141,16 +170,19 @@ class LatencyBenchmark:
     ) -> None:
         self._name, self._config = name, config or Config()
         self._experiment = experiment
-        self._engine = torch_engine(model, processor, self._config)
+        self._engine = describe_engine(TorchEngine(model, processor), self._config)
 
     def benchmark_single(self, audio: Any, sr: int = SAMPLE_RATE, *, repeats: int = 20) -> LatencyResult:
-        """Transcribe one clip again and again: what its user waits for.
+        """Transcribe one clip repeatedly, as a user who waits for its text.
 
         Args:
             audio: (T,) or (T, channels) floats in [-1, 1], 0.1 to 30 s.
-            sr: samples a second; other rates than 16,000 are resampled before the clock runs.
+            sr: samples per second; other rates than 16,000 are resampled before the clock runs.
             repeats: calls; p95 needs 20, p99 needs 100.
-        Raises: DataError: no repeat. AudioError: as `check_clips`. An error of the model passes through.
+
+        Raises:
+            DataError: no repeat.
+            AudioError: as `check_clips`. An error of the model passes through.
         """
         return self._measure(check_clips([audio], sr), 1, repeats)
 
@@ -161,9 +193,13 @@ class LatencyBenchmark:
 
         Args:
             test_audios: as `audio` of `benchmark_single`, all of one rate.
-            batch_size: `inference.batch_size` by default, or all clips where there are fewer.
+            sr: as in `benchmark_single`.
+            batch_size: `inference.batch_size` by default, or all clips if there are fewer.
             repeats: passes over all clips.
-        Raises: DataError: no clip, no repeat, or fewer clips than a batch holds. Else as `benchmark_single`.
+
+        Raises:
+            DataError: no clip, no repeat, or fewer clips than a batch has.
+            AudioError: as `check_clips`. An error of the model passes through.
         """
         clips = check_clips(test_audios, sr)
         size = min(self._config.inference.batch_size, len(clips)) if batch_size is None else batch_size
@@ -172,15 +208,16 @@ class LatencyBenchmark:
     def throughput(
         self, test_audios: Sequence[Any], batch_sizes: Sequence[int] = (1, 2, 4, 8, 16), sr: int = SAMPLE_RATE
     ) -> list[LatencyResult]:
-        """Transcribe the same clips once at each batch size: one result a size, for `latency_table`.
+        """Transcribe the same clips once at each batch size: one result per size, for `latency_table`.
 
-        Args: batch_sizes: what is larger than the number of clips is left out, with a warning.
-        Raises: as `benchmark_batch`, before anything is measured.
+        Sizes above the number of clips are left out, with a warning. Errors are those of `benchmark_batch`, before
+        anything is measured.
         """
         clips = check_clips(test_audios, sr)
         if larger := [size for size in batch_sizes if size > len(clips)]:
             logger.warning("batch sizes %s are left out: there are %d clips", larger, len(clips))
-        for size in (sizes := [size for size in batch_sizes if size <= len(clips)]):
+        sizes = [size for size in batch_sizes if size <= len(clips)]
+        for size in sizes:
             _check_request(clips, size, 1)
         return [self._measure(clips, size, 1) for size in sizes]
 
@@ -191,61 +228,28 @@ class LatencyBenchmark:
         return result
 
 
-def torch_engine(model: Any, processor: Any, config: Config) -> Engine:
-    """Make an engine of a `DynamicWhisper`."""
-    return describe_engine(TorchEngine(model, processor), config)
-
-
-def describe_engine(engine: Transcriber, config: Config) -> Engine:
-    """Make an engine to be measured of one that transcribes; `inference` and `model` say how it decodes."""
-    options = DecodingOptions.from_config(config)
-    return Engine(
-        name=engine.name,
-        transcribe=lambda audios: [result.text for result in transcribe(engine, audios, options)],
-        device=engine.device,
-        precision=engine.precision,
-        audio_context=engine.audio_context,
-        first_token=(lambda audio: engine.first_token(audio, options)) if options.num_beams == 1 else None,
-    )
-
-
-def measure_engine(
-    engine: Engine,
-    clips: Sequence[Waveform],
-    *,
-    batch_size: int = 1,
-    passes: int = 1,
-    name: str = "model",
-    clock: Clock = time.perf_counter,
-) -> LatencyResult:
-    """Measure an engine on clips from `check_clips`; where memory runs out, the result has a `reason`, not figures.
-
-    Raises: DataError: no clip, no pass, or fewer clips than a batch holds. Another error of the engine passes through.
-    """
-    _check_request(clips, batch_size, passes)
-    described = engine.name, engine.device, engine.precision, engine.audio_context
-    blank = LatencyResult(name, *described, batch_size, len(clips))
-    try:
-        return in_memory(lambda: _fill(blank, engine, clips, passes, clock))
-    except OutOfMemoryError as err:
-        return replace(blank, reason=str(err))
-
-
 def check_clips(audios: Sequence[Any], sr: int = SAMPLE_RATE) -> list[Waveform]:
-    """Check clips and bring them to 16 kHz.
+    """Check clips and resample them to 16 kHz mono.
 
     Args:
         audios: (T,) or (T, channels) floats in [-1, 1], all at `sr`.
-    Returns: (T,) float32 each, mono; silence is allowed.
-    Raises: DataError: no clip. AudioError: a rate that is none; or a clip, by its number, that is not of floats or not
-        finite, is shorter than 0.1 s or longer than 30 s.
+        sr: samples per second.
+
+    Returns:
+        (T,) float32 each; silence is allowed.
+
+    Raises:
+        DataError: no clip.
+        AudioError: an invalid rate; or a clip, by its number, that is not of floats or not finite, is shorter than
+            0.1 s or longer than 30 s.
     """
     if not len(audios):
         raise DataError("no audio was given; pass at least one clip")
     if isinstance(sr, bool) or not isinstance(sr, int | np.integer):
         raise AudioError(f"sample rate {sr!r}: whole Hz are needed, such as 16000")
     clips = []
-    for name, samples in ((f"clip {i}", np.asarray(audio)) for i, audio in enumerate(audios)):
+    for i, audio in enumerate(audios):
+        name, samples = f"clip {i}", np.asarray(audio)
         if samples.dtype.kind != "f" or samples.ndim not in (1, 2):
             raise AudioError(
                 f"{name}: {samples.dtype} {samples.shape}; give (T,) floats in [-1, 1], as load_audio does"
@@ -256,70 +260,90 @@ def check_clips(audios: Sequence[Any], sr: int = SAMPLE_RATE) -> list[Waveform]:
     return clips
 
 
-def latency_table(results: Sequence[LatencyResult]) -> pd.DataFrame:
-    """Return a table for reading, one row a measurement: four digits, blank where there is no figure."""
-    return pd.DataFrame([{key: readable(value) for key, value in item.row().items()} for item in results])
+def _check_request(clips: Sequence[Waveform], batch_size: int, passes: int) -> None:
+    if not 1 <= batch_size <= len(clips) or passes < 1:
+        raise DataError(f"batch size {batch_size} (1 to the {len(clips)} clips given), repeats {passes} (at least 1)")
 
 
-def readable(value: Any) -> Any:
-    """Return a cell of a table: four digits of a float, nothing for None and nan, all else as it is."""
-    if value is None or value != value:
-        return ""
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+def measure_engine(
+    engine: Engine,
+    clips: Sequence[Waveform],
+    *,
+    batch_size: int = 1,
+    passes: int = 1,
+    name: str = "model",
+    clock: Callable[[], float] = time.perf_counter,
+) -> LatencyResult:
+    """Measure an engine; if memory runs out, the result has a `reason` instead of figures.
 
+    Args:
+        engine: an error of its own passes through.
+        clips: from `check_clips`.
+        batch_size: clips per call.
+        passes: over all clips.
+        name: of the model.
+        clock: seconds.
 
-def _fill(blank: LatencyResult, engine: Engine, clips: Sequence[Waveform], passes: int, clock: Clock) -> LatencyResult:
+    Raises:
+        DataError: no clip, no pass, or fewer clips than a batch has.
+    """
+    _check_request(clips, batch_size, passes)
+    described = engine.name, engine.device, engine.precision, engine.audio_context
+    blank = LatencyResult(name, *described, batch_size, len(clips))
     order = sorted(range(len(clips)), key=lambda i: len(clips[i]), reverse=True)
-    batches = [order[at : at + blank.batch_size] for at in range(0, len(order), blank.batch_size)]
-    with _peak_memory(engine.device) as readings_mb:
-        for _ in range(WARMUP_CALLS):
-            engine.transcribe([clips[i] for i in batches[0]])
-    latencies: list[float] = []
-    texts: dict[int, str] = {}
-    for batch in batches * passes:
-        found, elapsed_sec = _timed(engine.transcribe, [clips[i] for i in batch], engine.device, clock)
-        latencies.append(elapsed_sec)
-        texts.update(zip(batch, found, strict=True))
-    told = [q for q, least in MIN_CALLS.items() if len(latencies) >= least]
-    percentiles: dict[str, Any] = {f"p{q}_sec": float(np.percentile(latencies, q)) for q in told}
-    audio_sec, compute_sec = passes * sum(map(len, clips)) / SAMPLE_RATE, sum(latencies)
-    return replace(
-        blank,
-        calls=len(latencies),
-        audio_sec=audio_sec,
-        compute_sec=compute_sec,
-        rtf=compute_sec / audio_sec,
-        rtfx=audio_sec / compute_sec,
-        clips_per_sec=passes * len(clips) / compute_sec,
-        mean_sec=float(np.mean(latencies)),
-        std_sec=float(np.std(latencies, ddof=1)) if len(latencies) > 1 else None,
-        **percentiles,
-        first_token_sec=_first_token_sec(engine, [*clips] * passes, clock) if blank.batch_size == 1 else None,
-        peak_memory_mb=max(readings_mb),
-        texts=tuple(texts[i] for i in range(len(clips))),
-    )
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    wait = torch.cuda.synchronize if engine.device.startswith("cuda") else (lambda device: None)
 
+    def timed(action: Callable[[Any], Any], argument: Any) -> tuple[Any, float]:
+        wait(engine.device)
+        began = clock()
+        result = action(argument)
+        wait(engine.device)
+        return result, clock() - began
 
-def _first_token_sec(engine: Engine, clips: Sequence[Waveform], clock: Clock) -> float | None:
-    step = engine.first_token
-    if step is None:
-        return None
-    step(clips[0])  # warm-up
-    return float(np.median([_timed(step, clip, engine.device, clock)[1] for clip in clips]))
+    def measure() -> LatencyResult:
+        with _peak_memory(engine.device) as readings_mb:
+            for _ in range(WARMUP_CALLS):
+                engine.transcribe([clips[i] for i in batches[0]])
+        latencies: list[float] = []
+        texts: dict[int, str] = {}
+        for batch in batches * passes:
+            found, elapsed_sec = timed(engine.transcribe, [clips[i] for i in batch])
+            latencies.append(elapsed_sec)
+            texts.update(zip(batch, found, strict=True))
+        first_token_sec = None
+        if engine.first_token is not None and batch_size == 1:
+            engine.first_token(clips[0])  # warm-up
+            first_token_sec = float(np.median([timed(engine.first_token, clip)[1] for clip in [*clips] * passes]))
+        percentiles: dict[str, Any] = {
+            f"p{q}_sec": float(np.percentile(latencies, q)) for q, least in MIN_CALLS.items() if len(latencies) >= least
+        }
+        audio_sec, compute_sec = passes * sum(map(len, clips)) / SAMPLE_RATE, sum(latencies)
+        return replace(
+            blank,
+            calls=len(latencies),
+            audio_sec=audio_sec,
+            compute_sec=compute_sec,
+            rtf=compute_sec / audio_sec,
+            rtfx=audio_sec / compute_sec,
+            clips_per_sec=passes * len(clips) / compute_sec,
+            mean_sec=float(np.mean(latencies)),
+            std_sec=float(np.std(latencies, ddof=1)) if len(latencies) > 1 else None,
+            **percentiles,
+            first_token_sec=first_token_sec,
+            peak_memory_mb=max(readings_mb),
+            texts=tuple(texts[i] for i in range(len(clips))),
+        )
 
-
-def _timed(action: Callable[[Any], Any], argument: Any, device: str, clock: Clock) -> tuple[Any, float]:
-    wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda _: None)
-    wait(device)
-    began = clock()
-    result = action(argument)
-    wait(device)
-    return result, clock() - began
+    try:
+        return in_memory(measure)
+    except OutOfMemoryError as err:
+        return replace(blank, reason=str(err))
 
 
 @contextmanager
 def _peak_memory(device: str) -> Iterator[list[float]]:
-    """Read memory in a thread while the block runs, in MB: what a call frees before it ends counts as well."""
+    """Read memory in a thread while the block runs, in MB: memory that a call frees before it ends counts as well."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     readings_mb: list[float] = []
@@ -339,8 +363,3 @@ def _peak_memory(device: str) -> Iterator[list[float]]:
     finally:
         done.set()
         thread.join()
-
-
-def _check_request(clips: Sequence[Waveform], batch_size: int, passes: int) -> None:
-    if not 1 <= batch_size <= len(clips) or passes < 1:
-        raise DataError(f"batch size {batch_size} (1 to the {len(clips)} clips given), repeats {passes} (at least 1)")
