@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.benchmarking import append_table, load_clips
 from scripts.command_line import parse_setting
 from src.data.vad import VoiceActivityDetector
-from src.evaluation.streaming import ReplayClock, StreamingMetrics, measure_stream, replay
+from src.evaluation.streaming import ReplayClock, measure_stream, replay
 from src.evaluation.streams import PUBLIC_CLIP, SpeechStream, WordAligner, add_noise, join_clips
 from src.evaluation.visualization.streaming import draw_emission, draw_tradeoff
 from src.evaluation.word_timing import WordTiming, time_words
@@ -38,7 +38,7 @@ from src.utils.config import Config, load_config
 from src.utils.figures import save_figure
 
 POLICIES = ("alignatt", "local_agreement", "chunk_merge")
-FIGURES = {  # of the last line: the row of `StreamingMetrics` that it is
+FIGURES = {  # of the last line: the key in `measure_stream`'s row
     "wer_offline": "offline_wer",
     "wer_streaming": "wer",
     "commit_p50_sec": "commit_aware_p50_sec",
@@ -57,7 +57,7 @@ class Measured:
     """Everything that was measured on one stream, by system."""
 
     stream: SpeechStream
-    metrics: dict[str, StreamingMetrics] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     timings: dict[str, tuple[WordTiming, ...]] = field(default_factory=dict)
 
 
@@ -78,7 +78,7 @@ def main() -> int:
                     measure(other, engine, default, config_for(arguments, arguments.policies[0]))
     record(arguments, [clean, long, noisy])
     rows = {
-        name: measured.metrics[default].to_row()
+        name: measured.metrics[default]
         for name, measured in zip(["clean", "long", "noisy"], [clean, long, noisy], strict=True)
     }
     print(
@@ -158,9 +158,8 @@ def measure(measured: Measured, engine: Engine, name: str, config: Config) -> No
     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 
-def table_row(name: str, metrics: StreamingMetrics) -> dict[str, str]:
+def table_row(name: str, row: dict[str, Any]) -> dict[str, str]:
     """Lay one session out."""
-    row = metrics.to_row()
 
     def seconds(key: str) -> str:
         return "-" if row[key] is None else f"{row[key]:.2f}"
@@ -205,7 +204,7 @@ def record(arguments: argparse.Namespace, measured: Sequence[Measured]) -> None:
 
     shown = {short(name): words for name, words in measured[0].timings.items() if name.startswith(first)}
     save_figure(draw_emission(shown), images, "streaming_emission")
-    points = [{**metrics.to_row(), "name": short(name)} for name, metrics in measured[0].metrics.items()]
+    points = [{**metrics, "name": short(name)} for name, metrics in measured[0].metrics.items()]
     save_figure(draw_tradeoff(points), images, "streaming_tradeoff")
 
 

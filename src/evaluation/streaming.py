@@ -24,11 +24,10 @@ Intervals resample the stream's clips.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ from numpy.typing import NDArray
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.evaluation.evaluator import EvaluationResult
 from src.evaluation.latency import MIN_CALLS
-from src.evaluation.metrics import Bootstrap, ErrorRates, MetricsCalculator, PairedComparison
+from src.evaluation.metrics import Bootstrap, ErrorRates, MetricsCalculator
 from src.evaluation.streams import SpeechStream
 from src.evaluation.text import WHISPER_ENGLISH, error_rate
 from src.evaluation.word_timing import Display, WordMatch, find_turns, follow_words, match_words, texts_by_clip
@@ -162,103 +161,6 @@ def evaluate_stream(asr: StreamingASR, stream: SpeechStream, offline: Evaluation
     return StreamingEvaluation(stream, result, rates, error_rate([rows[clip] for clip in stream.ids]))
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A figure with its bootstrap interval, which is None where there is one clip only."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Latency of n words or turns, in seconds; p50 is None below 2 of them, p95 below 20 (see `MIN_CALLS`)."""
-
-    n: int
-    mean: Estimate
-    p50: Estimate | None
-    p95: Estimate | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamingMetrics:
-    """A session on a stream; None where something was not measured.
-
-    Attributes:
-        stream: its name.
-        audio_sec: its length.
-        clips: different ones; `repeats` is how often the most frequent was heard.
-        rates: of the streamed text, cut into its clips by alignment; one row per clip, with all its repeats.
-        offline: of the clips decoded one by one.
-        difference: of the WER, streamed minus offline.
-        commit_unaware, commit_aware, display_unaware, display_aware: of the words committed right.
-        first_word_unaware_sec, first_word_aware_sec: from the start of the first word to the first text shown.
-        end_of_turn_unaware, end_of_turn_aware: of each `final`, from the true end of the last word it could contain.
-        normalized_erasure: see the module.
-        words_without_speech: committed within the stream's stretches without speech. A word that is right does not
-            count: its time slipped over the edge. None for a stream without such stretches.
-        edge_deletions, offline_edge_deletions: first and last words of clips, next to a pause, that are missing.
-        updates: model calls.
-        rtf, longest_update_sec: of the computing.
-        lag_sec: how far the clock is behind the end of the audio when the session has ended.
-    """
-
-    stream: str
-    audio_sec: float
-    clips: int
-    repeats: int
-    rates: ErrorRates
-    offline: ErrorRates | None
-    difference: PairedComparison | None
-    commit_unaware: Latency | None
-    commit_aware: Latency | None
-    display_unaware: Latency | None
-    display_aware: Latency | None
-    first_word_unaware_sec: float | None
-    first_word_aware_sec: float | None
-    end_of_turn_unaware: Latency | None
-    end_of_turn_aware: Latency | None
-    normalized_erasure: float | None
-    words_without_speech: int | None
-    edge_deletions: int
-    offline_edge_deletions: int | None
-    updates: int
-    rtf: float | None
-    longest_update_sec: float | None
-    lag_sec: float | None
-
-    def to_row(self) -> dict[str, Any]:
-        """Return all figures flat, for tables and metrics.jsonl: "wer", "offline_wer", "commit_aware_p50_sec", ...
-
-        The ends of an interval are "_low" and "_high" ("_low_sec", "_high_sec"); what was not measured is None.
-        """
-        row: dict[str, Any] = {}
-        for name in (field.name for field in fields(self)):
-            value = getattr(self, name)
-            if name in ("rates", "offline"):
-                prefix = "offline_" if name == "offline" else ""
-                row |= {f"{prefix}{key}": _part(value, key) for key in _RATES}
-            elif name == "difference":
-                ends = {"": "difference", "_low": "low", "_high": "high"}
-                row |= {f"wer_difference{end}": _part(value, key) for end, key in ends.items()}
-            elif name.endswith("aware"):
-                row[f"{name}_n"] = _part(value, "n")
-                for statistic, (end, key) in itertools.product(
-                    ("mean", "p50", "p95"), {"": "value", "_low": "low", "_high": "high"}.items()
-                ):
-                    row[f"{name}_{statistic}{end}_sec"] = _part(_part(value, statistic), key)
-            else:
-                row[name] = value
-        return row
-
-
-def _part(whole: Any, name: str) -> Any:
-    """Return a field; None where it is nan, which JSON does not know, or where there is no whole."""
-    value = getattr(whole, name, None)
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 def measure_stream(
     stream: SpeechStream,
     result: StreamingResult,
@@ -267,7 +169,7 @@ def measure_stream(
     offline: Sequence[str] | None = None,
     language: str | None = "en",
     bootstrap: Bootstrap | None = None,
-) -> StreamingMetrics:
+) -> dict[str, Any]:
     """Measure a session on a stream.
 
     Args:
@@ -279,45 +181,61 @@ def measure_stream(
         language: chooses Whisper's normaliser for the rates; None means English.
         bootstrap: how intervals are drawn.
 
+    Returns:
+        One flat row for tables and metrics.jsonl; None if not measured. An interval ends at "_low" and "_high".
+        - stream, audio_sec, clips (different ones), repeats (how often the most frequent was heard), updates (model
+          calls), rtf and longest_update_sec (of the computing), lag_sec (of the clock behind the end of the audio, when
+          the session has ended);
+        - wer, wer_plain, cer, substitutions, deletions, insertions, reference_words, normalizer: of the streamed text,
+          cut into its clips by alignment, one row per clip with all its repeats; with "offline_" those of the clips
+          decoded one by one; wer_difference is streamed minus offline;
+        - commit, display and end_of_turn, each with "_unaware" and "_aware" (of computing), as "_n", "_mean_sec",
+          "_p50_sec" and "_p95_sec": latency of the words committed right, and of each `final` from the true end of the
+          last word it could contain; p50 needs 2 of them, p95 needs 20 (see `MIN_CALLS`);
+        - first_word_unaware_sec, first_word_aware_sec: from the start of the first word to the first text shown;
+        - normalized_erasure: see the module;
+        - words_without_speech: committed within the stream's stretches without speech. A word that is right does not
+          count: its time slipped over the edge;
+        - edge_deletions, offline_edge_deletions: first and last words of clips, next to a pause, that are missing.
+
     Raises:
         DataError: `offline` has another number of texts, or no reference has a word.
     """
     bootstrap = bootstrap or Bootstrap()
-    display = follow_words(result.events)
-    words = [each.word for each in display.words]
-    match = match_words([word.text for word in stream.words], [word.text for word in words])
-    computed = result.compute_sec > 0  # else computing took no time on its clock, which measures nothing
-    return StreamingMetrics(
-        stream=stream.name,
-        audio_sec=stream.duration_sec,
-        clips=len(set(stream.ids)),
-        repeats=stream.repeats,
-        **_rates(stream, texts_by_clip(stream, words, match), offline, language, bootstrap),
-        **_delays(stream, result.events, display, match, bootstrap, on_clock=ended_at is not None),
-        normalized_erasure=display.erased / len(words) if words else None,
-        words_without_speech=_count_without_speech(stream, words, match) if stream.no_speech else None,
-        edge_deletions=_missing_edges([word.clip for word in stream.words], match),
-        offline_edge_deletions=None if offline is None else _offline_missing_edges(stream, offline),
-        updates=result.updates,
-        rtf=result.rtf if computed else None,
-        longest_update_sec=result.longest_update_sec if computed else None,
-        lag_sec=None if ended_at is None else ended_at - stream.duration_sec,
-    )
-
-
-def _rates(
-    stream: SpeechStream,
-    streamed: Sequence[str],
-    offline: Sequence[str] | None,
-    language: str | None,
-    bootstrap: Bootstrap,
-) -> dict[str, Any]:
-    """Return `rates`, `offline` and `difference`, with one row per different clip: its repeats are not independent."""
     if offline is not None and len(offline) != len(stream.clips):
         raise DataError(
             f"stream {stream.name!r}: {len(offline)} offline texts for {len(stream.clips)} clips; decode each of "
             "stream.clip_audios(), in order"
         )
+    display = follow_words(result.events)
+    words = [each.word for each in display.words]
+    match = match_words([word.text for word in stream.words], [word.text for word in words])
+    computed = result.compute_sec > 0  # else computing took no time on its clock, which measures nothing
+    row = {
+        "stream": stream.name,
+        "audio_sec": stream.duration_sec,
+        "clips": len(set(stream.ids)),
+        "repeats": stream.repeats,
+        **_rates(
+            stream, texts_by_clip(stream, words, match), offline, MetricsCalculator(language, bootstrap=bootstrap)
+        ),
+        **_delays(stream, result.events, display, match, bootstrap, on_clock=ended_at is not None),
+        "normalized_erasure": display.erased / len(words) if words else None,
+        "words_without_speech": _count_without_speech(stream, words, match) if stream.no_speech else None,
+        "edge_deletions": _missing_edges([word.clip for word in stream.words], match),
+        "offline_edge_deletions": None if offline is None else _offline_missing_edges(stream, offline),
+        "updates": result.updates,
+        "rtf": result.rtf if computed else None,
+        "longest_update_sec": result.longest_update_sec if computed else None,
+        "lag_sec": None if ended_at is None else ended_at - stream.duration_sec,
+    }
+    return {key: None if value != value else value for key, value in row.items()}  # nan is not JSON
+
+
+def _rates(
+    stream: SpeechStream, streamed: Sequence[str], offline: Sequence[str] | None, calculator: MetricsCalculator
+) -> dict[str, Any]:
+    """Return rates with one row per different clip: its repeats are not independent."""
 
     def by_clip(texts: Sequence[str]) -> list[str]:
         joined: dict[str, list[str]] = {}
@@ -325,14 +243,18 @@ def _rates(
             joined.setdefault(clip, []).append(text)
         return [" ".join(parts) for parts in joined.values()]
 
-    calculator = MetricsCalculator(language, bootstrap=bootstrap)
     references, live = by_clip([clip.text for clip in stream.clips]), by_clip(streamed)
+    alone = None if offline is None else by_clip(offline)
     rates = calculator.compute(references, live)
-    if offline is None:
-        return {"rates": rates, "offline": None, "difference": None}
-    alone = by_clip(offline)
-    difference = calculator.compare(references, alone, live)
-    return {"rates": rates, "offline": calculator.compute(references, alone), "difference": difference}
+    apart = None if alone is None else calculator.compute(references, alone)
+    difference = None if alone is None else calculator.compare(references, alone, live)
+    return {
+        **{key: getattr(rates, key) for key in _RATES},
+        **{f"offline_{key}": getattr(apart, key, None) for key in _RATES},
+        "wer_difference": getattr(difference, "difference", None),
+        "wer_difference_low": getattr(difference, "low", None),
+        "wer_difference_high": getattr(difference, "high", None),
+    }
 
 
 def _delays(
@@ -343,7 +265,7 @@ def _delays(
     bootstrap: Bootstrap,
     *,
     on_clock: bool,
-) -> dict[str, Any]:
+) -> dict[str, float | int | None]:
     """Return the latencies and the delay of the first word, each unaware of computing and aware of it."""
     right = [(stream.words[said], display.words[place]) for said, place in match.right.items()]
     timed = {
@@ -351,51 +273,55 @@ def _delays(
         "display": [(said, heard.stable) for said, heard in right],
         "end_of_turn": find_turns(stream, events, match),
     }
-    delays: dict[str, Any] = {}
+    row: dict[str, float | int | None] = {}
     for axis, when in (("unaware", "audio_sec"), ("aware", "emitted_at")):
         measured = axis == "unaware" or on_clock
         for name, pairs in timed.items():
-            late = [getattr(event, when) - said.end_sec for said, event in pairs]
-            clips = [stream.ids[said.clip] for said, _ in pairs]
-            delays[f"{name}_{axis}"] = summarize_latency(late, clips, bootstrap) if measured else None
+            late = [getattr(event, when) - said.end_sec for said, event in pairs] if measured else []
+            found = summarize_latency(late, [stream.ids[said.clip] for said, _ in pairs], bootstrap)
+            row |= {f"{name}_{axis}_{key}": value for key, value in found.items()}
         first_sec = None if display.first is None else getattr(display.first, when) - stream.words[0].start_sec
-        delays[f"first_word_{axis}_sec"] = first_sec if measured else None
-    return delays
+        row[f"first_word_{axis}_sec"] = first_sec if measured else None
+    return row
 
 
 def summarize_latency(
-    values_sec: Sequence[float], clips: Sequence[str], bootstrap: Bootstrap | None = None
-) -> Latency | None:
-    """Summarize latencies; None where there is none.
+    values_sec: Sequence[float], clips: Sequence[str], bootstrap: Bootstrap
+) -> dict[str, float | int | None]:
+    """Summarize latencies of words or turns.
 
     Args:
         values_sec: one per word or turn.
         clips: the clip of each, which is what the intervals resample.
         bootstrap: how intervals are drawn.
+
+    Returns:
+        n, and mean_sec, p50_sec and p95_sec with "_low" and "_high"; None if there are too few, intervals nan with one
+        clip only.
     """
+    names = [f"{name}{end}_sec" for name in ("mean", "p50", "p95") for end in ("", "_low", "_high")]
+    row: dict[str, float | int | None] = dict.fromkeys(["n", *names])
     if not values_sec:
-        return None
-    bootstrap = bootstrap or Bootstrap()
+        return row
     values = np.array(values_sec)  # (n,)
     blocks = np.unique(clips, return_inverse=True)[1].astype(np.int64)  # (n,)
-    low, high = bootstrap.interval(values, np.ones(len(values)), blocks)
-    mean = Estimate(float(values.mean()), *((None, None) if math.isnan(low) else (low, high)))
-    percentiles = [
-        Estimate(float(np.percentile(values, q)), *_percentile_interval(values, blocks, q, bootstrap))
-        if len(values) >= MIN_CALLS[q]
-        else None
-        for q in (50, 95)
-    ]
-    return Latency(len(values), mean, *percentiles)
+    row["n"] = len(values)
+    estimates = {"mean": (values.mean(), bootstrap.interval(values, np.ones(len(values)), blocks))}
+    for q in (50, 95):
+        if len(values) >= MIN_CALLS[q]:
+            estimates[f"p{q}"] = np.percentile(values, q), _percentile_interval(values, blocks, q, bootstrap)
+    for name, (value, (low, high)) in estimates.items():
+        row |= {f"{name}_sec": float(value), f"{name}_low_sec": low, f"{name}_high_sec": high}
+    return row
 
 
 def _percentile_interval(
     values: NDArray[np.float64], blocks: NDArray[np.int64], q: int, bootstrap: Bootstrap
-) -> tuple[float | None, float | None]:
+) -> tuple[float, float]:
     """Return the interval of a percentile when blocks are drawn with replacement, all values of a block together."""
     count = int(blocks.max()) + 1
     if count < 2:
-        return None, None
+        return math.nan, math.nan
     order = values.argsort()
     rng = np.random.default_rng(bootstrap.seed)
     found = []

@@ -78,7 +78,7 @@ def draw_tradeoff(rows: Sequence[Row], *, latency: str = "commit_aware_p50") -> 
     """Draw WER against latency, one point per system or setting, with intervals; good is below and left.
 
     Args:
-        rows: from `StreamingMetrics.to_row`, with "name" for the label. Rows with the same "system" (by default the
+        rows: from `measure_stream`, with "name" for the label. Rows with the same "system" (by default the
             name) have one style and are joined by a line. A row that has a WER but not this latency does not stream:
             it is drawn across.
         latency: key of the rows without "_sec", for example "display_unaware_p95".
