@@ -1,12 +1,12 @@
-"""Measure a checkpoint beside the stock model that it came from, on clips with transcripts.
+"""Compare a checkpoint with the stock model that it came from, on clips with transcripts.
 
     python scripts/evaluate.py --model checkpoints/best_model_hf
     python scripts/evaluate.py --model checkpoints/best_model_hf --data FILE.parquet --report report.html
     python scripts/evaluate.py --model checkpoints/best_model_hf --data FOLDER_WITH_METADATA_CSV --stock base.en
 
 Without `--data` it is the test split of the bundled sample; of data with a column `split`, the rows of its test split.
-Writes a run's folder, from which `--report` makes one HTML file. Prints rates with intervals and the verdict; the last
-line is one JSON object.
+Writes the folder of a run, from which `--report` makes one HTML file. Prints rates with intervals and the verdict; the
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -106,14 +106,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     check_model_path(arguments.model)
     config = load_config(arguments.config, profile=arguments.profile, overrides=overrides_of(arguments))
     run_dir = arguments.run_dir or config.paths.runs_dir / time.strftime("evaluate-%Y%m%d-%H%M%S")
-    check_run_dir(run_dir)
+    if (run_dir / "metrics.jsonl").exists():  # its configuration would be replaced
+        raise DataError(f"--run-dir {run_dir}: holds a run already; choose another folder, or remove that one")
     set_seed(config.seed)
     models = load_models(arguments, config)
     clips = read_clips(config)
     config = config.model_copy(update={"paths": config.paths.model_copy(update={"runs_dir": run_dir.parent})})
     with ExperimentLogger(config, run_id=run_dir.name) as experiment:
         log_origin(experiment, models, clips, arguments.data, config)
-        results = {name: measure(name, loaded, clips, config, experiment) for name, loaded in models.items()}
+        results: dict[str, EvaluationResult] = {}
+        for name, loaded in models.items():
+            loader = create_loader(clips, loaded.processor, config)
+            results[name] = ModelEvaluator(loaded.model, loaded.processor, config).evaluate_dataset(loader, name=name)
+            results[name].save(experiment)
     print(format_comparison(results))
     print(f"run: {run_dir}")
     if arguments.report is not None:
@@ -134,7 +139,8 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def source_of(data: Path) -> str:
     """Return which adapter reads a path.
 
-    Raises: DataError: nothing is there.
+    Raises:
+        DataError: nothing is there.
     """
     if not data.exists():
         raise DataError(f"--data {data}: no such file or folder; give a Parquet file, or a folder with metadata.csv")
@@ -142,12 +148,6 @@ def source_of(data: Path) -> str:
         return "parquet" if data.suffix.lower() not in MANIFEST_SUFFIXES else "folder"
     has_manifest = any(path.suffix.lower() in MANIFEST_SUFFIXES for path in data.iterdir())
     return "parquet" if not has_manifest and any(data.rglob("*.parquet")) else "folder"
-
-
-def check_run_dir(run_dir: Path) -> None:
-    """Refuse a folder that holds a run: its configuration would be replaced."""
-    if (run_dir / "metrics.jsonl").exists():
-        raise DataError(f"--run-dir {run_dir}: holds a run already; choose another folder, or remove that one")
 
 
 def load_models(arguments: argparse.Namespace, config: Config) -> dict[str, Loaded]:
@@ -163,13 +163,14 @@ def load_models(arguments: argparse.Namespace, config: Config) -> dict[str, Load
 def stock_variant(model_config: Any) -> str:
     """Return the stock model of a checkpoint's shape.
 
-    Raises: ModelError: no published Whisper has it.
+    Raises:
+        ModelError: no published Whisper has it.
     """
     shape = model_config.d_model, model_config.decoder_layers
     if shape not in STOCK_BY_SHAPE:
         raise ModelError(
-            f"which stock model the checkpoint came from cannot be told: width {shape[0]} with {shape[1]} decoder "
-            "layers is none that is known; name it with --stock, or measure alone with --no-stock"
+            f"the stock model of the checkpoint is unknown: width {shape[0]} with {shape[1]} decoder "
+            "layers is no published size; name it with --stock, or measure alone with --no-stock"
         )
     return STOCK_BY_SHAPE[shape] + (".en" if model_config.vocab_size == ENGLISH_VOCABULARY else "")
 
@@ -177,7 +178,8 @@ def stock_variant(model_config: Any) -> str:
 def read_clips(config: Config) -> list[Utterance]:
     """List, check and recase the clips to measure on.
 
-    Raises: DataError: no clip, no word in any transcript, or clips that cannot be used, as `data.on_error` says.
+    Raises:
+        DataError: no clip, no word in any transcript, or clips that cannot be used, as `data.on_error` says.
     """
     listed = load_utterances(config.data)
     tested = [clip for clip in listed if SPLIT_NAMES.get(str(clip.meta.get("split")).lower()) == "test"]
@@ -204,7 +206,7 @@ def log_origin(
     data: Path | None,
     config: Config,
 ) -> None:
-    """Write down what is measured, so that a report can say how to do it again."""
+    """Log what is measured, so that a report can give the command to repeat it."""
     stock = models.get(STOCK)
     experiment.log(
         MEASURED_EVENT,
@@ -217,15 +219,6 @@ def log_origin(
     name = "bundled sample" if data is None else data.name
     versions = DataVersionManager(experiment.dir / DATA_VERSIONS_DIR)
     versions.log_dataset_version(dataset_name=name, version=experiment.run_id, metadata={}, utterances=clips)
-
-
-def measure(
-    name: str, loaded: Loaded, clips: Sequence[Utterance], config: Config, experiment: ExperimentLogger
-) -> EvaluationResult:
-    loader = create_loader(clips, loaded.processor, config)
-    result = ModelEvaluator(loaded.model, loaded.processor, config).evaluate_dataset(loader, name=name)
-    result.save(experiment)
-    return result
 
 
 def figures_of(results: Mapping[str, EvaluationResult], report: Path | None) -> dict[str, Any]:

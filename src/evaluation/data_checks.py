@@ -124,14 +124,7 @@ def _likeliest(styles: pd.DataFrame, configured: LabelCase) -> tuple[LabelCase, 
 def measure_label_styles(
     model: Any, processor: Any, utterances: Sequence[Utterance], config: Config, *, num_clips: int = 16
 ) -> pd.DataFrame:
-    """Measure how likely the transcripts are to a model in each style of writing.
-
-    Args:
-        model: as for `add_model_checks`, likewise the next three.
-        processor: of the model.
-        utterances: to choose from.
-        config: `inference`, `model.language`.
-        num_clips: chosen by hash; all if there are fewer.
+    """Measure how likely the transcripts of clips chosen by hash are to a model in each style of writing.
 
     Returns:
         One row per style and space: style ("keep" is the source's own), space (whether the text begins with the space
@@ -194,14 +187,7 @@ def find_hard_clips(
 ) -> pd.DataFrame:
     """Decode some clips as evaluation does and return those with a WER above 1.
 
-    There the model invents text, or hears another text or language than the transcript.
-
-    Args:
-        model: as for `add_model_checks`, likewise the next three.
-        processor: of the model.
-        utterances: to choose from.
-        config: `inference`, `model.language`.
-        max_clips: chosen by hash; all if there are fewer.
+    There the model invents text, or hears another text or language than the transcript. Clips are chosen by hash.
 
     Returns:
         One row per clip, worst first: id, duration_sec, reference, hypothesis, wer (the lower one of both normalisers:

@@ -163,10 +163,6 @@ class ModelEvaluator:
     def evaluate_dataset(self, loader: Any, *, name: str = "model") -> EvaluationResult:
         """Decode every clip of a loader and measure; processes that run together share the clips.
 
-        Args:
-            loader: without shuffling.
-            name: of the model, in tables and files.
-
         Raises:
             DataError: no clip, no word in any reference, or a loader that left clips out.
             OutOfMemoryError: not even one clip fits into memory. Another error of the model passes through.
@@ -195,12 +191,9 @@ class ModelEvaluator:
     def evaluate_with_samples(self, loader: Any, num_samples: int = 5) -> pd.DataFrame:
         """Decode some clips, at a stride over the whole loader, and return them with their texts, worst first.
 
-        Args:
-            loader: of the clips.
-            num_samples: clips; all if there are fewer.
-
         Returns:
-            One row per clip: id, speaker, duration_sec, reference, hypothesis, wer, avg_logprob.
+            One row per clip: id, speaker, duration_sec, reference, hypothesis, wer, avg_logprob. All clips if the
+            loader has fewer than `num_samples`.
 
         Raises:
             DataError: no clip, or none asked for.
@@ -221,10 +214,7 @@ class ModelEvaluator:
     def compare(self, stock: Any, tuned: Any, loader: Any = None) -> ModelComparison:
         """Measure two models of this processor on the same clips, and test whether they differ.
 
-        Args:
-            stock: a model, or the result of `evaluate_dataset` for it.
-            tuned: as `stock`.
-            loader: of the clips; needed if one of the two is a model.
+        Instead of models, `stock` and `tuned` may be results of `evaluate_dataset`; two of them need no loader.
 
         Raises:
             DataError: a model without a loader; results of other clips, or of another normaliser.
@@ -261,7 +251,7 @@ class ModelEvaluator:
 
         # features, encoder and decoder, on the clock
         device = next(self._model.parameters()).device
-        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
         wait()
         began = time.perf_counter()
         encoded = encode(self._model, audios, options.trailing_silence_sec, lengths=lengths)

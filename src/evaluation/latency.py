@@ -276,13 +276,7 @@ def measure_engine(
 ) -> LatencyResult:
     """Measure an engine; if memory runs out, the result has a `reason` instead of figures.
 
-    Args:
-        engine: an error of its own passes through.
-        clips: from `check_clips`.
-        batch_size: clips per call.
-        passes: over all clips.
-        name: of the model.
-        clock: seconds.
+    `clips` come from `check_clips`, and are all transcribed in each pass. Another error of the engine passes through.
 
     Raises:
         DataError: no clip, no pass, or fewer clips than a batch has.

@@ -117,12 +117,7 @@ class WerEstimate:
 def estimate_wer(
     counts: Sequence[EditCounts], groups: Sequence[str | None] | None, bootstrap: Bootstrap
 ) -> WerEstimate:
-    """Return `error_rate` with its interval.
-
-    Args:
-        counts: one per row.
-        groups: speaker of each row; rows without one are blocks of their own.
-        bootstrap: how the interval is drawn.
+    """Return `error_rate` with its interval; `groups` has the speaker of each row, or None.
 
     Raises:
         DataError: no word in any reference, or another number of groups than of rows.
@@ -259,14 +254,10 @@ class MetricsCalculator:
         durations_sec: Sequence[float] | None = None,
         num_tokens: Sequence[int | None] | None = None,
     ) -> ErrorRates:
-        """Compute rates over rows.
+        """Compute rates over rows of raw texts, which are normalised here.
 
-        Args:
-            references: raw texts; they are normalised here.
-            hypotheses: raw texts.
-            groups: speaker of each row; rows without one are blocks of their own.
-            durations_sec: of each row; with it and `num_tokens`, `loop_rate` counts impossible rates too.
-            num_tokens: of each row.
+        `groups` has the speaker of each row; rows without one are blocks of their own. With durations and numbers of
+        tokens, `loop_rate` counts impossible rates of tokens too.
 
         Raises:
             DataError: no rows, different lengths, or no word in any reference.
@@ -334,11 +325,8 @@ def is_loop(
     too: some people are recorded counting. A corpus rate hides loops: one such clip adds as many errors as a hundred
     that are slightly wrong.
 
-    Args:
-        reference: normalised as the hypothesis.
-        hypothesis: of one clip.
-        duration_sec: of the clip, without padding; None if unknown.
-        num_tokens: text tokens of the hypothesis; None if unknown.
+    Both texts are normalised alike. The duration is that of the clip without padding, the tokens are those of the
+    hypothesis's text.
     """
     most_tokens = math.inf if duration_sec is None else MIN_NEW_TOKENS + MAX_TOKENS_PER_SEC * duration_sec
     if num_tokens is not None and num_tokens > most_tokens:

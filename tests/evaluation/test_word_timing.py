@@ -89,12 +89,8 @@ def test_words_that_are_right_are_timed_and_the_clock_only_where_there_is_one() 
     events = [event("partial", "the cat", 1.2, 1.5), event("commit", "the hat sat", 2.0, 2.5)]
     (the, sat) = time_words(spoken("the cat sat"), events, on_clock=True)
     assert (the.text, the.clip, the.start_sec, the.end_sec) == ("the", 0, 0.0, 0.5)
-    assert (the.commit_audio_sec, the.commit_clock_sec, the.display_clock_sec, the.shown_audio_sec) == (
-        2.0,
-        2.5,
-        1.5,
-        1.2,
-    )
+    moments = (the.commit_audio_sec, the.commit_clock_sec, the.display_clock_sec, the.shown_audio_sec)
+    assert moments == (2.0, 2.5, 1.5, 1.2)
     assert (sat.text, sat.display_clock_sec) == ("sat", 2.5)
     (unaware, _) = time_words(spoken("the cat sat"), events, on_clock=False)
     assert (unaware.commit_audio_sec, unaware.commit_clock_sec, unaware.shown_clock_sec) == (2.0, None, None)
