@@ -81,9 +81,8 @@ def test_found_heads_end_words_where_an_aligner_does_closer_than_the_fallback_an
                 model, processor.tokenizer, hidden, heads=heads, sot_sequence=start, tokens=vocabulary.encode(text),
                 audio_sec=len(clip) / SAMPLE_RATE,
             )  # fmt: skip
-            apart += np.abs(np.array([word.end_sec for word in words]) - aligned)[
-                :-1
-            ].tolist()  # the last takes the rest
+            ends = np.array([word.end_sec for word in words])
+            apart += np.abs(ends - aligned)[:-1].tolist()  # the last word takes the rest of the clip
     ours, upper_half, official = (float(np.median(apart)) for apart in distances)
     assert ours < 0.1
     assert ours < upper_half < official
