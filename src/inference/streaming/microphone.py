@@ -46,7 +46,7 @@ ANSWER_SEC = 10.0  # without an answer to a script the page is gone
 ASK_SEC = 60.0  # for a person to allow the microphone, or to click
 
 _FIXES: Mapping[str, str] = {  # names of DOMException, as getUserMedia raises them
-    "NotAllowedError": "allow it for this page (the icon beside the address), and run the cell again",
+    "NotAllowedError": "allow it for this page (the icon next to the address), and run the cell again",
     "NotFoundError": "plug a microphone in, and run the cell again",
     "NotReadableError": "close the program that holds it, and run the cell again",
     "SecurityError": "open the notebook over https",
