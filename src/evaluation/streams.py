@@ -124,7 +124,7 @@ def make_stream(utterances: Sequence[Utterance], *, num_clips: int, seed: int) -
 
     Args:
         utterances: to choose from.
-        num_clips: how many to take; all where there are fewer.
+        num_clips: how many to take; all if there are fewer.
         seed: of the pauses' lengths.
 
     Raises:
@@ -147,7 +147,7 @@ def join_clips(
         clips: at least one.
         name: of the stream.
         seed: of the pauses' lengths, uniform in `PAUSE_SEC`, and of the order in which clips are repeated.
-        duration_sec: stop after the clip that reaches it; where there are too few clips, they are repeated in a new
+        duration_sec: stop after the clip that reaches it; if there are too few clips, they are repeated in a new
             shuffled order each time, which is logged and counted in `repeats`. None takes each clip once.
 
     Raises:

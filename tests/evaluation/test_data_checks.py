@@ -82,8 +82,8 @@ def test_auto_takes_the_likeliest_style_and_keeps_the_current_one_if_close(
 
 def test_clips_with_each_others_transcripts_are_hard(_tiny_en: tuple[Any, Any], sample: list[Utterance]) -> None:
     speech = Utterance("jfk", SAMPLE_CLIP, JFK_TEXT, duration_sec=11.0)
-    short, *others = splits_of(sample[:3]).train
-    clips = [replace(speech, id="jfk-swapped", text="Thank you."), replace(short, text=JFK_TEXT), speech, *others]
+    short, right = splits_of(sample[:2]).train
+    clips = [replace(speech, id="jfk-swapped", text="Thank you."), replace(short, text=JFK_TEXT), right]
     hard = find_hard_clips(*_tiny_en, clips, Config())
     assert hard["id"].tolist() == ["jfk-swapped"]  # the other one has too many words for a WER above 1
     assert hard["wer"][0] > 5
