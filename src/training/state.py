@@ -92,8 +92,9 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
-        """Return the progress that `dataclasses.asdict` was taken from."""
-        return cls(**{**state, "totals": EpochTotals(**state["totals"])})
+        """Return the progress that `state_dict` was taken from; `state` does not change when it continues."""
+        history = {key: list(values) for key, values in state["history"].items()}
+        return cls(**{**state, "totals": EpochTotals(**state["totals"]), "history": history})
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as JSON."""
@@ -174,6 +175,7 @@ def load_optimizer_tensors(
     optimizer.state.clear()
     if not state:
         return
+    optimizer.zero_grad(set_to_none=True)  # torch makes no state while an interrupted update has left gradients
     here: Any = get_optimizer_state_dict(model, optimizer)  # of a step of zeros, which makes every entry
     for name, entries in state.items():
         if entries.keys() != here["state"][name].keys():

@@ -64,6 +64,8 @@ def test_weights_and_optimizer_continue_bit_for_bit() -> None:
         step(resumed, other, seed)  # forgotten
         load_optimizer_tensors(other, resumed, {}, {})
         assert not other.state
+    for parameter in resumed.parameters():  # of an interrupted update
+        parameter.grad = torch.ones_like(parameter)
     load_model_tensors(resumed, weights)
     load_optimizer_tensors(other, resumed, tensors, through_json(values))
     for seed in range(3, 6):
@@ -124,6 +126,10 @@ def test_progress_survives_json_with_its_infinities() -> None:
     again = Progress.from_state(through_json(fresh.state_dict()))
     assert again.best_wer == float("inf")
     assert str(again) == str(fresh)
+    state = fresh.state_dict()
+    for values in Progress.from_state(state).history.values():
+        values.append(1.0)
+    assert state == fresh.state_dict()  # a verified checkpoint can be resumed from twice
 
 
 def draw() -> list[Any]:
