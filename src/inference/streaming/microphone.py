@@ -24,7 +24,7 @@ import numpy as np
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.vad import VoiceActivityDetector
 from src.inference.engines import Engine
-from src.inference.streaming.commit import Event
+from src.inference.streaming.commit import CommitPolicy, Event
 from src.inference.streaming.session import StreamingResult, StreamingSession
 from src.utils.colab import in_colab, in_notebook
 from src.utils.config import Config
@@ -74,9 +74,11 @@ class StreamingASR(StreamingSession):
         model: a `DynamicWhisper`, in the context that its config says; not needed with `engine`.
         processor: its `WhisperProcessor`.
         engine: from `load_engine`, instead of a model: CTranslate2 is the fastest on a CPU.
-        vad: as in `StreamingSession`, and so are `config` and `clock`.
-        config: as above.
-        clock: as above.
+        vad: as for `StreamingSession`.
+        config: likewise.
+        context_silence_sec: likewise.
+        policy: likewise.
+        clock: likewise.
 
     Raises:
         ModelError: neither an engine nor a model with its processor.
@@ -90,6 +92,8 @@ class StreamingASR(StreamingSession):
         engine: Engine | None = None,
         vad: VoiceActivityDetector | None = None,
         config: Config | None = None,
+        context_silence_sec: float | None = None,
+        policy: Callable[[], CommitPolicy] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if engine is None:
@@ -98,7 +102,9 @@ class StreamingASR(StreamingSession):
             from src.inference.decoding import TorchEngine
 
             engine = TorchEngine(model, processor)
-        super().__init__(engine, vad=vad, config=config, clock=clock)
+        super().__init__(
+            engine, vad=vad, config=config, context_silence_sec=context_silence_sec, policy=policy, clock=clock
+        )
 
     def iter_file(self, path: str | Path) -> Iterator[Event]:
         """Reset, then yield the events of a file, fed in chunks of `min_chunk_sec` as fast as they are decoded.

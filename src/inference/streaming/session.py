@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
@@ -23,7 +24,7 @@ from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.vad import WINDOW_SAMPLES, SpeechTimeline, VADEvent, VoiceActivityDetector, check_waveform
 from src.inference.engines import Engine, transcribe
 from src.inference.options import DecodingOptions
-from src.inference.streaming.commit import Event, find_loop, join_words, make_policy
+from src.inference.streaming.commit import CommitPolicy, Event, find_loop, join_words, make_policy
 from src.inference.words import Word, shifted
 from src.utils.config import Config
 from src.utils.errors import AudioError
@@ -97,6 +98,9 @@ class StreamingSession:
         engine: from `load_engine`.
         vad: speech detector, may be shared; None decodes silence like speech, and is final only at the end.
         config: sections `streaming`, `model` and `inference`.
+        context_silence_sec: silence after which the audio before it is dropped; by default `CONTEXT_SILENCE_SEC` of the
+            engine's audio context.
+        policy: makes a commit policy for each stream; by default the one that `streaming.policy` names.
         clock: seconds, monotone; measures updates and stamps events.
 
     Attributes:
@@ -109,13 +113,18 @@ class StreamingSession:
         *,
         vad: VoiceActivityDetector | None = None,
         config: Config | None = None,
+        context_silence_sec: float | None = None,
+        policy: Callable[[], CommitPolicy] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         config = config or Config()
         self._engine, self._vad, self._clock = engine, vad, clock
         self._settings = config.streaming
         self._options = replace(DecodingOptions.from_config(config), num_beams=1, word_timestamps=True)
-        self._context_silence_sec = CONTEXT_SILENCE_SEC[engine.audio_context]
+        if context_silence_sec is None:
+            context_silence_sec = CONTEXT_SILENCE_SEC[engine.audio_context]
+        self._context_silence_sec = context_silence_sec
+        self._make_policy = policy or partial(make_policy, config.streaming)
         self._pad_sec = vad.config.pad_sec if vad is not None else 0.0
         self._lead_in_sec = ONSET_SEC + self._pad_sec + (vad.config.min_speech_sec if vad is not None else 0.0)
         self.sharers = 1
@@ -124,7 +133,7 @@ class StreamingSession:
     def reset(self) -> None:
         """Forget everything heard; the next `feed` begins a new stream at 0 s."""
         self._buffer = AudioBuffer(self._settings.buffer_sec)
-        self._policy = make_policy(self._settings)
+        self._policy = self._make_policy()
         self._timeline = SpeechTimeline(self._vad)
         self._resampler: soxr.ResampleStream | None = None
         self._rate: int | None = None
@@ -253,9 +262,9 @@ class StreamingSession:
         result = self._policy.update(self._hypothesis, audio_end_sec=self._buffer.end_sec)
         self._commit(result.committed)
         shown_until_sec = self._buffer.end_sec - self._settings.display_guard_sec
-        partial = tuple(itertools.takewhile(lambda word: word.end_sec <= shown_until_sec, result.partial))
-        if join_words(partial) != join_words(self._partial):
-            self._partial = partial
+        shown = tuple(itertools.takewhile(lambda word: word.end_sec <= shown_until_sec, result.partial))
+        if join_words(shown) != join_words(self._partial):
+            self._partial = shown
             self._emit("partial", self._partial)
 
     def _end_utterance(self) -> None:

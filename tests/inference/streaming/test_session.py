@@ -19,7 +19,7 @@ from src.data.vad import VADEvent, VoiceActivityDetector
 from src.inference.decoding import TorchEngine
 from src.inference.engines import Engine, load_engine
 from src.inference.options import DecodingOptions
-from src.inference.streaming.commit import Event, word_key
+from src.inference.streaming.commit import AlignAtt, CommitPolicy, Event, word_key
 from src.inference.streaming.microphone import StreamingASR
 from src.inference.streaming.session import AudioBuffer
 from src.inference.words import Word
@@ -97,12 +97,17 @@ def session(
     detector: Any = None,
     clock: Callable[[], float] = lambda: 0.0,
     context: Any = "full",
+    context_silence_sec: float | None = None,
+    make_policy: Callable[[], CommitPolicy] | None = None,
     **streaming: Any,
 ) -> StreamingASR:
     settings = {"policy": "local_agreement", "min_chunk_sec": 0.8, "display_guard_sec": 0.0, **streaming}
     config = load_config(None, overrides={"streaming": settings})
     engine = ScriptedEngine(hear, audio_context=context)
-    return StreamingASR(engine=engine, vad=detector, config=config, clock=clock)
+    return StreamingASR(
+        engine=engine, vad=detector, config=config, context_silence_sec=context_silence_sec, policy=make_policy,
+        clock=clock,
+    )  # fmt: skip
 
 
 def feed_in_pieces(asr: StreamingASR, audio: Waveform, cuts: Sequence[int] = ()) -> list[Event]:
@@ -145,6 +150,15 @@ def test_any_chunking_gives_the_same_events(seed: int, detector: ScriptedDetecto
     assert feed_in_pieces(session(Script(script), detector=detector, buffer_sec=5), audio, cuts) == expected
 
 
+def test_a_policy_of_the_caller_replaces_the_configured_one() -> None:
+    script, audio = talk((0.5, 9.0)), clock_audio(9.5)
+    events = [
+        feed_in_pieces(session(Script(script), **given), audio, range(16_000, len(audio), 16_000))
+        for given in ({}, {"policy": "alignatt", "guard_sec": 1.5}, {"make_policy": lambda: AlignAtt(1.5)})
+    ]
+    assert events[0] != events[1] == events[2]
+
+
 def test_silence_makes_no_model_call() -> None:
     script = Script(talk((5.0, 7.0)))
     asr = session(script, detector=ScriptedDetector((5.0, 7.0)))
@@ -163,10 +177,11 @@ def test_a_pause_makes_the_words_final_and_the_audio_before_it_stays_as_context(
     assert {begin for begin, _ in script.calls} == {0.0}
 
 
-def test_a_model_of_single_sentences_begins_again_after_a_pause_and_loses_no_word() -> None:
+@pytest.mark.parametrize("given", [{"context": "dynamic"}, {"context_silence_sec": 0.0}])
+def test_a_model_of_single_sentences_begins_again_after_a_pause_and_loses_no_word(given: dict[str, Any]) -> None:
     speech = (0.0, 3.2), (4.4, 7.0)
     script = Script(talk(*speech))
-    asr = session(script, detector=ScriptedDetector(*speech), context="dynamic")
+    asr = session(script, detector=ScriptedDetector(*speech), **given)
     feed_in_pieces(asr, clock_audio(8.0))
     assert script.calls[-1][0] == pytest.approx(4.0, abs=0.15)
     assert asr.transcript == text_of(script.script)
