@@ -121,13 +121,14 @@ class LiveSession:
 
     Attributes:
         session: of which `feed` and `flush` run in the host's worker.
+        sample_rate: of its audio, Hz.
         ending: why no more audio is taken; what was taken before is still heard. None while more may come.
     """
 
     session: StreamingSession
 
     def __init__(self, host: LiveHost, sample_rate: int) -> None:
-        limits, self._host, self._rate = host.limits, host, sample_rate
+        limits, self._host, self.sample_rate = host.limits, host, sample_rate
         self._turn = round(TURN_SEC * sample_rate)
         self._max_waiting = max(round(limits.queue_sec * sample_rate), self._turn)
         self._left = round(limits.max_session_sec * sample_rate)  # samples that it may still take
@@ -147,7 +148,7 @@ class LiveSession:
     @property
     def waiting_sec(self) -> float:
         """Audio taken and not heard yet."""
-        return len(self._backlog) / self._rate
+        return len(self._backlog) / self.sample_rate
 
     async def put(self, samples: Waveform) -> None:
         """Take (T,) float32, as there is room; nothing after the end."""
@@ -190,7 +191,7 @@ class LiveSession:
             samples, self._backlog = np.split(self._backlog, [self._turn])
             self._changed.set()  # there is room
             self.session.sharers = len(self._host.sessions)
-            events = await self._host.in_worker(self.session.feed, samples, self._rate)
+            events = await self._host.in_worker(self.session.feed, samples, self.sample_rate)
             if not len(self._backlog):
                 self.wait_for_client()
             return events
@@ -222,6 +223,8 @@ class LiveSession:
 
     def wait_for_client(self) -> None:
         """End the session unless audio comes in time."""
+        if self not in self._host.sessions:  # closed during its turn: a timer would keep it in memory
+            return
         self._cancel_idle()
         idle_sec = self._host.limits.idle_sec
         idle = StreamError("idle", f"nothing came for {idle_sec:g} s", fix="send audio, silence too, and then the end")

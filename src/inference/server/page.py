@@ -258,7 +258,12 @@ class LiveTabs:
         if message.first:
             await self._begin(message)
         if (live := self._tabs.get(message.tab)) is None:
-            raise StreamError("idle", "this recording has ended: the connection was lost", fix="press Start again")
+            silent = f"nothing came for {self._host.limits.idle_sec:g} s, or the connection was lost"
+            raise StreamError("idle", f"this recording has ended: {silent}", fix="press Start again")
+        if message.rate != live.sample_rate:
+            raise StreamError(
+                "bad_audio", f"{message.rate} Hz in a recording of {live.sample_rate} Hz", fix="press Start again"
+            )
         newest = live.session.words[-1:]
         events = await live.hear(samples)
         if message.last:

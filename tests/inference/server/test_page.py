@@ -122,6 +122,7 @@ def test_sessions_are_bounded_and_the_idle_and_the_left_give_way() -> None:
         idle = page.answer("b")  # its words are not lost
         assert (len(parsed(idle["srt"])), "nothing came" in idle["note"]) == (1, True)
         assert "error" not in page.answer("d", first=True)  # c has fallen silent too
+        assert "0.2 s" in page.answer("c")["error"]
         assert "error" not in page.answer("e", first=True)
 
 
@@ -150,6 +151,14 @@ def test_a_recording_ends_at_its_limit_with_its_captions() -> None:
 def test_what_is_no_message_is_refused_in_a_line(sent: dict[str, Any], said: str) -> None:
     with Tabs() as page:
         assert said in page.answer("a", **{"first": True, **sent})["error"]
+        assert not page.host.sessions
+
+
+def test_a_recording_keeps_its_rate() -> None:
+    with Tabs() as page:
+        page.answer("a", first=True)
+        error = page.answer("a", rate=48_000)["error"]
+        assert ("48000" in error, str(SAMPLE_RATE) in error) == (True, True)
         assert not page.host.sessions
 
 
