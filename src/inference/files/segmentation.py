@@ -24,8 +24,6 @@ from src.utils.config import InferenceConfig
 QUIET_SAMPLES = SAMPLE_RATE // 10  # 0.1 s: the gap that a cut in the middle of speech looks for
 PAD_SEC = 0.25  # at least so much stays on both sides of speech; single clips cut so: WER 8.7, at 0.1 s 10.6%
 EARLIEST_CUT = 0.5  # share of `max_sec`; a cut before it would make many short segments
-
-
 MIN_REST_SEC = 0.5  # a shorter rest after the last window holds no word
 MAX_PROMPT_CHARS = 2_000  # more than the 223 tokens that a prompt may have
 RESET_TEMPERATURE = 0.5  # a text that was drawn above it is no context to trust

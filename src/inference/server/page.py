@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,8 @@ from src.inference.streaming.session import StreamingSession
 from src.inference.words import Word
 from src.utils.config import Config
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError, ModelError, WhisperASRError, first_line
+
+logger = logging.getLogger(__name__)
 
 MAX_UPLOAD_SEC = 3600.0  # 230 MB of samples
 MAX_CHARS = 1 << 18  # of a message's audio: 1 s of int16 at the highest rate, in base64
@@ -244,6 +247,10 @@ class LiveTabs:
         except WhisperASRError as err:
             self.leave(str(message.get("tab")))
             return {"error": first_line(err)}
+        except Exception as err:  # the page's boundary: one recording fails, the others go on
+            logger.exception("a recording failed")
+            self.leave(str(message.get("tab")))
+            return {"error": f"{type(err).__name__}: {first_line(err)}; the server's log has the traceback"}
 
     def leave(self, tab: str) -> None:
         """Free a tab's session, if it has one."""

@@ -172,6 +172,13 @@ def test_a_recording_that_fails_is_freed_and_says_so() -> None:
         assert len(page.host.sessions) == 1
 
 
+def test_an_error_outside_of_the_session_frees_its_place_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.inference.server.page.make_cues", lambda words: 1 / 0)
+    with Tabs() as page:
+        assert page.answer("a", first=True, last=True)["error"].startswith("ZeroDivisionError: ")
+        assert not page.host.sessions
+
+
 def test_calls_of_an_engine_take_turns_in_the_order_in_which_they_came() -> None:
     host, done, may_end = LiveHost(), [], threading.Event()
     engine: Any = _InTurns([0], host)  # type: ignore[arg-type]
