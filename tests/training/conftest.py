@@ -12,6 +12,7 @@ import pytest
 from src.data.loader import create_loader
 from src.data.preparation import check_utterance
 from src.data.utterance import Utterance
+from src.models.export import huggingface
 from src.training.trainer import WhisperTrainer
 from src.utils.config import Config, load_config
 from src.utils.tracking import ExperimentLogger
@@ -49,8 +50,17 @@ def configure(tmp_path: Path) -> Callable[..., Config]:
 
 
 @pytest.fixture
-def make_trainer(_small: tuple[Any, Any], clips: list[Utterance], configure: Callable[..., Config]) -> TrainerFactory:
-    """Make a trainer, of a fresh small model where none is given, in a run of its own."""
+def quick_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save best models without tokenizer and comparison of transcripts: two thirds of the seconds of a short run."""
+    monkeypatch.setattr(huggingface, "_verify_huggingface", lambda *given: None)
+    monkeypatch.setattr(huggingface, "save_processor", lambda *given: None)
+
+
+@pytest.fixture
+def make_trainer(
+    _small: tuple[Any, Any], clips: list[Utterance], configure: Callable[..., Config], request: pytest.FixtureRequest
+) -> TrainerFactory:
+    """Make a trainer in a run of its own, of a fresh small model unless one is given, which is exported in full."""
     count = iter(range(1_000_000))
 
     def make(
@@ -62,6 +72,8 @@ def make_trainer(_small: tuple[Any, Any], clips: list[Utterance], configure: Cal
         **overrides: Any,
     ) -> WhisperTrainer:
         config = configure(**overrides)
+        if model is None:
+            request.getfixturevalue("quick_exports")
         network, processor = model or (copy.deepcopy(_small[0]), _small[1])
         return WhisperTrainer(
             network,
