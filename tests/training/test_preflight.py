@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -38,6 +40,12 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def splits(clips: list[Utterance]) -> DatasetSplits:
     return DatasetSplits(clips[:6], clips[6:7], clips[7:8], label_case="sentence")
+
+
+@pytest.fixture
+def look(small: tuple[Any, Any], splits: DatasetSplits, configure: Callable[..., Config]) -> Callable[..., Preflight]:
+    """Look at the small model and the splits with these settings."""
+    return lambda **overrides: preflight(configure(**overrides), splits, *small)
 
 
 def by_name(checks: Sequence[Check]) -> dict[str, Check]:
@@ -108,39 +116,31 @@ def test_a_report_has_the_environments_errors_alone_and_warns(
 
 
 def test_memory_follows_the_method_and_a_prepared_model_is_taken_as_it_is(
-    small: tuple[Any, Any], splits: DatasetSplits, configure: Callable[..., Config]
+    small: tuple[Any, Any], configure: Callable[..., Config], look: Callable[..., Preflight]
 ) -> None:
-    model, processor = small
-    config = configure(training__method="lora", training__lora={"rank": 2})
-    full, lora = (preflight(each, splits, model, processor).memory_mb for each in (configure(), config))
-    assert lora < full / 3
-    prepare_model(model, config.training)
-    assert preflight(config, splits, model, processor).memory_mb == lora
+    method: dict[str, Any] = {"training__method": "lora", "training__lora": {"rank": 2}}
+    lora_mb = look(**method).memory_mb
+    assert lora_mb < look().memory_mb / 3
+    prepare_model(small[0], configure(**method).training)
+    assert look(**method).memory_mb == lora_mb
 
 
 def test_time_is_unknown_where_memory_runs_out_and_other_errors_pass(
-    small: tuple[Any, Any], splits: DatasetSplits, configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    look: Callable[..., Preflight], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def look(message: str) -> Preflight:
-        def fail(*_: Any) -> Any:
-            raise RuntimeError(message)
-
-        monkeypatch.setattr(TokenLoss, "forward", fail)
-        return preflight(configure(), splits, *small)
-
-    report = look("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(TokenLoss, "forward", Mock(side_effect=RuntimeError("CUDA out of memory. Tried to allocate")))
+    report = look()
     assert report.training_sec is None
     assert by_name(report.checks)["time"].status == "warning"
+    monkeypatch.setattr(TokenLoss, "forward", Mock(side_effect=RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        look("shapes differ")
+        look()
 
 
-def test_too_little_memory_and_disk_show(
-    small: tuple[Any, Any], splits: DatasetSplits, configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_memory_and_disk_show(look: Callable[..., Preflight], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "free_memory_mb", lambda device: 1.0)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000}))
-    checks = by_name(preflight(configure(), splits, *small).checks)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    checks = by_name(look().checks)
     assert (checks["memory"].status, checks["disk"].status) == ("error", "warning")
     assert "lora" in checks["memory"].fix
 
@@ -171,20 +171,14 @@ def test_the_probe_tries_the_largest_batch_on_a_gpu(
 
 
 def test_time_grows_with_epochs_and_with_the_share_at_30_s(
-    small: tuple[Any, Any], splits: DatasetSplits, configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    look: Callable[..., Preflight], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ticks = iter(range(10_000))
+    ticks = itertools.count()
     monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(ticks)))  # a second a batch
-
-    def seconds(**overrides: Any) -> float:
-        found = preflight(configure(**overrides), splits, *small).training_sec
-        assert found is not None
-        return found
-
-    once = seconds(training__epochs=1)
+    once = look(training__epochs=1).training_sec or 0.0
     assert 2 < once < 4  # three batches
     # half of the six clips as 30 s, of which the measured ones have some 2 s each
-    assert seconds(training__epochs=2, training__full_context_prob=0.5) > 2 * 4 * once
+    assert (look(training__epochs=2, training__full_context_prob=0.5).training_sec or 0.0) > 2 * 4 * once
 
 
 # the largest batch
