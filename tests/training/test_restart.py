@@ -27,6 +27,7 @@ from src.utils.tracking import ExperimentLogger
 from src.utils.validation import Check
 
 PROFILE = "tried"
+pytestmark = pytest.mark.usefixtures("quick_exports")
 TrainerFactory = Callable[..., WhisperTrainer]
 
 
@@ -126,21 +127,18 @@ def test_the_mirror_stands_in_for_a_lost_disk_and_the_best_weights_are_in_the_mo
     assert len(run.trainer.train(3)["epoch"]) == 3  # the last epoch's weights are in the mirror alone
 
 
-def test_other_data_are_refused(config_path: Path, tmp_path: Path) -> None:
+def test_other_data_are_refused_and_settings_of_another_version_named(config_path: Path, tmp_path: Path) -> None:
     begin(config_path).train(1)
     metadata = tmp_path / "data" / "metadata.csv"
-    lines = metadata.read_text().splitlines()
-    lines[1] = "0.wav,SOMETHING ELSE,train,train"
-    metadata.write_text("\n".join(lines))
+    before = metadata.read_text()
+    first, _, *others = before.splitlines()
+    metadata.write_text("\n".join([first, "0.wav,SOMETHING ELSE,train,train", *others]))
     with pytest.raises(CheckpointError, match=r"7 \(\w+\) then, 7 \(\w+\) or .* now"):
         restart(config_path=config_path)
+    metadata.write_text(before)
 
-
-def test_settings_of_another_version_are_named(config_path: Path, tmp_path: Path) -> None:
-    begin(config_path).train(1)
     state = next((tmp_path / "checkpoints").rglob("state.json"))
-    manifest = state.parent / "manifest.json"
-    digest = sha256_of(state)
+    manifest, digest = state.parent / "manifest.json", sha256_of(state)
     state.write_text(state.read_text().replace('"label_case"', '"label_kase"', 1))
     manifest.write_text(manifest.read_text().replace(digest, sha256_of(state)))
     with pytest.raises(CheckpointError, match="label_kase"):
