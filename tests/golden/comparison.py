@@ -84,9 +84,8 @@ class _Walk:
         elif isinstance(expected, Mapping) and isinstance(actual, Mapping):
             self._check(set(expected) == set(actual), f"{path}: keys {sorted(set(expected) ^ set(actual))} in one only")
             for name in expected.keys() & actual.keys():
-                self.visit(
-                    f"{path}.{name}".strip("."), "text" if key == "texts" else name, expected[name], actual[name]
-                )
+                kind = "text" if key == "texts" else name
+                self.visit(f"{path}.{name}".strip("."), kind, expected[name], actual[name])
         elif isinstance(expected, list) and isinstance(actual, list):
             self._check(len(expected) == len(actual), f"{path}: {len(expected)} values, now {len(actual)}")
             for index, (a, b) in enumerate(zip(expected, actual, strict=False)):
@@ -121,11 +120,9 @@ class _Walk:
     def _place(self, path: str, expected: Sequence[Any], actual: Sequence[Any]) -> None:
         """Match words in order by their text and compare their times."""
         self._words += max(len(expected), len(actual))
-        matcher = difflib.SequenceMatcher(
-            None, [row[0] for row in expected], [row[0] for row in actual], autojunk=False
-        )
+        before, now = ([row[0] for row in rows] for rows in (expected, actual))
         in_place = 0
-        for match in matcher.get_matching_blocks():
+        for match in difflib.SequenceMatcher(None, before, now, autojunk=False).get_matching_blocks():
             for a, b in zip(expected[match.a :][: match.size], actual[match.b :][: match.size], strict=True):
                 shift = max((abs(x - y) for x, y in zip(a[1:], b[1:], strict=True)), default=0.0)
                 self._found.largest_difference = max(self._found.largest_difference, shift)
@@ -136,16 +133,15 @@ class _Walk:
         """Compare the texts of two caption files, a line break counting as a word, and the times of their cues."""
         texts = [_CAPTION_TIME.sub("", text).replace("\n", " \\n ") for text in (expected, actual)]
         self._texts.append((texts[0], texts[1]))
-        before, now = ([_seconds(*match) for match in _CAPTION_TIME.findall(text)] for text in (expected, actual))
-        self._place(path, [["", sec] for sec in before], [["", sec] for sec in now])
+        before, now = (
+            [["", 3600 * int(h) + 60 * int(m) + int(s) + int(ms) / 1000] for h, m, s, ms in _CAPTION_TIME.findall(text)]
+            for text in (expected, actual)
+        )
+        self._place(path, before, now)
 
     def _check(self, holds: bool, problem: str) -> None:
         if not holds:
             self._found.problems.append(problem)
-
-
-def _seconds(hours: str, minutes: str, seconds: str, milliseconds: str) -> float:
-    return int(hours) * 3600 + int(minutes) * 60 + int(seconds) + int(milliseconds) / 1000
 
 
 def _is_number(value: Any) -> bool:
