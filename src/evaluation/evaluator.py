@@ -201,6 +201,8 @@ class ModelEvaluator:
         dataset = loader.dataset
         if num_samples < 1:
             raise DataError(f"num_samples is {num_samples}; ask for at least one clip")
+        if not len(dataset):
+            raise DataError("the loader has no clip: there is nothing to show")
         picks = np.linspace(0, len(dataset) - 1, min(num_samples, len(dataset))).round().astype(int).tolist()
         size = self._config.inference.batch_size
         batches = [picks[at : at + size] for at in range(0, len(picks), size)]

@@ -93,7 +93,7 @@ def _group(rows: Sequence[Prediction], column: str, edges: Sequence[float] | Non
     known = values[values.notna() & (values != "")]
     if known.map(lambda value: isinstance(value, int | float) and not isinstance(value, bool)).all():
         numbers = known.astype(float)
-        named = _name_numbers(numbers, edges or EDGES.get(column))
+        named = _name_numbers(numbers, EDGES.get(column) if edges is None else edges)
         rank: Mapping[str, float] = numbers.groupby(named).min().to_dict()
     else:
         named = known.map(str)

@@ -199,9 +199,11 @@ def measure_stream(
         - edge_deletions, offline_edge_deletions: first and last words of clips, next to a pause, that are missing.
 
     Raises:
-        DataError: `offline` has another number of texts, or no reference has a word.
+        DataError: the stream has no word times, `offline` has another number of texts, or no reference has a word.
     """
     bootstrap = bootstrap or Bootstrap()
+    if not stream.words:
+        raise DataError(f"stream {stream.name!r}: its words have no times; join clips that WordAligner has aligned")
     if offline is not None and len(offline) != len(stream.clips):
         raise DataError(
             f"stream {stream.name!r}: {len(offline)} offline texts for {len(stream.clips)} clips; decode each of "

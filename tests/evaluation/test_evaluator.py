@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +112,8 @@ def test_samples_are_spread_over_the_set_and_worst_first(
     assert list(table["wer"]) == sorted(table["wer"], reverse=True)
     with pytest.raises(DataError, match="0"):
         evaluator.evaluate_with_samples(loader, num_samples=0)
+    with pytest.raises(DataError, match="no clip"):
+        evaluator.evaluate_with_samples(SimpleNamespace(dataset=[]))
 
 
 def test_silence_alone_can_be_looked_at_but_has_no_rate(

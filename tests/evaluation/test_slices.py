@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from src.evaluation.evaluator import Prediction
@@ -38,6 +39,7 @@ def test_numbers_are_cut_into_bands_in_ascending_order() -> None:
     assert [(s.value, s.n) for s in slice_rates(rows, "age")] == [("0 to 12", 3), ("29 to 44", 1)]
     assert [(s.value, s.n) for s in slice_rates(rows, "duration_sec")] == [("0 to 2", 2), ("2 to 4", 1), ("unknown", 1)]
     assert [s.value for s in slice_rates(rows, "duration_sec", edges=(0, 31))] == ["0 to 31"]
+    assert [s.value for s in slice_rates(rows, "duration_sec", edges=np.array([0, 31]))] == ["0 to 31"]
 
 
 def test_unknown_columns_of_numbers_are_cut_into_quarters() -> None:

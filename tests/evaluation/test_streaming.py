@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,8 @@ def test_repeats_of_a_clip_are_one_row_and_one_block() -> None:
     assert (found["wer"], found["wer_low"], found["wer_high"]) == (by_clip.wer, by_clip.wer_low, by_clip.wer_high)
     with pytest.raises(DataError, match="2 offline texts for 3 clips"):
         measure_stream(stream, result_of(commits), offline=["the cat", "a dog"])
+    with pytest.raises(DataError, match="no times"):  # as `make_stream` returns it
+        measure_stream(replace(stream, words=()), result_of(commits))
 
 
 def test_intervals_are_those_of_scipy_over_clips() -> None:
