@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -231,16 +230,17 @@ def adapt_context(
 def _check_numbers(
     steps: int, batch_size: int, rate: float, max_trailing_silence_sec: float, full_context_prob: float, cut_prob: float
 ) -> None:
-    ranges = (
-        ("steps", steps, 1, math.inf),
-        ("batch_size", batch_size, 1, math.inf),
-        ("learning_rate", rate, sys.float_info.min, math.inf),
-        ("max_trailing_silence_sec", max_trailing_silence_sec, 0, 5),
-        ("full_context_prob", full_context_prob, 0, 1),
-        ("cut_prob", cut_prob, 0, 1),
-    )
     problems = [
-        f"{name} is {value}: from {low:g} to {high:g}" for name, value, low, high in ranges if not low <= value <= high
+        f"{name} is {value}: {expected}"
+        for name, value, expected, valid in (
+            ("steps", steps, "at least 1", steps >= 1),
+            ("batch_size", batch_size, "at least 1", batch_size >= 1),
+            ("learning_rate", rate, "above 0", rate > 0),
+            ("max_trailing_silence_sec", max_trailing_silence_sec, "from 0 to 5", 0 <= max_trailing_silence_sec <= 5),
+            ("full_context_prob", full_context_prob, "from 0 to 1", 0 <= full_context_prob <= 1),
+            ("cut_prob", cut_prob, "from 0 to 1", 0 <= cut_prob <= 1),
+        )
+        if not valid
     ]
     if problems:
         raise ConfigError("\n  - ".join([f"adapt_context: {len(problems)} value(s) out of range:", *problems]))

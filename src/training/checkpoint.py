@@ -81,14 +81,15 @@ class WholeCheckpoint:
         """Read the state, without another comparison.
 
         Raises:
-            CheckpointError: of another format.
+            CheckpointError: of another format, or removed since it was verified.
         """
+        metrics = self.path / METRICS
         try:
             tensors = {name: load_file(self.path / f"{name}.safetensors") for name in TENSOR_FILES}
-        except SafetensorError as err:
+            rows = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
+        except (SafetensorError, OSError) as err:
             raise CheckpointError(f"{self.path}: {err}") from err
-        metrics = self.path / METRICS
-        return TrainingState(tensors, self.values, metrics.read_text(encoding="utf-8") if metrics.exists() else "")
+        return TrainingState(tensors, self.values, rows)
 
 
 class CheckpointStore:

@@ -56,10 +56,11 @@ class TokenLoss(nn.Module):
             return looked_up
 
         def add_rows(gradient: Tensor) -> None:
-            padding = ids.unsqueeze(-1) == embedding.padding_idx
+            if embedding.padding_idx is not None:
+                gradient = gradient.masked_fill((ids == embedding.padding_idx).unsqueeze(-1), 0.0)
             if weight.grad is None:  # several passes go backward at once: the output's gradient is still to come
                 weight.grad = torch.zeros_like(weight)
-            weight.grad.index_add_(0, ids.flatten(), gradient.masked_fill(padding, 0.0).flatten(0, 1))
+            weight.grad.index_add_(0, ids.flatten(), gradient.flatten(0, 1))
 
         embedded = functional.embedding(ids, weight.detach()).requires_grad_()
         embedded.register_hook(add_rows)

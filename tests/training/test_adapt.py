@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,11 @@ def test_models_audio_and_numbers_that_cannot_be_used_are_refused(small: tuple[A
     model, processor = small
     with pytest.raises(DataError, match="no audio"):
         adapt_context(model, [], processor=processor)
-    with pytest.raises(ConfigError, match=r"steps is 0[\s\S]*cut_prob is 2"):
+    with pytest.raises(ConfigError, match=r"steps is 0: at least 1[\s\S]*cut_prob is 2: from 0 to 1"):
         adapt_context(model, [tone(1.0)], processor=processor, steps=0, cut_prob=2)
+    for rate in (0.0, -1.0, math.nan):
+        with pytest.raises(ConfigError, match=f"learning_rate is {rate}: above 0"):
+            adapt_context(model, [tone(1.0)], processor=processor, learning_rate=rate)
     model.audio_context = "dynamic"
     with pytest.raises(ModelError, match="dynamic"):
         adapt_context(model, [tone(1.0)], processor=processor)

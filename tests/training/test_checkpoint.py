@@ -94,6 +94,9 @@ def test_each_file_is_hashed_once_from_the_search_to_the_loaded_state(
     report.whole.load()
     files = {path.name for path in newest.iterdir()} - {"manifest.json"}
     assert hashed == Counter(newest / name for name in files)  # and none of the older one
+    (newest / "rng.safetensors").unlink()  # since then
+    with pytest.raises(CheckpointError, match="rng"):
+        report.whole.load()
 
 
 def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

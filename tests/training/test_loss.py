@@ -26,12 +26,14 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_loss_and_gradients_are_those_of_the_models_forward(small: tuple[Any, Any], frozen: bool) -> None:
+@pytest.mark.parametrize(("frozen", "pads"), [(False, True), (True, True), (False, False)])
+def test_loss_and_gradients_are_those_of_the_models_forward(small: tuple[Any, Any], frozen: bool, pads: bool) -> None:
     """The embedding is the output's weight too, and its two gradients are added up."""
     model, _ = small
     model.audio_context = "dynamic"
     model.proj_out.weight.requires_grad_(not frozen)
+    if not pads:
+        model.model.decoder.embed_tokens.padding_idx = None
     features, tokens, labels = make_inputs(model)
     assert (tokens == model.config.pad_token_id).any()  # has no gradient of its own
 
