@@ -1,4 +1,4 @@
-"""Measure the data path: time to the first batch, decoding speed, CPU cost of each stage; beside the usual recipe.
+"""Measure the data path and the usual recipe: time to the first batch, decoding speed, CPU cost of each stage.
 
     python benchmarks/data.py [--quick] [--data FILE_OR_FOLDER.parquet] [--clips 1000]
 
@@ -137,7 +137,7 @@ def time_peer(data: Path, count: int, folder: Path) -> dict[str, Any]:
 
 
 def time_decoding(splits: DatasetSplits, processor: Any, config: Config, repeats: int) -> float:
-    """Return clips a second that two worker processes decode and batch, after they have started."""
+    """Return clips per second that two worker processes decode and batch, after they have started."""
     loader = create_loader(splits.train, processor, config, shuffle=True)  # keeps its workers between epochs
 
     def epoch() -> None:
@@ -150,7 +150,7 @@ def time_decoding(splits: DatasetSplits, processor: Any, config: Config, repeats
 def time_stages(
     utterances: list[Utterance], clips: list[np.ndarray[Any, Any]], folder: Path, repeats: int
 ) -> dict[str, float]:
-    """Return the CPU milliseconds a clip of each stage, decoding clip by clip, the rest on one batch."""
+    """Return the CPU milliseconds per clip of each stage, decoding clip by clip, the rest on one batch."""
     lengths = torch.tensor([len(clip) for clip in clips])
     audio = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(clip) for clip in clips], batch_first=True)
     cache = AudioCache(folder / "audio")
@@ -227,12 +227,12 @@ def table(figures: dict[str, Any]) -> list[dict[str, str]]:
     first = f"first batch of {figures['clips']} clips (peer: of {figures['peer_clips']})"
     rows = [
         (first, f"{figures['first_batch_sec']:.1f} s", f"{figures['peer_first_batch_sec']:.1f} s"),
-        ("the same, a clip", f"{ours_each:.1f} ms", f"{peer_each:.1f} ms"),
-        ("stored, a clip", f"{figures['files_written']} files", f"{figures['peer_bytes_per_clip'] / 1000:.0f} kB"),
+        ("the same, per clip", f"{ours_each:.1f} ms", f"{peer_each:.1f} ms"),
+        ("stored, per clip", f"{figures['files_written']} files", f"{figures['peer_bytes_per_clip'] / 1000:.0f} kB"),
         ("decoded by two workers", f"{figures['decoded_clips_per_sec']:.0f} clips/s", "-"),
     ]
     if "gpu_wait_share" in figures:
-        rows.append(("waiting beside a GPU step of 100 ms", f"{100 * figures['gpu_wait_share']:.1f} %", "-"))
+        rows.append(("waiting with a GPU step of 100 ms", f"{100 * figures['gpu_wait_share']:.1f} %", "-"))
     stages = dict(figures["ms_per_clip"])
     peer_mel = stages.pop("log-mel padded to 30 s, peer")
     seconds = figures["mean_clip_sec"]

@@ -1,4 +1,4 @@
-"""What measuring costs beside transcribing: evaluation, intervals and the report of a run.
+"""Measure the cost of evaluation compared with transcription: evaluation, intervals and the report of a run.
 
     python benchmarks/evaluation.py [--quick] [--model FOLDER] [--data FILE.parquet] [--clips 2500]
 
@@ -61,7 +61,7 @@ def main() -> int:
         print(f"{row['what']:<58} {row['figure']:>14}")
     if not (arguments.quick or arguments.no_record):
         note = f"{figures['clips']} clips, {figures['audio_sec']:.0f} s, context {figures['audio_context']!r}."
-        append_table(f"Evaluation beside transcription, {Path(arguments.model).name}", rows, note=note)
+        append_table(f"Evaluation compared with transcription, {Path(arguments.model).name}", rows, note=note)
     print(json.dumps(figures))
     return 0
 

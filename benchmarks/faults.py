@@ -180,7 +180,7 @@ def stalled_mirror(stock: Path, folder: Path) -> Outcome:
     steps = trainer._progress.step
     return (
         "mirror stalls",
-        f"{steps} updates in {time.monotonic() - began:.0f} s beside it",
+        f"{steps} updates in {time.monotonic() - began:.0f} s meanwhile",
         waited and steps == UPDATES // EPOCHS,
     )
 

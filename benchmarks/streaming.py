@@ -7,7 +7,7 @@ at 10 dB that opens for 60 s of silence and 60 s of noise. True word ends come f
 with stock base, cut to speech. Audio arrives in real time on a virtual clock that advances by the measured computing
 (`ReplayClock`), so that nothing sleeps. Offline is the same engine and weights on each clip alone. The last line
 printed is one JSON object for the default policy on the first engine; tables are appended to docs/BENCHMARKS.md,
-pictures of a run on a CPU are written to docs/images/.
+figures of a run on a CPU are written to docs/images/.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def table_row(name: str, row: dict[str, Any]) -> dict[str, str]:
 
 
 def record(arguments: argparse.Namespace, measured: Sequence[Measured]) -> None:
-    """Append the tables and draw the pictures."""
+    """Append the tables and draw the figures."""
     if arguments.quick or arguments.no_record:
         return
     for item in measured:
@@ -199,7 +199,7 @@ def record(arguments: argparse.Namespace, measured: Sequence[Measured]) -> None:
     images = ROOT / "docs" / "images"
     first = f"tuned {arguments.engines[0]} "
 
-    def short(name: str) -> str:  # for the pictures: of the first engine the policies alone
+    def short(name: str) -> str:  # for the figures: only the policy if the engine is the first
         return name.removeprefix(first).replace(f"{arguments.engines[0]} ", "")
 
     shown = {short(name): words for name, words in measured[0].timings.items() if name.startswith(first)}

@@ -7,7 +7,7 @@
 Both sides get the same weights, clips, label style, batch size, precision, peak rate and number of updates, each in a
 process of its own, one after the other. Ours: own-length features made as it goes. The peer: benchmarks/hf_recipe.py.
 Word error rates of both are measured by the same evaluator on clips at a stride over the dev split. `--real` is one
-run over the whole train split for three epochs, the peer beside it for the first; a stopped one goes on. The last line
+run over the whole train split for three epochs, and by the peer for the first; a stopped one resumes. The last line
 printed is one JSON object; tables are appended to docs/BENCHMARKS.md.
 """
 
@@ -49,7 +49,7 @@ class Job:
         planned_updates: that the learning rate falls to zero over.
         stop_after: updates to do of these.
         evaluate: measure the word error rate at the end; by epoch in the real run.
-        resumable: save the state on the way, and go on from it.
+        resumable: save the state on the way, and resume from it.
     """
 
     side: str
@@ -133,7 +133,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peak-tflops", type=float, help="of the device in this precision; by name for known GPUs")
     parser.add_argument("--peer-workers", type=int, default=0, help="reading processes of the peer; its guide has none")
     parser.add_argument("--speed-only", action="store_true", help="no word error rate, for weights that say nothing")
-    parser.add_argument("--no-record", action="store_true", help="append no table, draw no picture")
+    parser.add_argument("--no-record", action="store_true", help="append no table, draw no figure")
 
 
 def run_short(arguments: argparse.Namespace, folder: Path) -> Figures:

@@ -1,4 +1,4 @@
-"""Table and picture of the real run of benchmarks/training.py: error rate by updates and by minutes."""
+"""Table and figure of the real run of benchmarks/training.py: error rate by updates and by minutes."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     python benchmarks/variants.py [--variant tiny.en --variant base] [--model FOLDER] [--data FILE] [--quick]
 
 Stock weights are padded to 30 s, a tuned folder works as its checkpoint says. Each row is measured in a process of its
-own, so that no memory of the one before counts. A variant whose weights cannot be had is a row with the reason. The
+own, so that no memory of the previous one counts. A variant with unavailable weights is a row with the reason. The
 last line printed is one JSON object; the table is appended to docs/BENCHMARKS.md.
 """
 
