@@ -38,7 +38,7 @@ class ServerLimits:
         max_sessions: at once; one more is refused.
         max_message_bytes: of one message; a longer one closes the connection with code 1009.
         queue_sec: audio that may wait for a session's turns.
-        idle_sec: without a message, after which a session is decoded to its end and closed.
+        idle_sec: without audio, once all of it was heard; then the session is decoded to its end and closed.
         max_session_sec: of audio, and of time.
         send_sec: for a client to take an event; one that does not read is cut off.
 
