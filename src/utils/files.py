@@ -27,8 +27,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, TypeVar
 
-import psutil
-
 from src.utils.errors import DataError, first_line
 
 logger = logging.getLogger(__name__)
@@ -226,6 +224,8 @@ def read_hidden_name(path: Path) -> HiddenName | None:
     match = _HIDDEN.fullmatch(path.name)
     if match is None:
         return None
+    import psutil  # the doctor works without
+
     process = int(match["process"])
     is_own = process == os.getpid()
     is_in_use = match["token"].startswith(_PROCESS_TOKEN) if is_own else bool(psutil.pid_exists(process))

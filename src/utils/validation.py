@@ -1,7 +1,8 @@
 """The environment doctor: whether this machine can run the project, and the command that fixes what is missing.
 
 A broken package must not hide the other findings: no heavy package is imported at the top, a check that fails reports
-that under its own name, and torch is imported in a separate process, which it may crash.
+that under its own name, and torch is imported in a separate process, which it may crash. So `utils.memory`, which
+imports NumPy, pydantic and psutil, is imported where it is used.
 """
 
 from __future__ import annotations
@@ -22,15 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import psutil
-
 from src.utils.colab import MOUNT_POINT, in_colab
-from src.utils.config import Config
 from src.utils.errors import WhisperASRError, first_line
-from src.utils.memory import CLEAN_UP_HINT, PARAMETERS_M, existing_folder, find_unfinished, run_disk_mb, size_mb
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
+
+    from src.utils.config import Config
 
 logger = logging.getLogger(__name__)
 
@@ -302,6 +301,10 @@ def _check_microphone() -> Iterator[Check]:
 
 def check_room(config: Config | None = None) -> Iterator[Check]:
     """Check RAM and the disks that a run writes to; without a configuration, the disk of the working folder."""
+    import psutil
+
+    from src.utils.memory import PARAMETERS_M, run_disk_mb
+
     memory = psutil.virtual_memory()
     is_low = memory.available / 1e6 < LOW_RAM_MB
     fix = "close other programs, and restart other notebooks' kernels" if is_low else ""
@@ -318,6 +321,8 @@ def check_room(config: Config | None = None) -> Iterator[Check]:
 
 def check_disk(name: str, folder: Path, needs_mb: float) -> Check:
     """Compare the free space at a folder, which need not exist yet, with the most that a run writes; 0 is unknown."""
+    from src.utils.memory import CLEAN_UP_HINT, existing_folder
+
     free_mb = shutil.disk_usage(existing_folder(folder)).free / 1e6
     needs = f"a run writes up to {needs_mb:,.0f} MB" if needs_mb else "what a run writes depends on the model"
     found = f"{free_mb:,.0f} MB free at {folder.absolute()}; {needs}"
@@ -326,6 +331,8 @@ def check_disk(name: str, folder: Path, needs_mb: float) -> Check:
 
 def check_kept(config: Config) -> Iterator[Check]:
     """Check what earlier runs left: their folders, the caches, and what killed processes half wrote."""
+    from src.utils.memory import CLEAN_UP_HINT, find_unfinished, size_mb
+
     runs = sorted(path.parent for path in config.paths.runs_dir.glob("*/metrics.jsonl"))
     yield Check("runs", "ok", f"{len(runs)} in {config.paths.runs_dir}, {sum(map(size_mb, runs)):,.0f} MB")
     caches = sorted(path for path in config.paths.cache_dir.glob("*") if path.is_dir())

@@ -242,6 +242,16 @@ def test_the_doctor_works_with_a_broken_torch_and_ends_with_1(stub: Callable[[st
     assert not any(value in done.stdout + done.stderr for value in SECRETS.values())
 
 
+@pytest.mark.parametrize("package", ["numpy", "psutil", "pydantic", "yaml"])
+def test_a_broken_package_hides_no_other_check(package: str, stub: Callable[[str, str], None]) -> None:
+    stub(package, "raise ImportError('broken on purpose')")
+    stub("torch", "raise ImportError('no torch, which takes seconds')")
+    done = run_doctor()
+    assert done.returncode == 1, done.stderr
+    assert {"Python", "packages", "torch", "HF_TOKEN"} <= {line[10:24].strip() for line in done.stdout.splitlines()}
+    assert "broken on purpose" in done.stdout
+
+
 def test_the_doctor_names_what_its_own_import_lacks(stub: Callable[[str, str], None]) -> None:
     stub("lazy_loader", "raise ModuleNotFoundError('absent', name='lazy_loader')")
     done = run_doctor()
