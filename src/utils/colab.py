@@ -119,7 +119,7 @@ def copy_verified(source: Path, target: Path) -> int:
         partial = destination.with_name(destination.name + ".partial")
         try:
             destination.parent.mkdir(parents=True, exist_ok=True)
-            copied += copy_file_checked(file, partial)
+            copied += copy_file_checked(file, partial)[0]
             partial.replace(destination)
         except OSError as err:
             raise WhisperASRError(
@@ -129,7 +129,9 @@ def copy_verified(source: Path, target: Path) -> int:
     return copied
 
 
-def copy_file_checked(file: Path, destination: Path, on_block: Callable[[int], None] = lambda n_bytes: None) -> int:
+def copy_file_checked(
+    file: Path, destination: Path, on_block: Callable[[int], None] = lambda n_bytes: None
+) -> tuple[int, str]:
     """Copy one file's content, then read the copy back and compare size and SHA-256; a link is never made.
 
     Args:
@@ -138,7 +140,7 @@ def copy_file_checked(file: Path, destination: Path, on_block: Callable[[int], N
         on_block: called with the number of bytes before each block is written or read back; may wait, or raise to stop.
 
     Returns:
-        Size in bytes.
+        Size in bytes and SHA-256 in hexadecimal.
 
     Raises:
         WhisperASRError: if the copy differs.
@@ -166,7 +168,7 @@ def copy_file_checked(file: Path, destination: Path, on_block: Callable[[int], N
             read.update(block)
     if destination.stat().st_size != n_bytes or read.digest() != written.digest():
         raise WhisperASRError(f"{destination}: the copy differs from {file}; the target is not reliable, try again")
-    return n_bytes
+    return n_bytes, written.hexdigest()
 
 
 def _write_block(writer: BinaryIO, block: bytes) -> None:

@@ -14,6 +14,7 @@ at a time may write a target.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -148,13 +149,17 @@ class DriveMirror:
             raise WhisperASRError(f"{job.name!r}: not a relative path of visible names, as in 'run/checkpoint-1'")
         if keep is not None and (keep < 1 or group is None):
             raise WhisperASRError(f"keep={keep}, group={group!r}: keep at least 1 folder of a named group")
-        if self._closed or not job.source.is_dir():
-            reason = "the mirror is closed; make a new one" if self._closed else "no such folder; save it first"
-            self._record(job, reason)
+        if not job.source.is_dir():
+            self._record(job, "no such folder; save it first")
             return
         with self._changed:
-            self._queue = [other for other in self._queue if not job.replaces(other)] + [job]
-            self._changed.notify_all()
+            is_closed = self._closed
+            if not is_closed:
+                self._queue = [other for other in self._queue if not job.replaces(other)] + [job]
+                self._changed.notify_all()
+        if is_closed:
+            self._record(job, "the mirror is closed; make a new one")
+            return
         self._warn_of_stall()
 
     def is_busy(self, source: Path) -> bool:
@@ -255,11 +260,13 @@ class DriveMirror:
         try:
             self._make_folder(partial)
             _write_marker(partial, _Marker(name=job.name, group=job.group, order=order, files=sizes))
+            copied = {}
             for file in files:
                 self._make_folder((partial / file).parent)
-                copy_file_checked(job.source / file, partial / file, self._spend)
+                copied[file] = copy_file_checked(job.source / file, partial / file, self._spend)
             if _stamps(_list_files(job.source)) != _stamps(files):
                 raise WhisperASRError(f"{job.source}: changed while it was copied; submit finished folders only")
+            _check_manifest(job.source, copied)
             # take the name
             if os.path.lexists(final):
                 final.rename(replaced)
@@ -436,6 +443,18 @@ def _list_files(source: Path) -> dict[str, os.stat_result]:
 def _stamps(files: dict[str, os.stat_result]) -> dict[str, tuple[int, int, int]]:
     """Return what changes when a file is rewritten or replaced."""
     return {file: (status.st_size, status.st_mtime_ns, status.st_ino) for file, status in files.items()}
+
+
+def _check_manifest(source: Path, copied: dict[str, tuple[int, str]]) -> None:
+    """Refuse a checkpoint whose files, as read, are not those of its manifest: it must not replace a good copy."""
+    try:
+        listed = json.loads((source / "manifest.json").read_bytes())["files"]
+        expected = {str(file): (int(entry["size"]), str(entry["sha256"])) for file, entry in listed.items()}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return  # none, or a manifest of another kind
+    wrong = sorted(file for file, proof in expected.items() if copied.get(file) != proof)
+    if wrong:
+        raise _RefusedError(f"{source}: {wrong[0]} disagrees with manifest.json; it is damaged, save it again")
 
 
 def _write_marker(folder: Path, marker: _Marker) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import shutil
@@ -376,14 +377,16 @@ def test_what_cannot_be_copied_is_refused_without_trying_again(
     mirror = make()
     linked = save(tmp_path / "linked", "a")
     (linked / "other").symlink_to(tmp_path / "empty")
+    damaged = save(tmp_path / "damaged", "a")
+    (damaged / "manifest.json").write_text(json.dumps({"files": {"model": {"size": 3000, "sha256": "of other bytes"}}}))
     foreign = save(tmp_path / "foreign", "a")
     (target / "foreign").mkdir()
     (target / "foreign" / "mine.txt").write_text("mine")
     (tmp_path / "empty").mkdir()
-    for source in (linked, foreign, tmp_path / "empty", tmp_path / "absent"):
+    for source in (linked, damaged, foreign, tmp_path / "empty", tmp_path / "absent"):
         mirror.submit(source)
     assert mirror.flush(LONG_SEC)
-    assert sorted(failure.name for failure in mirror.failures) == ["absent", "empty", "foreign", "linked"]
+    assert sorted(failure.name for failure in mirror.failures) == ["absent", "damaged", "empty", "foreign", "linked"]
     assert all(seconds < 1 for seconds in time.slept_sec)
     assert names(target) == ["foreign"]
     assert content_of(target / "foreign") == {"mine.txt": b"mine"}
