@@ -94,7 +94,10 @@ def read_json(path: Path, parse: Callable[[Any], T], *, what: str, fix: str) -> 
     except OSError as err:
         raise DataError(f"{path}: cannot be read: {err.strerror}") from err
     except (ValueError, TypeError, KeyError, AttributeError) as err:
-        raise DataError(f"{path}: not {what} ({first_line(err)}); {fix}") from err
+        problem = first_line(err)
+        if callable(errors := getattr(err, "errors", None)):  # pydantic's first line only counts them
+            problem = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in errors()[:3])
+        raise DataError(f"{path}: not {what} ({problem}); {fix}") from err
 
 
 def write_json(path: Path, content: Any, *, durable: bool = False) -> None:

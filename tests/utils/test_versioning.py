@@ -243,6 +243,14 @@ def test_damaged_file_is_named_and_stays(registry: ModelRegistry, content: str) 
     assert registry.file.read_text() == content
 
 
+def test_a_damaged_file_is_refused_with_the_field(registry: ModelRegistry) -> None:
+    registry.file.parent.mkdir()
+    registry.file.write_text('{"format": 2, "models": [{"model_id": "a"}]}')
+    with pytest.raises(DataError) as caught:
+        registry.list_models()
+    assert "format" in str(caught.value) and "models.0.version" in str(caught.value)
+
+
 def test_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"registry\.json"):
