@@ -256,27 +256,29 @@ class ExamplePlanner:
         for group in self._groups:
             at = 0
             while at < len(group):
-                run = self._run(group[at:], gaps, target[group[at]]) if self._config.concatenate_prob else [group[at]]
+                run = self._run(group, at, gaps, target[group[at]]) if self._config.concatenate_prob else [group[at]]
                 at += len(run)
                 # each clip is in one run, so that keeping a run with this probability joins this share of the clips
                 runs = [run] if join[run[0]] < self._config.concatenate_prob else [[index] for index in run]
                 examples += [self._example(run, gaps, timed[run[0]], prompted[run[0]]) for run in runs]
         return sorted(examples, key=lambda example: example.indices)
 
-    def _run(self, group: list[int], gaps: list[float], target: float) -> list[int]:
-        """Return the first clip and its following neighbours up to a drawn length, at least two where two fit."""
+    def _run(self, group: list[int], at: int, gaps: list[float], target: float) -> list[int]:
+        """Return the clip at a place and its following neighbours up to a drawn length, at least two where two fit."""
         longest_sec = min(self._config.max_concatenated_sec, MAX_AUDIO_SEC)
-        seconds = self._durations[group[0]]
-        tokens = self._counts[group[0]] + TIMESTAMPS_PER_CLIP
+        seconds = self._durations[group[at]]
+        tokens = self._counts[group[at]] + TIMESTAMPS_PER_CLIP
         limit_sec = 0.0
-        for count, index in enumerate(group[1:], start=1):
-            seconds += gaps[index] + self._durations[index]
-            tokens += self._counts[index] + TIMESTAMPS_PER_CLIP
-            if count == 1:  # between two clips and the longest allowed
+        end = at + 1
+        while end < len(group):
+            seconds += gaps[group[end]] + self._durations[group[end]]
+            tokens += self._counts[group[end]] + TIMESTAMPS_PER_CLIP
+            if end == at + 1:  # between two clips and the longest allowed
                 limit_sec = min(seconds + target * (longest_sec - seconds), longest_sec)
             if seconds > limit_sec or tokens > self._room:
-                return group[:count]
-        return group
+                break
+            end += 1
+        return group[at:end]
 
     def _example(self, run: list[int], gaps: list[float], timed: float, prompted: float) -> Example:
         pauses = tuple(gaps[index] for index in run[1:])
