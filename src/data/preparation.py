@@ -125,6 +125,8 @@ def _prepare(source: SourceName, config: Config, vad: VoiceActivityDetector | No
     if isinstance(opened, dict):
         parts, checker = _take_from_streams(opened, caps, config, vad)
     else:
+        if not opened:
+            raise DataError(f"source {source!r} ({config.data.path or 'bundled'}) has no utterance")
         parts = cut_missing(assign_splits(opened), config.data, config.seed)
         expected = sum(min(len(part), caps[name] or len(part)) for name, part in parts.items())
         checker = RecordingChecker(config, vad=vad, expected=expected)
@@ -370,7 +372,7 @@ def assign_splits(utterances: Sequence[Utterance]) -> Parts:
             raise DataError(f"utterance {utterance.id}: unknown split {given!r}; use {', '.join(SPLIT_NAMES)}")
         parts[SPLIT_NAMES[given]].append(utterance)
     if not parts["train"]:
-        raise DataError(f"no utterance is in the train split, of {len(utterances)} in all")
+        raise DataError("no utterance is in the train split")
     return parts
 
 

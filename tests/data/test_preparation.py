@@ -68,6 +68,12 @@ def test_missing_splits_are_cut_by_speaker(tmp_path: Path) -> None:
     assert splits.shared_speakers == ()
 
 
+def test_a_source_without_utterances_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.data.preparation.open_source", lambda config, source: [])
+    with pytest.raises(DataError, match="'sample'"):
+        prepare_datasets(Config())
+
+
 def test_one_speaker_cannot_be_split(tmp_path: Path) -> None:
     rows = [(f"{i}.wav", "text", "s1") for i in range(9)]
     with pytest.raises(DataError, match="1 speaker"):
