@@ -1,6 +1,6 @@
 """From text to numbers, tables and figures.
 
-The names are in the stub beside this file, and load when first used: importing one module does not import them all.
+The names are in the stub `__init__.pyi` and load when first used: importing one module does not import them all.
 """
 
 import lazy_loader

@@ -1,6 +1,6 @@
 """A model, where it comes from and where it goes.
 
-The names are in the stub beside this file, and load when first used: importing one module does not import them all.
+The names are in the stub `__init__.pyi` and load when first used: importing one module does not import them all.
 """
 
 import lazy_loader
