@@ -20,8 +20,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -161,6 +160,11 @@ class Subject:
         return load_engine(self.ctranslate2_dir, self.config(), engine="ctranslate2", compute_type="float32")
 
     @cached_property
+    def inference(self) -> BatchInference:
+        """Files by that engine, cut at silences."""
+        return BatchInference(config=self.config(), engine=self.engine, vad=self.vad)
+
+    @cached_property
     def evaluated(self) -> EvaluationResult:
         """The stock model, measured on the clips."""
         model, processor = self.stock
@@ -296,43 +300,37 @@ def transcripts(subject: Subject) -> Section:
     """Texts and word times of single clips, by torch and by CTranslate2."""
     model, processor = subject.stock
     options = DecodingOptions(language="en", word_timestamps=True)
-    by_torch = [decode(model, processor, [audio], options)[0] for audio in subject.audios]
-    by_ct2 = BatchInference(config=subject.config(), engine=subject.engine, vad=subject.vad).transcribe_batch(
-        subject.audios, word_timestamps=True
-    )
-    ids = [clip.id for clip in subject.clips]
+    results = {
+        "torch": [decode(model, processor, [audio], options)[0] for audio in subject.audios],
+        "ctranslate2": subject.inference.transcribe_batch(subject.audios, word_timestamps=True),
+    }
     return {
-        "torch": {
-            name: {"text": row.text, "words": word_rows(row.words or ())}
-            for name, row in zip(ids, by_torch, strict=True)
-        },
-        "ctranslate2": {
-            name: {"text": row.text, "words": word_rows(row.words or ())} for name, row in zip(ids, by_ct2, strict=True)
-        },
+        engine: {
+            clip.id: {"text": row.text, "words": word_rows(row.words or ())}
+            for clip, row in zip(subject.clips, rows, strict=True)
+        }
+        for engine, rows in results.items()
     }
 
 
 def long_file(subject: Subject) -> Section:
     """A recording of about 70 s: cut at silences by both engines, and gone through in windows of 30 s."""
-    model, processor = subject.stock
-    config = subject.config()
-    by_torch = BatchInference(model, processor, config, vad=subject.vad)
-    by_ct2 = BatchInference(config=config, engine=subject.engine, vad=subject.vad)
+    by_torch = BatchInference(*subject.stock, subject.config(), vad=subject.vad)
     found: Section = {}
     for name, inference, mode in (
         ("torch", by_torch, "segments"),
-        ("ctranslate2", by_ct2, "segments"),
-        ("sequential", by_ct2, "sequential"),
+        ("ctranslate2", subject.inference, "segments"),
+        ("sequential", subject.inference, "sequential"),
     ):
         (result,) = inference.transcribe_batch([subject.recording], word_timestamps=True, mode=mode)
-        segments = [[s.start_sec, s.end_sec] for s in result.segments]
+        segments: Any = [[s.start_sec, s.end_sec] for s in result.segments]
+        if mode == "sequential":  # the model writes these times
+            segments = {"words": word_rows(result.segments)}
         found[name] = {
             "duration_sec": result.duration_sec,
             "text": result.text,
             "words": word_rows(result.words or ()),
-            "segments": {"words": [[s.text, s.start_sec, s.end_sec] for s in result.segments]}
-            if mode == "sequential"  # the model writes these times
-            else segments,
+            "segments": segments,
         }
     return found
 
@@ -357,7 +355,7 @@ def stream_by(subject: Subject, fed_sec: float, policy: str) -> Section:
     commits = [event for event in events if event.kind == "commit"]
     return {
         "text": asr.transcript,
-        "words": [[w.text, w.start_sec, w.end_sec, e.audio_sec] for e in commits for w in e.words],
+        "words": [[*row, e.audio_sec] for e in commits for row in word_rows(e.words)],
         "finals": {"words": [[e.text, e.audio_sec] for e in events if e.kind == "final"]},
         "audio_sec": asr.audio_sec,
     }
@@ -469,8 +467,7 @@ def metrics(subject: Subject) -> Section:
 
 def captions(subject: Subject) -> Section:
     """Caption files of the recording, from its words and from its segments."""
-    inference = BatchInference(config=subject.config(), engine=subject.engine, vad=subject.vad)
-    (result,) = inference.transcribe_batch([subject.recording], word_timestamps=True)
+    (result,) = subject.inference.transcribe_batch([subject.recording], word_timestamps=True)
     found: Section = {}
     for kind, cues in (("words", make_cues(result.words or ())), ("segments", cues_of_segments(result.segments))):
         for suffix in (".srt", ".vtt"):
@@ -525,27 +522,20 @@ def measure(only: Sequence[str] = (), *, on_done: Callable[[str, float], None] |
         on_done: called after each section with its name and the seconds of CPU that it took.
     """
     found: dict[str, Section] = {}
-    with tempfile.TemporaryDirectory() as folder, one_thread():
-        subject = Subject(Path(folder))
-        for name in only or SECTIONS:
-            began = time.process_time()
-            set_seed(0)
-            found[name] = rounded(SECTIONS[name](subject))
-            if on_done is not None:
-                on_done(name, time.process_time() - began)
-    return found
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute in one thread, and leave its threads and the random state as they were."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng():
-            yield
+        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+            subject = Subject(Path(folder))
+            for name in only or SECTIONS:
+                began = time.process_time()
+                set_seed(0)
+                found[name] = rounded(SECTIONS[name](subject))
+                if on_done is not None:
+                    on_done(name, time.process_time() - began)
     finally:
         torch.set_num_threads(threads)
+    return found
 
 
 def joined(audios: Sequence[Audio], pauses_sec: Sequence[float]) -> Audio:
