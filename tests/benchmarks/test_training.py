@@ -9,20 +9,10 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 from benchmarks.training_measures import FlopCounter, forward_flops, measure_speed, peak_tflops, update_rows
 
 TINY = WhisperConfig(
-    d_model=32,
-    encoder_layers=2,
-    decoder_layers=2,
-    encoder_attention_heads=2,
-    decoder_attention_heads=2,
-    encoder_ffn_dim=64,
-    decoder_ffn_dim=64,
-    vocab_size=100,
-    max_source_positions=50,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-    decoder_start_token_id=3,
-)
+    d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+    encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=100, max_source_positions=50,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
+)  # fmt: skip
 
 
 def test_speed_is_clips_over_seconds_without_the_first_two_updates() -> None:

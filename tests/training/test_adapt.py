@@ -110,7 +110,7 @@ def test_state_loss_is_0_for_equal_1_for_the_mean_and_reads_only_the_mask() -> N
     assert state_loss(wild, targets, mask) == 0
 
 
-def test_every_clip_comes_once_a_pass_and_its_cut_stays_the_same() -> None:
+def test_every_clip_comes_once_a_pass_its_cut_stays_the_same_and_30_s_of_long_ones_are_used() -> None:
     audio = [tone(1.5 + 0.1 * number) for number in range(12)]
     batches = list(_batches(audio, steps=8, batch_size=3, cut_prob=0.5, seed=1))
     drawn = [clip for batch in batches for clip in batch]
@@ -121,9 +121,6 @@ def test_every_clip_comes_once_a_pass_and_its_cut_stays_the_same() -> None:
     cut = [(index, samples) for index, samples, is_cut in lengths if is_cut]
     assert 0 < len(cut) < 12
     assert all(SAMPLE_RATE <= samples < len(audio[index]) for index, samples in cut)
-
-
-def test_of_long_audio_30_s_are_used() -> None:
     ((clip,),) = _batches([tone(31.0)], steps=1, batch_size=1, cut_prob=0.0, seed=1)
     assert len(clip.audio) == CONTEXT_SAMPLES
 

@@ -47,22 +47,18 @@ def test_clips_get_pauses_of_random_length_and_30_s_when_asked(jfk: Any) -> None
     full_model = load_config(None, overrides={"model.audio_context": "full", "augmentation": QUIET})
     for config in (make_config(training={"full_context_prob": 1.0}), full_model):
         assert {audio.shape[1] for audio in draws(TrainingInputs(config, 80), batch, 5)} == {480_000}
-    share = [
-        a.shape[1] == 480_000
-        for a in draws(TrainingInputs(make_config(training={"full_context_prob": 0.3}), 80), batch, 200)
-    ]
-    assert 0.2 < sum(share) / 200 < 0.4
+    mixed = draws(TrainingInputs(make_config(training={"full_context_prob": 0.3}), 80), batch, 200)
+    assert 0.2 < sum(audio.shape[1] == 480_000 for audio in mixed) / 200 < 0.4
 
 
-def test_without_augmentation_the_features_are_the_log_mel_of_the_padded_clips(jfk: Any) -> None:
-    batch, config = make_batch(jfk), make_config(training={"max_trailing_silence_sec": 0.0})
-    features = TrainingInputs(config, 80).features(batch, batch_generator(0, 0, 0))
-    assert torch.equal(features, LogMel(80)(batch["audio"]))
-
-
-def test_the_same_batch_of_the_same_epoch_gets_the_same_and_another_epoch_another(jfk: Any) -> None:
+def test_features_are_the_log_mel_of_padded_clips_and_augmentation_repeats_for_the_same_batch_and_epoch(
+    jfk: Any,
+) -> None:
+    batch = make_batch(jfk)
+    plain = TrainingInputs(make_config(training={"max_trailing_silence_sec": 0.0}), 80)
+    assert torch.equal(plain.features(batch, batch_generator(0, 0, 0)), LogMel(80)(batch["audio"]))
     everything = {"pitch_prob": 1.0, "noise_prob": 1.0, "room_prob": 1.0, "codec_prob": 1.0, "spec_augment_prob": 1.0}
-    inputs, batch = TrainingInputs(make_config(augmentation=everything), 80), make_batch(jfk)
+    inputs = TrainingInputs(make_config(augmentation=everything), 80)
     first, again, other = (inputs.features(batch, batch_generator(3, epoch, 5)) for epoch in (1, 1, 2))
     assert torch.equal(first, again)
     assert first.shape != other.shape or not torch.equal(first, other)
@@ -99,11 +95,8 @@ def test_a_clip_of_30_s_still_fits_with_its_pause_and_slower_speech(jfk: Any) ->
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_features_are_made_where_the_batch_is(jfk: Any) -> None:
     batch = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in make_batch(jfk).items()}
-    assert (
-        TrainingInputs(make_config(augmentation={"noise_prob": 1.0}), 80)
-        .features(batch, batch_generator(0, 0, 0))
-        .is_cuda
-    )
+    inputs = TrainingInputs(make_config(augmentation={"noise_prob": 1.0}), 80)
+    assert inputs.features(batch, batch_generator(0, 0, 0)).is_cuda
 
 
 # clips cut at a word

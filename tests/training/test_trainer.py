@@ -75,6 +75,7 @@ def test_training_feeds_the_decoder_what_generation_feeds_it(
 # real weights
 
 
+@pytest.mark.usefixtures("quick_exports")
 def test_fine_tuning_learns_saves_the_best_and_reloads_the_same(
     tiny_en: tuple[Any, Any], make_trainer: TrainerFactory, clips: list[Utterance]
 ) -> None:
@@ -106,16 +107,19 @@ def test_fine_tuning_learns_saves_the_best_and_reloads_the_same(
 # the loop
 
 
-def keep_reports(monkeypatch: pytest.MonkeyPatch) -> list[UpdateReport]:
+def keep_updates(monkeypatch: pytest.MonkeyPatch) -> tuple[list[UpdateReport], list[dict[str, Any]]]:
+    """Return the reports and the batches of the updates to come."""
     reports: list[UpdateReport] = []
+    batches: list[dict[str, Any]] = []
     update = Updater.update
 
-    def kept(self: Updater, *args: Any) -> UpdateReport:
-        reports.append(update(self, *args))
+    def kept(self: Updater, window: Sequence[dict[str, Any]], generators: Any) -> UpdateReport:
+        batches.extend(window)
+        reports.append(update(self, window, generators))
         return reports[-1]
 
     monkeypatch.setattr(Updater, "update", kept)
-    return reports
+    return reports, batches
 
 
 def rows_of(trainer: WhisperTrainer, event: str) -> list[dict[str, Any]]:
@@ -142,7 +146,7 @@ def weights(trainer: WhisperTrainer) -> dict[str, torch.Tensor]:
 def test_every_clip_of_an_epoch_is_stepped_the_schedule_counts_updates_and_the_run_folder_has_it_all(
     make_trainer: TrainerFactory, clips: list[Utterance], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reports = keep_reports(monkeypatch)
+    reports, _ = keep_updates(monkeypatch)
     trainer = make_trainer(train=clips, training__gradient_accumulation_steps=3, training__learning_rate=0.05)
     history = trainer.train()
     for epoch in (reports[:3], reports[3:]):  # 7 batches in windows of 3: the last is short
@@ -172,7 +176,7 @@ def test_every_clip_of_an_epoch_is_stepped_the_schedule_counts_updates_and_the_r
 def test_a_skipped_update_is_named_and_counted_out(
     make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reports = keep_reports(monkeypatch)
+    reports, _ = keep_updates(monkeypatch)
     trainer = make_trainer()
     loss = trainer._loss.forward
     calls = iter(range(99))
@@ -192,14 +196,7 @@ def test_composed_examples_are_trained_on(
     make_trainer: TrainerFactory, clips: list[Utterance], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No-speech clips, joined neighbours, timestamps and previous text, with all augmentation on."""
-    seen: list[dict[str, Any]] = []
-    update = Updater.update
-
-    def kept(self: Updater, window: Any, generators: Any) -> UpdateReport:
-        seen.extend(window)
-        return update(self, window, generators)
-
-    monkeypatch.setattr(Updater, "update", kept)
+    _, seen = keep_updates(monkeypatch)
     one_speaker = [replace(clip, speaker="s") for clip in clips[:10]]
     trainer = make_trainer(
         train=one_speaker,
