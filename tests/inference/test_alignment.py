@@ -36,7 +36,7 @@ def test_path_is_monotone_connected_and_cheapest(shape: tuple[int, int]) -> None
     assert cost[rows, columns].sum() == pytest.approx(cheapest_by_recursion(cost))
 
 
-def test_a_list_of_another_model_is_refused_and_without_one_the_upper_half_is_read_with_one_warning(
+def test_without_heads_the_upper_half_is_read_with_one_warning(
     untrained: DynamicWhisper, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):

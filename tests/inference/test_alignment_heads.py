@@ -53,7 +53,7 @@ def clips(sample: list[Utterance], jfk: np.ndarray) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def unlisted(_tiny_en: tuple[Any, Any]) -> tuple[Any, Any]:
+def unlisted(_tiny_en: Any) -> tuple[Any, Any]:
     """tiny.en as a fine-tuning that lost its list."""
     model, processor = copy.deepcopy(_tiny_en[0]), _tiny_en[1]
     model.generation_config.alignment_heads = None
@@ -61,13 +61,13 @@ def unlisted(_tiny_en: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(unlisted: tuple[Any, Any], clips: list[np.ndarray]) -> HeadSearch:
+def found(unlisted: Any, clips: list[np.ndarray]) -> HeadSearch:
     return find_alignment_heads(*unlisted, clips, TEXTS)
 
 
 @pytest.mark.slow
 def test_found_heads_end_words_where_an_aligner_does_closer_than_the_fallback_and_the_official_heads(
-    found: HeadSearch, _tiny_en: tuple[Any, Any], clips: list[np.ndarray]
+    found: HeadSearch, _tiny_en: Any, clips: list[np.ndarray]
 ) -> None:
     model, processor = _tiny_en
     vocabulary = Vocabulary.of(processor.tokenizer)
@@ -90,7 +90,7 @@ def test_found_heads_end_words_where_an_aligner_does_closer_than_the_fallback_an
 
 @pytest.mark.slow
 def test_a_search_reports_its_basis_and_the_models_own_transcripts_lead_to_the_same_heads(
-    unlisted: tuple[Any, Any], clips: list[np.ndarray], found: HeadSearch
+    unlisted: Any, clips: list[np.ndarray], found: HeadSearch
 ) -> None:
     assert (len(found.heads), len(found.scores), found.clips, found.words) == (10, 24, 4, 52)
     values = list(found.scores.values())
@@ -103,8 +103,8 @@ def test_a_search_reports_its_basis_and_the_models_own_transcripts_lead_to_the_s
     assert len(set(own.heads) & set(found.heads)) >= 9
 
 
-def test_a_model_that_follows_nothing_and_clips_without_text_are_refused(
-    untrained: DynamicWhisper, _tiny_en: tuple[Any, Any], clips: list[np.ndarray]
+def test_an_untrained_model_and_clips_without_text_are_refused(
+    untrained: DynamicWhisper, _tiny_en: Any, clips: list[np.ndarray]
 ) -> None:
     processor = _tiny_en[1]
     with pytest.raises(ModelError, match=r"0\.0\d, needed is 0\.25"):
@@ -125,7 +125,7 @@ def test_a_head_that_follows_scores_one_and_a_head_that_looks_at_one_place_score
 
 @pytest.mark.slow
 def test_the_script_writes_heads_that_transformers_and_ctranslate2_then_use(
-    unlisted: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    unlisted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(script, "setup_logging", lambda level: None)  # it would last, and take pytest's handlers away
     folder = tmp_path / "tuned"
@@ -141,9 +141,9 @@ def test_the_script_writes_heads_that_transformers_and_ctranslate2_then_use(
     assert json.loads((tmp_path / "ct2" / "config.json").read_text())["alignment_heads"] == heads
 
 
-@pytest.mark.parametrize("content", [None, "[]{"])
-def test_a_folder_without_a_readable_generation_config_is_refused(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(ModelError, match=r"generation_config\.json"):
-        write_alignment_heads(tmp_path, [(0, 0)])
+def test_a_folder_without_a_readable_generation_config_is_refused(tmp_path: Path) -> None:
+    for content in (None, "[]{"):
+        if content:
+            (tmp_path / "generation_config.json").write_text(content)
+        with pytest.raises(ModelError, match=r"generation_config\.json"):
+            write_alignment_heads(tmp_path, [(0, 0)])

@@ -52,14 +52,8 @@ def words_of(rows: Iterable[tuple[str, int, int]]) -> list[Word]:
 
 
 letters = st.text("abcdefghij,.!世界。ーab", min_size=1, max_size=12)
-word_lists = st.lists(
-    st.tuples(
-        st.one_of(letters, st.just("x" * 50)),
-        st.sampled_from([0] * 12 + [300, 900]),
-        st.one_of(st.integers(0, 400), st.just(3000)),
-    ),
-    max_size=40,
-).map(words_of)
+gaps_ms, lengths_ms = st.sampled_from([0] * 12 + [300, 900]), st.one_of(st.integers(0, 400), st.just(3000))
+word_lists = st.lists(st.tuples(st.one_of(letters, st.just("x" * 50)), gaps_ms, lengths_ms), max_size=40).map(words_of)
 
 
 def said(text: str, *, word_sec: float = 0.3) -> list[Word]:
@@ -222,12 +216,10 @@ def test_json_has_whispers_shape_and_no_number_for_an_unknown_probability() -> N
     assert segment == {"id": 0, "start": 0.0, "end": 1.2, "text": "Hello there."}
 
 
-@pytest.mark.parametrize(
-    ("name", "begins"), [("a.srt", "1\n"), ("a.VTT", "WEBVTT\n"), ("a.tsv", "start\t"), ("a.json", "{")]
-)
-def test_the_suffix_chooses_the_format_and_an_unknown_one_is_refused(tmp_path: Path, name: str, begins: str) -> None:
-    path = write_captions(tmp_path / "new" / name, make_cues(said("Hello there.")))
-    assert path.read_bytes().decode("utf-8").startswith(begins)
+def test_the_suffix_chooses_the_format_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
+    for name, begins in (("a.srt", "1\n"), ("a.VTT", "WEBVTT\n"), ("a.tsv", "start\t"), ("a.json", "{")):
+        path = write_captions(tmp_path / "new" / name, make_cues(said("Hello there.")))
+        assert path.read_bytes().decode("utf-8").startswith(begins)
     with pytest.raises(DataError, match=r"a\.str.*\.srt"):
         write_captions(tmp_path / "a.str", ())
     with pytest.raises(DataError, match=r"a\.json"):
@@ -246,11 +238,10 @@ def test_a_final_writes_everything_and_the_next_cue_begins_no_earlier(tmp_path: 
 
 
 def test_committed_words_are_written_when_the_session_fails(tmp_path: Path) -> None:
-    path = tmp_path / "live.srt"
-    with pytest.raises(RuntimeError), LiveCaptionWriter(path) as writer:
+    with pytest.raises(RuntimeError), LiveCaptionWriter(tmp_path / "live.srt") as writer:
         writer.write(event("commit", said("Hello there.")))
         raise RuntimeError
-    assert parsed(path.read_text())[0][2] == ("Hello there.",)
+    assert parsed((tmp_path / "live.srt").read_text())[0][2] == ("Hello there.",)
     writer.close()
     with pytest.raises(DataError, match=r"live\.srt"):
         writer.write(event("commit", said("more")))

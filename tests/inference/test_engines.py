@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,14 +33,14 @@ def clips(sample: list[Any], jfk: Waveform) -> list[Waveform]:
 
 
 @pytest.fixture(scope="module")
-def folder(_tiny_en: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory, jfk: Waveform) -> Path:
+def folder(_tiny_en: Any, tmp_path_factory: pytest.TempPathFactory, jfk: Waveform) -> Path:
     model, processor = _tiny_en
     target = tmp_path_factory.mktemp("engines") / "float32"
     return export_ctranslate2(model, target, processor=processor, quantization="float32", verify_clips=[jfk])
 
 
 @pytest.fixture(scope="module")
-def engines(_tiny_en: tuple[Any, Any], folder: Path) -> tuple[Engine, Engine]:
+def engines(_tiny_en: Any, folder: Path) -> tuple[Engine, Engine]:
     return TorchEngine(copy.deepcopy(_tiny_en[0]), _tiny_en[1]), CTranslate2Engine(folder)
 
 
@@ -77,9 +79,7 @@ def test_both_engines_give_the_same_text_times_and_probabilities(
 
 
 @slow
-def test_a_known_text_is_placed_by_both_and_a_model_stays_in_its_mode(
-    engines: tuple[Engine, Engine], tiny_en: tuple[Any, Any], jfk: Waveform
-) -> None:
+def test_both_place_a_known_text_in_any_mode(engines: tuple[Engine, Engine], tiny_en: Any, jfk: Waveform) -> None:
     training = TorchEngine(tiny_en[0].train(), tiny_en[1])
     for engine in (*engines, training):
         tokens = engine.vocabulary.encode("And so my fellow Americans")
@@ -91,7 +91,7 @@ def test_a_known_text_is_placed_by_both_and_a_model_stays_in_its_mode(
 
 
 @slow
-def test_own_length_reaches_both_encoders(_tiny_en: tuple[Any, Any], tmp_path: Path, jfk: Waveform) -> None:
+def test_own_length_reaches_both_encoders(_tiny_en: Any, tmp_path: Path, jfk: Waveform) -> None:
     model, processor = copy.deepcopy(_tiny_en[0]), _tiny_en[1]
     model.audio_context = "dynamic"
     export = {"processor": processor, "quantization": "float32", "verify_clips": [jfk]}
@@ -104,11 +104,10 @@ def test_own_length_reaches_both_encoders(_tiny_en: tuple[Any, Any], tmp_path: P
 
 
 @slow
-def test_multilingual_clips_are_detected_and_aligned_row_by_row(
-    base: tuple[Any, Any], tmp_path: Path, jfk: Waveform
-) -> None:
+def test_multilingual_clips_are_detected_and_aligned_row_by_row(base: Any, tmp_path: Path, jfk: Waveform) -> None:
     assert TorchEngine(*base).detect_languages([jfk]) == ["en"]
     folder = export_ctranslate2(base[0], tmp_path / "base", processor=base[1], quantization="int8", verify_clips=[jfk])
+    assert len(json.loads((folder / "config.json").read_text())["lang_ids"]) == 99
     ct2 = CTranslate2Engine(folder)
     assert ct2.detect_languages([jfk]) == ["en"]
     silence = np.zeros(32_000, dtype=np.float32)  # of any language
@@ -138,10 +137,7 @@ def test_auto_logs_its_choice_and_converts_once(
 def test_what_cannot_be_loaded_is_named(tmp_path: Path, folder: Path, config: Config) -> None:
     with pytest.raises(ModelError, match=r"model\.bin"):
         CTranslate2Engine(tmp_path)
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for name in ("config.json", "tokenizer.json"):
-        (broken / name).write_bytes((folder / name).read_bytes())
+    broken = Path(shutil.copytree(folder, tmp_path / "broken"))
     (broken / "model.bin").write_bytes((folder / "model.bin").read_bytes()[:1_000_000])
     for content in (None, "{", '{"layer_norm_epsilon": 1e-5}'):
         if content is not None:
@@ -194,17 +190,14 @@ def test_only_what_fails_is_decoded_again_without_beams_and_the_last_text_is_tak
     assert [result.text for result in results] == [GOOD.text] * 3 + [LOOP.text]
 
 
-def test_without_thresholds_nothing_is_decoded_twice() -> None:
-    engine = Scripted({1: [LOOP], 2: [GUESS]})
-    decoded(engine, 1, 2, rules=InferenceConfig(temperatures=RULES.temperatures, compression_ratio_threshold=None))
-    assert len(engine.asked) == 1
-
-
-def test_a_guess_on_likely_silence_has_no_text_and_costs_no_second_decoding() -> None:
+def test_a_guess_on_likely_silence_has_no_text_and_nothing_is_decoded_twice_without_thresholds() -> None:
     engine = Scripted({1: [replace(GUESS, no_speech_prob=0.9)], 2: [replace(GOOD, no_speech_prob=0.9)]})
     silent, confident = decoded(engine, 1, 2)
     assert (silent.text, silent.tokens) == ("", ())
     assert confident.text == GOOD.text  # the model trusts it
+    assert len(engine.asked) == 1
+    engine = Scripted({1: [LOOP], 2: [GUESS]})
+    decoded(engine, 1, 2, rules=InferenceConfig(temperatures=RULES.temperatures, compression_ratio_threshold=None))
     assert len(engine.asked) == 1
 
 
@@ -216,9 +209,8 @@ def test_the_detector_decides_where_the_model_doubts(speech: list[str], text: st
         heard.extend(len(audio) for audio in audios)
         return [speech for _ in audios]
 
-    engine = Scripted(
-        {1: [GOOD], 2: [replace(GOOD, no_speech_prob=0.5)], 3: [replace(GUESS, no_speech_prob=0.5), GOOD]}
-    )
+    doubts = [replace(each, no_speech_prob=0.5) for each in (GOOD, GUESS)]
+    engine = Scripted({1: [GOOD], 2: [doubts[0]], 3: [doubts[1], GOOD]})
     results = decoded(engine, 1, 2, 3, vad=SimpleNamespace(speech_segments_batch=segments))
     assert heard == [2, 3]  # a guess without speech is not decoded again
     assert [result.text for result in results] == [GOOD.text, text, text]

@@ -10,7 +10,7 @@ import numpy as np
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.inference.server.host import TURN_SEC, LiveHost, LiveSession, ServerLimits
 from src.inference.streaming.commit import Event
-from tests.inference.server.test_server import in_a_loop, in_blocks, speech
+from tests.inference.server.test_server import in_blocks, speech
 
 
 class Recorder:
@@ -36,7 +36,6 @@ async def opened(**limits: Any) -> tuple[LiveSession, list[Waveform]]:
     return live, recorder.turns
 
 
-@in_a_loop
 async def test_a_full_backlog_takes_no_more_until_a_turn_was_heard() -> None:
     live, turns = await opened(queue_sec=2.0)
     writer = asyncio.create_task(live.put(speech(1, 7.3)))
@@ -47,7 +46,6 @@ async def test_a_full_backlog_takes_no_more_until_a_turn_was_heard() -> None:
     assert np.array_equal(np.concatenate(turns), speech(1, 7.3))
 
 
-@in_a_loop
 async def test_a_writer_that_waits_goes_on_when_nobody_wants_more() -> None:
     live, turns = await opened(queue_sec=2.0)
     writer = asyncio.create_task(live.put(speech(1, 7.3)))
@@ -58,7 +56,6 @@ async def test_a_writer_that_waits_goes_on_when_nobody_wants_more() -> None:
     assert len(turns) == 1
 
 
-@in_a_loop
 async def test_a_session_closed_during_its_turn_does_not_wait_for_its_client() -> None:
     live, _ = await opened(idle_sec=0.05)
     await live.put(speech(1, 0.5))
@@ -70,7 +67,6 @@ async def test_a_session_closed_during_its_turn_does_not_wait_for_its_client() -
     assert live.ending is None
 
 
-@in_a_loop
 async def test_small_blocks_that_wait_make_one_turn() -> None:
     live, turns = await opened(queue_sec=2.0)
     for block in in_blocks(speech(1, 1.0), TURN_SEC / 5):
@@ -80,7 +76,6 @@ async def test_small_blocks_that_wait_make_one_turn() -> None:
     assert [len(turn) for turn in turns] == [TURN_SEC * SAMPLE_RATE] * 2
 
 
-@in_a_loop
 async def test_audio_that_was_complete_before_a_shutdown_is_heard() -> None:
     live, turns = await opened()
     await live.put(speech(1, 1.0))

@@ -20,7 +20,7 @@ from src.inference.server.protocol import (
     read_samples,
     read_server,
     write_samples,
-)
+)  # fmt: skip
 from src.inference.streaming.commit import Event
 from src.inference.words import Word
 
@@ -53,21 +53,17 @@ def test_bytes_that_are_no_audio_are_refused(message: bytes, sample_format: str)
 
 def test_hello_has_defaults_and_hides_its_token() -> None:
     assert read_hello('{"type": "hello"}') == Hello()
-    hello = read_hello(
-        '{"type": "hello", "sample_rate": 48000, "format": "s16le", "language": "de", "token": "secret"}'
-    )
+    given = {"type": "hello", "sample_rate": 48_000, "format": "s16le", "language": "de", "token": "secret"}
+    hello = read_hello(json.dumps(given))
     assert hello == Hello(sample_rate=48_000, format="s16le", language="de", token="secret")
     assert read_hello(hello.to_text()) == hello
     assert "secret" not in repr(hello)
 
 
-TOO_MANY_KEYS = json.dumps({"type": "hello", **{f"key{i}": i for i in range(10_000)}})
-
-
 @pytest.mark.parametrize(
     "text",
     [
-        TOO_MANY_KEYS,
+        json.dumps({"type": "hello", **{f"key{i}": i for i in range(10_000)}}),
         "",
         "hello",
         "[" * 100_000,
@@ -90,32 +86,25 @@ def test_anything_but_a_hello_of_this_version_is_refused(text: str) -> None:
 
 
 @given(st.text())
-def test_no_text_breaks_the_readers(text: str) -> None:
+def test_no_text_breaks_the_readers_and_only_end_ends(text: str) -> None:
     for read in (read_hello, read_end, read_server):
         with pytest.raises(StreamError):
             read(text)
-
-
-def test_only_end_ends() -> None:
     assert read_end(End().to_text()) == End()
     with pytest.raises(StreamError):
         read_end(Hello().to_text())
 
 
-def test_an_event_arrives_as_it_was_emitted() -> None:
+def test_an_event_and_an_error_arrive_as_they_were() -> None:
     words = (Word("Grüße,", 0.1, 1 / 3, 0.9), Word("世界", 1 / 3, 2.0, 1.0))
     event = Event("commit", words, "Grüße, 世界", 2.5, 12_345.678_901, 7)
-    message = LiveEvent.of(event, lag_sec=0.5)
-    assert set(json.loads(message.to_text())) == {
-        "kind", "sequence", "text", "words", "audio_sec", "emitted_at", "lag_sec",
-    }  # fmt: skip
-    received = read_server(message.to_text())
+    message = LiveEvent.of(event, lag_sec=0.5).to_text()
+    keys = {"kind", "sequence", "text", "words", "audio_sec", "emitted_at", "lag_sec"}
+    assert set(json.loads(message)) == keys
+    received = read_server(message)
     assert isinstance(received, LiveEvent)
     assert (received.event, received.lag_sec) == (event, 0.5)
-
-
-def test_an_error_arrives_as_it_was_raised() -> None:
     error = StreamError("engine_failed", "CUDA error", fix="stream again", audio_sec=3.5)
-    received = read_server(Failure.of(error).to_text())
-    assert isinstance(received, Failure)
-    assert vars(received.error) == vars(error)
+    failure = read_server(Failure.of(error).to_text())
+    assert isinstance(failure, Failure)
+    assert vars(failure.error) == vars(error)

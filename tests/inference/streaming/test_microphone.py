@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import jiwer
 import numpy as np
@@ -32,7 +33,7 @@ from src.inference.streaming.microphone import (
     StreamingASR,
     eval_in_colab,
     in_real_time,
-)
+)  # fmt: skip
 from src.inference.words import Word
 from src.utils.config import load_config
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError
@@ -48,44 +49,41 @@ class PortAudioError(Exception):
 class FakeSoundDevice(ModuleType):
     """Delivers one block of ones a tenth of a second, from a thread of its own, as PortAudio does."""
 
+    PortAudioError = PortAudioError
+
     def __init__(self, blocks: int, *, overflows: Sequence[int] = (), fail: str | None = None) -> None:
         super().__init__("sounddevice")
-        self.PortAudioError = PortAudioError
+        self._blocks, self._overflows, self._fail = blocks, overflows, fail
         self.callback_threads: set[int] = set()
         self.closed = False
-        fake = self
-
-        class InputStream:
-            def __init__(self, *, samplerate: int, channels: int, dtype: str, blocksize: int, callback: Any) -> None:
-                if fail == "open":
-                    raise PortAudioError("Device unavailable [PaErrorCode -9985]")
-                assert (samplerate, channels, dtype) == (RATE, 1, "float32")
-                self._blocksize, self._callback = blocksize, callback
-                self._thread = threading.Thread(target=self._deliver)
-
-            def _deliver(self) -> None:
-                fake.callback_threads.add(threading.get_ident())
-                memory = np.empty((self._blocksize, 1), np.float32)  # used again for each block
-                for i in range(blocks):
-                    memory[:] = (i + 1) / 1000
-                    self._callback(memory, self._blocksize, None, SimpleNamespace(input_overflow=i in overflows))
-                memory[:] = np.nan
-
-            def __enter__(self) -> Any:
-                self._thread.start()
-                return self
-
-            def __exit__(self, *error: Any) -> None:
-                self._thread.join()
-                fake.closed = True
-
-        self.InputStream = InputStream
-        self._fail = fail
 
     def query_devices(self, *, kind: str) -> dict[str, float]:
         if self._fail == "query":
             raise PortAudioError("Error querying device -1")
         return {"default_samplerate": float(RATE)}
+
+    def InputStream(self, *, samplerate: int, channels: int, dtype: str, blocksize: int, callback: Any) -> Any:
+        if self._fail == "open":
+            raise PortAudioError("Device unavailable [PaErrorCode -9985]")
+        assert (samplerate, channels, dtype) == (RATE, 1, "float32")
+        self._thread = threading.Thread(target=self._deliver, args=(blocksize, callback))
+        return self
+
+    def _deliver(self, blocksize: int, callback: Any) -> None:
+        self.callback_threads.add(threading.get_ident())
+        memory = np.empty((blocksize, 1), np.float32)  # used again for each block
+        for i in range(self._blocks):
+            memory[:] = (i + 1) / 1000
+            callback(memory, blocksize, None, SimpleNamespace(input_overflow=i in self._overflows))
+        memory[:] = np.nan
+
+    def __enter__(self) -> Any:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._thread.join()
+        self.closed = True
 
 
 @pytest.fixture
@@ -93,11 +91,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType | None], No
     return lambda module: monkeypatch.setitem(sys.modules, "sounddevice", module)
 
 
-def test_all_audio_arrives_in_order_and_what_is_lost_is_counted(
-    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake = FakeSoundDevice(blocks=12, overflows=[2, 5])
-    install(fake)
+def test_all_audio_arrives_in_order_and_what_is_lost_is_counted(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(fake := FakeSoundDevice(blocks=12, overflows=[2, 5]))
     microphone = Microphone(1.0)
     audio = np.concatenate(list(microphone.blocks()))
     assert len(audio) == RATE
@@ -110,9 +105,7 @@ def test_all_audio_arrives_in_order_and_what_is_lost_is_counted(
     assert microphone.overruns == 2
 
 
-def test_a_device_that_fails_or_delivers_nothing_is_an_audio_error(
-    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_that_fails_or_is_silent_is_an_audio_error(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "PATIENCE_SEC", 0.05)
     silent = FakeSoundDevice(blocks=3)
     for fake in (FakeSoundDevice(1, fail="query"), FakeSoundDevice(1, fail="open"), silent):
@@ -122,13 +115,11 @@ def test_a_device_that_fails_or_delivers_nothing_is_an_audio_error(
     assert silent.closed
 
 
-def test_what_cannot_record_is_refused_with_what_to_do(
-    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_record_is_refused_with_what_to_do(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in (Microphone, BrowserMicrophone):
         with pytest.raises(ConfigError, match="duration_sec is 0"):
             kind(0)
-    with pytest.raises(MissingDependencyError, match="Google Colab only"):
+    with pytest.raises(MissingDependencyError, match="Colab"):
         list(BrowserMicrophone(1.0).blocks())
     install(None)
     monkeypatch.setattr(streaming, "in_colab", lambda: True)  # a script there has no page
@@ -144,11 +135,8 @@ def say_hello(audio: Waveform, options: DecodingOptions) -> list[Word]:
     return [Word("hello", 0.1, 0.5, 0.9)]
 
 
-def test_a_session_decodes_in_the_callers_thread_and_shows_events_as_they_come(
-    install: Callable[..., None], caplog: pytest.LogCaptureFixture
-) -> None:
-    fake = FakeSoundDevice(blocks=20)
-    install(fake)
+def test_a_session_decodes_in_the_callers_thread_as_events_come(install: Any, caplog: pytest.LogCaptureFixture) -> None:
+    install(fake := FakeSoundDevice(blocks=20))
     caplog.set_level("INFO", "src.inference.streaming.microphone")
     decoding_threads = set()
 
@@ -165,22 +153,16 @@ def test_a_session_decodes_in_the_callers_thread_and_shows_events_as_they_come(
     assert fake.callback_threads.isdisjoint(decoding_threads)
     assert "48000 Hz" in caplog.text
 
-
-def test_the_models_error_closes_the_device_and_reaches_the_caller(install: Callable[..., None]) -> None:
-    fake = FakeSoundDevice(blocks=20)
-    install(fake)
-
     def fail(*_: Any) -> list[Word]:
         raise RuntimeError("CUDA out of memory")
 
+    install(fake := FakeSoundDevice(blocks=20))
     with pytest.raises(RuntimeError):
         session(fail).stream_from_microphone(2.0)
     assert fake.closed
 
 
-def test_a_file_in_real_time_gives_what_the_file_gives_at_its_pace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_in_real_time_gives_its_text_at_its_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, now = tmp_path / "tone.wav", [0.0]
     sf.write(path, np.sin(np.arange(32_000) / 10), 16_000)
 
@@ -239,18 +221,14 @@ def colab(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def recording(tmp_path_factory: pytest.TempPathFactory, jfk: np.ndarray) -> Path:
-    path = tmp_path_factory.mktemp("microphone") / "jfk.wav"
-    sf.write(path, jfk, SAMPLE_RATE, subtype="PCM_16")
-    return path
-
-
-@pytest.fixture(scope="module")
-def shared_page(recording: Path) -> Iterator[Any]:
+def shared_page(tmp_path_factory: pytest.TempPathFactory, jfk: np.ndarray) -> Iterator[Any]:
+    """A page in a browser whose microphone hears the public clip."""
     with importable_colab():
         from google.colab._page import CHROMIUM, OutputPage
     if not CHROMIUM:
         pytest.skip("no chromium on the PATH: apt-get install chromium")
+    recording = tmp_path_factory.mktemp("microphone") / "jfk.wav"
+    sf.write(recording, jfk, SAMPLE_RATE, subtype="PCM_16")
     page = OutputPage(recording)
     yield page
     page.close()
@@ -261,10 +239,6 @@ def page(shared_page: Any) -> Any:
     """A page as it is when it has just been loaded."""
     shared_page.do(lambda page: page.reload())
     return shared_page
-
-
-def state_of(page: Any) -> str:
-    return page.evaluate("window.whisperMicrophone.state")
 
 
 def click(page: Any, label: str) -> None:
@@ -298,7 +272,7 @@ class TestInABrowser:
         assert all(later > earlier for (_, earlier), (_, later) in itertools.pairwise(found))
         lags = [in_said - in_heard for in_heard, in_said in found]
         assert any(abs(later - earlier) < 0.01 * SAMPLE_RATE for earlier, later in itertools.pairwise(lags))
-        assert (microphone.overruns, state_of(page)) == (0, "closed")
+        assert (microphone.overruns, page.evaluate("window.whisperMicrophone.state")) == (0, "closed")
 
     def test_the_button_ends_the_recording_and_frees_the_device(self, page: Any) -> None:
         page.evaluate(LISTEN)
@@ -306,7 +280,7 @@ class TestInABrowser:
         next(blocks)
         click(page, "Stop recording")
         list(blocks)
-        assert state_of(page) == "stopped"
+        assert page.evaluate("window.whisperMicrophone.state") == "stopped"
         assert page.evaluate("document.querySelectorAll('button').length") == 0
         assert page.evaluate("window.heard.getTracks().map((track) => track.readyState)") == ["ended"]
 
@@ -444,18 +418,15 @@ def test_a_colab_page_that_fails_or_never_answers_is_an_audio_error(monkeypatch:
     from google.colab import output
     from google.colab._message import MessageError
 
-    def failing(script: str, timeout_sec: float) -> Any:
-        raise MessageError("TypeError: Failed to fetch")
-
     def answering(*answers: Any) -> Callable[..., Any]:
         remaining = iter(answers)
         return lambda script, timeout_sec: next(remaining, None)  # None is what a timeout gives
 
-    monkeypatch.setattr(output, "eval_js", failing)
-    with pytest.raises(AudioError, match="Failed to fetch; load the page again"):
+    monkeypatch.setattr(output, "eval_js", Mock(side_effect=MessageError("TypeError: Failed to fetch")))
+    with pytest.raises(AudioError, match="Failed to fetch"):
         eval_in_colab("1")
     monkeypatch.setattr(output, "eval_js", answering(True, answer("recording", 160)))
     blocks = BrowserMicrophone(1.0).blocks()
     assert len(next(blocks)) == 160
-    with pytest.raises(AudioError, match="did not answer for 10 s"):
+    with pytest.raises(AudioError, match="10 s"):
         next(blocks)

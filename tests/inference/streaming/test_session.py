@@ -56,26 +56,24 @@ class Script:
         self.prompts.append(options.prompt)
         if len(self.calls) - 1 in self.fail_at:
             raise RuntimeError("CUDA error: device-side assert")
+        heard = [word for word in self.script if begin - 0.05 <= word.start_sec < end - 0.05]
+        texts = [word.text if word.end_sec <= end + 0.05 else "garbled" for word in heard]
         return [
-            Word(
-                w.text if w.end_sec <= end + 0.05 else "garbled", w.start_sec - begin, min(w.end_sec, end) - begin, 0.9
-            )
-            for w in self.script
-            if begin - 0.05 <= w.start_sec < end - 0.05
+            Word(text, word.start_sec - begin, min(word.end_sec, end) - begin, 0.9)
+            for text, word in zip(texts, heard, strict=True)
         ]
 
 
 class ScriptedDetector:
     """A detector that knows where speech is; it reports with the delays of the real one."""
 
+    config = VADConfig()
+
     def __init__(self, *speech: tuple[float, float]) -> None:
-        self.config = VADConfig()
-        self._speech = speech
+        self._speech, self._now, self._open = speech, 0.0, False
 
     def stream(self) -> ScriptedDetector:
-        copy = ScriptedDetector(*self._speech)
-        copy._now, copy._open = 0.0, False
-        return copy
+        return ScriptedDetector(*self._speech)
 
     def feed(self, samples: Waveform) -> list[VADEvent]:
         before, self._now = self._now, self._now + len(samples) / SAMPLE_RATE
@@ -126,6 +124,8 @@ def test_every_word_is_committed_once_over_many_buffers() -> None:
     assert asr.transcript == text_of(script.script)
     assert max(end - begin for begin, end in script.calls) <= 6.0
     assert events[-1].kind == "final"
+    assert feed_in_pieces(session(silent := Script([]), buffer_sec=4), clock_audio(60.0)) == []
+    assert max(end - begin for begin, end in silent.calls) <= 4.0
 
 
 def test_the_transcript_is_exactly_the_commits_and_events_are_numbered() -> None:
@@ -165,26 +165,25 @@ def test_silence_makes_no_model_call() -> None:
     asr.feed(clock_audio(30.0))
     assert all(5.0 < end < 7.6 for _, end in script.calls)
     assert asr.transcript == text_of(script.script)
+    asr = session(unasked := Script([]), detector=VoiceActivityDetector())
+    noise = np.random.default_rng(0).normal(0, 0.003, 10 * SAMPLE_RATE).astype(np.float32)
+    assert asr.feed(np.zeros(30 * SAMPLE_RATE, np.float32)) + asr.feed(noise) + asr.flush() == []
+    assert unasked.calls == []
 
 
-def test_a_pause_makes_the_words_final_and_the_audio_before_it_stays_as_context() -> None:
+@pytest.mark.parametrize(
+    ("given", "last_begin_sec"), [({}, 0.0), ({"context": "dynamic"}, 4.0), ({"context_silence_sec": 0.0}, 4.0)]
+)
+def test_a_pause_makes_the_words_final_and_only_a_model_of_single_sentences_begins_again(
+    given: dict[str, Any], last_begin_sec: float
+) -> None:
     speech = (0.0, 3.2), (4.4, 7.0)
     script = Script(talk(*speech))
-    events = feed_in_pieces(session(script, detector=ScriptedDetector(*speech)), clock_audio(8.0))
+    events = feed_in_pieces(session(script, detector=ScriptedDetector(*speech), **given), clock_audio(8.0))
     finals = [event for event in events if event.kind == "final"]
     assert [event.text for event in finals] == ["w0 w1 w2 w3 w4 w5 w6 w7", "w8 w9 w10 w11 w12 w13"]
     assert finals[0].audio_sec == pytest.approx(3.7, abs=0.05)
-    assert {begin for begin, _ in script.calls} == {0.0}
-
-
-@pytest.mark.parametrize("given", [{"context": "dynamic"}, {"context_silence_sec": 0.0}])
-def test_a_model_of_single_sentences_begins_again_after_a_pause_and_loses_no_word(given: dict[str, Any]) -> None:
-    speech = (0.0, 3.2), (4.4, 7.0)
-    script = Script(talk(*speech))
-    asr = session(script, detector=ScriptedDetector(*speech), **given)
-    feed_in_pieces(asr, clock_audio(8.0))
-    assert script.calls[-1][0] == pytest.approx(4.0, abs=0.15)
-    assert asr.transcript == text_of(script.script)
+    assert script.calls[-1][0] == pytest.approx(last_begin_sec, abs=0.15)
 
 
 def test_speech_after_an_early_end_of_the_text_is_decoded_by_itself() -> None:
@@ -201,9 +200,7 @@ def test_speech_after_an_early_end_of_the_text_is_decoded_by_itself() -> None:
 
 
 @pytest.mark.parametrize(("max_prompt_tokens", "prompt"), [(3, "w5 w6 w7"), (0, "")])
-def test_a_silence_above_two_seconds_drops_the_audio_and_its_text_becomes_the_prompt(
-    max_prompt_tokens: int, prompt: str
-) -> None:
+def test_after_two_seconds_of_silence_the_text_becomes_the_prompt(max_prompt_tokens: int, prompt: str) -> None:
     speech = (0.0, 3.2), (6.0, 8.0)
     script = Script(talk(*speech))
     asr = session(script, detector=ScriptedDetector(*speech), max_prompt_tokens=max_prompt_tokens)
@@ -232,12 +229,6 @@ def test_hypotheses_that_never_agree_are_forced_out_of_a_full_buffer() -> None:
     asr = session(restless, buffer_sec=5)
     feed_in_pieces(asr, clock_audio(30.0))
     assert [word.text.split("v")[0] for word in asr.words] == [word.text for word in script.script]
-
-
-def test_audio_without_words_does_not_fill_the_buffer() -> None:
-    script = Script([])
-    assert feed_in_pieces(session(script, buffer_sec=4), clock_audio(60.0)) == []
-    assert max(end - begin for begin, end in script.calls) <= 4.0
 
 
 def test_a_loop_is_decoded_again_without_the_prompt_and_never_committed() -> None:
@@ -290,16 +281,18 @@ def test_another_sample_rate_is_resampled_and_a_change_of_rate_is_refused() -> N
     asr = session(lambda audio, options: lengths.append(len(audio)) or [])  # type: ignore[func-returns-value]
     for block in np.split(np.zeros(96_000, np.float32), 20):
         asr.feed(block, sample_rate=48_000)
-    with pytest.raises(AudioError, match="16000 Hz in a stream of 48000 Hz"):
+    with pytest.raises(AudioError, match=r"16000 .* 48000 Hz"):
         asr.feed(np.zeros(10, np.float32))
     asr.flush()
     assert lengths[-1] == pytest.approx(2 * SAMPLE_RATE, abs=2)
 
 
-@pytest.mark.parametrize("samples", [np.zeros((2, 5), np.float32), np.zeros(5, np.int16), np.full(5, np.nan)])
-def test_unfit_samples_are_refused(samples: Any) -> None:
-    with pytest.raises(AudioError):
-        session(Script([])).feed(samples)
+def test_unfit_samples_and_no_model_are_refused() -> None:
+    for samples in (np.zeros((2, 5), np.float32), np.zeros(5, np.int16), np.full(5, np.nan)):
+        with pytest.raises(AudioError):
+            session(Script([])).feed(samples)
+    with pytest.raises(ModelError):
+        StreamingASR()
 
 
 def test_memory_is_bounded_over_ten_minutes() -> None:
@@ -339,11 +332,6 @@ def test_two_sessions_on_one_engine_do_not_mix() -> None:
     assert second.transcript == text_of(talk((0.0, 8.0)))
 
 
-def test_neither_engine_nor_model_is_refused() -> None:
-    with pytest.raises(ModelError):
-        StreamingASR()
-
-
 @given(st.lists(st.tuples(st.integers(0, 1_600), st.integers(-2_000, 2_000)), max_size=60))
 def test_the_buffer_is_the_stream_between_its_times(script: list[tuple[int, int]]) -> None:
     buffer, heard = AudioBuffer(0.2), np.zeros(0, np.float32)
@@ -361,14 +349,6 @@ def test_the_buffer_is_the_stream_between_its_times(script: list[tuple[int, int]
         assert buffer.end_sec == pytest.approx(len(heard) / SAMPLE_RATE)
         assert len(view) <= buffer.capacity_samples
         assert buffer._memory is memory
-
-
-def test_zeros_and_noise_give_no_model_call_and_no_word() -> None:
-    script = Script([])
-    asr = session(script, detector=VoiceActivityDetector())
-    noise = np.random.default_rng(0).normal(0, 0.003, 10 * SAMPLE_RATE).astype(np.float32)
-    assert asr.feed(np.zeros(30 * SAMPLE_RATE, np.float32)) + asr.feed(noise) + asr.flush() == []
-    assert script.calls == []
 
 
 @pytest.mark.slow
@@ -391,9 +371,7 @@ class TestOnRealEngines:
         events = [event for piece in pieces for event in asr.feed(piece)] + asr.flush()
         return [(word_key(e.word), round(e.word.end_sec, 3), e.audio_sec) for e in asr.result(events).words]
 
-    def test_any_chunks_from_one_sample_to_all_at_once_give_the_same_commits(
-        self, engine: Engine, jfk: Waveform
-    ) -> None:
+    def test_any_chunks_of_samples_give_the_same_commits(self, engine: Engine, jfk: Waveform) -> None:
         audio = jfk[: self.PHRASE]
         whole = self.listen(engine, [audio])
         assert tuple(word for word, _, _ in whole) == self.PHRASE_WORDS
@@ -402,21 +380,17 @@ class TestOnRealEngines:
         for cuts in (np.arange(1, 300), ragged):
             assert self.listen(engine, np.split(audio, cuts)) == whole
 
-    def test_both_engines_commit_the_same_words(self, engine: Engine, _tiny_en: tuple[Any, Any], jfk: Waveform) -> None:
+    def test_both_engines_commit_the_same_words(self, engine: Engine, _tiny_en: Any, jfk: Waveform) -> None:
         both = [self.listen(each, [jfk[: self.PHRASE]]) for each in (TorchEngine(*_tiny_en), engine)]
         assert [(word, heard) for word, _, heard in both[0]] == [(word, heard) for word, _, heard in both[1]]
 
     @pytest.mark.parametrize("silence_sec", [0.8, 2.5])  # kept as context, and dropped
-    def test_a_longer_pause_in_the_middle_of_a_sentence_costs_no_word(
-        self, engine: Engine, jfk: Waveform, silence_sec: float
-    ) -> None:
+    def test_a_pause_in_a_sentence_costs_no_word(self, engine: Engine, jfk: Waveform, silence_sec: float) -> None:
         silence = np.zeros(round(silence_sec * SAMPLE_RATE), dtype=np.float32)
         heard = self.listen(engine, [np.insert(jfk[: self.PHRASE], round(2.8 * SAMPLE_RATE), silence)])
         assert tuple(word for word, _, _ in heard) == self.PHRASE_WORDS
 
-    def test_files_of_any_length_give_their_text(
-        self, _tiny_en: tuple[Any, Any], jfk: Waveform, tmp_path: Path
-    ) -> None:
+    def test_files_of_any_length_give_their_text(self, _tiny_en: Any, jfk: Waveform, tmp_path: Path) -> None:
         config = load_config(None, overrides={"streaming.min_chunk_sec": 2.0})
         asr = StreamingASR(*_tiny_en, vad=VoiceActivityDetector(), config=config)
         for duration_sec, expected in ((11.0, JFK_TEXT), (1.9, "and so my fellow"), (0.75, "and so")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -31,19 +32,17 @@ def shown_text(html: str) -> str:
     return re.sub("<[^>]*>", "", html.split("<small")[0])
 
 
-class Notebook:
-    """Stands for the notebook; remembers what it was told to show."""
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Stands for the notebook's `display`."""
+    display = Mock()
+    monkeypatch.setattr(live_view, "in_notebook", lambda: True)
+    monkeypatch.setattr("IPython.display.display", display)
+    return display
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[tuple[str, bool]] = []
-        self.html: list[str] = []
-        monkeypatch.setattr(live_view, "in_notebook", lambda: True)
-        monkeypatch.setattr("IPython.display.display", self._display)
 
-    def _display(self, shown: dict[str, str], *, raw: bool, display_id: str, update: bool) -> None:
-        assert raw
-        self.calls.append((display_id, update))
-        self.html.append(shown["text/html"])
+def newest_text(notebook: Mock) -> str:
+    return shown_text(notebook.call_args.args[0]["text/html"])
 
 
 class Terminal(io.StringIO):
@@ -58,13 +57,11 @@ def test_committed_text_grows_and_the_partial_is_replaced() -> None:
     assert captions.to_text() == "and so my fellow"
     captions.show(event("commit", "my", 2.5, end_sec=1.75))
     assert captions.to_text() == "and so my"
-    assert "2.5 s heard, the newest word committed 0.8 s" in captions.to_html()
+    assert "2.5 s" in captions.to_html()
+    assert "0.8 s" in captions.to_html()
     captions.show(event("final", "and so my", 4.0))
     assert captions.to_text() == "and so my"
-    assert "4.0 s heard" in captions.to_html()
-
-
-def test_scripts_without_spaces_get_none() -> None:
+    assert "4.0 s" in captions.to_html()
     captions = after(event("commit", "こんにちは", 1.0), event("commit", "世界", 2.0), event("partial", "です", 3.0))
     assert captions.to_text() == shown_text(captions.to_html()) == "こんにちは世界です"
 
@@ -84,31 +81,31 @@ def test_what_was_said_is_text_and_never_markup_and_the_partial_is_fainter() -> 
     assert set(re.findall(r"<(\w+)", html)) == {"div", "span", "small"}
 
 
-def test_all_events_of_an_update_are_shown_and_a_flood_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    notebook, now = Notebook(monkeypatch), [0.0]
+def test_all_events_of_an_update_are_shown_and_a_flood_is_not(notebook: Mock) -> None:
+    now = [0.0]
     with LiveCaptions(clock=lambda: now[0]) as live:
         for second in range(10):  # a microphone: two events at once, twice a second
             now[0] = second / 2
             live.show(event("commit", f"said{second}", now[0]))
             live.show(event("partial", "perhaps", now[0]))
-        assert len(notebook.calls) == 1 + 20
+        assert notebook.call_count == 1 + 20
         now[0] += 60
         for i in range(500):  # a file, as fast as it goes
             now[0] += 0.01
             live.show(event("commit", f"fast{i}", now[0]))
-        assert 35 <= len(notebook.calls) - 21 <= 40
-    assert len({name for name, _ in notebook.calls}) == 1
-    assert [update for _, update in notebook.calls] == [False, *[True] * (len(notebook.calls) - 1)]
-    assert shown_text(notebook.html[-1]).endswith("fast498 fast499")
+        assert 35 <= notebook.call_count - 21 <= 40
+    first, *rest = (each.kwargs for each in notebook.call_args_list)
+    assert first["raw"] and not first["update"]
+    assert all(each == {**first, "update": True} for each in rest)  # of one output
+    assert newest_text(notebook).endswith("fast498 fast499")
 
 
-def test_an_error_leaves_the_last_state_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    notebook = Notebook(monkeypatch)
+def test_an_error_leaves_the_last_state_and_goes_on(notebook: Mock) -> None:
     with pytest.raises(KeyboardInterrupt), LiveCaptions(clock=lambda: 0.0) as live:
         for i in range(20):
             live.show(event("commit", f"word{i}", 1.0))
         raise KeyboardInterrupt
-    assert shown_text(notebook.html[-1]).endswith("word19")
+    assert newest_text(notebook).endswith("word19")
 
 
 def test_a_terminal_shows_one_line_in_place_and_a_file_the_end_only(monkeypatch: pytest.MonkeyPatch) -> None:
