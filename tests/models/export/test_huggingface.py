@@ -4,6 +4,7 @@ import errno
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -27,9 +28,7 @@ from src.utils.errors import ModelError
 
 
 @pytest.mark.slow
-def test_huggingface_export_loads_in_stock_classes_and_replaces_an_older_one(
-    tiny_en: tuple[Any, Any], tmp_path: Path
-) -> None:
+def test_huggingface_export_loads_in_stock_classes_and_replaces_an_older_one(tiny_en: Any, tmp_path: Path) -> None:
     model, processor = tiny_en
     model.audio_context = "dynamic"
     model.train()
@@ -45,40 +44,45 @@ def test_huggingface_export_loads_in_stock_classes_and_replaces_an_older_one(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_model_that_changes_on_the_way_is_not_saved(
-    tiny_en: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def add_bias(model: Any, processor: Any, folder: Path) -> None:
+    model.model.encoder.conv1.bias.data.add_(1)
+
+
+def suppress_words(model: Any, processor: Any, folder: Path) -> None:
+    settings = json.loads((folder / "generation_config.json").read_text())
+    settings["suppress_tokens"] += processor.tokenizer(" be But", add_special_tokens=False).input_ids
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+
+
+def fill_the_disk(*given: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "named"),
+    [
+        (add_bias, ModelError, r"model\.encoder\.conv1\.bias"),
+        pytest.param(suppress_words, ModelError, r"\d+%.* 0%", marks=pytest.mark.slow),
+        (fill_the_disk, OSError, "No space left"),
+    ],
+)
+def test_an_export_that_fails_or_differs_from_the_model_leaves_the_older_one(
+    tiny_en: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, error: Any, named: str
 ) -> None:
-    model, processor = tiny_en
+    tiny_en[0].audio_context = "dynamic"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
     save = export._save
 
-    def save_something_else(model: Any, processor: Any, folder: Path) -> None:
-        save(model, processor, folder)
-        model.model.encoder.conv1.bias.data.add_(1)
+    def save_damaged(*given: Any) -> None:
+        save(*given)
+        damage(*given)
 
-    monkeypatch.setattr(export, "_save", save_something_else)
-    with pytest.raises(ModelError, match=r"1 weights differ after reloading: model\.encoder\.conv1\.bias"):
-        export_huggingface(model, processor, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_a_folder_that_no_longer_gives_the_text_is_not_saved(
-    tiny_en: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, processor = tiny_en
-    model.audio_context = "dynamic"
-    save = export._save
-
-    def save_other_settings(model: Any, processor: Any, folder: Path) -> None:
-        save(model, processor, folder)
-        settings = json.loads((folder / "generation_config.json").read_text())
-        settings["suppress_tokens"] += processor.tokenizer(" be But", add_special_tokens=False).input_ids
-        (folder / "generation_config.json").write_text(json.dumps(settings))
-
-    monkeypatch.setattr(export, "_save", save_other_settings)
-    with pytest.raises(ModelError, match=r"the reloaded model differs in \d+% of the words, allowed are 0%"):
-        export_huggingface(model, processor, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(export, "_save", save_damaged)
+    with pytest.raises(error, match=named):
+        export_huggingface(*tiny_en, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
 
 
 def test_exports_are_verified_with_five_speakers_of_the_bundled_sample(sample: list[Utterance]) -> None:
@@ -88,50 +92,40 @@ def test_exports_are_verified_with_five_speakers_of_the_bundled_sample(sample: l
     assert all(2 * SAMPLE_RATE < len(clip) < 4 * SAMPLE_RATE for clip in clips)
 
 
-def test_clips_that_cannot_be_verified_with_are_refused(tiny_en: tuple[Any, Any], jfk: np.ndarray) -> None:
+def test_clips_that_cannot_be_verified_with_are_refused(tiny_en: Any, jfk: np.ndarray) -> None:
     model, processor = tiny_en
-    with pytest.raises(ModelError, match="no clip to verify with"):
+    with pytest.raises(ModelError, match="no clip"):
         export_check.verify_transcripts(model, processor, lambda batch: [], name="x", clips=[])
-    with pytest.raises(ModelError, match=r"a clip of 33\.0 s: pass clips of at most 30 s"):
+    with pytest.raises(ModelError, match=r"33\.0 s"):
         export_check.prepare_batch(model, processor.tokenizer, [np.concatenate([jfk] * 3)], None)
     model.generation_config.is_multilingual, model.generation_config.lang_to_id = True, {"<|de|>": 1, "<|sv|>": 2}
-    with pytest.raises(ModelError, match="language 'den' is unknown to this model; did you mean 'de'"):
+    with pytest.raises(ModelError, match=r"'den'.*'de'"):
         export_check.prepare_batch(model, processor.tokenizer, [jfk], "den")
 
 
-def test_folder_that_is_no_export_is_left_alone(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_left_alone_and_a_wrapped_model_refused(tiny_en: Any, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="choose another output folder"):
+    with pytest.raises(FileExistsError):
         export_huggingface(*tiny_en, tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
-
-
-def test_wrapped_model_is_refused(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="merge_and_unload"):
         export_huggingface(nn.Sequential(tiny_en[0]), tiny_en[1], tmp_path / "out")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["int8", "float16"])
-def test_ctranslate2_export_is_complete_and_gives_the_text(
-    tiny_en: tuple[Any, Any], tmp_path: Path, quantization: str, jfk: np.ndarray
-) -> None:
+def test_ctranslate2_export_is_complete(tiny_en: Any, tmp_path: Path, quantization: str, jfk: np.ndarray) -> None:
     model, processor = tiny_en
     out = export_ctranslate2(
         model, tmp_path / "out", processor=processor, quantization=quantization, verify_clips=[jfk, jfk[: 16_000 * 4]]
     )
-    assert {path.name for path in out.iterdir()} == {
-        "config.json",
-        "model.bin",
-        "preprocessor_config.json",
-        "tokenizer.json",
-        "vocabulary.json",
-    }
+    names = ["config.json", "model.bin", "preprocessor_config.json", "tokenizer.json", "vocabulary.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
     assert json.loads((out / "config.json").read_text())["audio_context"] == "full"
 
 
 @pytest.mark.slow
-def test_dynamic_context_survives_export_and_conversion_back(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
+def test_dynamic_context_survives_export_and_conversion_back(tiny_en: Any, tmp_path: Path) -> None:
     model, processor = tiny_en
     model.audio_context = "dynamic"
     export_ctranslate2(model, tmp_path / "ct2", processor=processor, quantization="float32")
@@ -141,15 +135,8 @@ def test_dynamic_context_survives_export_and_conversion_back(tiny_en: tuple[Any,
 
 
 @pytest.mark.slow
-def test_multilingual_export_detects_the_language(base: tuple[Any, Any], tmp_path: Path, jfk: np.ndarray) -> None:
-    model, processor = base
-    export_ctranslate2(model, tmp_path / "out", processor=processor, verify_clips=[jfk[: 16_000 * 5]])
-    assert len(json.loads((tmp_path / "out" / "config.json").read_text())["lang_ids"]) == 99
-
-
-@pytest.mark.slow
 def test_export_that_says_something_else_is_removed(
-    tiny_en: tuple[Any, Any], tmp_path: Path, jfk: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    tiny_en: Any, tmp_path: Path, jfk: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = tiny_en
     load_model = ct2_export.TransformersConverter.load_model
@@ -160,24 +147,21 @@ def test_export_that_says_something_else_is_removed(
         return loaded
 
     monkeypatch.setattr(ct2_export.TransformersConverter, "load_model", load_damaged)
-    with pytest.raises(ModelError, match="of the words, allowed are 20%, so it was not saved"):
+    with pytest.raises(ModelError, match="20%"):
         export_ctranslate2(model, tmp_path / "out", processor=processor, verify_clips=[jfk])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_alignment_heads_of_another_model_are_not_exported(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
+def test_what_ctranslate2_cannot_hold_is_not_exported(tiny_en: Any, tmp_path: Path) -> None:
     model, processor = tiny_en
-    model.generation_config.alignment_heads = [[31, 0]]
-    with pytest.raises(ModelError, match=r"lists \(31, 0\), but the decoder has 4 layers"):
-        export_ctranslate2(model, tmp_path / "out", processor=processor)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_unknown_quantization_and_absent_processor_are_refused(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="unknown quantization 'int4'; known: int8"):
+    with pytest.raises(ModelError, match=r"'int4'.*int8"):
         export_ctranslate2(tmp_path, tmp_path / "out", quantization="int4")
     with pytest.raises(ModelError, match="processor="):
-        export_ctranslate2(tiny_en[0], tmp_path / "out")
+        export_ctranslate2(model, tmp_path / "out")
+    model.generation_config.alignment_heads = [[31, 0]]
+    with pytest.raises(ModelError, match=r"\(31, 0\).* 4 layers"):
+        export_ctranslate2(model, tmp_path / "out", processor=processor)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -192,13 +176,13 @@ def test_unknown_quantization_and_absent_processor_are_refused(tiny_en: tuple[An
         (["a", "b"], ["a a a a a", "b"], 0.5),
     ],
 )
-def test_word_mismatch_counts_edits_over_the_words_of_the_source_and_every_clip_once(
+def test_word_mismatch_counts_edits_over_the_words_of_the_source(
     expected: list[str], found: list[str], rate: float
 ) -> None:
     assert export_check.word_mismatch(expected, found) == rate
 
 
-def test_provenance_and_adapters_lie_beside_the_model(tiny_en: tuple[Any, Any], tmp_path: Path) -> None:
+def test_provenance_and_adapters_lie_beside_the_model(tiny_en: Any, tmp_path: Path) -> None:
     model, processor = tiny_en
     model.audio_context = "dynamic"
     adapters = {"fc1.lora_A": torch.arange(6.0).reshape(2, 3).t(), "fc1.lora_B": torch.zeros(3, 2)}
@@ -215,32 +199,16 @@ def test_provenance_and_adapters_lie_beside_the_model(tiny_en: tuple[Any, Any], 
     assert export.read_provenance(out) == {}
 
 
-@pytest.mark.parametrize("content", [None, "{", "[1]", "\xff"])
-def test_a_provenance_that_is_absent_or_damaged_says_nothing(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "provenance.json").write_text(content, encoding="latin-1")
-    assert export.read_provenance(tmp_path) == {}
-
-
-def test_a_full_disk_leaves_the_older_export(
-    tiny_en: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.json").write_text("{}")
-
-    def full(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(export, "_save", full)
-    with pytest.raises(OSError, match="No space left"):
-        export_huggingface(*tiny_en, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+def test_a_provenance_that_is_absent_or_damaged_says_nothing(tmp_path: Path) -> None:
+    for content in (None, "{", "[1]", "\xff"):
+        if content is not None:
+            (tmp_path / "provenance.json").write_text(content, encoding="latin-1")
+        assert export.read_provenance(tmp_path) == {}
 
 
 @pytest.mark.slow
 def test_the_scripts_export_a_checkpoint_and_say_errors_in_one_line(
-    tiny_en: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_en: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(export_script, "setup_logging", lambda level: None)  # it would last, and take pytest's handlers
     model, processor = tiny_en
@@ -250,34 +218,22 @@ def test_the_scripts_export_a_checkpoint_and_say_errors_in_one_line(
     assert capsys.readouterr().out.splitlines() == [str(out)]
     assert (out / "model.bin").is_file()
     for given, said in (
-        (
-            ["--model", str(source), "--format", "hf", "--quantization", "int8"],
-            "ModelError: --quantization int8: hf keeps",
-        ),
-        (
-            ["--model", str(source), "--format", "onnx", "--quantization", "q4"],
-            "unknown quantization 'q4'; known: none",
-        ),
-        (["--model", "tinny", "--format", "ct2"], "ModelError: 'tinny': unknown variant; did you mean 'tiny'? Known:"),
-        (["--model", str(tmp_path / "gone"), "--format", "ct2"], "gone: no such folder; checkpoints beside it:"),
+        (["--model", str(source), "--format", "hf", "--quantization", "int8"], "--quantization int8"),
+        (["--model", str(source), "--format", "onnx", "--quantization", "q4"], "'q4'"),
+        (["--model", "tinny", "--format", "ct2"], "ModelError: 'tinny'"),
+        (["--model", str(tmp_path / "gone"), "--format", "ct2"], "gone"),
     ):
         assert export_script.main([*given, "--output", str(tmp_path / "other")]) == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1
-        assert said in lines[0]
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
     (tmp_path / "thesis.txt").write_text("mine")
     assert export_script.main(["--model", str(source), "--format", "ct2", "--output", str(tmp_path)]) == 2
 
 
 def test_the_short_onnx_script_is_the_long_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    calls: list[tuple[Any, ...]] = []
-
-    def record(*given: Any) -> Path:
-        calls.append(given)
-        return tmp_path
-
+    record = Mock(return_value=tmp_path)
     monkeypatch.setattr(export_script, "setup_logging", lambda level: None)
     monkeypatch.setattr(export_onnx_script, "export", record)
     assert export_onnx_script.main(["--model", "tiny.en", "--output", str(tmp_path)]) == 0
     assert export_onnx_script.main(["--model", "tiny.en", "--output", str(tmp_path), "--int8"]) == 0
-    assert calls == [("tiny.en", "onnx", quantization, tmp_path) for quantization in ("none", "int8")]
+    assert record.call_args_list == [call("tiny.en", "onnx", each, tmp_path) for each in ("none", "int8")]

@@ -29,16 +29,14 @@ SHAPE = {
 
 
 @pytest.fixture
-def dynamic(tiny_en: tuple[Any, Any]) -> tuple[Any, Any]:
+def dynamic(tiny_en: Any) -> tuple[Any, Any]:
     model, processor = tiny_en
     model.audio_context = "dynamic"
     return model, processor
 
 
 @pytest.mark.slow
-def test_an_export_gives_the_text_and_is_laid_out_for_optimum_and_transformers_js(
-    dynamic: tuple[Any, Any], tmp_path: Path
-) -> None:
+def test_an_export_gives_the_text_and_is_laid_out_for_optimum_and_transformers_js(dynamic: Any, tmp_path: Path) -> None:
     model, processor = dynamic
     out = export_onnx(model, tmp_path / "out", processor=processor, verify_clips=CLIPS)  # compares text and logits
     files = {path.name for path in out.iterdir()}
@@ -132,26 +130,22 @@ class FakeRuntime:
 
 
 @pytest.fixture
-def runtime(monkeypatch: pytest.MonkeyPatch, dynamic: tuple[Any, Any]) -> Iterator[type[FakeRuntime]]:
+def runtime(monkeypatch: pytest.MonkeyPatch, dynamic: Any) -> Iterator[type[FakeRuntime]]:
     fake = type("Runtime", (FakeRuntime,), {"source": dynamic[0]})
     monkeypatch.setattr(onnx, "OnnxWhisper", fake)
     monkeypatch.setattr(onnx_graphs, "write_onnx", lambda model, folder, int8: (folder / "encoder_model.onnx").touch())
     yield fake
 
 
-def test_an_export_that_says_or_computes_something_else_is_not_saved_and_an_older_one_stays(
-    dynamic: tuple[Any, Any], runtime: Any, tmp_path: Path
-) -> None:
+def test_an_export_that_differs_is_not_saved_and_an_older_one_stays(dynamic: Any, runtime: Any, tmp_path: Path) -> None:
     model, processor = dynamic
     out = export_onnx(model, tmp_path / "out", processor=processor, verify_clips=CLIPS[:1])
     (out / "older").touch()
     runtime.logits_are_off_by = 0.02
-    with pytest.raises(
-        ModelError, match=r"a logit of the ONNX model differs by 0\.02, allowed are 0\.01, so it was not"
-    ):
+    with pytest.raises(ModelError, match=r"0\.02.* 0\.01"):
         export_onnx(model, out, processor=processor, verify_clips=CLIPS[:1])
     runtime.text_is_right = False
-    with pytest.raises(ModelError, match=r"\(quantization int8\) differs in 100% of the words, allowed are 20%"):
+    with pytest.raises(ModelError, match=r"int8.* 100%.* 20%"):
         export_onnx(model, out, processor=processor, quantization="int8", verify_clips=CLIPS[:1])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "older").exists()
@@ -160,23 +154,16 @@ def test_an_export_that_says_or_computes_something_else_is_not_saved_and_an_olde
     assert not (out / "older").exists()
 
 
-def test_an_absent_package_is_named_with_the_line_that_installs_it(
-    tiny_en: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
-    with pytest.raises(MissingDependencyError, match="needs onnxscript: pip install onnx onnxruntime onnxscript"):
-        export_onnx(tiny_en[0], tmp_path / "out", processor=tiny_en[1])
-
-
-def test_unknown_quantization_absent_processor_and_a_folder_of_something_else_are_refused(
-    tiny_en: tuple[Any, Any], tmp_path: Path
-) -> None:
+def test_what_cannot_be_exported_is_refused(tiny_en: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny_en
-    with pytest.raises(ModelError, match="unknown quantization 'int4'; known: none, int8"):
+    with pytest.raises(ModelError, match=r"'int4'.* int8"):
         export_onnx(model, tmp_path / "out", processor=processor, quantization="int4")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="processor="):
         export_onnx(model, tmp_path / "out")
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="choose another output folder"):
+    with pytest.raises(FileExistsError):
         export_onnx(model, tmp_path, processor=processor)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    with pytest.raises(MissingDependencyError, match="onnxscript: pip install onnx onnxruntime onnxscript"):
+        export_onnx(model, tmp_path / "out", processor=processor)
