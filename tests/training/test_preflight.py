@@ -22,6 +22,7 @@ from src.training.methods import prepare_model, trainable
 from src.training.preflight import BatchProposal, Preflight, largest_that_fits, preflight, propose_batch_seconds
 from src.training.state import random_state
 from src.training.trainer import WhisperTrainer
+from src.utils import runtime
 from src.utils.config import Config
 from src.utils.errors import DeviceError
 from src.utils.memory import run_disk_mb, size_mb
@@ -34,7 +35,9 @@ TrainerFactory = Callable[..., WhisperTrainer]
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     found = EnvironmentReport((Check("GPU", "absent", "none"), Check("jiwer", "error", "is not installed", "pip ...")))
-    monkeypatch.setattr(module, "environment_report", lambda config: found)  # the real one imports torch anew
+    monkeypatch.setattr(module, "environment_report", lambda config: found)  # the real one imports torch again
+    for each in (module, runtime):  # collecting garbage takes a second
+        monkeypatch.setattr(each, "release_memory", lambda: None)
 
 
 @pytest.fixture

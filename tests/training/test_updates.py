@@ -28,6 +28,7 @@ from src.training.updates import (
     count_updates,
     default_learning_rate,
 )
+from src.utils import runtime
 from src.utils.config import TrainingConfig
 from src.utils.errors import DataError, DeviceError, MissingDependencyError
 
@@ -120,6 +121,12 @@ def with_nan(batch: Batch) -> Batch:
 def close(found: Tensor, expected: Tensor) -> None:
     """To 1e-5 of the gradient's length."""
     assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collecting garbage takes a second."""
+    monkeypatch.setattr(runtime, "release_memory", lambda: None)
 
 
 @pytest.fixture
