@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -23,97 +23,86 @@ from src.utils.errors import WhisperASRError
 from src.utils.mirror import STALL_SEC, DriveMirror, _Job
 
 LONG_SEC = 20.0  # a limit that no good run comes near
-Make = Callable[..., DriveMirror]
-
-
-class Time:
-    """A clock that only sleeping moves."""
-
-    def __init__(self) -> None:
-        self.now_sec = 0.0
-        self.slept_sec: list[float] = []
-
-    def sleep(self, seconds: float) -> None:
-        self.slept_sec.append(seconds)
-        self.now_sec += seconds
-
-    def clock(self) -> float:
-        return self.now_sec
+GROUP: dict[str, Any] = {"group": "checkpoints", "keep": 1}
+Fault = Callable[[BinaryIO, bytes], None]
 
 
 class Drive:
-    """Faults of the next blocks; without one, a block is written."""
+    """A target, the faults of the next blocks that are written to it, and a clock that only sleeping moves."""
 
-    def __init__(self) -> None:
-        self.faults: list[Callable[[BinaryIO, bytes], None]] = []
+    def __init__(self, home: Path) -> None:
+        self.home, self.target = home, home / "drive" / "whisper_asr"
+        self.faults: list[Fault] = []
         self.n_blocks = 0
+        self.now_sec = 0.0
+        self.retry_waits_sec: list[float] = []
+        self.mirrors: list[DriveMirror] = []
 
     def write(self, writer: BinaryIO, block: bytes) -> None:
         self.n_blocks += 1
         fault = self.faults.pop(0) if self.faults else None
         fault(writer, block) if fault else writer.write(block)
 
+    def sleep(self, seconds: float) -> None:
+        self.now_sec += seconds
+        if seconds >= 1:
+            self.retry_waits_sec.append(seconds)
+
+    def mirror(self, max_mb_per_sec: float = 1e6) -> DriveMirror:
+        mirror = DriveMirror(
+            self.target, max_mb_per_sec=max_mb_per_sec, sleep=self.sleep, clock=lambda: self.now_sec
+        )  # fmt: skip
+        self.mirrors.append(mirror)
+        return mirror
+
+    def save(self, name: str, content: str, *, n_bytes: int = 100) -> Path:
+        """Save a folder as a checkpoint store does: two files, one in a subfolder."""
+        folder = self.home / name
+        (folder / "sub").mkdir(parents=True, exist_ok=True)
+        (folder / "model").write_bytes(content.encode() * n_bytes)
+        (folder / "sub" / "config").write_text(content)
+        return folder
+
+    def names(self, folder: str = ".") -> list[str]:
+        """All names in a folder of the target, hidden ones too, without the marker."""
+        return sorted(path.name for path in (self.target / folder).iterdir() if path.name != MIRROR_MARKER)
+
+    def content(self, name: str, *, n_bytes: int = 100) -> str:
+        """The content of a whole copy; half a copy, or one with more than was saved, fails."""
+        folder = self.target / name
+        files = [path for path in folder.rglob("*") if path.is_file() and path.name != MIRROR_MARKER]
+        content = (folder / "sub" / "config").read_text()
+        assert sorted(files) == [folder / "model", folder / "sub" / "config"]
+        assert (folder / "model").read_bytes() == content.encode() * n_bytes
+        return content
+
 
 @pytest.fixture
-def drive(monkeypatch: pytest.MonkeyPatch) -> Drive:
-    drive = Drive()
+def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Drive]:
+    caplog.set_level(logging.WARNING, logger="src.utils")
+    drive = Drive(tmp_path)
     monkeypatch.setattr(colab, "_write_block", drive.write)
-    return drive
-
-
-@pytest.fixture
-def time() -> Time:
-    return Time()
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    return tmp_path / "drive" / "whisper_asr"
-
-
-@pytest.fixture
-def make(time: Time, target: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Make]:
-    caplog.set_level(logging.DEBUG, logger="src.utils")
-    made: list[DriveMirror] = []
-
-    def make(max_mb_per_sec: float = 1e6, **options: object) -> DriveMirror:
-        options = {"sleep": time.sleep, "clock": time.clock, **options}
-        made.append(DriveMirror(target, max_mb_per_sec=max_mb_per_sec, **options))  # type: ignore[arg-type]
-        return made[-1]
-
-    yield make
-    for mirror in made:
+    yield drive
+    for mirror in drive.mirrors:
         assert mirror.close(LONG_SEC)
         assert not mirror._thread.is_alive()
 
 
-def save(folder: Path, content: str, *, n_bytes: int = 3000) -> Path:
-    """Save a folder as a checkpoint store does: two files, one in a subfolder."""
-    (folder / "sub").mkdir(parents=True, exist_ok=True)
-    (folder / "model").write_bytes((content * n_bytes).encode()[:n_bytes])
-    (folder / "sub" / "config").write_text(content)
-    return folder
+def send(mirror: DriveMirror, *sources: Path, **options: Any) -> None:
+    for source in sources:
+        mirror.submit(source, **options)
+    assert mirror.flush(LONG_SEC)
 
 
-def content_of(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MIRROR_MARKER)
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-def names(target: Path) -> list[str]:
-    """All names in a folder, hidden ones too, without the marker."""
-    return sorted(path.name for path in target.iterdir() if path.name != MIRROR_MARKER)
-
-
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+def failed(mirror: DriveMirror) -> list[str]:
+    return [failure.name for failure in mirror.failures]
 
 
 def full(writer: BinaryIO, block: bytes) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def broken(writer: BinaryIO, block: bytes) -> None:
+def broken(*_: object) -> None:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
@@ -125,202 +114,156 @@ def flipped(writer: BinaryIO, block: bytes) -> None:
     writer.write(bytes([block[0] ^ 1]) + block[1:])
 
 
-def test_a_folder_arrives_whole_and_nothing_is_linked(
-    make: Make, tmp_path: Path, target: Path, caplog: pytest.LogCaptureFixture
+def surprise(writer: BinaryIO, block: bytes) -> None:
+    raise ZeroDivisionError("surprise")
+
+
+class Hang:
+    """A block that is written only once it is released."""
+
+    def __init__(self) -> None:
+        self.begun, self.release = threading.Event(), threading.Event()
+
+    def __call__(self, writer: BinaryIO, block: bytes) -> None:
+        self.begun.set()
+        assert self.release.wait(LONG_SEC)
+        writer.write(block)
+
+
+def test_a_folder_arrives_whole_unlinked_and_at_the_rate_allowed(
+    drive: Drive, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = save(tmp_path / "checkpoint-1", "a", n_bytes=3_000_000)
-    mirror = make()
-    mirror.submit(source, name="run/checkpoint-1")
-    assert mirror.flush(LONG_SEC)
-    copy = target / "run" / "checkpoint-1"
-    assert content_of(copy) == content_of(source)
-    assert all(path.stat().st_nlink == 1 and not path.is_symlink() for path in copy.rglob("*") if path.is_file())
-    assert names(target) == ["run"]
-    assert names(target / "run") == ["checkpoint-1"]
-    assert mirror.failures == []
-    assert not warnings(caplog)
+    mirror = drive.mirror(2.0)
+    send(mirror, drive.save("checkpoint-1", "a", n_bytes=3_000_000), name="run/checkpoint-1")
+    assert drive.content("run/checkpoint-1", n_bytes=3_000_000) == "a"
+    files = [path for path in (drive.target / "run").rglob("*") if path.is_file()]
+    assert all(path.stat().st_nlink == 1 and not path.is_symlink() for path in files)
+    assert (drive.names(), drive.names("run")) == (["run"], ["checkpoint-1"])
+    assert mirror.failures == [] and not caplog.records
+    least_sec = (2 * 3_000_001 - (1 << 18)) / 2e6  # written and read back; the last block does not wait
+    assert least_sec <= drive.now_sec <= least_sec + 1.1
 
 
-def test_a_fault_that_passes_is_tried_again_with_growing_waits(
-    make: Make, tmp_path: Path, target: Path, drive: Drive, time: Time, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("fault", [full, broken, cut, flipped])
+def test_a_fault_is_tried_again_and_if_it_lasts_keeps_the_last_good_copy(
+    drive: Drive, caplog: pytest.LogCaptureFixture, fault: Fault
 ) -> None:
-    drive.faults = [broken, broken]
-    mirror = make()
-    mirror.submit(save(tmp_path / "best", "a"))
-    assert mirror.flush(LONG_SEC)
-    assert [seconds for seconds in time.slept_sec if seconds >= 1] == [1.0, 4.0]
-    assert content_of(target / "best") == content_of(tmp_path / "best")
-    assert not warnings(caplog)
-
-
-@pytest.mark.parametrize(
-    ("fault", "reason"), [(full, "No space"), (broken, "error"), (cut, "differs"), (flipped, "differs")]
-)
-def test_a_lasting_fault_is_one_warning_and_keeps_the_last_good_copy(
-    make: Make, tmp_path: Path, target: Path, drive: Drive, time: Time, caplog: pytest.LogCaptureFixture,
-    fault: Callable[[BinaryIO, bytes], None], reason: str,
-) -> None:  # fmt: skip
-    mirror = make()
-    mirror.submit(save(tmp_path / "best", "a"))
-    assert mirror.flush(LONG_SEC)
-    good = content_of(target / "best")
+    mirror = drive.mirror()
+    drive.faults = [fault] * 2
+    send(mirror, drive.save("best", "a"))
+    assert drive.retry_waits_sec == [1.0, 4.0]
+    assert drive.content("best") == "a" and not caplog.records
     drive.faults = [fault] * 4
-    mirror.submit(save(tmp_path / "best", "b"))
-    assert mirror.flush(LONG_SEC)
-    assert [seconds for seconds in time.slept_sec if seconds >= 1] == [1.0, 4.0, 16.0]
-    assert content_of(target / "best") == good
-    assert names(target) == ["best"]
-    (message,) = warnings(caplog)
-    (failure,) = mirror.failures
-    assert failure.name == "best" and failure.name in message
-    assert reason in failure.reason and failure.reason in message
-    mirror.submit(tmp_path / "best")  # the fault has passed
-    assert mirror.flush(LONG_SEC)
-    assert content_of(target / "best") == content_of(tmp_path / "best") != good
+    send(mirror, drive.save("best", "b"))
+    assert drive.retry_waits_sec == [1.0, 4.0, 1.0, 4.0, 16.0]
+    assert drive.content("best") == "a" and drive.names() == ["best"]
+    (message,), (failure,) = caplog.messages, mirror.failures
+    assert failure.name == "best" in message and failure.reason in message
+    send(mirror, drive.home / "best")  # the fault has passed
+    assert drive.content("best") == "b"
     assert mirror.failures == []
 
 
-def test_a_newer_folder_of_the_group_makes_up_for_a_failure(
-    make: Make, tmp_path: Path, target: Path, drive: Drive
-) -> None:
-    mirror = make()
+def test_a_newer_folder_of_the_group_makes_up_for_a_failure(drive: Drive) -> None:
+    mirror = drive.mirror()
     drive.faults = [broken] * 4
-    mirror.submit(save(tmp_path / "c-1", "a"), group="checkpoints")
-    mirror.submit(save(tmp_path / "other", "a"))
-    assert mirror.flush(LONG_SEC)
-    assert [failure.name for failure in mirror.failures] == ["c-1"]
-    assert names(target) == ["other"]
-    mirror.submit(save(tmp_path / "c-2", "b"), group="checkpoints")
-    assert mirror.flush(LONG_SEC)
+    send(mirror, drive.save("c-1", "a"), group="checkpoints")
+    send(mirror, drive.save("other", "a"))
+    assert failed(mirror) == ["c-1"]
+    send(mirror, drive.save("c-2", "b"), group="checkpoints")
     assert mirror.failures == []
-    assert names(target) == ["c-2", "other"]
+    assert drive.names() == ["c-2", "other"]
 
 
-def test_a_target_that_vanishes_is_told_and_never_made_again(
-    make: Make, tmp_path: Path, target: Path, drive: Drive, caplog: pytest.LogCaptureFixture
-) -> None:
-    mirror = make()
-    aside = tmp_path / "aside"
+def test_a_target_that_vanishes_is_never_made_again(drive: Drive, caplog: pytest.LogCaptureFixture) -> None:
+    mirror, mount, aside = drive.mirror(), drive.target.parent, drive.home / "aside"
 
     def unmount(writer: BinaryIO, block: bytes) -> None:
-        target.parent.rename(aside)
+        mount.rename(aside)
         writer.write(block)
 
     drive.faults = [unmount]
-    mirror.submit(save(tmp_path / "c-1", "a"), group="checkpoints", keep=1)
-    assert mirror.flush(LONG_SEC)
-    assert not target.parent.exists()
-    assert len(warnings(caplog)) == 1
-    target.mkdir(parents=True)  # the mount point is an empty local folder now
-    mirror.submit(save(tmp_path / "c-2", "b"), group="checkpoints", keep=1)
-    assert mirror.flush(LONG_SEC)
-    assert list(target.iterdir()) == []
-    shutil.rmtree(target.parent)
-    aside.rename(target.parent)  # mounted again
-    mirror.submit(save(tmp_path / "c-3", "c"), group="checkpoints", keep=1)
-    assert mirror.flush(LONG_SEC)
-    assert names(target) == ["c-3"]
+    send(mirror, drive.save("c-1", "a"), **GROUP)
+    assert not mount.exists()
+    assert len(caplog.messages) == 1
+    drive.target.mkdir(parents=True)  # the mount point is an empty local folder now
+    send(mirror, drive.save("c-2", "b"), **GROUP)
+    assert list(drive.target.iterdir()) == []
+    shutil.rmtree(mount)
+    aside.rename(mount)  # mounted again
+    send(mirror, drive.save("c-3", "c"), **GROUP)
+    assert drive.names() == ["c-3"]
     assert mirror.failures == []
 
 
 def test_a_target_that_cannot_be_used_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(WhisperASRError, match="below"):
-        DriveMirror(tmp_path / "file" / "below", max_mb_per_sec=1)
+    monkeypatch.setattr(colab, "MOUNT_POINT", tmp_path / "content" / "drive")
+    (tmp_path / "earlier").mkdir()
+    ledger = '{"format":1,"folders":{"c-0":{"group":null,"order":1,"files":{}}},"pending":{}}'
+    (tmp_path / "earlier" / MIRROR_MARKER).write_text(ledger)
+    for target in (f"earlier/{MIRROR_MARKER}/below", "content/drive/MyDrive/x", "earlier"):
+        with pytest.raises(WhisperASRError, match=target):
+            DriveMirror(tmp_path / target, max_mb_per_sec=1)
+    assert not (tmp_path / "content").exists()
+    assert (tmp_path / "earlier" / MIRROR_MARKER).read_text() == ledger
     with pytest.raises(WhisperASRError, match="max_mb_per_sec"):
         DriveMirror(tmp_path / "drive", max_mb_per_sec=0)
-    monkeypatch.setattr(colab, "MOUNT_POINT", tmp_path / "content" / "drive")
-    with pytest.raises(WhisperASRError, match="mount_drive"):
-        DriveMirror(tmp_path / "content" / "drive" / "MyDrive" / "x", max_mb_per_sec=1)
-    assert not (tmp_path / "content").exists()
 
 
 @pytest.mark.parametrize(
     ("total", "free", "arrives"), [(10**12, 10**6, False), (10**12, 10**11, True), (0, 0, True), (10, 2**63, True)]
 )
 def test_free_space_is_checked_where_the_drive_knows_it(
-    make: Make, tmp_path: Path, target: Path, drive: Drive, monkeypatch: pytest.MonkeyPatch,
-    total: int, free: int, arrives: bool,
-) -> None:  # fmt: skip
+    drive: Drive, monkeypatch: pytest.MonkeyPatch, total: int, free: int, arrives: bool
+) -> None:
     usage = shutil._ntuple_diskusage(total, total - free, free)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    mirror = make()
-    mirror.submit(save(tmp_path / "c-1", "a"))
-    assert mirror.flush(LONG_SEC)
-    assert (target / "c-1").exists() == arrives
+    mirror = drive.mirror()
+    send(mirror, drive.save("c-1", "a"))
+    assert drive.names() == (["c-1"] if arrives else [])
     assert (drive.n_blocks > 0) == arrives
     assert len(mirror.failures) == (not arrives)
 
 
-def test_bandwidth_is_bounded_and_training_is_not(make: Make, tmp_path: Path, target: Path, time: Time) -> None:
-    mirror = make(2.0)
-    source = save(tmp_path / "c-1", "a", n_bytes=9_000_000)
-    n_bytes = sum(map(len, content_of(source).values()))
-    mirror.submit(source)
-    assert mirror.flush(LONG_SEC)
-    assert content_of(target / "c-1") == content_of(source)
-    least_sec = (2 * n_bytes - (1 << 18)) / 2e6  # written and read back; the last block does not wait
-    assert least_sec <= time.now_sec <= least_sec + 1.1
-
-
-def test_submitting_returns_while_the_drive_hangs(
-    make: Make, tmp_path: Path, target: Path, drive: Drive, time: Time, caplog: pytest.LogCaptureFixture
-) -> None:
-    hangs, release = threading.Event(), threading.Event()
-
-    def hang(writer: BinaryIO, block: bytes) -> None:
-        hangs.set()
-        assert release.wait(LONG_SEC)
-        writer.write(block)
-
+def test_submitting_returns_while_the_drive_hangs(drive: Drive, caplog: pytest.LogCaptureFixture) -> None:
+    hang, mirror = Hang(), drive.mirror()
     drive.faults = [hang]
-    mirror = make()
-    sources = [save(tmp_path / f"c-{i}", str(i)) for i in range(4)]
+    sources = [drive.save(f"c-{i}", str(i)) for i in range(4)]
     mirror.submit(sources[0], group="checkpoints", keep=2)
-    assert hangs.wait(LONG_SEC)
-    mirror.submit(sources[1], group="checkpoints", keep=2)
-    mirror.submit(sources[2], group="checkpoints", keep=2)
+    assert hang.begun.wait(LONG_SEC)
+    for source in sources[1:3]:
+        mirror.submit(source, group="checkpoints", keep=2)
     assert [mirror.is_busy(source) for source in sources] == [True, False, True, False]
-    assert not warnings(caplog)
-    time.now_sec += STALL_SEC
-    mirror.submit(sources[3], group="checkpoints", keep=2)
-    mirror.submit(sources[3], group="checkpoints", keep=2)
+    assert not caplog.records
+    drive.now_sec += STALL_SEC
+    for _ in range(2):
+        mirror.submit(sources[3], group="checkpoints", keep=2)
     assert [mirror.is_busy(source) for source in sources] == [True, False, False, True]
-    assert len([message for message in warnings(caplog) if "drive hangs" in message]) == 1
+    assert len(caplog.messages) == 1 and "c-0" in caplog.messages[0]
     assert not mirror.flush(0.01)
-    assert "still without a copy" in warnings(caplog)[-1]
-    release.set()
+    assert "c-0, c-3" in caplog.messages[1]
+    hang.release.set()
     assert mirror.flush(LONG_SEC)
-    assert names(target) == ["c-0", "c-3"]
+    assert drive.names() == ["c-0", "c-3"]
     assert not any(mirror.is_busy(source) for source in sources)
 
 
-def test_closing_ends_a_hanging_copy_as_a_failure(
-    make: Make, tmp_path: Path, target: Path, drive: Drive, caplog: pytest.LogCaptureFixture
-) -> None:
-    hangs, release = threading.Event(), threading.Event()
-
-    def hang(writer: BinaryIO, block: bytes) -> None:
-        hangs.set()
-        assert release.wait(LONG_SEC)
-
+def test_closing_ends_a_hanging_copy_as_a_failure(drive: Drive) -> None:
+    hang, mirror = Hang(), drive.mirror()
     drive.faults = [hang]
-    mirror = make()
-    mirror.submit(save(tmp_path / "c-1", "a"))
-    assert hangs.wait(LONG_SEC)
-    mirror.submit(save(tmp_path / "c-2", "a"))
+    mirror.submit(drive.save("c-1", "a"))
+    assert hang.begun.wait(LONG_SEC)
+    mirror.submit(drive.save("c-2", "a"))
     assert not mirror.close(0.01)
-    release.set()
+    hang.release.set()
     assert mirror.flush(LONG_SEC)
-    mirror.submit(save(tmp_path / "c-3", "a"))
-    assert [failure.name for failure in mirror.failures] == ["c-2", "c-1", "c-3"]
-    assert all("closed" in failure.reason for failure in mirror.failures)
-    assert names(target) == []
+    mirror.submit(drive.save("c-3", "a"))
+    assert failed(mirror) == ["c-2", "c-1", "c-3"]
+    assert drive.names() == []
 
 
 @pytest.mark.slow  # imports the library in a fresh process
-def test_the_interpreter_ends_while_the_drive_hangs(tmp_path: Path) -> None:
-    save(tmp_path / "c-1", "a")
+def test_the_interpreter_ends_while_the_drive_hangs(drive: Drive) -> None:
     code = (
         "import sys, threading; from pathlib import Path; from src.utils import colab; from src.utils.mirror import *\n"
         "hangs = threading.Event()\n"
@@ -328,105 +271,74 @@ def test_the_interpreter_ends_while_the_drive_hangs(tmp_path: Path) -> None:
         "mirror = DriveMirror(Path(sys.argv[1], 'drive'), max_mb_per_sec=10)\n"
         "mirror.submit(Path(sys.argv[1], 'c-1')); hangs.wait(); sys.exit(3)"
     )
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, timeout=60, capture_output=True)
+    command = [sys.executable, "-c", code, str(drive.save("c-1", "a").parent)]
+    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[2], timeout=60, capture_output=True)
     assert done.returncode == 3, done.stderr
 
 
-def test_a_source_deleted_during_its_copy_is_dropped_quietly(
-    make: Make, tmp_path: Path, target: Path, drive: Drive, time: Time, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_source_deleted_during_its_copy_is_dropped_and_one_replaced_is_copied_again(
+    drive: Drive, caplog: pytest.LogCaptureFixture, replaced: bool
 ) -> None:
-    source = save(tmp_path / "c-1", "a")
+    source, newer = drive.save("best", "a"), drive.save("newer", "b")
 
-    def delete(writer: BinaryIO, block: bytes) -> None:
+    def change(writer: BinaryIO, block: bytes) -> None:
+        writer.write(block)
         shutil.rmtree(source)
-        writer.write(block)
+        if replaced:
+            newer.rename(source)
 
-    drive.faults = [delete]
-    mirror = make()
-    mirror.submit(source)
-    assert mirror.flush(LONG_SEC)
-    assert mirror.failures == []
-    assert not warnings(caplog)
-    assert names(target) == []
-    assert all(seconds < 1 for seconds in time.slept_sec)
-
-
-def test_a_source_replaced_during_its_copy_is_copied_again(
-    make: Make, tmp_path: Path, target: Path, drive: Drive, caplog: pytest.LogCaptureFixture
-) -> None:
-    source, newer = save(tmp_path / "best", "a"), save(tmp_path / "newer", "b")
-
-    def replace(writer: BinaryIO, block: bytes) -> None:
-        writer.write(block)
-        source.rename(tmp_path / "older")
-        newer.rename(source)
-
-    drive.faults = [replace]
-    mirror = make()
-    mirror.submit(source)
-    assert mirror.flush(LONG_SEC)
-    assert content_of(target / "best") == content_of(source)
-    assert (target / "best" / "sub" / "config").read_text() == "b"
-    assert not warnings(caplog)
+    drive.faults, mirror = [change], drive.mirror()
+    send(mirror, source)
+    assert drive.names() == (["best"] if replaced else [])
+    assert not replaced or drive.content("best") == "b"
+    assert mirror.failures == [] and not caplog.records
+    assert len(drive.retry_waits_sec) == replaced
 
 
-def test_what_cannot_be_copied_is_refused_without_trying_again(
-    make: Make, tmp_path: Path, target: Path, time: Time
-) -> None:
-    mirror = make()
-    linked = save(tmp_path / "linked", "a")
-    (linked / "other").symlink_to(tmp_path / "empty")
-    damaged = save(tmp_path / "damaged", "a")
-    (damaged / "manifest.json").write_text(json.dumps({"files": {"model": {"size": 3000, "sha256": "of other bytes"}}}))
-    foreign = save(tmp_path / "foreign", "a")
-    (target / "foreign").mkdir()
-    (target / "foreign" / "mine.txt").write_text("mine")
-    (tmp_path / "empty").mkdir()
-    for source in (linked, damaged, foreign, tmp_path / "empty", tmp_path / "absent"):
-        mirror.submit(source)
-    assert mirror.flush(LONG_SEC)
-    assert sorted(failure.name for failure in mirror.failures) == ["absent", "damaged", "empty", "foreign", "linked"]
-    assert all(seconds < 1 for seconds in time.slept_sec)
-    assert names(target) == ["foreign"]
-    assert content_of(target / "foreign") == {"mine.txt": b"mine"}
+def test_what_cannot_be_copied_is_refused_without_trying_again(drive: Drive) -> None:
+    mirror = drive.mirror()
+    linked, foreign, empty = drive.save("linked", "a"), drive.save("foreign", "a"), drive.home / "empty"
+    (linked / "other").symlink_to(empty)
+    empty.mkdir()
+    damaged = drive.save("damaged", "a")
+    (damaged / "manifest.json").write_text(json.dumps({"files": {"model": {"size": 100, "sha256": "of other bytes"}}}))
+    (drive.home / "link").symlink_to(foreign)
+    (drive.target / "foreign").mkdir()
+    (drive.target / "foreign" / "mine.txt").write_text("mine")
+    send(mirror, linked, damaged, foreign, empty, drive.home / "absent", drive.home / "link")
+    assert sorted(failed(mirror)) == ["absent", "damaged", "empty", "foreign", "link", "linked"]
+    assert drive.retry_waits_sec == []
+    assert (drive.names(), drive.names("foreign")) == (["foreign"], ["mine.txt"])
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../x", ".hidden", "a\\b", "run/.x"])
-def test_a_name_outside_the_target_is_refused(make: Make, tmp_path: Path, name: str) -> None:
-    mirror = make()
-    with pytest.raises(WhisperASRError, match="relative path"):
-        mirror.submit(save(tmp_path / "c-1", "a"), name=name)
-    with pytest.raises(WhisperASRError, match="keep=0"):
-        mirror.submit(tmp_path / "c-1", keep=0, group="checkpoints")
+def test_a_name_outside_the_target_is_refused(drive: Drive, name: str) -> None:
+    with pytest.raises(WhisperASRError) as caught:
+        drive.mirror().submit(drive.save("c-1", "a"), name=name)
+    assert repr(name) in str(caught.value)
 
 
-def test_an_error_that_nobody_thought_of_is_a_failure_and_the_thread_lives(
-    make: Make, tmp_path: Path, target: Path, drive: Drive, caplog: pytest.LogCaptureFixture
-) -> None:
-    def surprise(writer: BinaryIO, block: bytes) -> None:
-        raise ZeroDivisionError("surprise")
-
-    drive.faults = [surprise]
-    mirror = make()
-    mirror.submit(save(tmp_path / "c-1", "a"))
-    mirror.submit(save(tmp_path / "c-2", "a"))
-    assert mirror.flush(LONG_SEC)
+def test_an_error_that_nobody_thought_of_is_a_failure_and_the_thread_lives(drive: Drive) -> None:
+    drive.faults, mirror = [surprise], drive.mirror()
+    send(mirror, drive.save("c-1", "a"), drive.save("c-2", "a"))
     assert [failure.reason for failure in mirror.failures] == ["ZeroDivisionError: surprise"]
-    assert len(warnings(caplog)) == 1
-    assert names(target) == ["c-2"]
+    assert drive.names() == ["c-2"]
 
 
-def test_of_a_group_the_newest_stay_also_across_restarts(make: Make, tmp_path: Path, target: Path) -> None:
+def test_of_a_group_the_newest_stay_also_across_restarts(drive: Drive) -> None:
     for start in (0, 3):
-        mirror = make()
+        mirror = drive.mirror()
         for i in range(start, start + 3):
-            mirror.submit(save(tmp_path / f"c-{i}", str(i)), group="checkpoints", keep=2)
-            assert mirror.flush(LONG_SEC)
-        mirror.submit(save(tmp_path / "best", str(start)))
-        assert mirror.close(LONG_SEC)
-    assert names(target) == ["best", "c-4", "c-5"]
-    assert all(content_of(target / f"c-{i}") == content_of(tmp_path / f"c-{i}") for i in (4, 5))
+            send(mirror, drive.save(f"c-{i}", str(i)), group="checkpoints", keep=2)
+        send(mirror, drive.save("best", str(start)))
+    assert drive.names() == ["best", "c-4", "c-5"]
+    assert [drive.content(f"c-{i}") for i in (4, 5)] == ["4", "5"]
+    shutil.rmtree(drive.target / "c-5")  # by the user: it does not count
+    send(mirror, drive.save("c-6", "6"), group="checkpoints", keep=2)
+    assert drive.names() == ["best", "c-4", "c-6"]
+    with pytest.raises(WhisperASRError, match="keep=0"):
+        mirror.submit(drive.home / "best", keep=0, group="checkpoints")
 
 
 class Crash(BaseException):
@@ -460,160 +372,116 @@ def put(mirror: DriveMirror, source: Path, name: str | None = None, keep: int | 
     mirror._copy_with_retries(_Job(source, name or source.name, group, keep))
 
 
-def generation_of(folder: Path) -> str:
-    """The content of a whole copy; half a copy fails."""
-    content = (folder / "sub" / "config").read_text()
-    assert content_of(folder) == {"sub/config": content.encode(), "model": content.encode() * 100}
-    return content
-
-
-def save_small(folder: Path, content: str) -> Path:
-    return save(folder, content, n_bytes=100)
-
-
 def test_a_crash_at_any_step_leaves_a_whole_copy_that_the_next_start_finds(
-    make: Make, tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+    drive: Drive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    countdown = Countdown(monkeypatch, target)
-    source = tmp_path / "best"
+    countdown = Countdown(monkeypatch, drive.target)
     outcomes: list[str] = []
     for n_steps in range(100):
-        shutil.rmtree(target, ignore_errors=True)
-        first = make()
-        put(first, save_small(source, "a"), "run/best")
-        save_small(source, "b")
+        shutil.rmtree(drive.target, ignore_errors=True)
+        first = drive.mirror()
+        put(first, drive.save("best", "a"), "run/best")
+        newer = drive.save("best", "b")
         countdown.left = n_steps
         try:
-            put(first, source, "run/best")
+            put(first, newer, "run/best")
             break
         except Crash:
             countdown.left = n_steps // 3  # the recovery crashes as well
         with contextlib.suppress(Crash):
-            make()
+            drive.mirror()
         countdown.left = float("inf")
-        second = make()
-        outcomes.append(generation_of(target / "run" / "best"))
-        assert names(target / "run") == ["best"], n_steps
-        put(second, save_small(source, "c"), "run/best")  # it is still known as the mirror's
-        assert generation_of(target / "run" / "best") == "c"
+        second = drive.mirror()
+        outcomes.append(drive.content("run/best"))
+        assert drive.names("run") == ["best"], n_steps
+        put(second, drive.save("best", "c"), "run/best")  # it is still known as the mirror's
+        assert drive.content("run/best") == "c"
     assert outcomes == sorted(outcomes)
     assert set(outcomes) == {"a", "b"}
     assert len(outcomes) > 10
 
 
-def test_a_crash_at_any_step_of_pruning_ends_in_whole_copies(
-    make: Make, tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    countdown = Countdown(monkeypatch, target)
-    sources = [save_small(tmp_path / f"c-{i}", str(i)) for i in range(3)]
+def test_a_crash_at_any_step_of_pruning_ends_in_whole_copies(drive: Drive, monkeypatch: pytest.MonkeyPatch) -> None:
+    countdown = Countdown(monkeypatch, drive.target)
+    sources = [drive.save(f"c-{i}", str(i)) for i in range(3)]
     for n_steps in range(100):
-        shutil.rmtree(target, ignore_errors=True)
-        first = make()
+        shutil.rmtree(drive.target, ignore_errors=True)
+        first = drive.mirror()
         for source in sources:
             put(first, source, keep=9)
         countdown.left = n_steps
         try:
-            first._prune(target, "checkpoints", 1)
+            first._prune(drive.target, "checkpoints", 1)
             break
         except Crash:
             countdown.left = float("inf")
-        second = make()
-        assert generation_of(target / "c-2") == "2"
-        assert [generation_of(target / name) for name in names(target)] == [name[-1] for name in names(target)]
-        second._prune(target, "checkpoints", 1)
-        assert names(target) == ["c-2"]
+        second = drive.mirror()
+        assert drive.content("c-2") == "2"
+        assert [drive.content(name) for name in drive.names()] == [name[-1] for name in drive.names()]
+        second._prune(drive.target, "checkpoints", 1)
+        assert drive.names() == ["c-2"]
     assert n_steps > 8
 
 
-def test_what_the_mirror_did_not_write_is_never_deleted(
-    make: Make, tmp_path: Path, target: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    mirror = make()
-    for name in ("c-0", "c-1"):
-        put(mirror, save_small(tmp_path / name, name[-1]), keep=9)
-    foreign = save_small(target / "c-7", "7")
-    save_small(target / ".c-1.0123456789abcdef.partial", "8")
-    shutil.copytree(target / "c-1", target / "c-1 (copy)")
+def test_what_the_mirror_did_not_write_is_never_deleted(drive: Drive, caplog: pytest.LogCaptureFixture) -> None:
+    target, foreign = drive.target, [".c-1.0123456789abcdef.partial", "c-1 (copy)", "c-7"]
+    put(drive.mirror(), drive.save("c-0", "0"), keep=9)
+    put(drive.mirror(), drive.save("c-1", "1"), keep=9)
+    shutil.copytree(drive.save("c-8", "8"), target / foreign[0])
+    shutil.copytree(target / "c-1", target / foreign[1])
+    shutil.copytree(drive.save("c-7", "7"), target / foreign[2])
     (target / "c-0" / "notes.txt").write_text("mine")
-    (target / "c-0" / "link").symlink_to(foreign / "model")
+    (target / "c-0" / "link").symlink_to(target / "c-7" / "model")
     (target / "c-0" / "sub" / "config").write_text("edited by hand")
-    os.link(target / "c-0" / "model", tmp_path / "kept_model")
-    put(make(), save_small(tmp_path / "c-2", "2"), keep=1)
+    os.link(target / "c-0" / "model", drive.home / "kept_model")
+    put(drive.mirror(), drive.save("c-2", "2"), keep=1)
     (kept,) = target.glob("c-0.kept-*")
-    assert names(target) == sorted([".c-1.0123456789abcdef.partial", kept.name, "c-1 (copy)", "c-2", "c-7"])
-    assert [generation_of(target / name) for name in (".c-1.0123456789abcdef.partial", "c-1 (copy)", "c-7")] == list(
-        "817"
-    )
+    assert drive.names() == sorted([*foreign, kept.name, "c-2"])
+    assert [drive.content(name) for name in foreign] == ["8", "1", "7"]
     assert sorted(path.name for path in kept.rglob("*")) == ["config", "link", "notes.txt", "sub"]
     assert (kept / "sub" / "config").read_text() == "edited by hand"
-    assert (tmp_path / "kept_model").read_text() == "0" * 100
+    assert (drive.home / "kept_model").read_text() == "0" * 100
     assert kept.name in caplog.text
 
 
-def test_a_folder_that_the_user_deleted_does_not_count(make: Make, tmp_path: Path, target: Path) -> None:
-    mirror = make()
-    for i in range(4):
-        if i == 3:
-            shutil.rmtree(target / "c-2")
-        put(mirror, save_small(tmp_path / f"c-{i}", str(i)), keep=3)
-    assert names(target) == ["c-0", "c-1", "c-3"]
-
-
 def test_a_failed_second_rename_restores_the_last_good_copy_at_once(
-    make: Make, tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+    drive: Drive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mirror = make()
-    put(mirror, save_small(tmp_path / "best", "a"))
-    rename = Path.rename
+    mirror, rename = drive.mirror(), Path.rename
+    put(mirror, drive.save("best", "a"))
 
     def refuse(path: Path, to: Path) -> Path:
         if path.name.endswith(".partial"):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            broken()
         return rename(path, to)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="error"):
         patch.setattr(Path, "rename", refuse)
-        put(mirror, save_small(tmp_path / "best", "b"))
-    assert generation_of(target / "best") == "a"
-    assert names(target) == ["best"]
+        put(mirror, drive.save("best", "b"))
+    assert drive.content("best") == "a" and drive.names() == ["best"]
 
 
-def test_a_second_mirror_leaves_the_firsts_unfinished_work_alone(
-    make: Make, tmp_path: Path, target: Path, drive: Drive
-) -> None:
-    other = save_small(tmp_path / "other", "a")
+def test_a_second_mirror_leaves_the_firsts_unfinished_work_alone(drive: Drive) -> None:
+    other = drive.save("other", "a")
 
     def meanwhile(writer: BinaryIO, block: bytes) -> None:
-        put(make(), other)  # a notebook cell that is run again
+        put(drive.mirror(), other)  # a notebook cell that is run again
         writer.write(block)
 
     drive.faults = [meanwhile]
-    put(make(), save_small(tmp_path / "best", "a"))
-    assert generation_of(target / "best") == generation_of(target / "other") == "a"
-    assert names(target) == ["best", "other"]
-
-
-def test_a_target_of_an_earlier_version_is_refused_with_the_reason(make: Make, target: Path) -> None:
-    target.mkdir(parents=True)
-    ledger = '{"format":1,"folders":{"c-0":{"group":null,"order":1,"files":{}}},"pending":{}}'
-    (target / MIRROR_MARKER).write_text(ledger)
-    with pytest.raises(WhisperASRError, match="earlier version"):
-        make()
-    assert (target / MIRROR_MARKER).read_text() == ledger
+    put(drive.mirror(), drive.save("best", "a"))
+    assert drive.content("best") == drive.content("other") == "a"
+    assert drive.names() == ["best", "other"]
 
 
 def test_remains_that_cannot_be_removed_do_not_stop_a_start(
-    make: Make, tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    drive: Drive, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    put(make(), save_small(tmp_path / "best", "a"))
-    (target / "best").rename(target / ".best.0123456789abcdef.replaced")
-
-    def refuse(path: Path, *args: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
+    put(drive.mirror(), drive.save("best", "a"))
+    (drive.target / "best").rename(drive.target / ".best.0123456789abcdef.replaced")
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", refuse)
-        make()
-    assert len(warnings(caplog)) == 1
-    make()
-    assert generation_of(target / "best") == "a"
+        patch.setattr(Path, "rename", broken)
+        drive.mirror()
+    assert len(caplog.messages) == 1
+    drive.mirror()
+    assert drive.content("best") == "a"
