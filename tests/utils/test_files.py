@@ -84,67 +84,73 @@ def replace_and_die(output_dir: Path, fatal_step: int) -> None:
     os._exit(0)
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_folder_appears_at_the_end_with_its_content(tmp_path: Path) -> None:
-    with atomic_folder(tmp_path / "deep" / "out") as folder:
+    out = tmp_path / "deep" / "out"
+    with atomic_folder(out) as folder:
         (folder / "a").write_text("1")
-        assert not (tmp_path / "deep" / "out").exists()
-    assert (tmp_path / "deep" / "out" / "a").read_text() == "1"
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+        assert not out.exists()
+    assert (out / "a").read_text() == "1"
+    assert names(out.parent) == ["out"]
 
 
-def test_error_leaves_nothing_new_and_keeps_the_old(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "a").write_text("old")
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out", replace=True) as folder:
-        (folder / "a").write_text("new")
-        raise RuntimeError
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out" / "a").read_text() == "old"
-
-
-def test_replacing_leaves_no_file_of_the_old_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("between_renames", [False, True])
+def test_error_leaves_nothing_new_and_keeps_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, between_renames: bool
+) -> None:
     write_generation(tmp_path / "out", 0)
-    (tmp_path / "out" / "stale").write_text("old")
-    write_generation(tmp_path / "out", 1)
-    assert generation_of(tmp_path / "out") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.suffix == ".partial" and target.name == "out":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out", replace=True) as folder:
+        (folder / "a").write_text("new")
+        if not between_renames:
+            raise KeyboardInterrupt
+    assert generation_of(tmp_path / "out") == 0
+    assert names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("kind", ["file", "full folder"])
-def test_taken_name_is_refused(tmp_path: Path, kind: str) -> None:
-    taken = tmp_path / "out"
-    if kind == "file":
-        taken.write_text("x")
-    else:
-        (taken / "sub").mkdir(parents=True)
-    with pytest.raises(FileExistsError, match="out: exists already"), atomic_folder(taken):
-        pass
+def test_replaced_and_removed_folders_leave_no_file(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_generation(out, 0)
+    (out / "stale").write_text("old")
+    write_generation(out, 1)
+    assert generation_of(out) == 1
+    assert names(tmp_path) == ["out"]
+    remove_folder(out)
+    assert names(tmp_path) == []
 
 
-def test_empty_folder_counts_as_free(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with atomic_folder(tmp_path / "out") as folder:
+def test_taken_name_is_refused_and_an_empty_folder_counts_as_free(tmp_path: Path) -> None:
+    file, full, empty = tmp_path / "file", tmp_path / "full", tmp_path / "empty"
+    file.write_text("x")
+    (full / "sub").mkdir(parents=True)
+    for taken in (file, full):
+        with pytest.raises(FileExistsError, match=taken.name), atomic_folder(taken):
+            pass
+    empty.mkdir()
+    with atomic_folder(empty) as folder:
         (folder / "a").write_text("1")
-    assert (tmp_path / "out" / "a").is_file()
+    assert names(empty) == ["a"]
 
 
-def test_file_is_written_with_its_folder_and_replaced(tmp_path: Path) -> None:
+def test_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "deep" / "a.json"
     write_text_atomic(path, "old\n")
     write_text_atomic(path, "naïve\n")
-    assert path.read_bytes() == "naïve\n".encode()
-    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
-
-
-def test_failed_write_keeps_the_old_file_and_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.bin"
-    write_bytes_atomic(path, b"old")
-
     fill_disk(monkeypatch)
     with pytest.raises(OSError, match="No space left"):
         write_bytes_atomic(path, b"new content")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+    assert path.read_bytes() == "naïve\n".encode()
+    assert names(path.parent) == ["a.json"]
 
 
 def test_json_is_read_back_and_wrong_content_is_named(tmp_path: Path) -> None:
@@ -154,19 +160,13 @@ def test_json_is_read_back_and_wrong_content_is_named(tmp_path: Path) -> None:
     assert sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
     for content in ("{", "3"):
         path.write_text(content)
-        with pytest.raises(DataError, match=r"a\.json.*settings.*remove it"):
+        with pytest.raises(DataError, match=r"a\.json"):
             read_json(path, dict, what="settings", fix="remove it")
     for unusable in (path / "b.json", tmp_path):
         with pytest.raises(DataError, match=str(unusable)):
             read_json(unusable, dict, what="x", fix="y")
         with pytest.raises(DataError, match=str(unusable)):
             write_json(unusable, 1)
-
-
-def test_removed_folder_leaves_nothing(tmp_path: Path) -> None:
-    write_generation(tmp_path / "out", 0)
-    remove_folder(tmp_path / "out")
-    assert not list(tmp_path.iterdir())
 
 
 @can_fork
@@ -180,7 +180,7 @@ def test_kill_at_any_step_leaves_the_old_or_the_new_folder(tmp_path: Path) -> No
         assert all(generation_of(folder) == 0 for folder in out.parent.glob(".*.replaced"))
         recover_folder(out)
         seen.append(generation_of(out))
-        assert [path.name for path in out.parent.iterdir()] == ["out"]
+        assert names(out.parent) == ["out"]
         if process.exitcode == 0:  # it lived through all of its steps
             break
     assert process.exitcode == 0
@@ -200,7 +200,7 @@ def test_kill_at_random_instants_leaves_a_whole_folder(tmp_path: Path) -> None:
         process.join()
         recover_folder(out)
         assert generation_of(out) >= before
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert names(tmp_path) == ["out"]
     assert generation_of(out) > 0
 
 
@@ -216,7 +216,7 @@ def test_newest_replaced_folder_is_restored_and_other_remains_are_removed(tmp_pa
         (tmp_path / name).mkdir()
     assert recover_folder(out) == out
     assert generation_of(out) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "out"])
+    assert names(tmp_path) == sorted([*others, "out"])
     assert recover_folder(out) is None
 
 
@@ -225,40 +225,21 @@ def test_recovery_prefers_the_folder_that_is_there(tmp_path: Path) -> None:
     write_generation(tmp_path / f".out.{DEAD}.00.replaced", 1)
     assert recover_folder(tmp_path / "out") is None
     assert generation_of(tmp_path / "out") == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert names(tmp_path) == ["out"]
     assert recover_folder(tmp_path / "absent" / "out") is None
 
 
-def test_hidden_folders_of_running_processes_stay(tmp_path: Path) -> None:
-    (tmp_path / f".out.{os.getppid()}.00.replaced").mkdir()
-    with atomic_folder(tmp_path / "out") as folder:
+def test_hidden_folders_of_running_processes_stay_unless_an_earlier_one_had_the_id(tmp_path: Path) -> None:
+    out, others = tmp_path / "out", tmp_path / f".out.{os.getppid()}.00.replaced"
+    others.mkdir()
+    with atomic_folder(out) as folder:
         (folder / "a").write_text("1")
-        assert recover_folder(tmp_path / "out") is None
-    assert (tmp_path / "out" / "a").is_file()
-    assert (tmp_path / f".out.{os.getppid()}.00.replaced").is_dir()
-
-
-def test_a_folder_of_an_earlier_process_with_this_id_is_restored(tmp_path: Path) -> None:
-    """A container that starts again gives the same process ids."""
-    write_generation(tmp_path / f".out.{os.getpid()}.00.replaced", 3)
-    assert recover_folder(tmp_path / "out") == tmp_path / "out"
-    assert generation_of(tmp_path / "out") == 3
-
-
-def test_error_between_two_renames_restores_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_generation(tmp_path / "out", 0)
-    rename = Path.rename
-
-    def interrupted(self: Path, target: Path) -> Path:
-        if self.suffix == ".partial" and target.name == "out":
-            raise KeyboardInterrupt
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_generation(tmp_path / "out", 1)
-    assert generation_of(tmp_path / "out") == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert recover_folder(out) is None
+    assert names(tmp_path) == sorted([others.name, "out"])
+    remove_folder(out)
+    write_generation(tmp_path / f".out.{os.getpid()}.00.replaced", 3)  # before a container started again
+    assert recover_folder(out) == out
+    assert generation_of(out) == 3
 
 
 @pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced there")

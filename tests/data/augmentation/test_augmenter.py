@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jiwer
@@ -77,24 +78,22 @@ def test_nothing_switched_on_is_the_identity(batch: tuple[Tensor, Tensor], confi
     assert result.applied == ((),) * 4
 
 
-def test_clips_for_which_nothing_was_drawn_keep_every_bit(batch: tuple[Tensor, Tensor]) -> None:
+def test_clips_for_which_nothing_was_drawn_and_the_input_keep_every_bit(batch: tuple[Tensor, Tensor]) -> None:
     audio, lengths = batch
+    kept = audio.clone(), lengths.clone()
     effects = [(Speed(0.9),), (), (Pitch(Fraction(12, 11)),), (Gain(3.0), Telephone())]
     changed = AudioAugmenter().apply(audio, lengths, effects, seed=0).audio
     assert torch.equal(changed[1, :48_000], audio[1])
     assert not changed[1, 48_000:].any()
-
-
-def test_the_input_is_not_changed(batch: tuple[Tensor, Tensor]) -> None:
-    audio, lengths = batch
-    kept = audio.clone(), lengths.clone()
     AudioAugmenter(only(**EVERYTHING))(audio, lengths, generator=generator())
     assert torch.equal(audio, kept[0]) and torch.equal(lengths, kept[1])
 
 
-def test_the_seed_decides_everything(batch: tuple[Tensor, Tensor]) -> None:
+def test_the_seed_alone_decides_everything(batch: tuple[Tensor, Tensor]) -> None:
     augmenter = AudioAugmenter(only(**EVERYTHING))
-    first, again, other = (augmenter(*batch, generator=generator(seed)) for seed in (1, 1, 2))
+    first, other = (augmenter(*batch, generator=generator(seed)) for seed in (1, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # does not reach the audio
+        again = augmenter(*batch, generator=generator(1))
     assert torch.equal(first.audio, again.audio) and first.applied == again.applied
     assert first.applied != other.applied and not torch.equal(first.audio[:, :9_000], other.audio[:, :9_000])
 
@@ -162,23 +161,19 @@ def test_clips_with_times_and_clips_that_would_outgrow_30_s_keep_their_speed() -
 
 
 @pytest.mark.parametrize("name", [*ONE_EFFECT, "everything"])
-@pytest.mark.parametrize("clips", [1, 4])
-def test_padding_stays_zero_and_everything_finite(batch: tuple[Tensor, Tensor], name: str, clips: int) -> None:
-    audio, lengths = batch[0][-clips:], batch[1][-clips:]
+def test_padding_and_silence_stay_zero_and_everything_finite(batch: tuple[Tensor, Tensor], name: str) -> None:
     augmenter = AudioAugmenter(only(**ONE_EFFECT.get(name, EVERYTHING)))
-    for seed in range(3):
-        result = augmenter(audio, lengths, generator=generator(seed))
-        assert bool(result.audio.isfinite().all()) and float(result.audio.abs().max()) <= 1.0
-        for row, length in enumerate(result.lengths.tolist()):
-            assert result.audio[row, :length].any()
-            assert not result.audio[row, length:].any()
-
-
-@pytest.mark.parametrize("name", [*ONE_EFFECT, "everything"])
-def test_silence_stays_silence(name: str) -> None:
-    result = AudioAugmenter(only(**ONE_EFFECT.get(name, EVERYTHING)))(torch.zeros(2, 1_600), generator=generator())
-    assert not result.audio.any()  # nan would be true
-    assert not every(result.applied, Noise)
+    for clips in (1, 4):
+        audio, lengths = batch[0][-clips:], batch[1][-clips:]
+        for seed in range(3):
+            result = augmenter(audio, lengths, generator=generator(seed))
+            assert bool(result.audio.isfinite().all()) and float(result.audio.abs().max()) <= 1.0
+            for row, length in enumerate(result.lengths.tolist()):
+                assert result.audio[row, :length].any()
+                assert not result.audio[row, length:].any()
+    silent = augmenter(torch.zeros(2, 1_600), generator=generator())
+    assert not silent.audio.any()  # nan would be true
+    assert not every(silent.applied, Noise)
 
 
 def test_a_silent_clip_between_others_gets_no_noise(batch: tuple[Tensor, Tensor]) -> None:
@@ -214,12 +209,8 @@ def test_noise_goes_on_through_the_pause_and_ends_there(batch: tuple[Tensor, Ten
     assert float(result.audio[0, 48_000:].square().mean()) == pytest.approx(float(in_clip), rel=0.1)
     assert not result.audio[1, 1_600:].any() and not result.audio[2, 33_333:].any()
     assert result.audio[3, 35_900:36_000].any() and not result.audio[3, 36_000:].any()
-
-
-def test_the_pause_has_room_where_nothing_is_drawn(batch: tuple[Tensor, Tensor]) -> None:
-    audio, lengths = batch
-    result = AudioAugmenter(only())(audio, lengths, generator=generator(), trailing_samples=torch.full((4,), 5_000))
-    assert result.audio.shape[1] == 53_000
+    result = AudioAugmenter(only())(audio, lengths, generator=generator(), trailing_samples=trailing)
+    assert result.audio.shape[1] == 56_000  # room for the pause although nothing is drawn
     assert torch.equal(result.audio[:, :48_000], audio) and not result.audio[:, 48_000:].any()
 
 
@@ -259,13 +250,6 @@ def test_one_waveform_gives_one_back(jfk: np.ndarray) -> None:
     assert pick(alone.applied[0], Noise).kind in {"white", "pink", "brown"}  # no other clip to babble
 
 
-def test_autocast_does_not_reach_the_audio(batch: tuple[Tensor, Tensor]) -> None:
-    augmenter = AudioAugmenter(only(**EVERYTHING))
-    expected = augmenter(*batch, generator=generator())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(augmenter(*batch, generator=generator()).audio, expected.audio)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_seed_means_the_same_on_a_gpu(batch: tuple[Tensor, Tensor]) -> None:
@@ -277,21 +261,18 @@ def test_a_seed_means_the_same_on_a_gpu(batch: tuple[Tensor, Tensor]) -> None:
 
 
 def test_recordings_of_noise_come_from_the_folder(batch: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    config = only(noise_prob=1.0, noise_dir=tmp_path, min_snr_db=10.0, max_snr_db=10.0)
+    with pytest.raises(DataError, match=str(tmp_path)):
+        AudioAugmenter(config)
+    AudioAugmenter(only(noise_dir=tmp_path))  # not used, so not checked
+    AudioAugmenter(AugmentationConfig(enabled=False, noise_dir=tmp_path))
     hum = 0.2 * np.sin(2 * np.pi * 5_000 * np.arange(8_000) / SAMPLE_RATE)
     sf.write(tmp_path / "hum.wav", hum, SAMPLE_RATE)
     audio, lengths = batch
-    config = only(noise_prob=1.0, noise_dir=tmp_path, min_snr_db=10.0, max_snr_db=10.0)
     result = AudioAugmenter(config)(audio, lengths, generator=generator())
     assert {effect.kind for effect in every(result.applied, Noise)} == {"recording"}
     noise = (result.audio[0] - audio[0]).numpy()
     assert np.abs(np.fft.rfft(noise)).argmax() * SAMPLE_RATE / 48_000 == pytest.approx(5_000, abs=2)
-
-
-def test_a_noise_folder_is_checked_at_once_and_only_where_it_is_used(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no audio file"):
-        AudioAugmenter(only(noise_prob=0.1, noise_dir=tmp_path))
-    AudioAugmenter(only(noise_dir=tmp_path))
-    AudioAugmenter(AugmentationConfig(enabled=False, noise_dir=tmp_path))
 
 
 def test_what_does_not_fit_is_refused(batch: tuple[Tensor, Tensor]) -> None:
@@ -299,36 +280,27 @@ def test_what_does_not_fit_is_refused(batch: tuple[Tensor, Tensor]) -> None:
     augmenter = AudioAugmenter()
     with pytest.raises(AudioError, match="float32"):
         augmenter(audio.double(), lengths, generator=generator())
-    with pytest.raises(AudioError, match="do not fit 4 clips"):
-        augmenter(audio, lengths + 1, generator=generator())
-    with pytest.raises(AudioError, match="do not fit 4 clips"):
-        augmenter(audio, lengths[:3], generator=generator())
-    with pytest.raises(ConfigError, match=r"max_pitch_semitones is 0\.1"):
+    for wrong in (lengths + 1, lengths[:3]):
+        with pytest.raises(AudioError, match="4 clips"):
+            augmenter(audio, wrong, generator=generator())
+    with pytest.raises(ConfigError, match=r"max_pitch_semitones.*0\.1"):
         AudioAugmenter(only(pitch_prob=0.5, max_pitch_semitones=0.1))
-
-
-def test_the_generator_must_be_on_the_cpu(batch: tuple[Tensor, Tensor]) -> None:
-    class Elsewhere:
-        device = torch.device("cuda:0")
-
+    elsewhere: Any = SimpleNamespace(device=torch.device("cuda:0"))
     with pytest.raises(DeviceError, match="cuda:0"):
-        AudioAugmenter()(*batch, generator=Elsewhere())  # type: ignore[arg-type]
+        augmenter(audio, lengths, generator=elsewhere)
 
 
 @pytest.mark.slow
 def test_changed_speech_stays_intelligible(tiny_en: tuple[Any, Any], jfk: np.ndarray) -> None:
-    changes = {
-        str(effect): (effect,)
-        for effect in (
-            *map(Pitch, pitch_ratios(2.0)[::7]), Speed(0.9), Speed(1.1), Room(0.6, 0.0), Telephone(),
-            Noise("pink", 15.0),
-        )
-    }  # fmt: skip
-    audio = torch.from_numpy(jfk)[None].expand(len(changes), -1)
-    result = AudioAugmenter().apply(audio, torch.full((len(changes),), len(jfk)), list(changes.values()), seed=0)
+    effects = [
+        *map(Pitch, pitch_ratios(2.0)[::7]), Speed(0.9), Speed(1.1), Room(0.6, 0.0), Telephone(), Noise("pink", 15.0),
+    ]  # fmt: skip
+    audio = torch.from_numpy(jfk)[None].expand(len(effects), -1)
+    lengths = torch.full((len(effects),), len(jfk))
+    result = AudioAugmenter().apply(audio, lengths, [(effect,) for effect in effects], seed=0)
     clips = [jfk] + [row[:n].numpy() for row, n in zip(result.audio, result.lengths.tolist(), strict=True)]
     texts = [normalize_plain(decoded.text) for decoded in decode(*tiny_en, clips, DecodingOptions())]
-    errors = {name: jiwer.wer(texts[0], text) for name, text in zip(changes, texts[1:], strict=True)}
+    errors = {str(effect): jiwer.wer(texts[0], text) for effect, text in zip(effects, texts[1:], strict=True)}
     assert max(errors.values()) < 0.06, errors  # one of 22 words
 
 
@@ -337,9 +309,8 @@ def test_babble_needs_three_other_voices(jfk: np.ndarray, clips: int, babbles: b
     """Fewer can be followed, and a clip without speech, whose label is empty, may be the one next to them."""
     audio = torch.from_numpy(jfk[: 16_000 * clips]).reshape(clips, 16_000)
     augmenter = AudioAugmenter(AugmentationConfig(noise_prob=1.0))
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.full((clips,), 16_000)
-    kinds = {noise.kind for _ in range(50) for noise in every(augmenter.draw(audio, lengths, generator), Noise)}
+    lengths, seeded = torch.full((clips,), 16_000), generator()
+    kinds = {noise.kind for _ in range(50) for noise in every(augmenter.draw(audio, lengths, seeded), Noise)}
     assert ("babble" in kinds) == babbles
 
 
@@ -350,7 +321,7 @@ def test_without_torchaudio_only_the_effects_that_need_it_are_off(
     monkeypatch.setitem(sys.modules, "torchaudio", None)
     dsp.torchaudio_functional.cache_clear()
     augmenter = AudioAugmenter(only(**EVERYTHING))
-    assert "speed_factors, augmentation.pitch_prob" in caplog.text and "pip install torchaudio==" in caplog.text
+    assert "speed_factors, augmentation.pitch_prob" in caplog.text and "torchaudio==" in caplog.text
     result = augmenter(*batch, generator=generator())
     assert result.applied == tuple((pick(effects, Noise), pick(effects, Gain)) for effects in with_it)
     caplog.clear()
