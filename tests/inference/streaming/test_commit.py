@@ -60,11 +60,15 @@ def test_committed_words_are_not_committed_again_respelt_or_shifted(spelling: st
     assert texts(results[1].committed) == "he is right"
 
 
-def test_a_word_said_twice_is_committed_twice() -> None:
+def test_a_word_said_twice_is_committed_twice_and_flush_commits_everything_new() -> None:
     policy = LocalAgreement()
     run(policy, said("ask my country"), said("ask my country"))
     twice = said("ask my country my country said")
     assert texts(run(policy, twice, twice)[1].committed) == "my country said"
+    more = said("ask my country my country said and so")
+    assert texts(policy.flush(more).committed) == "and so"
+    assert policy.flush(more) == policy.flush([]) == CommitResult((), ())
+    assert policy.update([], audio_end_sec=3.0) == CommitResult((), ())
 
 
 def test_words_of_audio_that_left_are_not_expected() -> None:
@@ -75,14 +79,6 @@ def test_words_of_audio_that_left_are_not_expected() -> None:
     assert texts(run(policy, rest, rest)[1].committed) == "five"
     new = said("six", start_sec=1.6)  # without the old words
     assert texts(run(policy, new, new)[1].committed) == "six"
-
-
-def test_flush_commits_everything_that_is_new() -> None:
-    policy = LocalAgreement()
-    run(policy, said("one two"), said("one two"))
-    assert texts(policy.flush(said("one two three four")).committed) == "three four"
-    assert policy.flush(said("one two three four")) == policy.flush([]) == CommitResult((), ())
-    assert policy.update([], audio_end_sec=3.0) == CommitResult((), ())
 
 
 @pytest.mark.parametrize("gram", ["the", "that is", "thank you all", "I think it is"])
