@@ -133,12 +133,10 @@ def test_damage_is_found_and_named(tmp_path: Path, file: str, harm: Callable[[Pa
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"files": {}}', b'{"files": {"state.json": {"size": 1}}}'])
 def test_a_folder_without_a_whole_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = store(tmp_path).save(make_state(), 1)
-    (path / "manifest.json").unlink()
-    if content:
-        (path / "manifest.json").write_bytes(content)
+    manifest = store(tmp_path).save(make_state(), 1) / "manifest.json"
+    manifest.write_bytes(content) if content else manifest.unlink()
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
-        load_checkpoint(path)
+        load_checkpoint(manifest.parent)
 
 
 def test_a_foreign_format_and_a_folder_that_is_none_are_refused(tmp_path: Path) -> None:
@@ -229,19 +227,6 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_whole(
     checkpoints.save(make_state(2.0), step)  # it works again
 
 
-def test_what_a_killed_process_left_is_cleaned_up(tmp_path: Path) -> None:
-    path = store(tmp_path).save(make_state(), 1)
-    dead = 2**22 + 1  # no process has this id
-    (path.parent / f".checkpoint-00000002.{dead}.0a0b.partial").mkdir()
-    (path.parent / f".checkpoint-00000000.{dead}.0a0d.partial" / "sub").mkdir(parents=True)
-    shutil.copytree(path, path.parent / f".checkpoint-00000003.{dead}.0a0c.replaced")
-    (path.parent / "notes.txt").write_text("mine")
-    clean_up(path.parent)
-    assert names(path.parent) == ["checkpoint-00000001", "checkpoint-00000003", "notes.txt"]
-    verify_checkpoint(path.parent / "checkpoint-00000003")
-    clean_up(tmp_path / "absent")
-
-
 # the search
 
 
@@ -296,12 +281,18 @@ def test_the_copy_stands_in_for_a_damaged_or_absent_original(tmp_path: Path, con
 
 def test_what_a_killed_process_left_is_removed_here_but_not_in_the_mirror(tmp_path: Path, configure: Configure) -> None:
     config, (local, mirror) = configure(), (tmp_path / "local", tmp_path / "mirror")
-    for root in (local, mirror):
-        put(root, "a", 1, config, saved_at=1.0)
-        (root / "a" / ".checkpoint-00000002.4194305.0a0b.partial").mkdir()
+    dead = "4194305.0a0b"  # no process has this id
+    path = put(local, "a", 1, config, saved_at=1.0)
+    (path.parent / f".checkpoint-00000000.{dead}.partial" / "sub").mkdir(parents=True)
+    (path.parent / f".checkpoint-00000002.{dead}.partial").mkdir()
+    shutil.copytree(path, path.parent / f".checkpoint-00000003.{dead}.replaced")
+    (path.parent / "notes.txt").write_text("mine")
+    shutil.copytree(local, mirror)
     find_checkpoint([local, mirror], config)
-    assert [path.name for path in (local / "a").iterdir()] == ["checkpoint-00000001"]
-    assert len(list((mirror / "a").iterdir())) == 2
+    assert names(path.parent) == ["checkpoint-00000001", "checkpoint-00000003", "notes.txt"]
+    verify_checkpoint(path.parent / "checkpoint-00000003")
+    assert len(names(mirror / "a")) == 5
+    clean_up(tmp_path / "absent")
 
 
 def test_only_what_decides_what_is_learnt_must_be_the_same(configure: Configure) -> None:
