@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import multiprocessing
 import os
 import tracemalloc
@@ -69,18 +68,19 @@ def test_containers_that_need_ffmpeg_are_decoded(kind: str, codec: str, rate: in
     assert peak_hz(audio) == pytest.approx(440, abs=4)
 
 
-@pytest.mark.parametrize("kind", ["matroska", "webm"])
-def test_sound_that_begins_late_is_whole(kind: str) -> None:
-    audio = load_audio(muxed(kind, "libopus", 48_000, begin_sec=3.0))
-    assert len(audio) / SAMPLE_RATE == pytest.approx(1.0, abs=0.1)
-
-
-@pytest.mark.parametrize("kind", ["matroska", "mp4"])
-def test_sound_that_begins_after_its_picture_follows_silence(kind: str) -> None:
-    audio = load_audio(muxed(kind, "aac", 16_000, begin_sec=2.0, picture_sec=3.0))
-    assert len(audio) / SAMPLE_RATE == pytest.approx(3.0, abs=0.1)
-    assert np.abs(audio[: round(1.9 * SAMPLE_RATE)]).max() == 0.0
-    assert peak_hz(audio[2 * SAMPLE_RATE :]) == pytest.approx(440, abs=4)
+@pytest.mark.parametrize(
+    ("kind", "codec", "rate", "picture_sec"),
+    [("matroska", "libopus", 48_000, 0.0), ("webm", "libopus", 48_000, 0.0), ("matroska", "aac", 16_000, 3.0),
+     ("mp4", "aac", 16_000, 3.0)],
+)  # fmt: skip
+def test_sound_that_begins_late_is_whole_and_after_its_picture_follows_silence(
+    kind: str, codec: str, rate: int, picture_sec: float
+) -> None:
+    audio = load_audio(muxed(kind, codec, rate, begin_sec=2.0, picture_sec=picture_sec))
+    silence_sec = 2 if picture_sec else 0
+    assert len(audio) / SAMPLE_RATE == pytest.approx(silence_sec + 1.0, abs=0.1)
+    assert not audio[: round(0.95 * silence_sec * SAMPLE_RATE)].any()
+    assert peak_hz(audio[silence_sec * SAMPLE_RATE :]) == pytest.approx(440, abs=4)
 
 
 def test_of_several_tracks_the_default_one_is_taken() -> None:
@@ -151,18 +151,16 @@ def test_mp3_of_variable_rate_without_a_length_is_decoded_whole() -> None:
 def test_longer_than_allowed_is_refused(silent_header: bool) -> None:
     content = encoded(tone(16_000, seconds=31), 16_000, "MP3")
     assert len(load_audio(content, max_sec=31)) == 31 * SAMPLE_RATE
-    with pytest.raises(AudioError, match=r"long\.mp3: longer than 30 s"):
+    with pytest.raises(AudioError, match=r"long\.mp3: .*30 s"):
         decode(without_info_frame(content) if silent_header else content, name="long.mp3", max_sec=30)
 
 
 def test_tags_around_the_sound_are_no_damage() -> None:
-    for kind in ("MP3", "OGG", "FLAC"):
-        assert peak_hz(load_audio(encoded(tone(16_000), 16_000, kind) + b"TAG" + bytes(125))) == pytest.approx(
-            440, abs=3
-        )
     id3 = b"ID3\x04\x00\x00\x00\x00\x01\x00" + bytes(128)
-    for kind in ("MP3", "FLAC"):
-        assert peak_hz(load_audio(id3 + encoded(tone(16_000), 16_000, kind))) == pytest.approx(440, abs=3)
+    for kind, before in (("MP3", id3), ("FLAC", id3), ("OGG", b"")):
+        content = encoded(tone(16_000), 16_000, kind)
+        for tagged in (before + content, content + b"TAG" + bytes(125)):
+            assert peak_hz(load_audio(tagged)) == pytest.approx(440, abs=3)
 
 
 def test_wav_with_other_chunks_or_without_a_true_length_is_decoded() -> None:
@@ -182,46 +180,43 @@ def test_wav_with_other_chunks_or_without_a_true_length_is_decoded() -> None:
 # What is refused
 
 
+def refused(*contents: bytes) -> None:
+    for content in contents:
+        with pytest.raises(AudioError, match="clip: "):
+            load_audio(content, name="clip")
+
+
 def test_absent_file_and_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing.wav", tmp_path, tmp_path / "nu\0l.wav"):
         with pytest.raises(AudioError, match=path.name):
             load_audio(path)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        muxed("matroska", "aac", 16_000, 0.0, picture_sec=1.0),
+def test_what_is_not_one_recording_is_refused() -> None:
+    refused(
+        muxed("matroska", "aac", 16_000, 0.0, picture_sec=1.0),  # a picture alone
         encoded(tone(16_000), 16_000, "MP3") + encoded(tone(24_000), 24_000, "MP3"),
         encoded(tone(16_000), 16_000, "OGG") * 2,
-    ],
-    ids=["a picture alone", "two rates", "chained"],
-)
-def test_what_is_not_one_recording_is_refused(content: bytes) -> None:
-    with pytest.raises(AudioError, match="clip: "):
-        load_audio(content, name="clip")
+    )
 
 
 @pytest.mark.parametrize("kind", ["AIFF", "AU", "W64", "RF64", "CAF", "NIST", "WAV", "FLAC", "OGG", "MP3"])
 def test_a_cut_file_of_any_container_is_refused(kind: str) -> None:
     content = encoded(tone(16_000), 16_000, kind)
     assert peak_hz(load_audio(content)) == pytest.approx(440, abs=3)
-    for kept in (0.5, 0.9) if kind == "MP3" else (0.5, 0.9, 0.99):  # the last bytes of an mp3 hold no sound
-        with pytest.raises(AudioError, match="clip: "):
-            load_audio(content[: int(kept * len(content))], name="clip")
+    shares = (0.5, 0.9) if kind == "MP3" else (0.5, 0.9, 0.99)  # the last bytes of an mp3 hold no sound
+    refused(*(content[: int(kept * len(content))] for kept in shares))
 
 
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
 def test_an_ogg_page_that_is_missing_or_changed_is_refused(subtype: str) -> None:
-    rng = np.random.default_rng(0)
-    content = encoded(rng.normal(0, 0.1, (16_000 * 4, 1)), 16_000, "OGG", subtype)
+    samples = np.random.default_rng(0).normal(0, 0.1, (16_000 * 4, 1))
+    content = encoded(samples, 16_000, "OGG", subtype)
     pages = [at for at in range(len(content)) if content.startswith(b"OggS", at)]
     assert len(pages) >= 5
     changed = bytearray(content)
     changed[pages[3] + 200] ^= 1
-    for damaged in (content[: pages[3]] + content[pages[4] :], bytes(changed), content[: pages[-1]]):
-        with pytest.raises(AudioError, match="clip: "):
-            load_audio(damaged, name="clip")
+    refused(content[: pages[3]] + content[pages[4] :], bytes(changed), content[: pages[-1]])
 
 
 def test_integers_stored_as_floats_are_refused_and_silence_may_be_allowed() -> None:
@@ -273,8 +268,7 @@ def test_damaged_file_is_named_and_made_again(tmp_path: Path, caplog: pytest.Log
     else:
         flipped = content[:50_000] + bytes([content[50_000] ^ 1]) + content[50_001:]
         path.write_bytes({"flipped": flipped, "cut": content[:50_000], "empty": b""}[damage])
-    with caplog.at_level(logging.WARNING):
-        assert np.array_equal(cache.load_audio(SAMPLE_CLIP), expected)
+    assert np.array_equal(cache.load_audio(SAMPLE_CLIP), expected)
     assert path.name in caplog.text
     assert np.array_equal(load_audio(path), expected)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -63,8 +62,9 @@ def read_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_reads_the_rows_while_the_run_goes_on(config: Config) -> None:
-    with ExperimentLogger(with_trackers(config, "tensorboard"), run_id="r") as experiment:
+def test_tensorboard_reads_the_rows_while_the_run_goes_on_and_updates_done_again_once(config: Config) -> None:
+    chosen = with_trackers(config, "tensorboard")
+    with ExperimentLogger(chosen, run_id="r") as experiment:
         log_a_training(experiment, range(1, 4))
         scalars = read_tensorboard(experiment.dir / "tensorboard")
     assert scalars["train/loss"] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]  # kept as float32
@@ -73,14 +73,10 @@ def test_tensorboard_reads_the_rows_while_the_run_goes_on(config: Config) -> Non
     assert set(scalars) == {
         "train/loss", "train/epoch", "epoch/val_wer", "evaluation/tuned/wer", "evaluation/tuned/rtf",
     }  # fmt: skip
-
-
-def test_tensorboard_shows_updates_that_are_done_again_once(config: Config) -> None:
-    for steps in (range(1, 7), range(4, 9)):  # a crash at 6, resumed from a checkpoint at 3
-        with ExperimentLogger(with_trackers(config, "tensorboard"), run_id="r") as experiment:
-            log_a_training(experiment, steps)
+    with ExperimentLogger(chosen, run_id="r") as experiment:  # a crash at 3, resumed from a checkpoint at 1
+        log_a_training(experiment, range(2, 6))
     steps_shown = [step for step, _ in read_tensorboard(experiment.dir / "tensorboard")["train/loss"]]
-    assert steps_shown == list(range(1, 9))
+    assert steps_shown == list(range(1, 6))
 
 
 def test_mlflow_reads_the_rows_and_a_continued_run_stays_one(config: Config) -> None:
@@ -172,7 +168,7 @@ def test_an_absent_package_is_named_at_the_start(
     for module in [m for m in sys.modules if m.partition(".")[0] == name or m.startswith(f"torch.utils.{name}")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingDependencyError, match=f"pip install {package}"):
+    with pytest.raises(MissingDependencyError, match=package):
         ExperimentLogger(with_trackers(config, name), run_id="r")
 
 
@@ -213,10 +209,7 @@ def test_a_tracker_that_fails_is_off_after_one_warning_and_the_rest_goes_on(
 ) -> None:
     failing = Failing()
     monkeypatch.setitem(trackers._OPENERS, "mlflow", lambda *_: failing)
-    with (
-        caplog.at_level(logging.WARNING),
-        ExperimentLogger(with_trackers(config, "mlflow", "tensorboard"), run_id="r") as experiment,
-    ):
+    with ExperimentLogger(with_trackers(config, "mlflow", "tensorboard"), run_id="r") as experiment:
         log_a_training(experiment, range(1, 4))
     assert failing.writes == 1
     warnings = [record.getMessage() for record in caplog.records if "tracker" in record.getMessage()]

@@ -65,12 +65,10 @@ def topics(report: DataReport) -> dict[str, Finding]:
 
 def test_clean_data_has_nothing_to_warn_of_but_its_amount(clean: list[Utterance]) -> None:
     report = build(clean)
-    assert set(topics(report)) == {"amount", "speech detection", "tokens"}
-    assert [f.level for f in report.findings] == ["warning", "info", "info"]
-    assert "not measured" in topics(report)["speech detection"].message
-    assert "not measured" in topics(report)["tokens"].message
-    assert report.clips["tokens"].isna().all()
-    assert report.clips["speech_fraction"].isna().all()
+    assert [(f.topic, f.level) for f in report.findings] == [
+        ("amount", "warning"), ("speech detection", "info"), ("tokens", "info"),
+    ]  # fmt: skip
+    assert report.clips[["tokens", "speech_fraction"]].isna().all(axis=None)
 
 
 def test_the_bundled_data_is_described_as_it_is(bundled_report: DataReport, bundled: DatasetSplits) -> None:
@@ -94,20 +92,20 @@ def test_rates_of_the_files_are_told(clean: list[Utterance]) -> None:
     upsampled = soxr.resample(soxr.resample(noise(2, 9), SAMPLE_RATE, 8_000), 8_000, 48_000)
     found = topics(build(clean, test=[*telephone, clip("u", upsampled, "Text u.", rate=48_000)]))
     assert found["sample rate"].ids == ("t0", "t1", "t2")
-    assert "nothing above 4,000 Hz" in found["sample rate"].message
     assert found["bandwidth"].ids == ("u",)
     assert found["mixed rates"].level == "warning"  # only the test is narrowband
     assert "8,000 Hz (3)" in found["mixed rates"].message
 
 
-def test_clipped_silent_and_quiet_clips_are_told(clean: list[Utterance]) -> None:
-    clipped = np.clip(noise(2, 1, 0.8), -1, 1)
+def test_clipped_silent_quiet_short_and_skipped_clips_are_told(clean: list[Utterance]) -> None:
     padded = np.concatenate([noise(1, 2), np.zeros(9 * SAMPLE_RATE, np.float32)])
-    found = topics(build([*clean, clip("c", clipped, "Text c."), clip("p", padded, "Text p."),
-                          clip("q", noise(2, 3, 0.002), "Text q.")]))  # fmt: skip
-    assert found["clipping"].ids == ("c",)
-    assert found["silence"].ids == ("p",)
-    assert found["level"].ids == ("q",)
+    waves = {"c": np.clip(noise(2, 1, 0.8), -1, 1), "p": padded, "q": noise(2, 3, 0.002), "s": noise(0.3, 1)}
+    splits = splits_of([*clean, *(clip(name, wave, f"Yes {name}.") for name, wave in waves.items())])
+    skipped = [SkippedUtterance("z", "31.00 s, allowed are 0.1 to 30 s (data.min_duration_sec, data.max_duration_sec)")]
+    found = topics(build_data_report(replace(splits, skipped=skipped), Config()))
+    told = [found[topic].ids for topic in ("clipping", "silence", "level", "short")]
+    assert told == [("c",), ("p",), ("q",), ("s",)]
+    assert "1 for the duration" in found["skipped"].message
 
 
 def test_clips_without_speech_and_with_long_silence_are_told(jfk: Waveform, detector: VoiceActivityDetector) -> None:
@@ -177,8 +175,8 @@ def test_speakers_that_are_shared_few_or_unknown_are_told(clean: list[Utterance]
     test = [clip("t0", noise(2, 50), "A."), clip("t1", noise(2, 51), "B.", speaker="a3")]
     found = topics(build([*clean, clip("n", noise(2, 52), "C.", speaker=None)], test=test))
     assert found["unknown speakers"].ids == ("n",)
-    assert found["shared speakers"].message.startswith("3 clips of 1 speaker")
-    assert "the test has 2 speakers" in found["few test speakers"].message
+    assert "3 clips of 1 speaker" in found["shared speakers"].message
+    assert "2 speakers" in found["few test speakers"].message
 
 
 def test_texts_too_long_for_the_decoder_are_an_error(clean: list[Utterance], _tiny_en: tuple[Any, Any]) -> None:
@@ -192,32 +190,22 @@ def test_texts_too_long_for_the_decoder_are_an_error(clean: list[Utterance], _ti
 
 
 @pytest.mark.parametrize(
-    ("change", "topic", "message"),
+    ("change", "topic"),
     [
-        (str.upper, "capitals", "in capitals, which"),
-        (lambda text: text.lower().replace(".", ""), "punctuation", "no punctuation"),
-        (lambda text: text.replace("a", "7"), "digits", "with digits"),
+        (str.upper, "capitals"),
+        (lambda text: text.lower().replace(".", ""), "punctuation"),
+        (lambda text: text.replace("a", "7"), "digits"),
     ],
 )
-def test_the_style_of_the_transcripts_is_told(clean: list[Utterance], change: Any, topic: str, message: str) -> None:
-    found = topics(build([replace(u, text=change(u.text)) for u in clean]))
-    assert message in found[topic].message
+def test_the_style_of_the_transcripts_is_told(clean: list[Utterance], change: Any, topic: str) -> None:
+    assert topic in topics(build([replace(u, text=change(u.text)) for u in clean]))
 
 
 def test_mixed_styles_name_the_fewer(clean: list[Utterance]) -> None:
     mixed = [replace(u, text=u.text.upper().replace(".", "")) if i < 4 else u for i, u in enumerate(clean)]
     found = topics(build(mixed))
     assert found["capitals"].ids == tuple(u.id for u in clean[:4])
-    assert "20% of the transcripts are in capitals" in found["capitals"].message
-    assert "80% of the transcripts are with punctuation" in found["punctuation"].message
-
-
-def test_skipped_and_short_clips_are_told(clean: list[Utterance]) -> None:
-    skipped = [SkippedUtterance("z", "31.00 s, allowed are 0.1 to 30 s (data.min_duration_sec, data.max_duration_sec)")]
-    splits = replace(splits_of([*clean, clip("s", noise(0.3, 1), "Yes.")]), skipped=skipped)
-    found = topics(build_data_report(splits, Config()))
-    assert "1 clip left out while checking, 1 for the duration" in found["skipped"].message
-    assert found["short"].ids == ("s",)
+    assert "20%" in found["capitals"].message and "80%" in found["punctuation"].message
 
 
 def test_a_report_comes_back_as_it_was_saved(bundled_report: DataReport, tmp_path: Path) -> None:
@@ -228,9 +216,7 @@ def test_a_report_comes_back_as_it_was_saved(bundled_report: DataReport, tmp_pat
     clips["tokens"] = clips["tokens"].where(clips.index != 4, 17)
     styles = pd.DataFrame([{"style": "keep", "space": True, "nats": 7.5, "clips": 3, "example": "Hi."}])
     report = replace(bundled_report, clips=clips, skipped=(SkippedUtterance("x", "bad"),), label_styles=styles)
-    paths = report.save(tmp_path / "run")
-    assert [path.name for path in paths] == [REPORT_FILE, CLIPS_FILE]
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted([REPORT_FILE, CLIPS_FILE])
+    assert [path.name for path in report.save(tmp_path / "run")] == [REPORT_FILE, CLIPS_FILE]
     again = DataReport.load(tmp_path / "run")
     pd.testing.assert_frame_equal(again.clips, clips)
     assert (again.findings, again.skipped, again.source) == (report.findings, report.skipped, report.source)
@@ -256,14 +242,14 @@ def test_a_hashed_choice_is_the_same_in_any_order(clean: list[Utterance]) -> Non
     assert [u.id for u in hashed_choice(clean[::-1], 5, 0)] == chosen
     assert chosen != [u.id for u in hashed_choice(clean, 5, 1)]
     assert len(hashed_choice(clean, 1_000, 0)) == 20
-    with pytest.raises(DataError, match="at least one"):
+    with pytest.raises(DataError):
         hashed_choice(clean, 0, 0)
 
 
 def test_a_saved_report_has_no_nan_and_an_absent_or_damaged_one_is_refused(
     clean: list[Utterance], tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match=str(tmp_path)):
         DataReport.load(tmp_path)
     path, _ = build(clean).save(tmp_path)  # no validation, no test, no speech detection
     content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
