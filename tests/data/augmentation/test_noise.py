@@ -64,10 +64,9 @@ def test_each_clip_has_its_own_ratio_over_its_own_samples(jfk: np.ndarray) -> No
 
 def test_silence_has_no_ratio(jfk: np.ndarray) -> None:
     speech, silence = torch.from_numpy(jfk), torch.zeros(len(jfk))
-    with pytest.raises(AudioError, match="the speech is silent"):
-        mix_at_snr(silence, speech, snr_db=10)
-    with pytest.raises(AudioError, match="the noise is silent"):
-        mix_at_snr(speech, silence, snr_db=10)
+    for wrong, pair in {"speech": (silence, speech), "noise": (speech, silence)}.items():
+        with pytest.raises(AudioError, match=wrong):
+            mix_at_snr(*pair, snr_db=10)
 
 
 def voices(count: int) -> tuple[Tensor, Tensor]:
@@ -99,22 +98,24 @@ def test_babble_has_four_equal_voices_and_never_its_own() -> None:
     assert mixed.square().mean(1).sqrt().numpy() == pytest.approx(BABBLE_VOICES**0.5, rel=0.1)
 
 
+def first_babble(clips: Tensor, lengths: Tensor, num_samples: int, seed: int = 0) -> Tensor:
+    """The babble for the first clip."""
+    return babble(
+        clips, lengths, targets=torch.tensor([0]), target_lengths=lengths[:1], num_samples=num_samples,
+        generator=generator(seed),
+    )[0]  # fmt: skip
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_babble_takes_as_many_others_as_there_are(count: int) -> None:
-    clips, lengths = voices(count)
-    mixed = babble(
-        clips, lengths, targets=torch.tensor([0]), target_lengths=lengths[:1], num_samples=16_000, generator=generator()
-    )  # fmt: skip
-    assert heard(mixed[0], count) == set(range(1, count))
+    assert heard(first_babble(*voices(count), 16_000), count) == set(range(1, count))
 
 
 def test_babble_needs_another_clip_that_is_not_silent() -> None:
     clips, lengths = voices(2)
     clips[1] = 0
-    with pytest.raises(AudioError, match="another clip"):
-        babble(
-            clips, lengths, targets=torch.tensor([0]), target_lengths=lengths[:1], num_samples=9, generator=generator()
-        )  # fmt: skip
+    with pytest.raises(AudioError):
+        first_babble(clips, lengths, 9)
 
 
 def test_babble_reaches_short_clips_whose_neighbours_pause() -> None:
@@ -122,11 +123,7 @@ def test_babble_reaches_short_clips_whose_neighbours_pause() -> None:
     clips[0, :1_600] = 0.1
     clips[1, 50_000:50_100] = 0.1
     for seed in range(20):
-        mixed = babble(
-            clips, torch.tensor([1_600, 64_000]), targets=torch.tensor([0]), target_lengths=torch.tensor([1_600]),
-            num_samples=1_600, generator=generator(seed),
-        )  # fmt: skip
-        assert mixed.any()
+        assert first_babble(clips, torch.tensor([1_600, 64_000]), 1_600, seed).any()
 
 
 def ramp(samples: int, offset: float) -> np.ndarray:
@@ -160,10 +157,9 @@ def test_a_pause_of_the_recording_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"noise_dir: .*absent is not a folder"):
-        NoisePool(tmp_path / "absent")
-    with pytest.raises(DataError, match=f"no audio file in {tmp_path}"):
-        NoisePool(tmp_path)
+    for folder in (tmp_path / "absent", tmp_path):
+        with pytest.raises(DataError, match=str(folder)):
+            NoisePool(folder)
     (tmp_path / "broken.wav").write_bytes(b"RIFF this is no sound")
     with pytest.raises(AudioError, match=r"broken\.wav"):
         NoisePool(tmp_path)
