@@ -9,6 +9,8 @@ import hashlib
 import tempfile
 from pathlib import Path
 
+from src.utils.files import recover_folder
+
 
 def ct2_folder(source: str, *, quantization: str, cache_dir: Path) -> Path:
     """Return a CTranslate2 folder with the weights of a model.
@@ -22,6 +24,8 @@ def ct2_folder(source: str, *, quantization: str, cache_dir: Path) -> Path:
         ModelError: no such weights, or the converted model does not give the source's text.
     """
     folder = Path(source).expanduser()
+    if not folder.exists():
+        recover_folder(folder)  # a process was killed while it replaced the folder
     if (folder / "model.bin").is_file():
         return folder
     from src.models.offline_weights import combined_sha256, convert_once

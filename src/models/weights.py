@@ -28,6 +28,7 @@ from src.models.offline_weights import (
 )
 from src.utils.config import VARIANTS
 from src.utils.errors import ModelError, did_you_mean, first_line
+from src.utils.files import recover_folder
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ def resolve_weights(variant_or_path: str, *, cache_dir: Path) -> ResolvedWeights
     if variant_or_path in HUB_REPOSITORIES:
         return _from_sources(variant_or_path, HUB_REPOSITORIES[variant_or_path], cache_dir)
     folder = Path(variant_or_path).expanduser()
+    if not folder.exists():
+        recover_folder(folder)  # a process was killed while it replaced the folder
     if folder.is_dir():
         return _from_folder(folder, cache_dir)
     if folder.exists():

@@ -1,9 +1,9 @@
 """Files and folders that are whole or absent, even after a crash: atomic writes, JSON, hashes; files of the packages.
 
 What is being written or replaced lies next to its final name as `.<name>.<process id>.<token>.partial` or `.replaced`;
-a folder called `.replaced` is always whole. A folder is replaced by two renames, because few systems and no network
-drive can exchange two names: a crash between them leaves the old folder as `.replaced`, and `recover_folder` restores
-it.
+a folder called `.replaced` is always whole. A folder is replaced by two renames, because no portable call exchanges two
+names: a crash between them leaves the old folder as `.replaced`, and `recover_folder` restores it before the next write
+or the next loading of a model.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ import json
 import logging
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -75,6 +77,14 @@ def test_local_folder_comes_before_everything_and_one_of_ctranslate2_is_converte
     assert found.path.parent == tmp_path / "cache" / "weights"
     assert found.source == f"CTranslate2 folder {tmp_path / 'mine'} (converted)"
     assert (found.path / "model.safetensors").read_bytes() == (tiny_en_folder / "model.safetensors").read_bytes()
+
+
+def test_a_folder_whose_replacement_was_killed_is_restored(tiny_en_folder: Path, tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    shutil.copytree(tiny_en_folder, tmp_path / f".best_model_hf.{dead.pid}.00.replaced")
+    found = resolve_weights(str(tmp_path / "best_model_hf"), cache_dir=tmp_path)
+    assert found.path == tmp_path / "best_model_hf"
 
 
 @pytest.mark.parametrize("absent", ["model.safetensors", "tokenizer.json", "config.json"])
