@@ -76,7 +76,7 @@ def write_model_card(
     provenance = read_provenance(folder)
     sections = {key: origin.config[key] for key in _SECTIONS if key in origin.config}
     text = render(
-        "model_card.md",
+        "model_card.md.jinja",
         front_matter=yaml.safe_dump(card.to_dict(), sort_keys=False, allow_unicode=True, width=math.inf),
         name=card.model_name,
         base=card.base_model or origin.base,
