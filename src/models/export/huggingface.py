@@ -92,15 +92,20 @@ def loaded_source(source: str | Path | Any, processor: Any) -> Iterator[tuple[Pa
     Raises:
         ModelError: a model without its processor, or one that is not plain Whisper.
     """
+    if isinstance(source, str | Path):
+        yield _load(Path(source))
+        return
+    if processor is None:
+        raise ModelError("a model needs its processor: pass processor=, or a Hugging Face folder instead")
+    _check_plain(source)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(source) if isinstance(source, str | Path) else Path(scratch)
-        if folder == Path(scratch):
-            if processor is None:
-                raise ModelError("a model needs its processor: pass processor=, or a Hugging Face folder instead")
-            _check_plain(source)
-            _save(source, processor, folder)
-        model = DynamicWhisper.from_pretrained(folder, dtype=torch.float32).eval()
-        yield folder, model, WhisperProcessor.from_pretrained(folder)
+        _save(source, processor, Path(scratch))
+        yield _load(Path(scratch))
+
+
+def _load(folder: Path) -> tuple[Path, DynamicWhisper, Any]:
+    model = DynamicWhisper.from_pretrained(folder, dtype=torch.float32).eval()
+    return folder, model, WhisperProcessor.from_pretrained(folder)
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
