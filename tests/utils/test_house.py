@@ -14,8 +14,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ORDER = ["utils", "data", "models", "inference", "evaluation", "training"]
 MAX_FLOORS = 8  # modules in the longest chain of imports within a package
-STILL_TALL = {"data"}
-TALL = pytest.mark.xfail(strict=False, reason="to be merged into fewer floors")
 
 
 def modules() -> dict[str, Path]:
@@ -66,7 +64,7 @@ def test_no_module_imports_itself_through_others(graph: dict[str, set[str]]) -> 
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
 
-@pytest.mark.parametrize("package", [pytest.param(p, marks=TALL if p in STILL_TALL else ()) for p in ORDER])
+@pytest.mark.parametrize("package", ORDER)
 def test_a_package_has_at_most_eight_floors(package: str, graph: dict[str, set[str]]) -> None:
     inside = {name: {other for other in imported if other.startswith(f"src.{package}.")}
               for name, imported in graph.items() if name.startswith(f"src.{package}.")}  # fmt: skip
