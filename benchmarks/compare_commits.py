@@ -114,12 +114,17 @@ def run(side: Side, out: Path, only: Sequence[str]) -> dict[str, Any]:
     # -P keeps the folder of the script off sys.path; the procedure puts the current folder there
     command = [sys.executable, "-P", str(side.procedure), "--out", str(out.resolve())]
     command += ["--only", *only] if only else []
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | ONE_THREAD
+    environment = clean_environment() | ONE_THREAD
     done = subprocess.run(command, cwd=side.checkout, env=environment, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise MeasurementError(f"{side.name} side failed in {side.checkout}:\n{done.stderr[-4000:]}")
     sections: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return sections
+
+
+def clean_environment() -> dict[str, str]:
+    """Return the environment without PYTHONPATH: each side imports from its own checkout."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
 
 def compare_sections(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Comparison]:
