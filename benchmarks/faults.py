@@ -165,17 +165,17 @@ def full_mirror(stock: Path, folder: Path) -> Outcome:
 
 def stalled_mirror(stock: Path, folder: Path) -> Outcome:
     """Let a block of the copy take for ever."""
-    from src.utils import colab
+    from src.utils import mirror
 
     trainer = make_trainer(stock, folder, mirror_dir=str(folder / "drive"))
-    real = colab._write_block
-    colab._write_block = lambda writer, block: time.sleep(3600)
+    real = mirror._write_block
+    mirror._write_block = lambda writer, block: time.sleep(3600)
     began = time.monotonic()
     try:
         trainer._saver.flush = lambda: trainer._saver._mirror.flush(1.0)
         trainer.train(1)
     finally:
-        colab._write_block = real
+        mirror._write_block = real
     waited = not trainer._saver._mirror.flush(0.1)
     steps = trainer._progress.step
     return (
@@ -187,21 +187,21 @@ def stalled_mirror(stock: Path, folder: Path) -> Outcome:
 
 def truncating_mirror(stock: Path, folder: Path) -> Outcome:
     """Let the target lose the second half of each block, for a while."""
-    from src.utils import colab
+    from src.utils import mirror
 
     target = folder / "drive"
     trainer = make_trainer(stock, folder, mirror_dir=str(target))
-    real, broken = colab._write_block, [0]
+    real, broken = mirror._write_block, [0]
 
     def write_half(writer: Any, block: bytes) -> None:
         broken[0] += 1
         real(writer, block[: len(block) // 2] if broken[0] < 6 else block)
 
-    colab._write_block = write_half
+    mirror._write_block = write_half
     try:
         trainer.train(1)
     finally:
-        colab._write_block = real
+        mirror._write_block = real
     copies = list((target / "drill").iterdir())
     return "mirror cuts files off", f"{len(copies)} copies, all whole", bool(copies) and all(map(is_whole, copies))
 

@@ -26,13 +26,13 @@ SETTINGS_OF_TESTS = {
 }  # fmt: skip
 DRIVE = """
 from pathlib import PosixPath
-from src.utils import colab
+from src.utils import runtime
 
 class MountPoint(PosixPath):
     def is_mount(self):
         return self.is_symlink()
 
-colab.MOUNT_POINT = MountPoint({point!r})  # where a test may write
+runtime.MOUNT_POINT = MountPoint({point!r})  # where a test may write
 """
 Cells = list[Any]
 

@@ -41,11 +41,10 @@ from src.training.state import (
     restore_random_state,
 )
 from src.training.updates import Updater
-from src.utils.colab import copy_verified
 from src.utils.config import Config
 from src.utils.errors import CheckpointError
 from src.utils.files import atomic_folder, recover_folder
-from src.utils.mirror import DriveMirror
+from src.utils.mirror import DriveMirror, copy_verified
 from src.utils.runtime import broadcast_object, from_main, is_main_process, sum_over_processes, wait_for_all
 from src.utils.tracking import ExperimentLogger
 from src.utils.versioning import get_git_revision
@@ -202,8 +201,8 @@ class RunSaver:
         if self._mirror is None:
             return
         self._mirror.flush(FLUSH_TIMEOUT_SEC)
-        for failure in self._mirror.failures:
-            logger.warning("not in the mirror %s: %s (%s)", self._mirror.target, failure.name, failure.reason)
+        for name, reason in self._mirror.failures.items():
+            logger.warning("not in the mirror %s: %s (%s)", self._mirror.target, name, reason)
 
     def _export(self, whole: DynamicWhisper, progress: Progress, run: str) -> None:
         made = {

@@ -1,10 +1,9 @@
-from .colab import copy_verified, in_colab, mount_drive, start_session
 from .config import Config, load_config
 from .figures import save_figure
 from .logging_config import setup_logging
 from .memory import clean_up, watch_resources
-from .mirror import DriveMirror
-from .runtime import get_device, set_seed
+from .mirror import DriveMirror, copy_verified
+from .runtime import get_device, in_colab, mount_drive, set_seed, start_session
 from .tracking import ExperimentLogger
 from .validation import EnvironmentReport, environment_report
 from .versioning import DataVersionManager, ModelRegistry, get_git_revision

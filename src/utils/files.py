@@ -20,12 +20,11 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from src.utils.errors import DataError, first_line
 
@@ -60,8 +59,8 @@ def write_bytes_atomic(path: Path, content: bytes, *, durable: bool = False) -> 
 def atomic_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
     """Yield a hidden file next to `path`, open for writing; it takes that name at the end, or is removed on an error.
 
-    After a power cut the file may be the old one, the new one or empty; if `durable`, this waits for the disk, and the
-    new one stays. The folder is made; `OSError` is raised if it cannot be written.
+    After a power cut the file may be the old one, the new one or empty; if `durable`, the new one stays. The folder is
+    made; `OSError` is raised if it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _hidden_name(path, "partial")
@@ -69,25 +68,22 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
         with partial.open("wb") as file:
             yield file
         if durable:
-            _fsync(partial)
+            fsync(partial)
         partial.replace(path)
         if durable:
-            _fsync(path.parent)
+            fsync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def read_json(path: Path, parse: Callable[[Any], T], *, what: str, fix: str) -> T:
-    """Read a JSON file and parse its content.
+    """Read a JSON file and parse its content; raises `DataError` if it is damaged.
 
     Args:
-        path: the file.
+        path: of the file.
         parse: may raise ValueError, TypeError, KeyError or AttributeError for wrong content.
         what: what the file should be, for the error: "a data set version".
         fix: what to do about a damaged one.
-
-    Raises:
-        DataError: if the file cannot be read, is not JSON or has wrong content.
     """
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
@@ -117,62 +113,45 @@ def atomic_folder(output_dir: Path, *, replace: bool = False, durable: bool = Fa
     processes that replace one folder need a lock.
 
     Args:
-        output_dir: absent or an empty folder, unless `replace`.
+        output_dir: absent or an empty folder, else a FileExistsError is raised; unless `replace`.
         replace: an older folder of that name stays until the new one is complete, then is removed.
-        durable: also after a power cut, see `fsync_folder`; waits for the disk to write everything.
-
-    Raises:
-        FileExistsError: if `output_dir` is a file, or contains something and may not be replaced.
+        durable: also after a power cut; waits for the disk to write everything.
     """
     _refuse_taken(output_dir, replace)
-    partial = _hidden_name(output_dir, "partial")
+    partial, replaced = _hidden_name(output_dir, "partial"), _hidden_name(output_dir, "replaced")
     partial.mkdir(parents=True)
     try:
         yield partial
         if durable:
             fsync_folder(partial)
         _refuse_taken(output_dir, replace)
-        if output_dir.is_dir() and not replace:
+        if output_dir.is_dir() and replace:
+            output_dir.rename(replaced)
+        elif output_dir.is_dir():
             output_dir.rmdir()  # fails if another process has written something into it meanwhile
-        if output_dir.is_dir():
-            _replace(partial, output_dir)
-        else:
-            partial.rename(output_dir)
+        partial.rename(output_dir)
+        if replaced.exists():
+            remove_folder(replaced)
         if durable:
-            _fsync(output_dir.parent)
+            fsync(output_dir.parent)
     finally:
+        if replaced.exists() and not output_dir.exists():  # an error or an interrupt between the two renames
+            replaced.rename(output_dir)
         _remove(partial)
 
 
 def _refuse_taken(output_dir: Path, replace: bool) -> None:
-    if output_dir.is_dir() and (replace or not any(output_dir.iterdir())):
-        return
-    if output_dir.exists():
+    is_free = replace or not output_dir.is_dir() or not any(output_dir.iterdir())
+    if not is_free or output_dir.is_file():
         raise FileExistsError(f"{output_dir}: exists already; remove it, or choose another output folder")
 
 
-def _replace(partial: Path, output_dir: Path) -> None:
-    """Replace a folder by two renames; an error or an interrupt between them restores the old one."""
-    replaced = _hidden_name(output_dir, "replaced")
-    try:
-        output_dir.rename(replaced)
-        partial.rename(output_dir)
-    finally:
-        if replaced.exists() and output_dir.exists():
-            remove_folder(replaced)
-        elif replaced.exists():
-            replaced.rename(output_dir)
-
-
-def recover_folder(output_dir: Path) -> Path | None:
+def recover_folder(output_dir: Path) -> None:
     """Clean up after a process that was killed while it wrote `output_dir`: the folder is then whole, or absent.
 
     If the folder is absent and older ones lie under hidden names, the newest of these is restored. Other hidden
     remains of dead processes are removed, those of running processes never: the process id tells which run, so the
     folder must not be written by another machine at the same time.
-
-    Returns:
-        output_dir if it was restored, else None.
     """
     remains: list[tuple[int, Path]] = []
     for path in output_dir.parent.iterdir() if output_dir.parent.is_dir() else ():
@@ -180,16 +159,13 @@ def recover_folder(output_dir: Path) -> Path | None:
         if hidden is not None and hidden.final.name == output_dir.name and not hidden.is_in_use:
             with contextlib.suppress(FileNotFoundError):  # removed by another process
                 remains.append((path.lstat().st_ctime_ns, path))
-    restored = False
     for _, path in sorted(remains, reverse=True):  # from new to old
         with contextlib.suppress(FileNotFoundError):
             if path.suffix == ".replaced" and not os.path.lexists(output_dir):
                 path.rename(output_dir)
                 logger.warning("%s was missing after a crash; its older content is restored", output_dir)
-                restored = True
             else:
                 remove_folder(path)
-    return output_dir if restored else None
 
 
 def remove_folder(folder: Path) -> None:
@@ -207,19 +183,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-@dataclass(frozen=True)
-class HiddenName:
-    """The meaning of a hidden name.
+class HiddenName(NamedTuple):
+    """The meaning of a hidden name."""
 
-    Attributes:
-        final: what the file or folder becomes, or was.
-        kind: "partial" or "replaced".
-        is_in_use: whether the process that chose the name is still running.
-    """
-
-    final: Path
-    kind: str
-    is_in_use: bool
+    final: Path  # what the file or folder becomes, or was
+    kind: str  # "partial" or "replaced"
+    is_in_use: bool  # whether the process that chose the name is still running
 
 
 def read_hidden_name(path: Path) -> HiddenName | None:
@@ -247,11 +216,12 @@ def fsync_folder(folder: Path) -> None:
     for parent, _, names in os.walk(folder, topdown=False):
         for path in (Path(parent, name) for name in names):
             if path.is_file() and not path.is_symlink():
-                _fsync(path)
-        _fsync(Path(parent))
+                fsync(path)
+        fsync(Path(parent))
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path, *, is_required: bool = True) -> None:
+    """Wait until a file or folder is on the disk; only a file where it `is_required` must be able to do it."""
     is_dir = path.is_dir()
     if is_dir and os.name == "nt":
         return
@@ -259,7 +229,7 @@ def _fsync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as err:
-        if not (is_dir and err.errno in _NO_FSYNC):
+        if err.errno not in _NO_FSYNC or (is_required and not is_dir):
             raise
     finally:
         os.close(handle)

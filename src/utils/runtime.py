@@ -1,22 +1,23 @@
-"""Seed, device, precision, memory errors, and processes that train or transcribe together.
+"""Where the code runs: notebook, Google Drive, seed, device, precision, memory errors, processes that work together.
 
-torch is imported where it is used: it takes seconds, and a process that decodes with CTranslate2 does not need it.
+torch and NumPy are imported where they are used: they take seconds, and the environment doctor works without.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import logging
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
-
-import numpy as np
 
 from src.utils.errors import DeviceError, OutOfMemoryError, WhisperASRError, first_line
 
@@ -27,10 +28,75 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Precision = Literal["float32", "bfloat16", "float16"]
+MOUNT_POINT = Path("/content/drive")
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def in_colab() -> bool:
+    """Whether this Python runs in Google Colab."""
+    has_google = importlib.util.find_spec("google") is not None  # find_spec of a child imports its parent
+    return has_google and importlib.util.find_spec("google.colab") is not None
+
+
+def in_notebook() -> bool:
+    """Whether this runs in a Jupyter or Colab kernel, which can show more than text."""
+    ipython = sys.modules.get("IPython")  # a kernel has imported it
+    shell = None if ipython is None else ipython.get_ipython()
+    return getattr(shell, "kernel", None) is not None
+
+
+def start_session(drive_folder: str | None = None) -> Path | None:
+    """Start a session of the notebook: install what Colab's image lacks, and mount Google Drive on request.
+
+    Args:
+        drive_folder: folder below "MyDrive" for copies of checkpoints; None does without Drive.
+
+    Returns:
+        The folder on Drive, or None.
+
+    Raises:
+        WhisperASRError: if pip cannot install `requirements.txt`; and as `mount_drive`.
+    """
+    if in_colab():
+        requirements = _ROOT / "requirements.txt"
+        done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", str(requirements)])
+        if done.returncode:
+            raise WhisperASRError(
+                f"pip could not install {requirements}, see above; run the cell again, or take a fresh runtime: "
+                "Runtime > Disconnect and delete runtime"
+            )
+    return None if drive_folder is None else mount_drive(drive_folder)
+
+
+def mount_drive(folder: str) -> Path:
+    """Mount Google Drive and return a folder below "MyDrive", made if absent.
+
+    Raises:
+        WhisperASRError: if this is not Colab, or the mount was refused.
+    """
+    if not in_colab():
+        raise WhisperASRError("Google Drive can be mounted in Colab only; elsewhere copies can go to any folder")
+    from google.colab import drive
+
+    try:
+        drive.mount(str(MOUNT_POINT))
+        target = MOUNT_POINT / "MyDrive" / folder
+        target.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, RuntimeError) as err:  # refused consent, quota, a time-out
+        raise WhisperASRError(
+            f"Google Drive could not be mounted: {err}; run the cell again, or continue without it"
+        ) from err
+    return target
+
+
+def is_on_unmounted_drive(path: Path) -> bool:
+    """Whether a path lies on Google Drive while it is not mounted: writing there would fill the local disk."""
+    return path.absolute().is_relative_to(MOUNT_POINT) and not MOUNT_POINT.is_mount()
 
 
 def set_seed(seed: int) -> int:
     """Seed Python, NumPy and torch; return the seed."""
+    import numpy as np
     import torch
 
     random.seed(seed)
@@ -40,10 +106,7 @@ def set_seed(seed: int) -> int:
 
 
 def get_device(name: str = "auto") -> torch.device:
-    """Resolve a device.
-
-    Args:
-        name: "auto" (CUDA, else Apple's MPS, else CPU), or any name that torch accepts: "cpu", "cuda:1", "mps".
+    """Resolve "auto" (CUDA, else Apple's MPS, else CPU), or any name that torch accepts: "cpu", "cuda:1", "mps".
 
     Raises:
         DeviceError: if the named device is not on this machine; only "auto" may choose the CPU.
@@ -63,14 +126,13 @@ def get_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError as err:
         raise DeviceError(f"device {name!r} is unknown to torch; use auto, cpu, cuda or cuda:N") from err
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise DeviceError(
-                f"device {name!r} was asked for, but torch sees no CUDA device. In Colab: Runtime > Change runtime "
-                "type > GPU. Elsewhere: check nvidia-smi, or set device: auto"
-            )
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            raise DeviceError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"device {name!r} was asked for, but torch sees no CUDA device. In Colab: Runtime > Change runtime "
+            "type > GPU. Elsewhere: check nvidia-smi, or set device: auto"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA device(s)")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("device 'mps' was asked for, but this machine has none; set device: auto")
     return device
@@ -88,21 +150,19 @@ def choose_precision(precision: str, device: torch.device) -> PrecisionChoice:
     """Resolve "auto" for a device, or check a named precision; raises `DeviceError` if the device cannot compute it."""
     import torch
 
-    if precision == "auto" and device.type != "cuda":
-        return PrecisionChoice("float32", f"{device.type} gains nothing from 16 bits in training")
-    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "auto":
+    if device.type != "cuda":
+        if precision == "auto":
+            return PrecisionChoice("float32", f"{device.type} gains nothing from 16 bits in training")
+        if precision == "float16":
+            raise DeviceError(f"float16 training needs a CUDA device, this is {device.type}; set precision: auto")
+    elif precision in ("auto", "bfloat16"):
         name = torch.cuda.get_device_name(device)
-        if has_bfloat16:
+        if torch.cuda.is_bf16_supported(including_emulation=False):
             return PrecisionChoice("bfloat16", f"{name} computes bfloat16")
+        if precision == "bfloat16":
+            raise DeviceError(f"{name} has no bfloat16; set precision: auto or float16")
         return PrecisionChoice("float16", f"{name} has no bfloat16; losses are scaled")
-    if precision == "bfloat16" and not has_bfloat16:
-        raise DeviceError(f"{torch.cuda.get_device_name(device)} has no bfloat16; set precision: auto or float16")
-    if precision == "float16" and device.type != "cuda":
-        raise DeviceError(f"float16 training needs a CUDA device, this is {device.type}; set precision: auto")
-    if precision not in ("float32", "bfloat16", "float16"):
-        raise DeviceError(f"precision {precision!r} is unknown; use auto, float32, bfloat16 or float16")
-    return PrecisionChoice(precision, "asked for")  # type: ignore[arg-type]
+    return PrecisionChoice(cast(Precision, precision), "asked for")
 
 
 def allow_tf32(device: torch.device) -> str:
@@ -145,18 +205,14 @@ def cpu_threads() -> int:
 
 
 def in_memory(work: Callable[[], T]) -> T:
-    """Return what `work` returns; if memory runs out, release what it held before the error is raised.
-
-    Raises:
-        OutOfMemoryError: if the GPU or the machine had no memory left. Any other error passes through.
-    """
+    """Return what `work` returns; if memory runs out, release what it held and raise `OutOfMemoryError`."""
     try:
         return work()
     except (RuntimeError, MemoryError) as err:
         if not is_out_of_memory(err):
             raise
         problem = first_line(err)
-    release_memory()  # outside of the except block: in there the error's frames hold what did not fit
+    release_memory()
     raise OutOfMemoryError(f"out of memory: {problem}")
 
 
@@ -167,17 +223,11 @@ class FittingSize:
         self.most: int | None = None
 
     def run(self, work: Callable[[int, int], T], names: Sequence[str]) -> list[T]:
-        """Work on all items, in as few parts as fit.
+        """Work on all items, in as few parts as fit; return the result of each part.
 
         Args:
             work: takes the first item's index and the index after the last one.
-            names: one per item, for errors.
-
-        Returns:
-            The result of each part, in order.
-
-        Raises:
-            OutOfMemoryError: if a single item does not fit; its name is in the message.
+            names: one per item; that of an item that does not fit alone is in the `OutOfMemoryError`.
         """
         results: list[T] = []
         done = 0
@@ -185,6 +235,7 @@ class FittingSize:
             size = min(self.most or len(names), len(names) - done)
             try:
                 results.append(in_memory(partial(work, done, done + size)))
+                done += size
             except OutOfMemoryError as err:
                 if size == 1:
                     raise OutOfMemoryError(
@@ -192,8 +243,6 @@ class FittingSize:
                     ) from err
                 self.most = size // 2
                 logger.warning("%s with %d clips: from now on at most %d at once", err, size, self.most)
-            else:
-                done += size
         return results
 
 
@@ -250,21 +299,17 @@ def is_main_process() -> bool:
 
 def gather_objects(value: T) -> list[T]:
     """Return every process's value, by rank, in all of them; pickled between processes of one run, never on disk."""
-    group = _group()
-    if group is None:
-        return [value]
-    gathered: list[T] = [value] * world_size()
-    group.all_gather_object(gathered, value)
+    gathered = [value] * world_size()
+    if group := _group():
+        group.all_gather_object(gathered, value)
     return gathered
 
 
 def broadcast_object(value: T) -> T:
     """Return the main process's value in all of them."""
-    group = _group()
-    if group is None:
-        return value
     holder = [value]
-    group.broadcast_object_list(holder, src=0)
+    if group := _group():
+        group.broadcast_object_list(holder, src=0)
     return holder[0]
 
 
@@ -283,12 +328,7 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def sum_over_processes(values: Sequence[float], device: torch.device) -> list[float]:
-    """Return the sum of each value over all processes, in float64.
-
-    Args:
-        values: of this process.
-        device: whose backend communicates: the CPU for gloo, the GPU for nccl.
-    """
+    """Return the sum of each value over all processes, in float64; the device is the CPU for gloo, the GPU for nccl."""
     group = _group()
     if group is None:
         return list(values)
@@ -302,8 +342,7 @@ def sum_over_processes(values: Sequence[float], device: torch.device) -> list[fl
 
 def wait_for_all() -> None:
     """Return when every process has arrived here."""
-    group = _group()
-    if group is not None:
+    if group := _group():
         group.barrier()
 
 

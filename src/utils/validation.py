@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from src.utils.colab import MOUNT_POINT, in_colab
 from src.utils.errors import WhisperASRError, first_line
+from src.utils.runtime import MOUNT_POINT, in_colab
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement

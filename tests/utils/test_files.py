@@ -214,19 +214,18 @@ def test_newest_replaced_folder_is_restored_and_other_remains_are_removed(tmp_pa
     others = [f".out.more.{DEAD}.00.partial", ".out.txt", "out.1.00.partial"]
     for name in others:
         (tmp_path / name).mkdir()
-    assert recover_folder(out) == out
+    recover_folder(out)
     assert generation_of(out) == 1
     assert names(tmp_path) == sorted([*others, "out"])
-    assert recover_folder(out) is None
 
 
 def test_recovery_prefers_the_folder_that_is_there(tmp_path: Path) -> None:
     write_generation(tmp_path / "out", 2)
     write_generation(tmp_path / f".out.{DEAD}.00.replaced", 1)
-    assert recover_folder(tmp_path / "out") is None
+    recover_folder(tmp_path / "out")
     assert generation_of(tmp_path / "out") == 2
     assert names(tmp_path) == ["out"]
-    assert recover_folder(tmp_path / "absent" / "out") is None
+    recover_folder(tmp_path / "absent" / "out")
 
 
 def test_hidden_folders_of_running_processes_stay_unless_an_earlier_one_had_the_id(tmp_path: Path) -> None:
@@ -234,11 +233,11 @@ def test_hidden_folders_of_running_processes_stay_unless_an_earlier_one_had_the_
     others.mkdir()
     with atomic_folder(out) as folder:
         (folder / "a").write_text("1")
-        assert recover_folder(out) is None
+        recover_folder(out)
     assert names(tmp_path) == sorted([others.name, "out"])
     remove_folder(out)
     write_generation(tmp_path / f".out.{os.getpid()}.00.replaced", 3)  # before a container started again
-    assert recover_folder(out) == out
+    recover_folder(out)
     assert generation_of(out) == 3
 
 

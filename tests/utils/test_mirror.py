@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from src.utils import colab
-from src.utils.colab import MIRROR_MARKER
+from src.utils import mirror as module
+from src.utils import runtime
 from src.utils.errors import WhisperASRError
-from src.utils.mirror import STALL_SEC, DriveMirror, _Job
+from src.utils.mirror import MARKER, STALL_SEC, DriveMirror, _Job, copy_verified
 
 LONG_SEC = 20.0  # a limit that no good run comes near
 GROUP: dict[str, Any] = {"group": "checkpoints", "keep": 1}
@@ -49,11 +49,10 @@ class Drive:
             self.retry_waits_sec.append(seconds)
 
     def mirror(self, max_mb_per_sec: float = 1e6) -> DriveMirror:
-        mirror = DriveMirror(
-            self.target, max_mb_per_sec=max_mb_per_sec, sleep=self.sleep, clock=lambda: self.now_sec
-        )  # fmt: skip
-        self.mirrors.append(mirror)
-        return mirror
+        self.mirrors.append(
+            DriveMirror(self.target, max_mb_per_sec=max_mb_per_sec, sleep=self.sleep, clock=lambda: self.now_sec)
+        )
+        return self.mirrors[-1]
 
     def save(self, name: str, content: str, *, n_bytes: int = 100) -> Path:
         """Save a folder as a checkpoint store does: two files, one in a subfolder."""
@@ -65,12 +64,12 @@ class Drive:
 
     def names(self, folder: str = ".") -> list[str]:
         """All names in a folder of the target, hidden ones too, without the marker."""
-        return sorted(path.name for path in (self.target / folder).iterdir() if path.name != MIRROR_MARKER)
+        return sorted(path.name for path in (self.target / folder).iterdir() if path.name != MARKER)
 
     def content(self, name: str, *, n_bytes: int = 100) -> str:
         """The content of a whole copy; half a copy, or one with more than was saved, fails."""
         folder = self.target / name
-        files = [path for path in folder.rglob("*") if path.is_file() and path.name != MIRROR_MARKER]
+        files = [path for path in folder.rglob("*") if path.is_file() and path.name != MARKER]
         content = (folder / "sub" / "config").read_text()
         assert sorted(files) == [folder / "model", folder / "sub" / "config"]
         assert (folder / "model").read_bytes() == content.encode() * n_bytes
@@ -81,21 +80,15 @@ class Drive:
 def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Drive]:
     caplog.set_level(logging.WARNING, logger="src.utils")
     drive = Drive(tmp_path)
-    monkeypatch.setattr(colab, "_write_block", drive.write)
+    monkeypatch.setattr(module, "_write_block", drive.write)
     yield drive
-    for mirror in drive.mirrors:
-        assert mirror.close(LONG_SEC)
-        assert not mirror._thread.is_alive()
+    assert all(mirror.flush(LONG_SEC) for mirror in drive.mirrors)
 
 
 def send(mirror: DriveMirror, *sources: Path, **options: Any) -> None:
     for source in sources:
         mirror.submit(source, **options)
     assert mirror.flush(LONG_SEC)
-
-
-def failed(mirror: DriveMirror) -> list[str]:
-    return [failure.name for failure in mirror.failures]
 
 
 def full(writer: BinaryIO, block: bytes) -> None:
@@ -139,7 +132,7 @@ def test_a_folder_arrives_whole_unlinked_and_at_the_rate_allowed(
     files = [path for path in (drive.target / "run").rglob("*") if path.is_file()]
     assert all(path.stat().st_nlink == 1 and not path.is_symlink() for path in files)
     assert (drive.names(), drive.names("run")) == (["run"], ["checkpoint-1"])
-    assert mirror.failures == [] and not caplog.records
+    assert not mirror.failures and not caplog.records
     least_sec = (2 * 3_000_001 - (1 << 18)) / 2e6  # written and read back; the last block does not wait
     assert least_sec <= drive.now_sec <= least_sec + 1.1
 
@@ -157,11 +150,11 @@ def test_a_fault_is_tried_again_and_if_it_lasts_keeps_the_last_good_copy(
     send(mirror, drive.save("best", "b"))
     assert drive.retry_waits_sec == [1.0, 4.0, 1.0, 4.0, 16.0]
     assert drive.content("best") == "a" and drive.names() == ["best"]
-    (message,), (failure,) = caplog.messages, mirror.failures
-    assert failure.name == "best" in message and failure.reason in message
+    (message,), ((name, reason),) = caplog.messages, mirror.failures.items()
+    assert name == "best" in message and reason in message
     send(mirror, drive.home / "best")  # the fault has passed
     assert drive.content("best") == "b"
-    assert mirror.failures == []
+    assert not mirror.failures
 
 
 def test_a_newer_folder_of_the_group_makes_up_for_a_failure(drive: Drive) -> None:
@@ -169,9 +162,9 @@ def test_a_newer_folder_of_the_group_makes_up_for_a_failure(drive: Drive) -> Non
     drive.faults = [broken] * 4
     send(mirror, drive.save("c-1", "a"), group="checkpoints")
     send(mirror, drive.save("other", "a"))
-    assert failed(mirror) == ["c-1"]
+    assert list(mirror.failures) == ["c-1"]
     send(mirror, drive.save("c-2", "b"), group="checkpoints")
-    assert mirror.failures == []
+    assert not mirror.failures
     assert drive.names() == ["c-2", "other"]
 
 
@@ -193,21 +186,19 @@ def test_a_target_that_vanishes_is_never_made_again(drive: Drive, caplog: pytest
     aside.rename(mount)  # mounted again
     send(mirror, drive.save("c-3", "c"), **GROUP)
     assert drive.names() == ["c-3"]
-    assert mirror.failures == []
+    assert not mirror.failures
 
 
 def test_a_target_that_cannot_be_used_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(colab, "MOUNT_POINT", tmp_path / "content" / "drive")
+    monkeypatch.setattr(runtime, "MOUNT_POINT", tmp_path / "content" / "drive")
     (tmp_path / "earlier").mkdir()
     ledger = '{"format":1,"folders":{"c-0":{"group":null,"order":1,"files":{}}},"pending":{}}'
-    (tmp_path / "earlier" / MIRROR_MARKER).write_text(ledger)
-    for target in (f"earlier/{MIRROR_MARKER}/below", "content/drive/MyDrive/x", "earlier"):
+    (tmp_path / "earlier" / MARKER).write_text(ledger)
+    for target in (f"earlier/{MARKER}/below", "content/drive/MyDrive/x", "earlier"):
         with pytest.raises(WhisperASRError, match=target):
             DriveMirror(tmp_path / target, max_mb_per_sec=1)
     assert not (tmp_path / "content").exists()
-    assert (tmp_path / "earlier" / MIRROR_MARKER).read_text() == ledger
-    with pytest.raises(WhisperASRError, match="max_mb_per_sec"):
-        DriveMirror(tmp_path / "drive", max_mb_per_sec=0)
+    assert (tmp_path / "earlier" / MARKER).read_text() == ledger
 
 
 @pytest.mark.parametrize(
@@ -248,27 +239,13 @@ def test_submitting_returns_while_the_drive_hangs(drive: Drive, caplog: pytest.L
     assert not any(mirror.is_busy(source) for source in sources)
 
 
-def test_closing_ends_a_hanging_copy_as_a_failure(drive: Drive) -> None:
-    hang, mirror = Hang(), drive.mirror()
-    drive.faults = [hang]
-    mirror.submit(drive.save("c-1", "a"))
-    assert hang.begun.wait(LONG_SEC)
-    mirror.submit(drive.save("c-2", "a"))
-    assert not mirror.close(0.01)
-    hang.release.set()
-    assert mirror.flush(LONG_SEC)
-    mirror.submit(drive.save("c-3", "a"))
-    assert failed(mirror) == ["c-2", "c-1", "c-3"]
-    assert drive.names() == []
-
-
 @pytest.mark.slow  # imports the library in a fresh process
 def test_the_interpreter_ends_while_the_drive_hangs(drive: Drive) -> None:
     code = (
-        "import sys, threading; from pathlib import Path; from src.utils import colab; from src.utils.mirror import *\n"
+        "import sys, threading; from pathlib import Path; from src.utils import mirror as m\n"
         "hangs = threading.Event()\n"
-        "colab._write_block = lambda writer, block: (hangs.set(), threading.Event().wait())\n"
-        "mirror = DriveMirror(Path(sys.argv[1], 'drive'), max_mb_per_sec=10)\n"
+        "m._write_block = lambda writer, block: (hangs.set(), threading.Event().wait())\n"
+        "mirror = m.DriveMirror(Path(sys.argv[1], 'drive'), max_mb_per_sec=10)\n"
         "mirror.submit(Path(sys.argv[1], 'c-1')); hangs.wait(); sys.exit(3)"
     )
     command = [sys.executable, "-c", code, str(drive.save("c-1", "a").parent)]
@@ -292,7 +269,7 @@ def test_a_source_deleted_during_its_copy_is_dropped_and_one_replaced_is_copied_
     send(mirror, source)
     assert drive.names() == (["best"] if replaced else [])
     assert not replaced or drive.content("best") == "b"
-    assert mirror.failures == [] and not caplog.records
+    assert not mirror.failures and not caplog.records
     assert len(drive.retry_waits_sec) == replaced
 
 
@@ -307,7 +284,7 @@ def test_what_cannot_be_copied_is_refused_without_trying_again(drive: Drive) -> 
     (drive.target / "foreign").mkdir()
     (drive.target / "foreign" / "mine.txt").write_text("mine")
     send(mirror, linked, damaged, foreign, empty, drive.home / "absent", drive.home / "link")
-    assert sorted(failed(mirror)) == ["absent", "damaged", "empty", "foreign", "link", "linked"]
+    assert sorted(mirror.failures) == ["absent", "damaged", "empty", "foreign", "link", "linked"]
     assert drive.retry_waits_sec == []
     assert (drive.names(), drive.names("foreign")) == (["foreign"], ["mine.txt"])
 
@@ -322,7 +299,7 @@ def test_a_name_outside_the_target_is_refused(drive: Drive, name: str) -> None:
 def test_an_error_that_nobody_thought_of_is_a_failure_and_the_thread_lives(drive: Drive) -> None:
     drive.faults, mirror = [surprise], drive.mirror()
     send(mirror, drive.save("c-1", "a"), drive.save("c-2", "a"))
-    assert [failure.reason for failure in mirror.failures] == ["ZeroDivisionError: surprise"]
+    assert mirror.failures == {"c-1": "ZeroDivisionError: surprise"}
     assert drive.names() == ["c-2"]
 
 
@@ -337,8 +314,6 @@ def test_of_a_group_the_newest_stay_also_across_restarts(drive: Drive) -> None:
     shutil.rmtree(drive.target / "c-5")  # by the user: it does not count
     send(mirror, drive.save("c-6", "6"), group="checkpoints", keep=2)
     assert drive.names() == ["best", "c-4", "c-6"]
-    with pytest.raises(WhisperASRError, match="keep=0"):
-        mirror.submit(drive.home / "best", keep=0, group="checkpoints")
 
 
 class Crash(BaseException):
@@ -368,79 +343,76 @@ class Countdown:
 
 def put(mirror: DriveMirror, source: Path, name: str | None = None, keep: int | None = None) -> None:
     """Copy at once, in this thread."""
-    group = "checkpoints" if keep is not None else None
-    mirror._copy_with_retries(_Job(source, name or source.name, group, keep))
+    mirror._copy_with_retries(_Job(source, name or source.name, "checkpoints" if keep else None, keep))
 
 
-def test_a_crash_at_any_step_leaves_a_whole_copy_that_the_next_start_finds(
-    drive: Drive, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def crash_anywhere(drive: Drive, monkeypatch: pytest.MonkeyPatch, *puts: tuple[Any, ...]) -> Iterator[DriveMirror]:
+    """End the process after 0, 1, 2, ... steps of the last `put`; yield the mirror of the start after."""
     countdown = Countdown(monkeypatch, drive.target)
-    outcomes: list[str] = []
     for n_steps in range(100):
         shutil.rmtree(drive.target, ignore_errors=True)
         first = drive.mirror()
-        put(first, drive.save("best", "a"), "run/best")
-        newer = drive.save("best", "b")
+        for each in puts[:-1]:
+            put(first, *each)
         countdown.left = n_steps
         try:
-            put(first, newer, "run/best")
+            put(first, *puts[-1])
             break
         except Crash:
             countdown.left = n_steps // 3  # the recovery crashes as well
         with contextlib.suppress(Crash):
             drive.mirror()
         countdown.left = float("inf")
-        second = drive.mirror()
+        yield drive.mirror()
+    assert n_steps > 10
+
+
+def test_a_crash_at_any_step_leaves_a_whole_copy_that_the_next_start_finds(
+    drive: Drive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, newer, newest = (drive.save(f"{name}/best", name) for name in "abc")
+    outcomes: list[str] = []
+    for second in crash_anywhere(drive, monkeypatch, (older, "run/best"), (newer, "run/best")):
         outcomes.append(drive.content("run/best"))
-        assert drive.names("run") == ["best"], n_steps
-        put(second, drive.save("best", "c"), "run/best")  # it is still known as the mirror's
+        assert drive.names("run") == ["best"]
+        put(second, newest, "run/best")  # it is still known as the mirror's
         assert drive.content("run/best") == "c"
     assert outcomes == sorted(outcomes)
     assert set(outcomes) == {"a", "b"}
-    assert len(outcomes) > 10
 
 
 def test_a_crash_at_any_step_of_pruning_ends_in_whole_copies(drive: Drive, monkeypatch: pytest.MonkeyPatch) -> None:
-    countdown = Countdown(monkeypatch, drive.target)
-    sources = [drive.save(f"c-{i}", str(i)) for i in range(3)]
-    for n_steps in range(100):
-        shutil.rmtree(drive.target, ignore_errors=True)
-        first = drive.mirror()
-        for source in sources:
-            put(first, source, keep=9)
-        countdown.left = n_steps
-        try:
-            first._prune(drive.target, "checkpoints", 1)
-            break
-        except Crash:
-            countdown.left = float("inf")
-        second = drive.mirror()
-        assert drive.content("c-2") == "2"
+    sources = [drive.save(f"c-{i}", str(i)) for i in range(4)]
+    puts = [(source, source.name, 9) for source in sources[:3]]
+    for second in crash_anywhere(drive, monkeypatch, *puts, (sources[3], "c-3", 1)):
+        assert drive.names()[-1] in ("c-2", "c-3")
         assert [drive.content(name) for name in drive.names()] == [name[-1] for name in drive.names()]
-        second._prune(drive.target, "checkpoints", 1)
-        assert drive.names() == ["c-2"]
-    assert n_steps > 8
+        put(second, sources[3], keep=1)
+        assert drive.names() == ["c-3"]
 
 
-def test_what_the_mirror_did_not_write_is_never_deleted(drive: Drive, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("change", ["more", "link", "edited"])
+def test_what_the_mirror_did_not_write_is_never_deleted(
+    drive: Drive, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
     target, foreign = drive.target, [".c-1.0123456789abcdef.partial", "c-1 (copy)", "c-7"]
-    put(drive.mirror(), drive.save("c-0", "0"), keep=9)
-    put(drive.mirror(), drive.save("c-1", "1"), keep=9)
+    for name in ("c-0", "c-1"):
+        put(drive.mirror(), drive.save(name, name[-1]), keep=9)
     shutil.copytree(drive.save("c-8", "8"), target / foreign[0])
     shutil.copytree(target / "c-1", target / foreign[1])
     shutil.copytree(drive.save("c-7", "7"), target / foreign[2])
-    (target / "c-0" / "notes.txt").write_text("mine")
-    (target / "c-0" / "link").symlink_to(target / "c-7" / "model")
-    (target / "c-0" / "sub" / "config").write_text("edited by hand")
-    os.link(target / "c-0" / "model", drive.home / "kept_model")
+    os.link(target / "c-1" / "model", drive.home / "kept_model")
+    if change == "link":
+        (target / "c-0" / "link").symlink_to(target / "c-7" / "model")
+    else:
+        (target / "c-0" / "sub" / ("notes.txt" if change == "more" else "config")).write_text("mine, by hand")
+    before = sorted(path.name for path in (target / "c-0").rglob("*") if path.name != MARKER)
     put(drive.mirror(), drive.save("c-2", "2"), keep=1)
     (kept,) = target.glob("c-0.kept-*")
     assert drive.names() == sorted([*foreign, kept.name, "c-2"])
     assert [drive.content(name) for name in foreign] == ["8", "1", "7"]
-    assert sorted(path.name for path in kept.rglob("*")) == ["config", "link", "notes.txt", "sub"]
-    assert (kept / "sub" / "config").read_text() == "edited by hand"
-    assert (drive.home / "kept_model").read_text() == "0" * 100
+    assert sorted(path.name for path in kept.rglob("*")) == before
+    assert (drive.home / "kept_model").read_text() == "1" * 100
     assert kept.name in caplog.text
 
 
@@ -485,3 +457,19 @@ def test_remains_that_cannot_be_removed_do_not_stop_a_start(
     assert len(caplog.messages) == 1
     drive.mirror()
     assert drive.content("best") == "a"
+
+
+def test_a_folder_is_copied_once_and_a_copy_that_fails_keeps_the_old_one(drive: Drive) -> None:
+    source, target = drive.save("best", "a"), drive.home / "plain"
+    assert [copy_verified(source, target), copy_verified(source, target)] == [101, 0]
+    (target / "notes.txt").write_text("mine")
+    drive.save("best", "b")
+    for fault, message in ((cut, "differs"), (full, "No space left")):
+        drive.faults = [fault]
+        with pytest.raises(WhisperASRError, match=message):
+            copy_verified(source, target)
+        assert (target / "model").read_text() == "a" * 100
+    assert copy_verified(source, target) == 101
+    assert {"notes.txt", "model", "sub"} <= {path.name for path in target.iterdir()}
+    with pytest.raises(WhisperASRError, match="absent"):
+        copy_verified(drive.home / "absent", target)

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import weakref
+from importlib.machinery import ModuleSpec
 from itertools import chain
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
-from src.utils.errors import DeviceError, OutOfMemoryError
+from src.utils import runtime
+from src.utils.errors import DeviceError, OutOfMemoryError, WhisperASRError
 from src.utils.runtime import (
     FittingSize,
     choose_precision,
@@ -42,8 +48,6 @@ def test_only_auto_may_choose_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
 def test_unknown_devices_and_precisions_are_refused() -> None:
     with pytest.raises(DeviceError, match="'gpu'"):
         get_device("gpu")
-    with pytest.raises(DeviceError, match="'int4'"):
-        choose_precision("int4", torch.device("cpu"))
     with pytest.raises(DeviceError, match="needs a CUDA device"):
         choose_precision("float16", torch.device("cpu"))
 
@@ -119,3 +123,64 @@ def test_work_is_halved_until_it_fits_and_no_item_is_lost_or_repeated() -> None:
     room = 0
     with pytest.raises(OutOfMemoryError, match="clip 0"):
         fitting.run(work, names)
+
+
+@pytest.fixture
+def fake_colab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The narrowest stand-in for Colab: `google.colab.drive.mount`, which makes a folder."""
+    drive = ModuleType("google.colab.drive")
+    drive.mount = lambda point: (Path(point) / "MyDrive").mkdir(parents=True, exist_ok=True)  # type: ignore[attr-defined]
+    package = ModuleType("google.colab")
+    package.drive = drive  # type: ignore[attr-defined]
+    package.__spec__ = ModuleSpec("google.colab", None)
+    google = ModuleType("google")
+    google.__spec__, google.__path__ = ModuleSpec("google", None), []  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "google", google)
+    monkeypatch.setitem(sys.modules, "google.colab", package)
+    monkeypatch.setattr(runtime, "MOUNT_POINT", tmp_path / "drive")
+    return drive
+
+
+def test_drive_is_mounted_in_colab_alone(
+    fake_colab: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "drive" / "MyDrive" / "whisper_asr"
+    assert runtime.in_colab()
+    for _ in range(2):  # the cell may be run again
+        assert runtime.mount_drive("whisper_asr") == folder
+    assert folder.is_dir()
+    assert runtime.is_on_unmounted_drive(folder)
+    assert not runtime.is_on_unmounted_drive(tmp_path / "drive2")
+
+    def refuse(point: str) -> None:
+        raise ValueError("mount failed")
+
+    fake_colab.mount = refuse  # type: ignore[attr-defined]
+    with pytest.raises(WhisperASRError, match="mount failed"):
+        runtime.mount_drive("whisper_asr")
+    monkeypatch.undo()
+    assert not runtime.in_colab()
+    with pytest.raises(WhisperASRError, match="Colab"):
+        runtime.mount_drive("whisper_asr")
+
+
+def test_a_session_installs_what_colab_lacks_and_mounts_drive_if_it_is_wanted(
+    fake_colab: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    code = 0
+
+    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert runtime.start_session() is None
+    assert runtime.start_session("whisper_asr") == tmp_path / "drive" / "MyDrive" / "whisper_asr"
+    assert [command[1:4] for command in commands] == [["-m", "pip", "install"]] * 2
+    code = 1
+    with pytest.raises(WhisperASRError, match=r"requirements\.txt"):
+        runtime.start_session()
+    monkeypatch.setattr(runtime, "in_colab", lambda: False)
+    assert runtime.start_session() is None
+    assert len(commands) == 3

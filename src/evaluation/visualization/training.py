@@ -32,9 +32,9 @@ from src.evaluation.report.run_files import (
 )
 from src.evaluation.report.summary import NOT_MEASURED, counted, number
 from src.evaluation.visualization.style import gap, show_note
-from src.utils.colab import in_notebook
 from src.utils.errors import DataError
 from src.utils.figures import BLUE, FIGURE_STYLE, GREEN, GREY, ORANGE, NotebookFigure
+from src.utils.runtime import in_notebook
 from src.utils.tracking import ExperimentLogger
 
 logger = logging.getLogger(__name__)

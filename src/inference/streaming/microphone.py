@@ -26,10 +26,10 @@ from src.data.vad import VoiceActivityDetector
 from src.inference.engines import Engine
 from src.inference.streaming.commit import CommitPolicy, Event
 from src.inference.streaming.session import StreamingResult, StreamingSession
-from src.utils.colab import in_colab, in_notebook
 from src.utils.config import Config
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError, ModelError
 from src.utils.files import read_template
+from src.utils.runtime import in_colab, in_notebook
 
 logger = logging.getLogger(__name__)
 

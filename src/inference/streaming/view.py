@@ -18,7 +18,7 @@ from typing import Self, TextIO
 
 from src.inference.captions import spaced
 from src.inference.streaming.commit import Event
-from src.utils.colab import in_notebook
+from src.utils.runtime import in_notebook
 
 MAX_CHARS = 1_000  # of committed text on show; the transcript has all of it
 MAX_UPDATES_PER_SEC = 8  # an update of a real microphone is up to three events, about twice a second
