@@ -1,14 +1,8 @@
 """Decoding, resampling and caching: any recording becomes (T,) float32 mono at 16 kHz.
 
-soundfile decodes WAV and its relatives, Ogg Vorbis and Opus; PyAV decodes FLAC, mp3, m4a, mp4, webm
-and what else FFmpeg knows. soxr resamples: the best quality per CPU second of the maintained
-resamplers. Nothing here replaces bad audio: it raises, naming the file.
-
-Decoders are lenient where training must not be: they skip a damaged page, zero a frame, stop early.
-So FFmpeg runs with every check that it has, and what was decoded is compared with what the header
-promises. Of 500 damaged files about two thirds are refused (tests/data/test_fuzz.py). Not found:
-changed samples in PCM, AAC, Ogg and most mp3 files, which have no checksum that is checked, and a
-lost end where nothing says the length.
+Decoders are lenient where training must not be: they skip a damaged page, zero a frame, stop early. So FFmpeg runs with
+every check that it has, and what was decoded is compared with what the header promises. Not found: changed samples in
+PCM, AAC, Ogg and most mp3 files, which have no checksum, and a lost end where nothing says the length.
 """
 
 from __future__ import annotations
@@ -19,10 +13,10 @@ import itertools
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile as sf
@@ -53,9 +47,6 @@ _EXACT_SEC = 0.001  # where the header counts samples
 _SURPLUS_BYTES = 32  # a phone's recorder says 22 bytes too much, and everything plays it
 _UNKNOWN_BYTES = 0x7FFFF000  # a size from here on is what writers put that could not seek back
 _UNKNOWN_FRAMES = 1 << 62  # libsndfile says 2**63 - 1 where a header is silent
-_CACHE_COMMENT = re.compile(
-    r"decoded audio v(?P<version>\d+), pcm sha256 (?P<sha256>[0-9a-f]{64}), scale (?P<scale>[0-9.e+-]+)"
-)
 _PCM_STEPS = 1 << 15  # of a 16-bit sample, on either side of 0
 _CONVERT = "convert it: ffmpeg -i IN -ar 16000 -ac 1 OUT.wav"
 
@@ -65,15 +56,9 @@ AudioSource = str | Path | bytes | EncodedAudio
 
 @dataclass(frozen=True)
 class DecodedAudio:
-    """A recording as the models take it, and what it was.
+    """A recording as the models take it, with the rate (Hz) and channels of its file."""
 
-    Attributes:
-        samples: (T,) float32 in about [-1, 1], 16 kHz mono.
-        sample_rate: Hz of the file.
-        channels: of the file.
-    """
-
-    samples: Waveform
+    samples: Waveform  # (T,) float32 in about [-1, 1], 16 kHz mono
     sample_rate: int
     channels: int
 
@@ -81,14 +66,7 @@ class DecodedAudio:
 def load_audio(
     source: AudioSource, *, name: str | None = None, max_sec: float | None = None, allow_silence: bool = False
 ) -> Waveform:
-    """Decode, mix to mono, resample to 16 kHz: the samples of `decode`."""
-    return decode(source, name=name, max_sec=max_sec, allow_silence=allow_silence).samples
-
-
-def decode(
-    source: AudioSource, *, name: str | None = None, max_sec: float | None = None, allow_silence: bool = False
-) -> DecodedAudio:
-    """Decode, mix to mono, resample to 16 kHz, in memory that the result bounds.
+    """Decode a recording, mix it to mono and resample it, in memory that the result bounds.
 
     Args:
         source: a path, the bytes of an encoded file, or something that reads them.
@@ -96,94 +74,61 @@ def decode(
         max_sec: refuse what is longer, at the header or as soon as so much has been decoded.
         allow_silence: return a silent signal instead of raising; silence may be transcribed, not trained on.
 
+    Returns:
+        (T,) float32 in about [-1, 1], 16 kHz.
+
     Raises:
         AudioError: absent, empty, truncated, damaged, not audio, NaN or infinite samples, longer than `max_sec`,
             shorter than 0.1 s, or silent.
     """
+    return decode(source, name=name, max_sec=max_sec, allow_silence=allow_silence).samples
+
+
+def decode(
+    source: AudioSource, *, name: str | None = None, max_sec: float | None = None, allow_silence: bool = False
+) -> DecodedAudio:
+    """Decode as `load_audio` does, and keep the rate and channels of the file."""
     label = _label(source, name)
     with _open(source, label, max_sec) as recording:
-        samples = _finish(_to_16k(recording.blocks, recording.rate, label), label, allow_silence)
+        samples = _to_16k(recording.blocks, recording.rate, label, allow_silence)
         return DecodedAudio(samples, recording.rate, recording.channels)
 
 
 def stream_audio(source: AudioSource, *, name: str | None = None) -> Iterator[Waveform]:
-    """Decode a recording of any length block by block, mixed to mono and resampled: memory does not grow with it.
+    """Yield (n,) float32 at 16 kHz mono, in memory that does not grow with the recording; silence is allowed.
 
-    Args:
-        source: as of `decode`.
-        name: as of `decode`.
-
-    Yields:
-        (n,) float32, 16 kHz, in order; silence is allowed.
-
-    Raises:
-        AudioError: as `decode`; damage in the middle of a file is raised after the blocks before it.
+    Errors are those of `load_audio`; damage in the middle of a file is raised after the blocks before it.
     """
-    label = _label(source, name)
-    samples = 0
+    label, samples = _label(source, name), 0
     with _open(source, label) as recording:
         for block in _blocks_16k(recording.blocks, recording.rate, label):
-            _check_peak(block, label)
             samples += len(block)
             yield block
     _check_length(samples, label)
 
 
-def read_encoded(source: AudioSource, *, name: str | None = None) -> bytes:
-    """Return the bytes of the encoded file.
-
-    Raises:
-        AudioError: absent, unreadable or empty.
-    """
-    label = _label(source, name)
-    with _open_file(source, label) as file:
-        try:
-            return file.read()
-        except OSError as err:
-            raise AudioError(f"{label}: cannot be read: {err.strerror}") from err
-
-
 def to_mono_16k(
     samples: NDArray[np.float32], rate: int, *, name: str = "<array>", allow_silence: bool = False
 ) -> Waveform:
-    """Check a decoded signal, mix its channels and resample it.
-
-    Args:
-        samples: (T,) or (T, channels) floating point.
-        rate: samples per second.
-        name: what to call it in errors.
-        allow_silence: return a silent signal instead of raising.
-
-    Returns:
-        (T,) float32, 16 kHz.
-
-    Raises:
-        AudioError: as `load_audio`.
-    """
+    """Check (T,) or (T, channels) floating point samples, mix and resample them; errors are those of `load_audio`."""
     _check_rate(rate, name)
     mono = _mono(samples) if samples.ndim == 2 else samples
-    block = np.ascontiguousarray(mono, dtype=np.float32)
-    return _finish(_to_16k(iter([block]), rate, name), name, allow_silence)
+    return _to_16k(iter([np.ascontiguousarray(mono, dtype=np.float32)]), rate, name, allow_silence)
 
 
 # Opening and decoding, at the file's own rate
 
 
-@dataclass(frozen=True)
-class _Recording:
-    """An open recording: `blocks` of mono samples, (n,) float32 at `rate`, are decoded while they are read."""
-
+class _Recording(NamedTuple):
     rate: int
     channels: int
     promised_sec: float | None  # duration by its header; None where that is silent
     tolerance_sec: float  # by which the promise may be missed
-    blocks: Iterator[Waveform]
+    blocks: Iterator[Waveform]  # mono samples, (n,) float32 at `rate`, decoded while they are read
 
 
 def _label(source: AudioSource, name: str | None) -> str:
-    if name is not None:
-        return name
-    return str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>"
+    return name or (str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>")
 
 
 @contextmanager
@@ -197,22 +142,20 @@ def _open(source: AudioSource, label: str, max_sec: float | None = None) -> Iter
             file.seek(0)
             recording = _open_with_ffmpeg(file, label, stack)
         _check_rate(recording.rate, label)
-        yield replace(recording, blocks=_bounded(recording, max_sec, label))
+        yield recording._replace(blocks=_bounded(recording, max_sec or float("inf"), label))
 
 
-def _bounded(recording: _Recording, max_sec: float | None, label: str) -> Iterator[Waveform]:
+def _bounded(recording: _Recording, max_sec: float, label: str) -> Iterator[Waveform]:
     """Pass blocks on; refuse more than `max_sec`, and an end before the promised one."""
-    limit_sec = float("inf") if max_sec is None else max_sec
-    promised_sec, present_sec = recording.promised_sec or 0.0, 0.0
-    if promised_sec > limit_sec:
+    promised_sec, present_sec, samples = recording.promised_sec or 0.0, 0.0, 0
+    if promised_sec > max_sec:
         raise AudioError(
             f"{label}: longer than {max_sec:g} s (the header says {promised_sec:.1f} s); cut it at a pause"
         )
-    samples = 0
     for block in recording.blocks:
         samples += len(block)
         present_sec = samples / recording.rate
-        if present_sec > limit_sec:
+        if present_sec > max_sec:
             raise AudioError(f"{label}: longer than {max_sec:g} s; cut it at a pause")
         yield block
     if present_sec < promised_sec - recording.tolerance_sec:
@@ -237,10 +180,8 @@ def _open_file(source: AudioSource, label: str) -> Iterator[BinaryIO]:
             file = io.BytesIO(source if isinstance(source, bytes) else source.read())
     except FileNotFoundError as err:
         raise AudioError(f"{label}: no such file") from err
-    except OSError as err:  # a folder, a permission, a broken disk
-        raise AudioError(f"{label}: cannot be read: {err.strerror}") from err
-    except ValueError as err:  # a zero byte in the path
-        raise AudioError(f"{label}: cannot be read: {err}") from err
+    except (OSError, ValueError) as err:  # a folder, a permission, a broken disk; a zero byte in the path
+        raise AudioError(f"{label}: cannot be read: {getattr(err, 'strerror', None) or err}") from err
     with file:
         if file.seek(0, io.SEEK_END) == 0:
             raise AudioError(f"{label}: the file is empty (0 bytes); remove it or fetch it again")
@@ -265,21 +206,16 @@ def _open_with_soundfile(file: BinaryIO, label: str, stack: ExitStack) -> _Recor
         return None  # a header that was never finished; a length that libsndfile gets wrong
     if sound.format == "OGG":
         _check_ogg_pages(file, label)
-    else:
-        _check_sizes(sound, label)
-    promised_sec = sound.frames / sound.samplerate if sound.frames < _UNKNOWN_FRAMES else None
-    return _Recording(sound.samplerate, sound.channels, promised_sec, _EXACT_SEC, _sound_blocks(sound, label))
-
-
-def _check_sizes(sound: sf.SoundFile, label: str) -> None:
-    """Refuse what libsndfile corrects with a line in its log: sizes beyond the end of the file."""
     is_exact = sound.subtype.startswith(("PCM", "FLOAT", "DOUBLE"))  # others round their bytes per second
+    # libsndfile corrects sizes beyond the end of the file with a line in its log
     for field, stated, fitting in re.findall(r"^ *(\S.*?) *: (\d+) \(should be (\d+)\)", sound.extra_info, re.M):
         is_wrong_rate = is_exact and field == "Bytes/sec" and int(stated) != 0
         if is_wrong_rate or int(fitting) + _SURPLUS_BYTES < int(stated) < _UNKNOWN_BYTES:
             raise AudioError(
                 f"{label}: truncated or damaged: its header says {field} {stated}, {fitting} is right; fetch it again"
             )
+    promised_sec = sound.frames / sound.samplerate if sound.frames < _UNKNOWN_FRAMES else None
+    return _Recording(sound.samplerate, sound.channels, promised_sec, _EXACT_SEC, _sound_blocks(sound, label))
 
 
 def _check_ogg_pages(file: BinaryIO, label: str) -> None:
@@ -327,36 +263,31 @@ def _open_with_ffmpeg(file: BinaryIO, label: str, stack: ExitStack) -> _Recordin
         raise _undecodable(label, f"PyAV: {err}") from err
     if head is None:
         raise AudioError(f"{label}: 0 samples decoded; remove it or record it again")
-    rate, channels = head.sample_rate, head.layout.nb_channels
+    kind, is_alone = container.format.name, len(container.streams) == 1
+    whole_sec, from_sec = container.duration, (container.start_time or 0) / av.time_base
+    whole_sec = None if whole_sec is None else whole_sec / av.time_base
     begin_sec = None if stream.start_time is None else float(stream.start_time * stream.time_base)
-    promised_sec, lead_samples = _promised_sec(container, stream), 0
-    has_rounded_times = container.format.name.startswith(("asf", "matroska", "mov"))
-    tolerance_sec = _TOLERANCE_SEC if has_rounded_times else _EXACT_SEC
-    if begin_sec is not None and container.duration is not None and len(container.streams) > 1:
-        # The sound of a video may begin later than its picture: silence keeps the times of captions right.
-        lead_sec = begin_sec - (container.start_time or 0) / av.time_base
-        if lead_sec > container.duration / av.time_base:
+    promised_sec, lead_samples = None, 0
+    if kind in ("aac", "ac3", "amr") or (kind == "mp3" and not stream.start_time):  # no delay: without LAME's header
+        pass  # FFmpeg guesses the duration from the bit rate
+    elif stream.duration is not None:
+        promised_sec = float(stream.duration * stream.time_base)
+    elif whole_sec is not None and is_alone:  # else it may be the picture's
+        promised_sec = whole_sec - from_sec
+    if begin_sec is not None and whole_sec is not None and not is_alone:
+        # the sound of a video may begin later than its picture: silence keeps the times of captions right
+        lead_sec = begin_sec - from_sec
+        if lead_sec > whole_sec:
             raise AudioError(f"{label}: damaged: its sound begins after its end; fetch it again, or {_CONVERT}")
         if lead_sec > _TOLERANCE_SEC:
-            lead_samples = round(lead_sec * rate)
+            lead_samples = round(lead_sec * head.sample_rate)
             promised_sec = None if promised_sec is None else promised_sec + lead_sec
-    silence = (
-        np.zeros(min(BLOCK_VALUES, lead_samples - at), np.float32) for at in range(0, lead_samples, BLOCK_VALUES)
-    )
-    blocks = itertools.chain(silence, _ffmpeg_blocks(itertools.chain([head], frames), begin_sec, label))
-    return _Recording(rate, channels, promised_sec, tolerance_sec, blocks)
-
-
-def _promised_sec(container: Any, stream: Any) -> float | None:
-    """Return the duration of the sound that a header promises; None where FFmpeg guesses it from the bit rate."""
-    guessed = container.format.name in ("aac", "ac3", "amr")
-    if guessed or (container.format.name == "mp3" and not stream.start_time):  # without LAME's header, no delay
-        return None
-    if stream.duration is not None:
-        return float(stream.duration * stream.time_base)
-    if container.duration is not None and len(container.streams) == 1:  # else it may be the picture's
-        return float(container.duration - (container.start_time or 0)) / 1_000_000  # FFmpeg counts microseconds
-    return None
+    sizes = (min(BLOCK_VALUES, lead_samples - at) for at in range(0, lead_samples, BLOCK_VALUES))
+    silence = (np.zeros(size, np.float32) for size in sizes)
+    sound = _ffmpeg_blocks(itertools.chain([head], frames), begin_sec, label)
+    tolerance_sec = _TOLERANCE_SEC if kind.startswith(("asf", "matroska", "mov")) else _EXACT_SEC
+    channels = head.layout.nb_channels
+    return _Recording(head.sample_rate, channels, promised_sec, tolerance_sec, itertools.chain(silence, sound))
 
 
 def _ffmpeg_blocks(frames: Iterator[Any], expected_sec: float | None, label: str) -> Iterator[Waveform]:
@@ -397,13 +328,39 @@ def _undecodable(label: str, reason: str) -> AudioError:
 
 
 def _mono(block: NDArray[np.float32]) -> Waveform:
-    """Mean of the channels; NaN and infinity go through, to be refused afterwards."""
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # NaN and infinity are refused afterwards
         mono: Waveform = block.mean(axis=1)
     return mono
 
 
 # Checks and resampling
+
+
+def _to_16k(blocks: Iterator[Waveform], rate: int, label: str, allow_silence: bool) -> Waveform:
+    """Resample mono blocks (n,) at `rate` to one (T,) at 16 kHz: in one go, or block by block where there are more."""
+    first, second = next(blocks, np.zeros(0, dtype=np.float32)), next(blocks, None)
+    if second is None:
+        _check_samples(first, label)
+        mono = first if rate == SAMPLE_RATE else soxr.resample(first, rate, SAMPLE_RATE, quality="HQ")
+    else:
+        buffer = bytearray()  # grows in place: a list of blocks would be held twice while it is joined
+        for block in _blocks_16k(itertools.chain([first, second], blocks), rate, label):
+            buffer += block.data
+        mono = np.frombuffer(buffer, dtype=np.float32)
+    _check_length(len(mono), label)
+    if not allow_silence and max(mono.max(), -mono.min()) < SILENCE_PEAK:
+        raise AudioError(f"{label}: the whole recording is silent (peak below -80 dBFS); remove it or record it again")
+    return mono
+
+
+def _blocks_16k(blocks: Iterator[Waveform], rate: int, label: str) -> Iterator[Waveform]:
+    """Resample mono blocks (n,) at `rate` to blocks at 16 kHz."""
+    resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+    for block in blocks:
+        _check_samples(block, label)
+        yield block if rate == SAMPLE_RATE else resampler.resample_chunk(block)
+    if rate != SAMPLE_RATE:
+        yield resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
 
 
 def _check_rate(rate: int, label: str) -> None:
@@ -413,60 +370,18 @@ def _check_rate(rate: int, label: str) -> None:
         )
 
 
-def _to_16k(blocks: Iterator[Waveform], rate: int, label: str) -> Waveform:
-    """Resample mono blocks (n,) at `rate` to one (T,) at 16 kHz: in one go, or block by block where there are more."""
-    first = _finite(next(blocks, np.zeros(0, dtype=np.float32)), label)
-    second = next(blocks, None)
-    if second is None:
-        return first if rate == SAMPLE_RATE else soxr.resample(first, rate, SAMPLE_RATE, quality="HQ")
-    buffer = bytearray()  # grows in place: a list of blocks would be held twice while it is joined
-    for block in _blocks_16k(itertools.chain([first, second], blocks), rate, label):
-        buffer += block.data
-    return np.frombuffer(buffer, dtype=np.float32)
-
-
-def _blocks_16k(blocks: Iterator[Waveform], rate: int, label: str) -> Iterator[Waveform]:
-    """Resample mono blocks (n,) at `rate` to blocks at 16 kHz."""
-    if rate == SAMPLE_RATE:
-        yield from (_finite(block, label) for block in blocks)
-        return
-    resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
-    for block in blocks:
-        yield resampler.resample_chunk(_finite(block, label))
-    yield resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
-
-
-def _finite(block: Waveform, label: str) -> Waveform:
-    bad = block.size - int(np.isfinite(block).sum())
-    if bad:
-        raise AudioError(f"{label}: {bad} NaN or infinite samples; export it again as 16-bit PCM")
-    return block
-
-
-def _finish(mono: Waveform, label: str, allow_silence: bool) -> Waveform:
-    """Check a whole recording, (T,) at 16 kHz."""
-    _check_length(len(mono), label)
-    peak = _check_peak(mono, label)
-    if not allow_silence and peak < SILENCE_PEAK:
-        raise AudioError(f"{label}: the whole recording is silent (peak below -80 dBFS); remove it or record it again")
-    return mono
+def _check_samples(block: Waveform, label: str) -> None:
+    peak = max(block.max(), -block.min()) if len(block) else 0.0
+    if not peak <= MAX_PEAK:  # NaN is not
+        raise AudioError(f"{label}: samples up to {peak:.3g}, floats belong in [-1, 1]; export it again as 16-bit PCM")
 
 
 def _check_length(samples: int, label: str) -> None:
-    if samples == 0:
-        raise AudioError(f"{label}: 0 samples decoded; remove it or record it again")
     if samples < MIN_SAMPLES:
         raise AudioError(
-            f"{label}: {samples / SAMPLE_RATE:.3f} s of audio, at least {MIN_SAMPLES / SAMPLE_RATE} s is needed"
+            f"{label}: {samples} samples decoded ({samples / SAMPLE_RATE:.3f} s), at least {MIN_SAMPLES / SAMPLE_RATE} "
+            "s is needed; remove it or record it again"
         )
-
-
-def _check_peak(block: Waveform, label: str) -> float:
-    """Return the largest absolute sample; refuse integers that are stored as floats."""
-    peak = max(float(block.max()), -float(block.min())) if len(block) else 0.0
-    if peak > MAX_PEAK:
-        raise AudioError(f"{label}: samples up to {peak:.3g}, floats belong in [-1, 1]; export it again as 16-bit PCM")
-    return peak
 
 
 # Decoded recordings on disk
@@ -475,9 +390,9 @@ def _check_peak(block: Waveform, label: str) -> float:
 class AudioCache:
     """A folder of decoded recordings, so that later epochs and runs decode less.
 
-    Each is a 16-bit FLAC at 16 kHz mono that plays in any player, half the size of its samples. Its comment holds the
-    SHA-256 of the samples and their scale. Files are named by the SHA-256 of the encoded recording and appear whole,
-    so several processes may share a folder, and a changed recording is another file. A damaged file is made again.
+    Each is a 16-bit FLAC at 16 kHz mono that plays in any player. Its comment holds the SHA-256 of the samples and the
+    scale that they are divided by, so that samples beyond [-1, 1] are kept. Files are named by the SHA-256 of the
+    encoded recording and appear whole, so several processes may share a folder. A damaged file is made again.
 
     Args:
         folder: made when the first recording is written; nothing is ever removed from it.
@@ -487,24 +402,13 @@ class AudioCache:
         self.folder = folder
 
     def load_audio(self, source: AudioSource, *, name: str | None = None) -> Waveform:
-        """Return what `load_audio` does, rounded to 16 bits, from the folder if it is there.
-
-        Samples beyond [-1, 1] are kept: they are stored divided by a scale. The result differs from direct decoding
-        by half a 16-bit step at most (1.5e-5, times the scale), whether it comes from the folder or not.
-
-        Args:
-            source: a path, the bytes of an encoded file, or something that reads them.
-            name: what to call it in errors; the path by default.
-
-        Returns:
-            (T,) float32, 16 kHz.
+        """Return what `load_audio` does, rounded to 16 bits (by 1.5e-5, times the scale), from the folder if there.
 
         Raises:
             AudioError: the recording cannot be used.
             WhisperASRError: the folder cannot be read or written.
         """
-        encoded = read_encoded(source, name=name)
-        path = self._path(encoded)
+        encoded, path = self._find(source, name)
         with self._naming_the_folder():
             if (cached := _read_cached(path)) is not None:
                 return cached
@@ -513,28 +417,22 @@ class AudioCache:
         return _to_float(pcm, scale)
 
     def decode(self, source: AudioSource, *, name: str | None = None, max_sec: float | None = None) -> DecodedAudio:
-        """Return what `decode` does, and keep it for `load_audio`.
-
-        Args:
-            source: as in `load_audio`.
-            name: as in `load_audio`.
-            max_sec: as in `decode`.
-
-        Raises:
-            AudioError: the recording cannot be used.
-            WhisperASRError: the folder cannot be written.
-        """
-        encoded = read_encoded(source, name=name)
+        """Return what `decode` does, and keep it for `load_audio`."""
+        encoded, path = self._find(source, name)
         decoded = decode(encoded, name=_label(source, name), max_sec=max_sec)
-        path = self._path(encoded)
         with self._naming_the_folder():
             if not path.exists():
                 write_bytes_atomic(path, _to_flac(*_quantize(decoded.samples)))
         return decoded
 
-    def _path(self, encoded: bytes) -> Path:
+    def _find(self, source: AudioSource, name: str | None) -> tuple[bytes, Path]:
+        with _open_file(source, label := _label(source, name)) as file:
+            try:
+                encoded = file.read()
+            except OSError as err:
+                raise AudioError(f"{label}: cannot be read: {err.strerror}") from err
         key = hashlib.sha256(encoded).hexdigest()
-        return self.folder / key[:2] / f"{key}.flac"
+        return encoded, self.folder / key[:2] / f"{key}.flac"
 
     @contextmanager
     def _naming_the_folder(self) -> Iterator[None]:
@@ -553,16 +451,12 @@ def _read_cached(path: Path) -> Waveform | None:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
-    try:
-        with sf.SoundFile(io.BytesIO(content)) as file:
-            comment = _CACHE_COMMENT.fullmatch(file.comment)
-            pcm = file.read(dtype="int16")  # (T,)
-    except sf.LibsndfileError:
-        comment, pcm = None, np.zeros(0, dtype=np.int16)
-    if comment is None or int(comment["version"]) != CACHE_VERSION or comment["sha256"] != _hash(pcm):
-        logger.warning("%s: damaged, or from another version; decoding the recording again", path)
-        return None
-    return _to_float(pcm, float(comment["scale"]))
+    with suppress(sf.LibsndfileError, ValueError), sf.SoundFile(io.BytesIO(content)) as file:
+        pcm, scale = file.read(dtype="int16"), float(file.comment.rpartition(" ")[2])  # (T,)
+        if file.comment == _comment(pcm, scale):
+            return _to_float(pcm, scale)
+    logger.warning("%s: damaged, or from another version; decoding the recording again", path)
+    return None
 
 
 def _quantize(samples: Waveform) -> tuple[NDArray[np.int16], float]:
@@ -579,10 +473,11 @@ def _to_float(pcm: NDArray[np.int16], scale: float) -> Waveform:
 def _to_flac(pcm: NDArray[np.int16], scale: float) -> bytes:
     buffer = io.BytesIO()
     with sf.SoundFile(buffer, "w", SAMPLE_RATE, 1, subtype="PCM_16", format="FLAC") as file:
-        file.comment = f"decoded audio v{CACHE_VERSION}, pcm sha256 {_hash(pcm)}, scale {scale!r}"
+        file.comment = _comment(pcm, scale)
         file.write(pcm)
     return buffer.getvalue()
 
 
-def _hash(pcm: NDArray[np.int16]) -> str:
-    return hashlib.sha256(pcm.astype("<i2").tobytes()).hexdigest()
+def _comment(pcm: NDArray[np.int16], scale: float) -> str:
+    digest = hashlib.sha256(pcm.astype("<i2").tobytes()).hexdigest()
+    return f"decoded audio v{CACHE_VERSION}, pcm sha256 {digest}, scale {scale!r}"

@@ -1,7 +1,7 @@
 """From utterances to padded batches: decoded audio with labels, joined and timed where the settings ask for it.
 
-A recording stays encoded until an example needs it, and audio is padded to the longest clip of its
-batch only. Log-mel, silence and augmentation happen later, on the device.
+A recording stays encoded until an example needs it, and audio is padded to the longest clip of its batch only. Log-mel,
+silence and augmentation happen later, on the device.
 """
 
 from __future__ import annotations
@@ -36,38 +36,23 @@ AudioLoader = Callable[..., Waveform]
 
 @dataclass(frozen=True)
 class Example:
-    """One training example.
+    """One training example."""
 
-    Attributes:
-        indices: of its clips in the data set, in the order in which they are heard.
-        gaps_sec: pauses between them, one fewer than clips; whole samples at 16 kHz.
-        timestamps: its label carries times.
-        previous: index of the clip whose text is its prompt, or None.
-        duration_sec: of the clips and the pauses.
-    """
-
-    indices: tuple[int, ...]
-    gaps_sec: tuple[float, ...] = ()
-    timestamps: bool = False
-    previous: int | None = None
-    duration_sec: float = 0.0
+    indices: tuple[int, ...]  # of its clips in the data set, in the order in which they are heard
+    gaps_sec: tuple[float, ...] = ()  # pauses between them, one fewer than clips; whole samples at 16 kHz
+    timestamps: bool = False  # its label carries times
+    previous: int | None = None  # index of the clip whose text is its prompt
+    duration_sec: float = 0.0  # of the clips and the pauses
 
 
 class WhisperDataset(Dataset[dict[str, Any]]):
-    """Utterances as decoded audio with encoded labels.
-
-    Everything that cannot be labelled is found here and not in the middle of training.
+    """Utterances as decoded audio with encoded labels; what cannot be labelled is found here, not during training.
 
     Args:
         utterances: checked, with durations.
         encoder: of the model to train or measure.
         on_error: "skip" drops transcripts of more than 448 tokens into `skipped`; "raise" refuses them.
         load: how to decode, with the arguments of `load_audio`; for example `AudioCache(...).load_audio`.
-
-    Attributes:
-        utterances: those that can be used.
-        tokens: text tokens of each; made once, since a tokenizer's threads do not survive a worker's fork.
-        prefix: special tokens before a text without timestamps.
 
     Raises:
         DataError: a transcript of more than 448 tokens, or an unknown duration.
@@ -83,12 +68,13 @@ class WhisperDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.utterances: list[Utterance] = []
         self.skipped: list[SkippedUtterance] = []
-        self.tokens: list[tuple[int, ...]] = []
-        self.prefix = tuple(encoder.prefix)
+        self.tokens: list[tuple[int, ...]] = []  # made once, since a tokenizer's threads do not survive a worker's fork
+        self.prefix = tuple(encoder.prefix)  # special tokens before a text without timestamps
         self._encoder = encoder
         self._load = load
         for utterance in utterances:
-            _known_duration(utterance)
+            if not (utterance.duration_sec or 0.0) > 0:
+                raise DataError(f"utterance {utterance.id}: its duration is unknown; check_utterance measures it")
             tokens = encoder.tokenize(utterance.text)
             try:
                 encoder.label(tokens)
@@ -135,15 +121,15 @@ class WhisperDataset(Dataset[dict[str, Any]]):
         if len(clips) > 1:
             name, text = "+".join(clip.id for clip in clips), " ".join(clip.text.strip() for clip in clips)
             utterance = replace(utterance, id=name, text=text, duration_sec=example.duration_sec)
-        audio = torch.cat(pieces) if len(clips) > 1 else audio
+            audio = torch.cat(pieces)
         return {"utterance": utterance, "audio": audio, "label": label, "timed": example.timestamps}
 
 
 def decode_audio(utterance: Utterance, *, load: AudioLoader = load_audio) -> Tensor:
-    """Decode one utterance to (T,) float32 at 16 kHz.
+    """Decode one utterance to (T,) float32 at 16 kHz, or make it where it is one without speech.
 
     Args:
-        utterance: its recording is decoded, or made where it is one without speech.
+        utterance: named in errors.
         load: how to decode, with the arguments of `load_audio`.
 
     Raises:
@@ -197,16 +183,9 @@ class ExamplePlanner:
     pure function of the seed and the epoch, so that workers, processes and resumed runs agree.
 
     Clips of one speaker are neighbours in the order of the data set; clips without a speaker count as one group. A clip
-    without text stands alone, without times or prompt. The shares are of clips (`concatenate_prob`) or of examples,
-    where it is possible: a clip that leaves no room for a neighbour stays single, and before the first of a speaker
-    there is no text.
-
-    Args:
-        utterances: checked, with durations.
-        token_counts: text tokens of each, without special ones.
-        prefix_tokens: special tokens before a text without timestamps.
-        config: the shares; all 0 gives every clip by itself, in order.
-        seed: with the epoch, decides everything.
+    without text stands alone, without times or prompt. The shares of `config` are of clips (`concatenate_prob`) or of
+    examples, where it is possible: a clip that leaves no room for a neighbour stays single, and before the first of a
+    speaker there is no text. `token_counts` are without special tokens, `prefix_tokens` those before a text.
     """
 
     def __init__(
@@ -218,10 +197,10 @@ class ExamplePlanner:
         config: CompositionConfig,
         seed: int,
     ) -> None:
+        self.config = config
         self._durations = [utterance.duration_sec or 0.0 for utterance in utterances]
         self._counts = token_counts
         self._room = MAX_LABEL_TOKENS - prefix_tokens - 1  # 1: the end token
-        self._config = config
         self._seed = seed
         groups: dict[str | None, list[int]] = {}
         for index, utterance in enumerate(utterances):
@@ -230,11 +209,6 @@ class ExamplePlanner:
         self._groups = list(groups.values())
         self._before = {b: a for group in self._groups for a, b in itertools.pairwise(group)}
         self._planned: tuple[int, list[Example]] | None = None  # the last epoch asked for
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the examples depend on, apart from the clips and the seed."""
-        return self._config.model_dump(mode="json")
 
     def durations_sec(self, epoch: int) -> list[float]:
         """Return the seconds of an epoch's examples, pauses included."""
@@ -256,16 +230,16 @@ class ExamplePlanner:
         for group in self._groups:
             at = 0
             while at < len(group):
-                run = self._run(group, at, gaps, target[group[at]]) if self._config.concatenate_prob else [group[at]]
+                run = self._run(group, at, gaps, target[group[at]]) if self.config.concatenate_prob else [group[at]]
                 at += len(run)
                 # each clip is in one run, so that keeping a run with this probability joins this share of the clips
-                runs = [run] if join[run[0]] < self._config.concatenate_prob else [[index] for index in run]
+                runs = [run] if join[run[0]] < self.config.concatenate_prob else [[index] for index in run]
                 examples += [self._example(run, gaps, timed[run[0]], prompted[run[0]]) for run in runs]
         return sorted(examples, key=lambda example: example.indices)
 
     def _run(self, group: list[int], at: int, gaps: list[float], target: float) -> list[int]:
         """Return the clip at a place and its following neighbours up to a drawn length, at least two where two fit."""
-        longest_sec = min(self._config.max_concatenated_sec, MAX_AUDIO_SEC)
+        longest_sec = min(self.config.max_concatenated_sec, MAX_AUDIO_SEC)
         seconds = self._durations[group[at]]
         tokens = self._counts[group[at]] + TIMESTAMPS_PER_CLIP
         limit_sec = 0.0
@@ -284,28 +258,22 @@ class ExamplePlanner:
         pauses = tuple(gaps[index] for index in run[1:])
         tokens = sum(self._counts[index] for index in run)
         with_times = tokens + TIMESTAMPS_PER_CLIP * len(run)
-        timestamps = timed < self._config.timestamp_prob and with_times <= self._room
+        timestamps = timed < self.config.timestamp_prob and with_times <= self._room
         fits = (with_times if timestamps else tokens) + MIN_PROMPT_TOKENS <= self._room
         return Example(
             indices=tuple(run),
             gaps_sec=pauses,
             timestamps=timestamps,
-            previous=self._before.get(run[0]) if fits and prompted < self._config.previous_text_prob else None,
+            previous=self._before.get(run[0]) if fits and prompted < self.config.previous_text_prob else None,
             duration_sec=sum(self._durations[index] for index in run) + sum(pauses),
         )
 
 
 @dataclass(frozen=True)
 class NoSpeechAudio:
-    """A recording that is made, not decoded: digital silence, or noise of a drawn colour and level.
+    """A recording that is made, not decoded: digital silence, or noise of a drawn colour and level."""
 
-    Attributes:
-        seed: with the id, decides the kind, the colour, the level and every sample.
-        id: of the utterance.
-        duration_sec: seconds.
-    """
-
-    seed: int
+    seed: int  # with the id of the utterance, decides every sample
     id: str
     duration_sec: float
 
@@ -329,32 +297,18 @@ class NoSpeechAudio:
 
 
 def make_no_speech(utterances: Sequence[Utterance], *, fraction: float, seed: int) -> list[Utterance]:
-    """Make utterances without speech to go with a training set.
+    """Make utterances of nothing, with an empty text, each as long as one of the training set.
 
-    Fine-tuning on speech alone makes Whisper write something into every silence. A small share of recordings of
-    nothing, with an empty text, teaches the end token there.
-
-    Args:
-        utterances: checked; each new one has the duration of one of them.
-        fraction: of their number.
-        seed: with the id, decides everything.
-
-    Returns:
-        Utterances `no-speech-0001` and so on, with an empty text and no speaker.
+    Fine-tuning on speech alone makes Whisper write something into every silence. A small share of these, a `fraction`
+    of the number of utterances, teaches the end token there.
     """
     made = []
     for number in range(1, round(fraction * len(utterances)) + 1):
         name = f"no-speech-{number:04d}"
         pick = int(_generator(seed, f"{name}:duration").integers(len(utterances)))
-        duration_sec = _known_duration(utterances[pick])
+        duration_sec = utterances[pick].duration_sec or 0.0  # unknown: `WhisperDataset` refuses it
         made.append(Utterance(name, NoSpeechAudio(seed, name, duration_sec), text="", duration_sec=duration_sec))
     return made
-
-
-def _known_duration(utterance: Utterance) -> float:
-    if utterance.duration_sec is None:
-        raise DataError(f"utterance {utterance.id}: its duration is unknown; check_utterance measures it")
-    return utterance.duration_sec
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:

@@ -1,8 +1,8 @@
 """Batches of similar length in an order that a stopped run can continue, decoded ahead of time by worker processes.
 
-The order is planned in the main process for a whole epoch, as a pure function of the seed and the
-epoch. So the state of a loader is two numbers, resuming skips no audio that it would have to decode
-first, and several processes take their shares of one plan without sending anything.
+The order is planned in the main process for a whole epoch, as a pure function of the seed and the epoch. So the state
+of a loader is two numbers, resuming skips no audio that it would have to decode first, and several processes take their
+shares of one plan without sending anything.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -48,16 +47,7 @@ class Loaders(NamedTuple):
 
 
 def create_dataloaders(splits: DatasetSplits, processor: Any, config: Config) -> Loaders:
-    """Build the loaders of all splits for one model.
-
-    Args:
-        splits: from `prepare_datasets`.
-        processor: of the model; its tokenizer encodes the labels.
-        config: batch sizes, composition, workers, language.
-
-    Raises:
-        DataError: a transcript over 448 tokens with `on_error="raise"`, or too many skipped.
-    """
+    """Build the loaders of all splits as `create_loader` does, with `train` shuffled."""
     return Loaders(
         train=create_loader(splits.train, processor, config, shuffle=True),
         validation=create_loader(splits.validation, processor, config),
@@ -78,53 +68,26 @@ def create_loader(
             Otherwise for evaluation: single clips from long to short, dealt out in whole batches to the processes.
 
     Raises:
-        DataError: as `create_dataloaders`.
+        DataError: a transcript over 448 tokens with `on_error="raise"`, or too many skipped.
     """
     encoder = LabelEncoder(processor.tokenizer, language=config.model.language, task=config.model.task)
     composition = config.composition if shuffle else CompositionConfig()
     made = make_no_speech(utterances, fraction=composition.no_speech_fraction, seed=config.seed)
     cache = audio_cache(config)
-    dataset = WhisperDataset(
-        [*utterances, *made],
-        encoder,
-        on_error=config.data.on_error,
-        load=cache.load_audio if cache else load_audio,
-    )
+    load = cache.load_audio if cache else load_audio
+    dataset = WhisperDataset([*utterances, *made], encoder, on_error=config.data.on_error, load=load)
     enforce_skip_policy(dataset.skipped, len(utterances), config.data.max_skip_fraction)
+    counts = [len(tokens) for tokens in dataset.tokens]
     planner = ExamplePlanner(
-        dataset.utterances,
-        [len(tokens) for tokens in dataset.tokens],
-        prefix_tokens=len(encoder.prefix),
-        config=composition,
-        seed=config.seed,
+        dataset.utterances, counts, prefix_tokens=len(encoder.prefix), config=composition, seed=config.seed
     )
-    if shuffle:
-        batches = _training_batches(planner, config)
-    else:
-        batches = LengthBatchSampler(planner.durations_sec, config.inference.batch_size, shuffle=False)
-    on_cuda = torch.cuda.is_available() and config.device != "cpu"
-    workers, reason = choose_workers(config.data.num_workers, on_cuda=on_cuda)
-    if shuffle:  # once is enough: the other loaders choose alike
-        logger.info("%d process(es) decode audio (%s)", workers, reason)
-    return SpeechLoader(
-        dataset,
-        DataCollator(encoder.end_token),
-        batches,
-        planner,
-        num_workers=workers,
-        keep_workers=shuffle,  # evaluation is rare: its workers would hold memory between passes
-        pin_memory=on_cuda,
-    )
-
-
-def _training_batches(planner: ExamplePlanner, config: Config) -> LengthBatchSampler:
-    size: int | None = config.training.batch_size
-    seconds = config.training.batch_seconds
+    size: int | None = config.training.batch_size if shuffle else config.inference.batch_size
+    seconds = config.training.batch_seconds if shuffle else None
     if seconds is not None:
         size = None
         if config.model.audio_context == "full":  # every clip is padded to 30 s
             size, seconds = max(1, int(seconds // MAX_AUDIO_SEC)), None
-    batches = LengthBatchSampler(planner.durations_sec, size, batch_seconds=seconds, shuffle=True, seed=config.seed)
+    batches = LengthBatchSampler(planner.durations_sec, size, batch_seconds=seconds, shuffle=shuffle, seed=config.seed)
     if seconds is not None and config.training.full_context_prob:
         padded_sec = MAX_AUDIO_SEC * max(map(len, batches), default=0)
         if padded_sec > seconds:
@@ -132,32 +95,29 @@ def _training_batches(planner: ExamplePlanner, config: Config) -> LengthBatchSam
                 "training.full_context_prob pads the clips of some batches to 30 s: these hold up to %.0f s, more than "
                 "training.batch_seconds (%.0f)", padded_sec, seconds,
             )  # fmt: skip
-    return batches
+    on_cuda = torch.cuda.is_available() and config.device != "cpu"
+    workers, reason = choose_workers(config.data.num_workers, on_cuda=on_cuda)
+    if shuffle:  # once is enough: the other loaders choose alike
+        logger.info("%d process(es) decode audio (%s)", workers, reason)
+    # evaluation is rare: its workers would hold memory between passes
+    return SpeechLoader(
+        dataset, DataCollator(encoder.end_token), batches, planner,
+        num_workers=workers, keep_workers=shuffle, pin_memory=on_cuda,
+    )  # fmt: skip
 
 
-def choose_workers(setting: int | Literal["auto"], *, on_cuda: bool, cores: int | None = None) -> tuple[int, str]:
-    """Resolve `data.num_workers`.
-
-    Args:
-        setting: a number, or "auto".
-        on_cuda: the model computes on a CUDA device, and the cores are free to decode.
-        cores: usable ones; those that this process may run on by default.
-
-    Returns:
-        The number of processes that decode audio, and why.
-    """
+def choose_workers(setting: int | Literal["auto"], *, on_cuda: bool) -> tuple[int, str]:
+    """Resolve `data.num_workers` to the number of processes that decode audio; return why, too."""
     if setting != "auto":
         return setting, "asked for"
     if not on_cuda:
         return 0, "the model computes on the same cores, and decoding is a small share of that"
-    usable = usable_cores() if cores is None else cores
-    return min(usable, MAX_AUTO_WORKERS), f"{usable} usable core(s) decode while the GPU computes"
+    cores = usable_cores()
+    return min(cores, MAX_AUTO_WORKERS), f"{cores} usable core(s) decode while the GPU computes"
 
 
 class SpeechLoader:
-    """Batches of an epoch, from any batch on.
-
-    Iterating gives the current epoch from its start; once after `load_state_dict`, from where the state was taken.
+    """Batches of an epoch, from any batch on: from its start or, once after `load_state_dict`, from where it stopped.
 
     Args:
         dataset: gives an example.
@@ -183,14 +143,12 @@ class SpeechLoader:
         self.dataset = dataset
         self.collate_fn = collate_fn
         self.batch_sampler = batch_sampler
-        self.num_workers = num_workers
         self._planner = planner
         self._remaining: list[list[Example]] = []  # batches of the current epoch
         self._decoded: DataLoader[Batch | WhisperASRError] = DataLoader(
             _Batches(dataset, collate_fn),
             batch_size=None,  # batches come ready
             sampler=self._remaining,
-            collate_fn=_as_it_is,
             num_workers=num_workers,
             persistent_workers=keep_workers and num_workers > 0,
             prefetch_factor=PREFETCH_BATCHES if num_workers else None,
@@ -207,11 +165,7 @@ class SpeechLoader:
         return self.batches_in(self._epoch)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches.
-
-        Raises:
-            AudioError: a recording cannot be decoded, also in a worker; the message names its utterance.
-        """
+        """Yield batches; raise the `AudioError` of a recording that cannot be decoded, also in a worker."""
         examples = self._planner.plan(self._epoch)
         self._handed_over, self._start = self._start, 0
         batches = self.batch_sampler.batches(self._epoch)[self._handed_over :]
@@ -226,11 +180,6 @@ class SpeechLoader:
         """Return the batches of an epoch in this process; epochs differ where examples are composed."""
         return len(self.batch_sampler.batches(epoch))
 
-    @property
-    def start(self) -> int:
-        """Index of the batch with which the next iteration begins: 0, unless a state has just been loaded."""
-        return self._start
-
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0; its start, unless a state of this epoch has just been loaded."""
         if epoch != self._epoch:
@@ -241,14 +190,19 @@ class SpeechLoader:
     @property
     def data_version(self) -> str:
         """Number of utterances, and a hash of their ids, lengths and texts."""
-        digest = hashlib.sha256()
-        for utterance in self.dataset.utterances:
-            digest.update(f"{utterance.id}\t{utterance.duration_sec}\t{utterance.text}\n".encode())
-        return f"{len(self.dataset)} ({digest.hexdigest()[:16]})"
+        rows = (f"{u.id}\t{u.duration_sec}\t{u.text}\n" for u in self.dataset.utterances)
+        return f"{len(self.dataset)} ({hashlib.sha256(''.join(rows).encode()).hexdigest()[:16]})"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch, the number of batches handed over, and what both depend on; it can be saved as JSON."""
-        return {"epoch": self._epoch, "batches": self._handed_over, "made_from": self._made_from()}
+        sampler = self.batch_sampler
+        made_from = {
+            "utterances": self.data_version,
+            **{name: getattr(sampler, name) for name in ("batch_size", "batch_seconds", "shuffle", "seed")},
+            "world_size": sampler.world_size,
+            "composition": self._planner.config.model_dump(mode="json"),
+        }
+        return {"epoch": self._epoch, "batches": self._handed_over, "made_from": made_from}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the batch after the last one handed over; the number of workers may be another.
@@ -260,7 +214,7 @@ class SpeechLoader:
             epoch, batches, theirs = int(state["epoch"]), int(state["batches"]), dict(state["made_from"])
         except (KeyError, TypeError, ValueError) as err:
             raise CheckpointError("not the state of a loader: it needs epoch, batches and made_from") from err
-        ours = self._made_from()
+        ours = self.state_dict()["made_from"]
         other = [f"{key}: {theirs.get(key)} then, {ours[key]} now" for key in ours if theirs.get(key) != ours[key]]
         if other:
             raise CheckpointError(
@@ -270,25 +224,9 @@ class SpeechLoader:
         self.set_epoch(epoch)
         self._handed_over = self._start = batches
 
-    def _made_from(self) -> dict[str, Any]:
-        sampler = self.batch_sampler
-        return {
-            "utterances": self.data_version,
-            "batch_size": sampler.batch_size,
-            "batch_seconds": sampler.batch_seconds,
-            "shuffle": sampler.shuffle,
-            "seed": sampler.seed,
-            "world_size": sampler.shard.world_size,
-            "composition": self._planner.settings,
-        }
-
 
 class _Batches(Dataset[Batch | WhisperASRError]):
-    """Whole batches, or the error that stopped one.
-
-    DataLoader raises a worker's error with the worker's whole traceback as its message; returned as a value, the error
-    arrives as it was.
-    """
+    """Whole batches, or the error that stopped one: raised in a worker, it would arrive as the text of a traceback."""
 
     def __init__(self, dataset: WhisperDataset, collate_fn: DataCollator) -> None:
         self._dataset = dataset
@@ -299,10 +237,6 @@ class _Batches(Dataset[Batch | WhisperASRError]):
             return self._collate_fn([self._dataset[example] for example in examples])
         except WhisperASRError as err:
             return err
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:
@@ -318,7 +252,7 @@ class LengthBatchSampler(Sampler[list[int]]):
     evaluation, where nobody waits, whole batches are dealt out in turn.
 
     Args:
-        durations_sec: of each clip, or a function that gives them for an epoch, where epochs differ.
+        durations_sec: of each clip, above 0, or a function that gives them for an epoch, where epochs differ.
         batch_size: at most so many clips per batch.
         batch_seconds: instead of `batch_size`: clips x the longest of them, so padding included, at most. A clip that
             is longer by itself stands alone.
@@ -329,8 +263,8 @@ class LengthBatchSampler(Sampler[list[int]]):
         world_size: number of processes.
 
     Raises:
-        DataError: neither or both of `batch_size` and `batch_seconds`; when an epoch is planned, a duration that is not
-            above 0, or clips that cannot be shared out to all processes.
+        DataError: neither or both of `batch_size` and `batch_seconds`; a rank out of range; when an epoch is planned,
+            clips that cannot be shared out to all processes.
     """
 
     def __init__(
@@ -341,19 +275,17 @@ class LengthBatchSampler(Sampler[list[int]]):
         shuffle: bool,
         seed: int = 0,
         batch_seconds: float | None = None,
-        rank: int | None = None,
+        rank: int = 0,
         world_size: int | None = None,
     ) -> None:
         if (batch_size is None) == (batch_seconds is None):
             raise DataError(f"batches need a size or a budget: batch_size {batch_size}, batch_seconds {batch_seconds}")
-        if (rank is None) != (world_size is None):
-            raise DataError(f"rank {rank} and world_size {world_size}: give both or neither")
         self._durations_of = durations_sec if callable(durations_sec) else lambda epoch: durations_sec
         self.batch_size = batch_size
         self.batch_seconds = batch_seconds
         self.shuffle = shuffle
         self.seed = seed
-        self.shard = current_shard() if rank is None or world_size is None else Shard(rank, world_size)
+        self.rank, self.world_size = current_shard() if world_size is None else (rank, world_size)
         self._epoch = 0
         self._planned: tuple[int, Batches] | None = None  # the last epoch asked for
 
@@ -375,14 +307,9 @@ class LengthBatchSampler(Sampler[list[int]]):
 
     def _plan(self, epoch: int) -> Batches:
         durations = self._durations_of(epoch)
-        unusable = [index for index, duration in enumerate(durations) if not 0 < duration < math.inf]
-        if unusable:
-            raise DataError(
-                f"clip {unusable[0]} has a duration of {durations[unusable[0]]} s; check the data set first"
-            )
         if not self.shuffle:  # no step waits for another: whole batches are dealt out in turn
             long_to_short = sorted(range(len(durations)), key=durations.__getitem__, reverse=True)
-            return self._cut(long_to_short, durations)[self.shard.rank :: self.shard.world_size]
+            return self._cut(long_to_short, durations)[self.rank :: self.world_size]
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
         # cut a random order into buckets of about 32 batches, and each, sorted by length, into batches
         limit = BUCKET_BATCHES * (self.batch_size or self.batch_seconds or 0)
@@ -397,7 +324,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         batches = [b for bucket in buckets for b in self._cut(sorted(bucket, key=durations.__getitem__), durations)]
         # one batch of each step is this process's
         steps = self._steps(batches, durations)
-        return [steps[index][self.shard.rank] for index in torch.randperm(len(steps), generator=generator).tolist()]
+        return [steps[index][self.rank] for index in torch.randperm(len(steps), generator=generator).tolist()]
 
     def _cut(self, order: list[int], durations: Sequence[float]) -> Batches:
         """Cut a sorted order into batches."""
@@ -415,39 +342,26 @@ class LengthBatchSampler(Sampler[list[int]]):
 
     def _steps(self, batches: Batches, durations: Sequence[float]) -> list[Batches]:
         """Group batches into steps: one batch for each process, of similar length."""
-        world_size = self.shard.world_size
-        if world_size == 1:
+        if self.world_size == 1:
             return [[batch] for batch in batches]
         clips = sum(map(len, batches))
-        missing = -len(batches) % world_size if clips else world_size
+        missing = -len(batches) % self.world_size if clips else self.world_size
         if clips < len(batches) + missing:
             raise DataError(
-                f"{clips} clips in {len(batches)} batches cannot be shared out to {world_size} processes without "
-                "repeating or dropping one: use fewer processes, more clips, or raise training.batch_size or "
-                "training.batch_seconds, so that batches have clips to give"
+                f"{clips} clips in {len(batches)} batches cannot be shared out to {self.world_size} processes without "
+                "repeating or dropping one: use fewer processes, more clips, or larger batches "
+                "(training.batch_size, training.batch_seconds), which have clips to give"
             )
         for _ in range(missing):
             at = max(range(len(batches)), key=lambda i: len(batches[i]))
             half = len(batches[at]) // 2
             batches[at : at + 1] = [batches[at][:half], batches[at][half:]]
         batches.sort(key=lambda batch: max(durations[i] for i in batch))
-        return [batches[at : at + world_size] for at in range(0, len(batches), world_size)]
+        return [batches[at : at + self.world_size] for at in range(0, len(batches), self.world_size)]
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Which of the processes that train together this one is."""
-
-    rank: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world_size:
-            raise DataError(f"rank {self.rank} of {self.world_size} process(es): ranks go from 0 to the number less 1")
-
-
-def current_shard() -> Shard:
-    """Find this process's place among those that train together.
+def current_shard() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes that train together.
 
     From torch.distributed where it is initialised; otherwise from the variables RANK and WORLD_SIZE, which launchers
     such as torchrun and accelerate set before anything is initialised; otherwise there is one process.
@@ -456,30 +370,22 @@ def current_shard() -> Shard:
         DataError: one variable without the other, or not a number in range.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return Shard(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
     rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if rank is None and world_size is None:
-        return Shard()
-    try:
-        return Shard(int(rank or ""), int(world_size or ""))
-    except ValueError as err:
+        return 0, 1
+    if not (rank and world_size and rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
         raise DataError(
-            f"RANK is {rank!r} and WORLD_SIZE {world_size!r}: a launcher sets both, as numbers; unset them to run alone"
-        ) from err
+            f"RANK is {rank!r} and WORLD_SIZE {world_size!r}: a launcher sets both, RANK from 0 to WORLD_SIZE less 1; "
+            "unset them to run alone"
+        )
+    return int(rank), int(world_size)
 
 
 def batch_generator(seed: int, epoch: int, index: int) -> torch.Generator:
-    """Make the generator of everything that is drawn for one batch.
+    """Make the CPU generator of everything that is drawn for one batch, by its index over all processes.
 
     It depends on no batch before, so a resumed run draws what an uninterrupted one would have drawn.
-
-    Args:
-        seed: of the run.
-        epoch: from 0.
-        index: of the batch within the epoch, over all processes.
-
-    Returns:
-        A generator on the CPU.
     """
     state = np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))

@@ -1,9 +1,8 @@
 """Check every recording, measure it and split by speaker: the same utterances in the same split on every machine.
 
-Splits that the source gives are honoured; what is missing is cut from the training speakers. The
-choice goes by a hash of the seed and the id, never by position: corpora are ordered by speaker, and
-the head of one is not a sample of it. Streamed sources are the exception: there, the first N that
-pass are taken, since any other choice would cost a download of the whole.
+Splits that the source gives are honoured; what is missing is cut from the training speakers. The choice goes by a hash
+of the seed and the id, never by position: corpora are ordered by speaker, and the head of one is not a sample of it. Of
+a stream the first N that pass are taken, since any other choice would cost a download of the whole.
 """
 
 from __future__ import annotations
@@ -41,29 +40,17 @@ Parts = dict[str, list[Utterance]]
 
 @dataclass(frozen=True)
 class DatasetSplits:
-    """Checked utterances, disjoint by speaker where speakers are known.
-
-    Attributes:
-        train: to train on.
-        validation: to choose the best epoch by.
-        test: to measure the result on, once.
-        label_case: how transcripts were recased; `with_label_case` changes it.
-        skipped: what `on_error="skip"` left out.
-        shared_speakers: speakers that occur in more than one split (the source's own splits may).
-        shared_texts: number of test transcripts that also occur in training.
-        source: the one that was taken.
-        stats: what was measured on each recording while it was checked, by utterance id.
-    """
+    """Checked utterances, disjoint by speaker where speakers are known."""
 
     train: list[Utterance]
-    validation: list[Utterance]
-    test: list[Utterance]
-    label_case: LabelCase
-    skipped: list[SkippedUtterance] = field(default_factory=list)
-    shared_speakers: tuple[str, ...] = ()
-    shared_texts: int = 0
-    source: str = "sample"
-    stats: Mapping[str, ClipStats] = field(default_factory=dict, repr=False)
+    validation: list[Utterance]  # to choose the best epoch by
+    test: list[Utterance]  # to measure the result on, once
+    label_case: LabelCase  # how transcripts were recased; `with_label_case` changes it
+    skipped: list[SkippedUtterance] = field(default_factory=list)  # what `on_error="skip"` left out
+    shared_speakers: tuple[str, ...] = ()  # in more than one split (the source's own splits may)
+    shared_texts: int = 0  # test transcripts that also occur in training
+    source: str = "sample"  # the one that was taken
+    stats: Mapping[str, ClipStats] = field(default_factory=dict, repr=False)  # of each recording, by utterance id
 
     def summary(self) -> list[dict[str, object]]:
         """Return one row per split: clips, minutes, speakers."""
@@ -120,24 +107,34 @@ def prepare_datasets(config: Config, *, vad: VoiceActivityDetector | None = None
 
 
 def _prepare(source: SourceName, config: Config, vad: VoiceActivityDetector | None) -> DatasetSplits:
-    caps = {"train": config.data.max_train, "validation": config.data.max_validation, "test": config.data.max_test}
-    opened = open_source(config.data, source)
+    data = config.data
+    caps = {"train": data.max_train, "validation": data.max_validation, "test": data.max_test}
+    opened = open_source(data, source)
     if isinstance(opened, dict):
-        parts, checker = _take_from_streams(opened, caps, config, vad)
+        # of a stream, a split that is missing is cut from train: more is fetched there, and cut after the check
+        fetched, fractions = dict(caps), {"validation": data.validation_fraction, "test": data.test_fraction}
+        for_missing = sum(fraction for name, fraction in fractions.items() if name not in opened)
+        if fetched["train"] is not None and for_missing:
+            fetched["train"] = round(fetched["train"] / (1 - for_missing))
+            logger.info("train: fetching %d clips, since validation or test is cut from them", fetched["train"])
+        asked = [fetched[name] for name in opened]
+        checker = RecordingChecker(config, vad=vad, expected=None if None in asked else sum(cap or 0 for cap in asked))
+        taken = {n: checker.take(n, opened[n], fetched[n]) if n in opened else [] for n in SPLITS}
+        parts = {name: part[: caps[name]] for name, part in cut_missing(taken, data, config.seed).items()}
     else:
         if not opened:
-            raise DataError(f"source {source!r} ({config.data.path or 'bundled'}) has no utterance")
-        parts = cut_missing(assign_splits(opened), config.data, config.seed)
+            raise DataError(f"source {source!r} ({data.path or 'bundled'}) has no utterance")
+        parts = cut_missing(assign_splits(opened), data, config.seed)
         expected = sum(min(len(part), caps[name] or len(part)) for name, part in parts.items())
         checker = RecordingChecker(config, vad=vad, expected=expected)
         parts = {name: checker.take(name, parts[name], caps[name]) for name in SPLITS}
     skipped = checker.skipped
-    enforce_skip_policy(skipped, sum(map(len, parts.values())) + len(skipped), config.data.max_skip_fraction)
+    enforce_skip_policy(skipped, sum(map(len, parts.values())) + len(skipped), data.max_skip_fraction)
     for name, part in parts.items():
         if not part:
             raise DataError(f"the {name} split is empty after checking; {len(skipped)} recording(s) were skipped")
     _refuse_other_language(parts["train"], config)
-    label_case = resolve_case([u.text for u in parts["train"]], config.data.label_case)
+    label_case = resolve_case([u.text for u in parts["train"]], data.label_case)
     recased = _recased(parts, label_case)
     train_texts = {u.text.lower() for u in recased["train"]}
     splits = DatasetSplits(
@@ -149,31 +146,15 @@ def _prepare(source: SourceName, config: Config, vad: VoiceActivityDetector | No
         source=source,
         stats=checker.stats,
     )
-    _log(splits)
+    for row in splits.summary():
+        logger.info("%(split)s: %(clips)d clips, %(minutes).1f min, %(speakers)s speakers", row)
+    if shared := len(splits.shared_speakers):
+        logger.warning("%d speaker(s) are in more than one split: results flatter the model", shared)
+    if splits.shared_texts:
+        logger.info("%d of %d test transcripts also occur in training", splits.shared_texts, len(splits.test))
+    if label_case != "keep":
+        logger.info("transcripts recased to %r", label_case)
     return splits
-
-
-def _take_from_streams(
-    streams: Mapping[str, Iterator[Utterance]],
-    caps: Mapping[str, int | None],
-    config: Config,
-    vad: VoiceActivityDetector | None,
-) -> tuple[Parts, RecordingChecker]:
-    """Take the first N of each split that pass; what a missing split needs is taken from train as well."""
-    fetched = dict(caps)
-    fractions = {"validation": config.data.validation_fraction, "test": config.data.test_fraction}
-    for_missing = sum(fraction for name, fraction in fractions.items() if name not in streams)
-    if fetched["train"] is not None and for_missing:
-        fetched["train"] = round(fetched["train"] / (1 - for_missing))
-        logger.info("train: fetching %d clips, since validation or test is cut from them", fetched["train"])
-    asked = [fetched[name] for name in streams]
-    expected = None if None in asked else sum(cap for cap in asked if cap is not None)
-    checker = RecordingChecker(config, vad=vad, expected=expected)
-    parts: Parts = {name: [] for name in SPLITS}
-    for name, stream in streams.items():
-        parts[name] = checker.take_stream(name, stream, fetched[name])
-    cut = cut_missing(parts, config.data, config.seed)
-    return {name: part[: caps[name]] for name, part in cut.items()}, checker
 
 
 # checking
@@ -191,16 +172,7 @@ def inspect_utterance(
     cache: AudioCache | None = None,
     vad: VoiceActivityDetector | None = None,
 ) -> tuple[Utterance, ClipStats]:
-    """Decode one recording, check it and measure it.
-
-    Args:
-        utterance: its recording is decoded.
-        config: bounds of the duration.
-        cache: keeps what was decoded.
-        vad: looks for speech.
-
-    Returns:
-        The utterance with its duration, and what was measured.
+    """Decode one recording, check it and measure it: the utterance with its duration, and what was measured.
 
     Raises:
         DataError: an empty transcript, or a duration out of bounds.
@@ -227,17 +199,9 @@ def inspect_utterance(
 
 
 class RecordingChecker:
-    """Checks recordings until enough have passed, and keeps what was measured and what was left out.
+    """Checks recordings until enough have passed, and keeps what was measured (`stats`) and left out (`skipped`).
 
-    Args:
-        config: `data` says what may pass, what happens to the rest, and whether decoded audio is cached.
-        vad: looks for speech in a sample of the recordings.
-        expected: how many recordings will be checked in all, for the size of the sample; None if unknown.
-
-    Attributes:
-        stats: of each recording that passed, by utterance id; speech is looked for in a sample of them, at most
-            `MAX_VAD_CLIPS`, chosen by hash.
-        skipped: what `on_error="skip"` left out.
+    `vad` looks for speech in at most `MAX_VAD_CLIPS` of them, chosen by hash among the number `expected` in all.
     """
 
     def __init__(
@@ -251,70 +215,55 @@ class RecordingChecker:
         self._sampled_share = 1.0 if not expected else MAX_VAD_CLIPS / expected
         self._sampled = 0
 
-    def take(self, name: str, part: Sequence[Utterance], cap: int | None) -> list[Utterance]:
-        """Check recordings in hashed order until `cap` have passed; return them in the source's order."""
-        position = {u.id: index for index, u in enumerate(part)}
-        queue = sorted(part, key=lambda u: stable_hash(self._config.seed, u.id)) if cap is not None else part
-        total = len(part) if cap is None else min(cap, len(part))
-        passed = [u for chunk in self._check(name, iter(queue), total, _CHUNK) for u in chunk]
-        _log_fewer(name, cap, len(passed))
-        return sorted(passed, key=lambda u: position[u.id])
-
-    def take_stream(self, name: str, stream: Iterator[Utterance], cap: int | None) -> list[Utterance]:
-        """Take the first `cap` recordings of a stream that pass.
+    def take(self, name: str, part: Sequence[Utterance] | Iterator[Utterance], cap: int | None) -> list[Utterance]:
+        """Check a list in hashed order, or a stream in its own, until `cap` have passed; return them as they came.
 
         Raises:
-            DataError: more than `max_skip_fraction` fail, or the recordings do not fit into memory.
+            DataError: the first failure where the policy is "raise"; of a stream, more than `max_skip_fraction` fail,
+                or the recordings do not fit into memory.
         """
-        if cap is None:
+        data, queue, position = self._config.data, part, {}
+        is_stream, chunk_size = not isinstance(part, Sequence), _STREAM_CHUNK
+        if isinstance(part, Sequence):
+            chunk_size, position = _CHUNK, {u.id: index for index, u in enumerate(part)}
+            if cap is not None:
+                queue = sorted(part, key=lambda u: stable_hash(self._config.seed, u.id))
+        elif cap is None:
             logger.warning("%s: data.max_%s is not set, so the whole stream is downloaded", name, name)
         free_bytes = MAX_MEMORY_SHARE * psutil.virtual_memory().available
-        skipped_before = len(self.skipped)
         passed: list[Utterance] = []
+        skipped: list[SkippedUtterance] = []
         held_bytes = 0
-        for chunk in self._check(name, stream, cap, _STREAM_CHUNK):
-            passed += chunk
-            held_bytes += sum(len(u.audio) for u in chunk if isinstance(u.audio, bytes))
-            if held_bytes > free_bytes:
-                raise DataError(
-                    f"{name}: {len(passed)} clips hold {held_bytes / 1e9:.1f} GB, half of the free memory; set "
-                    f"data.max_{name} to about {len(passed) // 2}, or download the files and use data.source: parquet"
-                )
-            skipped = self.skipped[skipped_before:]
-            if len(passed) + len(skipped) >= _ENOUGH_TO_JUDGE:
-                fraction = self._config.data.max_skip_fraction
-                enforce_skip_policy(skipped, len(passed) + len(skipped), fraction, log=False)
-        _log_fewer(name, cap, len(passed))
-        return passed
-
-    def _check(
-        self, name: str, waiting: Iterator[Utterance], wanted: int | None, chunk_size: int
-    ) -> Iterator[list[Utterance]]:
-        """Yield what passed of each chunk until `wanted` have; the first failure raises where the policy is "raise"."""
-        missing = wanted
-        with (
-            ThreadPoolExecutor(os.cpu_count()) as pool,
-            tqdm(total=wanted, desc=f"checking {name}", leave=False) as bar,
-        ):
-            while chunk := list(islice(waiting, chunk_size if missing is None else min(chunk_size, missing))):
-                passed: list[Utterance] = []
-                failures: list[SkippedUtterance] = []
+        waiting = iter(queue)
+        total = cap if is_stream else min(len(position), len(position) if cap is None else cap)
+        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=total, desc=f"checking {name}", leave=False) as bar:
+            while chunk := list(islice(waiting, chunk_size if cap is None else min(chunk_size, cap - len(passed)))):
+                before = len(skipped)
                 for outcome in pool.map(self._inspect_or_skip, chunk, [self._detector_for(u) for u in chunk]):
                     if isinstance(outcome, SkippedUtterance):
-                        failures.append(outcome)
+                        skipped.append(outcome)
                     else:
                         utterance, self.stats[outcome[0].id] = outcome
                         passed.append(utterance)
-                if failures and self._config.data.on_error == "raise":
-                    more = f"\n({len(failures) - 1} more like it)" if len(failures) > 1 else ""
-                    raise DataError(f'{failures[0].reason}; or set data.on_error to "skip"{more}')
-                self.skipped += failures
-                missing = None if missing is None else missing - len(passed)
-                bar.update(len(passed))
-                yield passed
+                        held_bytes += len(utterance.audio) if isinstance(utterance.audio, bytes) else 0
+                        bar.update()
+                if skipped and data.on_error == "raise":
+                    more = f"\n({len(skipped) - 1} more like it)" if len(skipped) > 1 else ""
+                    raise DataError(f'{skipped[0].reason}; or set data.on_error to "skip"{more}')
+                self.skipped += skipped[before:]
+                if held_bytes > free_bytes:
+                    raise DataError(
+                        f"{name}: {len(passed)} clips hold {held_bytes / 1e9:.1f} GB, half of the free memory; "
+                        f"set data.max_{name} to about {len(passed) // 2}, or download the files and use data.source: "
+                        "parquet"
+                    )
+                if is_stream and (seen := len(passed) + len(skipped)) >= _ENOUGH_TO_JUDGE:
+                    enforce_skip_policy(skipped, seen, data.max_skip_fraction, log=False)
+        if cap is not None and len(passed) < cap:
+            logger.info("%s: %d asked for, %d exist; taking all of them", name, cap, len(passed))
+        return passed if is_stream else sorted(passed, key=lambda u: position[u.id])
 
     def _detector_for(self, utterance: Utterance) -> VoiceActivityDetector | None:
-        """Return the detector for a sample of the recordings, by hash."""
         place = int(stable_hash(self._config.seed, utterance.id)[:8], 16) / 16**8
         if place >= self._sampled_share or self._sampled >= MAX_VAD_CLIPS:
             return None
@@ -330,11 +279,6 @@ class RecordingChecker:
             return SkippedUtterance(utterance.id, str(err))
 
 
-def _log_fewer(name: str, cap: int | None, passed: int) -> None:
-    if cap is not None and passed < cap:
-        logger.info("%s: %d asked for, %d exist; taking all of them", name, cap, passed)
-
-
 def audio_cache(config: Config) -> AudioCache | None:
     """Return the cache of decoded recordings, None where `data.cache_decoded` is off."""
     return AudioCache(config.paths.cache_dir / "audio") if config.data.cache_decoded else None
@@ -344,15 +288,13 @@ def enforce_skip_policy(
     skipped: Sequence[SkippedUtterance], total: int, max_skip_fraction: float, *, log: bool = True
 ) -> None:
     """Raise `DataError` when more than the allowed share of utterances was skipped; log the rest."""
-    if not skipped:
-        return
     listed = "".join(f"\n  - {row.id}: {row.reason}" for row in skipped[:20])
     if len(skipped) > max_skip_fraction * total:
         raise DataError(
             f"{len(skipped)} of {total} utterances cannot be used, more than data.max_skip_fraction "
             f"({max_skip_fraction:.0%}) allows:{listed}"
         )
-    if log:
+    if skipped and log:
         logger.warning("skipped %d of %d utterances:%s", len(skipped), total, listed)
 
 
@@ -360,11 +302,7 @@ def enforce_skip_policy(
 
 
 def assign_splits(utterances: Sequence[Utterance]) -> Parts:
-    """Sort utterances by the split that their source gives; those without one are for training.
-
-    Raises:
-        DataError: an unknown split's name, or nothing to train on.
-    """
+    """Sort utterances by the split that their source gives; those without one are for training."""
     parts: Parts = {name: [] for name in SPLITS}
     for utterance in utterances:
         given = str(utterance.meta.get("split") or "train").lower()
@@ -377,37 +315,29 @@ def assign_splits(utterances: Sequence[Utterance]) -> Parts:
 
 
 def cut_missing(parts: Parts, config: DataConfig, seed: int) -> Parts:
-    """Cut validation and test, where they are missing, from the training speakers.
-
-    Raises:
-        DataError: fewer than two speakers are left to cut from.
-    """
-    whole = dict(parts)
-    total = len(whole["train"])
+    """Cut validation and test, where they are missing, from the training set: whole speakers, in hashed order."""
+    train, cut = parts["train"], dict(parts)
+    total = len(train)
     for name, fraction in (("test", config.test_fraction), ("validation", config.validation_fraction)):
-        if not whole[name]:
-            whole["train"], whole[name] = _cut_by_speaker(whole["train"], max(1, round(fraction * total)), seed, name)
-    return whole
-
-
-def _cut_by_speaker(pool: list[Utterance], size: int, seed: int, name: str) -> tuple[list[Utterance], list[Utterance]]:
-    """Move whole speakers out of `pool`, in hashed order, until `size` utterances are reached."""
-    if any(u.speaker is None for u in pool):
-        logger.warning("%s: speakers are unknown, so the split is by clip; one speaker may be on both sides", name)
-    keys = [u.speaker if u.speaker is not None else f"clip:{u.id}" for u in pool]
-    counts = Counter(keys)
-    if len(counts) < 2:
-        raise DataError(
-            f"cannot cut a {name} split: {len(counts)} speaker(s) among {len(pool)} training utterances, at least 2 "
-            "are needed; add recordings, or a `split` column with train, validation and test"
-        )
-    moved: set[str] = set()
-    for speaker in sorted(counts, key=lambda s: stable_hash(seed, name + s))[:-1]:
-        if sum(counts[s] for s in moved) >= size:
-            break
-        moved.add(speaker)
-    rest = [u for u, key in zip(pool, keys, strict=True) if key not in moved]
-    return rest, [u for u, key in zip(pool, keys, strict=True) if key in moved]
+        if cut[name]:
+            continue
+        if any(u.speaker is None for u in train):
+            logger.warning("%s: speakers are unknown, so the split is by clip; one speaker may be on both sides", name)
+        keys = [u.speaker if u.speaker is not None else f"clip:{u.id}" for u in train]
+        counts = Counter(keys)
+        if len(counts) < 2:
+            raise DataError(
+                f"cannot cut a {name} split: {len(counts)} speaker(s) among {len(train)} training utterances, at least "
+                "2 are needed; add recordings, or a `split` column with train, validation and test"
+            )
+        moved: set[str] = set()
+        for speaker in sorted(counts, key=lambda s: stable_hash(seed, name + s))[:-1]:
+            if sum(counts[s] for s in moved) >= max(1, round(fraction * total)):
+                break
+            moved.add(speaker)
+        cut[name] = [u for u, key in zip(train, keys, strict=True) if key in moved]
+        train = [u for u, key in zip(train, keys, strict=True) if key not in moved]
+    return {**cut, "train": train}
 
 
 def find_shared_speakers(parts: Iterable[Sequence[Utterance]]) -> tuple[str, ...]:
@@ -439,16 +369,3 @@ def _recased(parts: Parts, label_case: LabelCase) -> Parts:
         return replace(utterance, text=text, meta={**utterance.meta, "source_text": source_text})
 
     return {name: [recase(utterance) for utterance in part] for name, part in parts.items()}
-
-
-def _log(splits: DatasetSplits) -> None:
-    for row in splits.summary():
-        logger.info("%(split)s: %(clips)d clips, %(minutes).1f min, %(speakers)s speakers", row)
-    if splits.shared_speakers:
-        logger.warning(
-            "%d speaker(s) are in more than one split: results flatter the model", len(splits.shared_speakers)
-        )
-    if splits.shared_texts:
-        logger.info("%d of %d test transcripts also occur in training", splits.shared_texts, len(splits.test))
-    if splits.label_case != "keep":
-        logger.info("transcripts recased to %r", splits.label_case)

@@ -18,7 +18,6 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from src.data.labels import IGNORE_INDEX
-from src.data.loader import Shard
 from src.evaluation.metrics import Bootstrap, ErrorRates, MetricsCalculator, PairedComparison, compare_counts
 from src.evaluation.text import EditCounts, word_counts
 from src.inference.decoding import decode, encode
@@ -292,7 +291,7 @@ class ModelEvaluator:
 def _gathered(decoded: _Decoded, loader: Any) -> _Decoded:
     """Join the rows of processes that share a loader's batches, and check that every clip is there exactly once."""
     sampler = getattr(loader, "batch_sampler", None)
-    shared = world_size() > 1 and getattr(sampler, "shard", Shard()).world_size > 1
+    shared = world_size() > 1 and getattr(sampler, "world_size", 1) > 1
     if shared:
         decoded = _Decoded.joined(gather_objects(decoded))
     measured = len({row.id for row in decoded.rows}) if shared else len(decoded.rows)

@@ -182,8 +182,7 @@ def _from_files(config: Config, fresh: _Fresh) -> tuple[str, list[Utterance]]:
 
 def _check(clips: list[Utterance] | Iterator[Utterance], data: DataConfig, config: Config) -> list[Utterance]:
     checker = RecordingChecker(config.model_copy(update={"data": data}))
-    cap = config.guard.max_clips
-    checked = checker.take("guard", clips, cap) if isinstance(clips, list) else checker.take_stream("guard", clips, cap)
+    checked = checker.take("guard", clips, config.guard.max_clips)
     enforce_skip_policy(checker.skipped, len(checked) + len(checker.skipped), data.max_skip_fraction)
     return checked
 

@@ -124,7 +124,7 @@ class WhisperTrainer:
             self._loss, self._optimizer = self._accelerator.prepare(loss, optimizer)
         else:  # Accelerate would wrap it for DDP
             self._loss, self._optimizer = loss, self._accelerator.prepare(optimizer)
-        made_for = train_loader.batch_sampler.shard.world_size
+        made_for = train_loader.batch_sampler.world_size
         if made_for != world_size():
             raise DataError(
                 f"the training loader shares an epoch out to {made_for} process(es), but {world_size()} train; create "

@@ -54,7 +54,7 @@ class StoppedError(Exception):
 def same_batches(sampler: LengthBatchSampler, epoch: int) -> Batches:
     """Deal out the same batches in the same order, whatever the number of processes."""
     everything = [list(range(at, at + BATCH)) for at in range(0, CLIPS, BATCH)]
-    return everything[sampler.shard.rank :: sampler.shard.world_size]
+    return everything[sampler.rank :: sampler.world_size]
 
 
 class Bench:
