@@ -123,15 +123,15 @@ def align_words(
     among_text = model.proj_out(predicting)[:, : model.config.eos_token_id].float().softmax(dim=-1)
     token_probs = among_text.gather(1, torch.tensor(tokens, device=hidden.device)[:, None])[:, 0].tolist()
     attention = torch.cat(recorded, dim=1)[0]  # (heads, L, positions)
-    return words_from_attention(tokenizer, tokens, token_probs, attention, first=first, audio_sec=audio_sec)
+    return words_from_attention(tokenizer, attention, token_probs, tokens=tokens, first=first, audio_sec=audio_sec)
 
 
 def words_from_attention(
     tokenizer: Any,
-    tokens: Sequence[int],
-    probabilities: Sequence[float],
     attention: Tensor,
+    probabilities: Sequence[float],
     *,
+    tokens: Sequence[int],
     first: int,
     audio_sec: float,
 ) -> tuple[Word, ...]:

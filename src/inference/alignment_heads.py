@@ -33,13 +33,12 @@ from torch import Tensor
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.inference.alignment import POSITION_SEC, align_words, record_cross_attention, time_tokens
-from src.inference.decoding import decode, encode, languages_of
+from src.inference.decoding import TorchEngine
 from src.inference.options import DecodingOptions
-from src.inference.words import Vocabulary
 from src.models.alignment_heads import Head, listed_heads, upper_half_heads
 from src.models.dynamic_context import evaluation_mode
 from src.utils.errors import DataError, ModelError
-from src.utils.files import write_text_atomic
+from src.utils.files import read_json, write_text_atomic
 
 DEFAULT_COUNT = 10  # heads; 10 to 12 are within 0.01 s of each other on both models above, fewer depend on the clips
 MIN_SHARE = 0.3  # of the best score: a head below it mostly looks elsewhere
@@ -50,35 +49,17 @@ TOLERANCE_POSITIONS = 2  # 0.04 s around a token count as its place
 
 @dataclass(frozen=True)
 class HeadSearch:
-    """Result of a search.
+    """Result of a search; a head's score is the share of a token's attention at the token's place, less that of others.
 
-    Attributes:
-        heads: (layer, head) pairs for `generation_config.alignment_heads`, in order of layers.
-        scores: of all heads, best first: the share of a token's attention that lies at the token's place, less the
-            share that the clip's other tokens have there, mean over tokens. 1 follows the audio alone, 0 ignores which
-            token is due.
-        clips: number of clips searched with.
-        words: number of their words.
-        upper_half_sec: median distance of word ends by these heads from those by all heads of the upper half.
-        listed_sec: likewise, from those by the heads that the checkpoint lists; None if it lists none that exist.
+    1 follows the audio alone, 0 ignores which token is due.
     """
 
-    heads: tuple[Head, ...]
-    scores: Mapping[Head, float]
-    clips: int
-    words: int
-    upper_half_sec: float
-    listed_sec: float | None
-
-
-@dataclass(frozen=True)
-class _Clip:
-    """A transcript and its audio, ready for the decoder."""
-
-    hidden: Tensor  # (1, positions, d_model)
-    start: list[int]  # special tokens
-    tokens: list[int]
-    audio_sec: float
+    heads: tuple[Head, ...]  # (layer, head) for `generation_config.alignment_heads`, in order of layers
+    scores: Mapping[Head, float]  # of all heads, best first: mean over tokens
+    clips: int  # searched with
+    words: int  # in them
+    upper_half_sec: float  # median distance of word ends by these heads from those by all heads of the upper half
+    listed_sec: float | None  # likewise from the heads that the checkpoint lists; None if it lists none that exist
 
 
 def find_alignment_heads(
@@ -106,12 +87,24 @@ def find_alignment_heads(
     """
     if texts is not None and len(texts) != len(audios):
         raise DataError(f"alignment heads: {len(audios)} clips, but {len(texts)} texts; pass one for each")
+    engine, options = TorchEngine(model, processor), DecodingOptions(language=language)
     with evaluation_mode(model), torch.inference_mode():
-        clips = [
-            _read_clip(model, processor, audio, None if texts is None else texts[index], index, language)
-            for index, audio in enumerate(audios)
-        ]
-        clips = [clip for clip in clips if len(clip.tokens) >= MIN_TOKENS]
+        # each clip by itself, so that it keeps its own length: the arguments of `align_words`
+        clips: list[dict[str, Any]] = []
+        for index, audio in enumerate(audios):
+            encoded = engine.encode([audio], options.trailing_silence_sec)
+            if texts is None:
+                (heard,) = engine.decode(encoded, [audio], options)
+                tokens, spoken = list(heard.tokens), heard.language
+            else:
+                tokens, (spoken,) = engine.vocabulary.encode(texts[index]), engine.languages(encoded, 1, options)
+            start = engine.vocabulary.start_sequence(spoken, options.task, timestamps=False)
+            room = model.config.max_target_positions - len(start)
+            if len(tokens) > room:
+                raise ModelError(f"the text of clip {index} has {len(tokens)} tokens, the decoder takes {room}")
+            clip = {"hidden": encoded.last_hidden_state, "sot_sequence": start, "tokens": tokens}
+            if len(tokens) >= MIN_TOKENS:
+                clips.append({**clip, "audio_sec": len(audio) / SAMPLE_RATE})
         if not clips:
             raise DataError(
                 f"alignment heads: none of {len(audios)} clips has a text of {MIN_TOKENS} tokens or more; pass clips "
@@ -121,7 +114,7 @@ def find_alignment_heads(
         # score every head by all tokens of all clips
         layers, heads_of_layer = model.config.decoder_layers, model.config.decoder_attention_heads
         heads = [(layer, head) for layer in range(layers) for head in range(heads_of_layer)]
-        by_token = torch.cat([_score_clip(model, clip, heads) for clip in clips], dim=1)  # (heads, tokens of all clips)
+        by_token = torch.cat([_score_clip(model, heads, **clip) for clip in clips], dim=1)  # (heads, tokens of all)
         means = dict(zip(heads, by_token.mean(dim=1).tolist(), strict=True))
         scores = dict(sorted(means.items(), key=lambda each: each[1], reverse=True))
         best = max(scores.values())
@@ -134,48 +127,36 @@ def find_alignment_heads(
         chosen = sorted(head for head in list(scores)[:count] if scores[head] >= MIN_SHARE * best)
 
         # compare with the word ends that the model gives without them
-        ends = _word_ends(model, processor, clips, chosen)
-        upper_half = _word_ends(model, processor, clips, upper_half_heads(model.config))
-        listed = listed_heads(model)
-        exist = bool(listed) and set(listed) <= set(heads)
+        def word_ends(heads: Sequence[Head]) -> list[float]:
+            words = [align_words(model, processor.tokenizer, heads=heads, **clip) for clip in clips]
+            return [word.end_sec for words_of_clip in words for word in words_of_clip]
+
+        def distance_sec(others: Sequence[Head]) -> float:
+            return float(np.median(np.abs(np.subtract(ends, word_ends(others)))))
+
+        ends, listed = word_ends(chosen), listed_heads(model)
         return HeadSearch(
             heads=tuple(chosen),
             scores=scores,
             clips=len(clips),
             words=len(ends),
-            upper_half_sec=_median_distance(ends, upper_half),
-            listed_sec=_median_distance(ends, _word_ends(model, processor, clips, listed)) if exist else None,
+            upper_half_sec=distance_sec(upper_half_heads(model.config)),
+            listed_sec=distance_sec(listed) if listed and set(listed) <= set(heads) else None,
         )
 
 
-def _read_clip(
-    model: Any, processor: Any, audio: Waveform, text: str | None, index: int, language: str | None
-) -> _Clip:
-    """Encode a clip by itself, so that it keeps its own length."""
-    options, vocabulary = DecodingOptions(language=language), Vocabulary.of(processor.tokenizer)
-    encoded = encode(model, [audio], options.trailing_silence_sec)
-    if text is None:
-        (found,) = decode(model, processor, [audio], options, encoder_outputs=encoded)
-        tokens, language = list(found.tokens), found.language
-    else:
-        tokens, (language,) = vocabulary.encode(text), languages_of(model, vocabulary, encoded, options)
-    start = vocabulary.start_sequence(language, options.task, timestamps=False)
-    room = model.config.max_target_positions - len(start)
-    if len(tokens) > room:
-        raise ModelError(f"the text of clip {index} has {len(tokens)} tokens, the decoder takes {room}; cut both")
-    return _Clip(encoded.last_hidden_state, start, tokens, len(audio) / SAMPLE_RATE)
-
-
-def _score_clip(model: Any, clip: _Clip, heads: Sequence[Head]) -> Tensor:
+def _score_clip(
+    model: Any, heads: Sequence[Head], *, hidden: Tensor, sot_sequence: list[int], tokens: list[int], audio_sec: float
+) -> Tensor:
     """Return (heads, tokens), on the CPU."""
-    ids = torch.tensor([[*clip.start, *clip.tokens]], device=clip.hidden.device)
+    ids = torch.tensor([[*sot_sequence, *tokens]], device=hidden.device)
     with record_cross_attention(model, heads) as recorded:  # per layer: (1, heads of it, L, positions)
-        model.model.decoder(input_ids=ids, encoder_hidden_states=clip.hidden, use_cache=False)
+        model.model.decoder(input_ids=ids, encoder_hidden_states=hidden, use_cache=False)
     upper = sorted({layer for layer, _ in upper_half_heads(model.config)})
     consensus = torch.cat([recorded[layer] for layer in upper], dim=1)
-    first, n = len(clip.start), len(clip.tokens)
-    entered_sec = time_tokens(consensus[0], n, first=first, audio_sec=clip.audio_sec)
-    audio = max(1, round(clip.audio_sec / POSITION_SEC))
+    first, n = len(sot_sequence), len(tokens)
+    entered_sec = time_tokens(consensus[0], n, first=first, audio_sec=audio_sec)
+    audio = max(1, round(audio_sec / POSITION_SEC))
     rows = slice(first - 1, first - 1 + n)  # the row before a token predicts it
     return torch.cat([score_heads(layer[0, :, rows, :audio], entered_sec).cpu() for layer in recorded])
 
@@ -195,48 +176,20 @@ def score_heads(attention: Tensor, entered_sec: Sequence[float]) -> Tensor:
     return ((attention - others) * places).sum(dim=-1)
 
 
-def _word_ends(model: Any, processor: Any, clips: Sequence[_Clip], heads: Sequence[Head]) -> list[float]:
-    """Return the end of every word of every clip, in seconds of its clip."""
-    return [
-        word.end_sec
-        for clip in clips
-        for word in align_words(
-            model,
-            processor.tokenizer,
-            clip.hidden,
-            sot_sequence=clip.start,
-            tokens=clip.tokens,
-            audio_sec=clip.audio_sec,
-            heads=heads,
-        )
-    ]
-
-
-def _median_distance(first: Sequence[float], second: Sequence[float]) -> float:
-    return float(np.median(np.abs(np.subtract(first, second))))
-
-
 def write_alignment_heads(folder: Path, heads: Sequence[Head]) -> Path:
-    """Write heads into a checkpoint's generation config; everything else in it stays.
+    """Write heads into a checkpoint's `generation_config.json`, which is replaced as a whole; all else in it stays.
 
     torch, transformers and every later export to CTranslate2 then use them.
-
-    Returns:
-        The file, which is replaced as a whole.
 
     Raises:
         ModelError: the folder has no such file, or it is not JSON.
     """
     path = folder / "generation_config.json"
+    fix = "give the Hugging Face folder of the checkpoint, or copy the file of the same openai/whisper-* variant there"
     try:
-        known = dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as err:
-        raise ModelError(
-            f"{folder}: no {path.name}; give the Hugging Face folder of the checkpoint, or copy the file of the same "
-            "openai/whisper-* variant there first"
-        ) from err
-    except (ValueError, TypeError) as err:
-        raise ModelError(f"{path}: not a JSON object: {err}; save the checkpoint again") from err
+        known: dict[str, Any] = read_json(path, dict, what="a generation config", fix=fix)
+    except DataError as err:
+        raise ModelError(f"{err}; {fix}" if not path.exists() else str(err)) from err
     known["alignment_heads"] = [list(head) for head in heads]
     write_text_atomic(path, json.dumps(known, indent=2, sort_keys=True) + "\n", durable=True)
     return path

@@ -9,17 +9,18 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from src.data.audio import Waveform
-from src.inference.options import DecodingOptions, DecodingResult
-from src.inference.words import Vocabulary, Word
+from src.inference.options import DecodingOptions, DecodingResult, Engine
 from src.utils.config import Config, InferenceConfig
 from src.utils.errors import ConfigError, ModelError
 from src.utils.runtime import get_device, usable_cores
 
 if TYPE_CHECKING:
     from src.data.vad import VoiceActivityDetector
+
+__all__ = ["Engine", "EngineName", "decode_with_fallback", "load_engine", "transcribe"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,51 +29,6 @@ EngineName = Literal["auto", "torch", "ctranslate2"]
 # Above it silero-vad is asked whether there is speech at all. tiny.en, stock and tuned, int8 and float32 (2026-11-28):
 # zeros, white and brown noise and hum have 0.53 to 0.95, read and spoken English clips 0.01 to 0.03.
 DOUBTFUL_NO_SPEECH_PROB = 0.2
-
-
-class Engine(Protocol):
-    """Turns audio into text in steps, so that one pass of the encoder serves several decodings.
-
-    Attributes:
-        name: "torch" or "ctranslate2".
-        device: where it computes.
-        precision: in what type.
-        audio_context: "full" (each clip padded to 30 s) or "dynamic" (its own length).
-        vocabulary: of the model.
-        workers: number of threads that may call it at once and gain speed.
-    """
-
-    name: str
-    device: str
-    precision: str
-    audio_context: Literal["full", "dynamic"]
-    vocabulary: Vocabulary
-    workers: int
-
-    def encode(self, audios: Sequence[Waveform], trailing_silence_sec: float) -> Any:
-        """Encode clips of at most 30 s, (T,) float32 each at 16 kHz, as one batch; the result is for `decode`.
-
-        Raises:
-            ModelError: no clip, or one that is too long.
-        """
-
-    def decode(self, encoded: Any, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
-        """Decode what `encode` gave for these clips: one result per clip, in order.
-
-        Raises:
-            ModelError: a language or task that the model does not know.
-        """
-
-    def align(
-        self, encoded: Any, audios: Sequence[Waveform], texts: Sequence[Sequence[int]], options: DecodingOptions
-    ) -> list[tuple[Word, ...]]:
-        """Place known texts, as tokens, in their clips: the words of each."""
-
-    def detect_languages(self, audios: Sequence[Waveform]) -> list[str | None]:
-        """Return the likeliest language of each clip; None for an English-only model."""
-
-    def first_token(self, audio: Waveform, options: DecodingOptions) -> int:
-        """Encode a clip and take the decoder's first step, to measure its latency."""
 
 
 def transcribe(engine: Engine, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
@@ -105,18 +61,17 @@ def load_engine(
         DeviceError: the device or type is unavailable.
     """
     config = config or Config()
-    engine, compute_type = engine or config.inference.engine, compute_type or config.inference.compute_type
-    if engine not in ("auto", "torch", "ctranslate2"):
-        raise ConfigError(f"engine {engine!r} is unknown; known: auto, torch, ctranslate2")
+    asked, compute_type = engine or config.inference.engine, compute_type or config.inference.compute_type
+    if asked not in ("auto", "torch", "ctranslate2"):
+        raise ConfigError(f"engine {asked!r} is unknown; known: auto, torch, ctranslate2")
     folder = Path(source).expanduser()
-    converted = (folder / "model.bin").is_file() and not (folder / "model.safetensors").is_file()
-    chosen, reason = engine, "asked for"
-    if engine == "auto" and converted:
+    chosen, reason = asked, "asked for"
+    if asked == "auto" and (folder / "model.bin").is_file() and not (folder / "model.safetensors").is_file():
         chosen, reason = "ctranslate2", "a CTranslate2 folder"
-    elif engine == "auto":
-        device = get_device(config.device).type
-        chosen = "ctranslate2" if device == "cpu" else "torch"
-        reason = "8 bits are fastest on a CPU" if device == "cpu" else f"the weights as they are, on {device}"
+    elif asked == "auto" and (device := get_device(config.device).type) == "cpu":
+        chosen, reason = "ctranslate2", "8 bits are fastest on a CPU"
+    elif asked == "auto":
+        chosen, reason = "torch", f"the weights as they are, on {device}"
     loaded = (
         _load_torch(str(source), config, compute_type)
         if chosen == "torch"
@@ -170,16 +125,23 @@ def decode_with_fallback(
     one of low log-probability a guess; a guess on what the model takes for silence has no text. The temperatures of
     `rules` are tried until a text passes its thresholds; None switches one off. Where the model doubts that there is
     speech, and where it loops, the VAD is asked: without speech there is no text.
-
-    Returns:
-        One result per clip, in order, with the temperature that gave it. Silence has an empty text.
     """
+
+    def is_loop(result: DecodingResult) -> bool:
+        return _exceeds(result.compression_ratio, rules.compression_ratio_threshold)
+
+    def is_guess(result: DecodingResult) -> bool:
+        return rules.logprob_threshold is not None and result.avg_logprob < rules.logprob_threshold
+
+    def is_silence(result: DecodingResult) -> bool:
+        return _exceeds(result.no_speech_prob, rules.no_speech_threshold) and is_guess(result)
+
     asked = replace(options, no_speech=True, temperature=rules.temperatures[0])
     results = transcribe(engine, audios, asked)
     doubtful = [
         i
         for i, result in enumerate(results)
-        if result.text and ((result.no_speech_prob or 0.0) > DOUBTFUL_NO_SPEECH_PROB or _is_loop(result, rules))
+        if result.text and (_exceeds(result.no_speech_prob, DOUBTFUL_NO_SPEECH_PROB) or is_loop(result))
     ]
     silent: set[int] = set()
     if vad is not None and doubtful:
@@ -189,9 +151,7 @@ def decode_with_fallback(
         failed = [
             i
             for i, result in enumerate(results)
-            if i not in silent
-            and not _is_silence(result, rules)
-            and (_is_loop(result, rules) or _is_guess(result, rules))
+            if i not in silent and not is_silence(result) and (is_loop(result) or is_guess(result))
         ]
         if not failed:
             break
@@ -201,21 +161,11 @@ def decode_with_fallback(
             results[i] = result
     return [
         replace(result, text="", tokens=(), words=None if result.words is None else ())
-        if i in silent or _is_silence(result, rules)
+        if i in silent or is_silence(result)
         else result
         for i, result in enumerate(results)
     ]
 
 
-def _is_loop(result: DecodingResult, rules: InferenceConfig) -> bool:
-    limit = rules.compression_ratio_threshold
-    return limit is not None and result.compression_ratio > limit
-
-
-def _is_guess(result: DecodingResult, rules: InferenceConfig) -> bool:
-    return rules.logprob_threshold is not None and result.avg_logprob < rules.logprob_threshold
-
-
-def _is_silence(result: DecodingResult, rules: InferenceConfig) -> bool:
-    limit, probability = rules.no_speech_threshold, result.no_speech_prob
-    return limit is not None and probability is not None and probability > limit and _is_guess(result, rules)
+def _exceeds(value: float | None, limit: float | None) -> bool:
+    return value is not None and limit is not None and value > limit

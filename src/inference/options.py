@@ -1,15 +1,17 @@
-"""Decoding options and results: the same for every engine."""
+"""What every engine shares: options, results, and the steps from audio to text and words."""
 
 from __future__ import annotations
 
 import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from src.data.audio import SAMPLE_RATE
+from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import CONTEXT_SAMPLES, padded_samples
-from src.inference.words import Word
+from src.inference.words import Vocabulary, Word
 from src.utils.config import Config, InferenceConfig
 from src.utils.errors import ModelError
 
@@ -21,38 +23,22 @@ _DEFAULTS = InferenceConfig()
 class DecodingOptions:
     """How to decode.
 
-    Attributes:
-        language: code such as "en"; None detects it per clip (multilingual models).
-        task: "transcribe" or "translate".
-        num_beams: 1 is greedy.
-        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
-        trailing_silence_sec: appended to each clip at dynamic context; the pause tells the decoder to stop.
-        max_tokens_per_sec: cap on new tokens, which ends loops early; fast speech has about 6.
-        word_timestamps: fill `DecodingResult.words`.
-        timestamps: let the model write segment times into its tokens.
-        no_speech: fill `DecodingResult.no_speech_prob`.
-        prompt: previous text, as conditioning only.
-        hotwords: words to expect, as conditioning only.
-        prefix: text that the result must begin with.
-        seed: of the draws at a temperature.
-
     Raises:
         ModelError: beams together with a temperature.
     """
 
-    language: str | None = None
-    task: str = "transcribe"
-    num_beams: int = _DEFAULTS.num_beams
-    temperature: float = 0.0
-    trailing_silence_sec: float = _DEFAULTS.trailing_silence_sec
-    max_tokens_per_sec: float = _DEFAULTS.max_tokens_per_sec
-    word_timestamps: bool = False
-    timestamps: bool = False
-    no_speech: bool = False
-    prompt: str = ""
-    hotwords: str = ""
-    prefix: str = ""
-    seed: int = 0
+    language: str | None = None  # code such as "en"; None detects it per clip (multilingual models)
+    task: str = "transcribe"  # or "translate"
+    num_beams: int = _DEFAULTS.num_beams  # 1 is greedy
+    temperature: float = 0.0  # 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature)
+    trailing_silence_sec: float = _DEFAULTS.trailing_silence_sec  # at dynamic context: tells the decoder to stop
+    max_tokens_per_sec: float = _DEFAULTS.max_tokens_per_sec  # ends loops early; fast speech has about 6
+    word_timestamps: bool = False  # fill `DecodingResult.words`
+    timestamps: bool = False  # let the model write segment times into its tokens
+    no_speech: bool = False  # fill `DecodingResult.no_speech_prob`
+    prompt: str = ""  # previous text, as conditioning only
+    hotwords: str = ""  # words to expect, as conditioning only
+    prefix: str = ""  # the result begins with it
 
     def __post_init__(self) -> None:
         if self.num_beams > 1 and self.temperature > 0:
@@ -76,24 +62,14 @@ class DecodingOptions:
 
 @dataclass(frozen=True)
 class DecodingResult:
-    """The text of one clip.
+    """The text of one clip."""
 
-    Attributes:
-        text: stripped of surrounding spaces.
-        tokens: text tokens, prefix included, and with `timestamps` the times; no other special tokens.
-        avg_logprob: mean natural-log probability of the decoded tokens and the end token.
-        words: times within the clip, or None where `word_timestamps` was off.
-        language: given or detected; None where none was given for an English-only model.
-        no_speech_prob: probability of the token for silence; None where not asked for, or decoded with beams by torch.
-        temperature: with which it was decoded.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    avg_logprob: float
-    words: tuple[Word, ...] | None = None
-    language: str | None = None
-    no_speech_prob: float | None = None
+    text: str  # stripped of surrounding spaces
+    tokens: tuple[int, ...]  # of the text, prefix included, and with `timestamps` the times
+    avg_logprob: float  # mean natural-log probability of the decoded tokens and the end token
+    words: tuple[Word, ...] | None = None  # times within the clip
+    language: str | None = None  # given or detected; None where none was given for an English-only model
+    no_speech_prob: float | None = None  # of the token for silence; None with torch's beams
     temperature: float = 0.0
 
     @property
@@ -103,17 +79,106 @@ class DecodingResult:
         return len(data) / len(zlib.compress(data)) if data else 0.0
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """The decoder's output for one clip."""
+
+    tokens: Sequence[int]  # forced and new ones, without the end token
+    avg_logprob: float = math.nan
+    no_speech_prob: float | None = None
+    probabilities: Sequence[float] = ()  # of the tokens among text tokens, where attention was recorded
+    attention: Any = None  # tensor (heads, tokens from the start token on, positions)
+
+
+class Engine(ABC):
+    """Turns audio into text in steps, so that one pass of the encoder serves several decodings."""
+
+    name: str  # "torch" or "ctranslate2"
+    device: str
+    precision: str
+    audio_context: Literal["full", "dynamic"]
+    vocabulary: Vocabulary
+    workers: int = 1  # threads that may call it at once and gain speed
+
+    @abstractmethod
+    def encode(self, audios: Sequence[Waveform], trailing_silence_sec: float) -> Any:
+        """Encode clips of at most 30 s, (T,) float32 each at 16 kHz, as one batch; the result is for `decode`."""
+
+    def decode(
+        self, encoded: Any, audios: Sequence[Waveform], options: DecodingOptions, *, max_tokens: int | None = None
+    ) -> list[DecodingResult]:
+        """Decode what `encode` gave for these clips: one result per clip, in order."""
+        vocabulary, languages = self.vocabulary, self.languages(encoded, len(audios), options)
+
+        # what the decoder is given: previous text and hotwords, special tokens, the forced beginning of the text
+        prompt = vocabulary.prompt_tokens(options.prompt, options.hotwords)
+        starts = [vocabulary.start_sequence(code, options.task, timestamps=options.timestamps) for code in languages]
+        prefix = vocabulary.encode(options.prefix)
+
+        caps = [max_tokens or options.token_cap(len(audio)) for audio in audios]
+        rows = self._generate(encoded, prompt, starts, prefix, caps, options)
+        words = self._place(encoded, audios, starts, rows) if options.word_timestamps else [None] * len(rows)
+        return [
+            DecodingResult(
+                text=vocabulary.decode(row.tokens).strip(),
+                tokens=tuple(row.tokens),
+                avg_logprob=row.avg_logprob,
+                words=words_of_row,
+                language=language,
+                no_speech_prob=row.no_speech_prob,
+                temperature=options.temperature,
+            )
+            for row, words_of_row, language in zip(rows, words, languages, strict=True)
+        ]
+
+    def align(
+        self, encoded: Any, audios: Sequence[Waveform], texts: Sequence[Sequence[int]], options: DecodingOptions
+    ) -> list[tuple[Word, ...]]:
+        """Place known texts, as tokens, in their clips: the words of each."""
+        start = self.vocabulary.start_sequence(options.language, options.task, timestamps=False)
+        return self._place(encoded, audios, [start] * len(texts), [Decoded(tokens) for tokens in texts])
+
+    def languages(self, encoded: Any, rows: int, options: DecodingOptions) -> list[str | None]:
+        """Return the language of each clip: that of the options, else detected; None for an English-only model."""
+        known = options.language is not None or not self.vocabulary.multilingual
+        return [options.language] * rows if known else self._detect(encoded)
+
+    def detect_languages(self, audios: Sequence[Waveform]) -> list[str | None]:
+        """Return the likeliest language of each clip; None for an English-only model."""
+        options = DecodingOptions()
+        return self.languages(self.encode(audios, options.trailing_silence_sec), len(audios), options)
+
+    def first_token(self, audio: Waveform, options: DecodingOptions) -> int:
+        """Encode a clip and take the decoder's first step, to measure its latency."""
+        encoded = self.encode([audio], options.trailing_silence_sec)
+        (result,) = self.decode(encoded, [audio], options, max_tokens=1)
+        return next(iter(result.tokens), self.vocabulary.end)
+
+    @abstractmethod
+    def _generate(
+        self,
+        encoded: Any,
+        prompt: list[int],
+        starts: list[list[int]],
+        prefix: list[int],
+        caps: Sequence[int],
+        options: DecodingOptions,
+    ) -> list[Decoded]:
+        """Let each row continue after prompt, its start and prefix by at most its cap of tokens."""
+
+    @abstractmethod
+    def _place(
+        self, encoded: Any, audios: Sequence[Waveform], starts: list[list[int]], rows: Sequence[Decoded]
+    ) -> list[tuple[Word, ...]]:
+        """Time the words of each row."""
+
+    @abstractmethod
+    def _detect(self, encoded: Any) -> list[str | None]:
+        """Return the likeliest language of each row, for a multilingual model."""
+
+
 def batch_samples(lengths: Sequence[int], trailing_silence_sec: float, audio_context: str) -> int:
-    """Return how many samples each clip of a batch is padded to for the encoder.
-
-    Args:
-        lengths: samples of each clip, at most 30 s.
-        trailing_silence_sec: silence after the longest clip, where 30 s leave room; unused at full context.
-        audio_context: "full" or "dynamic".
-
-    Raises:
-        ModelError: no clip, or a clip longer than 30 s.
-    """
+    """Return the samples to which clips are padded for the encoder: 30 s, or own length and silence as 30 s allow."""
     if not lengths:
         raise ModelError("encode: an empty batch; pass at least one clip")
     longest = max(lengths)

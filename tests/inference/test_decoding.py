@@ -90,15 +90,15 @@ def test_words_cover_the_text_also_that_of_a_forced_beginning(
         assert found.probability == pytest.approx(expected.probability, abs=1e-3)
 
 
-def test_timestamps_ascend_and_a_temperature_draws_the_same_text_from_the_same_seed(tiny_en: Any, say: Say) -> None:
+def test_timestamps_ascend_and_a_temperature_draws_the_same_text_again(tiny_en: Any, say: Say) -> None:
     result = say(timestamps=True)
     begin = tiny_en[0].generation_config.no_timestamps_token_id + 1
     times = [token for token in result.tokens if token >= begin]
     assert times == sorted(times)
     assert result.tokens[0] == begin
     assert "country" in result.text
-    first, again, other = (say(temperature=1.0, seed=seed).tokens for seed in (1, 1, 2))
-    assert first == again != other
+    first, again = (say(temperature=1.0).tokens for _ in range(2))
+    assert first == again != say().tokens
 
 
 def test_silence_has_the_token_for_it_and_a_prompt_is_not_part_of_the_text(tiny_en: Any, jfk: np.ndarray) -> None:
