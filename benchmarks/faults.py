@@ -54,7 +54,7 @@ def make_trainer(stock: Path, folder: Path, **checkpoints: Any) -> Any:
             "device": "cpu",
             "model.variant": str(stock),
             "paths": {"runs_dir": str(folder / "runs"), "checkpoints_dir": str(folder / "checkpoints")},
-            "training": {"epochs": EPOCHS, "batch_size": 2, "learning_rate": 1e-3},
+            "training": {"epochs": EPOCHS, "batch_size": 2, "learning_rate": 1e-3, "full_context_prob": 0.0},
             "inference.max_tokens_per_sec": 2,
             "checkpoints": {"save_minutes": 0, **checkpoints},
         },

@@ -34,11 +34,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    """Defaults, writing into the test's own folder."""
+    """Defaults, writing into the test's own folder; with the smallest model that packages ship."""
     return load_config(
         None,
         overrides={
             "device": "cpu",
+            "model.variant": "tiny.en",
             "paths": {"runs_dir": str(tmp_path / "runs"), "checkpoints_dir": str(tmp_path / "checkpoints")},
         },
     )

@@ -1,12 +1,13 @@
-"""A run's folder, from which tables and figures can be drawn again.
+"""A run's folder, from which tables and figures can be drawn again; and its rows in TensorBoard, W&B and MLflow.
 
 runs/<id>/config.yaml        the resolved configuration
 runs/<id>/env.json           versions, machine, git revision
 runs/<id>/metrics.jsonl      one row per event: train_step, epoch, evaluation, ...
 runs/<id>/predictions.jsonl  one row per decoded utterance
 runs/<id>/figures/
-
-A full disk does not end a training: rows wait in memory until they can be written.
+runs/<id>/tensorboard        `tensorboard --logdir <run>/tensorboard`
+runs/<id>/wandb              online with a login, else offline: `wandb sync <run>/wandb/offline-run-*` sends it later
+runs/<id>/mlruns             `MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri <run>/mlruns`
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ import logging
 import math
 import os
 import platform
+import secrets
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from src.utils.config import Config
-from src.utils.errors import WhisperASRError
+from src.utils.config import Config, flatten
+from src.utils.errors import MissingDependencyError, WhisperASRError
 from src.utils.files import write_text_atomic
-from src.utils.trackers import Trackers
 from src.utils.versioning import get_git_revision
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,18 @@ logger = logging.getLogger(__name__)
 _PACKAGES = (
     "torch", "torchaudio", "transformers", "accelerate", "peft", "ctranslate2", "numpy", "jiwer", "silero-vad", "soxr",
 )  # fmt: skip
+_EVALUATION_RATES = ("wer", "cer", "loss", "rtf")
+_TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
+_MLFLOW_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # on by default since 3.2
+    "MLFLOW_ALLOW_FILE_STORE": "true",  # 3.17 refuses files without it and prefers a database
+    "GIT_PYTHON_REFRESH": "quiet",  # no warning where git is absent
+}
+# Only our rows are recorded: no console output, code or machine data. Settings unknown to a version are left out.
+_WANDB_SETTINGS: dict[str, Any] = {
+    "silent": True, "console": "off", "disable_git": True, "disable_code": True, "save_code": False,
+    "x_disable_meta": True, "x_disable_stats": True, "x_disable_machine_info": True, "x_save_requirements": False,
+}  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -42,8 +57,11 @@ Row = dict[str, Any]
 class ExperimentLogger:
     """Append-only record of one run, in its folder and in the trackers that `tracking.trackers` names.
 
+    A full disk does not end a training: rows wait in memory until they can be written. A tracker that fails is switched
+    off with a warning.
+
     Args:
-        config: saved with the run.
+        config: saved with the run; trackers record it without the paths.
         run_id: folder name under `paths.runs_dir`; the time by default. An existing run is continued; a last row that
             was cut by a crash is removed.
 
@@ -59,20 +77,32 @@ class ExperimentLogger:
         self.metrics_path = self.dir / "metrics.jsonl"
         self.predictions_path = self.dir / "predictions.jsonl"
         self._subscribers: list[Callable[[Row], None]] = []
+        self._trackers: dict[str, _Tracker] = {}
+        self._last_step = 0
         try:
             self.figures_dir.mkdir(parents=True, exist_ok=True)
             write_text_atomic(self.dir / "config.yaml", config.to_yaml())
-            write_text_atomic(self.dir / "env.json", json.dumps(describe_environment(), indent=2))
+            write_text_atomic(self.dir / "env.json", json.dumps(_describe_environment(), indent=2))
             self._file = _RowFile(self.metrics_path)
         except OSError as err:
             raise WhisperASRError(
                 f"{self.dir}: cannot write the run's files: {err.strerror}; set paths.runs_dir"
             ) from err
-        try:
-            self._trackers = Trackers(config, self.dir, self.run_id)
-        except WhisperASRError:
-            self._file.close()
-            raise
+        for name in config.tracking.trackers:
+            try:
+                self._trackers[name] = _TRACKERS[name](config, self.dir, self.run_id)
+            except Exception as err:  # each package has errors of its own
+                self.close()
+                if isinstance(err, WhisperASRError):
+                    raise
+                if isinstance(err, ImportError):
+                    raise MissingDependencyError(
+                        f"tracker {name!r} needs a package that is absent ({err}): pip install "
+                        f"{_TRACKER_PACKAGES[name]}, or leave it out of tracking.trackers"
+                    ) from err
+                raise WhisperASRError(
+                    f"tracker {name!r} cannot start: {type(err).__name__}: {err}; leave it out of tracking.trackers"
+                ) from err
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one row with the time; values that are not finite become null.
@@ -82,7 +112,13 @@ class ExperimentLogger:
         """
         row = {"event": event, "time": round(time.time(), 3), **{k: _jsonable(v) for k, v in fields.items()}}
         self._file.append(json.dumps(row, ensure_ascii=False))
-        self._trackers.write(row)
+        if event == "train_step":
+            if not self._last_step or row["step"] <= self._last_step:  # an earlier session may have gone further
+                self._each_tracker(lambda tracker: tracker.rewind(row["step"]))
+            self._last_step = row["step"]
+        point = point_of(row, self._last_step)
+        if point is not None:
+            self._each_tracker(lambda tracker: tracker.write(*point))
         for callback in list(self._subscribers):
             try:
                 callback(row)
@@ -99,7 +135,7 @@ class ExperimentLogger:
         self._subscribers.append(callback)
 
         def unsubscribe() -> None:
-            if callback in self._subscribers:
+            with suppress(ValueError):
                 self._subscribers.remove(callback)
 
         return unsubscribe
@@ -140,27 +176,35 @@ class ExperimentLogger:
     def close(self) -> None:
         """Close the file and finish the trackers; logging afterwards is an error. Lost rows are reported."""
         self._file.close()
-        self._trackers.close()
+        self._each_tracker(lambda tracker: tracker.close())
+        self._trackers.clear()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _each_tracker(self, action: Callable[[_Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                action(tracker)
+            except Exception as err:  # noqa: BLE001  boundary: other packages' errors must not end hours of training
+                del self._trackers[name]
+                logger.warning(
+                    "tracker %s failed and is off from here on; metrics.jsonl goes on: %s: %s",
+                    name, type(err).__name__, err,
+                )  # fmt: skip
 
-def describe_environment() -> dict[str, Any]:
+
+def _describe_environment() -> dict[str, Any]:
     """Return versions, machine and git revision, but no name, token or path of the user."""
     import torch  # reading a run's files needs no torch
 
-    versions: dict[str, str | None] = {}
+    versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
     for name in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -203,10 +247,8 @@ class _RowFile:
             return
         with self._lock:
             self._write()
-            if self._pending:
-                logger.warning(
-                    "%s: the last %d rows are lost, no space for them", self._path, self._pending.count(b"\n")
-                )
+            if lost := self._pending.count(b"\n"):
+                logger.warning("%s: the last %d rows are lost, no space for them", self._path, lost)
             try:
                 self._file.close()
             except OSError as err:  # network drives report at the end what they could not keep
@@ -233,46 +275,199 @@ def _repair_end(path: Path) -> None:
     """Complete a last line without a newline, or remove it if it is not a row: readers refuse a broken line."""
     content = path.read_bytes() if path.exists() else b""
     whole, last = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
-    if not last:
-        return
-    if _parse(last) is not None:
+    if last and _parse(last):
         write_text_atomic(path, content.decode() + "\n")
-        return
-    with path.open("r+b") as file:
-        file.truncate(len(whole))
-    logger.warning("%s: a crash cut the last row, it is removed: %.60r", path, last)
+    elif last:
+        os.truncate(path, len(whole))
+        logger.warning("%s: a crash cut the last row, it is removed: %.60r", path, last)
 
 
 def _training_rows(lines: Sequence[str]) -> list[str]:
-    return [line for line in lines if (_parse(line) or {}).get("event") in ("train_step", "epoch")]
+    return [line for line in lines if _parse(line).get("event") in ("train_step", "epoch")]
 
 
 def _without_later(lines: Sequence[str], step: int, epoch: int) -> list[str]:
-    rows = [_parse(line) or {} for line in lines]
+    rows = [_parse(line) for line in lines]
     begin, previous = 0, 0
     for index, row in enumerate(rows):
         if row.get("event") == "train_step":
             if row["step"] <= previous:  # a training that started again
                 begin = index
             previous = row["step"]
-    limits = {"train_step": ("step", step), "epoch": ("epoch", epoch)}
 
     def is_later(row: Row) -> bool:
-        key, limit = limits.get(str(row.get("event")), ("", 0))
-        return bool(key) and row[key] > limit
+        event = row.get("event")
+        return (event == "train_step" and row["step"] > step) or (event == "epoch" and row["epoch"] > epoch)
 
     return [line for i, (line, row) in enumerate(zip(lines, rows, strict=True)) if i < begin or not is_later(row)]
 
 
-def _parse(line: str | bytes) -> Row | None:
+def _parse(line: str | bytes) -> Row:
+    """Return a row, empty if the line is not one."""
     try:
         row = json.loads(line)
     except ValueError:  # not JSON, or not UTF-8
-        return None
-    return row if isinstance(row, dict) else None
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
+
+
+Axis = Literal["step", "epoch"]
+
+
+def point_of(row: Mapping[str, Any], last_step: int) -> tuple[Axis, int, dict[str, float]] | None:
+    """Return axis, place on it, and the finite numbers of a row; None for events that trackers do not show.
+
+    These are `train/<field>` by update, `epoch/<field>` by epoch, and `evaluation/<name>/<rate>` at the last update.
+    """
+
+    def numbers(prefix: str, keys: Iterable[str]) -> dict[str, float]:
+        found = {f"{prefix}/{key}": row.get(key) for key in keys if key not in ("event", "time", "step")}
+        finite = {k: v for k, v in found.items() if isinstance(v, int | float) and math.isfinite(v)}
+        return {k: float(v) for k, v in finite.items() if not isinstance(v, bool)}
+
+    match row["event"]:
+        case "train_step":
+            return "step", row["step"], numbers("train", row)
+        case "epoch":
+            return "epoch", row["epoch"], numbers("epoch", row.keys() - {"epoch"})
+        case "evaluation":
+            return "step", last_step, numbers(f"evaluation/{row['name']}", _EVALUATION_RATES)
+    return None
+
+
+class _Tracker:
+    """A package that shows rows; accelerate's own create its PartialState, which chooses the device."""
+
+    def __init__(self, config: Config, run_dir: Path, run_id: str) -> None: ...
+
+    def write(self, axis: Axis, x: int, values: Mapping[str, float]) -> None: ...
+
+    def rewind(self, step: int) -> None:
+        """Forget the update `step` and later ones, which are about to be repeated; W&B and MLflow keep both."""
+
+    def close(self) -> None: ...
+
+
+class _TensorBoard(_Tracker):
+    def __init__(self, config: Config, run_dir: Path, run_id: str) -> None:
+        # with this module, tensorboard does not import TensorFlow, which is installed in Colab and takes seconds
+        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._open = lambda purge_step: SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+        self._writer = self._open(None)
+
+    def write(self, axis: Axis, x: int, values: Mapping[str, float]) -> None:
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, x)
+        self._writer.flush()  # visible at once, and an error is raised with its own row
+
+    def rewind(self, step: int) -> None:
+        self._writer.close()
+        self._writer = self._open(step)  # readers drop older events from this step on; epochs are fewer than updates
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb(_Tracker):
+    def __init__(self, config: Config, run_dir: Path, run_id: str) -> None:
+        folder, id_file = run_dir / "wandb", run_dir / "wandb" / "id"
+        folder.mkdir(exist_ok=True)
+        if not id_file.exists():  # the parts of a continued run are one run in W&B
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+        mode = _wandb_mode()
+        cache_dir = str(folder.resolve() / "cache")  # else its service keeps a log below the user's home
+        with _environment({"WANDB_CACHE_DIR": cache_dir}):
+            import wandb
+
+            known = {k: v for k, v in _WANDB_SETTINGS.items() if k in wandb.Settings.model_fields}
+            self._run = wandb.init(
+                project=config.tracking.project, name=run_id, id=id_file.read_text(encoding="utf-8").strip(),
+                dir=str(run_dir.resolve()), mode=mode, config=_parameters(config),
+                resume=None if mode else "allow",  # offline it has no effect but a warning
+                reinit="create_new",  # a run that the user has open stays as it is
+                settings=wandb.Settings(**known),
+            )  # fmt: skip
+        for pattern, axis in (("train/*", "step"), ("epoch/*", "epoch"), ("evaluation/*", "step")):
+            self._run.define_metric(pattern, step_metric=axis)
+
+    def write(self, axis: Axis, x: int, values: Mapping[str, float]) -> None:
+        self._run.log({axis: x, **values})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _wandb_mode() -> Literal["offline"] | None:
+    """Return "offline" if wandb would ask for a key; None leaves the choice to the user's own settings."""
+    from requests.utils import get_netrc_auth  # type: ignore[import-untyped]
+
+    wanted = os.environ.get("WANDB_MODE")
+    has_key = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
+    has_login = has_key or get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")) is not None
+    if wanted == "disabled" or (has_login and wanted not in ("offline", "dryrun")):
+        return None
+    if wanted not in (None, "", "offline", "dryrun"):
+        raise WhisperASRError(f"WANDB_MODE={wanted} needs a login: run `wandb login` first, or unset WANDB_MODE")
+    if not has_login:
+        logger.info("W&B: no login found, so the run is recorded offline; `wandb sync` sends it later")
+    return "offline"
+
+
+class _MLflow(_Tracker):
+    def __init__(self, config: Config, run_dir: Path, run_id: str) -> None:
+        project = config.tracking.project
+        with _environment(_MLFLOW_ENVIRONMENT):
+            from mlflow.entities import Metric
+            from mlflow.tracking import MlflowClient
+
+            self._metric = Metric
+            self._client = MlflowClient(tracking_uri=(run_dir / "mlruns").resolve().as_uri())
+            experiment = self._client.get_experiment_by_name(project)
+            experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(project)
+            earlier = self._client.search_runs([experiment_id], max_results=1)  # of a run that is continued
+            if earlier:
+                self._id = str(earlier[0].info.run_id)
+                self._client.update_run(self._id, status="RUNNING")
+            else:
+                self._id = str(self._client.create_run(experiment_id, run_name=run_id).info.run_id)
+                for key, value in flatten(_parameters(config)).items():
+                    self._client.log_param(self._id, key, value)
+
+    def write(self, axis: Axis, x: int, values: Mapping[str, float]) -> None:
+        metrics = [self._metric(key, value, int(1000 * time.time()), x) for key, value in values.items()]
+        with _environment(_MLFLOW_ENVIRONMENT):
+            self._client.log_batch(self._id, metrics=metrics, synchronous=True)
+
+    def close(self) -> None:
+        with _environment(_MLFLOW_ENVIRONMENT):
+            self._client.set_terminated(self._id)
+
+
+_TRACKERS: dict[str, type[_Tracker]] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _MLflow}
+
+
+def _parameters(config: Config) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude={"paths"})
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables temporarily; the user's are restored."""
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value

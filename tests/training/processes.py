@@ -74,7 +74,7 @@ class Bench:
         place = self.folder / name
         base = {
             "epochs": 1, "batch_size": BATCH, "gradient_accumulation_steps": 2 // world_size(), "method": "full",
-            "learning_rate": 1e-3,
+            "learning_rate": 1e-3, "full_context_prob": 0.0,
         }  # fmt: skip
         config = load_config(
             None,

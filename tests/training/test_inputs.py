@@ -22,7 +22,8 @@ QUIET = {"enabled": False}
 
 
 def make_config(*, training: dict[str, Any] | None = None, augmentation: dict[str, Any] | None = None) -> Config:
-    return load_config(None, overrides={"training": training or {}, "augmentation": augmentation or QUIET})
+    given = {"full_context_prob": 0.0, **(training or {})}
+    return load_config(None, overrides={"training": given, "augmentation": augmentation or QUIET})
 
 
 def make_batch(jfk: Any, seconds: tuple[float, ...] = (2.0, 3.0)) -> dict[str, Any]:

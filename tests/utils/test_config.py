@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from src.utils.config import Config, load_config
+from src.utils.config import Config, flatten, load_config, load_profiles
 from src.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,9 +25,12 @@ def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> list[str
     return names
 
 
-@pytest.mark.parametrize("profile", ["demo", "balanced", "production"])
-def test_the_shipped_file_is_valid_under_every_profile(profile: str) -> None:
-    assert load_config(ROOT / "config.yaml", profile=profile).profile == profile
+def test_the_shipped_file_states_the_defaults_except_for_what_only_a_file_can_know() -> None:
+    shipped, default = (flatten(config.model_dump()) for config in (load_config(ROOT / "config.yaml"), Config()))
+    differing = {key: value for key, value in shipped.items() if value != default[key]}
+    # profiles are in the file alone, and it names the language of its data; without a file, speech may be in any
+    assert differing == {"profile": "balanced", "model.language": "en"}
+    assert set(load_profiles(ROOT / "config.yaml")) == {"demo", "balanced", "production"}  # each is valid
 
 
 def test_profile_overrides_the_file_and_overrides_override_the_profile() -> None:
@@ -36,6 +39,14 @@ def test_profile_overrides_the_file_and_overrides_override_the_profile() -> None
     assert load_config(path, profile="demo").model.variant == "tiny.en"
     config = load_config(path, profile="demo", overrides={"model.variant": "small", "training": {"epochs": 9}})
     assert (config.model.variant, config.training.epochs, config.training.batch_size) == ("small", 9, 8)
+
+
+def test_there_is_no_profile_without_one(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("profiles: 3")
+    with pytest.raises(ConfigError, match="a mapping of name to settings"):
+        load_config(tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match="unknown profile 'demo'; known: none"):
+        load_config(None, profile="demo")
 
 
 def test_every_problem_is_listed_at_once_with_the_nearest_key(tmp_path: Path) -> None:
@@ -66,7 +77,20 @@ def test_every_problem_is_listed_at_once_with_the_nearest_key(tmp_path: Path) ->
         ({"model": {"variant": "tiny.en", "language": "de"}}, "English only"),
         ({"model": {"variant": "tiny.en", "task": "translate"}}, "cannot translate"),
         ({"data": {"source": "sample", "path": "somewhere"}}, "takes no data.path"),
+        ({"data": {"source": "parquet"}}, "needs data.path: a Parquet file"),
+        ({"data": {"sources": ["folder", "parquet"], "path": "x"}}, "folder and parquet"),
+        ({"data": {"sources": ["sample", "sample"]}}, "twice"),
+        ({"data": {"source": "hub"}}, "data.hub.id"),
+        ({"data": {"hub": {"config": "en"}}}, "one data set"),
         ({"data": {"min_duration_sec": 9, "max_duration_sec": 3}}, "below max_duration_sec"),
+        ({"data": {"num_workers": -1}}, r"data\.num_workers"),
+        ({"augmentation": {"speed_factors": [3.0]}}, r"speed_factors\.0"),
+        ({"augmentation": {"min_snr_db": 30}}, "min_snr_db must not exceed"),
+        ({"training": {"mix_shares": [1.0]}}, r"mix_shares\.0"),
+        ({"training": {"freeze_encoder": -1}}, "a number of layers"),
+        ({"training": {"freeze_encoder": 1, "method": "lora"}}, "method: full"),
+        ({"guard": {"source": "folder"}}, "needs guard.path"),
+        ({"guard": {"path": "x"}}, "takes no guard.path"),
     ],
 )
 def test_contradictions_are_refused(overrides: dict[str, Any], reason: str) -> None:

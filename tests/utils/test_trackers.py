@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from src.utils import trackers
+from src.utils import tracking
 from src.utils.config import Config
 from src.utils.errors import MissingDependencyError, WhisperASRError
-from src.utils.trackers import Point, point_of
-from src.utils.tracking import ExperimentLogger
+from src.utils.tracking import ExperimentLogger, point_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,15 +42,15 @@ def log_a_training(experiment: ExperimentLogger, steps: range) -> None:
     ("row", "point"),
     [
         ({"event": "train_step", "time": 1.0, "step": 7, "epoch": 2, "loss": 0.5, "grad_norm": None},
-         Point("step", 7, {"train/loss": 0.5, "train/epoch": 2.0})),
+         ("step", 7, {"train/loss": 0.5, "train/epoch": 2.0})),
         ({"event": "epoch", "time": 1.0, "epoch": 2, "val_wer": 0.5, "is_best": True},
-         Point("epoch", 2, {"epoch/val_wer": 0.5})),
+         ("epoch", 2, {"epoch/val_wer": 0.5})),
         ({"event": "evaluation", "name": "stock", "wer": 0.5, "loss": float("nan"), "n": 3},
-         Point("step", 9, {"evaluation/stock/wer": 0.5})),
+         ("step", 9, {"evaluation/stock/wer": 0.5})),
         ({"event": "checkpoint", "step": 9}, None),
     ],
 )  # fmt: skip
-def test_rows_become_numbers_under_slashed_names(row: dict[str, Any], point: Point | None) -> None:
+def test_rows_become_numbers_under_slashed_names(row: dict[str, Any], point: Any) -> None:
     assert point_of(row, 9) == point
 
 
@@ -88,7 +87,7 @@ def test_mlflow_reads_the_rows_and_a_continued_run_stays_one(config: Config) -> 
     assert dict(os.environ) == before
     from mlflow.tracking import MlflowClient
 
-    with trackers._environment(trackers._MLFLOW_ENVIRONMENT):
+    with tracking._environment(tracking._MLFLOW_ENVIRONMENT):
         client = MlflowClient(tracking_uri=(experiment.dir / "mlruns").as_uri())
         project = client.get_experiment_by_name("whisper_asr")
         assert project is not None
@@ -181,13 +180,13 @@ def test_online_without_a_login_is_refused_rather_than_asked_for(
 
 
 def test_a_login_leaves_the_mode_to_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert trackers._wandb_mode() == "offline"
+    assert tracking._wandb_mode() == "offline"
     (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password " + "0" * 40 + "\n")
-    assert trackers._wandb_mode() is None
+    assert tracking._wandb_mode() is None
     (tmp_path / "netrc").write_text("machine elsewhere.example login user password x\n")
-    assert trackers._wandb_mode() == "offline"
+    assert tracking._wandb_mode() == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert trackers._wandb_mode() is None
+    assert tracking._wandb_mode() is None
 
 
 class Failing:
@@ -196,7 +195,7 @@ class Failing:
 
     def rewind(self, step: int) -> None: ...
 
-    def write(self, point: Point) -> None:
+    def write(self, *point: Any) -> None:
         self.writes += 1
         raise OSError(28, "No space left on device")
 
@@ -208,7 +207,7 @@ def test_a_tracker_that_fails_is_off_after_one_warning_and_the_rest_goes_on(
     config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failing = Failing()
-    monkeypatch.setitem(trackers._OPENERS, "mlflow", lambda *_: failing)
+    monkeypatch.setitem(tracking._TRACKERS, "mlflow", lambda *_: failing)
     with ExperimentLogger(with_trackers(config, "mlflow", "tensorboard"), run_id="r") as experiment:
         log_a_training(experiment, range(1, 4))
     assert failing.writes == 1
@@ -225,9 +224,9 @@ def test_a_tracker_that_cannot_start_is_an_error_and_those_that_did_are_closed(
     def refuse(*_: Any) -> Any:
         raise RuntimeError("no such server")
 
-    monkeypatch.setitem(trackers._OPENERS, "mlflow", refuse)
+    monkeypatch.setitem(tracking._TRACKERS, "mlflow", refuse)
     closed: list[bool] = []
-    monkeypatch.setattr(trackers._TensorBoard, "close", lambda self: closed.append(True))
+    monkeypatch.setattr(tracking._TensorBoard, "close", lambda self: closed.append(True))
     with pytest.raises(WhisperASRError, match=r"'mlflow'.*no such server.*tracking\.trackers"):
         ExperimentLogger(with_trackers(config, "tensorboard", "mlflow"), run_id="r")
     assert closed == [True]
