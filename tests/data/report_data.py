@@ -13,6 +13,7 @@ from src.data.audio import SAMPLE_RATE, Waveform, decode
 from src.data.preparation import DatasetSplits
 from src.data.preprocessing import measure_clip
 from src.data.utterance import Utterance
+from src.data.vad import VoiceActivityDetector
 
 TEXTS = [
     "The quick brown fox jumps over it.", "She sells shells by the sea shore.", "We walked home in the rain.",
@@ -50,11 +51,14 @@ def hash_of(prefix: str, i: int) -> int:
 
 
 def splits_of(
-    train: Sequence[Utterance], validation: Sequence[Utterance] = (), test: Sequence[Utterance] = ()
+    train: Sequence[Utterance],
+    validation: Sequence[Utterance] = (),
+    test: Sequence[Utterance] = (),
+    vad: VoiceActivityDetector | None = None,
 ) -> DatasetSplits:
     parts, stats = [], {}
     for part in (train, validation, test):
-        measured = {u.id: measure_clip(decode(u.audio)) for u in part}
+        measured = {u.id: measure_clip(decode(u.audio), vad=vad) for u in part}
         stats.update(measured)
         parts.append([replace(u, duration_sec=measured[u.id].duration_sec) for u in part])
     return DatasetSplits(*parts, label_case="keep", stats=stats)

@@ -166,7 +166,7 @@ def test_recordings_are_decoded_once_before_the_first_update(
     data = {"source": "folder", "path": str(path), "cache_decoded": True, "num_workers": 0}
     config = load_config(None, overrides={"data": data, "device": "cpu", "paths.cache_dir": str(tmp_path / "cache")})
     splits = prepare_datasets(config, vad=VoiceActivityDetector(config.vad))
-    report = build_data_report(splits, config, tokenizer=_tiny_en[1].tokenizer, vad=VoiceActivityDetector(config.vad))
+    report = build_data_report(splits, config, tokenizer=_tiny_en[1].tokenizer)
     assert report.clips["speech_fraction"].notna().all()
     batches = list(create_dataloaders(splits, _tiny_en[1], config).train)
     assert sum(len(batch["ids"]) for batch in batches) == len(splits.train)
@@ -176,13 +176,10 @@ def test_recordings_are_decoded_once_before_the_first_update(
 
 def test_speech_is_looked_for_in_a_sample_that_the_report_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(None, overrides={"data": {"max_train": 30, "max_validation": 10, "max_test": 10}})
-    detector = VoiceActivityDetector()
     monkeypatch.setattr(preparation, "MAX_VAD_CLIPS", 10)
-    splits = prepare_datasets(config, vad=detector)
-    report = build_data_report(splits, config)
-    later = build_data_report(prepare_datasets(config), config, vad=detector)
+    report = build_data_report(prepare_datasets(config, vad=VoiceActivityDetector()), config)
     columns = ["speech_fraction", "leading_silence_sec", "trailing_silence_sec"]
-    found, again = (each.clips.set_index("id")[columns].dropna() for each in (report, later))
-    assert 0 < len(found) <= 10 < len(again) <= 50
-    np.testing.assert_allclose(found, again.loc[found.index], atol=1e-6)
+    found = len(report.clips[columns].dropna())
+    assert 0 < found <= 10
+    assert any(f"on {found} of 50 clips" in finding.message for finding in report.findings)
     assert build_data_report(prepare_datasets(config), config).clips[columns].isna().all(axis=None)

@@ -15,18 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from src.data.audio import SILENCE_PEAK
-from src.data.augmentation.effects import (
-    CHAIN,
-    Batch,
-    Clip,
-    Effect,
-    limit_peak,
-    pitch_ratios,
-    torchaudio_functional,
-)
+from src.data.augmentation.effects import CHAIN, Batch, Clip, Effect, limit_peak, pitch_ratios, torchaudio_functional
 from src.data.augmentation.noise import NoisePool
 from src.utils.config import AugmentationConfig, SpecAugmentConfig
-from src.utils.errors import AudioError, ConfigError, DataError, DeviceError, MissingDependencyError
+from src.utils.errors import AudioError, ConfigError, MissingDependencyError
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +29,7 @@ Effects = tuple[Effect, ...]  # of one clip, in the order of `CHAIN`; empty wher
 
 
 class AugmentedBatch(NamedTuple):
-    """Changed audio.
-
-    Attributes:
-        audio: (B, T') float32, or (T',) for a single waveform; T' holds the longest clip with its pause.
-        lengths: (B,) int64 samples of each clip without the pause.
-        applied: the effects of each clip.
-    """
+    """Changed audio (B, T') float32, where T' holds the longest clip with its pause, and (B,) int64 lengths without."""
 
     audio: Tensor
     lengths: Tensor
@@ -67,21 +53,27 @@ class AudioAugmenter:
     """
 
     def __init__(self, config: AugmentationConfig | None = None) -> None:
-        self.config = config or AugmentationConfig()
-        noise_dir = self.config.noise_dir if self.config.enabled and self.config.noise_prob else None
-        self._pool = NoisePool(noise_dir) if noise_dir else None
-        limit = self.config.max_pitch_semitones
-        if self.config.pitch_prob and limit and not pitch_ratios(limit):
+        self.config = config = config or AugmentationConfig()
+        self._pool = NoisePool(config.noise_dir) if config.enabled and config.noise_prob and config.noise_dir else None
+        if config.pitch_prob and config.max_pitch_semitones and not pitch_ratios(config.max_pitch_semitones):
             raise ConfigError(
-                f"augmentation.max_pitch_semitones is {limit}, below the smallest step of 0.29; raise it, "
-                "or set pitch_prob: 0"
+                f"augmentation.max_pitch_semitones is {config.max_pitch_semitones}, below the smallest step of 0.29; "
+                "raise it, or set pitch_prob: 0"
             )
-        self._off = _effects_without_torchaudio(self.config) if self.config.enabled else frozenset()
+        needing = [kind for kind in CHAIN if kind.needs_torchaudio and getattr(config, kind.setting) not in (0, (1.0,))]
+        self._off: Sequence[type[Effect]] = ()
+        try:
+            if needing and config.enabled:
+                torchaudio_functional()
+        except MissingDependencyError as err:
+            names = ", ".join(f"augmentation.{kind.setting}" for kind in needing)
+            logger.warning("%s: off, the other effects work: %s", names, err)
+            self._off = needing
 
     def __call__(
         self,
         audio: Tensor,
-        lengths: Tensor | None = None,
+        lengths: Tensor,
         *,
         generator: torch.Generator,
         trailing_samples: Tensor | None = None,
@@ -90,54 +82,45 @@ class AudioAugmenter:
         """Draw effects for each clip and apply them.
 
         Args:
-            audio: (B, T) float32, 16 kHz, on any device, zeros after each clip; or one clip (T,). Not changed.
-            lengths: (B,) int64 samples; None means T.
+            audio: (B, T) float32, 16 kHz, on any device, zeros after each clip. Not changed.
+            lengths: (B,) int64 samples.
             generator: on the CPU.
             trailing_samples: (B,) int64 samples of pause after each clip, through which its noise goes on.
             keep_speed: (B,) bool, clips whose labels hold times.
 
         Returns:
-            The batch, zeros after each clip and its noise; the input itself where nothing was drawn and it is wide
-            enough. A clip that would grow past 30 s keeps its speed; a silent clip has no ratio and gets no noise.
+            The batch, zeros after each clip and its noise. A clip that would grow past 30 s keeps its speed; a silent
+            clip has no ratio and gets no noise.
 
         Raises:
-            AudioError: a shape, type or length that does not fit.
-            DeviceError: a generator that is not on the CPU.
+            AudioError: audio of another shape or type.
         """
-        if audio.dim() == 1:
-            batch = self(
-                audio[None], lengths, generator=generator, trailing_samples=trailing_samples, keep_speed=keep_speed
-            )
-            return batch._replace(audio=batch.audio[0])
-        own_lengths = _check_batch(audio, lengths, generator)
-        if not self.config.enabled:
-            return self.apply(audio, own_lengths, ((),) * len(audio), seed=0, trailing_samples=trailing_samples)
-        effects = self.draw(audio, own_lengths, generator, keep_speed=keep_speed)
-        seed = int(torch.randint(2**62, (1,), generator=generator))
-        return self.apply(audio, own_lengths, effects, seed=seed, trailing_samples=trailing_samples)
+        if audio.dim() != 2 or audio.dtype != torch.float32:
+            raise AudioError(f"audio is {audio.dtype} of shape {tuple(audio.shape)}: (B, T) float32 is needed")
+        effects: Sequence[Effects] = [()] * len(audio)
+        seed = 0
+        if self.config.enabled:
+            effects = self.draw(audio, lengths, generator, keep_speed=keep_speed)
+            seed = int(torch.randint(2**62, (1,), generator=generator))
+        return self.apply(audio, lengths, effects, seed=seed, trailing_samples=trailing_samples)
 
     def draw(
         self, audio: Tensor, lengths: Tensor, generator: torch.Generator, *, keep_speed: Tensor | None = None
-    ) -> tuple[Effects, ...]:
+    ) -> list[Effects]:
         """Draw the effects of each clip of (B, T) audio."""
         count = len(audio)
         uniform = torch.rand(count, sum(kind.numbers for kind in CHAIN), generator=generator, dtype=torch.float64)
+        columns = [part.tolist() for part in uniform.split([kind.numbers for kind in CHAIN], dim=1)]
         kept = [False] * count if keep_speed is None else keep_speed.tolist()
         audible = [False] * count
         if self.config.noise_prob:
             audible = (audio.abs().amax(dim=1) >= SILENCE_PEAK).tolist()
-        has_voices = sum(audible) > MIN_BABBLE_VOICES
         drawn = []
-        for numbers, samples, keep, loud in zip(uniform.tolist(), lengths.tolist(), kept, audible, strict=True):
-            clip = Clip(samples, keep, loud, has_voices)
-            effects, at = [], 0
-            for kind in CHAIN:
-                effect = kind.draw(self.config, clip, *numbers[at : at + kind.numbers])
-                at += kind.numbers
-                if effect is not None and kind not in self._off:
-                    effects.append(effect)
-            drawn.append(tuple(effects))
-        return tuple(drawn)
+        for samples, keep, loud, *numbers in zip(lengths.tolist(), kept, audible, *columns, strict=True):
+            clip = Clip(samples, keep, loud, has_voices=sum(audible) > MIN_BABBLE_VOICES)
+            effects = [kind.draw(self.config, clip, *own) for kind, own in zip(CHAIN, numbers, strict=True)]
+            drawn.append(tuple(effect for effect in effects if effect and type(effect) not in self._off))
+        return drawn
 
     @torch.no_grad()
     def apply(
@@ -149,67 +132,25 @@ class AudioAugmenter:
         seed: int,
         trailing_samples: Tensor | None = None,
     ) -> AugmentedBatch:
-        """Apply given effects.
-
-        Args:
-            audio: as `__call__`, (B, T).
-            lengths: as `__call__`.
-            effects: of each clip.
-            seed: of noise and rooms.
-            trailing_samples: as `__call__`.
-
-        Raises:
-            MissingDependencyError: an effect needs torchaudio, which cannot be imported.
-        """
+        """Apply the given effects of each clip, as `__call__` does; the seed is that of noise and rooms."""
         device, applied = lengths.device, tuple(effects)
         lengths = lengths.cpu()
         trailing = torch.zeros_like(lengths) if trailing_samples is None else trailing_samples.cpu()
         missing = int((lengths + trailing).max()) - audio.shape[1]
-        if not any(applied):
-            padded = functional.pad(audio, (0, missing)) if missing > 0 else audio
-            return AugmentedBatch(padded, lengths.to(device), applied)
+        changed = [row for row, own in enumerate(applied) if own]
+        if not changed:
+            return AugmentedBatch(functional.pad(audio, (0, max(missing, 0))), lengths.to(device), applied)
         batch = Batch(
-            functional.pad(audio, (0, missing)), lengths, trailing, lengths.clone(), (audio, lengths), self._pool,
-            torch.Generator().manual_seed(seed),
+            functional.pad(audio, (0, missing)), lengths.clone(), trailing, lengths.clone(), (audio, lengths),
+            self._pool, torch.Generator().manual_seed(seed),
         )  # fmt: skip
         with torch.autocast(device_type=audio.device.type, enabled=False):  # half precision is noise of its own
             for kind in CHAIN:
-                chosen = {row: e for row, own in enumerate(applied) for e in own if isinstance(e, kind)}
-                if chosen:
-                    kind.apply(batch, chosen)
+                kind.apply(batch, {row: e for row in changed for e in applied[row] if isinstance(e, kind)})
             # nothing that was changed in any way leaves with a peak above 1.0
-            changed = [row for row, own in enumerate(applied) if own]
             batch.audio[changed] = limit_peak(batch.audio[changed])
-        return AugmentedBatch(batch.audio, batch.lengths.to(device), applied)
-
-
-def _effects_without_torchaudio(config: AugmentationConfig) -> frozenset[type[Effect]]:
-    """Return the effects that are switched on and cannot work, with a warning."""
-    wanted = [kind for kind in CHAIN if kind.needs_torchaudio and getattr(config, kind.setting) not in (0, (1.0,))]
-    if not wanted:
-        return frozenset()
-    try:
-        torchaudio_functional()
-    except MissingDependencyError as err:
-        names = ", ".join(f"augmentation.{kind.setting}" for kind in wanted)
-        logger.warning("%s: off, the other effects work: %s", names, err)
-        return frozenset(wanted)
-    return frozenset()
-
-
-def _check_batch(audio: Tensor, lengths: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Return (B,) int64 lengths."""
-    if generator.device.type != "cpu":
-        raise DeviceError(f"the generator is on {generator.device}; pass torch.Generator(), which is on the CPU")
-    if audio.dim() != 2 or audio.dtype != torch.float32 or not audio.numel():
-        raise AudioError(
-            f"audio of shape {tuple(audio.shape)} and type {audio.dtype}: (B, T) or (T,) float32 in [-1, 1] is needed"
-        )
-    if lengths is None:
-        return torch.full((len(audio),), audio.shape[1], device=audio.device)
-    if lengths.shape != audio.shape[:1] or bool((lengths < 1).any()) or bool((lengths > audio.shape[1]).any()):
-        raise AudioError(f"lengths {lengths.tolist()} do not fit {len(audio)} clips of up to {audio.shape[1]} samples")
-    return lengths
+        width = int((batch.lengths + trailing).max())  # less where all are faster
+        return AugmentedBatch(batch.audio[:, :width], batch.lengths.to(device), applied)
 
 
 class SpecAugment:
@@ -222,14 +163,9 @@ class SpecAugment:
     Args:
         config: number and size of masks; the defaults of `SpecAugmentConfig` if None.
         prob: share of clips that get masks.
-
-    Raises:
-        ConfigError: `prob` is not a probability.
     """
 
     def __init__(self, config: SpecAugmentConfig | None = None, prob: float = 1.0) -> None:
-        if not 0 <= prob <= 1:
-            raise ConfigError(f"SpecAugment(prob={prob}): a share from 0 to 1 is needed")
         self.config = config or SpecAugmentConfig()
         self.prob = prob
 
@@ -243,24 +179,15 @@ class SpecAugment:
         """Mask features.
 
         Args:
-            features: (B, mels, F) or (mels, F) on any device; not changed.
+            features: (B, mels, F) on any device; not changed.
             frame_lengths: (B,) int64 frames of each clip; masks stay within them. None means F.
             generator: on the CPU.
 
         Returns:
             The same shape and type; the input itself where nothing can be masked.
-
-        Raises:
-            DataError: features of another shape, or lengths that do not fit them.
         """
-        if features.dim() == 2:
-            return self(features[None], frame_lengths, generator=generator)[0]
-        if features.dim() != 3:
-            raise DataError(f"features of shape {tuple(features.shape)}: (B, mels, frames) or (mels, frames) is needed")
         batch, mels, width = features.shape
-        frames = torch.full((batch,), width) if frame_lengths is None else frame_lengths.reshape(-1).cpu().long()
-        if len(frames) != batch or bool((frames < 1).any()) or bool((frames > width).any()):
-            raise DataError(f"frame_lengths {frames.tolist()} do not fit features of {batch} clips and {width} frames")
+        frames = torch.full((batch,), width) if frame_lengths is None else frame_lengths.cpu()
         config, device = self.config, features.device
         if not self.prob or not (config.time_masks or config.frequency_masks):
             return features

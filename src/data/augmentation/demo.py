@@ -13,29 +13,21 @@ import torch
 from numpy.typing import NDArray
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.augmentation.augmenter import AudioAugmenter, SpecAugment
+from src.data.augmentation.augmenter import AudioAugmenter, Effects, SpecAugment
 from src.data.augmentation.effects import CHAIN, Gain
 from src.data.features import HOP_SAMPLES, LogMel
 from src.utils.config import AugmentationConfig
-from src.utils.errors import DataError
 from src.utils.figures import FIGURE_STYLE, NotebookFigure
 
 
 @dataclass(frozen=True)
 class Example:
-    """One version of a recording.
+    """One version of a recording."""
 
-    Attributes:
-        name: what was done to it, for example "speed x0.9".
-        waveform: (T,) float32 in [-1, 1], 16 kHz; the original where only the features changed.
-        log_mel: (80, T // 160) float32, as the model sees it.
-        audible: False where only the features changed.
-    """
-
-    name: str
-    waveform: Waveform
-    log_mel: NDArray[Any]
-    audible: bool = True
+    name: str  # "speed x0.9"
+    waveform: Waveform  # the original where only the features changed
+    log_mel: NDArray[Any]  # (80, T // 160) float32, as the model sees it
+    audible: bool = True  # False where only the features changed
 
 
 def demonstrate(waveform: Waveform, config: AugmentationConfig, *, seed: int) -> list[Example]:
@@ -54,9 +46,9 @@ def demonstrate(waveform: Waveform, config: AugmentationConfig, *, seed: int) ->
         AudioError: a recording in noise_dir cannot be used.
     """
     clip, length = torch.from_numpy(waveform)[None], torch.tensor([len(waveform)])
-    original = Example("original", waveform, LogMel()(clip)[0].numpy())
+    examples = [Example("original", waveform, LogMel()(clip)[0].numpy())]
     if not config.enabled:
-        return [original]
+        return examples
     # draw every effect that is switched on, and a speed that can be heard
     on = {k.setting: 1.0 for k in CHAIN if k.setting.endswith("_prob") and getattr(config, k.setting) > 0}
     speeds = tuple(factor for factor in config.speed_factors if factor != 1.0) or (1.0,)
@@ -64,20 +56,19 @@ def demonstrate(waveform: Waveform, config: AugmentationConfig, *, seed: int) ->
     drawn = augmenter.draw(clip, length, torch.Generator().manual_seed(seed))[0]
     # down: a peak near 1.0 would leave little to hear
     everything = tuple(Gain(-config.max_gain_db) if isinstance(effect, Gain) else effect for effect in drawn)
-    examples = [original]
-    for effect in everything:
-        changed = augmenter.apply(clip, length, [(effect,)], seed=seed).audio
-        examples.append(Example(str(effect), changed[0].numpy(), LogMel()(changed)[0].numpy()))
-    masks = SpecAugment(config.spec_augment) if config.spec_augment_prob else None
-    if masks is not None:
-        masked = masks(torch.from_numpy(original.log_mel), generator=torch.Generator().manual_seed(seed))
-        examples.append(Example("masks (not heard)", waveform, masked.numpy(), audible=False))
+
+    def example(name: str, effects: Effects, *, masked: bool = False) -> Example:
+        changed = augmenter.apply(clip, length, [effects], seed=seed).audio
+        features = LogMel()(changed)
+        if masked:
+            features = SpecAugment(config.spec_augment)(features, generator=torch.Generator().manual_seed(seed))
+        return Example(name, changed[0].numpy(), features[0].numpy(), audible=bool(effects))
+
+    examples += [example(str(effect), (effect,)) for effect in everything]
+    if config.spec_augment_prob:
+        examples.append(example("masks (not heard)", (), masked=True))
     if len(examples) > 2:
-        changed = augmenter.apply(clip, length, [everything], seed=seed).audio
-        features = LogMel()(changed)[0]
-        if masks is not None:
-            features = masks(features, generator=torch.Generator().manual_seed(seed))
-        examples.append(Example("everything", changed[0].numpy(), features.numpy()))
+        examples.append(example("everything", everything, masked=config.spec_augment_prob > 0))
     return examples
 
 
@@ -96,21 +87,14 @@ def players(examples: Sequence[Example]) -> Any:
 
 
 def draw_examples(examples: Sequence[Example]) -> NotebookFigure:
-    """Draw the log-mel features of each example, on one scale of time and level.
-
-    Raises:
-        DataError: no examples.
-    """
-    if not examples:
-        raise DataError("no examples to draw; demonstrate() makes them")
+    """Draw the log-mel features of each example, on one scale of time and level."""
     from librosa.display import specshow  # loads numba: seconds that only this figure needs
 
     rows = 1 if len(examples) <= 3 else 2
-    columns = math.ceil(len(examples) / rows)
     levels = examples[0].log_mel
     with matplotlib.rc_context({**FIGURE_STYLE, "axes.grid": False, "axes.titlesize": 9, "font.size": 8}):
         figure = NotebookFigure(figsize=(10.0, 4.0), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        grid = figure.subplots(rows, math.ceil(len(examples) / rows), squeeze=False, sharex=True, sharey=True)
         for axes in grid.flat[len(examples) :]:
             axes.set_axis_off()
         for axes, example in zip(grid.flat, examples, strict=False):

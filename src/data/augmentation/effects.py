@@ -1,14 +1,12 @@
 """Effects on batches of speech: speed, pitch, rooms, noise, level, telephone; one class for each.
 
-`CHAIN` lists them in the order of a recording: the voice (speed, pitch), the room around it, the noise
-that a microphone hears next to it, the recording level, the telephone line. So the noise does not sound
-in the voice's room, its ratio is to the voice as the microphone hears it, and the codec quantises
-whatever level arrives.
+`CHAIN` lists them in the order of a recording: the voice, the room around it, the noise that a microphone hears next to
+it, the recording level, the telephone line. So the noise does not sound in the voice's room, its ratio is to the voice
+as the microphone hears it, and the codec quantises whatever level arrives. Every row gets what it would get alone,
+whatever the padding after it (tested).
 
-Every row gets what it would get alone, whatever the padding after it (tested). Random numbers come from
-a generator on the CPU, noise and rooms included, so that a seed means the same on every device. This
-is the only module that imports torchaudio, and only when an effect needs it: its wheels fit few
-versions of torch, and whatever needs none of this must not fail with it.
+This is the only module that imports torchaudio, and only when an effect needs it: its wheels fit few versions of torch,
+and whatever needs none of this must not fail with it.
 """
 
 from __future__ import annotations
@@ -25,15 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from src.data.audio import SAMPLE_RATE
-from src.data.augmentation.noise import (
-    EXPONENTS,
-    NoiseKind,
-    NoisePool,
-    babble,
-    coloured_noise,
-    mask_padding,
-    mix_at_snr,
-)
+from src.data.augmentation import noise
+from src.data.augmentation.noise import EXPONENTS, NoiseKind, NoisePool, mask_padding
 from src.data.features import CONTEXT_SAMPLES
 from src.utils.config import AugmentationConfig
 from src.utils.errors import MissingDependencyError
@@ -54,70 +45,72 @@ G711_CLIP = 8_158  # of 8_192: the largest magnitude that G.711 codes
 G711_BIAS = 33
 
 T = TypeVar("T")
-K = TypeVar("K", bound=Hashable)
 
 
 class Clip(NamedTuple):
-    """What an effect may depend on when it is drawn.
-
-    Attributes:
-        samples: length.
-        keep_speed: its label holds times.
-        audible: it is not silent, so that noise has a ratio to it.
-        has_voices: enough of its batch is audible to make babble.
-    """
+    """What the draw of an effect may depend on."""
 
     samples: int
-    keep_speed: bool
-    audible: bool
-    has_voices: bool
+    keep_speed: bool  # its label holds times
+    audible: bool  # else noise has no ratio to it
+    has_voices: bool  # enough of its batch is audible to make babble
 
 
 @dataclass
 class Batch:
-    """A batch while effects change it.
+    """A batch while effects change it; (B,) tensors are int64 samples on the CPU."""
 
-    Attributes:
-        audio: (B, T') float32, changed in place.
-        lengths: (B,) int64 on the CPU, samples of each clip.
-        trailing: (B,) int64 on the CPU, samples of pause after each clip.
-        reach: (B,) int64 on the CPU: `lengths`, and the pause too where noise goes on through it.
-        original: audio (B, T) and lengths as they came, from which babble is made.
-        pool: recordings of noise, if there are any.
-        generator: on the CPU.
-    """
-
-    audio: Tensor
+    audio: Tensor  # (B, T') float32
     lengths: Tensor
-    trailing: Tensor
-    reach: Tensor
-    original: tuple[Tensor, Tensor]
+    trailing: Tensor  # pause after each clip
+    reach: Tensor  # end of what each clip holds: `lengths`, or the end of the pause where noise goes on through it
+    original: tuple[Tensor, Tensor]  # audio and lengths as they came, from which babble is made
     pool: NoisePool | None
-    generator: torch.Generator
+    generator: torch.Generator  # on the CPU, so that a seed means the same on every device
+
+    def change(self, rows: list[int], lengths: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Replace rows by `change(part (K, W), lengths (K,))`; what it leaves after the clips is cut off."""
+        own = lengths[rows]
+        width = int(own.max())
+        self.audio[rows, :width] = mask_padding(change(self.audio[rows, :width], own), own)
 
 
 class Effect:
     """One change of one clip, with the values that were drawn for it; a subclass is a frozen dataclass.
 
-    Attributes:
-        setting: the field of `AugmentationConfig` that switches it on.
-        numbers: how many uniform numbers are drawn for each clip, whether the effect is on or not, so that switching it
-            leaves the draws of the others alone.
-        needs_torchaudio: it is off where torchaudio cannot be imported.
+    `draw` gets `numbers` uniform numbers in [0, 1) for each clip, whether the effect is on or not, so that switching it
+    leaves the draws of the others alone. If the setting is a probability, the first number decides.
     """
 
-    setting: ClassVar[str]
+    setting: ClassVar[str]  # the field of `AugmentationConfig` that switches it on
     numbers: ClassVar[int]
-    needs_torchaudio: ClassVar[bool] = False
+    needs_torchaudio: ClassVar[bool] = True  # it is off where torchaudio cannot be imported
 
     @classmethod
     def draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
-        """Return the effect with its values, or None where the clip stays as it is; numbers in [0, 1) decide."""
-        raise NotImplementedError
+        """Return the effect with its values, or None where the clip stays as it is."""
+        if not cls.setting.endswith("_prob"):
+            return cls._draw(config, clip, *uniform)
+        return cls._draw(config, clip, *uniform[1:]) if uniform[0] < getattr(config, cls.setting) else None
 
     @classmethod
     def apply(cls, batch: Batch, chosen: Mapping[int, Self]) -> None:
-        """Change the chosen rows of a batch."""
+        """Change the chosen rows of a batch, those of one group at once."""
+        groups: dict[Hashable, list[int]] = {}
+        for row, effect in chosen.items():
+            groups.setdefault(effect._group(), []).append(row)
+        for rows in groups.values():
+            cls._apply(batch, rows, [chosen[row] for row in rows])
+
+    @classmethod
+    def _draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
+        raise NotImplementedError
+
+    def _group(self) -> Hashable:
+        return None
+
+    @classmethod
+    def _apply(cls, batch: Batch, rows: list[int], effects: Sequence[Self]) -> None:
         raise NotImplementedError
 
 
@@ -128,31 +121,26 @@ class Speed(Effect):
     factor: float
     setting = "speed_factors"
     numbers = 1
-    needs_torchaudio = True
 
     @classmethod
-    def draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
-        """Draw a factor; a clip that would grow past 30 s keeps its speed."""
+    def _draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
         factor = _pick(config.speed_factors, uniform[0])
-        if factor == 1 or clip.keep_speed or clip.samples / factor > CONTEXT_SAMPLES:
-            return None
-        return cls(factor)
+        too_long = clip.samples / factor > CONTEXT_SAMPLES
+        return None if factor == 1 or clip.keep_speed or too_long else cls(factor)
+
+    def _group(self) -> Fraction:
+        return Fraction(self.factor).limit_denominator(MAX_DENOMINATOR)
 
     @classmethod
-    def apply(cls, batch: Batch, chosen: Mapping[int, Self]) -> None:
-        """Resample once for each factor, into audio of another width."""
-        groups = _groups({row: speed_ratio(effect.factor) for row, effect in chosen.items()})
-        before, lengths = batch.audio, batch.lengths
-        batch.lengths = lengths.clone()
-        for ratio, rows in groups.items():
-            batch.lengths[rows] = resampled_lengths(lengths[rows], ratio)
-        batch.reach = batch.lengths.clone()
-        batch.audio = functional.pad(before, (0, int((batch.reach + batch.trailing).max()) - before.shape[1]))
-        for ratio, rows in groups.items():
-            part = resample_by(before[rows, : int(lengths[rows].max())], ratio)
-            width = int(batch.lengths[rows].max())
-            batch.audio[rows] = 0
-            batch.audio[rows, :width] = mask_padding(part, batch.lengths[rows])[:, :width]
+    def _apply(cls, batch: Batch, rows: list[int], effects: Sequence[Self]) -> None:
+        ratio, before = effects[0]._group(), batch.lengths[rows]
+        own = (before.double() * ratio.denominator / ratio.numerator).round().long()
+        changed = resample_by(batch.audio[rows, : int(before.max())], ratio)[:, : int(own.max())]
+        batch.lengths[rows] = batch.reach[rows] = own
+        missing = int((own + batch.trailing[rows]).max()) - batch.audio.shape[1]
+        batch.audio = functional.pad(batch.audio, (0, max(missing, 0)))
+        batch.audio[rows] = 0
+        batch.audio[rows, : changed.shape[1]] = mask_padding(changed, own)
 
     def __str__(self) -> str:
         return f"speed x{self.factor:g}"
@@ -165,19 +153,18 @@ class Pitch(Effect):
     ratio: Fraction
     setting = "pitch_prob"
     numbers = 2
-    needs_torchaudio = True
 
     @classmethod
-    def draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
-        """Draw one of a few steps."""
+    def _draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
         ratios = pitch_ratios(config.max_pitch_semitones)
-        return cls(_pick(ratios, uniform[1])) if ratios and uniform[0] < config.pitch_prob else None
+        return cls(_pick(ratios, uniform[0])) if ratios else None
+
+    def _group(self) -> Fraction:
+        return self.ratio
 
     @classmethod
-    def apply(cls, batch: Batch, chosen: Mapping[int, Self]) -> None:
-        """Shift once for each step."""
-        for ratio, rows in _groups({row: effect.ratio for row, effect in chosen.items()}).items():
-            _change_rows(batch.audio, batch.lengths, rows, partial(shift_pitch, ratio=ratio))
+    def _apply(cls, batch: Batch, rows: list[int], effects: Sequence[Self]) -> None:
+        batch.change(rows, batch.lengths, partial(shift_pitch, ratio=effects[0].ratio))
 
     def __str__(self) -> str:
         return f"pitch {12 * math.log2(self.ratio):+.1f} semitones"
@@ -185,27 +172,22 @@ class Pitch(Effect):
 
 @dataclass(frozen=True)
 class Room(Effect):
-    """Heard in a room: its reverberation time, and direct sound over reverberation in dB."""
+    """Heard in a room."""
 
-    rt60_sec: float
-    direct_db: float
+    rt60_sec: float  # reverberation time
+    direct_db: float  # direct sound over reverberation
     setting = "room_prob"
     numbers = 3
-    needs_torchaudio = True
 
     @classmethod
-    def draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
-        """Draw both values evenly."""
-        if uniform[0] >= config.room_prob:
-            return None
-        return cls(_between(RT60_SEC, uniform[1]), _between(DIRECT_DB, uniform[2]))
+    def _draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
+        return cls(_between(RT60_SEC, uniform[0]), _between(DIRECT_DB, uniform[1]))
 
     @classmethod
-    def apply(cls, batch: Batch, chosen: Mapping[int, Self]) -> None:
-        """Convolve all rows at once."""
-        rt60_sec, direct_db = torch.tensor([(effect.rt60_sec, effect.direct_db) for effect in chosen.values()]).T
+    def _apply(cls, batch: Batch, rows: list[int], effects: Sequence[Self]) -> None:
+        rt60_sec, direct_db = torch.tensor([(effect.rt60_sec, effect.direct_db) for effect in effects]).T
         impulses = room_impulses(rt60_sec, direct_db, batch.generator).to(batch.audio.device)
-        _change_rows(batch.audio, batch.lengths, list(chosen), partial(reverberate, impulses=impulses))
+        batch.change(rows, batch.lengths, partial(reverberate, impulses=impulses))
 
     def __str__(self) -> str:
         return f"room, RT60 {self.rt60_sec:.2f} s"
@@ -213,68 +195,62 @@ class Room(Effect):
 
 @dataclass(frozen=True)
 class Noise(Effect):
-    """Noise of a kind, at a ratio of speech over noise in dB, through the pause after the clip too."""
+    """Noise of a kind, at a ratio of speech over noise, through the pause after the clip too."""
 
     kind: NoiseKind
     snr_db: float
     setting = "noise_prob"
     numbers = 3
+    needs_torchaudio = False
 
     @classmethod
-    def draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
-        """Draw kind and ratio; a silent clip has no ratio and stays silent."""
-        if not clip.audible or uniform[0] >= config.noise_prob:
-            return None
-        made: tuple[NoiseKind, ...] = (*EXPONENTS, "babble") if clip.has_voices else tuple(EXPONENTS)
-        kinds: tuple[NoiseKind, ...] = ("recording",) if config.noise_dir else made
-        return cls(_pick(kinds, uniform[1]), _between((config.min_snr_db, config.max_snr_db), uniform[2]))
+    def _draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
+        kinds: tuple[NoiseKind, ...] = (*EXPONENTS, "babble") if clip.has_voices else tuple(EXPONENTS)
+        kind = _pick(("recording",) if config.noise_dir else kinds, uniform[0])
+        return cls(kind, _between((config.min_snr_db, config.max_snr_db), uniform[1])) if clip.audible else None
+
+    def _group(self) -> NoiseKind:
+        return self.kind
 
     @classmethod
-    def apply(cls, batch: Batch, chosen: Mapping[int, Self]) -> None:
-        """Make and mix the noise of each kind."""
-        for kind, rows in _groups({row: effect.kind for row, effect in chosen.items()}).items():
-            batch.reach[rows] = batch.lengths[rows] + batch.trailing[rows]
-            width, own = int(batch.reach[rows].max()), batch.lengths[rows]
-            if kind == "recording":
-                assert batch.pool is not None  # only a pool makes this kind
-                noise = batch.pool.crops(own, width, batch.generator)
-            elif kind == "babble":
-                noise = babble(
-                    *batch.original, targets=torch.tensor(rows), target_lengths=own, num_samples=width,
-                    generator=batch.generator,
-                )  # fmt: skip
-            else:
-                noise = coloured_noise(
-                    (len(rows), width), torch.full((len(rows),), EXPONENTS[kind]), batch.generator
-                )  # fmt: skip
-            noise = mask_padding(noise.to(batch.audio.device), batch.reach[rows])
-            snr_db = torch.tensor([chosen[row].snr_db for row in rows], device=batch.audio.device)
-            batch.audio[rows, :width] = mix_at_snr(batch.audio[rows, :width], noise, snr_db=snr_db, lengths=own)
+    def _apply(cls, batch: Batch, rows: list[int], effects: Sequence[Self]) -> None:
+        kind, own = effects[0].kind, batch.lengths[rows]
+        batch.reach[rows] = own + batch.trailing[rows]
+        width = int(batch.reach[rows].max())
+        if kind == "recording":
+            assert batch.pool is not None  # only a pool makes this kind
+            added = batch.pool.crops(own, width, batch.generator)
+        elif kind == "babble":
+            added = noise.babble(*batch.original, torch.tensor(rows), own, width, batch.generator)
+        else:
+            exponents = torch.full((len(rows),), EXPONENTS[kind])
+            added = noise.coloured_noise((len(rows), width), exponents, batch.generator)
+        added = mask_padding(added.to(batch.audio.device), batch.reach[rows])
+        snr_db = torch.tensor([effect.snr_db for effect in effects], device=batch.audio.device)
+        batch.audio[rows, :width] = noise.mix_at_snr(batch.audio[rows, :width], added, snr_db=snr_db, lengths=own)
 
     def __str__(self) -> str:
-        kind = "recorded" if self.kind == "recording" else self.kind
-        return f"{kind} noise, SNR {self.snr_db:.0f} dB"
+        return f"{'recorded' if self.kind == 'recording' else self.kind} noise, SNR {self.snr_db:.0f} dB"
 
 
 @dataclass(frozen=True)
 class Gain(Effect):
-    """Another recording level, in dB; what is applied is reduced where the peak would exceed 1.0."""
+    """Another recording level; reduced where the peak would exceed 1.0."""
 
     gain_db: float
     setting = "max_gain_db"
     numbers = 1
+    needs_torchaudio = False
 
     @classmethod
-    def draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
-        """Draw a level evenly."""
+    def _draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
         gain_db = _between((-config.max_gain_db, config.max_gain_db), uniform[0])
         return cls(gain_db) if gain_db else None
 
     @classmethod
-    def apply(cls, batch: Batch, chosen: Mapping[int, Self]) -> None:
-        """Multiply rows."""
-        factors = [10 ** (effect.gain_db / 20) for effect in chosen.values()]
-        batch.audio[list(chosen)] *= torch.tensor(factors, device=batch.audio.device)[:, None]
+    def _apply(cls, batch: Batch, rows: list[int], effects: Sequence[Self]) -> None:
+        factors = [10 ** (effect.gain_db / 20) for effect in effects]
+        batch.audio[rows] *= torch.tensor(factors, device=batch.audio.device)[:, None]
 
     def __str__(self) -> str:
         return f"gain {self.gain_db:+.1f} dB"
@@ -286,17 +262,14 @@ class Telephone(Effect):
 
     setting = "codec_prob"
     numbers = 1
-    needs_torchaudio = True
 
     @classmethod
-    def draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
-        """Draw whether."""
-        return cls() if uniform[0] < config.codec_prob else None
+    def _draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
+        return cls()
 
     @classmethod
-    def apply(cls, batch: Batch, chosen: Mapping[int, Self]) -> None:
-        """Send all rows through one line."""
-        _change_rows(batch.audio, batch.reach, list(chosen), lambda part, _: telephone(limit_peak(part)))
+    def _apply(cls, batch: Batch, rows: list[int], effects: Sequence[Self]) -> None:
+        batch.change(rows, batch.reach, lambda part, _: telephone(limit_peak(part)))
 
     def __str__(self) -> str:
         return "telephone"
@@ -310,21 +283,6 @@ def limit_peak(audio: Tensor) -> Tensor:
     return audio / audio.abs().amax(dim=1, keepdim=True).clamp(min=1.0)
 
 
-def _change_rows(audio: Tensor, lengths: Tensor, rows: list[int], change: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Replace rows in place by `change(part (K, W), lengths (K,))`; what it leaves after the clips is cut off."""
-    own = lengths[rows]
-    width = int(own.max())
-    audio[rows, :width] = mask_padding(change(audio[rows, :width], own), own)
-
-
-def _groups(keys: Mapping[int, K]) -> dict[K, list[int]]:
-    """Return the rows of each key."""
-    groups: dict[K, list[int]] = {}
-    for row, key in keys.items():
-        groups.setdefault(key, []).append(row)
-    return groups
-
-
 def _pick(options: Sequence[T], uniform: float) -> T:
     return options[int(uniform * len(options))]
 
@@ -332,9 +290,6 @@ def _pick(options: Sequence[T], uniform: float) -> T:
 def _between(limits: tuple[float, float], uniform: float) -> float:
     low, high = limits
     return low + uniform * (high - low)
-
-
-# speed and pitch
 
 
 def resample_by(audio: Tensor, ratio: Fraction) -> Tensor:
@@ -345,26 +300,11 @@ def resample_by(audio: Tensor, ratio: Fraction) -> Tensor:
     return resampled
 
 
-def speed_ratio(factor: float) -> Fraction:
-    """Return the ratio of small integers next to a speed factor."""
-    return Fraction(factor).limit_denominator(MAX_DENOMINATOR)
-
-
-def resampled_lengths(lengths: Tensor, ratio: Fraction) -> Tensor:
-    """Return round(T / ratio) for (B,) int64 lengths."""
-    return (lengths.double() * ratio.denominator / ratio.numerator).round().long()
-
-
 def shift_pitch(audio: Tensor, lengths: Tensor, *, ratio: Fraction) -> Tensor:
     """Multiply all frequencies, formants too, and keep lengths and energies: stretch by phase vocoder, then resample.
 
     Flanagan and Golden, "Phase Vocoder", 1966. Not `torchaudio.functional.pitch_shift`: it resamples between rates
     that share no factor, through a kernel of a gigabyte.
-
-    Args:
-        audio: (B, T) float32.
-        lengths: (B,) int64 samples; zeros lie after each clip, before and after.
-        ratio: of frequencies, 2 ** (semitones / 12).
     """
     samples = audio.shape[1]
     window = torch.hann_window(VOCODER_FFT, device=audio.device)
@@ -402,31 +342,18 @@ def pitch_ratios(max_semitones: float) -> tuple[Fraction, ...]:
     Few steps, so that clips of a batch share one; ratios of small integers, so that kernels are small. Each step is the
     nearest such ratio that is not above it, so that none exceeds the limit. At 2 semitones: 55/49, 12/11, ...
     """
-    ups = set()
-    for quarter in range(1, 5):
-        exact = 2 ** (max_semitones * quarter / 4 / 12)
-        # 1e-9: a ratio that is exact must not fall below itself by rounding
-        ups.add(max(Fraction(int(exact * down + 1e-9), down) for down in range(1, 61)))
-    ups.discard(Fraction(1))
+    exact = [2 ** (max_semitones * quarter / 4 / 12) for quarter in range(1, 5)]
+    # 1e-9: a ratio that is exact must not fall below itself by rounding
+    ups = {max(Fraction(int(step * down + 1e-9), down) for down in range(1, 61)) for step in exact} - {Fraction(1)}
     return tuple(sorted(ups | {1 / up for up in ups}))
 
 
-# rooms and telephones
-
-
 def room_impulses(rt60_sec: Tensor, direct_db: Tensor, generator: torch.Generator) -> Tensor:
-    """Make impulse responses of rooms: the direct sound at once, then noise that decays by 60 dB in RT60.
+    """Make impulse responses of rooms, (B, S): the direct sound, 1, then noise that decays by 60 dB in RT60 (B,).
 
     h(t) = b(t) exp(-3 ln(10) t / RT60) with b white noise: Polack, "La transmission de l'énergie sonore dans les
     salles", 1988; Lebart et al., "A New Method Based on Spectral Subtraction for Speech Dereverberation", 2001.
-
-    Args:
-        rt60_sec: (B,) seconds.
-        direct_db: (B,) power of the direct sound over that of everything after it, dB.
-        generator: on the CPU.
-
-    Returns:
-        (B, S) float32 on the CPU; `[:, 0]` is 1, the direct sound.
+    `direct_db` (B,) is the power of the direct sound over that of everything after it.
     """
     taps = int(float(rt60_sec.max()) * SAMPLE_RATE)
     time_sec = torch.arange(taps) / SAMPLE_RATE
@@ -459,14 +386,7 @@ def telephone(audio: Tensor) -> Tensor:
 
 
 def g711_mu_law(audio: Tensor) -> Tensor:
-    """Encode to 8 bits and decode: ITU-T G.711, the segments of the standard and not the smooth curve behind them.
-
-    Args:
-        audio: any shape, float32; full scale is 1, beyond it is clipped.
-
-    Returns:
-        The same shape, on the 255 levels of the codec; 0 stays 0.
-    """
+    """Encode float32 audio to 8 bits and decode it: ITU-T G.711, the segments of the standard, not the smooth curve."""
     magnitude = (audio.abs() * 8_192).floor().clamp(max=G711_CLIP) + G711_BIAS  # 13 bits and sign, as integers
     segment = torch.log2(magnitude + 0.5).floor() - 5  # 0 to 7; + 0.5: no integer lies at an edge of rounding
     step = torch.exp2(segment + 1)
@@ -483,16 +403,12 @@ def _keep_energy(before: Tensor, after: Tensor, lengths: Tensor) -> Tensor:
 
 @cache
 def torchaudio_functional() -> Any:
-    """Import torchaudio, once.
-
-    Raises:
-        MissingDependencyError: it is absent, or does not fit the installed torch; with the line that installs it.
-    """
+    """Import torchaudio, once; where it is absent or does not fit torch, the error has the line that installs it."""
     try:
         from torchaudio import functional as torchaudio_functional
     except ModuleNotFoundError as err:
         installed = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:3])
-        fitting = ".".join(str(part) for part in min(installed, NEWEST_TORCHAUDIO))
+        fitting = ".".join(map(str, min(installed, NEWEST_TORCHAUDIO)))
         raise MissingDependencyError(
             f"augmentation needs torchaudio ({err}): pip install torchaudio=={fitting}"
         ) from err

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -23,125 +20,89 @@ _BINS = 30
 
 def draw_data_report(report: DataReport) -> NotebookFigure:
     """Draw amount, durations, pace, levels, silence, and how the model likes the label styles or else sample rates."""
-    clips = report.clips
-    with matplotlib.rc_context({**FIGURE_STYLE, "font.size": 9, "axes.titlesize": 10}):
+    clips, styles = report.clips, report.label_styles
+    with matplotlib.rc_context({**FIGURE_STYLE, "font.size": 9, "axes.titlesize": 10, "legend.frameon": False}):
         figure = NotebookFigure(figsize=(10, 5.8), layout="constrained")
-        axes = figure.subplots(2, 3)
-        _draw_amount(axes[0, 0], clips)
-        _draw_durations(axes[0, 1], clips)
-        _draw_pace(axes[0, 2], clips)
-        _draw_levels(axes[1, 0], clips)
-        _draw_silence(axes[1, 1], clips)
-        if report.label_styles is not None and len(report.label_styles):
-            _draw_styles(axes[1, 2], report.label_styles)
+        amount, durations, pace, levels, silence, last = figure.subplots(2, 3).flat
+        _draw_amount(amount, clips)
+        parts = {name: clips.loc[clips["split"] == name, "duration_sec"] for name in SPLITS}
+        bins = list(np.linspace(0, float(clips["duration_sec"].max()), _BINS + 1))
+        colors = [SPLIT_COLORS[name] for name in parts]
+        durations.hist(list(parts.values()), bins=bins, stacked=True, color=colors, label=list(parts))
+        durations.set(title="Durations", xlabel="seconds", ylabel="clips", xlim=(0, None))
+        durations.legend(fontsize=8)
+        odd, clipped = clips["chars_per_sec_outlier"], clips["clipped_fraction"] > CLIPPED_FRACTION
+        _scatter(pace, clips, "duration_sec", "chars_per_sec", odd, f"{count_clips(odd.sum())} far off")
+        median = float(clips["chars_per_sec"].median())
+        pace.axhline(median, color=GREY, linestyle=":", label=f"median {median:.1f}")
+        pace.set(title="Pace", xlabel="seconds", ylabel="characters per second")
+        _scatter(levels, clips, "loudness_dbfs", "peak_dbfs", clipped, f"{count_clips(clipped.sum())} cut off")
+        levels.axhline(0, color=GREY, linestyle=":", label="full scale")
+        levels.set(title="Levels", xlabel="loudness, dBFS", ylabel="peak, dBFS")
+        for axes in (pace, levels):
+            axes.margins(y=0.3)  # room for the legend
+            axes.legend(fontsize=8, loc="upper left", ncols=2, handlelength=1.2, columnspacing=1)
+        pace.set(xlim=(0, None), ylim=(0, None))
+        _draw_silence(silence, clips)
+        if styles is not None and len(styles):
+            _draw_styles(last, styles)
         else:
-            _draw_rates(axes[1, 2], clips)
+            counts = clips["sample_rate"].value_counts().sort_index()
+            bars = last.bar([f"{rate / 1000:g}" for rate in counts.index], counts, width=0.5, color=BLUE)
+            last.bar_label(bars, padding=3, fontsize=8)
+            last.set(title="Sample rates of the files", xlabel="kHz", ylabel="clips", xlim=(-0.8, len(counts) - 0.2))
+            last.margins(y=0.15)
+            last.grid(axis="x", visible=False)
+        for axes in (durations, silence):
+            axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     return figure
 
 
 def _draw_amount(axes: Axes, clips: pd.DataFrame) -> None:
-    minutes = [float(clips.loc[clips["split"] == name, "duration_sec"].sum()) / 60 for name in SPLITS]
-    axes.barh(SPLITS, minutes, color=[SPLIT_COLORS[name] for name in SPLITS], height=0.5)
-    labels = []
-    for place, (name, value) in enumerate(zip(SPLITS, minutes, strict=True)):
-        part = clips[clips["split"] == name]
-        speakers = int(part["speaker"].nunique())
-        voices = f"\n{speakers or 'unknown'} speaker{'s' * (speakers != 1)}" if len(part) else ""
-        labels.append(f"{name}\n{count_clips(len(part))}{voices}")
-        axes.annotate(f"{value:.3g}", (value, place), (3, 0), textcoords="offset points", va="center", fontsize=8)
+    found = clips.groupby("split").agg(sec=("duration_sec", "sum"), n=("id", "size"), speakers=("speaker", "nunique"))
+    found = found.reindex(SPLITS, fill_value=0)
+    bars = axes.barh(SPLITS, found["sec"] / 60, color=list(SPLIT_COLORS.values()), height=0.5)
+    axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+    rows = zip(SPLITS, found["n"], found["speakers"], strict=True)
+    labels = [f"{name}\n{count_clips(n)}\nspeakers: {speakers or 'unknown'}" for name, n, speakers in rows]
     axes.set_yticks(range(len(SPLITS)), labels, fontsize=8)
-    axes.set(title="Amount", xlabel="minutes", xlim=(0, 1.2 * max(minutes) or 1))
+    axes.set(title="Amount", xlabel="minutes")
+    axes.margins(x=0.2)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
 
 
-def _draw_durations(axes: Axes, clips: pd.DataFrame) -> None:
-    parts = {name: clips.loc[clips["split"] == name, "duration_sec"] for name in SPLITS}
-    present = {name: part.to_numpy(dtype=float) for name, part in parts.items() if len(part)}
-    longest = float(clips["duration_sec"].max())
-    axes.hist(
-        list(present.values()), bins=list(np.linspace(0, longest, _BINS + 1)), stacked=True,
-        color=[SPLIT_COLORS[name] for name in present], label=list(present),
-    )  # fmt: skip
-    axes.set(title="Durations", xlabel="seconds", ylabel="clips", xlim=(0, 1.03 * longest))
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.legend(frameon=False, fontsize=8)
-
-
-def _draw_pace(axes: Axes, clips: pd.DataFrame) -> None:
-    odd = clips[clips["chars_per_sec_outlier"]]
-    _scatter(axes, clips, odd, ("duration_sec", "chars_per_sec"), f"{count_clips(len(odd))} far off")
-    median = float(clips["chars_per_sec"].median())
-    axes.axhline(median, color=GREY, linestyle=":", label=f"median {median:.1f}")
-    axes.set(title="Pace", xlabel="seconds", ylabel="characters per second", xlim=(0, None))
-    axes.set_ylim(0, 1.3 * max(float(clips["chars_per_sec"].max()), 1.0))
-    axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=2, handlelength=1.2, columnspacing=1)
-
-
-def _draw_levels(axes: Axes, clips: pd.DataFrame) -> None:
-    clipped = clips[clips["clipped_fraction"] > CLIPPED_FRACTION]
-    _scatter(axes, clips, clipped, ("loudness_dbfs", "peak_dbfs"), f"{count_clips(len(clipped))} cut off")
-    axes.axhline(0, color=GREY, linestyle=":", label="full scale")
-    axes.set(title="Levels", xlabel="loudness, dBFS", ylabel="peak, dBFS")
-    lowest = float(clips["peak_dbfs"].min())
-    axes.set_ylim(lowest - 3, max(float(clips["peak_dbfs"].max()), 0) + 0.3 * (6 - lowest))
-    axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=2, handlelength=1.2, columnspacing=1)
-
-
-def _scatter(axes: Axes, clips: pd.DataFrame, marked: pd.DataFrame, columns: tuple[str, str], label: str) -> None:
+def _scatter(axes: Axes, clips: pd.DataFrame, x: str, y: str, marked: pd.Series[bool], label: str) -> None:
     """Draw at most 4,000 clips as points, and all marked ones as crosses."""
-    x, y = columns
-    shown = clips.iloc[:: math.ceil(len(clips) / MAX_POINTS)]
+    shown = clips.iloc[:: -(-len(clips) // MAX_POINTS)]
     axes.plot(shown[x], shown[y], ".", color=BLUE, alpha=0.4, markersize=4, rasterized=True)
-    style: dict[str, Any] = {"color": ORANGE, "markersize": 6, "markeredgewidth": 1.5, "rasterized": True}
-    axes.plot(marked[x], marked[y], "x", label=label, **style)
+    axes.plot(clips.loc[marked, x], clips.loc[marked, y], "x", color=ORANGE, label=label, rasterized=True)
 
 
 def _draw_silence(axes: Axes, clips: pd.DataFrame) -> None:
     heard = clips[clips["speech_fraction"].notna()]
-    axes.set(title="Silence around speech", xlabel="seconds", ylabel="clips")
     ends = {"before": heard["leading_silence_sec"].dropna(), "after": heard["trailing_silence_sec"].dropna()}
-    longest = max((float(part.max()) for part in ends.values() if len(part)), default=math.nan)
-    if math.isnan(longest):
-        reason = NOT_MEASURED if not len(heard) else "no speech found"
+    axes.set(title="Silence around speech", xlabel="seconds", ylabel="clips")
+    if not any(map(len, ends.values())):
+        reason = "no speech found" if len(heard) else NOT_MEASURED
         axes.text(0.5, 0.5, reason, ha="center", color=GREY, transform=axes.transAxes)
         axes.set(xticks=[], yticks=[])
         return
-    right = max(longest, 1.25 * LONG_SILENCE_SEC)
-    bins = list(np.linspace(0, right, _BINS + 1))
+    bins = list(np.linspace(0, max(1.25 * LONG_SILENCE_SEC, *(part.max() for part in ends.values())), _BINS + 1))
     for (name, part), (color, style) in zip(ends.items(), ((BLUE, "-"), (ORANGE, "--")), strict=True):
         axes.hist(part, bins=bins, histtype="step", color=color, linestyle=style, linewidth=1.5, label=name)
     axes.axvline(LONG_SILENCE_SEC, color=GREY, linestyle=":", label="long")
-    axes.set_xlim(0, right)
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     mute = int((heard["speech_fraction"] == 0).sum())
-    without = f"; {mute:,} without speech" if mute else ""
-    axes.legend(frameon=False, fontsize=8, title=f"{count_clips(len(heard))}{without}", title_fontsize=8)
-
-
-def _draw_rates(axes: Axes, clips: pd.DataFrame) -> None:
-    counts = clips["sample_rate"].value_counts().sort_index()
-    axes.bar([f"{rate / 1000:g}" for rate in counts.index], counts.to_numpy(), width=0.5, color=BLUE)
-    for place, n in enumerate(counts):
-        axes.annotate(f"{n:,}", (place, n), (0, 3), textcoords="offset points", ha="center", fontsize=8)
-    axes.set(title="Sample rates of the files", xlabel="kHz", ylabel="clips", xlim=(-0.8, len(counts) - 0.2))
-    axes.margins(y=0.15)
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.grid(axis="x", visible=False)
+    axes.legend(fontsize=8, title=f"{count_clips(len(heard))}, {mute:,} without speech", title_fontsize=8)
 
 
 def _draw_styles(axes: Axes, styles: pd.DataFrame) -> None:
-    best = float(styles["nats"].min())
-    places = list(range(len(styles)))
-    axes.barh(places, styles["nats"], height=0.6, color=[GREEN if v == best else GREY for v in styles["nats"]])
-    for place, value in enumerate(styles["nats"]):
-        axes.annotate(f"{value:.1f}", (value, place), (3, 0), textcoords="offset points", va="center", fontsize=8)
-    rows = zip(styles["style"], styles["space"], strict=True)
-    names = [style if space else f"{style},\nno space" for style, space in rows]
-    axes.set_yticks(places, names, fontsize=8)
+    names = styles["style"] + styles["space"].map({True: "", False: ",\nno space"})
+    colors = [GREEN if nats == styles["nats"].min() else GREY for nats in styles["nats"]]
+    bars = axes.barh(range(len(styles)), styles["nats"], height=0.6, color=colors)
+    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axes.set_yticks(range(len(styles)), list(names), fontsize=8)
     axes.invert_yaxis()
-    n = int(styles["clips"].iloc[0])
-    axes.set(
-        title="Label styles", xlabel=f"nats per transcript, {count_clips(n)}", xlim=(0, 1.2 * styles["nats"].max())
-    )
+    axes.set(title="Label styles", xlabel=f"nats per transcript, {count_clips(styles['clips'].iloc[0])}")
+    axes.margins(x=0.2)
     axes.grid(axis="y", visible=False)

@@ -1,15 +1,14 @@
 """Findings in the table of clips that a person should know before training, with counts, examples and advice.
 
-A rule is a function from the table to findings; it reads columns and decodes nothing. "error" means
-that training or measuring on this gives something wrong, "warning" that it costs quality, "info" is
-good to know.
+A rule reads columns and decodes nothing. "error" means that training or measuring on this gives something wrong,
+"warning" that it costs quality, "info" is good to know.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
@@ -31,21 +30,15 @@ LONG_SILENCE_SEC = 2.0
 SHORT_SEC = 0.5
 FEW_TEST_SPEAKERS = 10  # below it a bootstrap interval over speakers is clearly too narrow
 MANY = 0.05  # of the clips: a fault of the set, not of a few recordings
+FLATTERING_SHARE = 0.2  # of the test's texts that are in training too
 CAPITALS_SHARE = 0.9  # of a text's cased letters
-_PUNCTUATION = frozenset(".,;:?!…。、，；：？！।¿¡")
+_PUNCTUATION = re.compile("[.,;:?!…。、，；：？！।¿¡]")
 _WORD = re.compile(r"[\w'’]+")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know.
-
-    Attributes:
-        topic: what it is about, a word or two.
-        message: what was found, with its count.
-        advice: what to do about it; empty where there is nothing to do.
-        ids: of clips that show it, five at most.
-    """
+    """One thing to know: what it is about, what was found, what to do about it, and clips that show it."""
 
     level: Level
     topic: str
@@ -55,22 +48,14 @@ class Finding:
 
 
 def find_all(clips: pd.DataFrame, skipped: Sequence[SkippedUtterance]) -> tuple[Finding, ...]:
-    """Apply every rule.
-
-    Args:
-        clips: the columns of `CLIP_TYPES`.
-        skipped: recordings that were left out while checking.
-
-    Returns:
-        Errors first, within a level in the order of the rules.
-    """
-    found = list(_find_skipped(skipped))
-    for rule in (
-        _find_amount, _find_rates, _find_levels, _find_speech, _find_pace, _find_same_audio, _find_same_texts,
-        _find_speakers, _find_lengths, _find_styles,
-    ):  # fmt: skip
-        found += rule(clips)
-    return sort_findings(found)
+    """Apply every rule to a table with the columns of `CLIP_TYPES` and to what was left out while checking."""
+    of_duration = sum("data.max_duration_sec" in row.reason for row in skipped)
+    left_out = _of(
+        pd.DataFrame({"id": [row.id for row in skipped]}), "warning", "skipped",
+        f"left out while checking, {of_duration} for the duration",
+        "read the reasons in the list of skipped clips; cut long recordings at pauses",
+    )  # fmt: skip
+    return sort_findings([*left_out, *_in_recordings(clips), *_in_texts(clips), *_between_splits(clips)])
 
 
 def sort_findings(findings: Sequence[Finding]) -> tuple[Finding, ...]:
@@ -80,7 +65,7 @@ def sort_findings(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 
 def count_clips(n: int) -> str:
     """Return "1 clip" or "2 clips"."""
-    return f"{n:,} clip{'s' * (n != 1)}"
+    return f"{n:,} clip{'' if n == 1 else 's'}"
 
 
 def text_key(text: str) -> str:
@@ -88,39 +73,27 @@ def text_key(text: str) -> str:
     return " ".join(_WORD.findall(text.casefold()))
 
 
-def _of(clips: pd.DataFrame, level: Level, topic: str, message: str, advice: str) -> Iterator[Finding]:
-    """Yield one finding on these clips, with their number before the message; none where there are none."""
-    if len(clips):
-        examples = tuple(clips["id"].head(MAX_EXAMPLES))
-        yield Finding(level, topic, f"{count_clips(len(clips))} {message}", advice, examples)
+def _of(clips: pd.DataFrame, level: Level, topic: str, message: str, advice: str) -> list[Finding]:
+    """Return one finding on these clips, with their number before the message; none where there are none."""
+    examples = tuple(clips["id"].head(MAX_EXAMPLES))
+    return [Finding(level, topic, f"{count_clips(len(clips))} {message}", advice, examples)] if examples else []
 
 
-def _find_skipped(skipped: Sequence[SkippedUtterance]) -> Iterator[Finding]:
-    of_duration = sum("data.max_duration_sec" in row.reason for row in skipped)
-    yield from _of(
-        pd.DataFrame({"id": [row.id for row in skipped]}), "warning", "skipped",
-        f"left out while checking, {of_duration} for the duration",
-        "read the reasons in the list of skipped clips; cut long recordings at pauses",
-    )  # fmt: skip
-
-
-def _find_amount(clips: pd.DataFrame) -> Iterator[Finding]:
+def _in_recordings(clips: pd.DataFrame) -> Iterator[Finding]:
+    total, rates = len(clips), clips["sample_rate"]
     seconds = clips.groupby("split", sort=False)["duration_sec"].agg(["sum", "size"])
     parts = [f"{name} {row['sum'] / 60:.1f} min in {count_clips(int(row['size']))}" for name, row in seconds.iterrows()]
     little = float(clips.loc[clips["split"] == "train", "duration_sec"].sum()) < LITTLE_TRAINING_SEC
-    advice = (
-        "under 10 minutes for training: record more, keep epochs few, and trust only the comparison with the stock "
-        "model"
-    )
-    yield Finding("warning" if little else "info", "amount", ", ".join(parts), advice if little else "")
+    advice = "under 10 minutes for training: record more, and trust only the comparison with the stock model"
+    yield Finding("warning" if little else "info", "amount", ", ".join(parts), advice * little)
+    yield from _of(
+        clips[clips["duration_sec"] < SHORT_SEC], "info", "short", f"shorter than {SHORT_SEC} s",
+        "check that no word was cut off",
+    )  # fmt: skip
 
-
-def _find_rates(clips: pd.DataFrame) -> Iterator[Finding]:
-    total, rates = len(clips), clips["sample_rate"]
-    low = clips[rates < SAMPLE_RATE]
     lowest = int(rates.min())
     yield from _of(
-        low, "warning", "sample rate",
+        clips[rates < SAMPLE_RATE], "warning", "sample rate",
         f"of {total:,} below {SAMPLE_RATE:,} Hz; at {lowest:,} Hz there is nothing above {lowest // 2:,} Hz",
         "look for the original recordings; if the model will hear telephone speech, this is the right data",
     )  # fmt: skip
@@ -131,24 +104,21 @@ def _find_rates(clips: pd.DataFrame) -> Iterator[Finding]:
         f"of {total:,} with a high sample rate but nothing above 4 kHz: made from telephone speech, or filtered",
         "take the files from before they were converted, if there are any",
     )  # fmt: skip
-    counts = rates.value_counts()
-    if len(counts) > 1:
-        listed = ", ".join(f"{rate:,} Hz ({n:,})" for rate, n in counts.items())
+    if rates.nunique() > 1:
+        listed = ", ".join(f"{rate:,} Hz ({n:,})" for rate, n in rates.value_counts().items())
         shares = is_narrow.groupby(clips["split"]).mean()
         differ = float(shares.max() - shares.min()) > 0.2
         yield Finding(
             "warning" if differ else "info", "mixed rates",
-            f"sample rates are mixed: {listed}" + ("; the splits differ in how much is narrowband" if differ else ""),
-            "training and test should sound alike: mix the rates in all splits" if differ else "",
+            f"sample rates are mixed: {listed}" + "; the splits differ in how much is narrowband" * differ,
+            "training and test should sound alike: mix the rates in all splits" * differ,
         )  # fmt: skip
 
-
-def _find_levels(clips: pd.DataFrame) -> Iterator[Finding]:
     clipped = clips[clips["clipped_fraction"] > CLIPPED_FRACTION].sort_values("clipped_fraction", ascending=False)
+    worst = clips["clipped_fraction"].max()
     yield from _of(
-        clipped, "warning" if len(clipped) > MANY * len(clips) else "info", "clipping",
-        f"of {len(clips):,} cut off at the loudest parts, the worst in {clips['clipped_fraction'].max():.1%} of its "
-        "samples",
+        clipped, "warning" if len(clipped) > MANY * total else "info", "clipping",
+        f"of {total:,} cut off at the loudest parts, the worst in {worst:.1%} of its samples",
         "lower the input level of new recordings; leave out what sounds broken",
     )  # fmt: skip
     yield from _of(
@@ -161,11 +131,9 @@ def _find_levels(clips: pd.DataFrame) -> Iterator[Finding]:
         "the model hears each clip scaled by its loudest part, so noise comes up with the speech: record closer",
     )  # fmt: skip
 
-
-def _find_speech(clips: pd.DataFrame) -> Iterator[Finding]:
     heard = clips[clips["speech_fraction"].notna()]
-    if len(heard) < len(clips):
-        what = f"on {len(heard):,} of {len(clips):,} clips, chosen by hash" if len(heard) else NOT_MEASURED
+    if len(heard) < total:
+        what = f"on {len(heard):,} of {total:,} clips, chosen by hash" if len(heard) else NOT_MEASURED
         yield Finding("info", "speech detection", f"where speech is: {what}")
     mute = heard[heard["speech_fraction"] == 0]
     yield from _of(
@@ -176,80 +144,23 @@ def _find_speech(clips: pd.DataFrame) -> Iterator[Finding]:
     longest = heard[["leading_silence_sec", "trailing_silence_sec"]].max(axis=1)
     yield from _of(
         heard[longest > LONG_SILENCE_SEC], "warning", "long silence",
-        f"of {len(heard):,} with more than {LONG_SILENCE_SEC:.0f} s before or after the speech, at most "
-        f"{longest.max():.1f} s",
+        f"of {len(heard):,} with over {LONG_SILENCE_SEC:.0f} s before or after speech, at most {longest.max():.1f} s",
         "cut the ends: silence costs compute and hides cut transcripts",
     )  # fmt: skip
 
 
-def _find_pace(clips: pd.DataFrame) -> Iterator[Finding]:
+def _in_texts(clips: pd.DataFrame) -> Iterator[Finding]:
+    total, texts = len(clips), clips["text"]
     median = float(clips["chars_per_sec"].median())
     odd = clips[clips["chars_per_sec_outlier"]]
     ratio = odd["chars_per_sec"] / median
     farthest = ratio.where(ratio >= 1, 1 / ratio.clip(lower=1e-9)).sort_values(ascending=False).index
     yield from _of(
         odd.loc[farthest], "warning", "pace",
-        f"of {len(clips):,} far from the median of {median:.1f} characters per second: "
+        f"of {total:,} far from the median of {median:.1f} characters per second: "
         f"{int((ratio >= 1).sum())} too fast, {int((ratio < 1).sum())} too slow",
-        "listen to them: too fast is another clip's transcript or audio that was cut, too slow is missing words or "
-        "long silence",
+        "listen: too fast is another clip's transcript or cut audio, too slow is missing words or long silence",
     )  # fmt: skip
-
-
-def _find_same_audio(clips: pd.DataFrame) -> Iterator[Finding]:
-    copies = clips[clips["duplicate_audio_of"].notna()]
-    originals = clips.set_index("id").loc[copies["duplicate_audio_of"].tolist()]
-    across = copies["split"].to_numpy() != originals["split"].to_numpy()
-    yield from _of(
-        copies[across], "error", "same audio across splits",
-        "also in another split: the test repeats what was trained on", "remove them from training, or from the test",
-    )  # fmt: skip
-    unlike = copies["text"].map(text_key).to_numpy() != originals["text"].map(text_key).to_numpy()
-    yield from _of(
-        copies[unlike], "error", "same audio, other text",
-        "with the audio of another clip but not its transcript: one of them is wrong", "listen, and keep the right one",
-    )  # fmt: skip
-    yield from _of(copies[~across], "warning", "same audio", "more than once in a split", "remove the copies")
-
-
-def _find_same_texts(clips: pd.DataFrame) -> Iterator[Finding]:
-    repeated = clips[clips["duplicate_text_count"] > 1]
-    keys = clips["text"].map(text_key)
-    test = clips["split"] == "test"
-    shared = clips[test & keys.isin(set(keys[clips["split"] == "train"]))]
-    flattering = len(shared) > 0.2 * int(test.sum())
-    for finding in _of(
-        repeated, "warning" if flattering else "info", "same texts",
-        f"with a text that occurs more than once; {len(shared):,} of {int(test.sum()):,} test texts are also in "
-        "training",
-        "the rates speak of known sentences: test on texts that are not in training" if flattering else "",
-    ):  # fmt: skip
-        yield replace(finding, ids=tuple(shared["id"].head(MAX_EXAMPLES))) if len(shared) else finding
-
-
-def _find_speakers(clips: pd.DataFrame) -> Iterator[Finding]:
-    yield from _of(
-        clips[clips["speaker"].isna()], "warning", "unknown speakers",
-        f"of {len(clips):,} without a speaker: one voice may be in training and test",
-        "add a speaker column; without it rates may flatter and intervals are over clips",
-    )  # fmt: skip
-    named = clips[clips["speaker"].notna()]
-    shared = named[named.groupby("speaker")["split"].transform("nunique") > 1]
-    n = int(shared["speaker"].nunique())
-    yield from _of(
-        shared, "warning", "shared speakers", f"of {n:,} speaker{'s' * (n != 1)} that are in more than one split",
-        "right for a model of these voices only; else split by speaker",
-    )  # fmt: skip
-    of_test = int(named.loc[named["split"] == "test", "speaker"].nunique())
-    if 0 < of_test < FEW_TEST_SPEAKERS:
-        yield Finding(
-            "warning", "few test speakers",
-            f"the test has {of_test} speaker{'s' * (of_test != 1)}: intervals over them are too narrow",
-            f"take at least {FEW_TEST_SPEAKERS} speakers for the test",
-        )  # fmt: skip
-
-
-def _find_lengths(clips: pd.DataFrame) -> Iterator[Finding]:
     if clips["tokens"].isna().all():
         yield Finding("info", "tokens", f"length of the transcripts in tokens: {NOT_MEASURED}, no tokenizer was given")
     yield from _of(
@@ -257,20 +168,10 @@ def _find_lengths(clips: pd.DataFrame) -> Iterator[Finding]:
         f"with more than {MAX_LABEL_TOKENS} tokens (at most {clips['tokens'].max()}), which the decoder cannot take",
         "cut the recordings at pauses, or remove them",
     )  # fmt: skip
-    yield from _of(
-        clips[clips["duration_sec"] < SHORT_SEC], "info", "short", f"shorter than {SHORT_SEC} s",
-        "check that no word was cut off",
-    )  # fmt: skip
 
-
-def _find_styles(clips: pd.DataFrame) -> Iterator[Finding]:
-    texts = clips["text"]
     upper, lower = texts.map(lambda t: sum(map(str.isupper, t))), texts.map(lambda t: sum(map(str.islower, t)))
-    rules = (
-        ("capitals", "in capitals", upper > CAPITALS_SHARE * (upper + lower)),
-        ("punctuation", "with punctuation", texts.map(lambda t: any(c in _PUNCTUATION for c in t))),
-    )
-    for topic, what, has in rules:
+    in_capitals, punctuated = upper > CAPITALS_SHARE * (upper + lower), texts.str.contains(_PUNCTUATION)
+    for topic, what, has in (("capitals", "in capitals", in_capitals), ("punctuation", "with punctuation", punctuated)):
         share = float(has.mean())
         if MANY < share < 1 - MANY:
             fewer = clips[has if share < 0.5 else ~has]
@@ -279,17 +180,65 @@ def _find_styles(clips: pd.DataFrame) -> Iterator[Finding]:
                 "write all in one style (data.label_case: sentence or lower): the model cannot guess which is wanted",
                 tuple(fewer["id"].head(MAX_EXAMPLES)),
             )  # fmt: skip
-        elif topic == "capitals" and share >= 1 - MANY:
-            yield Finding(
-                "warning", topic, "the transcripts are in capitals, which the stock model does not write",
-                "set data.label_case to auto or sentence: fewer updates are needed",
-            )  # fmt: skip
-        elif topic == "punctuation" and share <= MANY:
-            yield Finding(
-                "info", topic, "the transcripts have no punctuation: the model will stop writing it",
-                "set data.label_case to sentence for a full stop at least, if punctuation is wanted",
-            )  # fmt: skip
+    if in_capitals.mean() >= 1 - MANY:
+        yield Finding(
+            "warning", "capitals", "the transcripts are in capitals, which the stock model does not write",
+            "set data.label_case to auto or sentence: fewer updates are needed",
+        )  # fmt: skip
+    if punctuated.mean() <= MANY:
+        yield Finding(
+            "info", "punctuation", "the transcripts have no punctuation: the model will stop writing it",
+            "set data.label_case to sentence for a full stop at least, if punctuation is wanted",
+        )  # fmt: skip
     yield from _of(
-        clips[texts.map(lambda t: any(map(str.isdigit, t)))], "info", "digits", f"of {len(clips):,} with digits",
+        clips[texts.map(lambda t: any(map(str.isdigit, t)))], "info", "digits", f"of {total:,} with digits",
         "fine where every number is written so; mixed with number words, rates suffer",
     )  # fmt: skip
+
+
+def _between_splits(clips: pd.DataFrame) -> Iterator[Finding]:
+    keys = clips["text"].map(text_key)
+    copies = clips[clips["duplicate_audio_of"].notna()]
+    originals = clips.set_index("id").loc[copies["duplicate_audio_of"].tolist()]
+    across = copies["split"].to_numpy() != originals["split"].to_numpy()
+    unlike = keys[copies.index].to_numpy() != originals["text"].map(text_key).to_numpy()
+    yield from _of(
+        copies[across], "error", "same audio across splits",
+        "also in another split: the test repeats what was trained on", "remove them from training, or from the test",
+    )  # fmt: skip
+    yield from _of(
+        copies[unlike], "error", "same audio, other text",
+        "with the audio of another clip but not its transcript: one of them is wrong", "listen, and keep the right one",
+    )  # fmt: skip
+    yield from _of(copies[~across], "warning", "same audio", "more than once in a split", "remove the copies")
+
+    repeated, test = clips[clips["duplicate_text_count"] > 1], clips["split"] == "test"
+    shared = clips[test & keys.isin(set(keys[clips["split"] == "train"]))]
+    flattering = len(shared) > FLATTERING_SHARE * int(test.sum())
+    if len(repeated):
+        yield Finding(
+            "warning" if flattering else "info", "same texts",
+            f"{count_clips(len(repeated))} with a text that occurs more than once; {len(shared):,} of "
+            f"{int(test.sum()):,} test texts are also in training",
+            "the rates speak of known sentences: test on texts that are not in training" * flattering,
+            tuple((shared if len(shared) else repeated)["id"].head(MAX_EXAMPLES)),
+        )  # fmt: skip
+
+    named = clips[clips["speaker"].notna()]
+    yield from _of(
+        clips[clips["speaker"].isna()], "warning", "unknown speakers",
+        f"of {len(clips):,} without a speaker: one voice may be in training and test",
+        "add a speaker column; without it rates may flatter and intervals are over clips",
+    )  # fmt: skip
+    common = named[named.groupby("speaker")["split"].transform("nunique") > 1]
+    n = common["speaker"].nunique()
+    yield from _of(
+        common, "warning", "shared speakers", f"of {n:,} speaker{'s' * (n != 1)} that are in more than one split",
+        "right for a model of these voices only; else split by speaker",
+    )  # fmt: skip
+    n = named.loc[named["split"] == "test", "speaker"].nunique()
+    if 0 < n < FEW_TEST_SPEAKERS:
+        yield Finding(
+            "warning", "few test speakers", f"the test has {n} speaker{'s' * (n != 1)}: their intervals are too narrow",
+            f"take at least {FEW_TEST_SPEAKERS} speakers for the test",
+        )  # fmt: skip

@@ -1,98 +1,82 @@
 """The data report: tables, findings and advice to read before training, kept in the run's folder.
 
-No model is needed. `src.evaluation.data_checks` adds what only a model can tell, and the result is
-saved the same way.
+No model is needed. `src.evaluation.data_checks` adds what only a model can tell, and the result is saved the same way.
 """
 
 from __future__ import annotations
 
 import html
 import json
-import math
-import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
-from src.data.audio import load_audio
-from src.data.dataset import decode_audio
 from src.data.labels import LabelEncoder
-from src.data.preparation import MAX_VAD_CLIPS, DatasetSplits, audio_cache
-from src.data.preprocessing import ClipStats, measure_speech
+from src.data.preparation import DatasetSplits
 from src.data.report.findings import CLIPPED_FRACTION, LEVELS, Finding, find_all, text_key
 from src.data.utterance import SPLITS, SkippedUtterance, Utterance, stable_hash
-from src.data.vad import VoiceActivityDetector
 from src.utils.config import Config
 from src.utils.errors import DataError
-from src.utils.figures import BLUE, GREY, ORANGE
-from src.utils.files import write_text_atomic
+from src.utils.files import read_json, write_json, write_text_atomic
 
-CLIP_TYPES: Mapping[str, str] = {
-    "id": "str",
-    "split": "str",
-    "speaker": "object",
-    "duration_sec": "float64",
-    "text": "str",
-    "characters": "int64",
-    "chars_per_sec": "float64",
-    "chars_per_sec_outlier": "bool",
-    "sample_rate": "int64",
-    "channels": "int64",
-    "peak_dbfs": "float64",
-    "clipped_fraction": "float64",
-    "loudness_dbfs": "float64",
-    "silent_fraction": "float64",
-    "bandwidth_hz": "float64",
-    "leading_silence_sec": "float64",
-    "trailing_silence_sec": "float64",
-    "speech_fraction": "float64",
-    "tokens": "Int64",
-    "duplicate_audio_of": "object",
-    "duplicate_text_count": "int64",
+CLIP_TYPES = {
+    "id": "str", "split": "str", "speaker": "object", "duration_sec": "float64", "text": "str", "characters": "int64",
+    "chars_per_sec": "float64", "chars_per_sec_outlier": "bool", "sample_rate": "int64", "channels": "int64",
+    "peak_dbfs": "float64", "clipped_fraction": "float64", "loudness_dbfs": "float64", "silent_fraction": "float64",
+    "bandwidth_hz": "float64", "leading_silence_sec": "float64", "trailing_silence_sec": "float64",
+    "speech_fraction": "float64", "tokens": "Int64", "duplicate_audio_of": "object", "duplicate_text_count": "int64",
     "audio_sha256": "str",
-}
+}  # fmt: skip
 OUTLIER_SCORE = 3.5
 MIN_CLIPS_FOR_OUTLIERS = 10
 _MIN_LOG_SPREAD = 0.1  # 10%: where all clips speak at one rate, not every small difference is an outlier
 
 REPORT_FILE = "data_report.json"
 CLIPS_FILE = "data_report_clips.csv"
-_LEVEL_COLORS = {"error": ORANGE, "warning": BLUE, "info": GREY}  # next to the word, which says it already
 _SHOWN_SKIPPED = 20
+_STYLE = "text-align: left; vertical-align: top; white-space: normal; max-width: 34em"  # prose, not numbers
 
 
 @dataclass(frozen=True, eq=False)
 class DataReport:
-    """The data of one run.
-
-    Attributes:
-        source: the one that was taken.
-        label_case: how transcripts were recased.
-        clips: one row per clip, columns as in `CLIP_TYPES`; NA where something was not measured.
-        findings: errors first.
-        skipped: recordings that were left out while checking.
-        label_styles: one row per style of writing, with what it costs the model; None where no model was asked.
-        hard_clips: clips that the model gets wrong altogether; None where no model was asked.
-    """
+    """The data of one run; the tables of a model's view are None where no model was asked."""
 
     source: str
-    label_case: str
-    clips: pd.DataFrame
-    findings: tuple[Finding, ...]
+    label_case: str  # how transcripts were recased
+    clips: pd.DataFrame  # one row per clip, columns as in `CLIP_TYPES`; NA where something was not measured
+    findings: tuple[Finding, ...]  # errors first
     skipped: tuple[SkippedUtterance, ...] = ()
-    label_styles: pd.DataFrame | None = None
-    hard_clips: pd.DataFrame | None = None
+    label_styles: pd.DataFrame | None = None  # one row per style of writing, with what it costs the model
+    hard_clips: pd.DataFrame | None = None  # clips that the model gets wrong altogether
 
     def summary(self) -> pd.DataFrame:
         """Return one row per split, an empty one too; shares are of its clips, NA where nothing was measured."""
-        rows = [_summarize(name, self.clips[self.clips["split"] == name]) for name in SPLITS]
+        rows = []
+        for name in SPLITS:
+            clips = self.clips[self.clips["split"] == name]
+            durations, heard = clips["duration_sec"], clips["speech_fraction"].dropna()
+            rows.append({
+                "split": name,
+                "clips": len(clips),
+                "hours": durations.sum() / 3600,
+                "speakers": clips["speaker"].nunique(),
+                "unknown_speaker_clips": clips["speaker"].isna().sum(),
+                "median_sec": durations.median(),
+                "p5_sec": durations.quantile(0.05),
+                "p95_sec": durations.quantile(0.95),
+                "chars_per_sec": clips["chars_per_sec"].median(),
+                "sample_rates": ", ".join(map(str, sorted(clips["sample_rate"].unique()))),
+                "loudness_dbfs": clips["loudness_dbfs"].median(),
+                "clipped_share": (clips["clipped_fraction"] > CLIPPED_FRACTION).mean(),
+                "no_speech_share": (heard == 0).mean(),
+                "pace_outliers": clips["chars_per_sec_outlier"].sum(),
+                "max_tokens": clips["tokens"].max(),
+            })  # fmt: skip
         return pd.DataFrame(rows).astype({"max_tokens": "Int64"})
 
     def findings_table(self) -> pd.DataFrame:
@@ -102,11 +86,7 @@ class DataReport:
 
     def to_text(self) -> str:
         """Return the summary and the findings as plain text."""
-        lines = [
-            f"data: {self.source}, label case {self.label_case}",
-            "",
-            _format(self.summary()).set_index("split").T.to_string(),
-        ]
+        lines = [f"data: {self.source}, label case {self.label_case}", "", self._shown_summary().to_string()]
         for finding in self.findings:
             lines += ["", f"{finding.level}: {finding.topic}: {finding.message}"]
             lines += [f"    {finding.advice}"] if finding.advice else []
@@ -115,35 +95,42 @@ class DataReport:
 
     def _repr_html_(self) -> str:
         counts = ", ".join(f"{sum(f.level == level for f in self.findings)} {level}" for level in LEVELS)
-        parts = [
-            f"<p><b>Data report</b>: {html.escape(self.source)}, label case {self.label_case}; findings: {counts}</p>",
-            _table_html(_format(self.summary()).set_index("split").T.rename_axis("", axis=1).reset_index(names="")),
-            _findings_html(self.findings),
-        ]
-        for title, frame in (("Label styles", self.label_styles), ("Hard clips", self.hard_clips)):
-            if frame is not None and len(frame):
-                parts += [f"<p><b>{title}</b></p>", _table_html(frame.round(3))]
-        if self.skipped:
-            rows = pd.DataFrame([asdict(row) for row in self.skipped[:_SHOWN_SKIPPED]])
-            parts += [f"<p><b>Skipped</b>: {len(self.skipped)}</p>", _table_html(rows)]
+        skipped = pd.DataFrame([asdict(row) for row in self.skipped[:_SHOWN_SKIPPED]])
+        tables = (
+            (f"Data report: {self.source}, label case {self.label_case}; findings: {counts}",
+             self._shown_summary().rename_axis(None, axis=1).reset_index(names="")),
+            ("Findings", self.findings_table()),
+            ("Label styles", self.label_styles),
+            ("Hard clips", self.hard_clips),
+            (f"Skipped: {len(self.skipped)}", skipped),
+        )  # fmt: skip
+        parts = [f"<style>.data-report-table td, .data-report-table th {{{_STYLE}}}</style>"]
+        with pd.option_context("display.max_colwidth", None):  # else transcripts and reasons end after 50 characters
+            for title, table in tables:
+                if table is not None and len(table):
+                    shown = table.round(3).to_html(index=False, border=0, na_rep="", classes="data-report-table")
+                    parts.append(f"<p><b>{html.escape(title)}</b></p>{shown}")
         return "\n".join(parts)
+
+    def _shown_summary(self) -> pd.DataFrame:
+        """Return the summary rounded for reading, one column per split, with a dash where nothing was measured."""
+        digits = dict.fromkeys(("median_sec", "p5_sec", "p95_sec", "chars_per_sec", "loudness_dbfs"), 1)
+        rounded = self.summary().round({**digits, "hours": 2, "clipped_share": 3, "no_speech_share": 3})
+        return rounded.astype(object).where(rounded.notna(), "-").set_index("split").T
 
     def save(self, run_dir: str | Path) -> tuple[Path, Path]:
         """Write data_report.json and data_report_clips.csv, each whole or not at all; return both paths."""
-        folder = Path(run_dir)
+        report, clips = Path(run_dir) / REPORT_FILE, Path(run_dir) / CLIPS_FILE
+        tables = {"summary": self.summary(), "label_styles": self.label_styles, "hard_clips": self.hard_clips}
         content = {
             "source": self.source,
             "label_case": self.label_case,
-            "summary": _to_records(self.summary()),
             "findings": [asdict(finding) for finding in self.findings],
             "skipped": [asdict(row) for row in self.skipped],
-            "label_styles": None if self.label_styles is None else _to_records(self.label_styles),
-            "hard_clips": None if self.hard_clips is None else _to_records(self.hard_clips),
+            **{name: None if table is None else _records(table) for name, table in tables.items()},
         }
-        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        report, clips = folder / REPORT_FILE, folder / CLIPS_FILE
         write_text_atomic(clips, self.clips.to_csv(index=False, lineterminator="\n"))
-        write_text_atomic(report, text + "\n")
+        write_json(report, content)
         return report, clips
 
     @classmethod
@@ -153,75 +140,37 @@ class DataReport:
         Raises:
             DataError: it is absent or damaged.
         """
-        folder = Path(run_dir)
-        try:
-            content = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-            clips = _read_clips(folder / CLIPS_FILE)
+
+        def parse(content: dict[str, Any]) -> DataReport:
+            tables = {name: content[name] for name in ("label_styles", "hard_clips")}
             return cls(
                 source=content["source"],
                 label_case=content["label_case"],
-                clips=clips,
+                clips=_read_clips(Path(run_dir) / CLIPS_FILE),
                 findings=tuple(Finding(**{**row, "ids": tuple(row["ids"])}) for row in content["findings"]),
                 skipped=tuple(SkippedUtterance(**row) for row in content["skipped"]),
-                label_styles=None if (rows := content["label_styles"]) is None else pd.DataFrame(rows),
-                hard_clips=None if (rows := content["hard_clips"]) is None else pd.DataFrame(rows),
+                **{name: None if rows is None else pd.DataFrame(rows) for name, rows in tables.items()},
             )
-        except FileNotFoundError as err:
-            raise DataError(f"{err.filename}: no such file; build the report and save it into this run first") from err
-        except (ValueError, KeyError, TypeError) as err:
-            raise DataError(f"{folder}: the data report is damaged ({err}); build it and save it again") from err
+
+        return read_json(Path(run_dir) / REPORT_FILE, parse, what="a data report", fix="build it and save it again")
 
 
-def build_data_report(
-    splits: DatasetSplits,
-    config: Config,
-    *,
-    tokenizer: Any | None = None,
-    vad: VoiceActivityDetector | None = None,
-    max_vad_clips: int = MAX_VAD_CLIPS,
-) -> DataReport:
+def build_data_report(splits: DatasetSplits, config: Config, *, tokenizer: Any | None = None) -> DataReport:
     """Look at prepared data.
 
     Args:
-        splits: from `prepare_datasets`, which measured the recordings.
-        config: `model.language` and `model.task` for the labels, `seed` for the choice of clips.
+        splits: from `prepare_datasets`, which measured the recordings; with its `vad`, where speech is in them.
+        config: `model.language` and `model.task` for the labels.
         tokenizer: of the model to train; without one tokens are not counted.
-        vad: looks for speech where `prepare_datasets` did not; those recordings are decoded again. Where neither did,
-            silence before and after speech, and its absence, are not measured.
-        max_vad_clips: recordings in which to look, chosen by hash.
 
     Raises:
         DataError: a clip without measurements, or a language unknown to the tokenizer.
-        AudioError: a recording that can no longer be decoded.
-    """
-    clips = tabulate_clips(splits, config, tokenizer=tokenizer, vad=vad, max_vad_clips=max_vad_clips)
-    skipped = tuple(splits.skipped)
-    return DataReport(splits.source, splits.label_case, clips, find_all(clips, skipped), skipped)
-
-
-def tabulate_clips(
-    splits: DatasetSplits,
-    config: Config,
-    *,
-    tokenizer: Any | None,
-    vad: VoiceActivityDetector | None,
-    max_vad_clips: int,
-) -> pd.DataFrame:
-    """Return one row per clip with the columns of `CLIP_TYPES`, in the order of the splits; NA if not measured.
-
-    Raises:
-        DataError: a clip without measurements.
-        AudioError: a recording that can no longer be decoded.
     """
     utterances = splits.utterances
-    missing = next((u.id for u in utterances if u.id not in splits.stats), None)
-    if missing is not None:
-        raise DataError(f"utterance {missing}: it was not measured; take the splits from prepare_datasets")
-    stats = dict(splits.stats)
-    if vad is not None:
-        chosen = hashed_choice(utterances, max_vad_clips, config.seed)
-        stats |= _find_speech([u for u in chosen if math.isnan(stats[u.id].speech_fraction)], stats, vad, config)
-    clips = pd.DataFrame([asdict(stats[u.id]) for u in utterances])
+    unmeasured = next((u.id for u in utterances if u.id not in splits.stats), None)
+    if unmeasured is not None:
+        raise DataError(f"utterance {unmeasured}: it was not measured; take the splits from prepare_datasets")
+    clips = pd.DataFrame([asdict(splits.stats[u.id]) for u in utterances])
     clips["id"] = [u.id for u in utterances]
     clips["split"] = [name for name, part in splits.parts.items() for _ in part]
     clips["speaker"] = [u.speaker for u in utterances]
@@ -233,43 +182,22 @@ def tabulate_clips(
     clips["duplicate_audio_of"] = first.astype(object).where(first != clips["id"], None)
     keys = clips["text"].map(text_key)
     clips["duplicate_text_count"] = keys.groupby(keys).transform("size")
-    tokens = None if tokenizer is None else _count_tokens(clips["text"].tolist(), tokenizer, config)
-    clips["tokens"] = pd.array(tokens or [None] * len(clips), dtype="Int64")
-    return clips[list(CLIP_TYPES)].astype(dict(CLIP_TYPES))
-
-
-def _count_tokens(texts: Sequence[str], tokenizer: Any, config: Config) -> list[int]:
-    """Count the decoder's positions per transcript, prefix and end token included, as `LabelEncoder` makes them."""
-    special = len(LabelEncoder(tokenizer, language=config.model.language, task=config.model.task).prefix) + 1
-    encoded = tokenizer([" " + text.strip() for text in texts], add_special_tokens=False)["input_ids"]
-    return [len(ids) + special for ids in encoded]
-
-
-def _find_speech(
-    utterances: Sequence[Utterance], stats: Mapping[str, ClipStats], vad: VoiceActivityDetector, config: Config
-) -> dict[str, ClipStats]:
-    """Decode recordings again and add where speech is to what was measured on them."""
-    cache = audio_cache(config)
-    load = cache.load_audio if cache else load_audio
-
-    def measure(utterance: Utterance) -> ClipStats:
-        audio = decode_audio(utterance, load=load).numpy()
-        return replace(stats[utterance.id], **measure_speech(audio, vad))
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = tqdm(pool.map(measure, utterances), total=len(utterances), desc="speech", leave=False)
-        return {utterance.id: measured for utterance, measured in zip(utterances, found, strict=True)}
+    clips["tokens"] = pd.array([None] * len(clips), dtype="Int64")
+    if tokenizer is not None:  # the decoder's positions, prefix and end token included
+        prefix = LabelEncoder(tokenizer, language=config.model.language, task=config.model.task).prefix
+        encoded = tokenizer([" " + u.text.strip() for u in utterances], add_special_tokens=False)["input_ids"]
+        clips["tokens"] = [len(ids) + len(prefix) + 1 for ids in encoded]
+    clips = clips[list(CLIP_TYPES)].astype(CLIP_TYPES)
+    skipped = tuple(splits.skipped)
+    return DataReport(splits.source, splits.label_case, clips, find_all(clips, skipped), skipped)
 
 
 def find_rate_outliers(rates: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Tell which clips have far too many or too few characters per second.
+    """Tell which clips (n,) have far too many or too few characters per second.
 
     The modified z-score of Iglewicz and Hoaglin (1993), |x - median| / (1.4826 MAD) > 3.5, on the logarithm of the
     rate: half and twice the speed are equally far, and outliers do not move the yardstick. Fewer than 10 clips have
     none; a rate of zero is one.
-
-    Args:
-        rates: (n,) characters per second.
     """
     if len(rates) < MIN_CLIPS_FOR_OUTLIERS:
         return np.zeros(len(rates), dtype=bool)
@@ -280,75 +208,22 @@ def find_rate_outliers(rates: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def hashed_choice(utterances: Sequence[Utterance], count: int, seed: int) -> list[Utterance]:
-    """Choose `count` utterances by a hash of their ids, all where there are fewer: a sample of the whole, never a head.
-
-    Raises:
-        DataError: none asked for.
-    """
-    if count < 1:
-        raise DataError(f"{count} clips asked for; ask for at least one")
+    """Choose `count` utterances by a hash of their ids, all if there are fewer: a sample of the whole, not a head."""
     return sorted(utterances, key=lambda u: stable_hash(seed, u.id))[:count]
 
 
-def _summarize(name: str, clips: pd.DataFrame) -> dict[str, Any]:
-    durations = clips["duration_sec"]
-    heard = clips["speech_fraction"].dropna()
-    return {
-        "split": name,
-        "clips": len(clips),
-        "hours": float(durations.sum()) / 3600,
-        "speakers": int(clips["speaker"].nunique()),
-        "unknown_speaker_clips": int(clips["speaker"].isna().sum()),
-        "median_sec": float(durations.median()),
-        "p5_sec": float(durations.quantile(0.05)),
-        "p95_sec": float(durations.quantile(0.95)),
-        "chars_per_sec": float(clips["chars_per_sec"].median()),
-        "sample_rates": ", ".join(str(rate) for rate in sorted(clips["sample_rate"].unique())),
-        "loudness_dbfs": float(clips["loudness_dbfs"].median()),
-        "clipped_share": float((clips["clipped_fraction"] > CLIPPED_FRACTION).mean()),
-        "no_speech_share": float((heard == 0).mean()),
-        "pace_outliers": int(clips["chars_per_sec_outlier"].sum()),
-        "max_tokens": None if clips["tokens"].isna().all() else int(clips["tokens"].max()),
-    }
-
-
-def _format(summary: pd.DataFrame) -> pd.DataFrame:
-    """Round for reading, with a dash where nothing was measured."""
-    digits = {"hours": 2, "median_sec": 1, "p5_sec": 1, "p95_sec": 1, "chars_per_sec": 1, "loudness_dbfs": 1}
-    rounded = summary.round({**digits, "clipped_share": 3, "no_speech_share": 3})
-    return rounded.astype(object).where(rounded.notna(), "-")
-
-
-def _table_html(frame: pd.DataFrame) -> str:
-    with pd.option_context("display.max_colwidth", None):  # else transcripts and reasons end after 50 characters
-        return str(frame.to_html(index=False, border=0, na_rep=""))
-
-
-def _findings_html(findings: tuple[Finding, ...]) -> str:
-    cell = 'style="text-align:left;vertical-align:top;white-space:normal;max-width:34em"'
-    heads = "".join(f"<th {cell}>{name}</th>" for name in ("level", "topic", "found", "advice", "examples"))
-    rows = []
-    for f in findings:
-        level = f'<b style="color:{_LEVEL_COLORS[f.level]}">{f.level}</b>'
-        texts = (html.escape(text) for text in (f.topic, f.message, f.advice, ", ".join(f.ids)))
-        rows.append("<tr>" + "".join(f"<td {cell}>{text}</td>" for text in (level, *texts)) + "</tr>")
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-
-
-def _to_records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Return rows of plain Python values, None for NA."""
-    records: list[dict[str, Any]] = json.loads(frame.to_json(orient="records", double_precision=12))
+    records: list[dict[str, Any]] = json.loads(table.to_json(orient="records", double_precision=12))
     return records
 
 
 def _read_clips(path: Path) -> pd.DataFrame:
     """Read the table of clips; an empty cell is NA, but a transcript may well read "NA" or "None"."""
-    cells = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    for column in ("speaker", "duplicate_audio_of"):
-        cells[column] = cells[column].where(cells[column] != "", None)
-    for column, kind in CLIP_TYPES.items():
-        if kind == "bool":
-            cells[column] = cells[column] == "True"
-        elif kind.lower() in ("float64", "int64"):
-            cells[column] = pd.to_numeric(cells[column].where(cells[column] != "", None))
-    return cells[list(CLIP_TYPES)].astype(dict(CLIP_TYPES))
+    cells = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")[list(CLIP_TYPES)]
+    others = [name for name in CLIP_TYPES if name not in ("id", "split", "text")]
+    cells[others] = cells[others].where(cells[others] != "", None)
+    cells["chars_per_sec_outlier"] = cells["chars_per_sec_outlier"] == "True"
+    numbers = [name for name, kind in CLIP_TYPES.items() if kind.lower() in ("float64", "int64")]
+    cells[numbers] = cells[numbers].apply(pd.to_numeric)
+    return cells.astype(CLIP_TYPES)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import io
 import math
+import re
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from src.data.audio import SAMPLE_RATE
 from src.data.augmentation import effects as dsp
+from src.data.augmentation.augmenter import AudioAugmenter
 from src.utils.errors import MissingDependencyError
 
-SRC = Path(__file__).parents[3] / "src"
 TONE_HZ = 440.0
 
 
@@ -47,32 +47,31 @@ def ragged(jfk: np.ndarray) -> tuple[Tensor, Tensor]:
     return batch, lengths
 
 
-@pytest.mark.parametrize("factor", [0.5, 0.9, 0.97, 1.05, 1.1, 2.0])
+def played(audio: Tensor, factor: float) -> Tensor:
+    return AudioAugmenter().apply(audio, whole(audio), [(dsp.Speed(factor),)], seed=0).audio
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.97, 1.1, 2.0])
 def test_speed_moves_a_tone_by_its_factor(factor: float) -> None:
-    changed = dsp.resample_by(tone(), dsp.speed_ratio(factor))
-    assert loudest_hz(changed) == pytest.approx(TONE_HZ * factor, rel=1e-3)
+    assert loudest_hz(played(tone(), factor)) == pytest.approx(TONE_HZ * factor, rel=1e-3)
 
 
 @pytest.mark.parametrize("factor", [0.9, 1.1])
 def test_speed_equals_soxr(jfk: np.ndarray, factor: float) -> None:
-    ratio = dsp.speed_ratio(factor)
-    ours = dsp.resample_by(torch.from_numpy(jfk)[None], ratio)[0].numpy()
-    theirs = soxr.resample(jfk, ratio.numerator, ratio.denominator, quality="HQ")
+    ours = played(0.5 * torch.from_numpy(jfk)[None], factor)[0].numpy()
+    theirs = 0.5 * soxr.resample(jfk, round(10 * factor), 10, quality="HQ")
     common = min(len(ours), len(theirs))
     error = np.square(ours[:common] - theirs[:common]).sum() / np.square(theirs).sum()
     assert 10 * np.log10(error) < -40
 
 
-@pytest.mark.parametrize("samples", [1_600, 16_000, 70_401])
+@pytest.mark.parametrize("samples", [1_600, 70_401])
 @pytest.mark.parametrize("factor", [0.9, 0.95, 1.1, 1.3])
 def test_speed_sets_the_length(samples: int, factor: float) -> None:
-    ratio = dsp.speed_ratio(factor)
-    length = int(dsp.resampled_lengths(torch.tensor([samples]), ratio))
-    assert length == round(samples / factor)
-    assert 0 <= dsp.resample_by(torch.zeros(1, samples), ratio).shape[1] - length <= 1
+    assert played(torch.ones(1, samples), factor).shape[1] == round(samples / factor)
 
 
-@pytest.mark.parametrize("limit", [0.3, 0.5, 1.0, 2.0, 3.0, 4.0])
+@pytest.mark.parametrize("limit", [0.3, 1.0, 2.0, 4.0])
 def test_pitch_steps_fill_the_limit_and_stay_within(limit: float) -> None:
     steps = [12 * math.log2(ratio) for ratio in dsp.pitch_ratios(limit)]
     assert max(map(abs, steps)) <= limit
@@ -82,9 +81,9 @@ def test_pitch_steps_fill_the_limit_and_stay_within(limit: float) -> None:
     assert all(max(ratio.numerator, ratio.denominator) <= 80 for ratio in dsp.pitch_ratios(limit))
 
 
-@pytest.mark.parametrize("ratio", [*dsp.pitch_ratios(2.0), *dsp.pitch_ratios(4.0)[::7]], ids=str)
+@pytest.mark.parametrize("ratio", [*dsp.pitch_ratios(2.0)[::3], *dsp.pitch_ratios(4.0)[::7]], ids=str)
 def test_pitch_moves_a_tone_and_keeps_the_length(ratio: Fraction) -> None:
-    for hertz in (110.0, TONE_HZ, 2_000.0):
+    for hertz in (110.0, 2_000.0):
         changed = dsp.shift_pitch(tone(hertz), whole(tone()), ratio=ratio)
         assert changed.shape == tone().shape
         assert loudest_hz(changed) == pytest.approx(hertz * float(ratio), rel=2e-3)
@@ -109,7 +108,7 @@ def test_pitch_keeps_words_in_place_and_energy(jfk: np.ndarray, ratio: Fraction)
     assert np.corrcoef(loudness)[0, 1] > 0.9
 
 
-@pytest.mark.parametrize("rate", [Fraction(4, 5), Fraction(11, 12), Fraction(7, 6)], ids=str)
+@pytest.mark.parametrize("rate", [Fraction(4, 5), Fraction(7, 6)], ids=str)
 def test_vocoder_equals_that_of_torchaudio(jfk: np.ndarray, rate: Fraction) -> None:
     from torchaudio.functional import phase_vocoder
 
@@ -175,19 +174,16 @@ def test_mu_law_equals_libsndfile() -> None:
 def test_a_row_does_not_depend_on_the_others(jfk: np.ndarray) -> None:
     audio, lengths = ragged(jfk)
     impulses = dsp.room_impulses(torch.tensor([0.2, 0.4, 0.6]), torch.zeros(3), torch.Generator().manual_seed(3))
-    effects = {
-        "pitch": lambda a, n, rows: dsp.shift_pitch(a, n, ratio=Fraction(12, 11)),
-        "room": lambda a, n, rows: dsp.reverberate(a, n, impulses=impulses[rows]),
-        "speed": lambda a, n, rows: dsp.resample_by(a, Fraction(9, 10)),
-        "telephone": lambda a, n, rows: dsp.telephone(a),
-    }
-    for name, effect in effects.items():
+    for effect in (
+        lambda a, n, rows: dsp.shift_pitch(a, n, ratio=Fraction(12, 11)),
+        lambda a, n, rows: dsp.reverberate(a, n, impulses=impulses[rows]),
+        lambda a, n, rows: dsp.resample_by(a, Fraction(9, 10)),
+        lambda a, n, rows: dsp.telephone(a),
+    ):
         together = effect(audio, lengths, slice(None))
         for row, length in enumerate(lengths.tolist()):
             alone = effect(audio[row : row + 1, :length], lengths[row : row + 1], slice(row, row + 1))
-            torch.testing.assert_close(
-                together[row, : alone.shape[1]], alone[0], atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(together[row, : alone.shape[1]], alone[0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -209,10 +205,8 @@ def test_an_absent_or_broken_torchaudio_is_named_with_its_pip_line(
 
 
 def test_only_one_module_imports_torchaudio() -> None:
-    importing = set()
-    for path in SRC.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            importing |= {path.name for name in names if name.split(".")[0] == "torchaudio"}
-    assert importing == {"effects.py"}
+    source = Path(__file__).parents[3] / "src"
+    importing = re.compile(r"^\s*(from|import) torchaudio", re.M)
+    assert [path.name for path in source.rglob("*.py") if importing.search(path.read_text())] == [
+        "effects.py", "validation.py",  # the doctor's runs in a process of its own
+    ]  # fmt: skip

@@ -41,13 +41,6 @@ def test_rows_have_their_own_colour_and_the_same_power() -> None:
     assert above_1_khz[0] > 2 * above_1_khz[1] > 20 * above_1_khz[2]
 
 
-@pytest.mark.parametrize("snr_db", [-5.0, 0.0, 7.5, 30.0])
-def test_snr_measured_equals_snr_asked(jfk: np.ndarray, snr_db: float) -> None:
-    noise = coloured_noise((1, len(jfk)), torch.ones(1), generator())[0]
-    mixture = mix_at_snr(torch.from_numpy(jfk), noise, snr_db=snr_db).numpy()
-    assert measured_snr_db(jfk, mixture) == pytest.approx(snr_db, abs=0.02)
-
-
 def test_each_clip_has_its_own_ratio_over_its_own_samples(jfk: np.ndarray) -> None:
     lengths, ratios_db = [48_000, 20_000, 1_600], torch.tensor([5.0, 15.0, 25.0])
     speech = torch.zeros(3, 60_000)
@@ -62,11 +55,11 @@ def test_each_clip_has_its_own_ratio_over_its_own_samples(jfk: np.ndarray) -> No
         torch.testing.assert_close(scale, scale[:1].expand_as(scale), rtol=1e-3, atol=0)
 
 
-def test_silence_has_no_ratio(jfk: np.ndarray) -> None:
-    speech, silence = torch.from_numpy(jfk), torch.zeros(len(jfk))
+def test_silence_has_no_ratio() -> None:
+    speech, silence, lengths = torch.ones(1, 9), torch.zeros(1, 9), torch.tensor([9])
     for wrong, pair in {"speech": (silence, speech), "noise": (speech, silence)}.items():
         with pytest.raises(AudioError, match=wrong):
-            mix_at_snr(*pair, snr_db=10)
+            mix_at_snr(*pair, snr_db=10, lengths=lengths)
 
 
 def voices(count: int) -> tuple[Tensor, Tensor]:
@@ -74,9 +67,7 @@ def voices(count: int) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([8_000 + 1_600 * row for row in range(count)])
     clips = torch.zeros(count, int(lengths.max()))
     for row, length in enumerate(lengths.tolist()):
-        clips[row, :length] = (
-            0.05 * (row + 1) * torch.sin(2 * torch.pi * 200 * (row + 1) * torch.arange(length) / 16_000)
-        )
+        clips[row, :length] = 0.05 * (row + 1) * torch.sin(torch.arange(length) * 400 * torch.pi * (row + 1) / 16_000)
     return clips, lengths
 
 
@@ -88,42 +79,24 @@ def heard(noise: Tensor, count: int) -> set[int]:
 
 def test_babble_has_four_equal_voices_and_never_its_own() -> None:
     clips, lengths = voices(8)
-    targets = torch.arange(8)
-    mixed = babble(
-        clips, lengths, targets=targets, target_lengths=lengths, num_samples=32_000, generator=generator()
-    )  # fmt: skip
+    mixed = babble(clips, lengths, torch.arange(8), lengths, 32_000, generator())
     chosen = [heard(row, 8) for row in mixed]
     assert all(len(voices) == BABBLE_VOICES and own not in voices for own, voices in enumerate(chosen))
     assert len(set(map(frozenset, chosen))) > 3
     assert mixed.square().mean(1).sqrt().numpy() == pytest.approx(BABBLE_VOICES**0.5, rel=0.1)
 
 
-def first_babble(clips: Tensor, lengths: Tensor, num_samples: int, seed: int = 0) -> Tensor:
-    """The babble for the first clip."""
-    return babble(
-        clips, lengths, targets=torch.tensor([0]), target_lengths=lengths[:1], num_samples=num_samples,
-        generator=generator(seed),
-    )[0]  # fmt: skip
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_babble_takes_as_many_others_as_there_are(count: int) -> None:
-    assert heard(first_babble(*voices(count), 16_000), count) == set(range(1, count))
-
-
-def test_babble_needs_another_clip_that_is_not_silent() -> None:
-    clips, lengths = voices(2)
-    clips[1] = 0
-    with pytest.raises(AudioError):
-        first_babble(clips, lengths, 9)
+def test_babble_takes_as_many_others_as_there_are() -> None:
+    clips, lengths = voices(3)
+    assert heard(babble(clips, lengths, torch.tensor([0]), lengths[:1], 16_000, generator())[0], 3) == {1, 2}
 
 
 def test_babble_reaches_short_clips_whose_neighbours_pause() -> None:
-    clips = torch.zeros(2, 64_000)
+    clips, lengths = torch.zeros(2, 64_000), torch.tensor([1_600, 64_000])
     clips[0, :1_600] = 0.1
     clips[1, 50_000:50_100] = 0.1
     for seed in range(20):
-        assert first_babble(clips, torch.tensor([1_600, 64_000]), 1_600, seed).any()
+        assert babble(clips, lengths, torch.tensor([0]), lengths[:1], 1_600, generator(seed)).any()
 
 
 def ramp(samples: int, offset: float) -> np.ndarray:
@@ -160,6 +133,8 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     for folder in (tmp_path / "absent", tmp_path):
         with pytest.raises(DataError, match=str(folder)):
             NoisePool(folder)
-    (tmp_path / "broken.wav").write_bytes(b"RIFF this is no sound")
-    with pytest.raises(AudioError, match=r"broken\.wav"):
-        NoisePool(tmp_path)
+    (tmp_path / "silent.wav").write_bytes(b"RIFF this is no sound")
+    for _ in range(2):
+        with pytest.raises(AudioError, match=r"silent\.wav"):
+            NoisePool(tmp_path)
+        sf.write(tmp_path / "silent.wav", np.zeros(1_600), SAMPLE_RATE)

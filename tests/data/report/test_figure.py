@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,59 +12,42 @@ import pytest
 from src.data.report import figure as report_figure
 from src.data.report.figure import draw_data_report
 from src.data.report.report import DataReport, build_data_report
-from src.data.utterance import Utterance
 from src.utils.config import Config
 from src.utils.figures import save_figure
 from tests.data.report_data import clip, noise, plain_clips, splits_of
 
 pytestmark = pytest.mark.usefixtures("no_warning_and_no_global_change")
 
-NATS = [29.1, 7.0, 12.0]
-STYLES = pd.DataFrame({"style": ["keep", "lower", "sentence"], "space": True, "nats": NATS, "clips": 16})
-
-
-def build(train: Sequence[Utterance], test: Sequence[Utterance] = ()) -> DataReport:
-    return build_data_report(splits_of(train, test=test), Config())
-
 
 @pytest.fixture(scope="module")
 def report() -> DataReport:
-    built = build([*plain_clips("a", 20), clip("c", np.clip(noise(2, 1, 0.8), -1, 1), "No.")], plain_clips("b", 4))
+    train = [*plain_clips("a", 20), clip("c", np.clip(noise(2, 1, 0.8), -1, 1), "No.")]
+    built = build_data_report(splits_of(train, test=plain_clips("b", 4)), Config())
     silence = {"leading_silence_sec": np.linspace(0, 3, len(built.clips)), "trailing_silence_sec": 0.2}
     return replace(built, clips=built.clips.assign(speech_fraction=0.8, **silence))
 
 
-def test_bars_and_marks_say_what_the_table_says(report: DataReport) -> None:
-    figure = draw_data_report(report)
-    assert len(figure.axes) == 6 and figure.get_size_inches()[0] <= 10
-    amount, durations, pace, levels, silence, _ = figure.axes
+def test_bars_and_marks_say_what_the_table_says(report: DataReport, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_figure, "MAX_POINTS", 10)
+    amount, durations, pace, levels, silence, rates = draw_data_report(report).axes
     widths = [patch.get_width() for patch in amount.patches]  # type: ignore[attr-defined]
     expected = report.clips.groupby("split")["duration_sec"].sum() / 60
     assert widths == pytest.approx([expected["train"], 0, expected["test"]])
-    assert len(durations.patches) > 0 and len(silence.patches) > 0
+    assert durations.patches and silence.patches and len(rates.patches) == 1
     for axes in (pace, levels):  # "No." in 2 s; cut off
-        assert len(axes.lines[1].get_xdata()) == 1  # type: ignore[arg-type]
+        assert len(axes.lines[1].get_xdata()) == 1 < len(axes.lines[0].get_xdata()) <= 10  # type: ignore[arg-type]
+    nats = [29.1, 7.0, 12.0]
+    styles = pd.DataFrame({"style": ["keep", "lower", "sentence"], "space": True, "nats": nats, "clips": 16})
+    panel = draw_data_report(replace(report, label_styles=styles)).axes[5]
+    assert [patch.get_width() for patch in panel.patches] == nats  # type: ignore[attr-defined]
 
 
-def test_label_styles_take_the_place_of_the_rates(report: DataReport) -> None:
-    panel = draw_data_report(replace(report, label_styles=STYLES)).axes[5]
-    assert [patch.get_width() for patch in panel.patches] == NATS  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: build([clip("only", noise(1, 1), "One.", speaker=None)]),
-        lambda: build([clip(str(i), noise(2, 1), "The same text.") for i in range(12)]),
-        lambda: build([replace(u, speaker=None) for u in plain_clips("a", 12)]),
-    ],
-    ids=["one clip", "all alike", "no speakers"],
-)
+@pytest.mark.parametrize("n", [1, 12])
 @pytest.mark.parametrize("speech_fraction", [np.nan, 0.0], ids=["not measured", "no speech"])
-def test_degenerate_data_draws(make: Callable[[], DataReport], speech_fraction: float, tmp_path: Path) -> None:
-    report = make()
-    report = replace(report, clips=report.clips.assign(speech_fraction=speech_fraction))
-    figure = draw_data_report(report)
+def test_degenerate_data_draws(n: int, speech_fraction: float, tmp_path: Path) -> None:
+    alike = [clip(str(i), noise(2, 1), "The same text.", speaker=None) for i in range(n)]
+    report = build_data_report(splits_of(alike), Config())
+    figure = draw_data_report(replace(report, clips=report.clips.assign(speech_fraction=speech_fraction)))
     save_figure(figure, tmp_path, "degenerate")
     assert len(figure.axes[4].texts) == 1 and not figure.axes[4].patches  # says why there are no bars
 
@@ -77,9 +59,3 @@ def test_a_saved_report_draws_the_same_figure(report: DataReport, tmp_path: Path
         for name, each in (("a", report), ("b", DataReport.load(tmp_path)))
     ]
     assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def test_many_clips_are_thinned(report: DataReport, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_figure, "MAX_POINTS", 10)
-    pace = draw_data_report(report).axes[2]
-    assert len(pace.lines[0].get_xdata()) <= 10  # type: ignore[arg-type]

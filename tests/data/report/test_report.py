@@ -43,20 +43,18 @@ def clean() -> list[Utterance]:
 
 
 @pytest.fixture(scope="module")
-def bundled(sample: list[Utterance]) -> DatasetSplits:
+def bundled(sample: list[Utterance], detector: VoiceActivityDetector) -> DatasetSplits:
     parts = ([u for u in sample if u.meta["split"] == name][:n] for name, n in zip(SPLITS, (40, 10, 30), strict=True))
-    return splits_of(*parts)
+    return splits_of(*parts, vad=detector)
 
 
 @pytest.fixture(scope="module")
-def bundled_report(bundled: DatasetSplits, detector: VoiceActivityDetector) -> DataReport:
-    return build_data_report(bundled, Config(), vad=detector)
+def bundled_report(bundled: DatasetSplits) -> DataReport:
+    return build_data_report(bundled, Config())
 
 
-def build(
-    train: Sequence[Utterance], validation: Sequence[Utterance] = (), test: Sequence[Utterance] = (), **options: Any
-) -> DataReport:
-    return build_data_report(splits_of(train, validation, test), Config(), **options)
+def build(train: Sequence[Utterance], test: Sequence[Utterance] = (), **options: Any) -> DataReport:
+    return build_data_report(splits_of(train, test=test), Config(), **options)
 
 
 def topics(report: DataReport) -> dict[str, Finding]:
@@ -112,7 +110,7 @@ def test_clips_without_speech_and_with_long_silence_are_told(jfk: Waveform, dete
     late = np.concatenate([np.zeros(3 * SAMPLE_RATE, np.float32), jfk[: 4 * SAMPLE_RATE]])
     train = [clip("good", jfk, "And so, my fellow Americans."), clip("late", late, "And so."),
              clip("none", noise(3, 1, 0.003), "Hello there.")]  # fmt: skip
-    report = build(train, vad=detector)
+    report = build_data_report(splits_of(train, vad=detector), Config())
     found = topics(report)
     assert found["no speech"].ids == ("none",)
     assert found["no speech"].level == "error"  # one of three: the set is at fault
@@ -123,14 +121,6 @@ def test_clips_without_speech_and_with_long_silence_are_told(jfk: Waveform, dete
     assert rows.loc["late", "leading_silence_sec"] == pytest.approx(3 + alone[0].start_sec, abs=0.1)
     assert rows.loc["none", "speech_fraction"] == 0
     assert np.isnan(rows.loc["none", "leading_silence_sec"])
-
-
-def test_speech_detection_takes_a_sample_and_says_so(bundled: DatasetSplits, detector: VoiceActivityDetector) -> None:
-    report = build_data_report(bundled, Config(), vad=detector, max_vad_clips=5)
-    assert report.clips["speech_fraction"].notna().sum() == 5
-    assert "on 5 of 80 clips" in topics(report)["speech detection"].message
-    again = build_data_report(bundled, Config(), vad=detector, max_vad_clips=5)
-    pd.testing.assert_frame_equal(again.clips, report.clips)
 
 
 def test_swapped_transcripts_show_in_the_pace(bundled: DatasetSplits) -> None:
@@ -160,6 +150,7 @@ def test_copies_are_found_through_containers_and_splits(clean: list[Utterance]) 
         test=[clip("t", pcm, "One text.", speaker="s9")],
     )
     found = topics(report)
+    assert report.findings[0].level == "error"
     assert (found["same audio"].level, found["same audio"].ids) == ("warning", ("w", "x"))
     assert (found["same audio across splits"].level, found["same audio across splits"].ids) == ("error", ("t",))
     assert found["same audio, other text"].ids == ("x",)
@@ -242,8 +233,6 @@ def test_a_hashed_choice_is_the_same_in_any_order(clean: list[Utterance]) -> Non
     assert [u.id for u in hashed_choice(clean[::-1], 5, 0)] == chosen
     assert chosen != [u.id for u in hashed_choice(clean, 5, 1)]
     assert len(hashed_choice(clean, 1_000, 0)) == 20
-    with pytest.raises(DataError):
-        hashed_choice(clean, 0, 0)
 
 
 def test_a_saved_report_has_no_nan_and_an_absent_or_damaged_one_is_refused(
@@ -261,10 +250,6 @@ def test_a_saved_report_has_no_nan_and_an_absent_or_damaged_one_is_refused(
         DataReport.load(tmp_path)
 
 
-def test_errors_come_first_and_clips_that_were_not_measured_are_refused(clean: list[Utterance]) -> None:
-    splits = splits_of(clean, test=[replace(clean[0], id="copy", speaker="s9")])
-    levels = [f.level for f in build_data_report(splits, Config()).findings]
-    assert levels[0] == "error"
-    assert levels == sorted(levels, key=("error", "warning", "info").index)
+def test_clips_that_were_not_measured_are_refused(clean: list[Utterance]) -> None:
     with pytest.raises(DataError, match="utterance a0"):
-        build_data_report(replace(splits, stats={}), Config())
+        build_data_report(replace(splits_of(clean), stats={}), Config())
