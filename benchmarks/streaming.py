@@ -32,7 +32,7 @@ from src.evaluation.visualization.streaming import draw_emission, draw_tradeoff
 from src.evaluation.word_timing import WordTiming, time_words
 from src.inference.engines import Engine, load_engine, transcribe
 from src.inference.options import DecodingOptions
-from src.inference.streaming.microphone import StreamingASR
+from src.inference.streaming.session import StreamingASR
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import Config, load_config
 from src.utils.figures import save_figure

@@ -27,7 +27,7 @@ from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
 from src.data.vad import VoiceActivityDetector
 from src.inference.engines import load_engine
-from src.inference.streaming.microphone import StreamingASR
+from src.inference.streaming.session import StreamingASR
 from src.utils.config import load_config
 from src.utils.memory import measure_memory
 

@@ -26,7 +26,7 @@ from src.data.vad import VoiceActivityDetector
 from src.inference.engines import Engine, load_engine
 from src.inference.server.host import LOOPBACK, ServerLimits
 from src.inference.server.server import DEFAULT_PORT, CaptionServer, SessionFactory
-from src.inference.streaming.session import StreamingSession
+from src.inference.streaming.session import StreamingASR
 from src.utils import load_config, setup_logging
 from src.utils.config import Config
 from src.utils.errors import ConfigError, WhisperASRError
@@ -84,13 +84,13 @@ def session_factory(engine: Engine, vad: VoiceActivityDetector, config: Config) 
     """Return what makes a session for a language."""
     languages = engine.vocabulary.languages or {"en"}
 
-    def make_session(language: str | None) -> StreamingSession:
+    def make_session(language: str | None) -> StreamingASR:
         if language is None:
-            return StreamingSession(engine=engine, vad=vad, config=config)
+            return StreamingASR(engine=engine, vad=vad, config=config)
         if language not in languages:
             raise ConfigError(f"language {language!r} is not known to this model; known: {', '.join(languages)}")
         spoken = config.model.model_copy(update={"language": language})
-        return StreamingSession(engine=engine, vad=vad, config=config.model_copy(update={"model": spoken}))
+        return StreamingASR(engine=engine, vad=vad, config=config.model_copy(update={"model": spoken}))
 
     return make_session
 

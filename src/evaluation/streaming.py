@@ -41,8 +41,8 @@ from src.evaluation.streams import SpeechStream
 from src.evaluation.text import WHISPER_ENGLISH, error_rate
 from src.evaluation.word_timing import Display, WordMatch, find_turns, follow_words, match_words, texts_by_clip
 from src.inference.streaming.commit import Event
-from src.inference.streaming.microphone import BLOCK_SEC, StreamingASR
-from src.inference.streaming.session import StreamingResult, StreamingSession
+from src.inference.streaming.microphone import BLOCK_SEC
+from src.inference.streaming.session import StreamingASR, StreamingResult
 from src.inference.words import Word
 from src.utils.errors import DataError
 from src.utils.tracking import ExperimentLogger
@@ -84,7 +84,7 @@ class Replay:
     ended_at: float
 
 
-def replay(session: StreamingSession, audio: Waveform, clock: ReplayClock, *, block_sec: float = BLOCK_SEC) -> Replay:
+def replay(session: StreamingASR, audio: Waveform, clock: ReplayClock, *, block_sec: float = BLOCK_SEC) -> Replay:
     """Reset a session and let it hear a recording as if it came live, without sleeping.
 
     Args:

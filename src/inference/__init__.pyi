@@ -8,7 +8,7 @@ from .server.client import stream_to_server
 from .server.host import ServerLimits
 from .server.page import launch_demo
 from .server.server import CaptionServer
-from .streaming.microphone import StreamingASR
+from .streaming.session import StreamingASR
 from .streaming.view import LiveCaptions
 
 __all__ = [

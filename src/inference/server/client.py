@@ -10,19 +10,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.inference.server.protocol import (
-    DTYPES,
-    Done,
-    End,
-    Failure,
-    Hello,
-    LiveEvent,
-    Ready,
-    SampleFormat,
-    StreamError,
-    read_server,
-    write_samples,
-)
+from src.inference.server import protocol
+from src.inference.server.protocol import SampleFormat, StreamError
 
 MAX_SERVER_MESSAGE = 1 << 24  # bytes; the last final of hours without a pause has some megabytes
 
@@ -35,7 +24,7 @@ async def stream_to_server(
     sample_format: SampleFormat = "f32le",
     language: str | None = None,
     token: str | None = None,
-) -> AsyncIterator[Ready | LiveEvent | Done]:
+) -> AsyncIterator[protocol.Ready | protocol.LiveEvent | protocol.Done]:
     """Send audio to a caption server, and yield its answers as they come.
 
     Args:
@@ -51,10 +40,9 @@ async def stream_to_server(
         `Ready`, the session's events, and `Done`; its reason is "shutdown" where the server stopped before the end.
 
     Raises:
-        StreamError: no caption server there, or it refused or failed.
-        Exception: what `blocks` raises.
+        StreamError: no caption server there, or it refused or failed. What `blocks` raises passes through.
     """
-    hello = Hello(sample_rate=sample_rate, format=sample_format, language=language)
+    hello = protocol.Hello(sample_rate=sample_rate, format=sample_format, language=language)
     sender: asyncio.Task[None] | None = None
     source_errors: list[Exception] = []
     websocket = await _connect(url, token)
@@ -62,15 +50,15 @@ async def stream_to_server(
         try:
             await websocket.send(hello.to_text())
             while True:
-                message = read_server(await websocket.recv(decode=True))
-                if isinstance(message, Failure):
-                    raise message.error
-                if isinstance(message, Ready):
-                    step = message.max_message_bytes // np.dtype(DTYPES[sample_format]).itemsize
+                message = protocol.read_server(await websocket.recv(decode=True))
+                if isinstance(message, protocol.Failure):
+                    raise StreamError(message.code, message.message, fix=message.fix, audio_sec=message.audio_sec)
+                if isinstance(message, protocol.Ready):
+                    step = message.max_message_bytes // np.dtype(protocol.DTYPES[sample_format]).itemsize
                     sending = _send_audio(websocket, iter(blocks), sample_format, step, source_errors)
                     sender = asyncio.create_task(sending)
                 yield message
-                if isinstance(message, Done):
+                if isinstance(message, protocol.Done):
                     return
         except ConnectionClosed as err:
             lost = f"{url}: the connection ended before the captions did: {err}"
@@ -92,8 +80,8 @@ async def _send_audio(
     try:
         while (block := await asyncio.to_thread(next, blocks, None)) is not None:
             for at in range(0, len(block), step):
-                await websocket.send(write_samples(block[at : at + step], sample_format))
-        await websocket.send(End().to_text())
+                await websocket.send(protocol.write_samples(block[at : at + step], sample_format))
+        await websocket.send(protocol.End().to_text())
     except ConnectionClosed:
         pass  # the receiving side learns why
     except Exception as err:  # noqa: BLE001 - nobody awaits this task; the receiving side raises it

@@ -1,9 +1,8 @@
 """Live sessions on one machine: who is admitted, whose audio is heard next, and when a session ends.
 
-Two adapters carry audio in and events out: `server` over WebSockets, `page` over the requests of a web page. The host
-runs on their event loop. All model calls run in one worker thread, first in, first out. A session has at most one turn
-of `TURN_SEC` of audio in that queue, so turns go round: a client with a minute of audio waiting delays the others no
-more than one with a second. The backlog of a session is bounded; beyond that `put` waits, and nothing is dropped.
+`server` and `page` carry audio in and events out; the host runs on their event loop. All model calls run in one worker
+thread, first in, first out. A session has at most one turn of `TURN_SEC` of audio in that queue, so that a client with
+a minute of audio waiting delays the others no more than one with a second.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -20,8 +19,8 @@ import numpy as np
 from src.data.audio import Waveform
 from src.inference.server.protocol import StreamError
 from src.inference.streaming.commit import Event
-from src.inference.streaming.session import StreamingSession
-from src.utils.errors import ConfigError, first_line
+from src.inference.streaming.session import StreamingASR
+from src.utils.errors import ConfigError, WhisperASRError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -32,60 +31,37 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What a client may use.
+    """What a client may use."""
 
-    Attributes:
-        max_sessions: at once; one more is refused.
-        max_message_bytes: of one message; a longer one closes the connection with code 1009.
-        queue_sec: audio that may wait for a session's turns.
-        idle_sec: without audio, once all of it was heard; then the session is decoded to its end and closed.
-        max_session_sec: of audio, and of time.
-        send_sec: for a client to take an event; one that does not read is cut off.
-
-    Raises:
-        ConfigError: a limit is not above 0.
-    """
-
-    max_sessions: int = 4
-    max_message_bytes: int = 1 << 18  # 4 s of float32 at 16 kHz
-    queue_sec: float = 10.0
-    idle_sec: float = 30.0
-    max_session_sec: float = 4 * 3600.0
-    send_sec: float = 10.0
+    max_sessions: int = 4  # at once; one more is refused
+    max_message_bytes: int = 1 << 18  # 4 s of float32 at 16 kHz; a longer one closes the connection with code 1009
+    queue_sec: float = 10.0  # audio that may wait for a session's turns; beyond it the client waits
+    idle_sec: float = 30.0  # without audio, once all of it was heard; then the session is decoded to its end
+    max_session_sec: float = 4 * 3600.0  # of audio, and of time
+    send_sec: float = 10.0  # for a client to take an event; one that does not read is cut off
 
     def __post_init__(self) -> None:
-        wrong = [f"{f.name} is {getattr(self, f.name)}" for f in fields(self) if not getattr(self, f.name) > 0]
+        wrong = [f"{name} is {value}" for name, value in asdict(self).items() if not value > 0]
         if wrong:
             raise ConfigError(f"limits of the caption server: {', '.join(wrong)}; they must be above 0")
 
 
 class LiveHost:
-    """Admits sessions, and runs their calls in turn.
-
-    Attributes:
-        worker: the thread of all model calls; other work on the same models takes its turns there too.
-        sessions: those that are not closed.
-    """
+    """Admits sessions, and runs their calls in turn; other work on the same models takes turns in `worker` too."""
 
     def __init__(self, limits: ServerLimits | None = None) -> None:
         self.limits = limits or ServerLimits()
         self.worker = ThreadPoolExecutor(1, "live")
-        self.sessions: set[LiveSession] = set()
+        self.sessions: set[LiveSession] = set()  # those that are not closed
 
-    async def open(self, make_session: Callable[[], StreamingSession], sample_rate: int) -> LiveSession:
-        """Admit a client; `close` what is returned.
+    async def open(self, make_session: Callable[[], StreamingASR], sample_rate: int) -> LiveSession:
+        """Admit a client with audio of a rate in Hz, or raise StreamError; `close` what is returned.
 
-        Args:
-            make_session: runs in the worker; a `ConfigError` of it is the client's mistake.
-            sample_rate: of the client's audio, Hz.
-
-        Raises:
-            StreamError: all sessions are taken, or none could be made.
+        `make_session` runs in the worker; a `ConfigError` of it is the client's mistake.
         """
         if len(self.sessions) >= self.limits.max_sessions:
-            raise StreamError(
-                "too_many_sessions", f"all {self.limits.max_sessions} sessions are taken", fix="try again later"
-            )
+            taken = f"all {self.limits.max_sessions} sessions are taken"
+            raise StreamError("too_many_sessions", taken, fix="try again later")
         live = LiveSession(self, sample_rate)
         self.sessions.add(live)
         try:
@@ -97,11 +73,7 @@ class LiveHost:
         return live
 
     async def in_worker(self, call: Callable[..., T], *arguments: object) -> T:
-        """Run a call in its turn.
-
-        Raises:
-            StreamError: it failed.
-        """
+        """Run a call in its turn; what it raises becomes a StreamError."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self.worker, call, *arguments)
         except ConfigError as err:
@@ -109,23 +81,22 @@ class LiveHost:
         except Exception as err:  # the thread's boundary: one session fails, the others go on
             logger.exception("a session failed")
             notes = "".join(f", {note}" for note in getattr(err, "__notes__", ()))
-            raise StreamError(
-                "engine_failed",
-                f"{type(err).__name__}: {first_line(err)}{notes}",
-                fix="stream again from where the commits end; the server's log has the traceback",
-            ) from err
+            fix = "stream again from where the commits end; the server's log has the traceback"
+            raise StreamError("engine_failed", f"{type(err).__name__}: {first_line(err)}{notes}", fix=fix) from err
+
+
+def complaint(err: Exception) -> str:
+    """Return an error in a line; log the traceback of one that no user has caused."""
+    if isinstance(err, WhisperASRError):
+        return first_line(err)
+    logger.error("a request failed", exc_info=err)
+    return f"{type(err).__name__}: {first_line(err)}; the server's log has the traceback"
 
 
 class LiveSession:
-    """A session on the host: its backlog, its turns and its limits.
+    """A session on the host: its backlog, its turns and its limits."""
 
-    Attributes:
-        session: of which `feed` and `flush` run in the host's worker.
-        sample_rate: of its audio, Hz.
-        ending: why no more audio is taken; what was taken before is still heard. None while more may come.
-    """
-
-    session: StreamingSession
+    session: StreamingASR  # `feed` and `flush` run in the worker
 
     def __init__(self, host: LiveHost, sample_rate: int) -> None:
         limits, self._host, self.sample_rate = host.limits, host, sample_rate
@@ -136,12 +107,10 @@ class LiveSession:
         self._changed = asyncio.Event()
         self._failure: Exception | None = None
         self._flushed = False
+        # why no more audio is taken; what was taken before is still heard
         self.ending: Literal["end", "shutdown"] | StreamError | None = None
-        self._too_long = StreamError(
-            "session_too_long",
-            f"a session lasts {limits.max_session_sec:g} s at most",
-            fix="begin another one, and continue there",
-        )
+        lasts = f"a session lasts {limits.max_session_sec:g} s at most"
+        self._too_long = StreamError("session_too_long", lasts, fix="begin another one, and continue there")
         self._deadline = asyncio.get_running_loop().call_later(limits.max_session_sec, self.end, self._too_long)
         self._idle: asyncio.TimerHandle | None = None
 
@@ -179,9 +148,7 @@ class LiveSession:
     async def next_events(self) -> list[Event] | None:
         """Wait for audio, hear a turn of it, and return what that gave; None once all was heard to its end.
 
-        Raises:
-            StreamError: the session failed.
-            Exception: what `fail` was given.
+        It raises a StreamError if the session failed, and what `fail` was given.
         """
         while not len(self._backlog) and self.ending is None and self._failure is None:
             await self._change()
@@ -202,12 +169,10 @@ class LiveSession:
 
     def end(self, ending: Literal["end", "shutdown"] | StreamError, *, drop: bool = False) -> None:
         """Take no more audio; `drop` discards what waits. Only the first call counts."""
-        if self.ending is not None:
-            return
-        self.ending = ending
-        if drop:
-            self._backlog = self._backlog[:0]
-        self._changed.set()
+        if self.ending is None:
+            self.ending = ending
+            self._backlog = self._backlog[:0] if drop else self._backlog
+            self._changed.set()
 
     def fail(self, error: Exception) -> None:
         """Hear nothing more: the next `next_events` raises."""
@@ -223,12 +188,11 @@ class LiveSession:
 
     def wait_for_client(self) -> None:
         """End the session unless audio comes in time."""
-        if self not in self._host.sessions:  # closed during its turn: a timer would keep it in memory
-            return
         self._cancel_idle()
-        idle_sec = self._host.limits.idle_sec
-        idle = StreamError("idle", f"nothing came for {idle_sec:g} s", fix="send audio, silence too, and then the end")
-        self._idle = asyncio.get_running_loop().call_later(idle_sec, self.end, idle)
+        if self in self._host.sessions:  # else it was closed during its turn: a timer would keep it in memory
+            silent = f"nothing came for {self._host.limits.idle_sec:g} s"
+            idle = StreamError("idle", silent, fix="send audio, silence too, and then the end")
+            self._idle = asyncio.get_running_loop().call_later(self._host.limits.idle_sec, self.end, idle)
 
     def _cancel_idle(self) -> None:
         if self._idle is not None:

@@ -4,10 +4,11 @@ Everything stays between the browser and this process: no font, script or count 
 `share=True` alone opens a tunnel through Gradio's servers.
 
 Live captions go over the page's own requests, because a proxy such as Colab's may not pass WebSockets. gr.Audio can
-stream a microphone too, but loses audio: of the first 8 s that it recorded it delivered 1.0 to 3.0 s, and never what
-came after the last full piece before Stop (Gradio 6.24, Chromium, loopback, 2026-11-28). So the page hears for itself
-(`templates/demo_live.js`): a message holds at most half a second, and the next one leaves when the answer to the last
-has come. The backlog stays in the browser, nothing is lost, and tabs take turns.
+stream a microphone too, but loses audio (Gradio 6.24, Chromium, 2026-11-28: of the first 8 s 1.0 to 3.0 s arrived). So
+the page hears for itself (`templates/demo_live.js`): a message holds at most half a second, and the next one leaves
+when the answer to the last has come. A slow server loses nothing, the backlog stays in the browser. But a recording
+from which no message came for `ServerLimits.idle_sec` (30 s: its computer slept, its network was away) has ended: the
+next answer gives the captions of what was heard until then, and what the browser still holds is not transcribed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,36 +31,27 @@ from src.inference.captions import make_cues, spaced, to_srt, to_vtt
 from src.inference.engines import Engine, load_engine, transcribe
 from src.inference.files.transcribe import BatchInference, Transcriptions
 from src.inference.options import DecodingOptions
-from src.inference.server.host import LOOPBACK, LiveHost, LiveSession, ServerLimits
-from src.inference.server.protocol import MAX_WIRE_RATE, MIN_WIRE_RATE, LiveEvent, StreamError, read_samples
+from src.inference.server.host import LOOPBACK, LiveHost, LiveSession, ServerLimits, complaint
+from src.inference.server.protocol import MAX_WIRE_RATE, MIN_WIRE_RATE, StreamError, read_samples
 from src.inference.streaming.commit import Event
-from src.inference.streaming.session import StreamingSession
-from src.inference.words import Word
+from src.inference.streaming.session import StreamingASR
 from src.utils.config import Config
-from src.utils.errors import AudioError, ConfigError, MissingDependencyError, ModelError, WhisperASRError, first_line
-
-logger = logging.getLogger(__name__)
+from src.utils.errors import AudioError, ConfigError, MissingDependencyError, ModelError
 
 MAX_UPLOAD_SEC = 3600.0  # 230 MB of samples
 MAX_CHARS = 1 << 18  # of a message's audio: 1 s of int16 at the highest rate, in base64
 CPU_BATCH = 1  # segments of a file in a turn: live captions wait for one, not for sixteen; on a CPU it is as fast
-TUNED, STOCK = "tuned", "stock"
 CONTEXTS = {"full": "padded to 30 s", "dynamic": "at the audio's own length"}
 ModelSource = str | Path | Engine
 
 
 class Demo:
-    """A page that is being served; as a context manager, it closes at the end of the block.
-
-    Attributes:
-        url: where this machine opens it.
-        share_url: where everybody does; None unless shared.
-    """
+    """A page that is being served; as a context manager, it closes at the end of the block."""
 
     def __init__(self, page: Any, host: LiveHost) -> None:
         self._page, self._host = page, host
-        self.url: str = page.local_url
-        self.share_url: str | None = page.share_url
+        self.url: str = page.local_url  # on this machine
+        self.share_url: str | None = page.share_url  # for everybody; None unless shared
 
     def __repr__(self) -> str:
         return f"Demo({self.share_url or self.url}); close() ends it"
@@ -118,13 +109,12 @@ def launch_demo(
     except ImportError as err:
         raise MissingDependencyError(f"the web page needs gradio 6 ({err}): pip install gradio") from err
     config, host = config or Config(), LiveHost(limits)
-    engines: dict[str, Engine] = {}
+    sources: dict[str, ModelSource] = {**(models or {}), **({} if stock is None else {"stock": stock})}
     if model is not None:
         from src.inference.decoding import TorchEngine
 
-        engines[TUNED] = TorchEngine(model, processor)
-    for name, source in {**(models or {}), **({} if stock is None else {STOCK: stock})}.items():
-        engines[name] = load_engine(source, config) if isinstance(source, str | Path) else source
+        sources = {"tuned": TorchEngine(model, processor)} | sources
+    engines = {n: load_engine(each, config) if isinstance(each, str | Path) else each for n, each in sources.items()}
     backend = Backend(engines, config, host, max_upload_sec=max_upload_sec)
     page = page_layout.build_page(
         backend.about, hear=backend.live.answer, leave=backend.live.leave, transcribe=backend.transcribe
@@ -142,18 +132,13 @@ def launch_demo(
 
 
 class Backend:
-    """The models behind the page, by the name that it shows; it knows nothing of Gradio.
-
-    Attributes:
-        about: how each model computes.
-        live: for microphones.
-    """
+    """The models behind the page, by the name that it shows; it knows nothing of Gradio."""
 
     def __init__(self, engines: Mapping[str, Engine], config: Config, host: LiveHost, *, max_upload_sec: float) -> None:
         self._engines, self._config, self._max_upload_sec = engines, config, max_upload_sec
         self._vad = VoiceActivityDetector(config.vad)
         self.live = LiveTabs(host, self._make_session)
-        self.about: dict[str, str] = {}
+        self.about: dict[str, str] = {}  # how each model computes
         self._batches: dict[str, BatchInference] = {}
         for name, engine in engines.items():
             transcribe(engine, [np.zeros(SAMPLE_RATE, np.float32)], DecodingOptions(language="en"))  # the first is slow
@@ -163,17 +148,13 @@ class Backend:
             in_turns = cast(Engine, _InTurns(engine, host))
             self._batches[name] = BatchInference(config=settings, engine=in_turns, vad=self._vad)
 
-    def _make_session(self, model: str) -> StreamingSession:
+    def _make_session(self, model: str) -> StreamingASR:
         if model not in self._engines:
             raise ConfigError(f"model {model!r} is not on this page; known: {', '.join(self._engines)}")
-        return StreamingSession(self._engines[model], vad=self._vad, config=self._config)
+        return StreamingASR(engine=self._engines[model], vad=self._vad, config=self._config)
 
     def transcribe(self, path: str | None, *models: str) -> list[Transcriptions]:
-        """Transcribe an upload with one model after the other, so that their times compare; silence is allowed.
-
-        Raises:
-            AudioError: there is none, it cannot be decoded, or it is too long.
-        """
+        """Transcribe an upload with one model after the other, so that their times compare; silence is allowed."""
         if path is None:
             raise AudioError("no recording yet: upload one, or record it")
         audio = read_upload(Path(path), max_sec=self._max_upload_sec)
@@ -196,11 +177,7 @@ class _InTurns:
 
 
 def read_upload(path: Path, *, max_sec: float) -> Waveform:
-    """Decode an upload to (T,) float32 at 16 kHz; silence is allowed.
-
-    Raises:
-        AudioError: it cannot be decoded, or is longer than `max_sec`.
-    """
+    """Decode an upload to (T,) float32 at 16 kHz; silence is allowed, more than `max_sec` is an AudioError."""
     blocks, samples = [], 0
     for block in stream_audio(path, name=path.name):
         blocks.append(block)
@@ -229,7 +206,7 @@ class LiveMessage(BaseModel):
 class LiveTabs:
     """Recordings that are under way, at most one per tab: an adapter between the page's requests and `host`."""
 
-    def __init__(self, host: LiveHost, make_session: Callable[[str], StreamingSession]) -> None:
+    def __init__(self, host: LiveHost, make_session: Callable[[str], StreamingASR]) -> None:
         self._host, self._make_session = host, make_session
         self._tabs: dict[str, LiveSession] = {}
 
@@ -237,20 +214,16 @@ class LiveTabs:
         """Hear a message.
 
         Returns:
-            `events` as they travel and `audio_sec` heard; when the recording ends `srt` and `vtt`, and a `note` if it
-            ended at a limit. Or `error` alone, and the recording is over.
+            `events` and `audio_sec` heard; at the end of the recording `srt`, `vtt`, and a `note` if a limit ended it.
+            Or `error` alone, and the recording is over.
         """
         try:
             return await self._hear(LiveMessage.model_validate(message))
         except ValidationError as err:
             return {"error": f"not a message of this page: {err.errors()[0]['msg']}; reload the page"}
-        except WhisperASRError as err:
+        except Exception as err:  # noqa: BLE001 - the page's boundary: one recording fails, the others go on
             self.leave(str(message.get("tab")))
-            return {"error": first_line(err)}
-        except Exception as err:  # the page's boundary: one recording fails, the others go on
-            logger.exception("a recording failed")
-            self.leave(str(message.get("tab")))
-            return {"error": f"{type(err).__name__}: {first_line(err)}; the server's log has the traceback"}
+            return {"error": complaint(err)}
 
     def leave(self, tab: str) -> None:
         """Free a tab's session, if it has one."""
@@ -268,10 +241,9 @@ class LiveTabs:
             silent = f"nothing came for {self._host.limits.idle_sec:g} s, or the connection was lost"
             raise StreamError("idle", f"this recording has ended: {silent}", fix="press Start again")
         if message.rate != live.sample_rate:
-            raise StreamError(
-                "bad_audio", f"{message.rate} Hz in a recording of {live.sample_rate} Hz", fix="press Start again"
-            )
-        newest = live.session.words[-1:]
+            mixed = f"{message.rate} Hz in a recording of {live.sample_rate} Hz"
+            raise StreamError("bad_audio", mixed, fix="press Start again")
+        before = "".join(word.text for word in live.session.words[-1:])
         events = await live.hear(samples)
         if message.last:
             live.end("end")
@@ -284,7 +256,7 @@ class LiveTabs:
             reply = {"srt": to_srt(cues), "vtt": to_vtt(cues)}
         if isinstance(live.ending, StreamError):
             reply["note"] = f"This recording has ended: {live.ending.message}; press Start for another."
-        return {"events": _on_page(events, newest), "audio_sec": live.session.audio_sec, **reply}
+        return {"events": _on_page(events, before), "audio_sec": live.session.audio_sec, **reply}
 
     async def _begin(self, message: LiveMessage) -> None:
         for tab, live in list(self._tabs.items()):
@@ -295,21 +267,13 @@ class LiveTabs:
         self._tabs[message.tab] = live
 
 
-def _on_page(events: Sequence[Event], newest: Sequence[Word]) -> list[dict[str, Any]]:
-    """Return events as they travel; a word's text begins with the space before it, if there is one.
-
-    Args:
-        events: in order.
-        newest: the last word committed before them, if there is one.
-    """
-    before = newest[-1].text if newest else ""
+def _on_page(events: Sequence[Event], before: str) -> list[dict[str, Any]]:
+    """Return events as they travel, words with the space before them; `before` is the last word committed earlier."""
     found = []
     for event in events:
-        fields = LiveEvent.of(event, lag_sec=0.0).model_dump()
-        texts = [word.text for word in event.words]
-        for word, text in zip(fields["words"], spaced([before, *texts])[1:], strict=True):
-            word["text"] = text
-        if event.kind == "commit":
-            before = texts[-1]
-        found.append(fields)
+        texts = spaced([before, *(word.text for word in event.words)])[1:]
+        times = [{"start": word.start_sec, "end": word.end_sec} for word in event.words]
+        words = [{"text": text, **each} for text, each in zip(texts, times, strict=True)]
+        found.append({"kind": event.kind, "words": words})
+        before = event.words[-1].text if event.kind == "commit" else before
     return found

@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import difflib
 import html
-import logging
-import math
 import string
-from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import gradio as gr
+import jinja2
 
 from src.inference.captions import make_cues, spaced, to_srt, to_vtt
 from src.inference.files.transcribe import Transcriptions
+from src.inference.server.host import complaint
 from src.inference.words import Word
-from src.utils.errors import WhisperASRError, first_line
+from src.utils.errors import WhisperASRError
 from src.utils.files import read_template
-
-logger = logging.getLogger(__name__)
 
 TITLE = "Speech to text"
 KEEP_UPLOADS_SEC, SWEEP_SEC = 3600, 600  # of Gradio's folder of uploads
@@ -34,11 +31,6 @@ Hear = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
 Transcribe = Callable[..., list[Transcriptions]]
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 JOB: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": FILES_AT_ONCE, "concurrency_id": "files"}
-
-_NOTHING = '<span class="quiet">no words</span>'
-_UNSURE = f'<span><i class="unsure">dotted</i> below {UNSURE_PROBABILITY:.0%} probability</span>'
-_LEGEND = f'<p class="legend">{_UNSURE}<span>Point at a word for its times, click it to hear it.</span></p>'
-_DIFFERENCE = f'<p class="legend"><span><mark>marked</mark> where the other model has other words</span>{_UNSURE}</p>'
 
 
 def build_page(
@@ -65,21 +57,17 @@ def build_page(
             with gr.Tab("Live"):
                 live = _live_tab(page, hear, leave, names[0])
             with gr.Tab("File"):
-                _file_tab(transcribe, model)
+                _file_tab("file", "Transcribe", transcribe, lambda: [model])
             if len(names) > 1:
                 with gr.Tab("Compare"):
-                    _compare_tab(transcribe, names)
+                    two = (names[1], "First model"), (names[0], "Second model")
+                    _file_tab("compare", "Compare", transcribe, lambda: [_model_choice(names, *each) for each in two])
         model.change(lambda name: (gr.HTML(model=name), title_html(name)), model, [live, title], **PRIVATE)
     return page
 
 
 def serve(page: gr.Blocks, **address: Any) -> None:
-    """Begin to serve a page, and return; `address` are arguments of `launch`.
-
-    Raises:
-        OSError: no port is free.
-        ValueError: the host cannot be reached.
-    """
+    """Begin to serve a page, and return; OSError: no port is free, ValueError: the host cannot be reached."""
     font = gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700))  # in 6.24 its file of 600 lacks most letters
     theme = gr.themes.Base(
         primary_hue="blue", neutral_hue="zinc", radius_size="lg", font=[font, "system-ui", "sans-serif"]
@@ -101,6 +89,16 @@ def serve(page: gr.Blocks, **address: Any) -> None:
         ssr_mode=False,
         pwa=False,
         max_file_size=MAX_UPLOAD_SIZE,
+    )
+
+
+def _template(name: str) -> str:
+    return read_template("src.inference", name)
+
+
+def _model_choice(names: list[str], chosen: str, label: str) -> gr.Dropdown:
+    return gr.Dropdown(
+        names, value=chosen, label=label, show_label=False, container=False, filterable=False, elem_classes="model"
     )
 
 
@@ -128,122 +126,65 @@ def _live_tab(page: Any, answer: Hear, leave: Callable[[str], None], model: str)
     return live
 
 
-def _file_tab(transcribe: Transcribe, model: Any) -> None:
-    audio = _audio_input("file-audio")
-    with gr.Row(elem_classes="actions"):
-        run = gr.Button("Transcribe", variant="primary", elem_id="transcribe")
-    result = _words_output("file-audio", "file-result")
-
-    def transcribed(path: str | None, model: str) -> str:
-        (done,) = transcribe(path, model)
-        return transcript_html(done, Path(path or "").stem) if done[0].words else ""
-
-    run.click(_shown(transcribed), [audio, model], result, **JOB)
-
-
-def _compare_tab(transcribe: Transcribe, names: list[str]) -> None:
-    audio = _audio_input("compare-audio")
-    with gr.Row(elem_classes="actions"):
-        first, second = _model_choice(names, names[1], "First model"), _model_choice(names, names[0], "Second model")
-        run = gr.Button("Compare", variant="primary", elem_id="compare")
-    result = _words_output("compare-audio", "compare-result")
-
-    def compared(path: str | None, first: str, second: str) -> str:
-        done = transcribe(path, first, second)
-        return comparison_html((first, second), done) if any(each[0].words for each in done) else ""
-
-    run.click(_shown(compared), [audio, first, second], result, **JOB)
-
-
-def _model_choice(names: list[str], chosen: str, label: str) -> gr.Dropdown:
-    return gr.Dropdown(
-        names, value=chosen, label=label, show_label=False, container=False, filterable=False, elem_classes="model"
-    )
-
-
-def _audio_input(elem_id: str) -> Any:
-    return gr.Audio(
+def _file_tab(name: str, label: str, transcribe: Transcribe, choose: Callable[[], list[gr.Dropdown]]) -> None:
+    """Lay out a recording, the models that `choose` gives, a button, and what the models heard."""
+    audio: Any = gr.Audio(
         sources=["upload", "microphone"],
         type="filepath",  # as it was uploaded: `src.data.audio` decodes it
         label="Recording",
         editable=False,
         buttons=[],
         waveform_options=gr.WaveformOptions(show_recording_waveform=False),  # a waveform decodes the whole file
-        elem_id=elem_id,
+        elem_id=f"{name}-audio",
     )
+    with gr.Row(elem_classes="actions"):
+        models = choose()
+        button = gr.Button(label, variant="primary", elem_id=label.lower())
+    script, player = _template("demo_words.js"), f"#{name}-audio"
+    result: Any = gr.HTML(js_on_load=script, apply_default_css=False, elem_id=f"{name}-result", player=player)
 
-
-def _words_output(audio_id: str, elem_id: str) -> Any:
-    return gr.HTML(
-        js_on_load=_template("demo_words.js"), apply_default_css=False, elem_id=elem_id, player=f"#{audio_id}"
-    )
-
-
-def _template(name: str) -> str:
-    return read_template("src.inference", name)
-
-
-def _shown(work: Callable[..., str]) -> Callable[..., str]:
-    """Wrap a job that makes HTML so that the page shows what went wrong, and that there was no speech."""
-
-    def run(*given: Any) -> str:
+    def run(path: str | None, *chosen: str) -> str:
         try:
-            found = work(*given)
-        except WhisperASRError as err:
-            raise gr.Error(html.escape(first_line(err)), title="That did not work", print_exception=False) from err
+            done = transcribe(path, *chosen)
+            if any(each[0].words for each in done):
+                return results_html(chosen, done, Path(path or "").stem)
         except Exception as err:  # the page's boundary: it shows the error, and goes on
-            logger.exception("a job of the page failed")
-            said = html.escape(f"{type(err).__name__}: {first_line(err)}")
-            raise gr.Error(f"{said}; the server's log has the traceback", print_exception=False) from err
-        if not found:
-            gr.Warning(f"No speech was found in {html.escape(Path(given[0]).name)}.", title="No speech")
-        return found
+            title = "That did not work" if isinstance(err, WhisperASRError) else "Error"
+            raise gr.Error(html.escape(complaint(err)), title=title, print_exception=False) from err
+        gr.Warning(f"No speech was found in {html.escape(Path(path or '').name)}.", title="No speech")
+        return ""
 
-    return run
+    button.click(run, [audio, *models], result, **JOB)
 
 
-def transcript_html(done: Transcriptions, stem: str) -> str:
-    """Return the transcript of one recording by segment, with its cost and its captions.
+def results_html(models: Sequence[str], done: Sequence[Transcriptions], stem: str) -> str:
+    """Return what one model or two heard in a recording; `stem` is of the captions' file names.
 
-    Args:
-        done: of one recording, with word times.
-        stem: of the captions' file names.
+    Of one model by segment; of two side by side, with the words marked that the other lacks.
     """
-    rows = "".join(
-        f'<div class="row"><time>{clock(segment.start_sec)}</time><p>{_words_html(segment.words or ())}</p></div>'
-        for segment in done[0].segments
-    )
-    cues = make_cues(done[0].words or ())
-    links = "".join(
-        f'<a download="{html.escape(stem)}.{suffix}" href="data:text/plain;charset=utf-8,{quote(text)}">'
-        f"{suffix.upper()}</a>"
-        for suffix, text in (("srt", to_srt(cues)), ("vtt", to_vtt(cues)))
-    )
-    files = f'<p class="files">Captions {links}</p>'
-    return f'{_cost_html(done)}<div class="transcript">{rows}</div>{files}{_LEGEND}'
-
-
-def comparison_html(models: Sequence[str], done: Sequence[Transcriptions]) -> str:
-    """Return what two models heard in the same recording side by side, with the words marked that the other lacks."""
     words = [each[0].words or () for each in done]
-    columns = "".join(
-        f'<section class="side"><h3>{html.escape(model)}</h3>{_cost_html(each)}'
-        f"<p>{_words_html(heard, marked) or _NOTHING}</p></section>"
-        for model, each, heard, marked in zip(models, done, words, differing_words(*words), strict=True)
+    cues = make_cues(words[0])
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"spaced": spaced, "clock": clock}
+    return environment.from_string(_template("demo_results.html")).render(
+        models=models,
+        done=done,
+        marked=differing_words(*words) if len(words) > 1 else None,
+        captions={"srt": to_srt(cues), "vtt": to_vtt(cues)},
+        stem=stem,
+        unsure=UNSURE_PROBABILITY,
     )
-    return f'<div class="sides">{columns}</div>{_DIFFERENCE}'
 
 
-def differing_words(first: Sequence[Word], second: Sequence[Word]) -> tuple[frozenset[int], frozenset[int]]:
+def differing_words(first: Sequence[Word], second: Sequence[Word]) -> tuple[set[int], set[int]]:
     """Return the places of words that the other text lacks, without regard to case and punctuation.
 
     The longest common runs are matched first (difflib): this shows where to look, and is no error rate.
     """
     keys = [[word.text.casefold().strip(string.punctuation) for word in words] for words in (first, second)]
-    runs = difflib.SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_matching_blocks()
-    same_first = {run.a + i for run in runs for i in range(run.size)}
-    same_second = {run.b + i for run in runs for i in range(run.size)}
-    return frozenset(range(len(first))) - same_first, frozenset(range(len(second))) - same_second
+    steps = difflib.SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_opcodes()
+    spans = [(range(a, b), range(c, d)) for step, a, b, c, d in steps if step != "equal"]
+    return {place for span, _ in spans for place in span}, {place for _, span in spans for place in span}
 
 
 def clock(sec: float) -> str:
@@ -251,30 +192,3 @@ def clock(sec: float) -> str:
     minutes, seconds = divmod(int(sec), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def _words_html(words: Sequence[Word], marked: Set[int] = frozenset()) -> str:
-    texts = spaced([word.text for word in words])
-    return "".join(
-        f"{text.removesuffix(word.text)}{_word_html(word, i in marked)}"
-        for i, (word, text) in enumerate(zip(words, texts, strict=True))
-    )
-
-
-def _word_html(word: Word, is_marked: bool) -> str:
-    known = not math.isnan(word.probability)
-    unsure = ' class="unsure"' if known and word.probability < UNSURE_PROBABILITY else ""
-    tip = f"{word.start_sec:.2f} to {word.end_sec:.2f} s" + (f", {word.probability:.0%}" if known else "")
-    tag = "mark" if is_marked else "span"
-    return f'<{tag}{unsure} data-start="{word.start_sec:.2f}" data-tip="{tip}">{html.escape(word.text)}</{tag}>'
-
-
-def _cost_html(done: Transcriptions) -> str:
-    figures = (
-        ("audio", f"{done.audio_sec:.1f} s"),
-        ("compute", f"{done.compute_sec:.2f} s"),
-        ("RTF", f"{done.rtf:.3f}"),
-        ("words", str(len(done[0].words or ()))),
-    )
-    items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures)
-    return f'<dl class="figures">{items}</dl>'

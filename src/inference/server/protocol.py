@@ -25,7 +25,6 @@ events, not for pongs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Literal, Self, TypeVar
 
 import numpy as np
@@ -42,8 +41,8 @@ FULL_SCALE = 32_768  # of int16
 MAX_PROBLEMS = 5  # named in an error; a message may have thousands
 
 SampleFormat = Literal["f32le", "s16le"]
-DTYPES: Mapping[SampleFormat, str] = {"f32le": "<f4", "s16le": "<i2"}
-CLOSE_CODES: Mapping[str, int] = {  # RFC 6455, 7.4.1; 1013 of the IANA registry: try again later
+DTYPES: dict[SampleFormat, str] = {"f32le": "<f4", "s16le": "<i2"}
+CLOSE_CODES = {  # RFC 6455, 7.4.1; 1013 of the IANA registry: try again later
     "bad_message": 1007,
     "bad_audio": 1007,
     "unauthorized": 1008,
@@ -53,6 +52,8 @@ CLOSE_CODES: Mapping[str, int] = {  # RFC 6455, 7.4.1; 1013 of the IANA registry
     "shutdown": 1001,
     "engine_failed": 1011,
 }
+_ORDER = 'send {"type": "hello", ...} first if at all, then binary audio, then {"type": "end"}'
+T = TypeVar("T")
 
 
 class StreamError(WhisperASRError):
@@ -131,18 +132,10 @@ class LiveEvent(_Message):
     @classmethod
     def of(cls, event: Event, *, lag_sec: float) -> Self:
         """Wrap an event for the wire."""
-        words = [
+        words = tuple(
             WireWord(text=w.text, start=w.start_sec, end=w.end_sec, probability=w.probability) for w in event.words
-        ]
-        return cls(
-            kind=event.kind,
-            sequence=event.sequence,
-            text=event.text,
-            words=tuple(words),
-            audio_sec=event.audio_sec,
-            emitted_at=event.emitted_at,
-            lag_sec=lag_sec,
         )
+        return cls(**{**vars(event), "words": words}, lag_sec=lag_sec)
 
     @property
     def event(self) -> Event:
@@ -169,59 +162,26 @@ class Failure(_Message):
     fix: str
     audio_sec: float | None = None
 
-    @classmethod
-    def of(cls, error: StreamError) -> Self:
-        """Wrap an error for the wire."""
-        return cls(code=error.code, message=error.message, fix=error.fix, audio_sec=error.audio_sec)
-
-    @property
-    def error(self) -> StreamError:
-        """The error to raise."""
-        return StreamError(self.code, self.message, fix=self.fix, audio_sec=self.audio_sec)
-
 
 ServerMessage = Ready | LiveEvent | Done | Failure
 _CLIENT: TypeAdapter[Hello | End] = TypeAdapter(Annotated[Hello | End, Field(discriminator="type")])
 _SERVER: TypeAdapter[ServerMessage] = TypeAdapter(Annotated[ServerMessage, Field(discriminator="kind")])
-_ORDER = 'send {"type": "hello", ...} first if at all, then binary audio, then {"type": "end"}'
-M = TypeVar("M")
 
 
-def read_hello(text: str) -> Hello:
-    """Read the text message that a client may begin with.
-
-    Raises:
-        StreamError: not JSON, not a hello, or not of this version.
-    """
-    return _read_client(text, Hello)
-
-
-def read_end(text: str) -> End:
-    """Read the text message that ends a client's audio.
-
-    Raises:
-        StreamError: anything else.
-    """
-    return _read_client(text, End)
-
-
-def read_server(text: str) -> ServerMessage:
-    """Read a message of the server.
-
-    Raises:
-        StreamError: not JSON, or not a message of this version.
-    """
-    return _read(_SERVER, text, fix="connect to a caption server of the same version")
-
-
-def _read_client(text: str, expected: type[M]) -> M:
+def read_client(text: str, expected: type[T]) -> T:
+    """Read a text message of a client: `Hello` as its first one, `End` as its last; else raise StreamError."""
     message = _read(_CLIENT, text, fix=_ORDER)
     if not isinstance(message, expected):
         raise StreamError("bad_message", f"not understood: {message.type!r} at the wrong time", fix=_ORDER)
     return message
 
 
-def _read(adapter: TypeAdapter[M], text: str, *, fix: str) -> M:
+def read_server(text: str) -> ServerMessage:
+    """Read a message of the server; raise StreamError if it is none of this version."""
+    return _read(_SERVER, text, fix="connect to a caption server of the same version")
+
+
+def _read(adapter: TypeAdapter[T], text: str, *, fix: str) -> T:
     try:
         return adapter.validate_json(text)
     except ValidationError as err:
@@ -230,31 +190,19 @@ def _read(adapter: TypeAdapter[M], text: str, *, fix: str) -> M:
 
 
 def read_samples(message: bytes, sample_format: SampleFormat) -> Waveform:
-    """Decode a binary message.
-
-    Returns:
-        (T,) float32.
-
-    Raises:
-        StreamError: half a sample, or floats that are not audio.
-    """
+    """Decode a binary message to (T,) float32; half a sample, or floats that are not audio, raise StreamError."""
     dtype = np.dtype(DTYPES[sample_format])
     if len(message) % dtype.itemsize:
-        raise StreamError(
-            "bad_audio",
-            f"{len(message)} bytes are not a whole number of {sample_format} samples",
-            fix=f"send a multiple of {dtype.itemsize} bytes, and name the format in hello",
-        )
+        wrong = f"{len(message)} bytes are not a whole number of {sample_format} samples"
+        fix = f"send a multiple of {dtype.itemsize} bytes, and name the format in hello"
+        raise StreamError("bad_audio", wrong, fix=fix)
     samples = np.frombuffer(message, dtype).astype(np.float32)
     if sample_format == "s16le":
         return samples / FULL_SCALE
     peak = float(np.abs(samples).max(initial=0.0))
     if not peak <= MAX_PEAK:  # NaN is not
-        raise StreamError(
-            "bad_audio",
-            f"samples up to {peak:.3g}, floats belong in [-1, 1]",
-            fix="divide integers by their full scale, or name the format in hello",
-        )
+        fix = "divide integers by their full scale, or name the format in hello"
+        raise StreamError("bad_audio", f"samples up to {peak:.3g}, floats belong in [-1, 1]", fix=fix)
     return samples
 
 

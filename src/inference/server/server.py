@@ -2,8 +2,7 @@
 
 Each connection has a reader, which moves audio into the session's backlog, and a loop that sends the events of each
 turn. While the backlog is full the socket is not read, TCP holds the client back, and no audio is dropped. A session is
-freed when its client leaves, stalls or breaks the rules, and the server continues. A model call cannot be interrupted:
-its session ends after it.
+freed when its client leaves, stalls or breaks the rules, after the model call that is running.
 """
 
 from __future__ import annotations
@@ -23,21 +22,10 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
+from src.inference.server import protocol
 from src.inference.server.host import LOOPBACK, LiveHost, LiveSession, ServerLimits
-from src.inference.server.protocol import (
-    CLOSE_CODES,
-    Done,
-    Failure,
-    Hello,
-    LiveEvent,
-    Ready,
-    ServerMessage,
-    StreamError,
-    read_end,
-    read_hello,
-    read_samples,
-)
-from src.inference.streaming.session import StreamingSession
+from src.inference.server.protocol import StreamError
+from src.inference.streaming.session import StreamingASR
 from src.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -47,8 +35,9 @@ MAX_WAITING = 16  # connections that have not begun a session
 MAX_FRAMES = 4  # messages that the library holds before it stops reading
 CLOSE_OK, CLOSE_GOING_AWAY = 1000, 1001
 CLOSE_SEC = 5.0  # for the client to answer a close
+LEFT = ConnectionClosed, ConnectionAbortedError  # the second: the client takes no events
 
-SessionFactory = Callable[[str | None], StreamingSession]
+SessionFactory = Callable[[str | None], StreamingASR]
 
 
 class CaptionServer:
@@ -139,37 +128,32 @@ class CaptionServer:
         return None
 
     def _is_known(self, tokens: Sequence[str]) -> bool:
-        if self._token is None:
-            return True
-        expected = self._token.encode()
-        return any(hmac.compare_digest(token.encode(errors="surrogateescape"), expected) for token in tokens)
+        expected = (self._token or "").encode()
+        given = [token.encode(errors="surrogateescape") for token in tokens]
+        return self._token is None or any(hmac.compare_digest(token, expected) for token in given)
 
     async def _handle(self, websocket: ServerConnection) -> None:
         """Serve one connection, whatever happens on it."""
         peer = websocket.remote_address
         try:
-            last: Done | Failure = await self._converse(websocket)
-            code = CLOSE_GOING_AWAY if isinstance(last, Done) and last.reason == "shutdown" else CLOSE_OK
+            done = await self._converse(websocket)
+            last: protocol.ServerMessage = done
+            code = CLOSE_OK if done.reason == "end" else CLOSE_GOING_AWAY
         except StreamError as err:
             logger.warning("%s: %s: %s", peer, err.code, err)
-            last, code = Failure.of(err), CLOSE_CODES[err.code]
+            last = protocol.Failure(code=err.code, message=err.message, fix=err.fix, audio_sec=err.audio_sec)
+            code = protocol.CLOSE_CODES[err.code]
             traceback.clear_frames(err.__traceback__)  # they hold the session, in a cycle with the error
-        except (ConnectionClosed, ConnectionAbortedError) as err:
+        except LEFT as err:
             logger.info("%s: left: %s", peer, err)
             traceback.clear_frames(err.__traceback__)
             return
-        with suppress(ConnectionClosed, ConnectionAbortedError):
+        with suppress(*LEFT):
             await self._send(websocket, last)
             await _close(websocket, code)
 
-    async def _converse(self, websocket: ServerConnection) -> Done:
-        """Hold one session; return what to say last.
-
-        Raises:
-            StreamError: it was refused, or failed.
-            ConnectionClosed: the client left.
-            ConnectionAbortedError: the client takes no events.
-        """
+    async def _converse(self, websocket: ServerConnection) -> protocol.Done:
+        """Hold one session, and return what to say last; a StreamError says why it was refused or failed."""
         self._waiting.add(websocket)
         try:
             async with asyncio.timeout(self._limits.idle_sec):
@@ -179,25 +163,26 @@ class CaptionServer:
             raise StreamError("idle", nothing, fix="send audio, silence too, and then the end") from err
         finally:
             self._waiting.remove(websocket)
-        hello = Hello() if isinstance(first, bytes) else read_hello(first)
+        hello = protocol.Hello() if isinstance(first, bytes) else protocol.read_client(first, protocol.Hello)
         tokens = [] if hello.token is None else [hello.token]
         if not self._is_known(tokens + _bearer_tokens(websocket.request)):
-            raise StreamError(
-                "unauthorized", "no token, or a wrong one", fix="send Authorization: Bearer TOKEN, or token in hello"
-            )
+            fix = "send Authorization: Bearer TOKEN, or token in hello"
+            raise StreamError("unauthorized", "no token, or a wrong one", fix=fix)
         live = await self._host.open(partial(self._make_session, hello.language), hello.sample_rate)
         try:
-            limits = {name: value for name, value in asdict(self._limits).items() if name in Ready.model_fields}
-            await self._send(websocket, Ready(sample_rate=hello.sample_rate, format=hello.format, **limits))
+            ready = asdict(self._limits) | hello.model_dump()
+            ready = {name: value for name, value in ready.items() if name in protocol.Ready.model_fields}
+            await self._send(websocket, protocol.Ready(**ready))
             logger.info("%s: session begun, %d at once", websocket.remote_address, len(self._host.sessions))
             reader = asyncio.create_task(_read_audio(websocket, first, hello, live))
             try:
                 while (events := await live.next_events()) is not None:
                     for event in events:
-                        await self._send(websocket, LiveEvent.of(event, lag_sec=live.waiting_sec))
+                        await self._send(websocket, protocol.LiveEvent.of(event, lag_sec=live.waiting_sec))
                 if isinstance(live.ending, StreamError):
                     raise live.ending
-                return Done(reason=live.ending or "end", text=live.session.transcript, audio_sec=live.session.audio_sec)
+                text, audio_sec = live.session.transcript, live.session.audio_sec
+                return protocol.Done(reason=live.ending or "end", text=text, audio_sec=audio_sec)
             except StreamError as err:
                 err.audio_sec = live.session.audio_sec
                 raise
@@ -207,7 +192,7 @@ class CaptionServer:
         finally:
             live.close()
 
-    async def _send(self, websocket: ServerConnection, message: ServerMessage) -> None:
+    async def _send(self, websocket: ServerConnection, message: protocol.ServerMessage) -> None:
         try:
             async with asyncio.timeout(self._limits.send_sec):
                 await websocket.send(message.to_text())
@@ -216,14 +201,17 @@ class CaptionServer:
             raise ConnectionAbortedError(f"took no event for {self._limits.send_sec:g} s") from err
 
 
-async def _read_audio(websocket: ServerConnection, first: str | bytes, hello: Hello, live: LiveSession) -> None:
-    """Move what the client sends into the backlog, until its end or a failure."""
+async def _read_audio(
+    websocket: ServerConnection, message: str | bytes, hello: protocol.Hello, live: LiveSession
+) -> None:
+    """Move what the client sends into the backlog, from its first message to its end or a failure."""
     try:
-        message = first if isinstance(first, bytes) else await websocket.recv()
-        while isinstance(message, bytes):
-            await live.put(read_samples(message, hello.format))
+        if isinstance(message, str):
             message = await websocket.recv()
-        read_end(message)
+        while isinstance(message, bytes):
+            await live.put(protocol.read_samples(message, hello.format))
+            message = await websocket.recv()
+        protocol.read_client(message, protocol.End)
         live.end("end")
     except Exception as err:  # noqa: BLE001 - nobody awaits this task; `next_events` raises it
         live.fail(err)

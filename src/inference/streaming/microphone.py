@@ -1,9 +1,8 @@
-"""Sources of live audio, and `StreamingASR`, the session that reads them.
+"""Microphones: of this machine, and of the browser that shows a notebook.
 
-A microphone is an iterator of blocks; the caller's thread does all the work. On this machine PortAudio's callback only
-queues them. A notebook in the cloud has no audio device, but its kernel can evaluate JavaScript in the output of the
-running cell: there an AudioWorklet queues samples at 16 kHz (all of it travels through the notebook's connection), and
-each call of `take()` answers with what waits, as 16-bit PCM.
+Both are iterators of blocks; the caller's thread does all the work. PortAudio's callback only queues them. A notebook
+in the cloud has no audio device, but its kernel can evaluate JavaScript in the output of the running cell: there an
+AudioWorklet queues samples, and each call of `take()` answers with what waits, as 16-bit PCM.
 """
 
 from __future__ import annotations
@@ -14,26 +13,16 @@ import json
 import logging
 import queue
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
 
-from src.data.audio import SAMPLE_RATE, Waveform, load_audio
-from src.data.vad import VoiceActivityDetector
-from src.inference.engines import Engine
-from src.inference.streaming.commit import CommitPolicy, Event
-from src.inference.streaming.session import StreamingResult, StreamingSession
-from src.utils.config import Config
-from src.utils.errors import AudioError, ConfigError, MissingDependencyError, ModelError
+from src.data.audio import SAMPLE_RATE, Waveform
+from src.utils.errors import AudioError, ConfigError, MissingDependencyError
 from src.utils.files import read_template
-from src.utils.runtime import in_colab, in_notebook
 
 logger = logging.getLogger(__name__)
-
-OnEvent = Callable[[Event], None]
 
 BLOCK_SEC = 0.1
 MAX_QUEUED_SEC = 60.0  # a consumer this far behind loses audio, which is counted
@@ -45,161 +34,61 @@ ABANDONED_SEC = 120.0  # without a reader: the kernel has died, and the page rel
 ANSWER_SEC = 10.0  # without an answer to a script the page is gone
 ASK_SEC = 60.0  # for a person to allow the microphone, or to click
 
-_FIXES: Mapping[str, str] = {  # names of DOMException, as getUserMedia raises them
+_FIXES = {  # names of DOMException, as getUserMedia raises them
     "NotAllowedError": "allow it for this page (the icon next to the address), and run the cell again",
     "NotFoundError": "plug a microphone in, and run the cell again",
     "NotReadableError": "close the program that holds it, and run the cell again",
     "SecurityError": "open the notebook over https",
 }
-_ENDINGS: Mapping[str, str] = {
+_ENDINGS = {
     "ended": "the browser's microphone was unplugged, or its permission withdrawn; run the cell again",
     "abandoned": "the page closed the browser's microphone, because nothing was read from it for "
     f"{ABANDONED_SEC:.0f} s; use a faster model or machine",
     "gone": "the page with the microphone was closed or loaded again; keep it open, and run the cell again",
 }
-_PATIENCE: Mapping[str, tuple[float, str]] = {
+_PATIENCE = {
     "asking": (ASK_SEC, "nobody answered the browser's question whether this page may use the microphone"),
     "paused": (ASK_SEC, "the browser wants a click before it records, and nobody clicked 'Start recording'"),
     "recording": (PATIENCE_SEC, "the browser's microphone delivers nothing; is it muted?"),
 }
 _TAKE = """window.whisperMicrophone ? window.whisperMicrophone.take() : { state: "gone" }"""
 _CLOSE = """window.whisperMicrophone?.close(), true"""
-_LOST = "%d blocks of microphone audio were lost: decoding is slower than speech"
-
-
-class StreamingASR(StreamingSession):
-    """A session with its sources: `feed` it, or give it a file, an array or the microphone.
-
-    Args:
-        model: a `DynamicWhisper`, in the context that its config says; not needed with `engine`.
-        processor: its `WhisperProcessor`.
-        engine: from `load_engine`, instead of a model: CTranslate2 is the fastest on a CPU.
-        vad: as for `StreamingSession`.
-        config: likewise.
-        context_silence_sec: likewise.
-        policy: likewise.
-        clock: likewise.
-
-    Raises:
-        ModelError: neither an engine nor a model with its processor.
-    """
-
-    def __init__(
-        self,
-        model: Any = None,
-        processor: Any = None,
-        *,
-        engine: Engine | None = None,
-        vad: VoiceActivityDetector | None = None,
-        config: Config | None = None,
-        context_silence_sec: float | None = None,
-        policy: Callable[[], CommitPolicy] | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        if engine is None:
-            if model is None or processor is None:
-                raise ModelError("StreamingASR needs a model and its processor, or engine=load_engine(...)")
-            from src.inference.decoding import TorchEngine
-
-            engine = TorchEngine(model, processor)
-        super().__init__(
-            engine, vad=vad, config=config, context_silence_sec=context_silence_sec, policy=policy, clock=clock
-        )
-
-    def iter_file(self, path: str | Path) -> Iterator[Event]:
-        """Reset, then yield the events of a file, fed in chunks of `min_chunk_sec` as fast as they are decoded.
-
-        Raises:
-            AudioError: the file cannot be decoded.
-        """
-        return self.iter_audio(load_audio(path, allow_silence=True))
-
-    def iter_audio(self, audio: Waveform) -> Iterator[Event]:
-        """As `iter_file`, for (T,) float32 at 16 kHz."""
-        chunk = round(self._settings.min_chunk_sec * SAMPLE_RATE)
-        chunks = ((audio[at : at + chunk], SAMPLE_RATE) for at in range(0, len(audio), chunk))
-        return self._listen(chunks, adaptive=False)  # nobody waits: the chunks of real time, whatever the speed
-
-    def stream_from_file(
-        self, path: str | Path, *, real_time: bool = False, on_event: OnEvent | None = None
-    ) -> StreamingResult:
-        """Transcribe a file as a stream; see `iter_file`.
-
-        Args:
-            path: of the recording.
-            real_time: hear it no faster than it was recorded, to see what a microphone would give.
-            on_event: called with each event as it comes, in this thread.
-        """
-        if not real_time:
-            return self._gather(self.iter_file(path), on_event)
-        blocks = in_real_time(load_audio(path, allow_silence=True))
-        return self._gather(self._listen((block, SAMPLE_RATE) for block in blocks), on_event)
-
-    def stream_audio(self, audio: Waveform) -> StreamingResult:
-        """Transcribe (T,) float32 at 16 kHz as a stream; see `iter_file`."""
-        return self._gather(self.iter_audio(audio))
-
-    def stream_from_microphone(self, duration_sec: float, *, on_event: OnEvent | None = None) -> StreamingResult:
-        """Reset, then transcribe the microphone: in Colab the browser's, elsewhere the default device of this machine.
-
-        Args:
-            duration_sec: how much audio to record.
-            on_event: called with each event as it comes, in this thread.
-
-        Raises:
-            MissingDependencyError, AudioError, ConfigError: as `Microphone` and `BrowserMicrophone`.
-        """
-        microphone: Microphone | BrowserMicrophone
-        if in_colab() and in_notebook():
-            microphone = BrowserMicrophone(duration_sec)
-            logger.info("recording %g s from the browser's microphone; allow it if the browser asks", duration_sec)
-        else:
-            microphone = Microphone(duration_sec)
-            rate = microphone.sample_rate
-            logger.info("recording %g s from this machine's microphone at %d Hz", duration_sec, rate)
-        with contextlib.closing(microphone.blocks()) as blocks:  # an error must not leave it open
-            events = self._listen((block, microphone.sample_rate) for block in blocks)
-            return replace(self._gather(events, on_event), overruns=microphone.overruns)
-
-    def _listen(self, blocks: Iterable[tuple[Waveform, int]], *, adaptive: bool = True) -> Iterator[Event]:
-        """Reset, then yield the events of samples that come with their rate in Hz, until there are no more."""
-        self.reset()
-        self._adaptive = adaptive
-        for samples, sample_rate in blocks:
-            yield from self.feed(samples, sample_rate)
-        yield from self.flush()
-
-    def _gather(self, events: Iterable[Event], on_event: OnEvent | None = None) -> StreamingResult:
-        """Run a stream to its end, and gather what it gave."""
-        gathered: list[Event] = []
-        for event in events:
-            gathered.append(event)
-            if on_event is not None:
-                on_event(event)
-        return self.result(gathered)
 
 
 def in_real_time(
-    audio: Waveform,
-    *,
-    sample_rate: int = SAMPLE_RATE,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
+    audio: Waveform, *, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
 ) -> Iterator[Waveform]:
-    """Yield a recording, (T,) float32, in blocks, each when a microphone would have recorded it."""
-    began, block = clock(), round(BLOCK_SEC * sample_rate)
+    """Yield a recording, (T,) float32 at 16 kHz, in blocks, each when a microphone would have recorded it."""
+    began, block = clock(), round(BLOCK_SEC * SAMPLE_RATE)
     for at in range(0, len(audio), block):
         piece = audio[at : at + block]
-        sleep(max(0.0, began + (at + len(piece)) / sample_rate - clock()))
+        sleep(max(0.0, began + (at + len(piece)) / SAMPLE_RATE - clock()))
         yield piece
 
 
-class Microphone:
-    """Records for a given time from the default input device, at its own sample rate.
+class _Recorder:
+    """Records for a given time; `overruns` counts the blocks lost because the device or the reader was too slow."""
 
-    Attributes:
-        sample_rate: of the blocks, Hz.
-        overruns: blocks that were lost, by the device or because the consumer was too slow.
+    sample_rate = SAMPLE_RATE
+
+    def __init__(self, duration_sec: float) -> None:
+        if duration_sec <= 0:
+            raise ConfigError(f"duration_sec is {duration_sec}; give the seconds to record, above 0")
+        self._duration_sec, self.overruns = duration_sec, 0
+
+    def blocks(self) -> Generator[Waveform, None, None]:
+        """Yield (T,) float32 blocks until the time is over; an AudioError says that no more can come."""
+        yield from self._recorded()
+        if self.overruns:
+            lost = "%d blocks of microphone audio were lost: decoding is slower than speech"
+            logger.warning(lost, self.overruns)
+
+    def _recorded(self) -> Generator[Waveform, None, None]:
+        raise NotImplementedError
+
+
+class Microphone(_Recorder):
+    """Records from the default input device, at its own sample rate.
 
     Raises:
         MissingDependencyError: sounddevice or PortAudio is absent.
@@ -208,8 +97,7 @@ class Microphone:
     """
 
     def __init__(self, duration_sec: float) -> None:
-        _check_duration(duration_sec)
-        self._duration_sec = duration_sec
+        super().__init__(duration_sec)
         try:
             import sounddevice  # type: ignore[import-not-found]
         except (ImportError, OSError) as err:  # OSError: the package is there, the PortAudio library is not
@@ -223,33 +111,21 @@ class Microphone:
             self.sample_rate = int(sounddevice.query_devices(kind="input")["default_samplerate"])
         except (sounddevice.PortAudioError, ValueError) as err:
             raise AudioError(f"no usable microphone: {err}; python -m sounddevice lists the devices") from err
-        self.overruns = 0
         self._blocks: queue.Queue[Waveform] = queue.Queue(maxsize=round(MAX_QUEUED_SEC / BLOCK_SEC))
 
-    def blocks(self) -> Generator[Waveform, None, None]:
-        """Yield (T,) float32 blocks, all that is waiting in one, until `duration_sec` of audio has come.
-
-        Raises:
-            AudioError: the device cannot be opened, or delivers nothing for 5 s.
-        """
+    def _recorded(self) -> Generator[Waveform, None, None]:
         remaining = round(self._duration_sec * self.sample_rate)
+        size = round(BLOCK_SEC * self.sample_rate)
         try:
-            stream = self._device.InputStream(
-                samplerate=self.sample_rate,
-                channels=1,
-                dtype="float32",
-                blocksize=round(BLOCK_SEC * self.sample_rate),
-                callback=self._enqueue,
-            )
-            with stream:
+            with self._device.InputStream(
+                samplerate=self.sample_rate, channels=1, dtype="float32", blocksize=size, callback=self._enqueue
+            ):
                 while remaining > 0:
                     block = self._waiting()[:remaining]
                     remaining -= len(block)
                     yield block
         except self._device.PortAudioError as err:
             raise AudioError(f"the microphone failed: {err}; python -m sounddevice lists the devices") from err
-        if self.overruns:
-            logger.warning(_LOST, self.overruns)
 
     def _enqueue(self, indata: Any, frames: int, time: Any, status: Any) -> None:
         """Run on PortAudio's thread: no decoding, no waiting."""
@@ -260,34 +136,27 @@ class Microphone:
             self.overruns += 1
 
     def _waiting(self) -> Waveform:
+        """Return all that waits as one block."""
         try:
             blocks = [self._blocks.get(timeout=PATIENCE_SEC)]
         except queue.Empty as err:
-            raise AudioError(
-                f"the microphone delivered nothing for {PATIENCE_SEC:.0f} s; is it muted or unplugged?"
-            ) from err
+            silent = f"the microphone delivered nothing for {PATIENCE_SEC:.0f} s; is it muted or unplugged?"
+            raise AudioError(silent) from err
         while not self._blocks.empty():
             blocks.append(self._blocks.get_nowait())
         return np.concatenate(blocks)
 
 
-class BrowserMicrophone:
-    """Records for a given time from the microphone of the browser that shows the notebook.
+class BrowserMicrophone(_Recorder):
+    """Records from the microphone of the browser that shows the notebook; a button in the cell's output ends it sooner.
 
-    A button in the cell's output ends it earlier.
+    Its `sample_rate` is 16 kHz, except in browsers that do not resample; it is final at the first block.
 
     Args:
         duration_sec: how much audio to record.
         eval_js: evaluates JavaScript in the page and returns its value, that of a promise once it is settled; raises
             `AudioError` where the page does not answer. By default that of Colab.
         clock: seconds, monotone.
-
-    Attributes:
-        sample_rate: of the blocks, Hz: 16,000, except in browsers that do not resample; final at the first block.
-        overruns: blocks that were lost because nobody fetched them in time.
-
-    Raises:
-        ConfigError: a duration that is not positive.
     """
 
     def __init__(
@@ -297,18 +166,10 @@ class BrowserMicrophone:
         eval_js: Callable[[str], Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        _check_duration(duration_sec)
-        self._duration_sec, self._clock = duration_sec, clock
-        self._eval_js = eval_js or eval_in_colab
-        self.sample_rate, self.overruns = SAMPLE_RATE, 0
+        super().__init__(duration_sec)
+        self._eval_js, self._clock = eval_js or eval_in_colab, clock
 
-    def blocks(self) -> Generator[Waveform, None, None]:
-        """Yield (T,) float32 blocks until `duration_sec` of audio has come, or the button is clicked.
-
-        Raises:
-            AudioError: the browser has no microphone or may not use it, the microphone or the page goes away, or
-                nothing comes: for 5 s while it records, for 60 s while a person is asked.
-        """
+    def _recorded(self) -> Generator[Waveform, None, None]:
         options = {
             "rate": SAMPLE_RATE,
             "blockFrames": BLOCK_FRAMES,
@@ -319,32 +180,27 @@ class BrowserMicrophone:
         }
         body = "".join(read_template("src.inference", name) for name in ("audio_source.js", "browser_microphone.js"))
         self._eval_js(f'((options) => {{\n"use strict";\n{body}}})({json.dumps(options)})')
+        heard, last_state, since_sec = 0, "", self._clock()
         try:
-            yield from self._recorded()
+            while True:
+                state, samples = self._take()
+                if len(samples):
+                    wanted = round(self._duration_sec * self.sample_rate) - heard
+                    yield samples[:wanted]
+                    heard += len(samples)
+                    if len(samples) >= wanted:
+                        return
+                elif state == "stopped":
+                    return
+                elif state == last_state:
+                    patience_sec, complaint = _PATIENCE[state]
+                    if self._clock() - since_sec > patience_sec:
+                        raise AudioError(f"{complaint} ({patience_sec:.0f} s); run the cell again")
+                    continue
+                last_state, since_sec = state, self._clock()
         finally:
             with contextlib.suppress(AudioError):  # a page that is gone holds no microphone
                 self._eval_js(_CLOSE)
-        if self.overruns:
-            logger.warning(_LOST, self.overruns)
-
-    def _recorded(self) -> Generator[Waveform, None, None]:
-        heard, last_state, since_sec = 0, "", self._clock()
-        while True:
-            state, samples = self._take()
-            if len(samples):
-                wanted = round(self._duration_sec * self.sample_rate) - heard
-                yield samples[:wanted]
-                heard += len(samples)
-                if len(samples) >= wanted:
-                    return
-            elif state == "stopped":
-                return
-            elif state == last_state:
-                patience_sec, complaint = _PATIENCE[state]
-                if self._clock() - since_sec > patience_sec:
-                    raise AudioError(f"{complaint} ({patience_sec:.0f} s); run the cell again")
-                continue
-            last_state, since_sec = state, self._clock()
 
     def _take(self) -> tuple[str, Waveform]:
         """Fetch the state and the samples that wait; samples heard before an end come before its error."""
@@ -364,12 +220,7 @@ class BrowserMicrophone:
 
 
 def eval_in_colab(script: str) -> Any:
-    """Evaluate JavaScript in the output of the running cell.
-
-    Raises:
-        MissingDependencyError: not in Colab.
-        AudioError: the script fails, or the page does not answer.
-    """
+    """Evaluate JavaScript in the output of the running cell."""
     try:
         from google.colab import errors, output
     except ImportError as err:
@@ -383,8 +234,3 @@ def eval_in_colab(script: str) -> Any:
     if answer is None:  # the scripts here all have a value
         raise AudioError(f"the notebook's page did not answer for {ANSWER_SEC:.0f} s; {_ENDINGS['gone']}")
     return answer
-
-
-def _check_duration(duration_sec: float) -> None:
-    if duration_sec <= 0:
-        raise ConfigError(f"duration_sec is {duration_sec}; give the seconds to record, above 0")

@@ -1,38 +1,45 @@
 """Live transcription: audio in, committed words out.
 
 A session holds the newest audio, decodes it when enough of it is new, and lets a commit policy decide which words are
-final. Speech detection decides when to compute: a pause makes the words so far final, decoded to their end. Whether the
-audio before it stays as context depends on what the model was trained on, see `CONTEXT_SILENCE_SEC`. State advances in
-steps of one VAD window, so that any chunking of the same audio gives the same transcript.
+final. Speech detection decides when to compute: a pause makes the words so far final, decoded to their end. State
+advances in steps of one VAD window, so that any chunking of the same audio gives the same transcript.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import soxr
 
-from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.vad import WINDOW_SAMPLES, SpeechTimeline, VADEvent, VoiceActivityDetector, check_waveform
 from src.inference.engines import Engine, transcribe
 from src.inference.options import DecodingOptions
 from src.inference.streaming.commit import CommitPolicy, Event, find_loop, join_words, make_policy
+from src.inference.streaming.microphone import BrowserMicrophone, Microphone, in_real_time
 from src.inference.words import Word, shifted
 from src.utils.config import Config
-from src.utils.errors import AudioError
+from src.utils.errors import AudioError, ModelError
+from src.utils.runtime import in_colab, in_notebook
+
+logger = logging.getLogger(__name__)
+
+OnEvent = Callable[[Event], None]
 
 # A longer silence drops the audio before it. Models tuned on single sentences stop at the first pause that they hear:
 # tiny.en after 90 updates on the sample clips, 100 s of its test split as a stream (2026-11-24, two CPU cores): keeping
 # 2 s, WER 0.344 with 22 of 151 words deleted; dropping at each final, 0.199 with 2.
-CONTEXT_SILENCE_SEC: Mapping[str, float] = {"full": 2.0, "dynamic": 0.0}
+CONTEXT_SILENCE_SEC = {"full": 2.0, "dynamic": 0.0}
 KEEP_SEC = 4.0  # audio kept as context where a full buffer is cut
 UNSETTLED_SEC = 2.0  # newest words that are not forced out of a full buffer
 ONSET_SEC = 0.2  # kept before speech, beyond the VAD's own padding and delay
@@ -44,44 +51,20 @@ EMA_WEIGHT = 0.3  # of the newest update time in the running mean
 
 
 @dataclass(frozen=True)
-class EmittedWord:
-    """A committed word, the audio heard when it was committed, and the clock then (both in seconds)."""
-
-    word: Word
-    audio_sec: float
-    emitted_at: float
-
-
-@dataclass(frozen=True)
 class StreamingResult:
-    """A finished session.
-
-    Attributes:
-        events: all of them.
-        audio_sec: audio heard.
-        compute_sec: clock time spent inside the session.
-        longest_update_sec: the longest model call.
-        updates: number of model calls.
-        overruns: blocks that the microphone lost; 0 for files.
-    """
+    """A finished session."""
 
     events: tuple[Event, ...]
-    audio_sec: float
-    compute_sec: float
-    longest_update_sec: float
-    updates: int
-    overruns: int = 0
-
-    @property
-    def words(self) -> tuple[EmittedWord, ...]:
-        """All committed words."""
-        commits = [event for event in self.events if event.kind == "commit"]
-        return tuple(EmittedWord(word, event.audio_sec, event.emitted_at) for event in commits for word in event.words)
+    audio_sec: float  # heard
+    compute_sec: float  # by the clock, inside the session
+    longest_update_sec: float  # of the model calls
+    updates: int  # model calls
+    overruns: int = 0  # blocks that the microphone lost
 
     @property
     def text(self) -> str:
         """The transcript: exactly the commits, joined."""
-        return join_words([emitted.word for emitted in self.words])
+        return " ".join(event.text for event in self.events if event.kind == "commit")
 
     @property
     def rtf(self) -> float:
@@ -89,13 +72,16 @@ class StreamingResult:
         return self.compute_sec / self.audio_sec if self.audio_sec else math.nan
 
 
-class StreamingSession:
-    """One live session. Several sessions may share an engine; each is used from one thread at a time.
+class StreamingASR:
+    """One live session: `feed` it, or give it a file, an array or the microphone.
 
-    As a context manager, it flushes at the end of the block.
+    Several sessions may share an engine; each is used from one thread at a time. As a context manager, it flushes at
+    the end of the block.
 
     Args:
-        engine: from `load_engine`.
+        model: a `DynamicWhisper`, in the context that its config says; not needed with `engine`.
+        processor: its `WhisperProcessor`.
+        engine: from `load_engine`, instead of a model: CTranslate2 is the fastest on a CPU.
         vad: speech detector, may be shared; None decodes silence like speech, and is final only at the end.
         config: sections `streaming`, `model` and `inference`.
         context_silence_sec: silence after which the audio before it is dropped; by default `CONTEXT_SILENCE_SEC` of the
@@ -109,22 +95,30 @@ class StreamingSession:
 
     def __init__(
         self,
-        engine: Engine,
+        model: Any = None,
+        processor: Any = None,
         *,
+        engine: Engine | None = None,
         vad: VoiceActivityDetector | None = None,
         config: Config | None = None,
         context_silence_sec: float | None = None,
         policy: Callable[[], CommitPolicy] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        if engine is None:
+            if model is None or processor is None:
+                raise ModelError("StreamingASR needs a model and its processor, or engine=load_engine(...)")
+            from src.inference.decoding import TorchEngine
+
+            engine = TorchEngine(model, processor)
         config = config or Config()
         self._engine, self._vad, self._clock = engine, vad, clock
         self._settings = config.streaming
         self._options = replace(DecodingOptions.from_config(config), num_beams=1, word_timestamps=True)
-        if context_silence_sec is None:
-            context_silence_sec = CONTEXT_SILENCE_SEC[engine.audio_context]
-        self._context_silence_sec = context_silence_sec
-        self._make_policy = policy or partial(make_policy, config.streaming)
+        default_sec = CONTEXT_SILENCE_SEC[engine.audio_context]
+        self._context_silence_sec = default_sec if context_silence_sec is None else context_silence_sec
+        self._make_policy = policy or (lambda: make_policy(config.streaming))
+        self._capacity = math.ceil(config.streaming.buffer_sec * SAMPLE_RATE)
         self._pad_sec = vad.config.pad_sec if vad is not None else 0.0
         self._lead_in_sec = ONSET_SEC + self._pad_sec + (vad.config.min_speech_sec if vad is not None else 0.0)
         self.sharers = 1
@@ -132,12 +126,12 @@ class StreamingSession:
 
     def reset(self) -> None:
         """Forget everything heard; the next `feed` begins a new stream at 0 s."""
-        self._buffer = AudioBuffer(self._settings.buffer_sec)
+        self._audio: Waveform = np.zeros(0, dtype=np.float32)  # held, then what has not been heard yet
+        self._start = self._heard = 0  # samples of the stream before those held, and heard
         self._policy = self._make_policy()
         self._timeline = SpeechTimeline(self._vad)
         self._resampler: soxr.ResampleStream | None = None
         self._rate: int | None = None
-        self._pending: Waveform = np.zeros(0, dtype=np.float32)
         self._state: Literal["idle", "speech", "ending", "pause"] = "idle"
         self._adaptive = True
         self._transcript: list[Word] = []
@@ -170,81 +164,143 @@ class StreamingSession:
     @property
     def audio_sec(self) -> float:
         """Audio heard so far, without what waits to fill a window of 32 ms."""
-        return self._buffer.end_sec
+        return self._heard / SAMPLE_RATE
 
-    def feed(self, samples: Waveform, sample_rate: int = SAMPLE_RATE) -> list[Event]:
-        """Hear more audio.
+    def iter_file(self, path: str | Path) -> Iterator[Event]:
+        """Reset, then yield the events of a file, fed in chunks of `min_chunk_sec` as fast as they are decoded."""
+        return self.iter_audio(load_audio(path, allow_silence=True))
+
+    def iter_audio(self, audio: Waveform) -> Iterator[Event]:
+        """As `iter_file`, for (T,) float32 at 16 kHz."""
+        chunk = round(self._settings.min_chunk_sec * SAMPLE_RATE)
+        chunks = ((audio[at : at + chunk], SAMPLE_RATE) for at in range(0, len(audio), chunk))
+        return self._listen(chunks, adaptive=False)  # nobody waits: the chunks of real time, whatever the speed
+
+    def stream_from_file(
+        self, path: str | Path, *, real_time: bool = False, on_event: OnEvent | None = None
+    ) -> StreamingResult:
+        """Transcribe a file as a stream; see `iter_file`.
 
         Args:
-            samples: (T,) float32 in [-1, 1], any T.
-            sample_rate: Hz; the same throughout a stream.
+            path: of the recording.
+            real_time: hear it no faster than it was recorded, to see what a microphone would give.
+            on_event: called with each event as it comes, in this thread.
+        """
+        if not real_time:
+            return self._gather(self.iter_file(path), on_event)
+        blocks = in_real_time(load_audio(path, allow_silence=True))
+        return self._gather(self._listen((block, SAMPLE_RATE) for block in blocks), on_event)
 
-        Returns:
-            The events that it caused, in order.
+    def stream_audio(self, audio: Waveform) -> StreamingResult:
+        """Transcribe (T,) float32 at 16 kHz as a stream; see `iter_file`."""
+        return self._gather(self.iter_audio(audio))
+
+    def stream_from_microphone(self, duration_sec: float, *, on_event: OnEvent | None = None) -> StreamingResult:
+        """Reset, then transcribe so much audio from the microphone: in Colab the browser's, else this machine's.
+
+        Args:
+            duration_sec: how much audio to record.
+            on_event: called with each event as it comes, in this thread.
 
         Raises:
-            AudioError: not one channel of finite samples, or another rate than before. Errors of the model pass through
-                with a note of the time; the audio is kept, and the next call tries again.
+            MissingDependencyError, AudioError, ConfigError: as `Microphone` and `BrowserMicrophone`.
         """
-        began = self._clock()
-        try:
-            self._pending = np.concatenate([self._pending, self._resample(samples, sample_rate)])
-            while len(self._pending) >= WINDOW_SAMPLES:
-                self._hear(self._pending[:WINDOW_SAMPLES])
-            self._pending = self._pending.copy()  # a slice would hold all that it was cut from
-            return self._take_events()
-        finally:
-            self.compute_sec += self._clock() - began
+        microphone: Microphone | BrowserMicrophone
+        if in_colab() and in_notebook():
+            microphone = BrowserMicrophone(duration_sec)
+            logger.info("recording %g s from the browser's microphone; allow it if the browser asks", duration_sec)
+        else:
+            microphone = Microphone(duration_sec)
+            rate = microphone.sample_rate
+            logger.info("recording %g s from this machine's microphone at %d Hz", duration_sec, rate)
+        with contextlib.closing(microphone.blocks()) as blocks:  # an error must not leave it open
+            events = self._listen((block, microphone.sample_rate) for block in blocks)
+            return replace(self._gather(events, on_event), overruns=microphone.overruns)
 
-    def flush(self) -> list[Event]:
-        """Decode what is left, commit all of it, and emit a final. The session may continue afterwards."""
-        began = self._clock()
-        try:
-            if self._resampler is not None:
-                tail = self._resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
-                self._pending, self._resampler, self._rate = np.concatenate([self._pending, tail]), None, None
-            while len(self._pending):
-                self._hear(self._pending[:WINDOW_SAMPLES])  # the last may be shorter
-            self._follow(self._timeline.finish())
-            if self._state == "ending":
-                self._end_utterance()
-            return self._take_events()
-        finally:
-            self.compute_sec += self._clock() - began
+    def _listen(self, blocks: Iterable[tuple[Waveform, int]], *, adaptive: bool = True) -> Iterator[Event]:
+        """Reset, then yield the events of samples that come with their rate in Hz, until there are no more."""
+        self.reset()
+        self._adaptive = adaptive
+        for samples, sample_rate in blocks:
+            yield from self.feed(samples, sample_rate)
+        yield from self.flush()
+
+    def _gather(self, events: Iterable[Event], on_event: OnEvent | None = None) -> StreamingResult:
+        gathered = []
+        for event in events:
+            gathered.append(event)
+            if on_event is not None:
+                on_event(event)
+        return self.result(gathered)
 
     def result(self, events: Sequence[Event]) -> StreamingResult:
         """Summarise the session; `events` are all that it has given since the last `reset`."""
         return StreamingResult(tuple(events), self.audio_sec, self.compute_sec, self.longest_update_sec, self.updates)
 
-    def _resample(self, samples: Waveform, sample_rate: int) -> Waveform:
+    def feed(self, samples: Waveform, sample_rate: int = SAMPLE_RATE) -> list[Event]:
+        """Hear more audio, and return the events that it caused, in order.
+
+        Args:
+            samples: (T,) float32 in [-1, 1], any T.
+            sample_rate: Hz; the same throughout a stream.
+
+        Raises:
+            AudioError: not one channel of finite samples, or another rate than before. Errors of the model pass through
+                with a note of the time; the audio is kept, and the next call tries again.
+        """
+        return self._advance(samples, sample_rate, last=False)
+
+    def flush(self) -> list[Event]:
+        """Decode what is left, commit all of it, and emit a final. The session may continue afterwards."""
+        return self._advance(np.zeros(0, dtype=np.float32), self._rate or SAMPLE_RATE, last=True)
+
+    def _advance(self, samples: Waveform, sample_rate: int, *, last: bool) -> list[Event]:
+        began = self._clock()
+        try:
+            self._audio = np.concatenate([self._audio, self._resample(samples, sample_rate, last=last)])
+            while (waiting := self._start + len(self._audio) - self._heard) >= WINDOW_SAMPLES or (last and waiting):
+                self._hear(min(waiting, WINDOW_SAMPLES))
+            if last:
+                self._follow(self._timeline.finish())
+                if self._state == "ending":
+                    self._end_utterance()
+        finally:
+            self._audio = self._audio.copy()  # a slice would hold all that it was cut from
+            self.compute_sec += self._clock() - began
+        events, self._outbox = self._outbox, []
+        return events
+
+    def _resample(self, samples: Waveform, sample_rate: int, *, last: bool) -> Waveform:
         check_waveform(samples)
         if self._rate not in (None, sample_rate) or sample_rate <= 0:
             raise AudioError(
                 f"sample rate {sample_rate} Hz in a stream of {self._rate} Hz; resample it, or reset() for a new stream"
             )
         self._rate = sample_rate
-        if sample_rate == SAMPLE_RATE:
-            return samples.astype(np.float32, copy=False)
-        if self._resampler is None:
-            self._resampler = soxr.ResampleStream(sample_rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
-        return np.asarray(self._resampler.resample_chunk(samples.astype(np.float32, copy=False)))
+        samples = samples.astype(np.float32, copy=False)
+        if sample_rate != SAMPLE_RATE:
+            if self._resampler is None:
+                self._resampler = soxr.ResampleStream(sample_rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+            samples = np.asarray(self._resampler.resample_chunk(samples, last=last))
+        if last:
+            self._resampler = self._rate = None
+        return samples
 
-    def _hear(self, window: Waveform) -> None:
-        """Advance by one window; it leaves `_pending` only when nothing before the buffer can fail any more."""
-        if self._buffer.free_samples < len(window):
+    def _hear(self, size: int) -> None:
+        """Hear the next samples, a window or the end of the stream, once nothing before them can fail any more."""
+        if self._heard + size - self._start > self._capacity:
             self._make_room()
-        self._pending = self._pending[len(window) :]
-        self._buffer.append(window)
-        self._follow(self._timeline.hear(window))
-        silence_sec = self._buffer.end_sec - self._timeline.end_sec
+        at = self._heard - self._start
+        self._heard += size
+        self._follow(self._timeline.hear(self._audio[at : at + size]))
         if self._state == "ending":
             self._end_utterance()
         elif self._state == "speech":
-            if self._buffer.end_sec - self._updated_sec >= self._interval_sec():
+            if self.audio_sec - self._updated_sec >= self._interval_sec():
                 self._update()
-        elif self._state == "idle" or silence_sec > self._context_silence_sec:
+        elif self._state == "idle" or self.audio_sec - self._timeline.end_sec > self._context_silence_sec:
             self._state = "idle"
-            self._drop_audio_before(self._buffer.end_sec - self._lead_in_sec)
+            self._drop_audio_before(self.audio_sec - self._lead_in_sec)
 
     def _follow(self, events: Sequence[VADEvent]) -> None:
         for event in events:
@@ -259,19 +315,19 @@ class StreamingSession:
 
     def _update(self) -> None:
         self._hypothesis = self._decode()
-        result = self._policy.update(self._hypothesis, audio_end_sec=self._buffer.end_sec)
-        self._commit(result.committed)
-        shown_until_sec = self._buffer.end_sec - self._settings.display_guard_sec
-        shown = tuple(itertools.takewhile(lambda word: word.end_sec <= shown_until_sec, result.partial))
+        committed, tail = self._policy.update(self._hypothesis, audio_end_sec=self.audio_sec)
+        self._commit(committed)
+        shown_until_sec = self.audio_sec - self._settings.display_guard_sec
+        shown = tuple(itertools.takewhile(lambda word: word.end_sec <= shown_until_sec, tail))
         if join_words(shown) != join_words(self._partial):
             self._partial = shown
-            self._emit("partial", self._partial)
+            self._emit("partial", shown)
 
     def _end_utterance(self) -> None:
         """Speech has ended: decode to its end, unless the last update heard it, and commit everything."""
-        if self._updated_sec < min(self._timeline.end_sec + SETTLED_SEC, self._buffer.end_sec):
+        if self._updated_sec < min(self._timeline.end_sec + SETTLED_SEC, self.audio_sec):
             self._hypothesis = self._decode()
-        self._commit(self._policy.flush(self._hypothesis).committed)
+        self._commit(self._policy.flush(self._hypothesis))
         if self._partial:  # nothing of it was committed, but listeners still show it
             self._partial = ()
             self._emit("partial", ())
@@ -281,29 +337,27 @@ class StreamingSession:
         self._state = "pause"
 
     def _decode(self) -> tuple[Word, ...]:
-        """Transcribe the buffer; return the words that lie in speech, in absolute time."""
-        samples, held_from_sec = self._buffer.view()
-        start_sec = self._policy.window_start_sec(held_from_sec, self._buffer.end_sec)
-        samples = samples[round((start_sec - held_from_sec) * SAMPLE_RATE) :].copy()
+        """Transcribe the audio held; return the words that lie in speech, in absolute time."""
+        held_from_sec = self._start / SAMPLE_RATE
+        start_sec = max(held_from_sec, self.audio_sec - self._policy.window_sec)
+        samples = self._audio[round((start_sec - held_from_sec) * SAMPLE_RATE) : self._heard - self._start]
         prompt = self._prompt()
         prefix = join_words(self._transcript[self._left :]) if self._policy.forces_prefix else ""
         words = self._call_model(samples, start_sec, prompt, prefix)
         if (prompt or prefix) and find_loop(words) is not None:
             words = self._call_model(samples, start_sec)  # the given text may have begun the loop, and would feed it
         # where the decoder stopped early, decode the rest by itself
-        while words and self._vad is not None and self._speech_after(words[-1].end_sec) >= UNCOVERED_SEC:
+        while words and self._vad is not None:
             at_sec = words[-1].end_sec
+            if self._timeline.speech_sec(at_sec + ALIGN_SLACK_SEC, self.audio_sec) < UNCOVERED_SEC:
+                break
             rest = self._call_model(samples[round((at_sec - start_sec) * SAMPLE_RATE) :], at_sec)
             if not rest or rest[-1].end_sec <= at_sec:
                 break
             words += rest
-        self._updated_sec = self._buffer.end_sec
+        self._updated_sec = self.audio_sec
         slack_sec = self._pad_sec + ALIGN_SLACK_SEC
         return tuple(w for w in words if self._timeline.touches(w.start_sec, w.end_sec, slack_sec=slack_sec))
-
-    def _speech_after(self, sec: float) -> float:
-        """Return the seconds of speech in the buffer that lie beyond the reach of a word ending at `sec`."""
-        return self._timeline.speech_sec(sec + ALIGN_SLACK_SEC, self._buffer.end_sec)
 
     def _call_model(self, samples: Waveform, start_sec: float, prompt: str = "", prefix: str = "") -> tuple[Word, ...]:
         """Decode audio that begins at `start_sec`; return its words in absolute time, and measure the call."""
@@ -311,11 +365,10 @@ class StreamingSession:
         try:
             (result,) = transcribe(self._engine, [samples], replace(self._options, prompt=prompt, prefix=prefix))
         except Exception as err:
-            err.add_note(f"while streaming {self._buffer.start_sec:.2f} to {self._buffer.end_sec:.2f} s")
+            err.add_note(f"while streaming {self._start / SAMPLE_RATE:.2f} to {self.audio_sec:.2f} s")
             raise
         spent_sec = self._clock() - began
-        weight = EMA_WEIGHT if self.updates else 1.0
-        self._mean_update_sec += weight * (spent_sec - self._mean_update_sec)
+        self._mean_update_sec += (EMA_WEIGHT if self.updates else 1.0) * (spent_sec - self._mean_update_sec)
         self.longest_update_sec = max(self.longest_update_sec, spent_sec)
         self.updates += 1
         return shifted(result.words or (), start_sec)
@@ -333,7 +386,7 @@ class StreamingSession:
 
     def _make_room(self) -> None:
         """Cut a full buffer after a committed word; commit the settled words first where there is none."""
-        end_sec = self._buffer.end_sec
+        end_sec = self.audio_sec
         if self._state in ("idle", "pause"):
             self._drop_audio_before(end_sec - self._lead_in_sec)
             return
@@ -343,7 +396,7 @@ class StreamingSession:
         if cut_sec is None:
             unsettled_sec = min(UNSETTLED_SEC, self._settings.buffer_sec / 4)
             settled = [word for word in self._hypothesis if word.end_sec <= end_sec - unsettled_sec]
-            self._commit(self._policy.flush(settled).committed)
+            self._commit(self._policy.flush(settled))
             cut_sec = self._cut_sec()
         if cut_sec is None:  # no words there: nothing is lost
             cut_sec = end_sec - min(KEEP_SEC, self._settings.buffer_sec / 2)
@@ -352,13 +405,14 @@ class StreamingSession:
     def _cut_sec(self) -> float | None:
         """Return the end of a committed word to cut after: the last one that leaves `KEEP_SEC`, else the first."""
         free_at_least_sec = min(1.0, self._settings.buffer_sec / 4)  # otherwise the next cut follows at once
-        ends = [word.end_sec for word in self._transcript[self._left :]]
-        ends = [end for end in ends if end >= self._buffer.start_sec + free_at_least_sec]
-        old = [end for end in ends if end <= self._buffer.end_sec - KEEP_SEC]
+        earliest_sec = self._start / SAMPLE_RATE + free_at_least_sec
+        ends = [word.end_sec for word in self._transcript[self._left :] if word.end_sec >= earliest_sec]
+        old = [end for end in ends if end <= self.audio_sec - KEEP_SEC]
         return old[-1] if old else min(ends, default=None)
 
     def _drop_audio_before(self, sec: float) -> None:
-        self._buffer.trim_to(sec)
+        dropped = min(max(round(sec * SAMPLE_RATE) - self._start, 0), self._heard - self._start)
+        self._audio, self._start = self._audio[dropped:], self._start + dropped
         self._policy.discard_before(sec)
         self._timeline.discard_before(sec)
         self._hypothesis = tuple(word for word in self._hypothesis if word.end_sec > sec)
@@ -372,63 +426,5 @@ class StreamingSession:
             self._emit("commit", words)
 
     def _emit(self, kind: Literal["partial", "commit", "final"], words: tuple[Word, ...]) -> None:
-        self._outbox.append(Event(kind, words, join_words(words), self._buffer.end_sec, self._clock(), self._sequence))
+        self._outbox.append(Event(kind, words, join_words(words), self.audio_sec, self._clock(), self._sequence))
         self._sequence += 1
-
-    def _take_events(self) -> list[Event]:
-        events, self._outbox = self._outbox, []
-        return events
-
-
-class AudioBuffer:
-    """The newest audio of a stream, on the stream's clock: seconds since its first sample.
-
-    Twice the capacity is allocated, so that the content stays contiguous and moves only once per capacity heard.
-
-    Args:
-        max_sec: capacity, seconds.
-    """
-
-    def __init__(self, max_sec: float) -> None:
-        self.capacity_samples = math.ceil(max_sec * SAMPLE_RATE)
-        self._memory: Waveform = np.zeros(2 * self.capacity_samples, dtype=np.float32)
-        self._at = 0  # first valid sample within the memory
-        self._size = 0
-        self._start = 0  # the same sample in the stream
-
-    @property
-    def start_sec(self) -> float:
-        """Time of the oldest sample held."""
-        return self._start / SAMPLE_RATE
-
-    @property
-    def end_sec(self) -> float:
-        """Time of the end of the newest sample: all audio heard."""
-        return (self._start + self._size) / SAMPLE_RATE
-
-    @property
-    def free_samples(self) -> int:
-        """How much can be appended before something must be trimmed."""
-        return self.capacity_samples - self._size
-
-    def append(self, samples: Waveform) -> None:
-        """Add (T,) float32 at the end; `trim_to` must have made room for it."""
-        if len(samples) > self.free_samples:
-            raise AudioError(f"{len(samples)} samples do not fit: {self.free_samples} are free; call trim_to first")
-        if self._at + self._size + len(samples) > len(self._memory):
-            self._memory[: self._size] = self._memory[self._at : self._at + self._size]
-            self._at = 0
-        end = self._at + self._size
-        self._memory[end : end + len(samples)] = samples
-        self._size += len(samples)
-
-    def trim_to(self, sec: float) -> None:
-        """Drop the audio before a time; a time outside the buffer keeps or drops all of it."""
-        drop = min(max(round(sec * SAMPLE_RATE) - self._start, 0), self._size)
-        self._at += drop
-        self._start += drop
-        self._size -= drop
-
-    def view(self) -> tuple[Waveform, float]:
-        """Return the audio held, (T,) float32 and valid until the next append, and its start in seconds."""
-        return self._memory[self._at : self._at + self._size], self.start_sec

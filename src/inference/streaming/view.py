@@ -1,8 +1,4 @@
-"""Captions while they are spoken: a notebook's output that is replaced in place, or one line of a terminal.
-
-Text that stays has the colour of the theme, text that may still change the same colour, fainter: both can be read on
-light and on dark backgrounds.
-"""
+"""Captions while they are spoken: a notebook's output that is replaced in place, or one line of a terminal."""
 
 from __future__ import annotations
 
@@ -32,7 +28,7 @@ class LiveCaptions:
         with LiveCaptions() as live:
             asr.stream_from_microphone(30, on_event=live.show)
 
-    At most eight updates a second; the last state is always shown.
+    Text that may still change is fainter. At most eight updates a second; the last state is always shown.
 
     Args:
         clock: seconds, monotone.
@@ -44,8 +40,7 @@ class LiveCaptions:
         self._in_notebook, self._display_id = in_notebook(), ""
         self._drawn_sec: deque[float] = deque(maxlen=MAX_UPDATES_PER_SEC)  # the newest updates
         self._committed, self._partial = "", ""  # text that stays, its newest `MAX_CHARS`; text that may change
-        self._heard_sec = 0.0
-        self._late = ""
+        self._heard_sec, self._late = 0.0, ""
 
     def __enter__(self) -> Self:
         self._draw()
@@ -61,7 +56,10 @@ class LiveCaptions:
         if event.kind == "partial":
             self._partial = text
         elif event.kind == "commit":
-            self._committed, self._partial = _newest(_join(self._committed, text)), ""
+            self._committed, self._partial = _join(self._committed, text), ""
+            if len(self._committed) > MAX_CHARS:  # from the beginning of a word where the script has spaces
+                tail = self._committed[-MAX_CHARS:]
+                self._committed = f"… {tail.partition(' ')[2] or tail}"
             late_sec = event.audio_sec - event.words[-1].end_sec
             self._late = f", the newest word committed {late_sec:.1f} s of audio after its end"
         now_sec = self._clock()
@@ -85,7 +83,7 @@ class LiveCaptions:
         return "".join(filter(str.isprintable, _join(self._committed, self._partial)))
 
     def _draw(self, *, over: bool = False) -> None:
-        text = self.to_text()
+        text, in_place = self.to_text(), self._terminal.isatty()
         if self._in_notebook:
             from IPython.display import display
 
@@ -93,9 +91,8 @@ class LiveCaptions:
             update, self._display_id = bool(self._display_id), self._display_id or secrets.token_hex(8)
             display(shown, raw=True, display_id=self._display_id, update=update)
         elif over:
-            clear = CLEAR_LINE if self._terminal.isatty() else ""
-            self._terminal.write(f"{clear}{text}\n")
-        elif self._terminal.isatty():
+            self._terminal.write(f"{CLEAR_LINE if in_place else ''}{text}\n")
+        elif in_place:
             columns = shutil.get_terminal_size().columns - 1  # the last one may wrap
             self._terminal.write(CLEAR_LINE + text[-columns:])
             self._terminal.flush()
@@ -104,12 +101,3 @@ class LiveCaptions:
 def _join(left: str, right: str) -> str:
     """Join two texts as their script does; either may be empty."""
     return "".join(spaced([text for text in (left, right) if text]))
-
-
-def _newest(text: str) -> str:
-    """Return the end of a long text, from the beginning of a word where the script has spaces."""
-    if len(text) <= MAX_CHARS:
-        return text
-    tail = text[-MAX_CHARS:]
-    _, _, words = tail.partition(" ")
-    return f"… {words or tail}"

@@ -210,20 +210,23 @@ def test_words_differ_that_the_other_text_lacks() -> None:
 
 
 def test_a_transcript_is_text_marks_what_is_unsure_and_carries_its_captions() -> None:
+    page_layout = pytest.importorskip("src.inference.server.page_layout")
     said = (Word("sure", 0.0, 0.5, 0.9), Word(ATTACK, 0.5, 1.0, 0.2), Word("end", 65.0, 65.5, float("nan")))
     segments = [
         TranscribedSegment(part[0].start_sec, part[-1].end_sec, part[0].text, -0.1, None, 1.0, 0.0, part, None)
         for part in (said[:2], said[2:])
     ]
-    page_layout = pytest.importorskip("src.inference.server.page_layout")
     done = Transcriptions((Transcription("array 0", "", 66.0, tuple(segments), said),), 3.3)
-    html = page_layout.transcript_html(done, 'a"b')
-    assert "<img" not in html + page_layout.comparison_html(("<img>", "b"), (done, done))
+    silent = Transcriptions((Transcription("array 0", "", 66.0, (), ()),), 3.3)
+    html = page_layout.results_html(["a"], [done], 'a"b')
+    compared = page_layout.results_html(["<img>", "b"], [done, silent], "")
+    assert "<img" not in html + compared
     assert html.count('class="unsure" data-start="0.50" data-tip="0.50 to 1.00 s, 20%"') == 1
     assert 'data-start="65.00" data-tip="65.00 to 65.50 s">end<' in html
     assert "<time>1:05</time>" in html
     assert "<dd>0.050</dd>" in html
-    srt = unquote(html.split('download="a&quot;b.srt" href="data:text/plain;charset=utf-8,')[1].split('"')[0])
+    assert compared.count("<mark ") == 3
+    srt = unquote(html.split('download="a&#34;b.srt" href="data:text/plain;charset=utf-8,')[1].split('"')[0])
     assert parsed(srt)[0][0] == 0.0
 
 

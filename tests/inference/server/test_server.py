@@ -34,8 +34,7 @@ from src.inference.server.host import ServerLimits
 from src.inference.server.protocol import CLOSE_CODES, Done, End, Hello, LiveEvent, Ready, StreamError, read_server
 from src.inference.server.server import MAX_WAITING, CaptionServer
 from src.inference.streaming.commit import Event
-from src.inference.streaming.microphone import StreamingASR
-from src.inference.streaming.session import StreamingSession
+from src.inference.streaming.session import StreamingASR
 from src.inference.words import Word
 from src.utils.config import load_config
 from src.utils.errors import AudioError, ConfigError
@@ -68,8 +67,8 @@ def hear(audio: Waveform, options: DecodingOptions | None = None) -> list[Word]:
     return words
 
 
-def new_session(decode: Hear = hear) -> StreamingSession:
-    return StreamingSession(ScriptedEngine(decode), config=CONFIG, clock=lambda: 0.0)
+def new_session(decode: Hear = hear) -> StreamingASR:
+    return StreamingASR(engine=ScriptedEngine(decode), config=CONFIG, clock=lambda: 0.0)
 
 
 def expected_events(audio: Waveform) -> list[Event]:
@@ -82,11 +81,11 @@ class Sessions:
 
     def __init__(self, decode: Hear = hear) -> None:
         self.decode = decode
-        self.alive: weakref.WeakSet[StreamingSession] = weakref.WeakSet()
+        self.alive: weakref.WeakSet[StreamingASR] = weakref.WeakSet()
         self.freed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
-    def __call__(self, language: str | None) -> StreamingSession:
+    def __call__(self, language: str | None) -> StreamingASR:
         if language == "xx":
             raise ConfigError("language 'xx' is not known to this model; known: en")
         session = new_session(self.decode)

@@ -12,9 +12,9 @@ from src.inference.streaming.commit import (
     AlignAtt,
     ChunkMerge,
     CommitPolicy,
-    CommitResult,
     LocalAgreement,
     find_loop,
+    join_words,
     word_key,
 )
 from src.inference.words import Word
@@ -27,48 +27,35 @@ def said(text: str, *, start_sec: float = 0.0, word_sec: float = 0.3) -> list[Wo
     ]
 
 
-def texts(words: Sequence[Word]) -> str:
-    return " ".join(word.text for word in words)
-
-
-def run(policy: LocalAgreement, *hypotheses: Sequence[Word]) -> list[CommitResult]:
-    return [policy.update(words, audio_end_sec=100.0) for words in hypotheses]
+def run(policy: CommitPolicy, *hypotheses: Sequence[Word], audio_end_sec: float = 100.0) -> list[tuple[str, str]]:
+    """Return what each hypothesis commits, and its tail."""
+    results = [policy.update(words, audio_end_sec=audio_end_sec) for words in hypotheses]
+    return [(join_words(committed), join_words(tail)) for committed, tail in results]
 
 
 def test_two_hypotheses_commit_what_they_begin_with_alike_in_the_newer_spelling() -> None:
-    first, second, third = run(
-        LocalAgreement(),
-        said("And so my fellow"),
-        said("And so my fell Americans"),
-        said("And so my fellow Americans ask"),
-    )
-    assert (texts(first.committed), texts(first.partial)) == ("", "And so my fellow")
-    assert (texts(second.committed), texts(second.partial)) == ("And so my", "fell Americans")
-    assert (texts(third.committed), texts(third.partial)) == ("", "fellow Americans ask")
-    _, second = run(LocalAgreement(), said("and so my fellow"), said("And so, my fellow-"))
-    assert texts(second.committed) == "And so, my fellow-"
+    hypotheses = said("And so my fellow"), said("And so my fell Americans"), said("And so my fellow Americans ask")
+    expected = [("", "And so my fellow"), ("And so my", "fell Americans"), ("", "fellow Americans ask")]
+    assert run(LocalAgreement(), *hypotheses) == expected
+    assert run(LocalAgreement(), said("and so my fellow"), said("And so, my fellow-"))[1][0] == "And so, my fellow-"
 
 
 @pytest.mark.parametrize("shift_sec", [-0.25, 0.0, 0.25])
 @pytest.mark.parametrize("spelling", ["i sink that", "I think, that", "sink that", "oh i sink that"])
 def test_committed_words_are_not_committed_again_respelt_or_shifted(spelling: str, shift_sec: float) -> None:
-    policy = LocalAgreement()
-    run(policy, said("i sink that"), said("i sink that"))
     start = 0.9 - 0.3 * len(spelling.split())
     again = said(spelling, start_sec=start + shift_sec) + said("he is right", start_sec=0.9 + shift_sec)
-    results = run(policy, again, again)
-    assert texts(results[1].committed) == "he is right"
+    assert run(LocalAgreement(), said("i sink that"), said("i sink that"), again, again)[-1][0] == "he is right"
 
 
 def test_a_word_said_twice_is_committed_twice_and_flush_commits_everything_new() -> None:
     policy = LocalAgreement()
-    run(policy, said("ask my country"), said("ask my country"))
     twice = said("ask my country my country said")
-    assert texts(run(policy, twice, twice)[1].committed) == "my country said"
+    assert run(policy, said("ask my country"), said("ask my country"), twice, twice)[-1][0] == "my country said"
     more = said("ask my country my country said and so")
-    assert texts(policy.flush(more).committed) == "and so"
-    assert policy.flush(more) == policy.flush([]) == CommitResult((), ())
-    assert policy.update([], audio_end_sec=3.0) == CommitResult((), ())
+    assert join_words(policy.flush(more)) == "and so"
+    assert policy.flush(more) == policy.flush([]) == ()
+    assert policy.update([], audio_end_sec=3.0) == ((), ())
 
 
 def test_words_of_audio_that_left_are_not_expected() -> None:
@@ -76,26 +63,25 @@ def test_words_of_audio_that_left_are_not_expected() -> None:
     run(policy, said("one two three four"), said("one two three four"))
     policy.discard_before(0.6)
     rest = said("three four five", start_sec=0.6)
-    assert texts(run(policy, rest, rest)[1].committed) == "five"
+    assert run(policy, rest, rest)[1][0] == "five"
     new = said("six", start_sec=1.6)  # without the old words
-    assert texts(run(policy, new, new)[1].committed) == "six"
+    assert run(policy, new, new)[1][0] == "six"
 
 
 @pytest.mark.parametrize("gram", ["the", "that is", "thank you all", "I think it is"])
 def test_a_loop_is_never_committed_and_what_follows_it_is(gram: str) -> None:
     policy = LocalAgreement()
     looping = said("we begin " + " ".join([gram] * 12) + " and then end")
-    run(policy, looping, looping)
-    assert policy.flush(looping).committed == ()
-    assert texts(policy._committed) == f"we begin {gram} and then end"
+    assert run(policy, looping, looping)[1][0] == f"we begin {gram} and then end"
+    assert policy.flush(looping) == ()
 
 
 def test_a_loop_that_grows_one_copy_an_update_is_stopped() -> None:
     policy = LocalAgreement()
-    for copies in range(2, 40):
-        run(policy, said(" ".join(["so"] * copies), word_sec=0.4))
-    assert len(policy._committed) < 12
-    assert texts(policy.flush(said(" ".join(["so"] * 40) + " good bye", word_sec=0.4)).committed).endswith("good bye")
+    growing = [said(" ".join(["so"] * copies), word_sec=0.4) for copies in range(2, 40)]
+    assert len("".join(committed for committed, _ in run(policy, *growing))) < 12 * len("so ")
+    ending = policy.flush(said(" ".join(["so"] * 40) + " good bye", word_sec=0.4))
+    assert join_words(ending).endswith("good bye")
 
 
 @pytest.mark.parametrize(
@@ -113,8 +99,7 @@ def test_a_loop_is_many_copies_or_fast_ones(words: list[Word], loop: range | Non
 
 
 def test_a_word_of_punctuation_keeps_its_text() -> None:
-    assert word_key(Word("...", 0, 0, 1)) == "..."
-    assert word_key(Word("Don't,", 0, 0, 1)) == "dont"
+    assert [word_key(Word(text, 0, 0, 1)) for text in ("...", "Don't,")] == ["...", "dont"]
 
 
 a_word = st.builds(
@@ -136,10 +121,11 @@ def test_any_script_gives_an_append_only_monotone_transcript_without_loops(
         if action == "discard":
             policy.discard_before(step * 0.7)
             continue
-        result = policy.flush(hypothesis) if action == "flush" else policy.update(hypothesis, audio_end_sec=14.0)
-        transcript += result.committed
-        assert all(word.end_sec <= 14.0 for word in result.committed) or action == "flush"
-        assert {word.text for word in [*result.committed, *result.partial]} <= {word.text for word in hypothesis}
+        update = (policy.flush(hypothesis), ()) if action == "flush" else policy.update(hypothesis, audio_end_sec=14.0)
+        committed, tail = update
+        transcript += committed
+        assert all(word.end_sec <= 14.0 for word in committed) or action == "flush"
+        assert {word.text for word in [*committed, *tail]} <= {word.text for word in hypothesis}
     times = [time for word in transcript for time in (word.start_sec, word.end_sec)]
     assert times == sorted(times)
     slow = [Word(word.text, i, i + 1, 0.5) for i, word in enumerate(transcript)]  # so that only length counts
@@ -155,36 +141,33 @@ def test_a_growing_perfect_hypothesis_is_committed_once_and_whole(spoken: list[s
     policy = LocalAgreement()
     transcript: list[Word] = []
     for end in range(step, len(full) + step, step):
-        transcript += policy.update(full[:end], audio_end_sec=60.0).committed
-    transcript += policy.flush(full).committed
+        transcript += policy.update(full[:end], audio_end_sec=60.0)[0]
+    transcript += policy.flush(full)
     if find_loop(full) is None:
         assert transcript == full
 
 
 def test_alignatt_commits_what_ended_before_the_guard_and_was_there_before() -> None:
     policy = AlignAtt(guard_sec=0.5)
-    assert policy.update(said("ask not what", word_sec=0.4), audio_end_sec=1.3).committed == ()
-    second = policy.update(said("ask not what your", word_sec=0.4), audio_end_sec=1.75)
-    assert texts(second.committed) == "ask not what"
-    assert texts(second.partial) == "your"
-    third = policy.update(said("Ask not what you're country can", word_sec=0.4), audio_end_sec=2.6)
-    assert third.committed == ()  # "your" became "you're": not yet
-    fourth = policy.update(said("Ask not what you're country can", word_sec=0.4), audio_end_sec=2.6)
-    assert texts(fourth.committed) == "you're country"
-    assert texts(policy.flush(said("ask not what you're country can do", word_sec=0.4)).committed) == "can do"
+    assert run(policy, said("ask not what", word_sec=0.4), audio_end_sec=1.3) == [("", "ask not what")]
+    second = said("ask not what your", word_sec=0.4)
+    assert run(policy, second, audio_end_sec=1.75) == [("ask not what", "your")]
+    respelt = said("Ask not what you're country can", word_sec=0.4)  # "your" became "you're": not yet
+    committed = [done for done, _ in run(policy, respelt, respelt, audio_end_sec=2.6)]
+    assert committed == ["", "you're country"]
+    assert join_words(policy.flush(said("ask not what you're country can do", word_sec=0.4))) == "can do"
 
 
 def test_alignatt_does_not_wait_for_ever_and_never_commits_a_loop() -> None:
     policy = AlignAtt(guard_sec=0.5)
-    assert policy.update(said("one two", word_sec=0.5), audio_end_sec=2.4).committed == ()
-    assert texts(policy.update(said("won too", word_sec=0.5), audio_end_sec=2.9).committed) == "won"
-    assert len(AlignAtt(guard_sec=0.5).update(said("no " * 30, word_sec=0.1), audio_end_sec=10.0).committed) == 1
+    assert run(policy, said("one two", word_sec=0.5), audio_end_sec=2.4)[0][0] == ""
+    assert run(policy, said("won too", word_sec=0.5), audio_end_sec=2.9)[0][0] == "won"
+    assert run(AlignAtt(guard_sec=0.5), said("no " * 30, word_sec=0.1), audio_end_sec=10.0)[0][0] == "no"
 
 
 def test_chunks_are_merged_at_the_middle_of_their_overlap() -> None:
     policy = ChunkMerge()
-    assert policy.window_start_sec(0.0, 3.5) == 1.5
-    first = policy.update(said("one two three four five", word_sec=0.4), audio_end_sec=2.0)
-    assert texts(first.committed) == "one two three four"  # the middle of "five" is at 1.8 s, the cut at 1.75 s
+    first = said("one two three four five", word_sec=0.4)
+    assert run(policy, first, audio_end_sec=2.0)[0][0] == "one two three four"  # "five" at 1.8 s, the cut at 1.75 s
     later = [Word("five", 1.6, 2.0, 0.9), Word("six", 2.0, 2.4, 0.9), Word("se", 3.3, 3.5, 0.9)]
-    assert texts(policy.update(later, audio_end_sec=3.5).committed) == "five six"
+    assert run(policy, later, audio_end_sec=3.5)[0][0] == "five six"

@@ -27,13 +27,14 @@ from src.data.vad import VoiceActivityDetector
 from src.evaluation.text import WHISPER_ENGLISH, get_normalizer
 from src.inference.options import DecodingOptions
 from src.inference.streaming import microphone as streaming
+from src.inference.streaming import session as live
 from src.inference.streaming.microphone import (
     BrowserMicrophone,
     Microphone,
-    StreamingASR,
     eval_in_colab,
     in_real_time,
 )  # fmt: skip
+from src.inference.streaming.session import StreamingASR
 from src.inference.words import Word
 from src.utils.config import load_config
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError
@@ -122,7 +123,7 @@ def test_what_cannot_record_is_refused_with_what_to_do(install: Any, monkeypatch
     with pytest.raises(MissingDependencyError, match="Colab"):
         list(BrowserMicrophone(1.0).blocks())
     install(None)
-    monkeypatch.setattr(streaming, "in_colab", lambda: True)  # a script there has no page
+    monkeypatch.setattr(live, "in_colab", lambda: True)  # a script there has no page
     with pytest.raises(MissingDependencyError, match="pip install sounddevice"):
         session(say_hello).stream_from_microphone(1.0)
 
@@ -137,7 +138,7 @@ def say_hello(audio: Waveform, options: DecodingOptions) -> list[Word]:
 
 def test_a_session_decodes_in_the_callers_thread_as_events_come(install: Any, caplog: pytest.LogCaptureFixture) -> None:
     install(fake := FakeSoundDevice(blocks=20))
-    caplog.set_level("INFO", "src.inference.streaming.microphone")
+    caplog.set_level("INFO", "src.inference.streaming.session")
     decoding_threads = set()
 
     def hear(audio: Waveform, options: DecodingOptions) -> list[Word]:
@@ -169,7 +170,7 @@ def test_a_file_in_real_time_gives_its_text_at_its_pace(tmp_path: Path, monkeypa
     def sleep(sec: float) -> None:
         now[0] += sec
 
-    monkeypatch.setattr(streaming, "in_real_time", partial(in_real_time, clock=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(live, "in_real_time", partial(in_real_time, clock=lambda: now[0], sleep=sleep))
     shown: list[tuple[float, Any]] = []
     asr = session(say_hello)
     result = asr.stream_from_file(path, real_time=True, on_event=lambda event: shown.append((now[0], event)))
@@ -215,7 +216,7 @@ def importable_colab() -> Iterator[None]:
 @pytest.fixture
 def colab(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This is a notebook in Colab."""
-    monkeypatch.setattr(streaming, "in_notebook", lambda: True)
+    monkeypatch.setattr(live, "in_notebook", lambda: True)
     with importable_colab():
         yield
 
@@ -347,7 +348,7 @@ class TestInABrowser:
         from google.colab import output
 
         monkeypatch.setattr(output, "page", lambda: page)
-        caplog.set_level(logging.INFO, "src.inference.streaming.microphone")
+        caplog.set_level(logging.INFO, "src.inference.streaming.session")
         config = load_config(None, overrides={"streaming.min_chunk_sec": 2.0})  # few updates, to be quick
         asr = StreamingASR(*tiny_en, vad=VoiceActivityDetector(config.vad), config=config)
         shown: list[Any] = []
