@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import json
 import os
 import statistics
@@ -28,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np
 import soundfile
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
@@ -38,7 +36,7 @@ from benchmarks.benchmarking import load_clips, number, show
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
 from src.data.sources.catalog import SAMPLE_CLIP
-from src.evaluation.streams import join_audios
+from src.evaluation.streams import AlignedClip, join_clips
 from src.evaluation.text import error_rate, whisper_normalizer_for, word_counts
 from src.inference.ct2_engine import CTranslate2Engine
 from src.inference.engines import load_engine, transcribe
@@ -48,7 +46,6 @@ from src.models.ct2_cache import ct2_folder
 from src.utils.config import Config, load_config
 from src.utils.runtime import usable_cores
 
-PAUSE_SEC = (0.3, 1.2)  # between the clips of the long recording
 GREEDY = {"language": "en", "beam_size": 1, "temperature": 0.0, "without_timestamps": True}  # of faster-whisper
 RATIOS = {  # figure: (peer, ours)
     "single_vs_faster_whisper": ("faster-whisper int8", "CTranslate2 int8"),
@@ -139,7 +136,7 @@ def measure_systems(
     if importlib.util.find_spec("faster_whisper") is None:
         raise ImportError("the peers are not installed: pip install -r requirements-bench.txt -c constraints.txt")
     folder = ct2_folder(model, quantization="int8", cache_dir=config.paths.cache_dir)
-    joined, spoken = join_clips(clips, references, long_sec)
+    joined, spoken = join_all(clips, references, long_sec)
     audio_sec, joined_sec = sum(map(len, clips)) / SAMPLE_RATE, len(joined) / SAMPLE_RATE
     runs = {**our_systems(model, folder, config, clips, joined), **peer_systems(model, folder, config, clips, joined)}
     systems = [
@@ -203,21 +200,11 @@ def peer_systems(
     }
 
 
-def join_clips(clips: Sequence[Waveform], references: Sequence[str], seconds: float) -> tuple[Waveform, str]:
+def join_all(clips: Sequence[Waveform], references: Sequence[str], seconds: float) -> tuple[Waveform, str]:
     """Join clips with pauses, over and over, to a recording of some length; return it and what is said in it."""
-    rng = np.random.default_rng(0)
-    audios: list[Waveform] = []
-    pauses: list[int] = []
-    said: list[str] = []
-    samples = 0
-    for clip, text in itertools.cycle(zip(clips, references, strict=True)):
-        if samples >= seconds * SAMPLE_RATE:
-            break
-        audios.append(clip)
-        pauses.append(round(rng.uniform(*PAUSE_SEC) * SAMPLE_RATE))
-        said.append(text)
-        samples += len(clip) + pauses[-1]
-    return join_audios(audios, pauses)[0], " ".join(said)
+    parts = [AlignedClip(str(i), *pair) for i, pair in enumerate(zip(references, clips, strict=True))]
+    stream = join_clips(parts, name="long", seed=0, duration_sec=seconds)
+    return stream.audio, stream.text
 
 
 def figures(systems: Sequence[System]) -> dict[str, float | None]:
@@ -255,7 +242,7 @@ def measure_processes(
         for name, length in (("memory_short_mb", hours / 6), ("memory_long_mb", hours)):
             with tempfile.TemporaryDirectory() as scratch:
                 recording = Path(scratch) / "long.wav"
-                soundfile.write(recording, join_clips(clips, references, 3600 * length)[0], SAMPLE_RATE)
+                soundfile.write(recording, join_all(clips, references, 3600 * length)[0], SAMPLE_RATE)
                 found[name] = cold_process(folder, recording)[1]
     return found
 

@@ -26,10 +26,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.benchmarking import append_table, load_clips
 from scripts.command_line import parse_setting
 from src.data.vad import VoiceActivityDetector
-from src.evaluation.streaming import ReplayClock, measure_stream, replay
+from src.evaluation.streaming import ReplayClock, WordTiming, measure_stream, replay, time_words
 from src.evaluation.streams import PUBLIC_CLIP, SpeechStream, WordAligner, add_noise, join_clips
 from src.evaluation.visualization.streaming import draw_emission, draw_tradeoff
-from src.evaluation.word_timing import WordTiming, time_words
 from src.inference.engines import Engine, load_engine, transcribe
 from src.inference.options import DecodingOptions
 from src.inference.streaming.session import StreamingASR

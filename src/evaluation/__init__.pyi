@@ -8,7 +8,7 @@ from .report.html import write_html_report
 from .report.model_card import write_model_card
 from .report.summary import comparison_table, describe_comparison, summarize_run
 from .slices import slice_rates
-from .streaming import ReplayClock, evaluate_stream, measure_stream, replay
+from .streaming import ReplayClock, evaluate_stream, measure_stream, replay, time_words
 from .streams import WordAligner, add_noise, join_clips, make_stream
 from .variants import compare_models
 from .visualization.evaluation import EvaluationVisualizer
@@ -16,7 +16,6 @@ from .visualization.speed import variants_chart
 from .visualization.streaming import draw_emission, draw_tradeoff
 from .visualization.training import LivePlot, TrainingVisualizer
 from .visualization.words import draw_words
-from .word_timing import time_words
 
 __all__ = [
     "AlignmentView",

@@ -1,29 +1,27 @@
-"""Checks of the data that need a model: the likeliest style of transcripts, and clips that the model gets wrong.
+"""Checks of the data by a model before training: the likeliest style of transcripts, and clips that it gets wrong.
 
-Meant for the stock model, before training. A model of full context encodes 30 s for each clip, about 0.9 s of computing
-for tiny.en on a CPU core, so both checks look at a few clips, chosen by a hash, and say how many.
+A model of full context encodes 30 s for each clip, so both look at a few clips, chosen by a hash, and say how many.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
-from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from src.data.dataset import decode_audio
-from src.data.labels import IGNORE_INDEX, EncodedLabel, LabelCase, LabelEncoder, apply_case, resolve_case
+from src.data.labels import IGNORE_INDEX, LabelCase, LabelEncoder, apply_case, resolve_case
 from src.data.loader import create_loader
 from src.data.report.findings import Finding, count_clips, sort_findings
 from src.data.report.report import DataReport, hashed_choice
 from src.data.utterance import Utterance
-from src.evaluation.evaluator import ModelEvaluator
+from src.evaluation.evaluator import ModelEvaluator, sum_loss
 from src.evaluation.text import PLAIN, word_counts
 from src.inference.decoding import encode
 from src.utils.config import Config
@@ -53,12 +51,8 @@ def add_model_checks(
         processor: of the model.
         utterances: checked, with their source's text in `meta["source_text"]` if they were recased.
         config: `data.label_case`, `inference`, `model.language`.
-        num_style_clips: clips for the styles.
+        num_style_clips: whose transcripts are measured in each style.
         max_hard_clips: clips to decode.
-
-    Raises:
-        DataError: no utterance, a transcript over 448 tokens, or no word in any transcript.
-        ModelError: the model is in training mode.
     """
     styles = measure_label_styles(model, processor, utterances, config, num_clips=num_style_clips)
     hard = find_hard_clips(model, processor, utterances, config, max_clips=max_hard_clips)
@@ -67,23 +61,19 @@ def add_model_checks(
     costs, (best, gap_nats) = _costs(styles), _likeliest(styles, configured)
     listed = ", ".join(f"{style} {costs[style]:.1f}" for style in STYLES)
     checked = min(num_style_clips, len(utterances))
-    message = f"nats per transcript on {checked:,} of {count_clips(len(utterances))}: {listed}; "
-    if gap_nats < MIN_GAP_NATS:
-        message += f"{configured!r}, as configured, is as likely to the model as any"
-        style_finding = Finding("info", _STYLE_TOPIC, message)
-    else:
-        message += f"{best!r} is {gap_nats:.1f} nats likelier than {configured!r}, as configured"
+    message = (
+        f"nats per transcript on {checked:,} of {count_clips(len(utterances))}: {listed}; configured: {configured}"
+    )
+    style_finding = Finding("info", _STYLE_TOPIC, message)
+    if gap_nats >= MIN_GAP_NATS:
         advice = f"set data.label_case: {best}, unless the results must be written in another style"
         style_finding = Finding("warning", _STYLE_TOPIC, message, advice)
 
     checked = min(max_hard_clips, len(utterances))
-    message = (
-        f"{count_clips(len(hard))} of {checked:,} decoded with more errors than words; "
-        f"{checked:,} of {len(utterances):,} were looked at"
-    )
-    advice = "listen to them: the transcript may be another clip's or in another language, or there is no clear speech"
+    message = f"{len(hard):,} decoded with more errors than words, of {checked:,} of {count_clips(len(utterances))}"
     hard_finding = Finding("info", _HARD_TOPIC, message)
     if len(hard):
+        advice = "listen to them: the transcript may be of another clip or language, or there is no clear speech"
         hard_finding = Finding("warning", _HARD_TOPIC, message, advice, tuple(hard["id"].head(5)))
 
     kept = [finding for finding in report.findings if finding.topic not in (_STYLE_TOPIC, _HARD_TOPIC)]
@@ -92,15 +82,7 @@ def add_model_checks(
 
 
 def choose_label_case(report: DataReport, config: Config) -> LabelCase:
-    """Return the case to train with: the configured one, or with "auto" the likeliest to the model.
-
-    Args:
-        report: from `add_model_checks`.
-        config: `data.label_case`.
-
-    Raises:
-        DataError: "auto", and the report has no label styles.
-    """
+    """Return the case to train with: the configured one, or with "auto" the likeliest by `add_model_checks`."""
     if config.data.label_case != "auto":
         return config.data.label_case
     if report.label_styles is None:
@@ -121,6 +103,7 @@ def _likeliest(styles: pd.DataFrame, configured: LabelCase) -> tuple[LabelCase, 
     return best, costs[configured] - costs[best]
 
 
+@torch.inference_mode()
 def measure_label_styles(
     model: Any, processor: Any, utterances: Sequence[Utterance], config: Config, *, num_clips: int = 16
 ) -> pd.DataFrame:
@@ -130,10 +113,6 @@ def measure_label_styles(
         One row per style and space: style ("keep" is the source's own), space (whether the text begins with the space
         that Whisper always writes; labels always have it), nats (teacher-forced negative log-likelihood of text and end
         token, summed over a transcript, mean of the clips), clips, example (the first clip's transcript).
-
-    Raises:
-        DataError: no utterance, or a transcript over 448 tokens.
-        ModelError: the model is in training mode.
     """
     if model.training:
         raise ModelError("the model is in training mode, whose dropout blurs the result; call model.eval() first")
@@ -141,6 +120,7 @@ def measure_label_styles(
         raise DataError("no utterance: there is nothing to measure")
     chosen = hashed_choice(utterances, num_clips, config.seed)
     encoder = LabelEncoder(processor.tokenizer, language=config.model.language, task=config.model.task)
+    tokenize, pad = processor.tokenizer.encode, partial(pad_sequence, batch_first=True)
     ways = [(style, space) for space in (True, False) for style in STYLES]
     sums = dict.fromkeys(ways, 0.0)
     size = config.inference.batch_size
@@ -149,13 +129,11 @@ def measure_label_styles(
         encoded = encode(model, [decode_audio(u) for u in batch], config.inference.trailing_silence_sec)
         for style, space in ways:
             texts = [apply_case(_source_text(u), style).strip() for u in batch]
-            labels = [
-                encoder.encode(text)
-                if space
-                else encoder.label(processor.tokenizer.encode(text, add_special_tokens=False))
-                for text in texts
-            ]
-            sums[style, space] += _negative_log_likelihood(model, encoded, labels)
+            tokens = [tokenize(" " * space + text, add_special_tokens=False) if text else () for text in texts]
+            labels = [encoder.label(each) for each in tokens]
+            inputs = pad([torch.tensor(label.decoder_input_ids) for label in labels])  # (B, L)
+            targets = pad([torch.tensor(label.labels) for label in labels], padding_value=IGNORE_INDEX)  # (B, L)
+            sums[style, space] += sum_loss(model, encoded, inputs, targets)
     first = _source_text(chosen[0])
     rows = [(s, space, sums[s, space] / len(chosen), len(chosen), apply_case(first, s)) for s, space in ways]
     return pd.DataFrame(rows, columns=["style", "space", "nats", "clips", "example"])
@@ -163,23 +141,6 @@ def measure_label_styles(
 
 def _source_text(utterance: Utterance) -> str:
     return str(utterance.meta.get("source_text", utterance.text))
-
-
-@torch.inference_mode()
-def _negative_log_likelihood(model: Any, encoded: Any, labels: Sequence[EncodedLabel]) -> float:
-    """Return nats, summed over the labels of a batch whose audio is encoded already."""
-    device = next(model.parameters()).device
-
-    def pad(rows: list[tuple[int, ...]], value: int) -> Tensor:
-        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value).to(device)
-
-    inputs = pad([label.decoder_input_ids for label in labels], 0)  # (B, L)
-    targets = pad([label.labels for label in labels], IGNORE_INDEX)  # (B, L)
-    logits = model(encoder_outputs=encoded, decoder_input_ids=inputs, use_cache=False).logits  # (B, L, vocabulary)
-    nats = functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
-    return float(nats)
 
 
 def find_hard_clips(
@@ -192,9 +153,6 @@ def find_hard_clips(
     Returns:
         One row per clip, worst first: id, duration_sec, reference, hypothesis, wer (the lower one of both normalisers:
         "3 4 2 8" for "three four two eight" is no mistake of the data).
-
-    Raises:
-        DataError: no utterance, or no word in any transcript.
     """
     if not utterances:
         raise DataError("no utterance: there is nothing to measure")

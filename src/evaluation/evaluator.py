@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
@@ -32,24 +33,17 @@ from src.utils.tracking import ExperimentLogger
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction(EditCounts):
-    """One decoded clip, with its word edits under the result's normaliser.
-
-    Attributes:
-        avg_logprob: mean natural-log probability of its tokens; nan with beams.
-        latency_sec: of its batch, divided by the batch's clips.
-        num_tokens: text tokens of the hypothesis; None in rows of older runs.
-        meta: what else the source says of the clip (age, gender, ...), and `snr_db`; for `slice_rates`.
-    """
+    """One decoded clip, with its word edits under the result's normaliser."""
 
     id: str
     speaker: str | None
     duration_sec: float
     reference: str
     hypothesis: str
-    avg_logprob: float
-    latency_sec: float
-    num_tokens: int | None = None
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    avg_logprob: float  # mean of its tokens, natural; nan with beams
+    latency_sec: float  # of its batch, divided by the batch's clips
+    num_tokens: int | None = None  # text tokens of the hypothesis; None in rows of older runs
+    meta: Mapping[str, Any] = field(default_factory=dict)  # of the source (age, gender, ...), and `snr_db`
 
     @property
     def wer(self) -> float:
@@ -59,23 +53,14 @@ class Prediction(EditCounts):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult(ErrorRates, Mapping[str, Any]):
-    """Rates of one model on one set, as attributes and as a read-only mapping (`results["wer"]`, `results.wer`).
+    """Rates of one model on one set, as attributes and as a read-only mapping (`results["wer"]`, `results.wer`)."""
 
-    Attributes:
-        name: of the model.
-        loss: token-weighted mean cross-entropy in nats, teacher-forced.
-        audio_sec: audio measured, without padding.
-        compute_sec: wall time of features, encoder and decoder; not of decoding files, nor of the loss.
-        audio_context: "full" (each clip padded to 30 s) or "dynamic".
-        rows: one `Prediction` per clip; not a key of the mapping.
-    """
-
-    name: str
-    loss: float
-    audio_sec: float
-    compute_sec: float
-    audio_context: str
-    rows: tuple[Prediction, ...] = field(repr=False)
+    name: str  # of the model
+    loss: float  # token-weighted mean cross-entropy in nats, teacher-forced
+    audio_sec: float  # without padding
+    compute_sec: float  # wall time of features, encoder and decoder; not of decoding files, nor of the loss
+    audio_context: str  # "full" (each clip padded to 30 s) or "dynamic"
+    rows: tuple[Prediction, ...] = field(repr=False)  # not a key of the mapping
 
     @property
     def rtf(self) -> float:
@@ -103,10 +88,7 @@ class EvaluationResult(ErrorRates, Mapping[str, Any]):
         experiment.log("evaluation", **self)
 
     def write_predictions(self, path: Path) -> None:
-        """Put the rows into a JSONL file, in place of older rows of this model; others stay.
-
-        The file changes as a whole or not at all, so that measuring twice never leaves a mixture.
-        """
+        """Put the rows into a JSONL file, in place of older rows of this model; it changes as a whole or not at all."""
         older = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         lines = [line for line in older if json.loads(line)["model"] != self.name]
         for row in self.rows:
@@ -126,20 +108,16 @@ class ModelComparison:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """The result of decoding some clips; the loss is summed over `tokens`, in nats."""
-
     rows: list[Prediction]
-    loss_sum: float
+    loss_sum: float  # over `tokens`, in nats
     tokens: int
     compute_sec: float
 
     @classmethod
     def joined(cls, parts: Sequence[_Decoded]) -> _Decoded:
+        rows = [row for part in parts for row in part.rows]
         return cls(
-            [row for part in parts for row in part.rows],
-            sum(part.loss_sum for part in parts),
-            sum(part.tokens for part in parts),
-            sum(part.compute_sec for part in parts),
+            rows, *(sum(getattr(part, name) for part in parts) for name in ("loss_sum", "tokens", "compute_sec"))
         )
 
 
@@ -166,8 +144,18 @@ class ModelEvaluator:
             DataError: no clip, no word in any reference, or a loader that left clips out.
             OutOfMemoryError: not even one clip fits into memory. Another error of the model passes through.
         """
-        decoded = _gathered(self._decode_batches(loader, desc=f"evaluating {name}"), loader)
+        decoded = self._decode_batches(loader, desc=f"evaluating {name}")
+        sampler = getattr(loader, "batch_sampler", None)
+        if shared := world_size() > 1 and getattr(sampler, "world_size", 1) > 1:
+            decoded = _Decoded.joined(gather_objects(decoded))
         rows = decoded.rows
+        measured = len({row.id for row in rows}) if shared else len(rows)  # each clip must be there exactly once
+        expected = len(loader.dataset) if hasattr(loader, "dataset") else measured
+        if not measured == len(rows) == expected:
+            raise DataError(
+                f"{measured} clips were measured of {expected}: the loader leaves some out, or processes have other "
+                "loaders; create it with `create_loader`, without `shuffle` and `drop_last`, alike in each process"
+            )
         if not rows:
             raise DataError("the loader has no clip: there is nothing to measure")
         rates = self._calculator.compute(
@@ -188,20 +176,14 @@ class ModelEvaluator:
         )
 
     def evaluate_with_samples(self, loader: Any, num_samples: int = 5) -> pd.DataFrame:
-        """Decode some clips, at a stride over the whole loader, and return them with their texts, worst first.
+        """Decode some clips, at a stride over the whole loader (all, if it has fewer), and return them worst first.
 
         Returns:
-            One row per clip: id, speaker, duration_sec, reference, hypothesis, wer, avg_logprob. All clips if the
-            loader has fewer than `num_samples`.
-
-        Raises:
-            DataError: no clip, or none asked for.
+            One row per clip: id, speaker, duration_sec, reference, hypothesis, wer, avg_logprob.
         """
         dataset = loader.dataset
-        if num_samples < 1:
-            raise DataError(f"num_samples is {num_samples}; ask for at least one clip")
-        if not len(dataset):
-            raise DataError("the loader has no clip: there is nothing to show")
+        if num_samples < 1 or not len(dataset):
+            raise DataError(f"num_samples is {num_samples} of {len(dataset)} clips; at least one clip is needed")
         picks = np.linspace(0, len(dataset) - 1, min(num_samples, len(dataset))).round().astype(int).tolist()
         size = self._config.inference.batch_size
         batches = [picks[at : at + size] for at in range(0, len(picks), size)]
@@ -216,19 +198,14 @@ class ModelEvaluator:
         """Measure two models of this processor on the same clips, and test whether they differ.
 
         Instead of models, `stock` and `tuned` may be results of `evaluate_dataset`; two of them need no loader.
-
-        Raises:
-            DataError: a model without a loader; results of other clips, or of another normaliser.
         """
-        results = []
+        results: list[EvaluationResult] = []
         for name, subject in (("stock", stock), ("tuned", tuned)):
-            if isinstance(subject, EvaluationResult):
-                results.append(subject)
-                continue
-            if loader is None:
-                raise DataError(f"compare: the {name} model has not been measured; pass the loader to measure it on")
-            evaluator = ModelEvaluator(subject, self._processor, self._config)
-            results.append(evaluator.evaluate_dataset(loader, name=name))
+            if not isinstance(subject, EvaluationResult):
+                if loader is None:
+                    raise DataError(f"compare: the {name} model has not been measured; pass a loader to measure it on")
+                subject = ModelEvaluator(subject, self._processor, self._config).evaluate_dataset(loader, name=name)
+            results.append(subject)
         first, second = results
         if first.normalizer != second.normalizer:
             raise DataError(
@@ -238,7 +215,6 @@ class ModelEvaluator:
         return ModelComparison(first, second, compare_predictions(first.rows, second.rows, self._calculator.bootstrap))
 
     def _decode_batches(self, batches: Iterable[Any], *, desc: str, total: int | None = None) -> _Decoded:
-        """Decode batches in evaluation mode, and restore the model's mode."""
         parts: list[_Decoded] = []
         with evaluation_mode(self._model), torch.inference_mode():
             for batch in tqdm(batches, desc=desc, total=total, leave=False, disable=not is_main_process()):
@@ -250,8 +226,7 @@ class ModelEvaluator:
         audios, lengths = batch["audio"], batch["audio_lengths"].tolist()
         options = DecodingOptions.from_config(self._config)
 
-        # features, encoder and decoder, on the clock
-        device = next(self._model.parameters()).device
+        device = self._model.device
         wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
         wait()
         began = time.perf_counter()
@@ -260,15 +235,7 @@ class ModelEvaluator:
         wait()
         compute_sec = time.perf_counter() - began
 
-        # the teacher-forced loss, summed over text and end tokens
-        labels = batch["labels"].to(device)
-        logits = self._model(
-            encoder_outputs=encoded, decoder_input_ids=batch["decoder_input_ids"].to(device), use_cache=False
-        ).logits  # (B, L, vocabulary)
-        loss = functional.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
-
+        loss_sum = sum_loss(self._model, encoded, batch["decoder_input_ids"], batch["labels"])
         counts = word_counts(batch["texts"], [result.text for result in decoded], self._calculator.normalizer)
         rows = [
             Prediction(
@@ -285,33 +252,22 @@ class ModelEvaluator:
             )
             for i, (result, count) in enumerate(zip(decoded, counts, strict=True))
         ]
-        return _Decoded(rows, float(loss), int((labels != IGNORE_INDEX).sum()), compute_sec)
+        return _Decoded(rows, loss_sum, int((batch["labels"] != IGNORE_INDEX).sum()), compute_sec)
 
 
-def _gathered(decoded: _Decoded, loader: Any) -> _Decoded:
-    """Join the rows of processes that share a loader's batches, and check that every clip is there exactly once."""
-    sampler = getattr(loader, "batch_sampler", None)
-    shared = world_size() > 1 and getattr(sampler, "world_size", 1) > 1
-    if shared:
-        decoded = _Decoded.joined(gather_objects(decoded))
-    measured = len({row.id for row in decoded.rows}) if shared else len(decoded.rows)
-    expected = len(loader.dataset) if hasattr(loader, "dataset") else measured
-    if measured != expected or len(decoded.rows) != expected:
-        raise DataError(
-            f"{measured} clips were measured of {expected}: the loader leaves some out, or processes have different "
-            "loaders; create it with `create_loader`, without `shuffle` and `drop_last`, alike in each process"
-        )
-    return decoded
+def sum_loss(model: Any, encoded: Any, decoder_input_ids: Tensor, labels: Tensor) -> float:
+    """Return the teacher-forced loss of (B, L) labels in nats, summed over text and end tokens."""
+    inputs = decoder_input_ids.to(model.device)
+    logits = model(encoder_outputs=encoded, decoder_input_ids=inputs, use_cache=False).logits  # (B, L, vocabulary)
+    targets = labels.to(model.device).flatten()
+    loss = functional.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return float(loss)
 
 
 def compare_predictions(
     first: Sequence[Prediction], second: Sequence[Prediction], bootstrap: Bootstrap | None = None
 ) -> PairedComparison:
-    """Compare two models' rows by a paired bootstrap of their counts, matched by clip id.
-
-    Raises:
-        DataError: they are not of the same clips with the same references, or an id occurs twice.
-    """
+    """Compare two models' rows by a paired bootstrap of their counts, matched by clip id."""
     other = {row.id: row for row in second}
     if not first or set(other) != {row.id for row in first} or not len(first) == len(second) == len(other):
         raise DataError(
@@ -322,7 +278,6 @@ def compare_predictions(
     changed = [a.id for a, b in zip(first, matched, strict=True) if a.reference != b.reference]
     if changed:
         raise DataError(
-            f"the references of {len(changed)} clips differ between the models (first: {changed[0]}); "
-            "evaluate both on the same loader"
+            f"the references of {len(changed)} clips differ (first: {changed[0]}); evaluate both models on one loader"
         )
     return compare_counts(first, matched, [row.speaker for row in first], bootstrap)

@@ -2,9 +2,7 @@
 
     RTF = sum(compute) / sum(audio), RTFx = sum(audio) / sum(compute); features are part of the compute
 
-`measure_engine` measures anything that turns clips into texts, `LatencyBenchmark` a model of ours. Warm-up calls are
-not counted, and a GPU is waited for. Clips go from long to short, as in `BatchInference`: batches then have little
-padding.
+Warm-up calls are not counted, and a GPU is waited for. Clips go from long to short, for little padding in batches.
 """
 
 from __future__ import annotations
@@ -43,22 +41,14 @@ SAMPLING_SEC = 0.01  # between readings of memory, during the warm-up only
 
 @dataclass(frozen=True)
 class Engine:
-    """Something that turns audio into text, with what it computes on.
-
-    Attributes:
-        transcribe: takes clips, (T,) float32 each, 16 kHz, up to 30 s, and returns their texts in order.
-        device: as torch names it; a GPU is waited for.
-        precision: of its weights: "float32", "int8", ...
-        audio_context: "full" (each clip padded to 30 s) or "dynamic".
-        first_token: runs features, encoder and the decoder's first step on a clip; None if it has no such step.
-    """
+    """Something that turns audio into text, with what it computes on."""
 
     name: str
-    transcribe: Callable[[Sequence[Waveform]], list[str]]
-    device: str
-    precision: str
-    audio_context: str
-    first_token: Callable[[Waveform], object] | None = None
+    transcribe: Callable[[Sequence[Waveform]], list[str]]  # clips up to 30 s, (T,) float32 each, to texts in order
+    device: str  # as torch names it; a GPU is waited for
+    precision: str  # of its weights: "float32", "int8", ...
+    audio_context: str  # "full" (each clip padded to 30 s) or "dynamic"
+    first_token: Callable[[Waveform], object] | None = None  # features, encoder and first decoder step; None: none
 
 
 def describe_engine(engine: Transcriber, config: Config) -> Engine:
@@ -76,52 +66,32 @@ def describe_engine(engine: Transcriber, config: Config) -> Engine:
 
 @dataclass(frozen=True)
 class LatencyResult:
-    """The result of a measurement; a number is None if it was not measured.
+    """The result of a measurement; a number is None if it was not measured."""
 
-    Attributes:
-        name: of the model.
-        engine: as in `Engine`, likewise device, precision and audio_context.
-        batch_size: clips of a call; the last call of a pass may have fewer.
-        clips: distinct ones; each was transcribed equally often, in `calls` calls in all.
-        audio_sec: sum over all calls, without padding; compute_sec likewise.
-        rtf: a ratio of sums, compute / audio; rtfx is its inverse, clips_per_sec a ratio of sums too.
-        mean_sec: wall time of a call, until its texts are there; std_sec is that of a sample. With fewer than
-            `MIN_CALLS` (2 for std and p50, 20 for p95, 100 for p99) None: no call is expected beyond the percentile
-            then, and it would only be the slowest call under another name.
-        first_token_sec: median time of features, encoder and first decoder step. None in batches, with beams (no token
-            is final before the end), and if the engine has no such step.
-        peak_memory_mb: 10^6 bytes, the maximum during the warm-up, which is the longest batch: of the GPU's tensors,
-            otherwise of the whole process.
-        reason: why nothing was measured.
-        texts: of the clips, in order; not saved.
-    """
-
-    name: str
+    name: str  # of the model
     engine: str
     device: str
     precision: str
     audio_context: str
-    batch_size: int
-    clips: int
+    batch_size: int  # the last call of a pass may have fewer
+    clips: int  # distinct ones, each transcribed equally often
     calls: int = 0
-    audio_sec: float | None = None
+    audio_sec: float | None = None  # sum over all calls, without padding
     compute_sec: float | None = None
-    rtf: float | None = None
+    rtf: float | None = None  # these three are ratios of sums
     rtfx: float | None = None
     clips_per_sec: float | None = None
-    mean_sec: float | None = None
-    std_sec: float | None = None
-    p50_sec: float | None = None
+    mean_sec: float | None = None  # wall time of a call, until its texts are there
+    std_sec: float | None = None  # of a sample
+    p50_sec: float | None = None  # percentiles need the calls of `MIN_CALLS`
     p95_sec: float | None = None
     p99_sec: float | None = None
-    first_token_sec: float | None = None
-    peak_memory_mb: float | None = None
-    reason: str | None = None
-    texts: tuple[str, ...] = field(default=(), repr=False)
-
-    def row(self) -> dict[str, Any]:
-        """Return the fields of a row of metrics.jsonl."""
-        return {key: value for key, value in asdict(self).items() if key != "texts"}
+    first_token_sec: float | None = (
+        None  # median; None in batches and with beams, where no token is final before the end
+    )
+    peak_memory_mb: float | None = None  # of the GPU's tensors, otherwise of the whole process, during the warm-up
+    reason: str | None = None  # why nothing was measured
+    texts: tuple[str, ...] = field(default=(), repr=False)  # of the clips, in order; not saved
 
     def to_frame(self) -> pd.DataFrame:
         """Return `latency_table` of this one."""
@@ -129,12 +99,16 @@ class LatencyResult:
 
     def save(self, experiment: ExperimentLogger) -> None:
         """Append the figures to the run's metrics.jsonl."""
-        experiment.log("latency", **self.row())
+        experiment.log("latency", **_row(self))
 
 
 def latency_table(results: Sequence[LatencyResult]) -> pd.DataFrame:
     """Return a table for reading, one row per measurement: four digits, blank if not measured."""
-    return readable_table(result.row() for result in results)
+    return readable_table(map(_row, results))
+
+
+def _row(result: LatencyResult) -> dict[str, Any]:
+    return {key: value for key, value in asdict(result).items() if key != "texts"}
 
 
 def readable_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -179,28 +153,13 @@ class LatencyBenchmark:
             audio: (T,) or (T, channels) floats in [-1, 1], 0.1 to 30 s.
             sr: samples per second; other rates than 16,000 are resampled before the clock runs.
             repeats: calls; p95 needs 20, p99 needs 100.
-
-        Raises:
-            DataError: no repeat.
-            AudioError: as `check_clips`. An error of the model passes through.
         """
         return self._measure(check_clips([audio], sr), 1, repeats)
 
     def benchmark_batch(
         self, test_audios: Sequence[Any], sr: int = SAMPLE_RATE, *, batch_size: int | None = None, repeats: int = 3
     ) -> LatencyResult:
-        """Transcribe a set of clips in batches.
-
-        Args:
-            test_audios: as `audio` of `benchmark_single`, all of one rate.
-            sr: as in `benchmark_single`.
-            batch_size: `inference.batch_size` by default, or all clips if there are fewer.
-            repeats: passes over all clips.
-
-        Raises:
-            DataError: no clip, no repeat, or fewer clips than a batch has.
-            AudioError: as `check_clips`. An error of the model passes through.
-        """
+        """Transcribe clips, all of one rate, in batches: `inference.batch_size`, or all clips if there are fewer."""
         clips = check_clips(test_audios, sr)
         size = min(self._config.inference.batch_size, len(clips)) if batch_size is None else batch_size
         return self._measure(clips, size, repeats)
@@ -208,18 +167,11 @@ class LatencyBenchmark:
     def throughput(
         self, test_audios: Sequence[Any], batch_sizes: Sequence[int] = (1, 2, 4, 8, 16), sr: int = SAMPLE_RATE
     ) -> list[LatencyResult]:
-        """Transcribe the same clips once at each batch size: one result per size, for `latency_table`.
-
-        Sizes above the number of clips are left out, with a warning. Errors are those of `benchmark_batch`, before
-        anything is measured.
-        """
+        """Transcribe the same clips once at each batch size that they fill: one result per size."""
         clips = check_clips(test_audios, sr)
         if larger := [size for size in batch_sizes if size > len(clips)]:
             logger.warning("batch sizes %s are left out: there are %d clips", larger, len(clips))
-        sizes = [size for size in batch_sizes if size <= len(clips)]
-        for size in sizes:
-            _check_request(clips, size, 1)
-        return [self._measure(clips, size, 1) for size in sizes]
+        return [self._measure(clips, size, 1) for size in batch_sizes if size <= len(clips)]
 
     def _measure(self, clips: Sequence[Waveform], batch_size: int, passes: int) -> LatencyResult:
         result = measure_engine(self._engine, clips, batch_size=batch_size, passes=passes, name=self._name)
@@ -229,20 +181,7 @@ class LatencyBenchmark:
 
 
 def check_clips(audios: Sequence[Any], sr: int = SAMPLE_RATE) -> list[Waveform]:
-    """Check clips and resample them to 16 kHz mono.
-
-    Args:
-        audios: (T,) or (T, channels) floats in [-1, 1], all at `sr`.
-        sr: samples per second.
-
-    Returns:
-        (T,) float32 each; silence is allowed.
-
-    Raises:
-        DataError: no clip.
-        AudioError: an invalid rate; or a clip, by its number, that is not of floats or not finite, is shorter than
-            0.1 s or longer than 30 s.
-    """
+    """Check (T,) or (T, channels) floats in [-1, 1] of 0.1 to 30 s, silence too; return them as 16 kHz mono."""
     if not len(audios):
         raise DataError("no audio was given; pass at least one clip")
     if isinstance(sr, bool) or not isinstance(sr, int | np.integer):
@@ -260,11 +199,6 @@ def check_clips(audios: Sequence[Any], sr: int = SAMPLE_RATE) -> list[Waveform]:
     return clips
 
 
-def _check_request(clips: Sequence[Waveform], batch_size: int, passes: int) -> None:
-    if not 1 <= batch_size <= len(clips) or passes < 1:
-        raise DataError(f"batch size {batch_size} (1 to the {len(clips)} clips given), repeats {passes} (at least 1)")
-
-
 def measure_engine(
     engine: Engine,
     clips: Sequence[Waveform],
@@ -274,14 +208,9 @@ def measure_engine(
     name: str = "model",
     clock: Callable[[], float] = time.perf_counter,
 ) -> LatencyResult:
-    """Measure an engine; if memory runs out, the result has a `reason` instead of figures.
-
-    `clips` come from `check_clips`, and are all transcribed in each pass. Another error of the engine passes through.
-
-    Raises:
-        DataError: no clip, no pass, or fewer clips than a batch has.
-    """
-    _check_request(clips, batch_size, passes)
+    """Measure an engine on clips from `check_clips`; where memory runs out, the result has a `reason` alone."""
+    if not 1 <= batch_size <= len(clips) or passes < 1:
+        raise DataError(f"batch size {batch_size} (1 to the {len(clips)} clips given), repeats {passes} (at least 1)")
     described = engine.name, engine.device, engine.precision, engine.audio_context
     blank = LatencyResult(name, *described, batch_size, len(clips))
     order = sorted(range(len(clips)), key=lambda i: len(clips[i]), reverse=True)

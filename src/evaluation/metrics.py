@@ -19,16 +19,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from src.evaluation.text import (
-    PLAIN,
-    EditCounts,
-    character_error_rate,
-    error_rate,
-    get_normalizer,
-    sum_counts,
-    whisper_normalizer_for,
-    word_counts,
-)
+from src.evaluation import text
+from src.evaluation.text import EditCounts, word_counts
 from src.inference.options import MIN_NEW_TOKENS
 from src.inference.streaming.commit import find_loop
 from src.inference.words import Word
@@ -45,13 +37,7 @@ Verdict = Literal["better", "no difference shown", "worse"]
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are drawn.
-
-    Attributes:
-        samples: resamples.
-        confidence: of the percentile interval.
-        seed: of the resampling.
-    """
+    """How percentile intervals are drawn: number of resamples, confidence, seed."""
 
     samples: int = 2000
     confidence: float = 0.95
@@ -89,7 +75,7 @@ class Bootstrap:
         return self.percentiles(np.concatenate(rates))
 
     def percentiles(self, drawn: Sequence[float] | FloatArray) -> tuple[float, float]:
-        """Return the ends of the percentile interval of resampled values."""
+        """Return the ends of the interval, given resampled values."""
         tail = 100 * (1 - self.confidence) / 2
         low, high = np.percentile(drawn, [tail, 100 - tail])
         return float(low), float(high)
@@ -97,54 +83,33 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class WerEstimate:
-    """A corpus WER with its bootstrap interval.
-
-    Attributes:
-        wer: sum(S + D + I) / sum(N).
-        low: end of the interval; nan with one clip only.
-        high: as `low`.
-        blocks: what was resampled.
-        num_blocks: how many there are. Under about ten the interval is too narrow.
-    """
+    """A corpus WER with its bootstrap interval, which is nan with one block and too narrow under about ten."""
 
     wer: float
     low: float
     high: float
-    blocks: Blocks
+    blocks: Blocks  # what was resampled
     num_blocks: int
 
 
 def estimate_wer(
     counts: Sequence[EditCounts], groups: Sequence[str | None] | None, bootstrap: Bootstrap
 ) -> WerEstimate:
-    """Return `error_rate` with its interval; `groups` has the speaker of each row, or None.
-
-    Raises:
-        DataError: no word in any reference, or another number of groups than of rows.
-    """
+    """Return `error_rate` with its interval; `groups` has the speaker of each row, or None."""
     block_ids, blocks = _find_blocks(groups, len(counts))
-    wer = error_rate(counts)  # first: without words there is no interval either
+    wer = text.error_rate(counts)  # first: without words there is no interval either
     low, high = bootstrap.interval(_errors(counts), _words(counts), block_ids)
     return WerEstimate(wer, low, high, blocks, int(block_ids.max()) + 1)
 
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Difference in WER, second minus first, on the same rows; negative is better.
+    """Difference in WER, second minus first, on the same rows, with its paired bootstrap interval."""
 
-    Attributes:
-        difference: of the two rates.
-        low: end of the paired bootstrap interval; nan with one clip only.
-        high: as `low`.
-        verdict: "better" or "worse" if zero is outside the interval, otherwise "no difference shown".
-        blocks: what was resampled.
-        num_blocks: how many there are.
-    """
-
-    difference: float
+    difference: float  # negative is better
     low: float
     high: float
-    verdict: Verdict
+    verdict: Verdict  # "better" or "worse" only if zero is outside the interval
     blocks: Blocks
     num_blocks: int
 
@@ -155,14 +120,10 @@ def compare_counts(
     groups: Sequence[str | None] | None = None,
     bootstrap: Bootstrap | None = None,
 ) -> PairedComparison:
-    """Compare two systems by the counts of their rows, which must be of the same references in the same order.
-
-    Raises:
-        DataError: the references differ, or have no word.
-    """
+    """Compare two systems by the counts of their rows, which must be of the same references in the same order."""
     if [a.reference_words for a in first] != [b.reference_words for b in second]:
         raise DataError("the two systems have other references; compare them on the same rows, in the same order")
-    difference = error_rate(second) - error_rate(first)
+    difference = text.error_rate(second) - text.error_rate(first)
     block_ids, blocks = _find_blocks(groups, len(first))
     low, high = (bootstrap or Bootstrap()).interval(_errors(second) - _errors(first), _words(first), block_ids)
     verdict: Verdict = "better" if high < 0 else "worse" if low > 0 else "no difference shown"  # nan: neither
@@ -189,46 +150,28 @@ def _words(counts: Sequence[EditCounts]) -> FloatArray:
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorRates(EditCounts):
-    """Corpus rates of one set of rows; rates are fractions, and a WER may exceed 1.
+    """Corpus rates of one set of rows; rates are fractions, and a WER may exceed 1."""
 
-    Attributes:
-        n: rows.
-        normalizer: of `wer`, `cer` and the counts; the `_plain` rates use "plain-v1".
-        wer: word error rate, with the ends of its bootstrap interval in `wer_low` and `wer_high`; these are nan with
-            one clip only.
-        cer: character error rate.
-        mer: match error rate, 0 to 1.
-        wil: word information lost, 0 to 1.
-        sentence_error_rate: share of rows with any error.
-        loop_rate: share of rows that `is_loop` finds.
-        empty_rate: share of the rows with a spoken reference whose hypothesis is empty.
-        empty_references: rows without a word to say.
-        hallucinated_words: words put out on them; these count in `insertions` too.
-        blocks: what was resampled.
-        num_blocks: how many there are. Under about ten the interval is too narrow.
-        confidence: as in `Bootstrap`, so that the interval can be drawn again; likewise the next two.
-    """
-
-    n: int
-    normalizer: str
+    n: int  # rows
+    normalizer: str  # of `wer`, `cer` and the counts; the `_plain` rates use "plain-v1"
     wer: float
-    wer_low: float
+    wer_low: float  # ends of the bootstrap interval: nan with one block
     wer_high: float
     cer: float
     wer_plain: float
     wer_plain_low: float
     wer_plain_high: float
     cer_plain: float
-    mer: float
-    wil: float
-    sentence_error_rate: float
-    loop_rate: float
-    empty_rate: float
-    empty_references: int
-    hallucinated_words: int
-    blocks: Blocks
-    num_blocks: int
-    confidence: float
+    mer: float  # match error rate
+    wil: float  # word information lost
+    sentence_error_rate: float  # share of rows with any error
+    loop_rate: float  # share of rows that `is_loop` finds
+    empty_rate: float  # share of the rows with a spoken reference whose hypothesis is empty
+    empty_references: int  # rows without a word to say
+    hallucinated_words: int  # put out on them; these count in `insertions` too
+    blocks: Blocks  # what was resampled
+    num_blocks: int  # under about ten the interval is too narrow
+    confidence: float  # of the `Bootstrap`, like the next two: the interval can be drawn again
     bootstrap_samples: int
     bootstrap_seed: int
 
@@ -242,7 +185,7 @@ class MetricsCalculator:
     """
 
     def __init__(self, language: str | None = "en", *, bootstrap: Bootstrap | None = None) -> None:
-        self.normalizer = whisper_normalizer_for(language)
+        self.normalizer = text.whisper_normalizer_for(language)
         self.bootstrap = bootstrap or Bootstrap()
 
     def compute(
@@ -264,13 +207,11 @@ class MetricsCalculator:
         """
         words = word_counts(references, hypotheses, self.normalizer)
         wer = estimate_wer(words, groups, self.bootstrap)
-        plain = estimate_wer(word_counts(references, hypotheses, PLAIN), groups, self.bootstrap)
-        total = sum_counts(words)
+        plain = estimate_wer(word_counts(references, hypotheses, text.PLAIN), groups, self.bootstrap)
+        total = text.sum_counts(words)
         spoken = [count for count in words if count.reference_words]
         silent = [count for count in words if not count.reference_words]
-        kept = (total.hits / total.reference_words) * (total.hits / max(1, total.hypothesis_words))
-        normalize = get_normalizer(self.normalizer)
-        unknown = [None] * len(references)
+        normalize, unknown = text.get_normalizer(self.normalizer), [None] * len(references)
         rows = zip(references, hypotheses, durations_sec or unknown, num_tokens or unknown, strict=True)
         loops = [is_loop(normalize(a), normalize(b), duration_sec=sec, num_tokens=tokens) for a, b, sec, tokens in rows]
         return ErrorRates(
@@ -280,13 +221,13 @@ class MetricsCalculator:
             wer=wer.wer,
             wer_low=wer.low,
             wer_high=wer.high,
-            cer=character_error_rate(references, hypotheses, self.normalizer),
+            cer=text.character_error_rate(references, hypotheses, self.normalizer),
             wer_plain=plain.wer,
             wer_plain_low=plain.low,
             wer_plain_high=plain.high,
-            cer_plain=character_error_rate(references, hypotheses, PLAIN),
+            cer_plain=text.character_error_rate(references, hypotheses, text.PLAIN),
             mer=total.errors / (total.hits + total.errors),
-            wil=1 - kept,
+            wil=1 - (total.hits / total.reference_words) * (total.hits / max(1, total.hypothesis_words)),
             sentence_error_rate=sum(count.errors > 0 for count in words) / len(words),
             loop_rate=sum(loops) / len(words),
             empty_rate=sum(count.hypothesis_words == 0 for count in spoken) / len(spoken),
@@ -306,14 +247,9 @@ class MetricsCalculator:
         second: Sequence[str],
         groups: Sequence[str | None] | None = None,
     ) -> PairedComparison:
-        """Compare two systems on the same rows by a paired bootstrap.
-
-        Raises:
-            DataError: as `compute`.
-        """
-        a = word_counts(references, first, self.normalizer)
-        b = word_counts(references, second, self.normalizer)
-        return compare_counts(a, b, groups, self.bootstrap)
+        """Compare two systems on the same rows by a paired bootstrap; errors are those of `compute`."""
+        before, after = (word_counts(references, texts, self.normalizer) for texts in (first, second))
+        return compare_counts(before, after, groups, self.bootstrap)
 
 
 def is_loop(
@@ -323,20 +259,16 @@ def is_loop(
 
     A repetition is what `find_loop` calls one, with the words spread evenly over the clip, unless the reference has one
     too: some people are recorded counting. A corpus rate hides loops: one such clip adds as many errors as a hundred
-    that are slightly wrong.
-
-    Both texts are normalised alike. The duration is that of the clip without padding, the tokens are those of the
-    hypothesis's text.
+    that are slightly wrong. Both texts are normalised alike; the duration is that of the clip without padding.
     """
     most_tokens = math.inf if duration_sec is None else MIN_NEW_TOKENS + MAX_TOKENS_PER_SEC * duration_sec
     if num_tokens is not None and num_tokens > most_tokens:
         return True
 
-    def repeats(text: str) -> bool:
-        words = text.split()
+    def repeats(said: str) -> bool:
+        words = said.split()
         step_sec = _UNKNOWN_WORD_SEC if duration_sec is None else duration_sec / max(1, len(words))
-        return (
-            find_loop([Word(word, i * step_sec, (i + 1) * step_sec, 1.0) for i, word in enumerate(words)]) is not None
-        )
+        timed = [Word(word, i * step_sec, (i + 1) * step_sec, 1.0) for i, word in enumerate(words)]
+        return find_loop(timed) is not None
 
     return repeats(hypothesis) and not repeats(reference)

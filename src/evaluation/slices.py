@@ -17,8 +17,7 @@ from src.utils.errors import DataError, did_you_mean
 UNKNOWN = "unknown"
 DURATION_EDGES_SEC = (0.0, 2.0, 4.0, 6.0, 8.0, 12.0, 30.0)
 EDGES: Mapping[str, tuple[float, ...]] = {  # customary ranges of numbers; the unit is the column's
-    "duration_sec": DURATION_EDGES_SEC,
-    "duration": DURATION_EDGES_SEC,
+    **dict.fromkeys(("duration_sec", "duration"), DURATION_EDGES_SEC),
     "age": (0.0, 12.0, 17.0, 29.0, 44.0, 59.0, 120.0),  # years
     "snr_db": (0.0, 10.0, 20.0, 30.0, 40.0, 60.0),
 }
@@ -29,18 +28,11 @@ MAX_VALUES = 8  # distinct numbers that are shown one by one; more are cut into 
 
 @dataclass(frozen=True, kw_only=True)
 class Slice(WerEstimate):
-    """The WER of the rows that share a value of a column; nan if no reference of theirs has a word.
-
-    Attributes:
-        column: its name.
-        value: for reading: the value itself, a range of numbers, or "unknown".
-        n: rows.
-        reference_words: in these rows.
-    """
+    """The WER of the rows that share a value of a column; nan if no reference of theirs has a word."""
 
     column: str
-    value: str
-    n: int
+    value: str  # for reading: the value itself, a range of numbers, or "unknown"
+    n: int  # rows
     reference_words: int
 
 
@@ -68,9 +60,6 @@ def slice_rates(
 
     Returns:
         Numbers in ascending order, texts by their size, the largest first; rows without a value come last.
-
-    Raises:
-        DataError: no rows, or no row has this column.
     """
     if not rows:
         raise DataError("slice_rates: no rows; evaluate first")

@@ -1,20 +1,16 @@
 """Streaming evaluation: how late, how steady and how right the words of a live session are.
 
-A replay's clock is that of a listener. Audio comes in blocks; block k is complete at a_k. The session takes it up at
-b_k, once it has come and the block before is finished, computes for c_k and is finished at e_k:
+A replay's clock is that of a listener. Block k of the audio is complete at a_k; the session takes it up then, or when
+the block before is finished, computes for c_k, and is finished at e_k = max(e_(k-1), a_k) + c_k. So computing hides
+behind the audio that arrives meanwhile; SimulEval (Ma et al. 2020) counts the hidden part too.
 
-    b_k = max(e_(k-1), a_k),  e_k = b_k + c_k
+A word counts where the committed text has it right, under "plain-v1". For an event that shows it:
 
-So computing hides behind the audio that arrives meanwhile. SimulEval (Ma et al. 2020) adds all computing so far to the
-time of the audio, which counts the hidden part too.
+    unaware of computing:  audio heard at the event - true end of the word      what the policy costs
+    aware of computing:    clock at the event - true end of the word            what a listener waits
 
-A word counts where the committed text has it right, under "plain-v1". For an event e that shows it:
-
-    unaware of computing:  audio heard at e - true end of the word      what the policy costs
-    aware of computing:    clock at e - true end of the word            what a listener waits
-
-Commit latency takes for e the event that commits the word; display latency the first event from which on the shown
-text (commits and partial) has this word at this place for good. Flicker is normalised erasure (Arivazhagan et al. 2020,
+Commit latency takes the event that commits the word; display latency the first event from which on the shown text
+(commits and partial) has this word at this place for good. Flicker is normalised erasure (Arivazhagan et al. 2020,
 "Re-translation versus streaming") in words, over the texts o_1 .. o_n that are shown one after the other:
 
     NE = sum_i (|o_(i-1)| - |longest common prefix of o_(i-1) and o_i|) / |o_n|
@@ -24,9 +20,11 @@ Intervals resample the stream's clips.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,10 +35,9 @@ from src.data.audio import SAMPLE_RATE, Waveform
 from src.evaluation.evaluator import EvaluationResult
 from src.evaluation.latency import MIN_CALLS
 from src.evaluation.metrics import Bootstrap, ErrorRates, MetricsCalculator
-from src.evaluation.streams import SpeechStream
-from src.evaluation.text import WHISPER_ENGLISH, error_rate
-from src.evaluation.word_timing import Display, WordMatch, find_turns, follow_words, match_words, texts_by_clip
-from src.inference.streaming.commit import Event
+from src.evaluation.streams import SpeechStream, SpokenWord
+from src.evaluation.text import PLAIN, WHISPER_ENGLISH, align_words, error_rate, normalize_plain
+from src.inference.streaming.commit import Event, word_key
 from src.inference.streaming.microphone import BLOCK_SEC
 from src.inference.streaming.session import StreamingASR, StreamingResult
 from src.inference.words import Word
@@ -54,9 +51,7 @@ _RATES = ("wer", "wer_low", "wer_high", "wer_plain", "wer_plain_low", "wer_plain
 class ReplayClock:
     """Seconds that pass with computing; waiting for audio jumps over them. The replayed session must use it.
 
-    Args:
-        timer: seconds of computing. `time.process_time` leaves out what other processes of a busy machine take; a
-            constant makes computing free, and the latencies those of the policy alone.
+    `time.process_time` as timer leaves out what other processes take; a constant makes computing free.
     """
 
     def __init__(self, timer: Callable[[], float] = time.perf_counter) -> None:
@@ -85,13 +80,9 @@ class Replay:
 
 
 def replay(session: StreamingASR, audio: Waveform, clock: ReplayClock, *, block_sec: float = BLOCK_SEC) -> Replay:
-    """Reset a session and let it hear a recording as if it came live, without sleeping.
+    """Reset a session and let it hear a recording, (T,) at 16 kHz, as if it came live, without sleeping.
 
-    Args:
-        session: made with `clock`.
-        audio: (T,) float32, 16 kHz.
-        clock: restarted here.
-        block_sec: how much audio arrives at once.
+    The session was made with `clock`, which is restarted here; `block_sec` of audio arrive at once.
     """
     session.reset()
     clock.restart()
@@ -107,19 +98,12 @@ def replay(session: StreamingASR, audio: Waveform, clock: ReplayClock, *, block_
 
 @dataclass(frozen=True)
 class StreamingEvaluation:
-    """A streamed transcript compared with the same model decoding the same clips one by one.
+    """A streamed transcript compared with the same model decoding the same clips one by one."""
 
-    Attributes:
-        stream: what was heard.
-        result: of the session.
-        rates: of all committed words against the whole reference; one row, so there is no interval.
-        offline_wer: of the clips decoded one by one.
-    """
-
-    stream: SpeechStream
-    result: StreamingResult
-    rates: ErrorRates
-    offline_wer: float
+    stream: SpeechStream  # what was heard
+    result: StreamingResult  # of the session
+    rates: ErrorRates  # of all committed words against the whole reference; one row, so there is no interval
+    offline_wer: float  # of the clips decoded one by one
 
     def summary(self) -> dict[str, float | int]:
         """Return the figures of one row of metrics.jsonl."""
@@ -143,13 +127,7 @@ class StreamingEvaluation:
 def evaluate_stream(asr: StreamingASR, stream: SpeechStream, offline: EvaluationResult) -> StreamingEvaluation:
     """Stream the audio as fast as possible and compare all committed words with the reference.
 
-    Args:
-        asr: the session.
-        stream: from `make_stream`.
-        offline: the same model's result on a set that contains the stream's clips.
-
-    Raises:
-        DataError: a clip of the stream is not in `offline`.
+    `offline` is the same model's result on a set that contains the clips of `stream`.
     """
     rows = {row.id: row for row in offline.rows}
     missing = [clip for clip in stream.ids if clip not in rows]
@@ -168,18 +146,16 @@ def measure_stream(
     ended_at: float | None = None,
     offline: Sequence[str] | None = None,
     language: str | None = "en",
-    bootstrap: Bootstrap | None = None,
 ) -> dict[str, Any]:
-    """Measure a session on a stream.
+    """Measure a session on a stream whose words have times.
 
     Args:
-        stream: with the times of its words.
+        stream: from `join_clips` with aligned clips.
         result: of the session.
         ended_at: the replay's clock when the session had ended. None says that the events carry another clock, on which
             audio did not come in real time: what is aware of computing is None then, and so is the lag.
         offline: the same model's text of each of the stream's clips, in order, decoded one by one.
         language: chooses Whisper's normaliser for the rates; None means English.
-        bootstrap: how intervals are drawn.
 
     Returns:
         One flat row for tables and metrics.jsonl; None if not measured. An interval ends at "_low" and "_high".
@@ -191,17 +167,13 @@ def measure_stream(
           decoded one by one; wer_difference is streamed minus offline;
         - commit, display and end_of_turn, each with "_unaware" and "_aware" (of computing), as "_n", "_mean_sec",
           "_p50_sec" and "_p95_sec": latency of the words committed right, and of each `final` from the true end of the
-          last word it could contain; p50 needs 2 of them, p95 needs 20 (see `MIN_CALLS`);
+          last word it could contain;
         - first_word_unaware_sec, first_word_aware_sec: from the start of the first word to the first text shown;
         - normalized_erasure: see the module;
         - words_without_speech: committed within the stream's stretches without speech. A word that is right does not
           count: its time slipped over the edge;
         - edge_deletions, offline_edge_deletions: first and last words of clips, next to a pause, that are missing.
-
-    Raises:
-        DataError: the stream has no word times, `offline` has another number of texts, or no reference has a word.
     """
-    bootstrap = bootstrap or Bootstrap()
     if not stream.words:
         raise DataError(f"stream {stream.name!r}: its words have no times; join clips that WordAligner has aligned")
     if offline is not None and len(offline) != len(stream.clips):
@@ -209,21 +181,29 @@ def measure_stream(
             f"stream {stream.name!r}: {len(offline)} offline texts for {len(stream.clips)} clips; decode each of "
             "stream.clip_audios(), in order"
         )
-    display = follow_words(result.events)
-    words = [each.word for each in display.words]
+    heard, erased, first = follow_words(result.events)
+    words = [each.word for each in heard]
     match = match_words([word.text for word in stream.words], [word.text for word in words])
+    calculator = MetricsCalculator(language)
+    right = set(match.right.values())
+    wrong_at = [(word.start_sec + word.end_sec) / 2 for place, word in enumerate(words) if place not in right]
+    timed = {
+        "commit": [(stream.words[said], heard[place].committed) for said, place in match.right.items()],
+        "display": [(stream.words[said], heard[place].stable) for said, place in match.right.items()],
+        "end_of_turn": find_turns(stream, result.events, match),
+    }
     computed = result.compute_sec > 0  # else computing took no time on its clock, which measures nothing
     row = {
         "stream": stream.name,
         "audio_sec": stream.duration_sec,
         "clips": len(set(stream.ids)),
         "repeats": stream.repeats,
-        **_rates(
-            stream, texts_by_clip(stream, words, match), offline, MetricsCalculator(language, bootstrap=bootstrap)
-        ),
-        **_delays(stream, result.events, display, match, bootstrap, on_clock=ended_at is not None),
-        "normalized_erasure": display.erased / len(words) if words else None,
-        "words_without_speech": _count_without_speech(stream, words, match) if stream.no_speech else None,
+        **_rates(stream, texts_by_clip(stream, words, match), offline, calculator),
+        **_delays(stream, timed, first, calculator.bootstrap, on_clock=ended_at is not None),
+        "normalized_erasure": erased / len(words) if words else None,
+        "words_without_speech": sum(begin <= sec < end for sec in wrong_at for begin, end in stream.no_speech)
+        if stream.no_speech
+        else None,
         "edge_deletions": _missing_edges([word.clip for word in stream.words], match),
         "offline_edge_deletions": None if offline is None else _offline_missing_edges(stream, offline),
         "updates": result.updates,
@@ -246,10 +226,10 @@ def _rates(
         return [" ".join(parts) for parts in joined.values()]
 
     references, live = by_clip([clip.text for clip in stream.clips]), by_clip(streamed)
-    alone = None if offline is None else by_clip(offline)
-    rates = calculator.compute(references, live)
-    apart = None if alone is None else calculator.compute(references, alone)
-    difference = None if alone is None else calculator.compare(references, alone, live)
+    rates, apart, difference = calculator.compute(references, live), None, None
+    if offline is not None:
+        apart = calculator.compute(references, by_clip(offline))
+        difference = calculator.compare(references, by_clip(offline), live)
     return {
         **{key: getattr(rates, key) for key in _RATES},
         **{f"offline_{key}": getattr(apart, key, None) for key in _RATES},
@@ -261,20 +241,13 @@ def _rates(
 
 def _delays(
     stream: SpeechStream,
-    events: Sequence[Event],
-    display: Display,
-    match: WordMatch,
+    timed: Mapping[str, Sequence[tuple[SpokenWord, Event]]],
+    first: Event | None,
     bootstrap: Bootstrap,
     *,
     on_clock: bool,
 ) -> dict[str, float | int | None]:
     """Return the latencies and the delay of the first word, each unaware of computing and aware of it."""
-    right = [(stream.words[said], display.words[place]) for said, place in match.right.items()]
-    timed = {
-        "commit": [(said, heard.committed) for said, heard in right],
-        "display": [(said, heard.stable) for said, heard in right],
-        "end_of_turn": find_turns(stream, events, match),
-    }
     row: dict[str, float | int | None] = {}
     for axis, when in (("unaware", "audio_sec"), ("aware", "emitted_at")):
         measured = axis == "unaware" or on_clock
@@ -282,24 +255,18 @@ def _delays(
             late = [getattr(event, when) - said.end_sec for said, event in pairs] if measured else []
             found = summarize_latency(late, [stream.ids[said.clip] for said, _ in pairs], bootstrap)
             row |= {f"{name}_{axis}_{key}": value for key, value in found.items()}
-        first_sec = None if display.first is None else getattr(display.first, when) - stream.words[0].start_sec
-        row[f"first_word_{axis}_sec"] = first_sec if measured else None
+        row[f"first_word_{axis}_sec"] = getattr(first, when) - stream.words[0].start_sec if first and measured else None
     return row
 
 
 def summarize_latency(
     values_sec: Sequence[float], clips: Sequence[str], bootstrap: Bootstrap
 ) -> dict[str, float | int | None]:
-    """Summarize latencies of words or turns.
-
-    Args:
-        values_sec: one per word or turn.
-        clips: the clip of each, which is what the intervals resample.
-        bootstrap: how intervals are drawn.
+    """Summarize latencies of words or turns, given the clip of each, which is what the intervals resample.
 
     Returns:
-        n, and mean_sec, p50_sec and p95_sec with "_low" and "_high"; None if there are too few, intervals nan with one
-        clip only.
+        n, and mean_sec, p50_sec and p95_sec with "_low" and "_high"; None if there are fewer than `MIN_CALLS`,
+        intervals nan with one clip only.
     """
     names = [f"{name}{end}_sec" for name in ("mean", "p50", "p95") for end in ("", "_low", "_high")]
     row: dict[str, float | int | None] = dict.fromkeys(["n", *names])
@@ -334,16 +301,10 @@ def _percentile_interval(
     return bootstrap.percentiles(found)
 
 
-def _count_without_speech(stream: SpeechStream, words: Sequence[Word], match: WordMatch) -> int:
-    right = set(match.right.values())
-    middles = [(word.start_sec + word.end_sec) / 2 for place, word in enumerate(words) if place not in right]
-    return sum(begin <= middle < end for middle in middles for begin, end in stream.no_speech)
-
-
 def _missing_edges(clips: Sequence[int], match: WordMatch) -> int:
     """Count the first and last words of clips that nothing stands for; `clips` has the clip of each word."""
-    starts = [i for i, clip in enumerate(clips) if i == 0 or clip != clips[i - 1]]
-    edges = {*starts, *(start - 1 for start in starts[1:]), len(clips) - 1}
+    around = [None, *clips, None]
+    edges = {i for i, clip in enumerate(clips) if clip != around[i] or clip != around[i + 2]}
     return len(edges - set(match.stands_for.values()))
 
 
@@ -353,3 +314,155 @@ def _offline_missing_edges(stream: SpeechStream, offline: Sequence[str]) -> int:
         words = [word.text for word in stream.words if word.clip == index]
         missing += _missing_edges([index] * len(words), match_words(words, text.split()))
     return missing
+
+
+@dataclass(frozen=True)
+class WordTiming:
+    """A word that was committed right, in audio heard and on the replay's clock (None where none ran)."""
+
+    text: str  # of the reference
+    clip: int  # index into the stream's clips
+    start_sec: float  # when it was said
+    end_sec: float
+    commit_audio_sec: float
+    commit_clock_sec: float | None
+    display_audio_sec: float  # when it was shown for good
+    display_clock_sec: float | None
+    shown_audio_sec: float  # when it was first shown at its place
+    shown_clock_sec: float | None
+
+
+def time_words(stream: SpeechStream, events: Sequence[Event], *, on_clock: bool) -> tuple[WordTiming, ...]:
+    """Return the words that were committed right, in order; `on_clock` if a `ReplayClock` stamped the events."""
+    words, _, _ = follow_words(events)
+    match = match_words([word.text for word in stream.words], [each.word.text for each in words])
+    timings = []
+    for index, place in match.right.items():
+        said, heard = stream.words[index], words[place]
+        moments = (heard.committed, heard.stable, heard.shown)
+        times = [sec for event in moments for sec in (event.audio_sec, event.emitted_at if on_clock else None)]
+        timings.append(WordTiming(said.text, said.clip, said.start_sec, said.end_sec, *times))  # type: ignore[arg-type]
+    return tuple(timings)
+
+
+@dataclass(frozen=True)
+class CommittedWord:
+    """A committed word, and the events that committed it, showed it for good, and first showed it at its place."""
+
+    word: Word
+    committed: Event
+    stable: Event
+    shown: Event
+
+
+def follow_words(events: Sequence[Event]) -> tuple[list[CommittedWord], int, Event | None]:
+    """Follow each place of the shown text: the commits so far, then the last valid partial.
+
+    Words are compared without case and punctuation, so that a comma that comes or goes changes nothing. A commit voids
+    the partial, and often the next partial follows at once: together they are one change.
+
+    Returns:
+        The words committed, in order; how many words were removed or changed after they were shown, or followed one
+        that was; and the event that showed the first word.
+    """
+    changes: list[tuple[Event, tuple[Word, ...]]] = []  # the words after those committed before
+    before: Event | None = None
+    for event in (event for event in events if event.kind != "final"):
+        if before and (before.kind, event.kind, event.audio_sec) == ("commit", "partial", before.audio_sec):
+            changes[-1] = before, before.words + event.words
+        else:
+            changes.append((event, event.words))
+        before = event
+
+    places: list[tuple[str, Event]] = []  # the word at each place, and the event since when
+    first_at: dict[tuple[int, str], Event] = {}
+    committed: list[tuple[Word, Event]] = []
+    erased = 0
+    for event, words in changes:
+        fixed = len(committed)
+        old, new = places[fixed:], [(word_key(word), event) for word in words]
+        same = [was[0] == now[0] for was, now in zip(old, new, strict=False)]
+        erased += len(old) - sum(itertools.takewhile(bool, same))
+        places[fixed:] = [old[i] if i < len(same) and same[i] else now for i, now in enumerate(new)]
+        for place, (key, _) in enumerate(new, start=fixed):
+            first_at.setdefault((place, key), event)
+        committed += [(word, event) for word in event.words if event.kind == "commit"]
+    followed = [
+        CommittedWord(word, event, since, first_at[place, key])
+        for place, ((word, event), (key, since)) in enumerate(zip(committed, places, strict=False))
+    ]
+    return followed, erased, next((event for event, words in changes if words), None)
+
+
+@dataclass(frozen=True)
+class WordMatch:
+    """An alignment of a reference and a hypothesis, by word index."""
+
+    right: Mapping[int, int]  # reference to hypothesis, where the whole word is the same
+    stands_for: Mapping[int, int]  # hypothesis to reference, right or wrong; inserted words have none
+
+
+def match_words(reference: Sequence[str], hypothesis: Sequence[str]) -> WordMatch:
+    """Align words under "plain-v1"; a word that the normaliser splits is right where all its parts are."""
+    expected, found = (  # the index of the word to which each word of the normalised text belongs
+        (index for index, word in enumerate(words) for _ in normalize_plain(word).split())
+        for words in (reference, hypothesis)
+    )
+    right: dict[int, int] = {}
+    wrong: set[int] = set()
+    stands_for: dict[int, int] = {}
+    for step in align_words(" ".join(reference), " ".join(hypothesis), PLAIN):
+        i = next(expected) if step.reference is not None else None
+        j = next(found) if step.hypothesis is not None else None
+        if i is not None and j is not None:
+            stands_for.setdefault(j, i)
+            if step.edit == "equal":
+                right[i] = j
+        if i is not None and step.edit != "equal":
+            wrong.add(i)
+    return WordMatch({i: j for i, j in right.items() if i not in wrong}, stands_for)
+
+
+def texts_by_clip(stream: SpeechStream, hypothesis: Sequence[Word], match: WordMatch) -> list[str]:
+    """Cut a transcript of the whole stream into those of its clips, as mwerSegmenter does (Matusov et al. 2005).
+
+    Each word goes where the reference word is that it is aligned with. An inserted word goes to the nearer, in time, of
+    the reference words around it.
+    """
+    texts: list[list[str]] = [[] for _ in stream.clips]
+    anchored = sorted(match.stands_for)
+    for place, word in enumerate(hypothesis):
+        after = bisect.bisect_left(anchored, place)
+        around = [stream.words[match.stands_for[j]] for j in anchored[max(0, after - 1) : after + 1]]
+        if place in match.stands_for:
+            around = [stream.words[match.stands_for[place]]]
+        middle = (word.start_sec + word.end_sec) / 2
+        nearest = min(around or stream.words, key=lambda w: max(w.start_sec - middle, middle - w.end_sec, 0.0))
+        texts[nearest.clip].append(word.text)
+    return [" ".join(words) for words in texts]
+
+
+def find_turns(stream: SpeechStream, events: Sequence[Event], match: WordMatch) -> list[tuple[SpokenWord, Event]]:
+    """Pair each `final` with the last word of the reference that it could contain.
+
+    It is the last one, in the clip in which the final's text ends, that had been said when the final came. A final
+    without any word of the reference is left out.
+    """
+    turns = []
+    anchored = sorted(match.stands_for)
+    begin = end = 0  # committed words
+    for event in events:
+        end += len(event.words) if event.kind == "commit" else 0
+        if event.kind != "final":
+            continue
+        before = bisect.bisect_left(anchored, end)
+        if before and anchored[before - 1] >= begin:
+            last = match.stands_for[anchored[before - 1]]
+            clip = stream.words[last].clip
+            while last + 1 < len(stream.words) and stream.words[last + 1].clip == clip:
+                if stream.words[last + 1].end_sec > event.audio_sec:
+                    break
+                last += 1
+            turns.append((stream.words[last], event))
+        begin = end
+    return turns

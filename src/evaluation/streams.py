@@ -13,15 +13,15 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.augmentation.noise import EXPONENTS, NoiseKind, coloured_noise, mix_at_snr
+from src.data.augmentation.noise import EXPONENTS, coloured_noise, mix_at_snr
 from src.data.dataset import decode_audio
 from src.data.labels import LabelEncoder, apply_case, resolve_case
 from src.data.sources.catalog import SAMPLE_CLIP
@@ -45,7 +45,7 @@ _SPEECH = VADConfig(pad_sec=0.0, min_silence_sec=0.2, min_speech_sec=0.05)  # 0.
 
 @dataclass(frozen=True)
 class AlignedClip:
-    """A clip and the times of its words, in seconds of the clip; audio is (T,) float32 at 16 kHz."""
+    """A clip, (T,) float32 at 16 kHz, and the times of its words in seconds of the clip."""
 
     id: str
     text: str
@@ -73,26 +73,15 @@ class StreamClip:
     end_sec: float
 
 
-_Placed = TypeVar("_Placed", SpokenWord, StreamClip)
-
-
 @dataclass(frozen=True)
 class SpeechStream:
-    """Clips in a row, as they would arrive live.
-
-    Attributes:
-        name: for tables.
-        audio: (T,) float32, 16 kHz.
-        clips: in order; a repeated clip is listed several times.
-        words: of all clips in order; empty where the clips were not aligned.
-        no_speech: stretches (start, end) in seconds without speech; pauses between clips are not listed.
-    """
+    """Clips in a row, as they would arrive live."""
 
     name: str
-    audio: Waveform
-    clips: tuple[StreamClip, ...]
-    words: tuple[SpokenWord, ...] = ()
-    no_speech: tuple[tuple[float, float], ...] = ()
+    audio: Waveform  # (T,) float32, 16 kHz
+    clips: tuple[StreamClip, ...]  # in order; a repeated clip is listed several times
+    words: tuple[SpokenWord, ...] = ()  # of all clips in order; empty where the clips were not aligned
+    no_speech: tuple[tuple[float, float], ...] = ()  # stretches in seconds, without the pauses between clips
 
     @property
     def duration_sec(self) -> float:
@@ -120,21 +109,11 @@ class SpeechStream:
 
 
 def make_stream(utterances: Sequence[Utterance], *, num_clips: int, seed: int) -> SpeechStream:
-    """Join clips taken at a stride over all of `utterances` (never the head); their words have no times.
-
-    Args:
-        utterances: to choose from.
-        num_clips: how many to take; all if there are fewer.
-        seed: of the pauses' lengths.
-
-    Raises:
-        DataError: no utterance.
-    """
+    """Join clips taken at a stride over all of `utterances`; its words have no times, `seed` is as in `join_clips`."""
     if not utterances:
         raise DataError("make_stream: no utterance given")
     picks = np.linspace(0, len(utterances) - 1, min(num_clips, len(utterances))).round().astype(int)
-    chosen = [utterances[i] for i in picks]
-    clips = [AlignedClip(u.id, u.text, decode_audio(u).numpy()) for u in chosen]
+    clips = [AlignedClip(u.id, u.text, decode_audio(u).numpy()) for u in (utterances[i] for i in picks)]
     return join_clips(clips, name=f"{len(clips)} clips", seed=seed)
 
 
@@ -149,36 +128,24 @@ def join_clips(
         seed: of the pauses' lengths, uniform in `PAUSE_SEC`, and of the order in which clips are repeated.
         duration_sec: stop after the clip that reaches it; if there are too few clips, they are repeated in a new
             shuffled order each time, which is logged and counted in `repeats`. None takes each clip once.
-
-    Raises:
-        DataError: no clip.
     """
     if not clips:
         raise DataError(f"stream {name!r}: no clip given")
     rng = np.random.default_rng(seed)
-    chosen: list[AlignedClip] = []
-    pauses: list[int] = []
+    shuffled = (clips[i] for _ in itertools.count() for i in rng.permutation(len(clips)))
+    placed: list[StreamClip] = []
+    words: list[SpokenWord] = []
+    pieces: list[Waveform] = []
     heard = 0  # samples
-    for clip in clips if duration_sec is None else itertools.chain(clips, _shuffled_forever(clips, rng)):
+    for clip in clips if duration_sec is None else itertools.chain(clips, shuffled):
         if duration_sec is not None and heard >= duration_sec * SAMPLE_RATE:
             break
-        chosen.append(clip)
-        pauses.append(_samples(rng.uniform(*PAUSE_SEC)))
-        heard += len(clip.audio) + pauses[-1]
-    audio, starts = join_audios([clip.audio for clip in chosen], pauses)
-    stream = SpeechStream(
-        name,
-        audio,
-        tuple(
-            StreamClip(clip.id, clip.text, at, at + len(clip.audio) / SAMPLE_RATE)
-            for clip, at in zip(chosen, starts, strict=True)
-        ),
-        tuple(
-            SpokenWord(word.text, at + word.start_sec, at + word.end_sec, index)
-            for index, (clip, at) in enumerate(zip(chosen, starts, strict=True))
-            for word in clip.words
-        ),
-    )
+        start_sec = heard / SAMPLE_RATE
+        words += [SpokenWord(w.text, start_sec + w.start_sec, start_sec + w.end_sec, len(placed)) for w in clip.words]
+        placed.append(StreamClip(clip.id, clip.text, start_sec, start_sec + len(clip.audio) / SAMPLE_RATE))
+        pieces += [clip.audio, np.zeros(_samples(rng.uniform(*PAUSE_SEC)), np.float32)]
+        heard += sum(map(len, pieces[-2:]))
+    stream = SpeechStream(name, np.concatenate(pieces), tuple(placed), tuple(words))
     if stream.repeats > 1:
         logger.warning(
             "stream %r: %d clips are too few for %.0f s; some are heard %d times",
@@ -187,76 +154,42 @@ def join_clips(
     return stream
 
 
-def _shuffled_forever(clips: Sequence[AlignedClip], rng: np.random.Generator) -> Iterator[AlignedClip]:
-    while True:
-        for index in rng.permutation(len(clips)):
-            yield clips[index]
-
-
-def join_audios(audios: Sequence[Waveform], pauses: Sequence[int]) -> tuple[Waveform, list[float]]:
-    """Join waveforms with digital silence.
-
-    Args:
-        audios: (T,) float32 each, 16 kHz, at least one.
-        pauses: samples after each.
-
-    Returns:
-        (T,) float32, and where each waveform begins, in seconds.
-    """
-    pieces = [piece for a, pause in zip(audios, pauses, strict=True) for piece in (a, np.zeros(pause, np.float32))]
-    ends = np.cumsum([len(a) + pause for a, pause in zip(audios, pauses, strict=True)])
-    return np.concatenate(pieces), [0.0, *(ends[:-1] / SAMPLE_RATE).tolist()]
-
-
 def add_noise(
-    stream: SpeechStream,
-    *,
-    snr_db: float,
-    seed: int,
-    kind: NoiseKind = "pink",
-    silence_sec: float = 60.0,
-    noise_sec: float = 60.0,
+    stream: SpeechStream, *, snr_db: float, seed: int, silence_sec: float = 60.0, noise_sec: float = 60.0
 ) -> SpeechStream:
-    """Mix noise into a stream, and insert digital silence and the same noise without speech in its middle.
+    """Mix pink noise into a stream, and insert silence and then the noise alone between two clips in its middle.
 
     Args:
         stream: to be changed; it stays as it is.
         snr_db: over the whole stream, pauses included; the mixture is scaled down where its peak would exceed 1.0.
         seed: of the noise.
-        kind: "white", "pink" or "brown".
-        silence_sec: length of the silence, inserted between two clips; 0 for none.
+        silence_sec: length of the digital silence; 0 for none.
         noise_sec: length of the noise after it; 0 for none.
-
-    Raises:
-        DataError: another kind of noise.
-        AudioError: the stream is silent.
     """
-    if kind not in EXPONENTS:
-        raise DataError(f"noise {kind!r} cannot be generated; take one of {', '.join(EXPONENTS)}")
     samples, alone = len(stream.audio), _samples(noise_sec)
     generator = torch.Generator().manual_seed(seed)
-    noise = coloured_noise((1, samples + alone), torch.tensor([EXPONENTS[kind]]), generator)
+    noise = coloured_noise((1, samples + alone), torch.tensor([EXPONENTS["pink"]]), generator)
     speech = torch.nn.functional.pad(torch.from_numpy(stream.audio), (0, alone))[None]
     mixed = mix_at_snr(speech, noise, snr_db=snr_db, lengths=torch.tensor([samples]))[0]  # its end is noise alone
     mixed /= mixed.abs().max().clamp(min=1.0)
     gap = torch.cat([torch.zeros(_samples(silence_sec)), mixed[samples:]]).numpy()
 
-    # Insert the gap between the two clips nearest to the middle.
+    # insert the gap between the two clips nearest to the middle
     places = [*(clip.start_sec for clip in stream.clips[1:]), stream.duration_sec]
     at_sec = min(places, key=lambda place: abs(place - stream.duration_sec / 2))
-    by_sec = len(gap) / SAMPLE_RATE
     edges = [at_sec, at_sec + silence_sec, at_sec + silence_sec + noise_sec]
+
+    def moved(item: Any) -> Any:
+        by_sec = len(gap) / SAMPLE_RATE if item.start_sec >= at_sec else 0.0
+        return replace(item, start_sec=item.start_sec + by_sec, end_sec=item.end_sec + by_sec)
+
     return SpeechStream(
-        f"{stream.name}, {kind} noise at {snr_db:g} dB",
+        f"{stream.name}, pink noise at {snr_db:g} dB",
         np.insert(mixed[:samples].numpy(), _samples(at_sec), gap),
-        tuple(_moved(clip, by_sec) if clip.start_sec >= at_sec else clip for clip in stream.clips),
-        tuple(_moved(word, by_sec) if word.start_sec >= at_sec else word for word in stream.words),
+        tuple(map(moved, stream.clips)),
+        tuple(map(moved, stream.words)),
         tuple((begin, end) for begin, end in itertools.pairwise(edges) if end > begin),
     )
-
-
-def _moved(item: _Placed, by_sec: float) -> _Placed:
-    return replace(item, start_sec=item.start_sec + by_sec, end_sec=item.end_sec + by_sec)
 
 
 def _samples(sec: float) -> int:
@@ -270,35 +203,16 @@ class WordAligner:
         model: a `DynamicWhisper` with alignment heads; the reference is the stock model at 30 s.
         processor: its `WhisperProcessor`.
         language: of the transcripts; multilingual models need it.
-
-    Raises:
-        DataError: no language for a multilingual model.
-        MissingDependencyError: no VAD.
-        ModelError: the VAD's weights cannot be read.
     """
 
     def __init__(self, model: Any, processor: Any, *, language: str | None = "en") -> None:
         self._model, self._tokenizer = model, processor.tokenizer
         self._labels = LabelEncoder(processor.tokenizer, language=language)
         self._vad = VoiceActivityDetector(_SPEECH)
-        self._aligned: dict[str, AlignedClip] = {}
 
     def align(self, utterance: Utterance) -> AlignedClip:
-        """Align one clip; the second time, from memory.
-
-        Raises:
-            DataError: no transcript.
-            AudioError: the clip cannot be decoded.
-            ModelError: it is longer than 30 s.
-        """
-        if utterance.id not in self._aligned:
-            audio = decode_audio(utterance).numpy()
-            words = [word for word in self._align(utterance, audio) if normalize_plain(word.text)]  # no lone dash
-            cut = cut_to_speech(words, self._vad.speech_segments(audio))
-            self._aligned[utterance.id] = AlignedClip(utterance.id, utterance.text, audio, cut)
-        return self._aligned[utterance.id]
-
-    def _align(self, utterance: Utterance, audio: Waveform) -> tuple[Word, ...]:
+        """Align a clip of at most 30 s that has a transcript."""
+        audio = decode_audio(utterance).numpy()
         # a text in capitals is unlikely to the model, and its attention strays
         tokens = self._labels.tokenize(apply_case(utterance.text, resolve_case([utterance.text], "auto")))
         if not tokens:
@@ -307,10 +221,13 @@ class WordAligner:
             hidden = encode(self._model, [audio], _TRAILING_SILENCE_SEC).last_hidden_state
         except ModelError as err:
             raise ModelError(f"utterance {utterance.id}: {err}") from err
-        return align_words(
+        aligned = align_words(
             self._model, self._tokenizer, hidden,
             sot_sequence=self._labels.prefix, tokens=tokens, audio_sec=len(audio) / SAMPLE_RATE,
         )  # fmt: skip
+        words = [word for word in aligned if normalize_plain(word.text)]  # no lone dash
+        cut = cut_to_speech(words, self._vad.speech_segments(audio))
+        return AlignedClip(utterance.id, utterance.text, audio, cut)
 
 
 def cut_to_speech(words: Sequence[Word], speech: Sequence[SpeechSegment]) -> tuple[Word, ...]:

@@ -1,9 +1,8 @@
 """Text normalisers, and word edits between reference and hypothesis under one of them.
 
-A rate means nothing without its normaliser's name. Reports show two, because they disagree: the plain one changes case
-and punctuation only; Whisper's own, kept as published so that rates compare with published ones, joins digit words
-(`one five` is `15`), reads `BOB'S` as `bob is`, drops `uh`, and leaves a `.` of an ellipsis as a word. Neither cuts
-text that is written without spaces (Chinese, Japanese, Thai) into words: read the CER there.
+Reports show two rates, because normalisers disagree: the plain one changes case and punctuation only; Whisper's own,
+kept as published, joins digit words (`one five` is `15`), reads `BOB'S` as `bob is` and drops `uh`. Neither cuts text
+that is written without spaces (Chinese, Japanese, Thai) into words: read the CER there.
 """
 
 from __future__ import annotations
@@ -27,28 +26,21 @@ PLAIN = "plain-v1"
 WHISPER_ENGLISH = "whisper-english-v1"
 WHISPER_BASIC = "whisper-basic-v1"
 NORMALIZERS = (PLAIN, WHISPER_ENGLISH, WHISPER_BASIC)
-Normalizer = Callable[[str], str]
 _KEPT_TEXTS = 16_384  # per normaliser: words, characters, loops and alignments of a test set use the same texts
-
 _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'"})
 _LOOSE_APOSTROPHE = re.compile(r"(?<!\w)'|'(?!\w)")
 
 
 @cache
-def get_normalizer(name: str) -> Normalizer:
-    """Return a normaliser by name; it remembers the texts of a test set.
-
-    Raises:
-        ConfigError: unknown name.
-    """
+def get_normalizer(name: str) -> Callable[[str], str]:
+    """Return a normaliser by name; it remembers the texts of a test set."""
+    if name == PLAIN:
+        return lru_cache(maxsize=_KEPT_TEXTS)(normalize_plain)
     if name not in NORMALIZERS:
         known = ", ".join(NORMALIZERS)
         raise ConfigError(f"unknown normaliser {name!r}{did_you_mean(name, NORMALIZERS)}; known: {known}")
-    if name == PLAIN:
-        return lru_cache(maxsize=_KEPT_TEXTS)(normalize_plain)
-    whisper: Normalizer = (
-        EnglishTextNormalizer(dict(load_english_spelling())) if name == WHISPER_ENGLISH else BasicTextNormalizer()
-    )
+    english = name == WHISPER_ENGLISH
+    whisper = EnglishTextNormalizer(dict(load_english_spelling())) if english else BasicTextNormalizer()
     return lru_cache(maxsize=_KEPT_TEXTS)(lambda text: " ".join(whisper(text).split()))
 
 
@@ -90,11 +82,7 @@ class EditCounts:
 
 
 def word_counts(references: Sequence[str], hypotheses: Sequence[str], normalizer: str) -> list[EditCounts]:
-    """Count the word edits of each row; words on an empty reference are insertions.
-
-    Raises:
-        DataError: no rows, or different lengths.
-    """
+    """Count the word edits of each row; words on an empty reference are insertions."""
     pairs = _normalized(references, hypotheses, normalizer)
     counts = [EditCounts(0, 0, len(hypothesis.split()), 0) for _, hypothesis in pairs]
     spoken = [i for i, (reference, _) in enumerate(pairs) if reference]
@@ -110,13 +98,9 @@ def word_counts(references: Sequence[str], hypotheses: Sequence[str], normalizer
 
 
 def character_error_rate(references: Sequence[str], hypotheses: Sequence[str], normalizer: str) -> float:
-    """Return the corpus CER, spaces included; characters on an empty reference are insertions.
-
-    Raises:
-        DataError: no rows, different lengths, or no character in any reference.
-    """
+    """Return the corpus CER, spaces included; characters on an empty reference are insertions."""
     pairs = _normalized(references, hypotheses, normalizer)
-    spoken = [(reference, hypothesis) for reference, hypothesis in pairs if reference]
+    spoken = [pair for pair in pairs if pair[0]]
     if not spoken:
         raise _no_rate(len(pairs))
     output = jiwer.process_characters([reference for reference, _ in spoken], [hypothesis for _, hypothesis in spoken])
@@ -136,20 +120,12 @@ def _normalized(references: Sequence[str], hypotheses: Sequence[str], normalizer
 
 def sum_counts(counts: Sequence[EditCounts]) -> EditCounts:
     """Add rows up."""
-    return EditCounts(
-        sum(c.substitutions for c in counts),
-        sum(c.deletions for c in counts),
-        sum(c.insertions for c in counts),
-        sum(c.reference_words for c in counts),
-    )
+    names = ("substitutions", "deletions", "insertions", "reference_words")
+    return EditCounts(*(sum(getattr(count, name) for count in counts) for name in names))
 
 
 def error_rate(counts: Sequence[EditCounts]) -> float:
-    """Return sum(S + D + I) / sum(N).
-
-    Raises:
-        DataError: no word in any reference: there is no rate, neither 0 nor 1.
-    """
+    """Return sum(S + D + I) / sum(N); without a word in any reference that is an error, neither 0 nor 1."""
     total = sum_counts(counts)
     if not total.reference_words:
         raise _no_rate(len(counts))
@@ -180,9 +156,9 @@ def align_words(reference: str, hypothesis: str, normalizer: str) -> tuple[Align
         return tuple(AlignedWord("insert", None, word) for word in found)
     (chunks,) = jiwer.process_words(reference, hypothesis).alignments
     return tuple(
-        AlignedWord(chunk.type, a, b)
+        AlignedWord(chunk.type, *words)
         for chunk in chunks
-        for a, b in zip_longest(
+        for words in zip_longest(
             expected[chunk.ref_start_idx : chunk.ref_end_idx], found[chunk.hyp_start_idx : chunk.hyp_end_idx]
         )
     )

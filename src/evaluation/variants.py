@@ -26,7 +26,6 @@ from src.utils.config import Config, load_config
 from src.utils.errors import ConfigError, ModelError, did_you_mean
 from src.utils.memory import return_freed_memory
 from src.utils.runtime import is_out_of_memory, release_memory
-from src.utils.tracking import ExperimentLogger
 
 logger = logging.getLogger(__name__)
 
@@ -37,37 +36,24 @@ NO_CLIPS = "no clips were given to measure on"
 
 @dataclass(frozen=True)
 class VariantFigures:
-    """One variant in one engine; a figure is None if it was not measured.
+    """One variant in one engine; a figure is None if it was not measured."""
 
-    Attributes:
-        variant: name or folder.
-        engine: of `ENGINES`.
-        device: where it computed.
-        audio_context: "full" (each clip padded to 30 s) or "dynamic".
-        parameters: tied ones count once.
-        disk_mb: 10^6 bytes of the weights' files, in the precision in which they are stored.
-        batch_size: as in `LatencyResult`, likewise peak_memory_mb, rtf and rtfx, of one pass.
-        wer: fraction, with its interval and normaliser as in `ErrorRates`; no interval with one clip.
-        n: clips.
-        reason: why figures are missing.
-    """
-
-    variant: str
-    engine: str
+    variant: str  # name or folder
+    engine: str  # of `ENGINES`
     device: str | None = None
-    audio_context: str | None = None
-    parameters: int | None = None
-    disk_mb: float | None = None
+    audio_context: str | None = None  # "full" (each clip padded to 30 s) or "dynamic"
+    parameters: int | None = None  # tied ones count once
+    disk_mb: float | None = None  # of the weights' files, as they are stored
     batch_size: int | None = None
-    peak_memory_mb: float | None = None
+    peak_memory_mb: float | None = None  # as in `LatencyResult`, like the next two
     rtf: float | None = None
     rtfx: float | None = None
     wer: float | None = None
     wer_low: float | None = None
     wer_high: float | None = None
     normalizer: str | None = None
-    n: int | None = None
-    reason: str | None = None
+    n: int | None = None  # clips
+    reason: str | None = None  # why figures are missing
 
 
 @dataclass(frozen=True)
@@ -78,12 +64,7 @@ class VariantComparison:
 
     def to_frame(self) -> pd.DataFrame:
         """Return a table for reading: four digits, blank if not measured."""
-        return readable_table(asdict(row) for row in self.rows)
-
-    def save(self, experiment: ExperimentLogger) -> None:
-        """Append the rows to the run's metrics.jsonl."""
-        for row in self.rows:
-            experiment.log("variant", **asdict(row))
+        return readable_table(map(asdict, self.rows))
 
 
 def compare_models(
@@ -105,17 +86,10 @@ def compare_models(
     Returns:
         One row per variant and engine. Unavailable weights, an export that fails or would take minutes, and memory that
         runs out are reasons, not errors.
-
-    Raises:
-        ConfigError: unknown variant or engine, or one that does not know the language.
-        ModelError: a folder without a whole checkpoint.
-        AudioError: a clip that cannot be decoded, by its id.
-        DataError: no reference has a word.
     """
-    unknown = [name for name in engines if name not in ENGINES]
-    if unknown or not engines:
-        name = unknown[0] if unknown else ""
-        raise ConfigError(f"engine {name!r} is unknown{did_you_mean(name, ENGINES)}; known: {', '.join(ENGINES)}")
+    for name in engines or [""]:
+        if name not in ENGINES:
+            raise ConfigError(f"engine {name!r} is unknown{did_you_mean(name, ENGINES)}; known: {', '.join(ENGINES)}")
     tree = config.model_dump(mode="json", exclude={"profile"})
     configs = [  # all names are checked before the first is loaded
         load_config(None, overrides={**tree, "model": {**tree["model"], "variant": variant}})
@@ -139,77 +113,69 @@ def _measure_variant(
     try:
         model, processor = manager.initialize_model()
     except (ModelError, RuntimeError, MemoryError) as err:
-        reason = _why_not_loaded(variant, err)
-        if reason is None:
+        local = variant.startswith((".", "/", "~")) or Path(variant).expanduser().exists()
+        reason = _one_line(err)
+        if is_out_of_memory(err):
+            reason = f"out of memory: {reason}"
+        elif isinstance(err, ModelError) and (not local or variant in HUB_REPOSITORIES):
+            logger.warning("%s is left out: %s", variant, err)
+            reason = reason.partition(" To get them")[0]  # the advice is in the log: a table has no room for it
+        else:  # the caller's: a folder without a model
             raise
         return [VariantFigures(variant, engine, reason=reason) for engine in engines]
     assert manager.weights is not None  # a model was loaded
-    source = manager.weights.path
-    blank = VariantFigures(variant, "torch", parameters=model.num_parameters(), audio_context=model.audio_context)
+    source, parameters = manager.weights.path, model.num_parameters()
+    blank = VariantFigures(variant, "torch", parameters=parameters, audio_context=model.audio_context)
     rows = {}
     if "torch" in engines:
         described = describe_engine(TorchEngine(model, processor), config)
-        rows["torch"] = _fill(replace(blank, disk_mb=_weights_mb(source)), described, clips, utterances, config)
+        rows["torch"] = _measure(replace(blank, disk_mb=_weights_mb(source)), described, clips, utterances, config)
         del described
     del model
     _release()
     for engine in engines:
-        if engine != "torch":
-            rows[engine] = _measure_export(replace(blank, engine=engine), source, clips, utterances, config)
+        if engine == "torch":
+            continue
+        row, quantization = replace(blank, engine=engine), engine.removeprefix("ctranslate2-")
+        if parameters > MAX_EXPORT_PARAMETERS:
+            limit = f"{MAX_EXPORT_PARAMETERS / 1e6:.0f} M parameters"
+            reason = f"an export of more than {limit} takes minutes; export_ctranslate2 makes one"
+            rows[engine] = replace(row, reason=reason)
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                language = config.model.language
+                export = export_ctranslate2(
+                    source, Path(folder) / "export", quantization=quantization, language=language
+                )
+            except ModelError as err:  # the export is not like its source
+                rows[engine] = replace(row, reason=_one_line(err))
+                continue
+            _release()
+            loaded = CTranslate2Engine(export, device="cpu", compute_type=quantization, threads=torch.get_num_threads())
+            row = replace(row, disk_mb=_weights_mb(export))
+            rows[engine] = _measure(row, describe_engine(loaded, config), clips, utterances, config)
     return [rows[engine] for engine in engines]
 
 
-def _why_not_loaded(variant: str, error: Exception) -> str | None:
-    """Return why a model is unavailable; None if the error is the caller's: a folder without a model."""
-    if is_out_of_memory(error):
-        return f"out of memory: {_one_line(error)}"
-    local = variant.startswith((".", "/", "~")) or Path(variant).expanduser().exists()
-    if not isinstance(error, ModelError) or (local and variant not in HUB_REPOSITORIES):
-        return None
-    logger.warning("%s is left out: %s", variant, error)
-    return _one_line(error).partition(" To get them")[0]  # the advice is in the log: a table has no room for it
-
-
-def _measure_export(
-    blank: VariantFigures, source: Path, clips: Sequence[Waveform], utterances: Sequence[Utterance], config: Config
-) -> VariantFigures:
-    assert blank.parameters is not None
-    if blank.parameters > MAX_EXPORT_PARAMETERS:
-        limit = f"{MAX_EXPORT_PARAMETERS / 1e6:.0f} M parameters"
-        return replace(blank, reason=f"an export of more than {limit} takes minutes; export_ctranslate2 makes one")
-    quantization = blank.engine.removeprefix("ctranslate2-")
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            export = export_ctranslate2(
-                source, Path(folder) / "export", quantization=quantization, language=config.model.language
-            )
-        except ModelError as err:  # the export is not like its source
-            return replace(blank, reason=_one_line(err))
-        _release()
-        engine = CTranslate2Engine(export, device="cpu", compute_type=quantization, threads=torch.get_num_threads())
-        described = replace(describe_engine(engine, config), name=blank.engine)
-        return _fill(replace(blank, disk_mb=_weights_mb(export)), described, clips, utterances, config)
-
-
-def _fill(
-    blank: VariantFigures, engine: Engine, clips: Sequence[Waveform], utterances: Sequence[Utterance], config: Config
+def _measure(
+    row: VariantFigures, engine: Engine, clips: Sequence[Waveform], utterances: Sequence[Utterance], config: Config
 ) -> VariantFigures:
     if not clips:
-        return replace(blank, device=engine.device, reason=NO_CLIPS)
-    size = min(config.inference.batch_size, len(clips))
-    result = measure_engine(engine, clips, batch_size=size, name=blank.variant)
-    measured = {**vars(result), "n": len(clips)}
+        return replace(row, device=engine.device, reason=NO_CLIPS)
+    result = measure_engine(engine, clips, batch_size=min(config.inference.batch_size, len(clips)), name=row.variant)
+    measured = {**vars(result), "engine": row.engine, "n": len(clips)}
     if result.reason is None:
         calculator = MetricsCalculator(config.model.language, bootstrap=Bootstrap.from_config(config))
         rates = calculator.compute([u.text for u in utterances], result.texts, [u.speaker for u in utterances])
         measured |= vars(rates)
-    known = {f.name for f in fields(VariantFigures)}
-    found: dict[str, Any] = {key: None if v != v else v for key, v in measured.items() if key in known}  # no nan
-    return replace(blank, **found)
+    names = {f.name for f in fields(VariantFigures)}
+    found: dict[str, Any] = {key: None if v != v else v for key, v in measured.items() if key in names}  # no nan
+    return replace(row, **found)
 
 
 def _weights_mb(folder: Path) -> float:
-    """Return the size of the files with weights; of several formats, the one that is loaded."""
+    """Return the size of the files with weights in 10^6 bytes; of several formats, the one that is loaded."""
     files = [*folder.glob("model*.safetensors")] or [*folder.glob("*model.bin")]
     return sum(file.stat().st_size for file in files) / 1e6
 

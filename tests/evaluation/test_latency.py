@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.evaluation.latency import (
-    WARMUP_CALLS,
-    Engine,
-    LatencyBenchmark,
-    LatencyResult,
-    check_clips,
-    describe_engine,
-    latency_table,
-    measure_engine,
-)
+from src.evaluation.latency import WARMUP_CALLS as WARM
+from src.evaluation.latency import Engine, LatencyBenchmark, LatencyResult, check_clips, latency_table, measure_engine
 from src.evaluation.report.run_files import load_metrics
 from src.evaluation.visualization.speed import latest_latencies
 from src.inference import decoding
@@ -40,62 +32,50 @@ def clip(seconds: float, rate: int = RATE) -> np.ndarray:
 class FakeEngine:
     """Takes a given time for each call, on a clock of its own; its text is the clip's length in seconds."""
 
-    def __init__(self, call_secs: Sequence[float], *, first_sec: float | None = None, fits: int = 1000) -> None:
+    def __init__(self, call_secs: Sequence[float], *, first_sec: float = 0.0, warm_sec: float = 0.0) -> None:
         self.now = 0.0
         self.calls: list[list[float]] = []
-        self._secs = [0.0] * WARMUP_CALLS + list(call_secs)
+        self._secs = [warm_sec] * WARM + list(call_secs)
         self._first_sec = first_sec
-        self._fits = fits
-
-    def clock(self) -> float:
-        return self.now
 
     def transcribe(self, audios: Sequence[np.ndarray]) -> list[str]:
-        if len(audios) > self._fits:
+        if not self._secs[len(self.calls) :]:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines")
         self.now += self._secs[len(self.calls)]
         self.calls.append([len(audio) / RATE for audio in audios])
         return [f"{len(audio) / RATE:g}" for audio in audios]
 
-    def first_token(self, audio: np.ndarray) -> int:
-        assert self._first_sec is not None
+    def first_token(self, audio: np.ndarray) -> None:
         self.now += self._first_sec
-        return 0
 
     def measure(self, clips: Sequence[np.ndarray], **options: Any) -> LatencyResult:
-        first = None if self._first_sec is None else self.first_token
+        first = self.first_token if self._first_sec else None
         engine = Engine("fake", self.transcribe, "cpu", "float32", "full", first)
-        return measure_engine(engine, clips, clock=self.clock, **options)
+        return measure_engine(engine, clips, clock=lambda: self.now, **options)
 
 
 def test_rates_are_ratios_of_sums_and_warm_up_is_not_counted() -> None:
-    fake = FakeEngine([3.0, 1.0])
-    fake._secs[:WARMUP_CALLS] = [100.0] * WARMUP_CALLS
+    fake = FakeEngine([3.0, 1.0], warm_sec=100.0)
     result = fake.measure([clip(1.0), clip(6.0), clip(3.0)], batch_size=2)
-    assert fake.calls == [[6.0, 3.0]] * (WARMUP_CALLS + 1) + [[1.0]]  # the longest batch warms up
+    assert fake.calls == [[6.0, 3.0]] * (WARM + 1) + [[1.0]]  # the longest batch warms up
     assert (result.audio_sec, result.compute_sec, result.calls, result.clips) == (10.0, 4.0, 2, 3)
     assert (result.rtf, result.rtfx, result.clips_per_sec) == (0.4, 2.5, 0.75)
-
-
-def test_passes_repeat_all_clips_and_texts_keep_the_order_of_the_clips() -> None:
     result = FakeEngine([1.0] * 6).measure([clip(1.0), clip(3.0), clip(2.0)], passes=2)
     assert (result.calls, result.clips, result.audio_sec, result.clips_per_sec) == (6, 3, 12.0, 1.0)
-    assert result.texts == ("1", "3", "2")
+    assert result.texts == ("1", "3", "2")  # in the order of the clips
 
 
 def test_spread_and_percentiles_are_those_of_numpy() -> None:
     secs = np.random.default_rng(0).exponential(size=100)
     result = FakeEngine(secs).measure([clip(1.0)], passes=100)
     assert (result.mean_sec, result.std_sec) == pytest.approx((secs.mean(), secs.std(ddof=1)))
-    found = [result.p50_sec, result.p95_sec, result.p99_sec]
-    assert found == pytest.approx(np.percentile(secs, [50, 95, 99]))
+    assert [result.p50_sec, result.p95_sec, result.p99_sec] == pytest.approx(np.percentile(secs, [50, 95, 99]))
 
 
 @pytest.mark.parametrize(("calls", "measured"), [(1, 0), (2, 2), (19, 2), (20, 3), (99, 3), (100, 4)])
 def test_a_percentile_with_too_few_calls_is_none(calls: int, measured: int) -> None:
     result = FakeEngine([1.0] * calls).measure([clip(1.0)], passes=calls)
     names = ["std_sec", "p50_sec", "p95_sec", "p99_sec"]
-    assert result.mean_sec == 1.0
     assert [name for name in names if getattr(result, name) is not None] == names[:measured]
 
 
@@ -126,41 +106,30 @@ def test_peak_memory_holds_what_a_call_frees_before_it_ends(monkeypatch: pytest.
 
 
 def test_running_out_of_memory_leaves_blanks_and_a_reason_and_other_errors_pass_through() -> None:
-    result = FakeEngine([1.0], fits=1).measure([clip(1.0), clip(1.0)], batch_size=2)
+    result = FakeEngine([]).measure([clip(1.0)])
     assert result.reason is not None and "Tried to allocate 2.00 GiB" in result.reason
     measured = ("rtf", "rtfx", "clips_per_sec", "audio_sec", "compute_sec", "mean_sec", "p50_sec", "peak_memory_mb")
     assert [getattr(result, name) for name in measured] == [None] * len(measured)
-
-    def fail(audios: Sequence[np.ndarray]) -> list[str]:
-        raise RuntimeError("CUDA error: device-side assert")
-
-    with pytest.raises(RuntimeError, match="device-side assert"):
-        measure_engine(Engine("fake", fail, "cpu", "float32", "full"), [clip(1.0)])
-
-
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": 3}, {"passes": 0}])
-def test_a_request_that_measures_nothing_is_refused(options: dict[str, int]) -> None:
-    with pytest.raises(DataError, match="batch size"):
-        FakeEngine([]).measure([clip(1.0), clip(1.0)], **options)
+    with pytest.raises(ZeroDivisionError):
+        measure_engine(Engine("fake", lambda audios: [str(1 // 0)], "cpu", "float32", "full"), [clip(1.0)])
+    for options in ({"batch_size": 0}, {"batch_size": 3}, {"passes": 0}):
+        with pytest.raises(DataError, match="batch size"):
+            FakeEngine([]).measure([clip(1.0), clip(1.0)], **options)
 
 
 @pytest.mark.parametrize(
     ("audios", "sr", "kind", "message"),
     [
         ([], RATE, DataError, "no audio"),
-        ([clip(1.0), np.zeros(0, dtype=np.float32)], RATE, AudioError, "clip 1: 0 samples"),
         ([clip(1.0), np.zeros(0, dtype=np.float32)], 8000, AudioError, "clip 1: 0 samples"),
         ([clip(0.05)], RATE, AudioError, "clip 0: 0.050 s"),
         ([clip(1.0), clip(30.5)], RATE, AudioError, "clip 1: 30.5 s.*takes 30 s"),
-        ([clip(61.0, 8000)], RATE, AudioError, "clip 0: 30.5 s"),
+        ([clip(61.0, 8000)], 16_000, AudioError, "clip 0: 30.5 s"),
         ([np.append(clip(1.0), np.float32("nan"))], RATE, AudioError, "clip 0: 1 NaN"),
         ([(clip(1.0) * 32767).astype(np.int16)], RATE, AudioError, r"clip 0: int16 \(16000,\)"),
         (["speech.wav"], RATE, AudioError, "clip 0: <U10"),
         (clip(1.0), RATE, AudioError, r"clip 0: float32 \(\)"),
-        ([clip(1.0)], "16k", AudioError, "'16k'"),
-        ([clip(1.0)], True, AudioError, "True"),
-        ([clip(1.0)], 16000.5, AudioError, "16000.5"),
-        ([clip(1.0)], 10, AudioError, "clip 0: sample rate 10 Hz"),
+        *(([clip(1.0)], rate, AudioError, str(rate)) for rate in ("16k", True, 16000.5, 10)),
     ],
 )
 def test_bad_audio_is_refused_by_its_number(audios: Any, sr: Any, kind: type[Exception], message: str) -> None:
@@ -175,9 +144,8 @@ def test_clips_of_another_rate_are_resampled_and_channels_are_mixed() -> None:
 
 
 def test_results_are_read_back_from_the_run_the_last_of_each_setting(config: Config) -> None:
-    first = FakeEngine([1.0] * 20, first_sec=0.5).measure([clip(1.0)], passes=20, name="tuned")
-    again = FakeEngine([2.0] * 20, first_sec=0.5).measure([clip(1.0)], passes=20, name="tuned")
-    other = FakeEngine([1.0], fits=1).measure([clip(1.0)] * 2, batch_size=2, name="tuned")
+    first, again = (FakeEngine([sec] * 20).measure([clip(1.0)], passes=20, name="tuned") for sec in (1.0, 2.0))
+    other = FakeEngine([]).measure([clip(1.0)] * 2, batch_size=2, name="tuned")
     with ExperimentLogger(config, run_id="r") as experiment:
         for result in (first, other, again):
             result.save(experiment)
@@ -186,10 +154,8 @@ def test_results_are_read_back_from_the_run_the_last_of_each_setting(config: Con
         ("tuned, fake", 1, again.p50_sec), ("tuned, fake", 2, None),
     ]  # fmt: skip
     table = latency_table([again, other])
-    assert table["batch_size"].tolist() == [1, 2]
     assert (table["p99_sec"].tolist(), table["reason"][0]) == (["", ""], "")
-    assert latency_table([replace(again, rtf=0.123456)])["rtf"].tolist() == [0.1235]
-    assert other.to_frame().loc[0, ["rtf", "p50_sec", "calls"]].tolist() == ["", "", 0]
+    assert replace(again, rtf=0.123456).to_frame()["rtf"].tolist() == [0.1235]
 
 
 def test_model_is_measured_with_the_decoder_of_files_and_left_as_it_was(
@@ -204,25 +170,22 @@ def test_model_is_measured_with_the_decoder_of_files_and_left_as_it_was(
     assert [module.training for module in model.modules()] == modes
     (expected,) = decoding.decode(model.eval(), processor, [short], DecodingOptions.from_config(CONFIG))
     assert single.texts == (expected.text,)
-    assert (single.calls, single.audio_sec, single.batch_size) == (2, 6.0, 1)
+    assert (single.calls, single.audio_sec, single.batch_size, single.p95_sec) == (2, 6.0, 1, None)
     described = (single.name, single.engine, single.device, single.precision, single.audio_context)
     assert described == ("stock", "torch", "cpu", "float32", "full")
+    assert single.peak_memory_mb is not None and single.peak_memory_mb > 100  # of the whole process
     assert single.first_token_sec is not None
-    assert single.p95_sec is None
-    assert single.peak_memory_mb is not None
-    assert single.peak_memory_mb > 100  # of the whole process
-
-    first = describe_engine(decoding.TorchEngine(model, processor), CONFIG).first_token
-    assert first is not None
-    assert first(short) == expected.tokens[0]
-    beams = load_config(None, overrides={"inference.num_beams": 2})
-    assert describe_engine(decoding.TorchEngine(model, processor), beams).first_token is None
+    options = DecodingOptions.from_config(CONFIG)
+    assert decoding.TorchEngine(model, processor).first_token(short, options) == expected.tokens[0]
+    beams = load_config(None, overrides={"device": "cpu", "inference": {"num_beams": 2, "max_tokens_per_sec": 1.0}})
+    found = LatencyBenchmark(model, processor, beams).benchmark_single(short, repeats=1)
+    assert found.first_token_sec is None  # no token is final before the end
 
 
 def test_batch_sizes_that_do_not_fit_are_reported_or_left_out(
     small: tuple[Any, Any], jfk: np.ndarray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real: Callable[..., Any] = decoding.encode
+    real: Any = decoding.encode
 
     def encode(model: Any, audios: Any, *rest: Any) -> Any:
         if len(audios) > 1:
@@ -238,4 +201,4 @@ def test_batch_sizes_that_do_not_fit_are_reported_or_left_out(
     assert too_large.reason is not None
     assert benchmark.benchmark_batch([jfk[:RATE]] * 2).reason == too_large.reason
     with pytest.raises(DataError, match="batch size 0"):
-        benchmark.throughput([jfk], batch_sizes=(1, 0))
+        benchmark.throughput([jfk], batch_sizes=(0,))

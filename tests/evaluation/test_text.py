@@ -56,35 +56,12 @@ def test_any_text_becomes_words_between_single_spaces(name: str, text: str) -> N
         assert get_normalizer(name)(normalized) == normalized
 
 
-@pytest.mark.parametrize(
-    ("reference", "hypothesis", "expected"),
-    [
-        ("the cat sat", "the cat sat", (0, 0, 0, 3)),
-        ("the cat sat", "the dog sat", (1, 0, 0, 3)),
-        ("the cat sat", "the sat", (0, 1, 0, 3)),
-        ("the cat sat", "the big cat sat", (0, 0, 1, 3)),
-        ("the cat sat", "", (0, 3, 0, 3)),
-        ("", "thank you", (0, 0, 2, 0)),
-        ("a b c d", "b x d e", (1, 1, 1, 4)),
-    ],
-)
-def test_counts_of_cases_aligned_by_hand(reference: str, hypothesis: str, expected: tuple[int, ...]) -> None:
-    (counts,) = word_counts([reference], [hypothesis], PLAIN)
-    assert (counts.substitutions, counts.deletions, counts.insertions, counts.reference_words) == expected
-
-
 def test_an_alignment_done_by_hand() -> None:
     steps = align_words("The cat sat on the big mat.", "a cat sat the big mat now", PLAIN)
-    assert [(step.edit, step.reference, step.hypothesis) for step in steps] == [
-        ("substitute", "the", "a"),
-        ("equal", "cat", "cat"),
-        ("equal", "sat", "sat"),
-        ("delete", "on", None),
-        ("equal", "the", "the"),
-        ("equal", "big", "big"),
-        ("equal", "mat", "mat"),
-        ("insert", None, "now"),
-    ]
+    assert [(step.edit[0], step.reference, step.hypothesis) for step in steps] == [
+        ("s", "the", "a"), ("e", "cat", "cat"), ("e", "sat", "sat"), ("d", "on", None), ("e", "the", "the"),
+        ("e", "big", "big"), ("e", "mat", "mat"), ("i", None, "now"),
+    ]  # fmt: skip
 
 
 @given(few_words, few_words)

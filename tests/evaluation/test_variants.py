@@ -12,12 +12,10 @@ from src.data.utterance import Utterance
 from src.evaluation import variants
 from src.evaluation.evaluator import ModelEvaluator
 from src.evaluation.latency import Engine
-from src.evaluation.report.run_files import load_metrics
-from src.evaluation.variants import ENGINES, NO_CLIPS, VariantComparison, VariantFigures, compare_models
+from src.evaluation.variants import ENGINES, NO_CLIPS, VariantFigures, compare_models
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import Config, load_config
 from src.utils.errors import ConfigError, ModelError
-from src.utils.tracking import ExperimentLogger
 
 MEASURED = ("peak_memory_mb", "rtf", "rtfx", "wer", "wer_low", "wer_high", "normalizer", "n")
 
@@ -95,14 +93,9 @@ def test_a_model_that_does_not_fit_into_memory_is_a_reason(config: Config, monke
     assert row == VariantFigures("tiny.en", "torch", reason="out of memory: CUDA out of memory. Tried to allocate")
 
 
-def test_one_clip_has_no_interval_and_rows_go_into_the_run(config: Config) -> None:
+def test_one_clip_has_no_interval(config: Config) -> None:
     engine = Engine("torch", lambda audios: ["red house"] * len(audios), "cpu", "float32", "full")
     utterance = Utterance("a", b"", "red mouse", duration_sec=1.0)
-    row = variants._fill(
-        VariantFigures("tiny.en", "torch"), engine, [np.zeros(16_000, dtype=np.float32)], [utterance], config
-    )
+    blank = VariantFigures("tiny.en", "torch")
+    row = variants._measure(blank, engine, [np.zeros(16_000, dtype=np.float32)], [utterance], config)
     assert (row.wer, row.wer_low, row.wer_high, row.n) == (0.5, None, None, 1)
-    with ExperimentLogger(config, run_id="r") as experiment:
-        VariantComparison((row,)).save(experiment)
-    (saved,) = load_metrics(experiment.dir)
-    assert saved.items() >= {"event": "variant", **vars(row)}.items()

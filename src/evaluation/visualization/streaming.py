@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from src.evaluation.report.run_files import Row
 from src.evaluation.report.summary import NOT_MEASURED
+from src.evaluation.streaming import WordTiming
 from src.evaluation.visualization.style import OTHER_STYLES, ModelStyle, drawable, figure_style, gap, label_points
-from src.evaluation.word_timing import WordTiming
 from src.utils.errors import DataError
 from src.utils.figures import GREY, NotebookFigure
 

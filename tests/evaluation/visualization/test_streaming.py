@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.text import Annotation
 
+from src.evaluation.streaming import WordTiming
 from src.evaluation.visualization.streaming import draw_emission, draw_tradeoff
-from src.evaluation.word_timing import WordTiming
 from src.utils.errors import DataError
 from src.utils.figures import save_figure
 
