@@ -19,10 +19,11 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from src.inference.words import Word
 from src.utils.errors import ConfigError, DataError, did_you_mean
@@ -56,9 +57,6 @@ class CaptionOptions:
 
     Sources: Netflix, Timed Text Style Guide; BBC, Subtitle Guidelines; Karamitroglou (1998), A Proposed Set of
     Subtitling Standards in Europe.
-
-    Raises:
-        ConfigError: a value is not positive, or `min_cue_sec` exceeds `max_cue_sec`.
     """
 
     max_line_chars: int = 42  # Netflix; a longer word has a line of its own
@@ -74,8 +72,7 @@ class CaptionOptions:
     max_word_sec: float = 1.0
 
     def __post_init__(self) -> None:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        wrong = [f"{name} is {value}, not above 0" for name, value in values.items() if not value > 0]
+        wrong = [f"{name} is {value}, not above 0" for name, value in asdict(self).items() if not value > 0]
         if self.min_cue_sec > self.max_cue_sec:
             wrong.append(f"min_cue_sec {self.min_cue_sec} exceeds max_cue_sec {self.max_cue_sec}")
         if wrong:
@@ -87,27 +84,16 @@ DEFAULT_OPTIONS = CaptionOptions()
 
 @dataclass(frozen=True)
 class Cue:
-    """The lines shown at one time.
+    """The lines shown at one time."""
 
-    Attributes:
-        start_sec: whole milliseconds.
-        end_sec: likewise, later.
-        lines: of text.
-        words: with their times; characters of a script without spaces; empty where only segment times are known.
-    """
-
-    start_sec: float
+    start_sec: float  # whole milliseconds, as the end
     end_sec: float
     lines: tuple[str, ...]
-    words: tuple[Word, ...] = ()
+    words: tuple[Word, ...] = ()  # characters of a script without spaces; empty where only segment times are known
 
 
 def make_cues(words: Sequence[Word], options: CaptionOptions = DEFAULT_OPTIONS) -> tuple[Cue, ...]:
-    """Lay words out as cues that do not overlap: every word once and in order.
-
-    Raises:
-        DataError: starts decrease.
-    """
+    """Lay words out, whose starts may not decrease, as cues that do not overlap: every word once and in order."""
     builder = CueBuilder(options)
     return builder.add(words) + builder.finish()
 
@@ -115,44 +101,13 @@ def make_cues(words: Sequence[Word], options: CaptionOptions = DEFAULT_OPTIONS) 
 def cues_of_segments(
     segments: Sequence[TranscribedSegment], options: CaptionOptions = DEFAULT_OPTIONS
 ) -> tuple[Cue, ...]:
-    """Lay out text without word times: each segment opens a cue; a long one is cut, its time shared out by character.
-
-    Raises:
-        DataError: times are not in order.
-    """
-    words = [Word(segment.text, segment.start_sec, segment.end_sec) for segment in segments]
-    pieces = list(_pieces(words, -math.inf, math.inf))
-    return tuple(replace(cue, words=()) for cue in _cues(pieces, _cuts(pieces, options, complete=True), options))
+    """Lay out text without word times: each segment opens a cue; a long one is cut, its time shared by character."""
+    builder = CueBuilder(options, segments=True)
+    found = builder.add([Word(segment.text, segment.start_sec, segment.end_sec) for segment in segments])
+    return tuple(replace(cue, words=()) for cue in found + builder.finish())
 
 
-class CueBuilder:
-    """Makes cues of words as they arrive, each once no later word can change it: at a pause, or when two are full."""
-
-    def __init__(self, options: CaptionOptions = DEFAULT_OPTIONS) -> None:
-        self._options = options
-        self._pieces: list[_Piece] = []
-        self._shown_sec = 0.0  # end of the last cue
-
-    def add(self, words: Sequence[Word]) -> tuple[Cue, ...]:
-        """Take more words, in absolute time and in order, and return the cues that they complete."""
-        options, last = self._options, self._pieces[-1] if self._pieces else None
-        self._pieces += list(_pieces(words, options.max_gap_sec, options.max_word_sec, last))
-        return self._take(complete=False, until_sec=math.inf)
-
-    def finish(self, until_sec: float = math.inf) -> tuple[Cue, ...]:
-        """Return all that is left; the last cue stays at most until `until_sec`, and coming ones begin no earlier."""
-        return self._take(complete=True, until_sec=until_sec)
-
-    def _take(self, *, complete: bool, until_sec: float) -> tuple[Cue, ...]:
-        cuts = _cuts(self._pieces, self._options, complete=complete)
-        cues = tuple(_cues(self._pieces, cuts, self._options, after_sec=self._shown_sec, until_sec=until_sec))
-        self._shown_sec = cues[-1].end_sec if cues else self._shown_sec
-        del self._pieces[: cuts[-1]]
-        return cues
-
-
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """An indivisible word, its columns if all text stood on one line, and whether a cue must begin with it."""
 
     word: Word
@@ -161,25 +116,116 @@ class _Piece:
     opens_cue: bool
 
 
-def _pieces(
-    words: Iterable[Word], max_gap_sec: float, max_word_sec: float, last: _Piece | None = None
-) -> Iterator[_Piece]:
-    """Yield the indivisible parts of words that follow `last`."""
-    earliest_sec = -math.inf
-    for word in words:
-        if not earliest_sec <= word.start_sec <= word.end_sec < math.inf:
-            raise DataError(
-                f"word {word.text!r} ({word.start_sec} to {word.end_sec} s) follows one from {earliest_sec} s: "
-                "captions need times in order; sort the words, and drop those without times"
-            )
-        earliest_sec = word.start_sec
-        for index, part in enumerate(_divide(word, max_word_sec)):
-            column, opens_cue = 0, False
-            if last is not None:
-                column = last.end_column + len(_space(last.word.text, part.text))
-                opens_cue = index == 0 and part.start_sec - last.word.end_sec >= max_gap_sec
-            last = _Piece(part, column, column + _columns(part.text), opens_cue)
-            yield last
+class CueBuilder:
+    """Makes cues of words as they arrive, each once no later word can change it: at a pause, or when two are full."""
+
+    def __init__(self, options: CaptionOptions = DEFAULT_OPTIONS, *, segments: bool = False) -> None:
+        self._options = options
+        # a segment opens a cue whatever the pause before it, and all of its time is speech
+        limits = (-math.inf, math.inf) if segments else (options.max_gap_sec, options.max_word_sec)
+        self._max_gap_sec, self._max_word_sec = limits
+        self._pieces: list[_Piece] = []
+        self._shown_sec = 0.0  # end of the last cue
+
+    def add(self, words: Iterable[Word]) -> tuple[Cue, ...]:
+        """Take more words, in absolute time and in order, and return the cues that they complete."""
+        earliest_sec = -math.inf
+        for word in words:
+            if not earliest_sec <= word.start_sec <= word.end_sec < math.inf:
+                raise DataError(
+                    f"word {word.text!r} ({word.start_sec} to {word.end_sec} s) follows one from {earliest_sec} s: "
+                    "captions need times in order; sort the words, and drop those without times"
+                )
+            earliest_sec = word.start_sec
+            for index, part in enumerate(_divide(word, self._max_word_sec)):
+                column, opens_cue = 0, False
+                if self._pieces:
+                    last = self._pieces[-1]
+                    column = last.end_column + len(_space(last.word.text, part.text))
+                    opens_cue = index == 0 and part.start_sec - last.word.end_sec >= self._max_gap_sec
+                self._pieces.append(_Piece(part, column, column + _columns(part.text), opens_cue))
+        return self._take(complete=False)
+
+    def finish(self, until_sec: float = math.inf) -> tuple[Cue, ...]:
+        """Return all that is left; the last cue stays at most until `until_sec`, and coming ones begin no earlier."""
+        return self._take(complete=True, until_sec=until_sec)
+
+    def _take(self, *, complete: bool, until_sec: float = math.inf) -> tuple[Cue, ...]:
+        """Cut off cues from the start; of incomplete text only what no later word can move."""
+        cues, start = [], 0
+        while start < len(self._pieces):
+            end = self._cue_end(start)
+            seen = end if self._is_closed(end) else self._cue_end(end)
+            if seen == len(self._pieces) and not complete:
+                break
+            stop = min(range(start + 1, end + 1), key=lambda at: self._cost_of_two(start, at))
+            cues.append(self._cue(start, stop, until_sec))
+            self._shown_sec, start = cues[-1].end_sec, stop
+        del self._pieces[:start]
+        return tuple(cues)
+
+    def _is_closed(self, at: int) -> bool:
+        return at == len(self._pieces) or self._pieces[at].opens_cue
+
+    def _width(self, start: int, stop: int) -> int:
+        return self._pieces[stop - 1].end_column - self._pieces[start].start_column
+
+    def _cue_end(self, start: int) -> int:
+        """Return the furthest end of a cue that begins at `start`, as lines, time and pauses allow."""
+        line_start, lines = start, 1
+        for at in range(start + 1, len(self._pieces)):
+            too_long = self._pieces[at].word.end_sec - self._pieces[start].word.start_sec > self._options.max_cue_sec
+            if self._width(line_start, at + 1) > self._options.max_line_chars:
+                line_start, lines = at, lines + 1
+            if self._is_closed(at) or too_long or lines > self._options.max_lines:
+                return at
+        return len(self._pieces)
+
+    def _cost_of_two(self, start: int, stop: int) -> float:
+        """Return the cost of a cue, and the least of the cue after it, which is 0 after a pause."""
+        cost = self._cue_cost(start, stop)
+        if self._is_closed(stop):
+            return cost
+        return cost + min(self._cue_cost(stop, end) for end in range(stop + 1, self._cue_end(stop) + 1))
+
+    def _cue_cost(self, start: int, stop: int) -> float:
+        next_sec = self._pieces[stop].word.start_sec if stop < len(self._pieces) else math.inf
+        flashes = next_sec - self._pieces[start].word.start_sec < self._options.min_cue_sec
+        columns = self._options.max_lines * self._options.max_line_chars
+        return self._part_cost(start, stop, columns) + flashes * _FLASH_COST
+
+    def _part_cost(self, start: int, stop: int, columns: int) -> float:
+        """Return the cost of a part with room for `columns`: what stays empty, and the cut at its end."""
+        empty = max(0.0, 1 - self._width(start, stop) / columns) ** 2
+        last = self._pieces[stop - 1].word
+        mark = _mark(last.text)
+        if self._is_closed(stop) or (mark in _SENTENCE_END and last.text not in _TITLES):
+            return empty
+        if mark in _CLAUSE_END or self._pieces[stop].word.start_sec - last.end_sec >= CLAUSE_PAUSE_SEC:
+            return empty + _CLAUSE_COST
+        is_short = self._width(stop - 1, stop) <= SHORT_WORD_COLUMNS and not _UNSPACED_END.search(last.text)
+        return empty + (_SHORT_WORD_COST if is_short else _PLAIN_COST)
+
+    def _cue(self, start: int, stop: int, until_sec: float) -> Cue:
+        """Time a cue: not before the last one ends, and the last of all text at most to `until_sec`."""
+        options, words = self._options, tuple(piece.word for piece in self._pieces[start:stop])
+        next_sec = self._pieces[stop].word.start_sec if stop < len(self._pieces) else until_sec
+        start_sec = round(max(self._shown_sec, words[0].start_sec), 3)
+        reading_sec = max(options.min_cue_sec, self._width(start, stop) / options.max_chars_per_sec)
+        end_sec = max(words[-1].end_sec, start_sec + min(reading_sec, options.max_cue_sec))
+        end_sec = end_sec if next_sec - end_sec >= options.min_gap_sec else next_sec
+        return Cue(start_sec, round(max(end_sec, start_sec + 0.001), 3), self._lines(start, stop), words)
+
+    def _lines(self, start: int, stop: int) -> tuple[str, ...]:
+        """Break a cue into as few lines as it needs, at the least cost."""
+        columns = self._options.max_line_chars
+        best = {start: (0.0, [start])}  # up to each piece: cost and cuts
+        for end in range(start + 1, stop + 1):
+            fitting = [at for at in range(start, end) if at == end - 1 or self._width(at, end) <= columns]
+            cost, at = min((best[at][0] + _LINE_COST + self._part_cost(at, end, columns), at) for at in fitting)
+            best[end] = cost, [*best[at][1], end]
+        cuts = itertools.pairwise(best[stop][1])
+        return tuple("".join(spaced([piece.word.text for piece in self._pieces[a:b]])) for a, b in cuts)
 
 
 def _divide(word: Word, max_word_sec: float) -> list[Word]:
@@ -189,102 +235,15 @@ def _divide(word: Word, max_word_sec: float) -> list[Word]:
         return []
     start_sec, end_sec = word.start_sec, word.end_sec
     longest_sec = max_word_sec * len(texts)
-    if end_sec - start_sec > longest_sec and _mark(texts[-1]) in _SENTENCE_END | _CLAUSE_END:
-        end_sec = start_sec + longest_sec
-    elif end_sec - start_sec > longest_sec:
-        start_sec = end_sec - longest_sec
+    if end_sec - start_sec > longest_sec:
+        if _mark(texts[-1]) in _SENTENCE_END | _CLAUSE_END:
+            end_sec = start_sec + longest_sec
+        else:
+            start_sec = end_sec - longest_sec
     ends = list(itertools.accumulate(map(len, texts)))
     inner_sec = [start_sec + (end_sec - start_sec) * end / ends[-1] for end in ends[:-1]]
     times = itertools.pairwise([start_sec, *inner_sec, end_sec])
     return [replace(word, text=text, start_sec=a, end_sec=b) for text, (a, b) in zip(texts, times, strict=True)]
-
-
-def _cuts(pieces: Sequence[_Piece], options: CaptionOptions, *, complete: bool) -> list[int]:
-    """Return where cues begin, and where the last one ends; of incomplete text only what no later word can move."""
-    cuts = [0]
-    while (start := cuts[-1]) < len(pieces):
-        end = _cue_end(pieces, start, options)
-        seen = end if end == len(pieces) or pieces[end].opens_cue else _cue_end(pieces, end, options)
-        if seen == len(pieces) and not complete:
-            break
-        cuts.append(min(range(start + 1, end + 1), key=lambda at: _cost_of_two(pieces, start, at, options)))
-    return cuts
-
-
-def _cost_of_two(pieces: Sequence[_Piece], start: int, stop: int, options: CaptionOptions) -> float:
-    """Return the cost of a cue, and the least of the cue after it, which is 0 after a pause."""
-    cost = _cue_cost(pieces, start, stop, options)
-    if stop == len(pieces) or pieces[stop].opens_cue:
-        return cost
-    ends = range(stop + 1, _cue_end(pieces, stop, options) + 1)
-    return cost + min(_cue_cost(pieces, stop, end, options) for end in ends)
-
-
-def _cue_end(pieces: Sequence[_Piece], start: int, options: CaptionOptions) -> int:
-    """Return the furthest end of a cue that begins at `start`, as lines, time and pauses allow."""
-    line_start, lines = start, 1
-    for at in range(start + 1, len(pieces)):
-        too_long = pieces[at].word.end_sec - pieces[start].word.start_sec > options.max_cue_sec
-        if _width(pieces, line_start, at + 1) > options.max_line_chars:
-            line_start, lines = at, lines + 1
-        if pieces[at].opens_cue or too_long or lines > options.max_lines:
-            return at
-    return len(pieces)
-
-
-def _cue_cost(pieces: Sequence[_Piece], start: int, stop: int, options: CaptionOptions) -> float:
-    soon = stop < len(pieces) and pieces[stop].word.start_sec - pieces[start].word.start_sec < options.min_cue_sec
-    return _part_cost(pieces, start, stop, options.max_lines * options.max_line_chars) + soon * _FLASH_COST
-
-
-def _part_cost(pieces: Sequence[_Piece], start: int, stop: int, columns: int) -> float:
-    """Return the cost of a part with room for `columns`: what stays empty, and the cut at its end."""
-    empty = max(0.0, 1 - _width(pieces, start, stop) / columns) ** 2
-    text = pieces[stop - 1].word.text
-    ends_sentence = _mark(text) in _SENTENCE_END and text not in _TITLES
-    if stop == len(pieces) or pieces[stop].opens_cue or ends_sentence:
-        return empty
-    pause_sec = pieces[stop].word.start_sec - pieces[stop - 1].word.end_sec
-    if _mark(text) in _CLAUSE_END or pause_sec >= CLAUSE_PAUSE_SEC:
-        return empty + _CLAUSE_COST
-    is_short = _width(pieces, stop - 1, stop) <= SHORT_WORD_COLUMNS and not _UNSPACED_END.search(text)
-    return empty + (_SHORT_WORD_COST if is_short else _PLAIN_COST)
-
-
-def _cues(
-    pieces: Sequence[_Piece],
-    cuts: Sequence[int],
-    options: CaptionOptions,
-    *,
-    after_sec: float = 0.0,
-    until_sec: float = math.inf,
-) -> Iterator[Cue]:
-    """Time the cues between cuts, none before `after_sec`; the last of all text stays at most to `until_sec`."""
-    for start, stop in itertools.pairwise(cuts):
-        words = tuple(piece.word for piece in pieces[start:stop])
-        next_sec = pieces[stop].word.start_sec if stop < len(pieces) else until_sec
-        start_sec = round(max(after_sec, words[0].start_sec), 3)
-        reading_sec = max(options.min_cue_sec, _width(pieces, start, stop) / options.max_chars_per_sec)
-        end_sec = max(words[-1].end_sec, start_sec + min(reading_sec, options.max_cue_sec))
-        end_sec = end_sec if next_sec - end_sec >= options.min_gap_sec else next_sec
-        after_sec = round(max(end_sec, start_sec + 0.001), 3)  # the formats' resolution
-        yield Cue(start_sec, after_sec, _lines(pieces[start:stop], options.max_line_chars), words)
-
-
-def _lines(pieces: Sequence[_Piece], max_columns: int) -> tuple[str, ...]:
-    """Break a cue into as few lines as it needs, at the least cost."""
-    best: list[tuple[float, list[int]]] = [(0.0, [0])]  # of the first 0, 1, 2, ... pieces: cost and cuts
-    for stop in range(1, len(pieces) + 1):
-        fitting = [at for at in range(stop) if at == stop - 1 or _width(pieces, at, stop) <= max_columns]
-        costs = [best[at][0] + _LINE_COST + _part_cost(pieces, at, stop, max_columns) for at in fitting]
-        cost, start = min(zip(costs, fitting, strict=True))
-        best.append((cost, [*best[start][1], stop]))
-    words = [piece.word.text for piece in pieces]
-    return tuple("".join(spaced(words[start:stop])) for start, stop in itertools.pairwise(best[-1][1]))
-
-
-def _width(pieces: Sequence[_Piece], start: int, stop: int) -> int:
-    return pieces[stop - 1].end_column - pieces[start].start_column
 
 
 def _columns(text: str) -> int:
@@ -308,16 +267,15 @@ def spaced(texts: Sequence[str]) -> list[str]:
 
 
 def write_captions(path: str | Path, cues: Sequence[Cue], *, language: str | None = None) -> Path:
-    """Write cues in the format of the suffix: .json (with the language), .srt, .tsv or .vtt, all or nothing.
-
-    Raises:
-        DataError: another suffix.
-        OSError: the folder cannot be made or written.
-    """
+    """Write cues in the format of the suffix: .json (with the language), .srt, .tsv or .vtt, all or nothing."""
     path = Path(path)
-    suffix = _known_suffix(path, [".json", ".srt", ".tsv", ".vtt"])
-    writers = {".srt": to_srt, ".tsv": to_tsv, ".vtt": to_vtt}
-    write_text_atomic(path, to_json(cues, language=language) if suffix == ".json" else writers[suffix](cues))
+    writers: dict[str, Callable[[Sequence[Cue]], str]] = {
+        ".json": partial(to_json, language=language),
+        ".srt": to_srt,
+        ".tsv": to_tsv,
+        ".vtt": to_vtt,
+    }
+    write_text_atomic(path, writers[_known_suffix(path, list(writers))](cues))
     return path
 
 
@@ -366,10 +324,6 @@ class LiveCaptionWriter:
 
     A "final" event writes everything said so far; its last cue stays at most for as long as audio was heard. Without a
     final before the end the file is that of `make_cues`. An older file is replaced.
-
-    Raises:
-        DataError: another suffix.
-        OSError: the file cannot be written.
     """
 
     def __init__(self, path: str | Path, options: CaptionOptions = DEFAULT_OPTIONS) -> None:
@@ -377,7 +331,8 @@ class LiveCaptionWriter:
         self._suffix = _known_suffix(self._path, list(_HEADERS))
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("w", encoding="utf-8", newline="\n")
-        self._append(_HEADERS[self._suffix])
+        self._file.write(_HEADERS[self._suffix])
+        self._file.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -386,12 +341,7 @@ class LiveCaptionWriter:
         self.close()
 
     def write(self, event: Event) -> None:
-        """Take an event; partial ones change nothing.
-
-        Raises:
-            DataError: closed already, or times are not in order.
-            OSError: the file cannot be written.
-        """
+        """Take an event; partial ones change nothing."""
         if self._file.closed:
             raise DataError(f"{self._path}: these captions are closed; open another LiveCaptionWriter")
         if event.kind == "commit":
@@ -408,10 +358,7 @@ class LiveCaptionWriter:
     def _show(self, cues: Sequence[Cue]) -> None:
         for cue in cues:
             self._written += 1
-            self._append(_block(self._suffix, self._written, cue))
-
-    def _append(self, text: str) -> None:
-        self._file.write(text)
+            self._file.write(_block(self._suffix, self._written, cue))
         self._file.flush()
 
 

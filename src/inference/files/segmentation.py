@@ -7,8 +7,10 @@ which lies between words far more often than a fixed grid. What fits into one se
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,16 +33,7 @@ RESET_TEMPERATURE = 0.5  # a text that was drawn above it is no context to trust
 
 @dataclass(frozen=True)
 class TranscribedSegment:
-    """A part of a recording that was decoded together.
-
-    Attributes:
-        start_sec: in the recording, as `end_sec`.
-        text: stripped.
-        words: times in the recording; None unless asked for.
-        language: given or detected; None for English-only models.
-
-    The other attributes are those of `DecodingResult`.
-    """
+    """A part of a recording that was decoded together; see `DecodingResult`. Times are those of the recording."""
 
     start_sec: float
     end_sec: float
@@ -55,22 +48,12 @@ class TranscribedSegment:
     @classmethod
     def of(cls, result: DecodingResult, start_sec: float, end_sec: float) -> TranscribedSegment:
         """Place a result, whose words have times in the recording."""
-        return cls(
-            start_sec,
-            end_sec,
-            result.text,
-            result.avg_logprob,
-            result.no_speech_prob,
-            result.compression_ratio,
-            result.temperature,
-            result.words,
-            result.language,
-        )
+        certainty = result.avg_logprob, result.no_speech_prob, result.compression_ratio, result.temperature
+        return cls(start_sec, end_sec, result.text, *certainty, result.words, result.language)
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A piece of a recording, from `start_sec` to `end_sec`; `audio` is (T,) float32 at 16 kHz."""
+class Segment(NamedTuple):
+    """A piece of a recording, which is (T,) float32 at 16 kHz."""
 
     start_sec: float
     end_sec: float
@@ -80,21 +63,30 @@ class Segment:
 def cut_at_silences(
     blocks: Iterable[Waveform], vad: VoiceActivityDetector, *, max_sec: float, join_pause_sec: float
 ) -> Iterator[Segment]:
-    """Cut a recording that arrives in blocks.
+    """Cut a recording that arrives in blocks of (n,) float32 at 16 kHz.
 
-    Args:
-        blocks: (n,) float32, 16 kHz, in order.
-        vad: its `pad_sec` of silence, at least `PAD_SEC`, stays on both sides of speech.
-        max_sec: of a segment.
-        join_pause_sec: stretches of speech with at most so much silence between them share a segment, where they fit.
+    At least `PAD_SEC` or the detector's `pad_sec` stays on both sides of speech. Stretches of speech with at most
+    `join_pause_sec` between them share a segment, where they fit into `max_sec`.
 
     Yields:
         Segments in order, without overlap, that hold all speech; the whole recording, where one is enough.
     """
-    cutter = _Cutter(vad, round(max_sec * SAMPLE_RATE), round(join_pause_sec * SAMPLE_RATE))
-    for block in blocks:
-        yield from cutter.hear(block)
-    yield from cutter.finish()
+    coming = iter(blocks)
+    max_samples, join_samples = round(max_sec * SAMPLE_RATE), round(join_pause_sec * SAMPLE_RATE)
+    held = _filled(np.zeros(0, dtype=np.float32), coming, max_samples + 1)
+    if len(held) > max_samples:
+        yield from _Cutter(vad, max_samples, join_samples).cut(itertools.chain([held], coming))
+    elif len(held):  # fits: it is cut only at pauses that may not be in a segment
+        whole = Segment(0.0, len(held) / SAMPLE_RATE, held)
+        pieces = list(_Cutter(vad, sys.maxsize, join_samples).cut([held])) if len(held) > join_samples else []
+        yield from pieces if len(pieces) > 1 else [whole]
+
+
+def _filled(held: Waveform, coming: Iterator[Waveform], samples: int) -> Waveform:
+    """Return what is held with as much of what is coming as makes it so long."""
+    while len(held) < samples and (block := next(coming, None)) is not None:
+        held = np.concatenate([held, block])
+    return held
 
 
 class _Cutter:
@@ -107,101 +99,71 @@ class _Cutter:
         self._max, self._join = max_samples, join_samples
         self._held: Waveform = np.zeros(0, dtype=np.float32)
         self._from = 0  # position of the first sample held
-        self._judged = 0  # up to here the detector has heard
         self._speech: int | None = None  # where speech that goes on began
         self._window: tuple[int, int] | None = None  # speech that waits for more, or to be given out
         self._cut = 0  # no segment begins before it
 
-    def hear(self, block: Waveform) -> Iterator[Segment]:
-        self._held = np.concatenate([self._held, block])
-        if self._judged or self._from + len(self._held) > self._max:
-            yield from self._judge()
+    def cut(self, blocks: Iterable[Waveform]) -> Iterator[Segment]:
+        judged = 0  # up to here the detector has heard
+        for block in blocks:
+            self._held = np.concatenate([self._held, block])
+            heard = self._from + len(self._held)
+            while judged < heard:  # a second at a time: speech that is too long is cut in time
+                step = min(judged + SAMPLE_RATE, heard)
+                events = self._stream.feed(self._held[judged - self._from : step - self._from])
+                judged = step
+                for event in events:
+                    yield from self._note(event)
+                yield from self._cut_long(judged)
+                if self._window is not None and self._speech is None and judged - self._window[1] > self._join:
+                    yield self._give(*self._window)  # nothing that comes can join it
+                    self._window = None
 
-    def finish(self) -> Iterator[Segment]:
-        if self._judged:
-            yield from self._close()
-        elif len(self._held):
-            yield from self._cut_short()
-
-    def _cut_short(self) -> Iterator[Segment]:
-        """Cut a recording that fits into one segment only at pauses that may not be in one."""
-        whole = Segment(0.0, len(self._held) / SAMPLE_RATE, self._held)
-        may_hold_pause = len(self._held) > self._join
-        self._max = len(self._held) + 2 * self._pad  # no speech is too long
-        segments = [*self._judge(), *self._close()] if may_hold_pause else []
-        yield from segments if len(segments) > 1 else [whole]
-
-    def _close(self) -> Iterator[Segment]:
+                # drop audio that no segment can need, though not at every step: it copies what stays
+                waiting = self._window[0] if self._window is not None else self._speech
+                keep = max((judged if waiting is None else waiting) - self._onset, self._cut, self._from)
+                if keep - self._from > self._max:
+                    self._held, self._from = self._held[keep - self._from :].copy(), keep
         for event in self._stream.finish():
             yield from self._note(event)
         if self._window is not None:
             yield self._give(*self._window)
 
-    def _judge(self) -> Iterator[Segment]:
-        """Let the detector hear what is new, a second at a time: speech that is too long is cut in time."""
-        end = self._from + len(self._held)
-        while self._judged < end:
-            step = min(self._judged + SAMPLE_RATE, end)
-            events = self._stream.feed(self._held[self._judged - self._from : step - self._from])
-            self._judged = step
-            for event in events:
-                yield from self._note(event)
-            yield from self._cut_long(self._judged)
-            if self._window is not None and self._speech is None and self._judged - self._window[1] > self._join:
-                yield self._give(*self._window)  # nothing that comes can join it
-                self._window = None
-            self._forget()
-
     def _note(self, event: VADEvent) -> Iterator[Segment]:
+        """Join a stretch of speech that has ended to the window, or begin a new window with it."""
         at = round(event.time_sec * SAMPLE_RATE)
         if event.kind == "start":
             self._speech = at
             return
         yield from self._cut_long(at)
         begin, self._speech = (at if self._speech is None else self._speech), None
-        yield from self._add(begin, at)
-
-    def _add(self, begin: int, end: int) -> Iterator[Segment]:
-        """Join a stretch of speech to the window, or begin a new one with it."""
         if self._window is not None:
             start, last = self._window
-            if begin - last <= self._join and end - start + 2 * self._pad <= self._max:
-                self._window = (start, end)
-                return
-            yield self._give(start, last, before=begin)
-        self._window = (begin, end)
+            if begin - last <= self._join and at - start + 2 * self._pad <= self._max:
+                begin = start
+            else:
+                yield self._give(start, last, before=begin)
+        self._window = (begin, at)
 
     def _cut_long(self, until: int) -> Iterator[Segment]:
-        """Cut speech that would not fit into a segment if it went on until then."""
+        """Cut speech that would not fit into a segment if it went on until then, at its quietest moment."""
         while self._speech is not None and until - self._speech > self._max - 2 * self._pad:
-            yield from self._cut_speech(self._speech)
-
-    def _cut_speech(self, begin: int) -> Iterator[Segment]:
-        """Give out the speech until its quietest moment; the rest goes on from there."""
-        first = begin + round(EARLIEST_CUT * self._max)
-        last = begin + self._max - 2 * self._pad
-        at = first + _quietest(self._held[first - self._from : last - self._from])
-        if self._window is not None:
-            yield self._give(*self._window, before=begin)
-            self._window = None
-        yield self._give(begin, at, before=at)
-        self._speech = self._cut = at
+            begin = self._speech
+            first, last = begin + round(EARLIEST_CUT * self._max), begin + self._max - 2 * self._pad
+            at = first + _quietest(self._held[first - self._from : last - self._from])
+            if self._window is not None:
+                yield self._give(*self._window, before=begin)
+                self._window = None
+            yield self._give(begin, at, before=at)
+            self._speech = self._cut = at
 
     def _give(self, begin: int, end: int, *, before: int | None = None) -> Segment:
         """Make a segment with padding; one that would reach beyond half of the way to `before` ends there."""
         start = max(begin - self._pad, self._cut, 0)
         heard = self._from + len(self._held)
-        stop = min(end + self._pad, heard if before is None else max(end, (end + before) // 2))
-        self._cut = stop
+        self._cut = stop = min(end + self._pad, heard if before is None else max(end, (end + before) // 2))
         audio = self._held[start - self._from : stop - self._from].copy()
         return Segment(start / SAMPLE_RATE, stop / SAMPLE_RATE, audio)
-
-    def _forget(self) -> None:
-        """Drop audio that no segment can need."""
-        waiting = self._window[0] if self._window is not None else self._speech
-        keep = max((self._judged if waiting is None else waiting) - self._onset, self._cut, self._from)
-        if keep - self._from > self._max:  # not at every step: it copies what stays
-            self._held, self._from = self._held[keep - self._from :].copy(), keep
 
 
 def _quietest(samples: Waveform) -> int:
@@ -218,41 +180,33 @@ def decode_windows(
     rules: InferenceConfig,
     *,
     vad: VoiceActivityDetector | None = None,
-) -> Iterator[tuple[DecodingResult, float, float]]:
+) -> Iterator[TranscribedSegment]:
     """Transcribe a recording in windows of 30 s, one after the other, each with the text before it as context.
 
     The long-form algorithm of openai/whisper (Radford et al. 2022, section 3.8): the model writes segment times into
     its tokens, and the next window begins where the last whole segment ended. It keeps context over cuts, but decodes
     one window at a time: segments cut at silences are several times faster. The prompt of `options` precedes the first
     window; the language of the first window is that of all. See `decode_with_fallback` for `rules` and `vad`.
-
-    Yields:
-        Each segment's result, its start and its end in seconds of the recording, as the times of its words.
     """
-    coming, vocabulary = iter(blocks), engine.vocabulary
-    prompt, language = options.prompt, options.language
+    coming, vocabulary, with_words = iter(blocks), engine.vocabulary, options.word_timestamps
+    options = replace(options, timestamps=True, word_timestamps=False)
     held: Waveform = np.zeros(0, dtype=np.float32)
     start = 0  # of what is held, in samples of the recording
-    while True:
-        while len(held) < CONTEXT_SAMPLES and (block := next(coming, None)) is not None:
-            held = np.concatenate([held, block])
-        if len(held) < MIN_REST_SEC * SAMPLE_RATE:
-            return
+    while len(held := _filled(held, coming, CONTEXT_SAMPLES)) >= MIN_REST_SEC * SAMPLE_RATE:
         audio, start_sec = held[:CONTEXT_SAMPLES], start / SAMPLE_RATE
-        asked = replace(options, timestamps=True, word_timestamps=False, prompt=prompt, language=language)
-        (result,) = decode_with_fallback(engine, [audio], asked, rules, vad=vad)
-        language = result.language
+        (result,) = decode_with_fallback(engine, [audio], options, rules, vad=vad)
+        options = replace(options, language=result.language)
         texts, end_sec = split_at_timestamps(result.tokens, vocabulary, len(audio) / SAMPLE_RATE)
-        parts = [replace(result, text=vocabulary.decode(each.tokens).strip(), tokens=each.tokens) for each in texts]
-        if options.word_timestamps:
-            words = _words_of_texts(engine, audio, texts, replace(asked, language=language), end_sec)
-            parts = [replace(part, words=shifted(each, start_sec)) for part, each in zip(parts, words, strict=True)]
-        for part, text in zip(parts, texts, strict=True):
-            yield part, start_sec + text.start_sec, start_sec + text.end_sec
+        words = _words_of_texts(engine, audio, texts, options, end_sec) if with_words else itertools.repeat(None)
+        for text, spoken in zip(texts, words, strict=False):
+            placed = None if spoken is None else shifted(spoken, start_sec)
+            part = replace(result, text=vocabulary.decode(text.tokens).strip(), tokens=text.tokens, words=placed)
+            yield TranscribedSegment.of(part, start_sec + text.start_sec, start_sec + text.end_sec)
         used = round(end_sec * SAMPLE_RATE)
         held, start = held[used:], start + used
         heard = "".join(vocabulary.decode(text.tokens) for text in texts)  # not what the next window hears again
-        prompt = "" if result.temperature > RESET_TEMPERATURE else f"{prompt}{heard}"[-MAX_PROMPT_CHARS:]
+        context = "" if result.temperature > RESET_TEMPERATURE else f"{options.prompt}{heard}"[-MAX_PROMPT_CHARS:]
+        options = replace(options, prompt=context)
 
 
 def split_at_timestamps(
@@ -271,12 +225,10 @@ def split_at_timestamps(
     edges = [0, *cuts, len(tokens)] if ends_whole or not cuts else [0, *cuts]
     texts = []
     for first, last in itertools.pairwise(edges):
-        times = [
-            min((token - begin) * TIMESTAMP_STEP_SEC, window_sec) for token in tokens[first:last] if token >= begin
-        ]
-        text = tuple(token for token in tokens[first:last] if token < vocabulary.end)
-        start_sec = times[0] if times else 0.0
-        end_sec = times[-1] if len(times) > 1 else window_sec
+        part = tokens[first:last]
+        times = [min((token - begin) * TIMESTAMP_STEP_SEC, window_sec) for token in part if token >= begin]
+        text = tuple(token for token in part if token < vocabulary.end)
+        start_sec, end_sec = times[0] if times else 0.0, times[-1] if len(times) > 1 else window_sec
         if vocabulary.decode(text).strip():
             texts.append(TimedTokens(text, start_sec, max(start_sec, end_sec)))
     last_sec = (tokens[cuts[-1] - 1] - begin) * TIMESTAMP_STEP_SEC if cuts else 0.0

@@ -46,25 +46,15 @@ JOIN_PAUSE_SEC = {"full": 30.0, "dynamic": 1.0}
 
 @dataclass(frozen=True)
 class Transcription:
-    """The text of one recording.
+    """The text of one recording."""
 
-    Attributes:
-        source: the path, or "array N".
-        text: segments joined by spaces; None where the recording could not be decoded.
-        duration_sec: of the audio; nan where it could not be decoded.
-        segments: those with text, in order.
-        words: times from the recording's start; None unless asked for.
-        language: of the first segment; None for English-only models and silence.
-        error: why there is no text; None where there is.
-    """
-
-    source: str
-    text: str | None
-    duration_sec: float
-    segments: tuple[TranscribedSegment, ...] = ()
-    words: tuple[Word, ...] | None = None
-    language: str | None = None
-    error: str | None = None
+    source: str  # the path, or "array N"
+    text: str | None  # segments joined by spaces; None where the recording could not be decoded
+    duration_sec: float  # of the audio; nan where it could not be decoded
+    segments: tuple[TranscribedSegment, ...] = ()  # those with text, in order
+    words: tuple[Word, ...] | None = None  # times from the recording's start; None unless asked for
+    language: str | None = None  # of the first segment; None for English-only models and silence
+    error: str | None = None  # why there is no text
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON takes them; nan becomes None."""
@@ -82,14 +72,10 @@ def _for_json(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Transcriptions(Sequence[Transcription]):
-    """Results in the order of the input, and what they cost.
-
-    Attributes:
-        compute_sec: wall time of reading, cutting, features, encoder and decoder.
-    """
+    """Results in the order of the input, and what they cost."""
 
     items: tuple[Transcription, ...]
-    compute_sec: float
+    compute_sec: float  # wall time of reading, cutting, features, encoder and decoder
 
     @property
     def audio_sec(self) -> float:
@@ -147,9 +133,6 @@ class BatchInference:
         config: `inference`, `model` and `vad` sections; defaults without.
         engine: from `load_engine`, instead of a model.
         vad: cuts recordings and detects silence; made from the configuration by default.
-
-    Raises:
-        ModelError: neither a model with its processor nor an engine.
     """
 
     def __init__(
@@ -173,8 +156,6 @@ class BatchInference:
         self._options = replace(
             DecodingOptions.from_config(config), prompt=self._settings.initial_prompt, hotwords=self._settings.hotwords
         )
-        pause_sec = self._settings.join_pause_sec
-        self._join_pause_sec = JOIN_PAUSE_SEC[engine.audio_context] if pause_sec is None else pause_sec
 
     def transcribe_batch(self, sources: Sequence[AudioSource], **options: Any) -> Transcriptions:
         """Transcribe recordings of any length.
@@ -185,10 +166,6 @@ class BatchInference:
 
         Returns:
             One `Transcription` per source, in order. Silence gives an empty text.
-
-        Raises:
-            DataError: no source.
-            AudioError: a bad recording with "raise".
         """
         if isinstance(sources, str | Path):
             raise DataError(f"transcribe_batch takes a list; write transcribe_batch([{str(sources)!r}])")
@@ -220,8 +197,6 @@ class BatchInference:
 
         Raises:
             AudioError: a bad recording with "raise".
-            ModelError: of the engine.
-            DeviceError: likewise.
         """
         options = replace(self._options, word_timestamps=word_timestamps)
         total = len(sources) if isinstance(sources, Sequence) else None
@@ -237,7 +212,7 @@ class BatchInference:
         for index, source in enumerate(sources):
             with _reading(source, index, on_error) as (recording, blocks):
                 found = decode_windows(self._engine, blocks, options, self._settings, vad=self._vad)
-                recording.decoded = {i: TranscribedSegment.of(*each) for i, each in enumerate(found)}
+                recording.decoded = dict(enumerate(found))
             yield recording
 
     def _in_rounds(
@@ -245,30 +220,28 @@ class BatchInference:
     ) -> Iterator[_Recording]:
         """Gather segments until there are enough of them, or of audio; decode them, and yield what is complete."""
         max_segments = ROUND_BATCHES * self._settings.batch_size * self._engine.workers
+        max_sec, pause_sec = self._settings.max_segment_sec, self._settings.join_pause_sec
+        pause_sec = JOIN_PAUSE_SEC[self._engine.audio_context] if pause_sec is None else pause_sec
         waiting: deque[_Recording] = deque()
         round_: list[_Item] = []
-        held_sec = 0.0
-        for item in itertools.chain(self._cut(sources, waiting, on_error), [None]):
-            if item is not None:
-                round_.append(item)
-                held_sec += len(item[2].audio) / SAMPLE_RATE
-            if item is None or len(round_) >= max_segments or held_sec >= ROUND_SEC:
-                self._decode_round(round_, options)
-                round_.clear()
-                held_sec = 0.0
-                while waiting and waiting[0].is_read and len(waiting[0].decoded) == waiting[0].cut:
-                    yield waiting.popleft()
 
-    def _cut(self, sources: Iterable[AudioSource], waiting: deque[_Recording], on_error: str) -> Iterator[_Item]:
-        """Cut each source; yield a segment as soon as it is there."""
-        max_sec, join_pause_sec = self._settings.max_segment_sec, self._join_pause_sec
+        def decode() -> Iterator[_Recording]:
+            self._decode_round(round_, options)
+            round_.clear()
+            while waiting and waiting[0].is_read and len(waiting[0].decoded) == waiting[0].cut:
+                yield waiting.popleft()
+
         for index, source in enumerate(sources):
             with _reading(source, index, on_error) as (recording, blocks):
                 waiting.append(recording)
-                for segment in cut_at_silences(blocks, self._vad, max_sec=max_sec, join_pause_sec=join_pause_sec):
+                for segment in cut_at_silences(blocks, self._vad, max_sec=max_sec, join_pause_sec=pause_sec):
+                    round_.append((recording, recording.cut, segment))
                     recording.cut += 1
-                    yield recording, recording.cut - 1, segment
+                    held = sum(len(segment.audio) for _, _, segment in round_)
+                    if len(round_) >= max_segments or held >= ROUND_SEC * SAMPLE_RATE:
+                        yield from decode()
             recording.is_read = True
+        yield from decode()
 
     def _decode_round(self, round_: Sequence[_Item], options: DecodingOptions) -> None:
         """Decode segments in batches from long to short, each batch in one language."""
@@ -287,8 +260,7 @@ class BatchInference:
             for at in range(0, len(items), size)
         ]
         with ThreadPoolExecutor(self._engine.workers) as pool:
-            for _ in pool.map(lambda batch: self._decode_batch(*batch), batches):
-                pass  # raises here what a thread raised
+            list(pool.map(lambda batch: self._decode_batch(*batch), batches))  # raises what a thread raised
 
     def _decode_batch(self, items: Sequence[_Item], options: DecodingOptions) -> None:
         audios = [segment.audio for _, _, segment in items]
@@ -307,15 +279,13 @@ class BatchInference:
 @contextmanager
 def _reading(source: AudioSource, index: int, on_error: str) -> Iterator[tuple[_Recording, Iterator[Waveform]]]:
     """Give a recording and its audio in blocks; with "skip", keep a bad recording's fault instead of raising it."""
-    is_file = isinstance(source, str | Path)
-    recording = _Recording(str(source) if is_file else f"array {index}")
+    recording = _Recording(str(source) if isinstance(source, str | Path) else f"array {index}")
 
     def blocks() -> Iterator[Waveform]:
-        audio = (
-            stream_audio(source)
-            if isinstance(source, str | Path)
-            else [to_mono_16k(np.asarray(source), SAMPLE_RATE, name=recording.source, allow_silence=True)]
-        )
+        if isinstance(source, str | Path):
+            audio = stream_audio(source)
+        else:
+            audio = iter([to_mono_16k(np.asarray(source), SAMPLE_RATE, name=recording.source, allow_silence=True)])
         for block in audio:
             recording.duration_sec += len(block) / SAMPLE_RATE
             yield block

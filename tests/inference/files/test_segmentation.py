@@ -208,5 +208,5 @@ def test_what_the_next_window_hears_again_is_no_context_and_no_word_reaches_into
     options = DecodingOptions(prompt="Before.", word_timestamps=True)
     found = list(decode_windows(engine, [audio], options, InferenceConfig()))  # type: ignore[arg-type]
     assert engine.prompts == ["Before.", "Before. one", "Before. one one"]
-    assert [(start_sec, end_sec) for _, start_sec, end_sec in found] == [(0.0, 20.0), (20.0, 40.0), (40.0, 50.0)]
-    assert [part.words[0].end_sec for part, _, _ in found if part.words] == [20.0, 40.0, 50.0]
+    assert [(part.start_sec, part.end_sec) for part in found] == [(0.0, 20.0), (20.0, 40.0), (40.0, 50.0)]
+    assert [part.words[0].end_sec for part in found if part.words] == [20.0, 40.0, 50.0]

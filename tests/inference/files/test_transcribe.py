@@ -80,7 +80,7 @@ def test_a_generator_is_read_no_further_than_a_round_and_its_order_kept() -> Non
 def test_a_bad_recording_among_others_is_reported_in_its_place() -> None:
     results = inference(Scripted()).transcribe_batch([clip(1), np.zeros(10, np.float32), clip(2)], on_error="skip")
     assert [result.text for result in results] == ["1 s", None, "2 s"]
-    assert "array 1: 0.001 s of audio" in (results[1].error or "")
+    assert "array 1: " in (results[1].error or "")
     assert results.audio_sec == 3.0
 
 
