@@ -1,11 +1,7 @@
 """Whisper's log-mel spectrogram for audio of any length: in batches on a device, or in NumPy.
 
-`WhisperFeatureExtractor` runs per clip on the CPU and pads to 30 s. `LogMel` is the same arithmetic
-as one STFT over a batch wherever the audio lives, so nothing padded is stored or sent over a bus.
-`log_mel` serves engines that take their input from the host: it does without torch, whose import
-the first transcript of a process would wait for. Both are tested to equal the extractor to 1e-4.
-The filters are our own because `transformers.audio_utils` imports torch and librosa (5.5 s on two
-busy cores, 2026-11-30).
+`WhisperFeatureExtractor` runs per clip on the CPU and pads to 30 s; both functions here are tested to equal it to 1e-4.
+The filters are our own because `transformers.audio_utils` imports torch and librosa, which takes seconds.
 """
 
 from __future__ import annotations
@@ -34,7 +30,7 @@ TOP_MEL = BREAK_MEL + math.log(SAMPLE_RATE / 2 / BREAK_HZ) / LOG_STEP  # 45.2: 8
 
 
 class LogMel:
-    """Whisper's input features on the device of the audio.
+    """Whisper's input features on the device of the audio, where nothing padded is stored or sent over a bus.
 
     Args:
         num_mel_bins: 80, or 128 for large-v3 and turbo.
@@ -64,15 +60,7 @@ class LogMel:
 
 
 def log_mel(audio: NDArray[np.float32], num_mel_bins: int = 80) -> NDArray[np.float32]:
-    """Compute the features of `LogMel` in NumPy.
-
-    Args:
-        audio: (B, T) float32, 16 kHz, T > 200 samples; padding at a row's end must be zeros.
-        num_mel_bins: 80, or 128 for large-v3 and turbo.
-
-    Returns:
-        (B, num_mel_bins, T // 160) float32; each row is scaled by its own maximum.
-    """
+    """Compute the features of `LogMel` in NumPy, without waiting for the import of torch."""
     window = np.hanning(N_FFT + 1)[:-1].astype(np.float32)  # periodic, as torch.hann_window
     padded = np.pad(audio, ((0, 0), (N_FFT // 2, N_FFT // 2)), mode="reflect")
     frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT, axis=1)[:, ::HOP_SAMPLES]
@@ -92,10 +80,7 @@ def padded_samples(samples: int) -> int:
 
 @cache
 def mel_filters(num_mel_bins: int) -> NDArray[np.float32]:
-    """Return triangular filters of equal area, (num_mel_bins, 201), from 0 to 8 kHz.
-
-    Source: Slaney (1998), Auditory Toolbox; `transformers.audio_utils.mel_filter_bank` has the same values.
-    """
+    """Return triangular filters of equal area, (num_mel_bins, 201), from 0 to 8 kHz (Slaney 1998, Auditory Toolbox)."""
     mels = np.linspace(0.0, TOP_MEL, num_mel_bins + 2)
     corners = np.where(mels < BREAK_MEL, mels * BREAK_HZ / BREAK_MEL, BREAK_HZ * np.exp((mels - BREAK_MEL) * LOG_STEP))
     left, peak, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
@@ -107,7 +92,6 @@ def mel_filters(num_mel_bins: int) -> NDArray[np.float32]:
 
 @cache
 def _constants(num_mel_bins: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return filters, (num_mel_bins, 201), and window, (400,), on a device."""
     import torch
 
     return torch.tensor(mel_filters(num_mel_bins), device=device), torch.hann_window(N_FFT, device=device)

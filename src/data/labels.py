@@ -1,8 +1,7 @@
 """Labels: exactly what the decoder is fed at inference, with the loss on the text and the end token alone.
 
-Measured (tiny.en, negative log-likelihood of a transcript in nats, mean per clip): `HELLO` 29.1,
-`hello` 16.6, ` hello` 8.7, ` Hello.` 7.0. So text gets the leading space that Whisper always writes,
-and corpora in capitals are recased.
+Measured (tiny.en, negative log-likelihood of a transcript in nats, mean per clip): `HELLO` 29.1, `hello` 16.6, ` hello`
+8.7, ` Hello.` 7.0. So text gets the leading space that Whisper always writes, and corpora in capitals are recased.
 """
 
 from __future__ import annotations
@@ -48,10 +47,6 @@ class LabelEncoder:
         language: code; needed by multilingual models.
         task: "transcribe" or "translate"; unused by English-only models.
 
-    Attributes:
-        prefix: special tokens before a text without timestamps.
-        timestamp_prefix: before a text with timestamps; it lacks <|notimestamps|>.
-
     Raises:
         DataError: no language for a multilingual model, one that it does not know, or no timestamp tokens.
     """
@@ -72,8 +67,8 @@ class LabelEncoder:
         for name, token in zip(names, ids, strict=True):
             if token is None or token == tokenizer.unk_token_id:
                 raise DataError(f"this model's tokenizer has no token {name}; check model.language ({language!r})")
-        *self.prefix, self._previous_token, self._first_timestamp, last = ids
-        self.timestamp_prefix = self.prefix[:-1]
+        *self.prefix, self._previous_token, self._first_timestamp, last = ids  # prefix: before a text without times
+        self.timestamp_prefix = self.prefix[:-1]  # without <|notimestamps|>
         if last - self._first_timestamp != NUM_TIMESTAMPS - 1:
             raise DataError("this tokenizer's timestamps <|0.00|> to <|30.00|> are not 1,501 successive tokens")
 
@@ -100,25 +95,19 @@ class LabelEncoder:
         return self._label(self.prefix, tokens, previous)
 
     def timed_label(self, parts: Sequence[TimedTokens], *, previous: Sequence[int] = ()) -> EncodedLabel:
-        """Make the label of a text with timestamps: `<|0.00|> one<|3.20|><|3.60|> two<|7.80|>`, as `generate` writes.
-
-        Args:
-            parts: in order; times round to 0.02 s.
-            previous: as for `label`.
+        """Make the label of a text with times, to 0.02 s: `<|0.00|> one<|3.20|><|3.60|> two<|7.80|>`; else as `label`.
 
         Raises:
             DataError: more than 448 tokens, or a time beyond 30 s.
         """
         tokens: list[int] = []
         for part in parts:
-            tokens += [self._timestamp(part.start_sec), *part.tokens, self._timestamp(part.end_sec)]
+            begin, end = (round(sec / TIMESTAMP_STEP_SEC) for sec in (part.start_sec, part.end_sec))
+            if begin < 0 or end >= NUM_TIMESTAMPS:
+                span = f"{part.start_sec:.2f} to {part.end_sec:.2f} s"
+                raise DataError(f"no timestamp tokens for {span}: Whisper's go from 0 to 30 s; cut the recording")
+            tokens += [self._first_timestamp + begin, *part.tokens, self._first_timestamp + end]
         return self._label(self.timestamp_prefix, tokens, previous)
-
-    def _timestamp(self, seconds: float) -> int:
-        step = round(seconds / TIMESTAMP_STEP_SEC)
-        if not 0 <= step < NUM_TIMESTAMPS:
-            raise DataError(f"no timestamp token for {seconds:.2f} s: Whisper's go from 0 to 30 s; cut the recording")
-        return int(self._first_timestamp + step)
 
     def _label(self, prefix: Sequence[int], tokens: Sequence[int], previous: Sequence[int]) -> EncodedLabel:
         room = MAX_LABEL_TOKENS - len(prefix) - len(tokens) - 1  # 1: the end token

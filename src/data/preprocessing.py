@@ -1,10 +1,7 @@
 """Preparation and measurement of decoded signals, without a model.
 
-Training and evaluation use neither trimming nor a gain: a model should hear recordings as its users
-make them. `AudioPreprocessor` is for recordings that are far off, such as a long pause before the
-first word. `measure_clip` is cheap enough to run on every clip while it is checked: about 1 ms for
-4 s (2026-11-25, one CPU core). Levels are plain power, without BS.1770's frequency weighting: that
-would cost 5 ms more and ranks clips alike (rank correlation 0.99 on 121 bundled clips).
+Training and evaluation use neither trimming nor a gain: a model should hear recordings as its users make them.
+`measure_clip` runs on every clip while it is checked: about 1 ms for 4 s (2026-11-25, one CPU core).
 """
 
 from __future__ import annotations
@@ -36,9 +33,9 @@ FFT_SAMPLES = 512  # 31.25 Hz per bin
 
 @dataclass(frozen=True)
 class AudioPreprocessor:
-    """Prepares decoded signals.
+    """Prepares recordings that are far off, such as one with a long pause before the first word.
 
-    Attributes:
+    Args:
         vad: cuts silence off before the first word and after the last; None keeps it. Its `pad_sec` stays.
         loudness_dbfs: power of the active part to bring the signal to, dB re full scale; None keeps its level.
     """
@@ -58,7 +55,7 @@ class AudioPreprocessor:
             (T',) float32, 16 kHz, peak at most 1.0 where the level was changed.
 
         Raises:
-            AudioError: as `to_mono_16k`, or no speech to trim to.
+            AudioError: as `load_audio`, or no speech to trim to.
         """
         audio = to_mono_16k(samples, sample_rate, name=name)
         if self.vad is not None:
@@ -68,53 +65,37 @@ class AudioPreprocessor:
             audio = audio[round(speech[0].start_sec * SAMPLE_RATE) : round(speech[-1].end_sec * SAMPLE_RATE)]
         if self.loudness_dbfs is None:
             return audio
-        # One gain for the whole signal, less where the peak would exceed 1.0.
-        gain_db = self.loudness_dbfs - measure_loudness(_frame_levels(audio))
-        headroom_db = -20 * math.log10(float(np.abs(audio).max()))
+        gain_db = self.loudness_dbfs - _loudness(_frame_levels(audio))
+        headroom_db = -20 * math.log10(float(np.abs(audio).max()))  # less gain where the peak would exceed 1.0
         return (audio * np.float32(10 ** (min(gain_db, headroom_db) / 20))).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class ClipStats:
-    """What was measured on one recording.
+    """What was measured on one recording."""
 
-    Attributes:
-        sample_rate: of the file, Hz.
-        channels: of the file.
-        duration_sec: after decoding.
-        peak_dbfs: largest magnitude, dB re full scale; above 0 where resampling overshoots.
-        clipped_fraction: share of samples cut off at the rail, see `measure_clipping`.
-        loudness_dbfs: power of the active part, see `measure_loudness`.
-        silent_fraction: share of 20 ms frames under -70 dBFS, or 35 dB under the loudness.
-        snr_db: estimate of speech over noise, see `measure_snr`.
-        bandwidth_hz: highest frequency with power, see `measure_bandwidth`; at most 8,000.
-        audio_sha256: of the samples as 16-bit PCM, so that a copy in another lossless container has the same.
-        speech_fraction: share of the recording that is speech; nan where speech was not looked for.
-        leading_silence_sec: before the first speech; nan where there is none.
-        trailing_silence_sec: after the last speech; nan where there is none.
-    """
-
-    sample_rate: int
-    channels: int
+    sample_rate: int  # of the file, Hz
+    channels: int  # of the file
     duration_sec: float
-    peak_dbfs: float
-    clipped_fraction: float
-    loudness_dbfs: float
-    silent_fraction: float
-    snr_db: float
-    bandwidth_hz: float
-    audio_sha256: str
-    speech_fraction: float = math.nan
-    leading_silence_sec: float = math.nan
-    trailing_silence_sec: float = math.nan
+    peak_dbfs: float  # largest magnitude; above 0 where resampling overshoots
+    clipped_fraction: float  # share of samples cut off at the rail, see `measure_clipping`
+    loudness_dbfs: float  # mean power of the active part, without pauses
+    silent_fraction: float  # share of 20 ms frames under -70 dBFS, or 35 dB under the loudness
+    snr_db: float  # loudness over the quietest tenth of the frames, 0 to 60: errs low where nobody pauses
+    bandwidth_hz: float  # highest frequency with power, see `measure_bandwidth`; at most 8,000
+    audio_sha256: str  # of the samples as 16-bit PCM: a copy in another lossless container has the same
+    speech_fraction: float = math.nan  # share of the recording; nan where speech was not looked for
+    leading_silence_sec: float = math.nan  # before the first speech; nan where there is none
+    trailing_silence_sec: float = math.nan  # after the last speech; nan where there is none
 
 
 def measure_clip(decoded: DecodedAudio, *, vad: VoiceActivityDetector | None = None) -> ClipStats:
     """Measure one decoded recording, of at least one sample, and with `vad` where speech is in it."""
     samples = decoded.samples
     levels_dbfs = _frame_levels(samples)
-    loudness_dbfs = measure_loudness(levels_dbfs)
+    loudness_dbfs = _loudness(levels_dbfs)
     silent = levels_dbfs < max(SILENCE_DBFS, loudness_dbfs - SILENCE_BELOW_SPEECH_DB)
+    pcm = np.clip(np.rint(samples * 32768.0), -32768, 32767).astype("<i2")
     return ClipStats(
         sample_rate=decoded.sample_rate,
         channels=decoded.channels,
@@ -123,9 +104,9 @@ def measure_clip(decoded: DecodedAudio, *, vad: VoiceActivityDetector | None = N
         clipped_fraction=measure_clipping(samples),
         loudness_dbfs=loudness_dbfs,
         silent_fraction=float(silent.mean()),
-        snr_db=measure_snr(levels_dbfs),
+        snr_db=min(max(loudness_dbfs - float(np.percentile(levels_dbfs, NOISE_PERCENTILE)), 0.0), MAX_SNR_DB),
         bandwidth_hz=measure_bandwidth(samples),
-        audio_sha256=hash_audio(samples),
+        audio_sha256=hashlib.sha256(pcm.tobytes()).hexdigest(),
         **({} if vad is None else measure_speech(samples, vad)),
     )
 
@@ -134,7 +115,7 @@ def measure_speech(samples: Waveform, vad: VoiceActivityDetector) -> dict[str, A
     """Return the fields of `ClipStats` that say where speech is in (T,) samples at 16 kHz."""
     duration_sec = len(samples) / SAMPLE_RATE
     segments = vad.speech_segments(samples)
-    found = {"speech_fraction": sum(segment.duration_sec for segment in segments) / duration_sec}
+    found = {"speech_fraction": sum(s.end_sec - s.start_sec for s in segments) / duration_sec}
     if segments:
         found["leading_silence_sec"] = segments[0].start_sec
         found["trailing_silence_sec"] = duration_sec - segments[-1].end_sec
@@ -146,11 +127,7 @@ def measure_clipping(samples: Waveform) -> float:
 
     The rail is 99% of full scale, or of the clip's own peak where that is lower: a clipped recording may have been made
     quieter afterwards. Resampling and lossy codecs blur flat tops, so only a share of them is found. Bundled clips have
-    0.0002 at most. Made 1.4 times too loud, which cuts off 0.0018 of their samples at the median, they have 0.0013
-    (0.0009 where that happened at 44.1 kHz, 0.0007 after Opus).
-
-    Args:
-        samples: (T,) float32, full scale is 1.
+    0.0002 at most; made 1.4 times too loud, which cuts off 0.0018 of their samples at the median, they have 0.0013.
     """
     rail = (1 - RAIL_TOLERANCE) * min(1.0, float(np.abs(samples).max()))
     if rail == 0:
@@ -163,42 +140,11 @@ def measure_clipping(samples: Waveform) -> float:
     return clipped / len(samples)
 
 
-def measure_loudness(levels_dbfs: NDArray[np.float64]) -> float:
-    """Return the mean power of the active frames, dB re full scale: pauses do not make a recording quieter.
-
-    The two gates of ITU-R BS.1770-4 on unweighted frames of 20 ms: frames above -70 dBFS, and of these the ones that
-    lie at most 10 dB below their mean power. A recording without a frame above -70 dBFS has the mean of all.
-
-    Args:
-        levels_dbfs: (frames,) power of each frame.
-    """
-    loud = levels_dbfs[levels_dbfs > SILENCE_DBFS]
-    if not len(loud):
-        return _mean_power_dbfs(levels_dbfs)
-    return _mean_power_dbfs(loud[loud >= _mean_power_dbfs(loud) - RELATIVE_GATE_DB])
-
-
-def measure_snr(levels_dbfs: NDArray[np.float64]) -> float:
-    """Return the loudness over the quietest tenth of the frames, dB, within 0 and 60.
-
-    An estimate that errs low: by 3 dB where speech was mixed with white noise at 10 dB, which then counts as loud, and
-    where nobody pauses, since the quietest tenth is speech too. Digital silence in the pauses gives 60.
-
-    Args:
-        levels_dbfs: (frames,) power of each frame.
-    """
-    noise_dbfs = float(np.percentile(levels_dbfs, NOISE_PERCENTILE))
-    return min(max(measure_loudness(levels_dbfs) - noise_dbfs, 0.0), MAX_SNR_DB)
-
-
 def measure_bandwidth(samples: Waveform) -> float:
     """Return the highest frequency, Hz, whose mean power is at most 60 dB below the strongest one.
 
     The rate of a file does not say it: telephone speech stays below 4 kHz in a file of 48 kHz as well. Of the 500
     bundled clips 3 end below 4,100 Hz; of 121 that were resampled to 8 kHz and back all do, at 3,906 Hz at most.
-
-    Args:
-        samples: (T,) float32, 16 kHz.
     """
     whole = max(len(samples) // FFT_SAMPLES, 1) * FFT_SAMPLES
     padded = np.pad(samples[:whole], (0, whole - len(samples[:whole])))
@@ -208,12 +154,6 @@ def measure_bandwidth(samples: Waveform) -> float:
     return float(strong[-1] * SAMPLE_RATE / FFT_SAMPLES) if len(strong) else 0.0
 
 
-def hash_audio(samples: Waveform) -> str:
-    """Return the SHA-256 of a signal as little-endian 16-bit PCM."""
-    pcm = np.clip(np.rint(samples * 32768.0), -32768, 32767).astype("<i2")
-    return hashlib.sha256(pcm.tobytes()).hexdigest()
-
-
 def _frame_levels(samples: Waveform) -> NDArray[np.float64]:
     """Return the power of each 20 ms frame, dB re full scale; a shorter rest is left out."""
     whole = len(samples) // FRAME_SAMPLES * FRAME_SAMPLES
@@ -221,6 +161,18 @@ def _frame_levels(samples: Waveform) -> NDArray[np.float64]:
     power = np.einsum("ft,ft->f", frames, frames, dtype=np.float64) / frames.shape[1]  # (frames,)
     levels: NDArray[np.float64] = 10 * np.log10(np.maximum(power, 10 ** (MIN_DBFS / 10)))
     return levels
+
+
+def _loudness(levels_dbfs: NDArray[np.float64]) -> float:
+    """Return the mean power of the active frames, dB re full scale: pauses do not make a recording quieter.
+
+    The two gates of ITU-R BS.1770-4 on unweighted frames of 20 ms (its frequency weighting ranks clips alike): frames
+    above -70 dBFS, and of these the ones that lie at most 10 dB below their mean power. Where none is, the mean of all.
+    """
+    loud = levels_dbfs[levels_dbfs > SILENCE_DBFS]
+    if not len(loud):
+        return _mean_power_dbfs(levels_dbfs)
+    return _mean_power_dbfs(loud[loud >= _mean_power_dbfs(loud) - RELATIVE_GATE_DB])
 
 
 def _mean_power_dbfs(levels_dbfs: NDArray[np.float64]) -> float:

@@ -23,25 +23,15 @@ class EncodedAudio(Protocol):
 
 @dataclass(frozen=True)
 class Utterance:
-    """One recording with its transcript.
+    """One recording with its transcript."""
 
-    Attributes:
-        id: unique in its data set; it follows the utterance into every report.
-        audio: a path, the bytes of an encoded file, or something that reads them when asked.
-        text: transcript, as the source has it until `prepare_datasets` recases it.
-        speaker: None where the source does not say.
-        language: code, or None.
-        duration_sec: seconds after decoding; None until the recording has been checked.
-        meta: other columns of the source (split, age, gender, ...).
-    """
-
-    id: str
-    audio: Path | bytes | EncodedAudio
-    text: str
-    speaker: str | None = None
-    language: str | None = None
-    duration_sec: float | None = None
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    id: str  # unique in its data set; it follows the utterance into every report
+    audio: Path | bytes | EncodedAudio  # a path, the bytes of an encoded file, or something that reads them when asked
+    text: str  # as the source has it until `prepare_datasets` recases it
+    speaker: str | None = None  # None where the source does not say
+    language: str | None = None  # code
+    duration_sec: float | None = None  # after decoding; None until the recording has been checked
+    meta: Mapping[str, Any] = field(default_factory=dict)  # other columns of the source (split, age, gender, ...)
 
     @property
     def audio_name(self) -> str:

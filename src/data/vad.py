@@ -1,18 +1,17 @@
 """Speech detection: silero-vad's packaged network over whole recordings and over live audio.
 
-silero's own iterator keeps its recurrent state inside the model, so two streams on one model would
-disturb each other. Here the network is shared and each stream owns its state. Whole recordings go
-through the same stream, so recordings and live audio agree by construction. The rule for segments
-is that of silero's `get_speech_timestamps` (tested to be equal).
+silero's own iterator keeps its recurrent state inside the model, so two streams on one model would disturb each other.
+Here the network is shared and each stream owns its state. Whole recordings go through the same stream, and the rule for
+segments is that of silero's `get_speech_timestamps` (tested to be equal).
 """
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,25 +40,14 @@ class SpeechSegment:
     start_sec: float
     end_sec: float
 
-    @property
-    def duration_sec(self) -> float:
-        """Length in seconds."""
-        return self.end_sec - self.start_sec
-
 
 @dataclass(frozen=True)
 class VADEvent:
-    """Speech began or ended.
-
-    Attributes:
-        kind: "start" is reported once `min_speech_sec` of speech is certain, "end" after `min_silence_sec` of silence.
-        time_sec: where it happened, without padding.
-        detected_sec: how much audio had been heard when it was reported.
-    """
+    """Speech began, reported once `min_speech_sec` of it is certain, or ended, after `min_silence_sec` of silence."""
 
     kind: Literal["start", "end"]
-    time_sec: float
-    detected_sec: float
+    time_sec: float  # where it happened, without padding
+    detected_sec: float  # how much audio had been heard when it was reported
 
 
 class VoiceActivityDetector:
@@ -93,11 +81,17 @@ class VoiceActivityDetector:
         if sample_rate <= 0:
             raise AudioError(f"sample rate {sample_rate} Hz; pass the rate of the recording, for example 16000")
         check_waveform(audio)
-        duration_sec = len(audio) / sample_rate
+        duration_sec, pad_sec = len(audio) / sample_rate, self.config.pad_sec
         if sample_rate != SAMPLE_RATE and len(audio):
             audio = soxr.resample(audio, sample_rate, SAMPLE_RATE, quality="HQ")
         stream = self.stream()
-        return _pad(stream.feed(audio) + stream.finish(), self.config.pad_sec, duration_sec)
+        events = stream.feed(audio) + stream.finish()
+        starts, ends = ([event.time_sec for event in events if event.kind == kind] for kind in ("start", "end"))
+        segments = []  # wider by the padding; two that would overlap meet half-way
+        for start, end, before, after in zip(starts, ends, [-inf, *ends], [*starts[1:], inf], strict=False):
+            start_sec = max(0.0, start - min(pad_sec, (start - before) / 2))
+            segments.append(SpeechSegment(start_sec, min(duration_sec, end + min(pad_sec, (after - end) / 2))))
+        return segments
 
     def speech_segments_batch(self, audios: Sequence[Waveform]) -> list[list[SpeechSegment]]:
         """Find all speech in many recordings at 16 kHz, one after another."""
@@ -109,12 +103,7 @@ class VoiceActivityDetector:
 
 
 class VADStream:
-    """Speech detection on audio that arrives in pieces; any piece sizes give the same events.
-
-    Attributes:
-        in_speech: whether a "start" was reported whose "end" was not.
-        probability: of speech in the newest window, in [0, 1].
-    """
+    """Speech detection on audio that arrives in pieces; any piece sizes give the same events."""
 
     def __init__(self, network: Any, config: VADConfig) -> None:
         self._network = network
@@ -123,33 +112,30 @@ class VADStream:
         self._min_silence = config.min_silence_sec * SAMPLE_RATE
         self._min_speech = config.min_speech_sec * SAMPLE_RATE
         self._hidden = self._cell = np.zeros((1, 1, _STATE_SIZE), dtype=np.float32)
-        # The context of the next window, then samples that do not fill a window yet.
+        # the context of the next window, then samples that do not fill a window yet
         self._rest: Waveform = np.zeros(_CONTEXT_SAMPLES, dtype=np.float32)
         self._heard = 0  # samples in whole windows
         self._start: int | None = None  # sample at which the current speech began
         self._silence: int | None = None  # sample at which its current silence began
-        self.in_speech = False
-        self.probability = 0.0
+        self.in_speech = False  # a "start" was reported whose "end" was not
+        self.probability = 0.0  # of speech in the newest window
 
     def feed(self, samples: Waveform) -> list[VADEvent]:
-        """Hear more audio.
-
-        Args:
-            samples: (T,) float32, 16 kHz, any T.
-
-        Returns:
-            Events in order; "start" and "end" alternate.
-
-        Raises:
-            AudioError: not one channel of finite samples.
-        """
+        """Hear (T,) float32 at 16 kHz, any T; return events in order, "start" and "end" in turn."""
         check_waveform(samples)
         pending = np.concatenate([self._rest, samples], dtype=np.float32)
         count = (len(pending) - _CONTEXT_SAMPLES) // WINDOW_SAMPLES
         self._rest = pending[count * WINDOW_SAMPLES :].copy()
         events: list[VADEvent] = []
+        if not count:
+            return events
+        windows = np.lib.stride_tricks.sliding_window_view(pending, _CONTEXT_SAMPLES + WINDOW_SAMPLES)
+        windows = windows[::WINDOW_SAMPLES]  # (count, 576)
         for at in range(0, count, CHUNK_WINDOWS):
-            for probability in self._probabilities(pending[at * WINDOW_SAMPLES :], min(count - at, CHUNK_WINDOWS)):
+            chunk = np.ascontiguousarray(windows[at : at + CHUNK_WINDOWS])
+            inputs = {"input": chunk, "h": self._hidden, "c": self._cell}
+            probabilities, self._hidden, self._cell = self._network.run(None, inputs)
+            for probability in probabilities.tolist():
                 self.probability = probability
                 events += self._advance()
         return events
@@ -165,15 +151,6 @@ class VADStream:
             events.append(self._event("end", total))
         self._start, self.in_speech = None, False
         return events
-
-    def _probabilities(self, samples: Waveform, count: int) -> list[float]:
-        """Run the network over the first `count` windows of `samples`, which begin with their context."""
-        size = _CONTEXT_SAMPLES + WINDOW_SAMPLES
-        windows = np.lib.stride_tricks.sliding_window_view(samples, size)[::WINDOW_SAMPLES][:count]  # (count, 576)
-        inputs = {"input": np.ascontiguousarray(windows), "h": self._hidden, "c": self._cell}
-        probabilities, self._hidden, self._cell = self._network.run(None, inputs)
-        found: list[float] = probabilities.tolist()
-        return found
 
     def _advance(self) -> list[VADEvent]:
         """Apply silero's rule to one window: begin at the threshold, end after enough windows below the lower one."""
@@ -204,80 +181,58 @@ class VADStream:
         return VADEvent(kind, sample / SAMPLE_RATE, self._heard / SAMPLE_RATE)
 
 
-def _pad(events: Sequence[VADEvent], pad_sec: float, duration_sec: float) -> list[SpeechSegment]:
-    """Make segments of starts and ends, wider by `pad_sec`; two that would overlap meet half-way."""
-    starts, ends = ([event.time_sec for event in events if event.kind == kind] for kind in ("start", "end"))
-    segments = []
-    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        before = pad_sec if i == 0 else min(pad_sec, (start - ends[i - 1]) / 2)
-        after = pad_sec if i == len(ends) - 1 else min(pad_sec, (starts[i + 1] - end) / 2)
-        segments.append(SpeechSegment(max(0.0, start - before), min(duration_sec, end + after)))
-    return segments
-
-
 class SpeechTimeline:
-    """Which parts of a live stream are speech, in absolute time.
-
-    Args:
-        detector: None takes everything for speech, because the caller asked for no detection.
-
-    Attributes:
-        end_sec: where speech last ended; 0 before.
-    """
+    """Which parts of a live stream are speech, in absolute time; everything, where the caller wants no detector."""
 
     def __init__(self, detector: VoiceActivityDetector | None) -> None:
         self._detector = detector
         self._stream = detector.stream() if detector is not None else None
         self._stream_from_sec = 0.0
         self._heard = 0  # samples
-        self._starts: list[float] = []
-        self._ends: list[float] = []  # one shorter while speech goes on
-        self.end_sec = 0.0
+        self._spans: list[tuple[float, float]] = []  # the last one has no end while speech goes on
+        self.end_sec = 0.0  # where speech last ended; 0 before
 
     def hear(self, samples: Waveform) -> list[VADEvent]:
         """Hear (T,) float32 at 16 kHz; return events in order."""
+        began_sec = self._heard / SAMPLE_RATE
         self._heard += len(samples)
-        now_sec = self._heard / SAMPLE_RATE
         if self._stream is not None:
             return self._note(self._stream.feed(samples))
-        if len(self._starts) > len(self._ends):
-            return []
-        return self._note([VADEvent("start", now_sec - len(samples) / SAMPLE_RATE, now_sec)])
+        return [] if self._is_open() else self._note([VADEvent("start", began_sec, self._heard / SAMPLE_RATE)])
 
     def finish(self) -> list[VADEvent]:
         """Close speech that is open; what is heard afterwards is judged independently."""
         now_sec = self._heard / SAMPLE_RATE
         if self._detector is None or self._stream is None:
-            return self._note([VADEvent("end", now_sec, now_sec)] if len(self._starts) > len(self._ends) else [])
+            return self._note([VADEvent("end", now_sec, now_sec)] if self._is_open() else [])
         events = self._note(self._stream.finish())
         self._stream, self._stream_from_sec = self._detector.stream(), now_sec
         return events
 
     def touches(self, start_sec: float, end_sec: float, *, slack_sec: float) -> bool:
         """Whether a stretch of time lies at most `slack_sec` away from speech."""
-        return any(start_sec <= end + slack_sec and end_sec >= start - slack_sec for start, end in self._spans())
+        return any(start_sec <= end + slack_sec and end_sec >= start - slack_sec for start, end in self._spans)
 
     def speech_sec(self, start_sec: float, end_sec: float) -> float:
         """How much speech lies between two times, seconds."""
-        return sum(max(0.0, min(end, end_sec) - max(start, start_sec)) for start, end in self._spans())
+        return sum(max(0.0, min(end, end_sec) - max(start, start_sec)) for start, end in self._spans)
 
     def discard_before(self, sec: float) -> None:
         """Forget speech that ended before a time."""
-        old = sum(end < sec for end in self._ends)
-        del self._starts[:old], self._ends[:old]
+        self._spans = [span for span in self._spans if span[1] >= sec]
 
-    def _spans(self) -> Iterator[tuple[float, float]]:
-        return itertools.zip_longest(self._starts, self._ends, fillvalue=float("inf"))  # speech that goes on has no end
+    def _is_open(self) -> bool:
+        return bool(self._spans) and self._spans[-1][1] == inf
 
     def _note(self, events: list[VADEvent]) -> list[VADEvent]:
         offset = self._stream_from_sec
         shifted = [VADEvent(e.kind, e.time_sec + offset, e.detected_sec + offset) for e in events]
         for event in shifted:
             if event.kind == "start":
-                self._starts.append(event.time_sec)
+                self._spans.append((event.time_sec, inf))
             else:
-                self._ends.append(event.time_sec)
                 self.end_sec = event.time_sec
+                self._spans[-1] = (self._spans[-1][0], self.end_sec)
         return shifted
 
 
@@ -297,10 +252,6 @@ def load_network() -> Any:
     """Load the 16 kHz network of the installed silero-vad on onnxruntime, once per process.
 
     `silero_vad` itself is not imported: it imports torch, which takes seconds.
-
-    Raises:
-        MissingDependencyError: silero-vad or onnxruntime is not installed.
-        ModelError: the network cannot be loaded.
     """
     package = importlib.util.find_spec("silero_vad")
     if package is None or not package.submodule_search_locations:

@@ -1,46 +1,47 @@
 """Where utterances come from: one adapter per source, all giving `Utterance`.
 
-Adapters list recordings and transcripts; nothing is decoded here. An unavailable source raises: there
-is no other source to switch to in silence. `data.sources` names the ones to try, in order;
-`prepare_datasets` says which it took.
+Adapters list recordings and transcripts; nothing is decoded here. An unavailable source raises: there is no other one
+to switch to in silence. `data.sources` names the ones to try, in order; `prepare_datasets` says which it took.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import lzma
+import tarfile
+import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
-from src.data.sources.archives import unpack
 from src.data.sources.folder import read_folder, utterances_from_rows
 from src.data.sources.hub import stream_hub
 from src.data.sources.parquet import read_parquet
 from src.data.utterance import Utterance
 from src.utils.config import DataConfig, SourceName
-from src.utils.errors import DataError, SourceUnavailableError
+from src.utils.errors import DataError, SourceUnavailableError, first_line
+from src.utils.files import atomic_folder
+
+logger = logging.getLogger(__name__)
 
 SAMPLES_DIR = Path(__file__).parents[1] / "samples"
 SAMPLE_PARQUET = SAMPLES_DIR / "speechocean762-mini.parquet"  # 500 clips of SpeechOcean762, see samples/README.md
 SAMPLE_CLIP = SAMPLES_DIR / "jfk.flac"
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, ValueError)
 
 Streams = dict[str, Iterator[Utterance]]
 
 
-def load_utterances(config: DataConfig, source: SourceName | None = None) -> list[Utterance]:
-    """List all utterances of a source.
-
-    Args:
-        config: where it lies.
-        source: `data.source` by default. One of the Hub is read to its end: use `open_source` to take the first N.
-
-    Raises:
-        DataError: source empty, manifest absent or with unknown columns, duplicate ids.
-    """
-    name = source or config.chosen_sources[0]
-    opened = open_source(config, name)
+def load_utterances(config: DataConfig) -> list[Utterance]:
+    """List all utterances of the first source; one of the Hub is read to its end: `open_source` takes the first N."""
+    source = config.chosen_sources[0]
+    opened = open_source(config, source)
     listed = opened if isinstance(opened, list) else [u for stream in opened.values() for u in stream]
     if not listed:
-        raise DataError(f"source {name!r} ({config.path or 'bundled'}) has no utterance")
+        raise DataError(f"source {source!r} ({config.path or 'bundled'}) has no utterance")
     return listed
 
 
@@ -52,9 +53,9 @@ def open_source(config: DataConfig, source: SourceName) -> list[Utterance] | Str
 
     Raises:
         SourceUnavailableError: it is unavailable.
-        DataError: it is available, and not in order.
+        DataError: it is available, and not in order: a manifest absent or with unknown columns, duplicate ids.
     """
-    return SOURCES[source](config)
+    return SOURCES[source](config) if source in SOURCES else stream_hub(source, config.hub)
 
 
 def _load_parquet(config: DataConfig) -> list[Utterance]:
@@ -77,19 +78,54 @@ def _load_common_voice(config: DataConfig) -> list[Utterance]:
     return listed
 
 
-def _stream(source: str, config: DataConfig) -> Streams:
-    return stream_hub(source, config.hub)
-
-
 def _path(config: DataConfig) -> Path:
     assert config.path is not None  # DataConfig requires it for these sources
     return unpack(config.path.expanduser())
 
 
-SOURCES: dict[SourceName, Callable[[DataConfig], list[Utterance] | Streams]] = {
+SOURCES: dict[SourceName, Callable[[DataConfig], list[Utterance]]] = {  # all others are of the Hub
     "sample": lambda config: read_parquet(SAMPLE_PARQUET, language="en"),
     "folder": lambda config: read_folder(_path(config)),
     "parquet": _load_parquet,
     "common_voice": _load_common_voice,
-    **{name: partial(_stream, name) for name in ("minds14", "librispeech", "speechocean762", "hub")},
 }
+
+
+def unpack(path: Path) -> Path:
+    """Return a path as it is, or, of a ZIP or tar file, the folder that it holds.
+
+    An archive is unpacked once, whole or not at all, below the system's folder for temporary files: its own folder may
+    be on Google Drive, which is slow with many small files. Folders that hold nothing but one folder are stepped into.
+
+    Raises:
+        DataError: damaged, empty, with a member that would lie outside, or no space.
+    """
+    if not path.is_file() or not path.name.lower().endswith(ARCHIVE_SUFFIXES):
+        return path
+    found = path.stat()
+    digest = hashlib.sha256(f"{path.resolve()}\t{found.st_size}\t{found.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / "whisper_asr_archives" / digest
+    if not folder.exists():
+        logger.info("unpacking %s to %s", path, folder)
+        try:
+            with atomic_folder(folder) as partial:
+                if path.suffix.lower() == ".zip":
+                    with zipfile.ZipFile(path) as archive:
+                        archive.extractall(partial)
+                else:
+                    with tarfile.open(path) as tar:
+                        tar.extractall(partial, filter="data")
+        except _DAMAGED as err:
+            raise DataError(f"{path}: cannot be unpacked ({first_line(err)}); pack or upload it again") from err
+        except OSError as err:
+            raise DataError(
+                f"{path}: cannot be unpacked to {folder}: {err.strerror or err}; free space there, or set TMPDIR to "
+                "another disk"
+            ) from err
+    while len(inside := [p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX"))]) == 1:
+        if not inside[0].is_dir():
+            break
+        folder = inside[0]
+    if not inside:
+        raise DataError(f"{path}: the archive is empty")
+    return folder

@@ -1,9 +1,8 @@
 """Folders with a manifest: a CSV, TSV or JSONL file that says which recording has which transcript.
 
-What spreadsheets and other systems write is read as it is: byte order marks, CRLF, semicolons,
-UTF-16, file names in the other Unicode composition, backslashes. What cannot be read is refused with
-the line's number. The `csv` module reads them and not pandas, which fills short rows with empty cells,
-ends a cell at a NUL, and counts records instead of lines (pandas 2.2.3).
+What spreadsheets and other systems write is read as it is: byte order marks, CRLF, semicolons, UTF-16, other spellings
+of file names. What cannot be read is refused with the line's number. The `csv` module reads them and not pandas, which
+fills short rows with empty cells, ends a cell at a NUL, and counts records instead of lines.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 LANGUAGE_COLUMNS = ("language", "lang", "locale")
 MANIFEST_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.tsv")
 MANIFEST_SUFFIXES = frozenset({".csv", ".tsv", ".jsonl"})
-_DELIMITERS = {".tsv": "\t", ".csv": ",;\t"}
 
 Row = dict[str, Any]
 
@@ -37,22 +35,12 @@ def read_folder(path: Path) -> list[Utterance]:
 
     Raises:
         SourceUnavailableError: no such folder, or no manifest in it.
-        DataError: columns not recognised, a broken line, an id that occurs twice; with the line.
-    """
-    return utterances_from_rows(find_manifest(path))
-
-
-def find_manifest(path: Path) -> Path:
-    """Return the manifest of a folder, or the path itself where it is one.
-
-    Raises:
-        SourceUnavailableError: no such folder, or no manifest in it.
-        DataError: several that could be meant.
+        DataError: several manifests, columns not recognised, a broken line, an id that occurs twice; with the line.
     """
     if path.is_file():
         if path.suffix.lower() not in MANIFEST_SUFFIXES:
             raise DataError(f"{path}: a manifest ends in .csv, .tsv or .jsonl")
-        return path
+        return utterances_from_rows(path)
     if not path.is_dir():
         raise SourceUnavailableError(
             f"{path}: no such folder; set data.path to a folder with audio and a CSV, TSV or JSONL"
@@ -60,7 +48,7 @@ def find_manifest(path: Path) -> Path:
     found = [path / name for name in MANIFEST_NAMES if (path / name).is_file()][:1]
     found = found or sorted(p for p in path.iterdir() if p.suffix.lower() in MANIFEST_SUFFIXES)
     if len(found) == 1:
-        return found[0]
+        return utterances_from_rows(found[0])
     if found:
         raise DataError(f"{path}: several manifests ({', '.join(p.name for p in found)}); set data.path to one of them")
     audio = sum(p.suffix.lower() in AUDIO_SUFFIXES for p in path.rglob("*"))
@@ -74,13 +62,10 @@ def find_manifest(path: Path) -> Path:
 def utterances_from_rows(
     manifest: Path, *, audio_dir: Path | None = None, quoted: bool = True, **meta: Any
 ) -> list[Utterance]:
-    """Turn a manifest's rows into utterances.
+    """Turn a manifest's rows into utterances, each with `meta`.
 
-    Args:
-        manifest: CSV, TSV or JSONL.
-        audio_dir: what file names are relative to; the manifest's folder by default.
-        quoted: whether quotation marks enclose cells; Common Voice writes them as part of the text.
-        meta: added to every utterance's `meta`.
+    File names are relative to `audio_dir`, by default the manifest's folder. Where not `quoted`, quotation marks are
+    part of the text, as Common Voice writes them.
     """
     rows = list(read_rows(manifest, quoted=quoted))
     if not rows:
@@ -88,20 +73,24 @@ def utterances_from_rows(
     columns = list(dict.fromkeys(key for _, row in rows for key in row))
     audio_column = pick_column(columns, AUDIO_COLUMNS, "file", str(manifest))
     text_column = pick_column(columns, TEXT_COLUMNS, "text", str(manifest))
-    first_line: dict[str, int] = {}
+    lines: dict[str, int] = {}
     utterances = []
     for line, row in rows:
         name = str(row.pop(audio_column, None) or "")
+        # spellings of the same name are tried where it is not there as written: Windows' backslashes, macOS' letters
+        spellings = [name, name.replace("\\", "/")]
+        spellings += [unicodedata.normalize(form, spelling) for form in ("NFC", "NFD") for spelling in spellings]
+        folder = audio_dir or manifest.parent
         utterance = utterance_from_row(
             {**row, "line": line, **meta},
-            _locate(audio_dir or manifest.parent, name),
+            next((folder / s for s in spellings if name and (folder / s).exists()), folder / name),
             text_column=text_column,  # an empty text is refused by name when the data set is checked
             fallback_id=name or f"line {line}",
         )
-        if first_line.setdefault(utterance.id, line) != line:
+        if lines.setdefault(utterance.id, line) != line:
             raise DataError(
-                f"{manifest}, line {line}: the id {utterance.id!r} occurs twice, first in line "
-                f"{first_line[utterance.id]}; remove one row, or add an `id` column"
+                f"{manifest}, line {line}: the id {utterance.id!r} occurs twice, first in line {lines[utterance.id]}; "
+                "remove one row, or add an `id` column"
             )
         utterances.append(utterance)
     return utterances
@@ -115,15 +104,7 @@ def utterance_from_row(
     fallback_id: str,
     language: str | None = None,
 ) -> Utterance:
-    """Build an utterance from a row's plain columns.
-
-    Args:
-        row: without the recording.
-        audio: the recording.
-        text_column: of the transcript.
-        fallback_id: where the row has no id.
-        language: where the row does not say its own.
-    """
+    """Build an utterance from a row's plain columns; `fallback_id` and `language` are for rows without their own."""
     speaker = next((row[c] for c in SPEAKER_COLUMNS if row.get(c) not in (None, "")), None)
     spoken = next((row[c] for c in LANGUAGE_COLUMNS if isinstance(row.get(c), str) and row[c]), language)
     taken = {text_column, "id", "path", "file", *SPEAKER_COLUMNS, *LANGUAGE_COLUMNS}
@@ -139,11 +120,7 @@ def utterance_from_row(
 
 
 def pick_column(columns: Sequence[str], known: Sequence[str], meaning: str, where: str) -> str:
-    """Return the first known name among columns.
-
-    Raises:
-        DataError: none; with the columns that exist and the nearest name.
-    """
+    """Return the first known name among columns, or raise `DataError` with those that exist and the nearest name."""
     for name in known:
         if name in columns:
             return name
@@ -157,15 +134,43 @@ def read_rows(manifest: Path, *, quoted: bool = True) -> Iterator[tuple[int, Row
     """Yield (line number, row) with column names stripped and in lower case; cells of CSV and TSV stay text.
 
     Raises:
+        SourceUnavailableError: it cannot be read.
         DataError: not text, a line that is not JSON or does not have the header's columns; with its number.
     """
-    text = _read_text(manifest)
-    if manifest.suffix.lower() == ".jsonl":
-        yield from _read_jsonl(manifest, text)
-        return
+    try:
+        data = manifest.read_bytes()
+    except OSError as err:
+        raise SourceUnavailableError(f"{manifest}: cannot be read: {err.strerror}") from err
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # spreadsheets' "Unicode text"
+    try:
+        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError as err:
+        line = data.count(b"\n", 0, err.start) + 1
+        raise DataError(f"{manifest}, line {line}: not UTF-8 (byte {err.start}); save it again as UTF-8") from err
+    yield from _read_jsonl(manifest, text) if manifest.suffix.lower() == ".jsonl" else _read_csv(manifest, text, quoted)
+
+
+def _read_jsonl(manifest: Path, text: str) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a text may hold U+2028
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as err:
+            raise DataError(f"{manifest}, line {number}: not JSON: {err}") from err
+        if not isinstance(row, dict):
+            raise DataError(f"{manifest}, line {number}: expected an object with a file and a text")
+        yield number, {str(key).strip().lower(): value for key, value in row.items()}
+
+
+def _read_csv(manifest: Path, text: str, quoted: bool) -> Iterator[tuple[int, Row]]:
+    delimiters = "\t" if manifest.suffix.lower() == ".tsv" else ",;\t"  # the first under which a header makes sense
+    first = text.split("\n", 1)[0].rstrip("\r").lower()
+    headers = {mark: {name.strip().strip('"') for name in first.split(mark)} for mark in delimiters}
+    fit = [m for m, names in headers.items() if names & set(AUDIO_COLUMNS) and names & set(TEXT_COLUMNS)]
     reader = csv.reader(
         io.StringIO(text, newline=""),
-        delimiter=_find_delimiter(manifest, text),
+        delimiter=(fit or delimiters)[0],
         quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
         strict=quoted,
     )
@@ -183,47 +188,3 @@ def read_rows(manifest: Path, *, quoted: bool = True) -> Iterator[tuple[int, Row
             yield reader.line_num, dict(zip(header, cells, strict=True))
     except csv.Error as err:
         raise DataError(f"{manifest}, line {reader.line_num}: {err}") from err
-
-
-def _read_text(manifest: Path) -> str:
-    try:
-        data = manifest.read_bytes()
-    except OSError as err:
-        raise SourceUnavailableError(f"{manifest}: cannot be read: {err.strerror}") from err
-    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # spreadsheets' "Unicode text"
-    try:
-        return data.decode("utf-16" if utf16 else "utf-8-sig")
-    except UnicodeDecodeError as err:
-        line = data.count(b"\n", 0, err.start) + 1
-        raise DataError(f"{manifest}, line {line}: not UTF-8 (byte {err.start}); save it again as UTF-8") from err
-
-
-def _read_jsonl(manifest: Path, text: str) -> Iterator[tuple[int, Row]]:
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a text may hold U+2028
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as err:
-            raise DataError(f"{manifest}, line {number}: not JSON: {err}") from err
-        if not isinstance(row, dict):
-            raise DataError(f"{manifest}, line {number}: expected an object with a file and a text")
-        yield number, {str(key).strip().lower(): value for key, value in row.items()}
-
-
-def _find_delimiter(manifest: Path, text: str) -> str:
-    """Return the delimiter under which the header has the columns that are needed; the usual one where none does."""
-    allowed = _DELIMITERS.get(manifest.suffix.lower(), ",")
-    header = text.split("\n", 1)[0].rstrip("\r").lower()
-    for delimiter in allowed:
-        names = {name.strip().strip('"') for name in header.split(delimiter)}
-        if names & set(AUDIO_COLUMNS) and names & set(TEXT_COLUMNS):
-            return delimiter
-    return allowed[0]
-
-
-def _locate(folder: Path, name: str) -> Path:
-    """Return the path of a recording; spellings of the same name are tried where it is not there as written."""
-    spellings = [name, name.replace("\\", "/")]  # written on Windows
-    spellings += [unicodedata.normalize(form, spelling) for form in ("NFC", "NFD") for spelling in spellings]  # macOS
-    return next((folder / s for s in spellings if name and (folder / s).exists()), folder / name)

@@ -1,12 +1,12 @@
 """Data sets of the Hugging Face Hub, streamed: N clips cost N clips, whatever the size of the corpus.
 
-`datasets` finds the files and reads the rows; recordings stay encoded (`Audio(decode=False)`), since
-its own decoder needs torchcodec and FFmpeg. A folder that is laid out as on the Hub works like a data
-set of the Hub.
+`datasets` finds the files and reads the rows; recordings stay encoded, since its own decoder needs torchcodec and
+FFmpeg. A folder that is laid out as on the Hub works like a data set of the Hub.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -16,7 +16,7 @@ import httpx
 from huggingface_hub.errors import HfHubHTTPError
 
 from src.data.sources.folder import AUDIO_COLUMNS, TEXT_COLUMNS, pick_column, utterance_from_row
-from src.data.sources.parquet import with_unique_id
+from src.data.sources.parquet import with_unique_ids
 from src.data.utterance import SPLIT_NAMES, Utterance
 from src.utils.config import HubConfig
 from src.utils.errors import DataError, SourceUnavailableError, first_line
@@ -34,25 +34,17 @@ _UNREACHABLE = (OSError, httpx.HTTPError, HfHubHTTPError)
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """Where a named corpus lies on the Hub.
-
-    Attributes:
-        id: of the data set.
-        config: subset by default.
-        train: name of this split.
-        validation: None where the corpus has none; then it is cut from train.
-        test: None where the corpus has none; then it is cut from train.
-        language: code of the transcripts; None takes it from the subset's name (en-US).
-        revision: branch; `PARQUET_REVISION` where main holds a script, which datasets 4 refuses.
-    """
+    """Where a corpus lies on the Hub; `data.hub` has the same names, and what it sets goes first."""
 
     id: str
-    config: str | None = None
-    train: str = ""
-    validation: str | None = None
-    test: str | None = None
-    language: str | None = None
-    revision: str | None = None
+    config: str | None = None  # subset
+    train_split: str | None = None
+    validation_split: str | None = None  # where there is none, it is cut from train
+    test_split: str | None = None
+    language: str | None = None  # None takes it from the subset's name (en-US)
+    revision: str | None = None  # `PARQUET_REVISION` where main holds a script, which datasets 4 refuses
+    audio_column: str | None = None  # found by type and name
+    text_column: str | None = None  # found by name
 
 
 CORPORA: dict[str, HubCorpus] = {
@@ -63,11 +55,7 @@ CORPORA: dict[str, HubCorpus] = {
 
 
 def stream_hub(source: str, options: HubConfig) -> dict[str, Iterator[Utterance]]:
-    """Open the splits of a data set; rows arrive as they are asked for.
-
-    Args:
-        source: "minds14", "librispeech", "speechocean762", or "hub" for any id.
-        options: `data.hub`: what to take instead of the corpus's defaults.
+    """Open the splits of a named corpus, or with "hub" of any data set; rows arrive as they are asked for.
 
     Returns:
         One iterator per split: "train", and "validation" and "test" where the data set has them.
@@ -78,19 +66,20 @@ def stream_hub(source: str, options: HubConfig) -> dict[str, Iterator[Utterance]
     """
     base = CORPORA.get(source) or HubCorpus(str(options.id))
     if options.id is not None and not Path(options.id).is_dir():  # another data set: its main branch
-        base = replace(base, id=options.id, revision=None)
-    spec = HubCorpus(
-        id=options.id or base.id,
-        config=options.config or base.config,
-        train=options.train_split or base.train,
-        validation=options.validation_split or base.validation,
-        test=options.test_split or base.test,
-        language=base.language,
-        revision=options.revision or base.revision,
-    )
+        base = replace(base, revision=None)
+    spec = replace(base, **options.model_dump(exclude_none=True))
     streams = _guarded(spec.id, lambda: _open(spec))
-    names = _choose_splits(spec, list(streams))
-    return {name: _rows(streams[split], name, spec, options) for name, split in names.items()}
+    # our names of the splits, and the data set's
+    first = {SPLIT_NAMES[name.lower()]: name for name in reversed(list(streams)) if name.lower() in SPLIT_NAMES}
+    asked = {"train": spec.train_split, "validation": spec.validation_split, "test": spec.test_split}
+    names = {name: split or first.get(name) for name, split in asked.items()}
+    missing = [split for split in names.values() if split and split not in streams]
+    if missing or not names["train"]:
+        raise DataError(
+            f"{spec.id}: no split {missing[0] if missing else 'train'!r} among {', '.join(streams)}; "
+            "set data.hub.train_split, validation_split and test_split"
+        )
+    return {name: with_unique_ids(_rows(streams[split], name, spec)) for name, split in names.items() if split}
 
 
 def _open(spec: HubCorpus) -> Mapping[str, Any]:
@@ -104,7 +93,8 @@ def _open(spec: HubCorpus) -> Mapping[str, Any]:
     if spec.revision == PARQUET_REVISION or without_card:
         # the Hub's conversion holds <subset>/<split>/0000.parquet and no card that would say so
         root = str(folder) if is_folder else f"hf://datasets/{spec.id}@{PARQUET_REVISION}"
-        splits = {name.replace(".", "_"): name for name in (spec.train or "train", spec.validation, spec.test) if name}
+        asked = (spec.train_split or "train", spec.validation_split, spec.test_split)
+        splits = {name.replace(".", "_"): name for name in asked if name}
         files = {key: f"{root}/{spec.config or 'default'}/{name}/*.parquet" for key, name in splits.items()}
         opened = load_dataset("parquet", data_files=files, streaming=True)  # refuses dots in names of splits
         return {name: opened[key] for key, name in splits.items()}
@@ -113,30 +103,16 @@ def _open(spec: HubCorpus) -> Mapping[str, Any]:
     return opened
 
 
-def _choose_splits(spec: HubCorpus, available: list[str]) -> dict[str, str]:
-    """Return our split name to the data set's."""
-    first = {SPLIT_NAMES[name.lower()]: name for name in reversed(available) if name.lower() in SPLIT_NAMES}
-    asked = {"train": spec.train, "validation": spec.validation, "test": spec.test}
-    names = {name: asked[name] or first.get(name) for name in asked}
-    missing = [split for split in names.values() if split and split not in available]
-    if missing or not names["train"]:
-        raise DataError(
-            f"{spec.id}: no split {missing[0] if missing else 'train'!r} among {', '.join(available)}; "
-            "set data.hub.train_split, validation_split and test_split"
-        )
-    return {name: split for name, split in names.items() if split}
-
-
-def _rows(stream: Any, split: str, spec: HubCorpus, options: HubConfig) -> Iterator[Utterance]:
+def _rows(stream: Any, split: str, spec: HubCorpus) -> Iterator[Utterance]:
     from datasets import Audio, ClassLabel
 
     features: Mapping[str, Any] | None = stream.features
     if features is None:
         raise DataError(f"{spec.id}: it does not say its columns; download it and use data.source: folder or parquet")
     typed = [name for name, feature in features.items() if isinstance(feature, Audio)]
-    audio_column = options.audio_column or (typed[0] if len(typed) == 1 else "")
+    audio_column = spec.audio_column or (typed[0] if len(typed) == 1 else "")
     audio_column = audio_column or pick_column(typed or list(features), AUDIO_COLUMNS, "audio", spec.id)
-    text_column = options.text_column or pick_column(list(features), TEXT_COLUMNS, "text", spec.id)
+    text_column = spec.text_column or pick_column(list(features), TEXT_COLUMNS, "text", spec.id)
     for column in (audio_column, text_column):
         if column not in features:
             raise DataError(f"{spec.id}: no column {column!r}; it has {', '.join(features)}")
@@ -144,9 +120,9 @@ def _rows(stream: Any, split: str, spec: HubCorpus, options: HubConfig) -> Itera
     code = (spec.config or "").split("-")[0].split("_")[0]  # of a subset's name such as en-US or fr
     language = spec.language or (code if len(code) == 2 and code.isalpha() and code.islower() else None)
     iterator = iter(stream.cast_column(audio_column, Audio(decode=False)))
-    seen: set[str] = set()
-    index = 0
-    while (row := _guarded(spec.id, lambda: next(iterator, None))) is not None:
+    for index in itertools.count():
+        if (row := _guarded(spec.id, lambda: next(iterator, None))) is None:
+            return
         cell = row.pop(audio_column) or {}
         data, path = cell.get("bytes"), cell.get("path")
         if not (isinstance(data, bytes) or path):
@@ -155,18 +131,14 @@ def _rows(stream: Any, split: str, spec: HubCorpus, options: HubConfig) -> Itera
             )
         for name, feature in labels.items():
             row[name] = feature.int2str(row[name]) if isinstance(row.get(name), int) and row[name] >= 0 else None
-        name = path or row.get("path") or row.get("file")
-        utterance = utterance_from_row(
+        stem = PurePosixPath(path or row.get("path") or row.get("file") or "").stem
+        yield utterance_from_row(
             {**row, "split": split},
-            data
-            if isinstance(data, bytes)
-            else Path(str(path)),  # refused by name when it is checked, if it is not there
+            data if isinstance(data, bytes) else Path(str(path)),  # refused by name if it is not there
             text_column=text_column,
             language=language,
-            fallback_id=(PurePosixPath(name).stem if name else "") or f"{split}-{index:06d}",
+            fallback_id=stem or f"{split}-{index:06d}",
         )
-        index += 1
-        yield with_unique_id(utterance, seen)
 
 
 def _guarded(data_set: str, action: Callable[[], _T]) -> _T:

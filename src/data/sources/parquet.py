@@ -1,8 +1,7 @@
 """Parquet files in the Hugging Face audio layout, read cell by cell.
 
-Only the text columns are read when a data set is listed. Recordings stay in their file and are read
-by row group when a batch needs them, with the newest row groups kept: a small file lives in memory,
-and one larger than the memory works.
+Only the text columns are read when a data set is listed. Recordings stay in their file and are read by row group when a
+batch needs them, with the newest row groups kept: a small file lives in memory, and one larger than the memory works.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -23,22 +22,18 @@ from src.utils.errors import AudioError, DataError, SourceUnavailableError
 
 KEPT_BYTES = 256 << 20  # of row groups, per process
 
+_kept: OrderedDict[tuple[Path, int, str], pa.ChunkedArray] = OrderedDict()  # the newest, up to `KEPT_BYTES`
+_lock = threading.Lock()  # the threads of a process share them
+
 
 @dataclass(frozen=True)
 class ParquetCell:
-    """The recording in one row of a Parquet file.
-
-    Attributes:
-        path: of the file.
-        row_group: number of the row group.
-        row: number of the row in it.
-        column: of the recording: a struct of `bytes` and `path`, or plain bytes.
-    """
+    """The recording in one row of a Parquet file."""
 
     path: Path
     row_group: int
-    row: int
-    column: str
+    row: int  # in its row group
+    column: str  # a struct of `bytes` and `path`, or plain bytes
 
     def read(self) -> bytes:
         """Return the bytes of the encoded recording; a path that is named instead is relative to the Parquet file.
@@ -46,7 +41,7 @@ class ParquetCell:
         Raises:
             AudioError: the file is gone or damaged, or the cell is empty.
         """
-        cell = _ROW_GROUPS.get(self.path, self.row_group, self.column)[self.row].as_py()
+        cell = _read_row_group(self.path, self.row_group, self.column)[self.row].as_py()
         data, named = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
         if isinstance(data, bytes):
             return data
@@ -64,32 +59,22 @@ class ParquetCell:
         return f"{self.path}, row group {self.row_group}, row {self.row}"
 
 
-class _RowGroupCache:
-    """The newest recordings columns of row groups, up to `KEPT_BYTES`; shared by the threads of a process."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[Path, int, str], pa.ChunkedArray] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, path: Path, row_group: int, column: str) -> pa.ChunkedArray:
-        key = (path, row_group, column)
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        try:
-            with pq.ParquetFile(path) as file:
-                array = file.read_row_group(row_group, columns=[column], use_threads=False).column(column)
-        except (pa.ArrowInvalid, OSError) as err:
-            raise AudioError(f"{path}, row group {row_group}: cannot be read: {err}; fetch the file again") from err
-        with self._lock:
-            self._kept[key] = array
-            while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:
-                self._kept.popitem(last=False)
-        return array
-
-
-_ROW_GROUPS = _RowGroupCache()
+def _read_row_group(path: Path, row_group: int, column: str) -> pa.ChunkedArray:
+    key = (path, row_group, column)
+    with _lock:
+        if key in _kept:
+            _kept.move_to_end(key)
+            return _kept[key]
+    try:
+        with pq.ParquetFile(path) as file:
+            array = file.read_row_group(row_group, columns=[column], use_threads=False).column(column)
+    except (pa.ArrowInvalid, OSError) as err:
+        raise AudioError(f"{path}, row group {row_group}: cannot be read: {err}; fetch the file again") from err
+    with _lock:
+        _kept[key] = array
+        while len(_kept) > 1 and sum(kept.nbytes for kept in _kept.values()) > KEPT_BYTES:
+            _kept.popitem(last=False)
+    return array
 
 
 def read_parquet(
@@ -104,29 +89,19 @@ def read_parquet(
         text_column: found by name where None.
         language: of rows that do not say their own.
 
-    Returns:
-        Utterances, with the other plain columns in `meta`.
-
     Raises:
         SourceUnavailableError: no such path, or no file in it.
         DataError: not Parquet, or columns not recognised.
     """
-    if not path.exists():
-        raise SourceUnavailableError(f"{path}: no such file or folder; set data.path to Parquet files")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*.parquet") if p.is_file())
     if not files:
-        raise SourceUnavailableError(f"{path}: no .parquet file in this folder; set data.path to Parquet files")
-    utterances: list[Utterance] = []
-    seen: set[str] = set()
-    for file in files:
-        split = split_of(file.relative_to(path)) if path.is_dir() else None
-        for utterance in _read_file(file, split, language, audio_column, text_column):
-            utterances.append(with_unique_id(utterance, seen))
-    return utterances
+        what = "no .parquet file in this folder" if path.exists() else "no such file or folder"
+        raise SourceUnavailableError(f"{path}: {what}; set data.path to Parquet files")
+    return list(with_unique_ids(u for f in files for u in _read_file(f, path, language, audio_column, text_column)))
 
 
 def _read_file(
-    file: Path, split: str | None, language: str | None, audio_column: str | None, text_column: str | None
+    file: Path, root: Path, language: str | None, audio_column: str | None, text_column: str | None
 ) -> Iterator[Utterance]:
     try:
         with pq.ParquetFile(file) as parquet:
@@ -138,18 +113,19 @@ def _read_file(
                 raise DataError(f"{file}: no column {text_column!r}; it has {', '.join(schema.names)}")
             is_struct = pa.types.is_struct(schema.field(audio_column).type)
             wanted = [*plain, *([f"{audio_column}.path"] if is_struct else [])]
+            split = split_of(file.relative_to(root))
             added = {"split": split} if split is not None and "split" not in plain else {}
             for group in range(parquet.num_row_groups):
                 rows = parquet.read_row_group(group, columns=wanted, use_threads=False).to_pylist()
                 for number, row in enumerate(rows):
                     named = (row.pop(audio_column) or {}).get("path") if is_struct else None
-                    name = named or row.get("path") or row.get("file")
+                    stem = PurePosixPath(named or row.get("path") or row.get("file") or "").stem
                     yield utterance_from_row(
                         {**row, **added},
                         ParquetCell(file, group, number, audio_column),
                         text_column=text_column,
                         language=language,
-                        fallback_id=(PurePosixPath(name).stem if name else "") or f"{file.stem}-{group}-{number}",
+                        fallback_id=stem or f"{file.stem}-{group}-{number}",
                     )
     except (pa.ArrowInvalid, OSError) as err:
         raise DataError(f"{file}: not a Parquet file that can be read: {err}; fetch it again") from err
@@ -178,10 +154,12 @@ def split_of(path: Path) -> str | None:
     return None
 
 
-def with_unique_id(utterance: Utterance, seen: set[str]) -> Utterance:
-    """Number an id that was seen before: file names inside archives repeat, and nobody can change them there."""
-    unique, number = utterance.id, 2
-    while unique in seen:
-        unique, number = f"{utterance.id}#{number}", number + 1
-    seen.add(unique)
-    return utterance if unique == utterance.id else replace(utterance, id=unique)
+def with_unique_ids(utterances: Iterable[Utterance]) -> Iterator[Utterance]:
+    """Number ids that were seen before: file names inside archives repeat, and nobody can change them there."""
+    seen: set[str] = set()
+    for utterance in utterances:
+        unique, number = utterance.id, 2
+        while unique in seen:
+            unique, number = f"{utterance.id}#{number}", number + 1
+        seen.add(unique)
+        yield utterance if unique == utterance.id else replace(utterance, id=unique)

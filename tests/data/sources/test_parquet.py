@@ -29,14 +29,13 @@ def test_cells_are_read_when_asked_and_equal_the_table(sample: list[Utterance]) 
 
 
 def test_memory_keeps_the_newest_row_groups_only(sample: list[Utterance], monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = parquet_module._RowGroupCache()
-    monkeypatch.setattr(parquet_module, "_ROW_GROUPS", cache)
+    monkeypatch.setattr(parquet_module, "_kept", type(parquet_module._kept)())
     monkeypatch.setattr(parquet_module, "KEPT_BYTES", 2_500_000)  # the file has five groups of about 1 MB
     for utterance in sample[::20]:
         assert not isinstance(utterance.audio, Path | bytes)
         utterance.audio.read()
-    assert 1 <= len(cache._kept) <= 3
-    assert sum(array.nbytes for array in cache._kept.values()) <= 2_500_000
+    assert 1 <= len(parquet_module._kept) <= 3
+    assert sum(array.nbytes for array in parquet_module._kept.values()) <= 2_500_000
 
 
 def test_a_folder_of_shards_has_its_splits_from_the_names(tmp_path: Path, sample: list[Utterance]) -> None:
