@@ -1,15 +1,12 @@
 """Context adaptation: stock weights learn to work at the audio's own length, without transcripts.
 
-A frozen copy of the model, padded to 30 s as it was trained, is the teacher: it transcribes each clip, and its hidden
-states over the real audio and over its own transcript are what the model must have at a short context. Some clips are
-cut at a random place, since a stream's audio stops anywhere; the teacher sees the same cut, so any place will do.
+A frozen copy, padded to 30 s as it was trained, transcribes each clip; its hidden states over the real audio and over
+its own transcript are what the model must have at a short context. Some clips are cut at a random place, since a
+stream's audio stops anywhere.
 
-The padded teacher is most of the cost. It runs once per clip; its states are kept as float16, over the real positions
-only, as long as they fit into 1 GB.
-
-Source: the method of https://github.com/futo-org/whisper-acft, which matches the decoder's states on human transcripts.
-Changed here: the teacher's own transcript, the encoder's states too, each loss relative to the variance of its target,
-and the token embedding stays as it is: it is the output layer too, which no hidden state would hold in place.
+Source: https://github.com/futo-org/whisper-acft, which matches the decoder's states on human transcripts. Changed here:
+the teacher's own transcript, the encoder's states too, each loss relative to the variance of its target, and the token
+embedding stays as it is: it is the output layer too, which no hidden state would hold in place.
 """
 
 from __future__ import annotations
@@ -19,10 +16,9 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,7 +44,9 @@ from src.utils.runtime import choose_precision
 logger = logging.getLogger(__name__)
 
 AudioItem = Waveform | Path | str | Utterance
-MIN_CUT_SEC = 1.0  # less has hardly a word, and on almost nothing the teacher makes words up
+PAUSE_SAMPLES = SAMPLE_RATE  # the longest pause after a clip
+CUT_SHARE = 0.25  # of the clips
+MIN_CUT_SAMPLES = SAMPLE_RATE  # less has hardly a word, and on almost nothing the teacher makes words up
 POOL_BATCHES = 4  # batches that are decoded and sorted by length together
 TARGET_MEMORY_BYTES = 1 << 30  # of kept targets; what does not fit is computed again
 WARMUP_RATIO = 0.1
@@ -58,66 +56,34 @@ _ORDER_STREAM, _PAUSE_STREAM, _SHUFFLE_STREAM, _CUT_STREAM = range(4)  # of the 
 
 @dataclass(frozen=True)
 class AdaptationResult:
-    """Losses and costs of an adaptation.
+    """Losses and costs of an adaptation."""
 
-    Attributes:
-        losses: one per step: encoder loss + decoder loss. Each is the mean squared difference of the states, over the
-            variance of the teacher's: 0 is equal, 1 is as far off as a constant.
-        encoder_losses: their first part.
-        decoder_losses: their second part.
-        steps: updates of the weights.
-        clips: different clips that were seen.
-        cut_clips: clips of these that were cut at a random place.
-        unfinished_clips: clips of these not matched over a transcript, because the teacher did not end its own.
-        audio_sec: audio that the model saw; repeats count, pauses do not.
-        teacher_sec: wall time of the teacher.
-        seconds: wall time of everything.
-    """
-
-    losses: tuple[float, ...]
-    encoder_losses: tuple[float, ...]
-    decoder_losses: tuple[float, ...]
+    losses: tuple[float, ...]  # one per step: of the encoder + of the decoder, each 0 (equal) to 1 (a constant)
     steps: int
-    clips: int
+    clips: int  # different ones
     cut_clips: int
-    unfinished_clips: int
-    audio_sec: float
+    unfinished_clips: int  # not matched over a transcript, because the teacher did not end its own
+    audio_sec: float  # repeats count, pauses do not
     teacher_sec: float
-    seconds: float
+    seconds: float  # of everything
 
 
-@dataclass(frozen=True)
-class Clip:
-    """One recording to adapt on.
+class Clip(NamedTuple):
+    """One recording to adapt on."""
 
-    Attributes:
-        index: in the caller's sequence.
-        name: for errors.
-        audio: (T,) float32, 16 kHz, at most 30 s.
-        is_cut: it ends at a random place.
-    """
-
-    index: int
+    index: int  # in the caller's sequence
     name: str
-    audio: Tensor
+    audio: Tensor  # (T,) float32, 16 kHz, at most 30 s
     is_cut: bool
 
 
-@dataclass(frozen=True)
-class Target:
-    """The teacher's last hidden states of one clip, float16 on the CPU.
+class Target(NamedTuple):
+    """The teacher's last hidden states of one clip, float16 on the CPU."""
 
-    Attributes:
-        encoder: (positions, d_model) over the real audio and the longest pause.
-        tokens: (L,) int64 that the decoder was fed.
-        decoder: (L, d_model).
-        is_finished: the teacher ended its transcript; else `tokens` are only those that begin one.
-    """
-
-    encoder: Tensor
-    tokens: Tensor
-    decoder: Tensor
-    is_finished: bool
+    encoder: Tensor  # (positions, d_model) over the real audio and the longest pause
+    tokens: Tensor  # (L,) int64 that the decoder was fed
+    decoder: Tensor  # (L, d_model)
+    is_finished: bool  # the teacher ended its transcript; else `tokens` are only those that begin one
 
 
 def adapt_context(
@@ -129,17 +95,12 @@ def adapt_context(
     steps: int = 100,
     batch_size: int = 8,
     learning_rate: float | None = None,
-    max_trailing_silence_sec: float = 1.0,
-    full_context_prob: float = 0.0,
-    cut_prob: float = 0.25,
     seed: int = 42,
 ) -> AdaptationResult:
     """Make a full-context model work at dynamic context, by matching its own hidden states at 30 s.
 
-    After an error the model is "full" again, with the weights that it had by then.
-
     Args:
-        model: of full context, float32; changed in place, and "dynamic" when this returns.
+        model: of full context, float32; changed in place, and "dynamic" when this returns, "full" after an error.
         audio: speech without transcripts: (T,) float32 arrays at 16 kHz, files, or utterances, whose text is not read.
             Only the first 30 s of a longer one are used.
         processor: of the model.
@@ -148,51 +109,59 @@ def adapt_context(
         steps: updates; clips repeat, in a new order, when they run out.
         batch_size: clips per update.
         learning_rate: peak; None takes the rate for fine-tuning a model of this size.
-        max_trailing_silence_sec: each clip gets a pause at its end, drawn from 0 to this.
-        full_context_prob: share of batches padded to 30 s, which cost as much as training at full context.
-        cut_prob: share of clips cut at a random place, at least 1 s from their start.
         seed: decides order, cuts and pauses.
 
     Raises:
         ModelError: the model is dynamic already, or not in float32.
-        ConfigError: a number is out of range.
         DataError: no audio, or a loss that is not finite.
         AudioError: a recording cannot be used; it is named.
     """
     config = config or Config()
     rate = default_learning_rate(model.config.d_model) if learning_rate is None else learning_rate
-    _check_numbers(steps, batch_size, rate, max_trailing_silence_sec, full_context_prob, cut_prob)
-    _check_inputs(model, audio)
-    began = time.perf_counter()
-    device = next(model.parameters()).device
+    if steps < 1 or batch_size < 1 or not rate > 0:
+        raise ConfigError(
+            f"adapt_context: steps {steps} and batch_size {batch_size} are at least 1, learning_rate {rate} is above 0"
+        )
+    if model.audio_context == "dynamic":
+        raise ModelError(
+            "this model has audio_context 'dynamic' already, so its states at 30 s are no target any more; adapt a "
+            "full-context model, or continue with WhisperTrainer"
+        )
+    if model.dtype != torch.float32:
+        raise ModelError(f"this model is in {model.dtype}, too coarse for small updates: load it with torch.float32")
+    if len(audio) == 0:
+        raise DataError("adapt_context: no audio; pass speech, no transcripts are needed")
+    began, device = time.perf_counter(), model.device
     choice = choose_precision(config.precision, device)
     dtype, scaler = getattr(torch, choice.precision), GradScaler(device.type, enabled=choice.precision == "float16")
-    pause_samples = max_trailing_silence_sec * SAMPLE_RATE
-    teacher = Teacher(model, processor, config, round(pause_samples), keep=steps * batch_size > len(audio))
+    teacher = Teacher(model, processor, config, keep=steps * batch_size > len(audio))
     logger.info(
         "adapting to dynamic context: %d clips, %d updates of %d clips, peak learning rate %.2e, precision %s (%s)",
         len(audio), steps, batch_size, rate, choice.precision, choice.reason,
     )  # fmt: skip
-    encoder_losses: list[float] = []
-    decoder_losses: list[float] = []
+    losses: list[float] = []
     audio_sec = 0.0
-    with _dynamic_while_adapting(model), tqdm(total=steps, desc="adapting", unit="update") as bar:
+    embedding = model.model.decoder.embed_tokens.weight
+    required = embedding.requires_grad
+    model.audio_context = "dynamic"
+    embedding.requires_grad_(False)
+    try:
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = build_optimizer(model, learning_rate=rate, weight_decay=0.0)
         schedule = build_schedule(optimizer, total_updates=steps, warmup_ratio=WARMUP_RATIO)
-        for step, batch in enumerate(_batches(audio, steps=steps, batch_size=batch_size, cut_prob=cut_prob, seed=seed)):
+        batches = _batches(audio, steps=steps, batch_size=batch_size, seed=seed)
+        bar = tqdm(batches, total=steps, desc="adapting", unit="update")
+        for step, batch in enumerate(bar):
             # what the states must be, and what they are
             targets = teacher.targets(batch)
-            draws = batch_generator(seed, _PAUSE_STREAM, step)
-            padded = _pad(batch, pause_samples, full_context_prob, draws).to(device)
+            padded = _pad(batch, batch_generator(seed, _PAUSE_STREAM, step)).to(device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 encoder_loss, decoder_loss = matching_losses(model, padded, targets)
             loss = encoder_loss + decoder_loss
             if not torch.isfinite(loss):
                 raise DataError(
-                    f"the loss of update {step + 1} is {loss.item()}; its clips: "
-                    f"{', '.join(clip.name for clip in batch)}. Listen to them, lower learning_rate, or set precision: "
-                    "float32"
+                    f"the loss of update {step + 1} is {loss.item()}; listen to its clips "
+                    f"({', '.join(clip.name for clip in batch)}), lower learning_rate, or set precision: float32"
                 )
             # one update
             scaler.scale(loss).backward()
@@ -202,67 +171,23 @@ def adapt_context(
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            # for the result
-            encoder_losses.append(encoder_loss.item())
-            decoder_losses.append(decoder_loss.item())
+            losses.append(loss.item())
+            bar.set_postfix(loss=f"{losses[-1]:.4f}")
             audio_sec += sum(len(clip.audio) for clip in batch) / SAMPLE_RATE
-            bar.set_postfix(encoder=f"{encoder_losses[-1]:.4f}", decoder=f"{decoder_losses[-1]:.4f}")
-            bar.update()
-    result = AdaptationResult(
-        losses=tuple(map(sum, zip(encoder_losses, decoder_losses, strict=True))),
-        encoder_losses=tuple(encoder_losses),
-        decoder_losses=tuple(decoder_losses),
-        steps=len(encoder_losses),
-        clips=len(teacher.seen),
-        cut_clips=sum(is_cut for is_cut, _ in teacher.seen.values()),
-        unfinished_clips=sum(not is_finished for _, is_finished in teacher.seen.values()),
-        audio_sec=audio_sec,
-        teacher_sec=teacher.seconds,
-        seconds=time.perf_counter() - began,
-    )
+    except BaseException:
+        model.audio_context = "full"
+        raise
+    finally:
+        embedding.requires_grad_(required)
+    cut, finished = (sum(flags) for flags in zip(*teacher.seen.values(), strict=True))
+    clips, seconds = len(teacher.seen), time.perf_counter() - began
     logger.info(
-        "adapted in %.0f s (teacher %.0f s): loss %.4f, then %.4f",
-        result.seconds, result.teacher_sec, result.losses[0], result.losses[-1],
-    )  # fmt: skip
-    return result
+        "adapted in %.0f s (teacher %.0f s): loss %.4f to %.4f", seconds, teacher.seconds, losses[0], losses[-1]
+    )
+    return AdaptationResult(tuple(losses), steps, clips, cut, clips - finished, audio_sec, teacher.seconds, seconds)
 
 
-def _check_numbers(
-    steps: int, batch_size: int, rate: float, max_trailing_silence_sec: float, full_context_prob: float, cut_prob: float
-) -> None:
-    problems = [
-        f"{name} is {value}: {expected}"
-        for name, value, expected, valid in (
-            ("steps", steps, "at least 1", steps >= 1),
-            ("batch_size", batch_size, "at least 1", batch_size >= 1),
-            ("learning_rate", rate, "above 0", rate > 0),
-            ("max_trailing_silence_sec", max_trailing_silence_sec, "from 0 to 5", 0 <= max_trailing_silence_sec <= 5),
-            ("full_context_prob", full_context_prob, "from 0 to 1", 0 <= full_context_prob <= 1),
-            ("cut_prob", cut_prob, "from 0 to 1", 0 <= cut_prob <= 1),
-        )
-        if not valid
-    ]
-    if problems:
-        raise ConfigError("\n  - ".join([f"adapt_context: {len(problems)} value(s) out of range:", *problems]))
-
-
-def _check_inputs(model: DynamicWhisper, audio: Sequence[AudioItem]) -> None:
-    if model.audio_context == "dynamic":
-        raise ModelError(
-            "this model has audio_context 'dynamic' already, so its states at 30 s are no target any more; adapt a "
-            "full-context model, or continue with WhisperTrainer"
-        )
-    if model.dtype != torch.float32:
-        raise ModelError(
-            f"this model is in {model.dtype}, where small updates are lost; load it with dtype=torch.float32"
-        )
-    if len(audio) == 0:
-        raise DataError("adapt_context: no audio; pass speech, no transcripts are needed")
-
-
-def _batches(
-    audio: Sequence[AudioItem], *, steps: int, batch_size: int, cut_prob: float, seed: int
-) -> Iterator[list[Clip]]:
+def _batches(audio: Sequence[AudioItem], *, steps: int, batch_size: int, seed: int) -> Iterator[list[Clip]]:
     """Yield one batch per step: clips of similar length, in an order that changes with each pass."""
     made, passes = 0, 0
     order: list[int] = []
@@ -272,16 +197,14 @@ def _batches(
             order += torch.randperm(len(audio), generator=batch_generator(seed, _ORDER_STREAM, passes)).tolist()
             passes += 1
         chosen, order = order[: batches * batch_size], order[batches * batch_size :]
-        pool = sorted(
-            (_load(audio[index], index, cut_prob=cut_prob, seed=seed) for index in chosen),
-            key=lambda clip: (len(clip.audio), clip.index),
-        )
+        pool = [_load(audio[index], index, seed) for index in chosen]
+        pool.sort(key=lambda clip: (len(clip.audio), clip.index))
         for batch in torch.randperm(batches, generator=batch_generator(seed, _SHUFFLE_STREAM, made)).tolist():
             yield pool[batch * batch_size : (batch + 1) * batch_size]
         made += batches
 
 
-def _load(item: AudioItem, index: int, *, cut_prob: float, seed: int) -> Clip:
+def _load(item: AudioItem, index: int, seed: int) -> Clip:
     """Decode one clip, and cut it at a place that depends only on its index, since its target is kept."""
     if isinstance(item, Utterance):
         name, samples = item.id, decode_audio(item)
@@ -294,66 +217,34 @@ def _load(item: AudioItem, index: int, *, cut_prob: float, seed: int) -> Clip:
         raise DataError(f"audio[{index}]: {type(item).__name__}; pass (T,) float32 arrays, files or utterances")
     samples = samples[:CONTEXT_SAMPLES]
     share, place = torch.rand(2, generator=batch_generator(seed, _CUT_STREAM, index)).tolist()
-    least = round(MIN_CUT_SEC * SAMPLE_RATE)
-    is_cut = share < cut_prob and len(samples) > least
+    is_cut = share < CUT_SHARE and len(samples) > MIN_CUT_SAMPLES
     if is_cut:
-        samples = samples[: least + math.floor(place * (len(samples) - least))]
+        samples = samples[: MIN_CUT_SAMPLES + math.floor(place * (len(samples) - MIN_CUT_SAMPLES))]
     return Clip(index, name, samples, is_cut)
 
 
-@contextmanager
-def _dynamic_while_adapting(model: DynamicWhisper) -> Iterator[None]:
-    embedding = model.model.decoder.embed_tokens.weight
-    required = embedding.requires_grad
-    model.audio_context = "dynamic"
-    embedding.requires_grad_(False)
-    try:
-        yield
-    except BaseException:
-        model.audio_context = "full"
-        raise
-    finally:
-        embedding.requires_grad_(required)
-
-
-def _pad(batch: Sequence[Clip], pause_samples: float, full_context_prob: float, draws: torch.Generator) -> Tensor:
-    """Return (B, T): clips with random pauses of at most `pause_samples`, or padded to 30 s."""
-    pauses = torch.rand(len(batch), generator=draws) * pause_samples
-    full = float(torch.rand(1, generator=draws)) < full_context_prob
+def _pad(batch: Sequence[Clip], draws: torch.Generator) -> Tensor:
+    """Return (B, T): clips with random pauses, in whole encoder positions."""
+    pauses = torch.rand(len(batch), generator=draws) * PAUSE_SAMPLES
     longest = max(len(clip.audio) + int(pause) for clip, pause in zip(batch, pauses, strict=True))
-    audio = torch.zeros(len(batch), CONTEXT_SAMPLES if full else padded_samples(longest))
+    audio = torch.zeros(len(batch), padded_samples(longest))
     for row, clip in enumerate(batch):
         audio[row, : len(clip.audio)] = clip.audio
     return audio
 
 
 class Teacher:
-    """A frozen copy of a full-context model, in float32.
+    """A frozen copy of a full-context model, in float32, which sees each clip once if its target is to be kept."""
 
-    Args:
-        model: copied.
-        processor: of the model.
-        config: `model.language`, `model.task` and `inference`, for its transcripts.
-        pause_samples: the longest pause of a student's clip.
-        keep: keep the targets that fit into 1 GB, because they will be needed again.
-
-    Attributes:
-        seen: by clip index: whether it is cut, whether its transcript is finished.
-        seconds: wall time of computing.
-    """
-
-    def __init__(
-        self, model: DynamicWhisper, processor: Any, config: Config, pause_samples: int, *, keep: bool
-    ) -> None:
+    def __init__(self, model: DynamicWhisper, processor: Any, config: Config, *, keep: bool) -> None:
         self._model = copy.deepcopy(model).requires_grad_(False).eval()
         self._processor = processor
         self._decoding = DecodingOptions.from_config(config)
         self._vocabulary = Vocabulary.of(processor.tokenizer)
-        self._pause_samples = pause_samples
         self._room = TARGET_MEMORY_BYTES if keep else 0
         self._kept: dict[int, Target] = {}
-        self.seen: dict[int, tuple[bool, bool]] = {}
-        self.seconds = 0.0
+        self.seen: dict[int, tuple[bool, bool]] = {}  # by clip index: whether it is cut, whether its text is finished
+        self.seconds = 0.0  # of computing
 
     def targets(self, batch: Sequence[Clip]) -> list[Target]:
         """Return one target per clip; a clip of a known index is taken to be the same as before."""
@@ -391,18 +282,22 @@ class Teacher:
             is_finished = int(self._model.proj_out(states[at, len(row) - 1]).argmax()) == end
             # a transcript that reached a limit is probably a loop: its states would teach loops
             tokens = torch.tensor(row if is_finished else start)
-            positions = padded_samples(len(clip.audio) + self._pause_samples) // SAMPLES_PER_POSITION
-            targets.append(Target(_kept(hidden[at, :positions]), tokens, _kept(states[at, : len(tokens)]), is_finished))
+            positions = padded_samples(len(clip.audio) + PAUSE_SAMPLES) // SAMPLES_PER_POSITION
+            # clones: a view would hold the whole padded batch
+            heard, written = (
+                part.to("cpu", torch.float16).clone() for part in (hidden[at, :positions], states[at, : len(tokens)])
+            )
+            targets.append(Target(heard, tokens, written, is_finished))
         return targets
 
 
 def matching_losses(model: DynamicWhisper, audio: Tensor, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
-    """Compare a model's states with the teacher's.
+    """Compare a model's states with the teacher's, as far as the audio goes.
 
     Args:
         model: in training, "dynamic".
         audio: (B, T) float32 on the model's device, T in whole encoder positions.
-        targets: one per row; if the audio is shorter than a target, it counts as far as the audio goes.
+        targets: one per row.
 
     Returns:
         `state_loss` of the encoder and of the decoder.
@@ -414,33 +309,18 @@ def matching_losses(model: DynamicWhisper, audio: Tensor, targets: Sequence[Targ
         input_ids=tokens, encoder_hidden_states=heard, use_cache=False
     ).last_hidden_state  # (B, L, d_model)
     return (
-        _padded_loss(heard, [target.encoder for target in targets]),
-        _padded_loss(written, [target.decoder for target in targets]),
+        state_loss(heard, [target.encoder for target in targets]),
+        state_loss(written, [target.decoder for target in targets]),
     )
 
 
-def state_loss(states: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared difference over the variance of the targets.
+def state_loss(states: Tensor, targets: Sequence[Tensor]) -> Tensor:
+    """Mean squared difference over the variance of the targets: 0 is equal, 1 is as far off as the targets' mean.
 
-    Args:
-        states: (B, N, d_model).
-        targets: likewise.
-        mask: (B, N) bool: which positions count.
-
-    Returns:
-        Scalar float32; 0 is equal, 1 is as far off as the targets' mean.
+    States are (B, N, d_model), targets (positions, d_model) per row; they are compared as far as both go.
     """
-    wanted = targets[mask].float()  # (positions, d_model)
-    return (states[mask].float() - wanted).square().mean() / (wanted - wanted.mean(dim=0)).square().mean()
-
-
-def _padded_loss(states: Tensor, targets: Sequence[Tensor]) -> Tensor:
-    """Compare (B, N, d_model) with one target per row, as far as both go."""
     padded = pad_sequence(list(targets), batch_first=True)[:, : states.shape[1]]
-    lengths = torch.tensor([len(target) for target in targets])
-    mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    return state_loss(states[:, : padded.shape[1]], padded.to(states.device), mask.to(states.device))
-
-
-def _kept(states: Tensor) -> Tensor:
-    return states.to("cpu", torch.float16).clone()  # a view would hold the whole padded batch
+    mask = torch.arange(padded.shape[1]) < torch.tensor([len(target) for target in targets])[:, None]
+    wanted = padded[mask].to(states.device).float()  # (positions, d_model)
+    found = states[:, : padded.shape[1]][mask.to(states.device)].float()
+    return (found - wanted).square().mean() / (wanted - wanted.mean(dim=0)).square().mean()

@@ -16,11 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from src.data.audio import SAMPLE_RATE
 from src.data.features import CONTEXT_SAMPLES, FRAMES_PER_SEC, HOP_SAMPLES, LogMel, padded_samples
@@ -45,7 +47,6 @@ FEW_UPDATES = 50  # fewer teach a model little beyond when to stop
 MEASURED_BATCHES = 2
 SAFETY = 0.85  # of what fits: fragments, longer labels and validation need room too
 TOKENS_PER_SEC = 4.0  # of a label; fast speech
-_SHOWN_CHARACTERS = 60
 _CPU_SHARE = 0.7  # of the memory that is available: beyond it the machine swaps
 _POLL_SEC = 0.01
 _CONTEXT_SEC = CONTEXT_SAMPLES / SAMPLE_RATE  # 30
@@ -53,21 +54,13 @@ _CONTEXT_SEC = CONTEXT_SAMPLES / SAMPLE_RATE  # 30
 
 @dataclass(frozen=True)
 class Preflight(CheckReport):
-    """Estimated cost of a training.
+    """Estimated cost of a training."""
 
-    Attributes:
-        updates: of all epochs.
-        warmup_updates: likewise.
-        memory_mb: weights, gradients and optimizer state on the device, without activations.
-        disk_mb: below `paths.checkpoints_dir`, at most.
-        training_sec: forward and backward of all epochs, without validation and saving; None if memory ran out.
-    """
-
-    updates: int
+    updates: int  # of all epochs
     warmup_updates: int
-    memory_mb: float
-    disk_mb: float
-    training_sec: float | None
+    memory_mb: float  # weights, gradients and optimizer state on the device, without activations
+    disk_mb: float  # below `paths.checkpoints_dir`, at most
+    training_sec: float | None  # forward and backward of all epochs, without validation; None if memory ran out
     title = "Pre-flight"
 
 
@@ -109,12 +102,23 @@ def preflight(
         batches = [loader.batches_in(epoch) for epoch in range(training.epochs)]
         updates = sum(count_updates(number, training.gradient_accumulation_steps) for number in batches)
         warmup = count_warmup(updates, training.warmup_ratio)
-        seconds = _try_batches(trial, loader, config)
+        seconds = None
+        try:
+            seconds = in_memory(lambda: _measure_batches(trial, loader, config))
+        except OutOfMemoryError as err:
+            logger.warning("no batch could be timed: %s", err)
+        trial.zero_grad(set_to_none=True)
         # and whether that is a problem
         checks = (
             *(check for check in (environment or environment_report(config)).checks if check.status == "error"),
             _check_labels(splits),
-            _check_updates(updates, warmup, loader, config),
+            Check(
+                "updates",
+                "ok" if updates >= FEW_UPDATES else "warning",
+                f"{updates} in {training.epochs} epoch(s), {warmup} of them warm-up; {len(loader.dataset)} clips in "
+                f"{batches[0]} batches",
+                "" if updates >= FEW_UPDATES else "few: raise training.epochs, or lower training.batch_size",
+            ),
             _check_memory(trial, memory_mb),
             *_try_largest_batch(trial, loader, config),
             check_disk("disk", config.paths.checkpoints_dir, disk_mb),
@@ -126,22 +130,11 @@ def preflight(
         release_memory()
 
 
-def _try_batches(model: DynamicWhisper, loader: SpeechLoader, config: Config) -> float | None:
-    """Return the seconds of forward and backward of a whole training, from those of some batches; None if no memory."""
-    try:
-        return in_memory(lambda: _measure_batches(model, loader, config))
-    except OutOfMemoryError as err:
-        logger.warning("no batch could be timed: %s", err)
-        return None
-    finally:
-        model.zero_grad(set_to_none=True)
-
-
 def _measure_batches(model: DynamicWhisper, loader: SpeechLoader, config: Config) -> float:
+    """Return the seconds of forward and backward of a whole training, from those of some batches."""
     training = config.training.model_copy(update={"full_context_prob": 0.0})  # added below
     inputs = TrainingInputs(config.model_copy(update={"training": training}), model.config.num_mel_bins)
-    loss = TokenLoss(model).train()
-    dtype = getattr(torch, choose_precision(config.precision, model.device).precision)
+    loss, dtype = TokenLoss(model).train(), _compute_dtype(config, model.device)
     compute_sec = padded_sec = recorded_sec = 0.0
     batches = list(itertools.islice(loader, MEASURED_BATCHES))
     if model.device.type == "cpu":  # as many rows as go through at once
@@ -169,30 +162,17 @@ def _measure_batches(model: DynamicWhisper, loader: SpeechLoader, config: Config
 
 def _check_labels(splits: DatasetSplits) -> Check:
     texts = [utterance.text for utterance in splits.train]
-    found = f"label case {splits.label_case!r}, for example {texts[0][:_SHOWN_CHARACTERS]!r}"
+    found = f"label case {splits.label_case!r}, for example {texts[0][:60]!r}"
     if splits.label_case == "keep" and resolve_case(texts, "auto") != "keep":
         fix = "data.label_case: auto, or splits.with_label_case('sentence')"
         return Check("labels", "warning", f"{found}; Whisper finds capitals unlikely, and would learn them first", fix)
     return Check("labels", "ok", found)
 
 
-def _check_updates(updates: int, warmup: int, loader: SpeechLoader, config: Config) -> Check:
-    epochs = config.training.epochs
-    found = (
-        f"{updates} in {epochs} epoch(s), {warmup} of them warm-up; {len(loader.dataset)} clips in "
-        f"{loader.batches_in(0)} batches"
-    )
-    if updates >= FEW_UPDATES:
-        return Check("updates", "ok", found)
-    return Check("updates", "warning", f"{found}: few", "raise training.epochs, or lower training.batch_size")
-
-
 def _check_memory(trial: DynamicWhisper, needs_mb: float) -> Check:
     # the weights are there already, and their copy will be freed
     room_mb = free_memory_mb(trial.device) + 2 * sum(p.nbytes for p in trial.parameters()) / 1e6
-    found = (
-        f"{needs_mb:,.0f} MB of weights, gradients and optimizer state, {room_mb:,.0f} MB for them on {trial.device}"
-    )
+    found = f"weights, gradients and optimizer state take {needs_mb:,.0f} MB of {room_mb:,.0f} MB on {trial.device}"
     if needs_mb <= room_mb:
         return Check("memory", "ok", found)
     return Check("memory", "error", found, "training.method: lora, or a smaller model.variant")
@@ -202,7 +182,14 @@ def _try_largest_batch(trial: DynamicWhisper, loader: SpeechLoader, config: Conf
     """Try whether the largest batch fits; not on a CPU, where batches go through in small pieces."""
     if trial.device.type == "cpu":
         return
-    rows, clip_sec = max(map(len, loader.batch_sampler.batches(0))), _longest_sec(loader, config)
+    if config.model.audio_context == "full":
+        clip_sec: float = MAX_AUDIO_SEC
+    elif config.composition.concatenate_prob:
+        clip_sec = config.composition.max_concatenated_sec
+    else:
+        longest_sec = max(clip.duration_sec or 0.0 for clip in loader.dataset.utterances)
+        clip_sec = min(MAX_AUDIO_SEC, longest_sec + config.training.max_trailing_silence_sec)
+    rows = max(map(len, loader.batch_sampler.batches(0)))
     largest_sec = max(clip_sec, min(rows * clip_sec, config.training.batch_seconds or math.inf))
     try:
         proposal = propose_batch_seconds(trial, config, clip_sec=clip_sec, max_seconds=largest_sec)
@@ -217,15 +204,6 @@ def _try_largest_batch(trial: DynamicWhisper, loader: SpeechLoader, config: Conf
         yield Check("largest batch", "warning", f"{found}: they would go in pieces, slower", fix)
 
 
-def _longest_sec(loader: SpeechLoader, config: Config) -> float:
-    if config.model.audio_context == "full":
-        return MAX_AUDIO_SEC
-    if config.composition.concatenate_prob:
-        return config.composition.max_concatenated_sec
-    longest_sec = max(clip.duration_sec or 0.0 for clip in loader.dataset.utterances)
-    return min(MAX_AUDIO_SEC, longest_sec + config.training.max_trailing_silence_sec)
-
-
 def _check_time(seconds: float | None, trial: DynamicWhisper, updates: int) -> Check:
     if seconds is None:
         return Check("time", "warning", "unknown until the first update: memory ran out with the batches tried here")
@@ -236,17 +214,11 @@ def _check_time(seconds: float | None, trial: DynamicWhisper, updates: int) -> C
 
 @dataclass(frozen=True)
 class BatchProposal:
-    """Batch size that fits into memory.
+    """Batch size that fits into memory."""
 
-    Attributes:
-        batch_seconds: for `training.batch_seconds`, with a margin.
-        fits_sec: the largest that was tried and fitted; padding included.
-        limit: what stopped the search: "memory", or "max_seconds".
-    """
-
-    batch_seconds: float
-    fits_sec: float
-    limit: str
+    batch_seconds: float  # for `training.batch_seconds`, with a margin
+    fits_sec: float  # the largest that was tried and fitted; padding included
+    limit: str  # what stopped the search: "memory", or "max_seconds"
 
 
 def propose_batch_seconds(
@@ -266,33 +238,47 @@ def propose_batch_seconds(
     Raises:
         DeviceError: not even one clip of this length fits.
     """
-    trial = _Trial(model, config, clip_sec)
-    device = trial.device
     try:
-        clips, limit = largest_that_fits(trial.fits, most=max(1, int(max_seconds // clip_sec)))
+        clips, limit = _search_batch(model, config, clip_sec, most=max(1, int(max_seconds // clip_sec)))
     finally:
-        del trial
         release_memory()
     if not clips:
         raise DeviceError(
-            f"not even one clip of {clip_sec:.0f} s fits on {device}; set training.gradient_checkpointing: true, "
+            f"not even one clip of {clip_sec:.0f} s fits on {model.device}; set training.gradient_checkpointing: true, "
             "lower data.max_duration_sec, or take a smaller model"
         )
-    fits_sec = clips * clip_sec
-    proposal = BatchProposal(max(clip_sec, SAFETY * fits_sec), fits_sec, limit)
-    logger.info(
-        "batches of up to %.0f s fit (limit: %s); proposed: training.batch_seconds: %.0f", fits_sec, limit,
-        proposal.batch_seconds,
-    )  # fmt: skip
+    proposal = BatchProposal(max(clip_sec, SAFETY * clips * clip_sec), clips * clip_sec, limit)
+    logger.info("%s", proposal)
     return proposal
 
 
-def largest_that_fits(fits: Callable[[int], bool], *, most: int) -> tuple[int, str]:
-    """Find the largest number that fits, by doubling and then halving the gap, within a tenth.
+def _search_batch(model: DynamicWhisper, config: Config, clip_sec: float, *, most: int) -> tuple[int, str]:
+    trial = copy.deepcopy(model)
+    trial.audio_context = config.model.audio_context
+    optimizer = build_optimizer(trial, learning_rate=0.0, weight_decay=0.0, kind=config.training.optimizer)
+    loss, dtype = TokenLoss(trial).train(), _compute_dtype(config, model.device)
+    own_length, tokens = trial.audio_context != "full", max(4, round(clip_sec * TOKENS_PER_SEC))
 
-    Args:
-        fits: whether a number fits; then every smaller one does.
-        most: never asked for more.
+    def fits(clips: int) -> bool:
+        batches = [(clips, clip_sec if own_length else _CONTEXT_SEC)]
+        if own_length and config.training.full_context_prob:  # goes in pieces, as `Updater` cuts it
+            batches.append((max(1, int(clips * clip_sec * OWN_LENGTH_SLACK / _CONTEXT_SEC)), _CONTEXT_SEC))
+        try:
+            with _watched_memory(model.device) as exceeded:
+                for rows, seconds in batches:
+                    in_memory(partial(_update_on_noise, loss, optimizer, rows, seconds, tokens, dtype))
+            return not exceeded
+        except OutOfMemoryError:
+            return False
+        finally:
+            optimizer.zero_grad(set_to_none=True)
+            release_memory()
+
+    return largest_that_fits(fits, most=most)
+
+
+def largest_that_fits(fits: Callable[[int], bool], *, most: int) -> tuple[int, str]:
+    """Find the largest number up to `most` that fits, by doubling and then halving the gap, within a tenth.
 
     Returns:
         The number, 0 if not even 1 fits; and what stopped the search: "memory" or "max_seconds".
@@ -313,49 +299,25 @@ def largest_that_fits(fits: Callable[[int], bool], *, most: int) -> tuple[int, s
     return good, "memory" if bad <= most else "max_seconds"
 
 
-class _Trial:
-    """Updates of a copy of a model on noise."""
+def _update_on_noise(
+    loss: TokenLoss, optimizer: Optimizer, clips: int, clip_sec: float, num_tokens: int, dtype: torch.dtype
+) -> None:
+    generator, device = torch.Generator().manual_seed(0), loss.model.device
+    audio = torch.randn(clips, padded_samples(round(clip_sec * SAMPLE_RATE)), generator=generator).to(device)
+    features = LogMel(loss.model.config.num_mel_bins)(audio)
+    tokens = torch.randint(0, 1_000, (clips, num_tokens), generator=generator).to(device)
+    labels = tokens.clone()
+    labels[:, 0] = IGNORE_INDEX
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        total = loss(features, tokens, labels)
+    total.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
-    def __init__(self, model: DynamicWhisper, config: Config, clip_sec: float) -> None:
-        self.device = next(model.parameters()).device
-        self._clip_sec = clip_sec
-        self._dtype = getattr(torch, choose_precision(config.precision, self.device).precision)
-        trial = copy.deepcopy(model)
-        trial.audio_context = config.model.audio_context
-        self._optimizer = build_optimizer(trial, learning_rate=0.0, weight_decay=0.0, kind=config.training.optimizer)
-        self._loss = TokenLoss(trial).train()
-        self._full = config.model.audio_context == "full"
-        self._some_full = config.training.full_context_prob > 0
 
-    def fits(self, clips: int) -> bool:
-        """Whether one update on this many clips fits."""
-        try:
-            with _watched_memory(self.device) as exceeded:
-                in_memory(lambda: self._update(clips, _CONTEXT_SEC if self._full else self._clip_sec))
-                if self._some_full and not self._full:  # such a batch goes in pieces, as `Updater` cuts it
-                    padded = max(1, int(clips * self._clip_sec * OWN_LENGTH_SLACK / _CONTEXT_SEC))
-                    in_memory(lambda: self._update(padded, _CONTEXT_SEC))
-            return not exceeded
-        except OutOfMemoryError:
-            return False
-        finally:
-            self._optimizer.zero_grad(set_to_none=True)
-            release_memory()
-
-    def _update(self, clips: int, clip_sec: float) -> None:
-        generator = torch.Generator().manual_seed(0)
-        samples = padded_samples(round(clip_sec * SAMPLE_RATE))
-        audio = torch.randn(clips, samples, generator=generator).to(self.device)
-        features = LogMel(self._loss.model.config.num_mel_bins)(audio)
-        length = max(4, round(self._clip_sec * TOKENS_PER_SEC))
-        tokens = torch.randint(0, 1_000, (clips, length), generator=generator).to(self.device)
-        labels = tokens.clone()
-        labels[:, 0] = IGNORE_INDEX
-        with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            loss = self._loss(features, tokens, labels)
-        loss.backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+def _compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, choose_precision(config.precision, device).precision)
+    return dtype
 
 
 @contextmanager
@@ -370,12 +332,13 @@ def _watched_memory(device: torch.device) -> Iterator[list[int]]:
             if (used := process.memory_info().rss) > limit:
                 exceeded.append(used)
 
+    if device.type != "cpu":
+        yield exceeded
+        return
     thread = threading.Thread(target=watch, daemon=True)
-    if device.type == "cpu":
-        thread.start()
+    thread.start()
     try:
         yield exceeded
     finally:
         stop.set()
-        if device.type == "cpu":
-            thread.join()
+        thread.join()

@@ -217,7 +217,7 @@ def test_batches_padded_to_30_s_are_tried_in_the_pieces_that_training_cuts_them_
     small: tuple[Any, Any], configure: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[tuple[int, float]] = []
-    monkeypatch.setattr(module._Trial, "_update", lambda self, clips, clip_sec: tried.append((clips, clip_sec)))
+    monkeypatch.setattr(module, "_update_on_noise", lambda loss, optimizer, *size: tried.append(size[:2]))
     for share, expected in ((0.0, {10.0}), (0.1, {10.0, 30.0})):
         tried.clear()
         propose_batch_seconds(small[0], configure(training__full_context_prob=share), clip_sec=10.0, max_seconds=80.0)
@@ -228,11 +228,11 @@ def test_batches_padded_to_30_s_are_tried_in_the_pieces_that_training_cuts_them_
 def test_memory_ends_the_search_and_other_errors_pass(
     small: tuple[Any, Any], config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def update(self: Any, clips: int, clip_sec: float) -> None:
+    def update(loss: Any, optimizer: Any, clips: int, *size: Any) -> None:
         if clips > room:
             raise RuntimeError(message)
 
-    monkeypatch.setattr(module._Trial, "_update", update)
+    monkeypatch.setattr(module, "_update_on_noise", update)
     room, message = 5, "CUDA out of memory. Tried to allocate 2.00 GiB"
     proposal = propose_batch_seconds(small[0], config, clip_sec=10.0, max_seconds=100.0)
     assert (proposal.fits_sec, proposal.limit) == (50.0, "memory")
