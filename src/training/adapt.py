@@ -68,7 +68,8 @@ class AdaptationResult:
     seconds: float  # of everything
 
 
-class Clip(NamedTuple):
+@dataclass(frozen=True)
+class Clip:
     """One recording to adapt on."""
 
     index: int  # in the caller's sequence

@@ -1,8 +1,7 @@
 """The training loop: own-length batches, token-weighted loss, validation by generation, the best model by WER.
 
 The loop is written out, on Accelerate, because the library trainers get Whisper wrong where it matters: they scale its
-loss by the accumulation count, pad to 30 s, and choose a checkpoint by loss. What one update does is in `updates`, what
-is trained in `methods`, what a stopped run resumes from in `saver`.
+loss by the accumulation count, pad to 30 s, and choose a checkpoint by loss.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs
@@ -31,15 +29,7 @@ from src.training.loss import TokenLoss
 from src.training.methods import merged_model, prepare_model, shard_model
 from src.training.saver import RunSaver
 from src.training.state import Progress
-from src.training.updates import (
-    Batch,
-    Updater,
-    UpdateReport,
-    build_optimizer,
-    build_schedule,
-    count_updates,
-    default_learning_rate,
-)
+from src.training.updates import Updater, build_optimizer, build_schedule, count_updates, default_learning_rate
 from src.utils.config import Config
 from src.utils.errors import DataError
 from src.utils.memory import measure_memory
@@ -73,12 +63,6 @@ class WhisperTrainer:
         experiment: the run to write to; a new one under `paths.runs_dir` by default. If several processes train, only
             the main one writes.
 
-    Attributes:
-        history: lists with one entry per epoch: epoch, train_loss, val_loss, val_wer, val_cer, learning_rate.
-        best_epoch: the epoch with the lowest WER, or None.
-        best_model_dir: `checkpoints/best_model_hf`, in Hugging Face format; written after each epoch with a new lowest
-            WER.
-
     Raises:
         DataError: an empty loader, or one made for another number of processes.
     """
@@ -95,23 +79,23 @@ class WhisperTrainer:
     ) -> None:
         if not len(train_loader):
             raise DataError("the training loader is empty")
-        self.config = config
-        self.processor = processor
-        self.model = model
-        self._train_loader = train_loader
-        self._val_loader = val_loader
+        self.config, self.processor, self.model = config, processor, model
+        self._train_loader, self._val_loader = train_loader, val_loader
         model.audio_context = config.model.audio_context
         set_seed(config.seed)
         self._accelerator = _make_accelerator(model, config)
-        inputs = TrainingInputs(config, model.config.num_mel_bins, cutter=self._make_cutter())
-        method = prepare_model(model, config.training)
-        self.learning_rate = config.training.learning_rate or default_learning_rate(
-            model.config.d_model, lora=method.method == "lora"
-        )
-        loss = TokenLoss(model)
-        self._shards = shard_model(loss, config.training, mixed_precision=self._accelerator.mixed_precision)
+        cutter = None
+        if config.training.prefix_prob:  # with the initial weights, before adapters are added
+            data, cache_dir = train_loader.dataset, config.paths.cache_dir
+            words = load_or_time_words(model, processor.tokenizer, data, prefix=data.prefix, cache_dir=cache_dir)
+            cutter = PrefixCutter(words, prob=config.training.prefix_prob)
+        inputs = TrainingInputs(config, model.config.num_mel_bins, cutter=cutter)
+        is_lora = prepare_model(model, config.training).method == "lora"
+        self.learning_rate = config.training.learning_rate or default_learning_rate(model.config.d_model, lora=is_lora)
+        self._loss: Any = TokenLoss(model)
+        self._shards = shard_model(self._loss, config.training, mixed_precision=self._accelerator.mixed_precision)
         if config.training.compile:
-            loss.compile(dynamic=True)
+            self._loss.compile(dynamic=True)
             logger.info("torch.compile is on: the first batches of each length take minutes, the later ones are faster")
         optimizer = build_optimizer(
             model,
@@ -120,10 +104,9 @@ class WhisperTrainer:
             kind=config.training.optimizer,
         )
         # not the loader: it divides an epoch itself, and Accelerate would do it again and repeat utterances
-        if self._shards is None:
-            self._loss, self._optimizer = self._accelerator.prepare(loss, optimizer)
-        else:  # Accelerate would wrap it for DDP
-            self._loss, self._optimizer = loss, self._accelerator.prepare(optimizer)
+        self._optimizer = self._accelerator.prepare(optimizer)
+        if self._shards is None:  # Accelerate would wrap shards for DDP
+            self._loss = self._accelerator.prepare(self._loss)
         made_for = train_loader.batch_sampler.world_size
         if made_for != world_size():
             raise DataError(
@@ -140,7 +123,7 @@ class WhisperTrainer:
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """Lists with one entry per epoch."""
+        """Lists with one entry per epoch: epoch, train_loss, val_loss, val_wer, val_cer, learning_rate."""
         return self._progress.history
 
     @property
@@ -149,14 +132,14 @@ class WhisperTrainer:
         return self._progress.best_epoch
 
     @property
+    def best_model_dir(self) -> Path:
+        """`checkpoints/best_model_hf`, in Hugging Face format; written after each epoch with a new lowest WER."""
+        return self._saver.best_model_dir
+
+    @property
     def ended(self) -> bool:
         """Whether `train` has nothing left to do: all epochs of the configuration are done, or patience ran out."""
         return self._has_ended(self.config.training.epochs)
-
-    @property
-    def best_model_dir(self) -> Path:
-        """Folder of the best model."""
-        return self._saver.best_model_dir
 
     def resume(self, checkpoint: str | Path | WholeCheckpoint = "auto") -> ResumeReport:
         """Resume from a checkpoint; call it before `train`.
@@ -164,52 +147,57 @@ class WhisperTrainer:
         Args:
             checkpoint: a folder; "auto", the newest whole checkpoint of this configuration in `paths.checkpoints_dir`
                 or `checkpoints.mirror_dir`, or none, so that training starts from the beginning; or one that
-                `find_checkpoint` has verified. Each refused checkpoint is logged, with the reason.
+                `find_checkpoint` has verified.
 
         Returns:
-            What was found.
+            What was found, and each refused checkpoint with the reason; both are logged too.
 
         Raises:
             CheckpointError: the named folder is damaged, or belongs to other data or another model.
         """
         report, progress = self._saver.resume(checkpoint)
-        if progress is not None:
-            self._progress = progress
+        self._progress = progress or self._progress
         return report
 
     def train(self, num_epochs: int | None = None) -> dict[str, list[float]]:
-        """Train until this many epochs are done, resumed ones included.
+        """Train until this many epochs are done, resumed ones included, and return `history`.
 
         `KeyboardInterrupt` passes through; checkpoints and the best model are whole at every instant.
 
         Args:
             num_epochs: `training.epochs` by default.
 
-        Returns:
-            `history`.
-
         Raises:
             DataError: `max_nonfinite_steps` updates in a row without a finite loss, with their clips.
             DeviceError: not even one clip fits into memory.
             CheckpointError: the best model cannot be saved.
         """
-        epochs = num_epochs or self.config.training.epochs
-        schedule, total = self._make_schedule(epochs)
+        training, progress = self.config.training, self._progress
+        epochs = num_epochs or training.epochs
+        # epochs of composed examples differ in their batches; one that cannot be planned fails here, not hours later
+        batches = [self._train_loader.batches_in(epoch) for epoch in range(epochs)]
+        total = sum(count_updates(number, training.gradient_accumulation_steps) for number in batches)
+        schedule = build_schedule(
+            self._optimizer.optimizer,
+            total_updates=total,
+            warmup_ratio=training.warmup_ratio,
+            done_updates=progress.applied,
+        )
         logger.info(
             "training: %d epochs, %d updates (%d done), peak learning rate %.2e, context %r",
-            epochs, total, self._progress.step, self.learning_rate, self.config.model.audio_context,
+            epochs, total, progress.step, self.learning_rate, self.config.model.audio_context,
         )  # fmt: skip
         self._saver.start_clock()
-        self._saver.finish_export(self._progress)  # an interrupt may have come between an epoch's end and its export
-        self._saver.restore_last(self._progress)
-        show = is_main_process()
-        with tqdm(total=total, initial=self._progress.step, desc="training", unit="update", disable=not show) as bar:
+        self._saver.finish_export(progress)  # an interrupt may have come between an epoch's end and its export
+        self._saver.restore_last(progress)
+        hidden = not is_main_process()
+        with tqdm(total=total, initial=progress.step, desc="training", unit="update", disable=hidden) as bar:
             while not self._has_ended(epochs):
                 waiting = self._train_epoch(schedule, bar)
                 bar.set_postfix_str("validating")
                 self._finish_epoch(self._validate(), waiting)
-        if self._progress.epochs_done < epochs:
-            patience, best = self.config.training.patience, self._progress.best_epoch
+        if progress.epochs_done < epochs:
+            patience, best = training.patience, progress.best_epoch
             logger.info("stopped early: no lower WER in the %d epoch(s) since epoch %d", patience, best)
         self.restore_best()
         self._report_full_context()
@@ -235,40 +223,19 @@ class WhisperTrainer:
     def _whole_model(self) -> DynamicWhisper:
         return self.model if self._shards is None else self._shards.whole()
 
-    def _make_cutter(self) -> PrefixCutter | None:
-        """Time the words of the training clips, with the initial weights, if some clips are to be cut."""
-        if not self.config.training.prefix_prob:
-            return None
-        dataset = self._train_loader.dataset
-        words = load_or_time_words(
-            self.model, self.processor.tokenizer, dataset, prefix=dataset.prefix, cache_dir=self.config.paths.cache_dir
-        )
-        return PrefixCutter(words, prob=self.config.training.prefix_prob)
-
-    def _make_schedule(self, epochs: int) -> tuple[LambdaLR, int]:
-        steps = self.config.training.gradient_accumulation_steps
-        # epochs of composed examples differ in their batches; one that cannot be planned fails here, not hours later
-        total = sum(count_updates(self._train_loader.batches_in(epoch), steps) for epoch in range(epochs))
-        schedule = build_schedule(
-            self._optimizer.optimizer,
-            total_updates=total,
-            warmup_ratio=self.config.training.warmup_ratio,
-            done_updates=self._progress.applied,
-        )
-        return schedule, total
-
     def _train_epoch(self, schedule: LambdaLR, bar: tqdm[Any]) -> float:
         """Step the remaining batches of the epoch; return the share of time spent waiting for data."""
         progress, loader = self._progress, self._train_loader
         # each epoch has its own order; a resumed or interrupted one continues after its last update
         loader.load_state_dict({**loader.state_dict(), "epoch": progress.epochs_done, "batches": progress.next_batch})
         self._loss.train()
+        batches, steps = iter(loader), self.config.training.gradient_accumulation_steps
         epoch_began, waited_sec = time.perf_counter(), 0.0
-        windows = _windows(loader, self.config.training.gradient_accumulation_steps)
-        for window, window_waited_sec in with_waits(windows):
-            waited_sec += window_waited_sec
+        for window, window_waited_sec in with_waits(iter(lambda: list(itertools.islice(batches, steps)), [])):
             began = time.perf_counter()
-            report = self._updater.update(window, self._generators(len(window)))
+            numbers = [(progress.next_batch + offset) * world_size() + rank() for offset in range(len(window))]
+            draws = [batch_generator(self.config.seed, progress.epochs_done, number) for number in numbers]
+            report = self._updater.update(window, draws)
             progress.last_rate = float(schedule.get_last_lr()[0])
             progress.step += 1
             progress.next_batch += len(window)
@@ -277,28 +244,22 @@ class WhisperTrainer:
                 progress.applied += 1
                 progress.totals.loss_sum += report.loss_sum
                 progress.totals.tokens += report.tokens
+            # the log
             update_sec = time.perf_counter() - began
-            self._log_update(report, update_sec, window_waited_sec / (window_waited_sec + update_sec), bar)
+            waited_sec += window_waited_sec
+            speed, rate = report.clips / update_sec, progress.last_rate
+            bar.update()
+            bar.set_postfix(loss=f"{report.loss:.3f}", lr=f"{rate:.1e}", samples_per_sec=f"{speed:.1f}")
+            if self.experiment is not None:
+                self.experiment.log(
+                    "train_step", step=progress.step, epoch=progress.epochs_done + 1, loss=report.loss,
+                    learning_rate=rate, grad_norm=report.grad_norm, applied=report.applied, samples_per_sec=speed,
+                    audio_sec_per_sec=report.audio_sec / update_sec,
+                    data_wait_share=window_waited_sec / (window_waited_sec + update_sec),
+                    **measure_memory(self.experiment.dir, self._accelerator.device).fields(),
+                )  # fmt: skip
             self._saver.save_if_due(progress)
         return waited_sec / (time.perf_counter() - epoch_began)
-
-    def _generators(self, count: int) -> list[torch.Generator]:
-        """Make a generator for each of the next batches; everything random about a batch is drawn from it."""
-        epoch, first = self._progress.epochs_done, self._progress.next_batch
-        numbers = [(first + offset) * world_size() + rank() for offset in range(count)]
-        return [batch_generator(self.config.seed, epoch, number) for number in numbers]
-
-    def _log_update(self, report: UpdateReport, seconds: float, wait_share: float, bar: tqdm[Any]) -> None:
-        speed, rate = report.clips / seconds, self._progress.last_rate
-        bar.update()
-        bar.set_postfix(loss=f"{report.loss:.3f}", lr=f"{rate:.1e}", samples_per_sec=f"{speed:.1f}")
-        if self.experiment is not None:
-            self.experiment.log(
-                "train_step", step=self._progress.step, epoch=self._progress.epochs_done + 1, loss=report.loss,
-                learning_rate=rate, grad_norm=report.grad_norm, applied=report.applied, samples_per_sec=speed,
-                audio_sec_per_sec=report.audio_sec / seconds, data_wait_share=wait_share,
-                **measure_memory(self.experiment.dir, self._accelerator.device).fields(),
-            )  # fmt: skip
 
     def _validate(self) -> EvaluationResult:
         with self._accelerator.autocast():
@@ -320,10 +281,8 @@ class WhisperTrainer:
             self._saver.export_best(self._progress)
 
     def _has_ended(self, epochs: int) -> bool:
-        done, best = self._progress.epochs_done, self._progress.best_epoch
-        patience = self.config.training.patience
-        out_of_patience = patience is not None and best is not None and done - best >= patience
-        return done >= epochs or out_of_patience
+        done, best, patience = self._progress.epochs_done, self._progress.best_epoch, self.config.training.patience
+        return done >= epochs or (patience is not None and best is not None and done - best >= patience)
 
     def _report_full_context(self) -> None:
         """Measure the validation WER at 30 s too if the model was trained for both lengths."""
@@ -341,24 +300,17 @@ class WhisperTrainer:
 
 
 def _make_accelerator(model: DynamicWhisper, config: Config) -> Accelerator:
-    device = next(model.parameters()).device
-    choice = choose_precision(config.precision, device)
-    logger.info("precision: %s (%s); %s", choice.precision, choice.reason, allow_tf32(device))
+    choice = choose_precision(config.precision, model.device)
+    logger.info("precision: %s (%s); %s", choice.precision, choice.reason, allow_tf32(model.device))
     AcceleratorState._reset_state()  # else a second trainer of another precision in the same session is refused
     scaler = GradScalerKwargs(
         init_scale=config.training.fp16_initial_scale, growth_interval=config.training.fp16_growth_interval
     )
     return Accelerator(
         mixed_precision=_MIXED_PRECISION[choice.precision],
-        cpu=device.type == "cpu",
+        cpu=model.device.type == "cpu",
         kwargs_handlers=[scaler, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-
-
-def _windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    iterator = iter(batches)
-    while window := list(itertools.islice(iterator, size)):
-        yield window
 
 
 def with_waits(items: Iterable[T], clock: Callable[[], float] = time.perf_counter) -> Iterator[tuple[T, float]]:

@@ -10,7 +10,7 @@ import logging
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from src.data.features import FRAMES_PER_SEC, HOP_SAMPLES
 from src.data.labels import IGNORE_INDEX
 from src.training.inputs import TrainingInputs
-from src.training.methods import is_sharded
+from src.training.methods import is_sharded, trainable
 from src.utils.config import TrainingConfig
 from src.utils.errors import DataError, DeviceError, MissingDependencyError, OutOfMemoryError
 from src.utils.memory import return_freed_memory
@@ -40,7 +40,6 @@ LORA_RATE_FACTOR = 10  # of the rate for full fine-tuning (Schulman et al. 2025,
 BETAS, EPS = (0.9, 0.98), 1e-6
 CPU_FRAMES = 2600  # of the rows that go through at once; more take memory and are no faster there
 OWN_LENGTH_SLACK = 1.2  # slower speech is longer than its recording: not yet a reason to cut a batch
-_FUSED_DEVICES = ("cuda", "cpu", "mps")
 _RECENT_NORMS = 50  # updates that the median gradient norm is taken over
 _FEW_NORMS = 10  # fewer say nothing yet
 
@@ -57,37 +56,23 @@ def default_learning_rate(d_model: int, *, lora: bool = False) -> float:
 def build_optimizer(
     model: nn.Module, *, learning_rate: float, weight_decay: float, kind: Literal["adamw", "adamw_8bit"] = "adamw"
 ) -> Optimizer:
-    """Make AdamW with weight decay on matrices only; LayerNorm and biases (one dimension) have none.
-
-    Args:
-        model: whose trained parameters it gets.
-        learning_rate: peak; the schedule scales it.
-        weight_decay: of matrices.
-        kind: "adamw" (fused if the device has it: one pass over the weights), or "adamw_8bit" of bitsandbytes.
-
-    Raises:
-        MissingDependencyError: 8 bits without bitsandbytes.
-        DeviceError: 8 bits without CUDA.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """Make AdamW with weight decay on matrices only; LayerNorm and biases (one dimension) have none."""
+    trained = trainable(model)
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    if kind == "adamw_8bit":
-        return _adamw_8bit(groups, learning_rate, {p.device.type for p in trained})
-    fused = all(p.device.type in _FUSED_DEVICES and torch.is_floating_point(p) for p in trained)
-    return AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPS, fused=fused)
-
-
-def _adamw_8bit(groups: list[dict[str, Any]], learning_rate: float, devices: Iterable[str]) -> Optimizer:
+    devices = {p.device.type for p in trained}
+    if kind == "adamw":
+        fused = devices <= {"cuda", "cpu", "mps"}  # one pass over the weights
+        return AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPS, fused=fused)
     try:
         from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
     except ImportError as err:
         raise MissingDependencyError(
             "training.optimizer adamw_8bit needs bitsandbytes: pip install bitsandbytes, or set it to adamw"
         ) from err
-    if set(devices) != {"cuda"}:
+    if devices != {"cuda"}:
         raise DeviceError(f"adamw_8bit needs CUDA, the model is on {', '.join(sorted(devices))}; set optimizer: adamw")
     optimizer: Optimizer = AdamW8bit(groups, lr=learning_rate, betas=BETAS, eps=EPS)
     return optimizer
@@ -104,14 +89,7 @@ def count_warmup(total_updates: int, warmup_ratio: float) -> int:
 
 
 def build_schedule(optimizer: Optimizer, *, total_updates: int, warmup_ratio: float, done_updates: int = 0) -> LambdaLR:
-    """Make a linear warm-up over a share of the updates, then a linear decay to zero.
-
-    Args:
-        optimizer: gets the rate.
-        total_updates: of the optimizer, over all epochs.
-        warmup_ratio: share of them.
-        done_updates: those that a resumed run has made already.
-    """
+    """Make a linear warm-up over a share of the updates, then a linear decay to zero; a resumed run has done some."""
     warmup = count_warmup(total_updates, warmup_ratio)
 
     def factor(update: int) -> float:
@@ -126,23 +104,15 @@ def build_schedule(optimizer: Optimizer, *, total_updates: int, warmup_ratio: fl
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """One update, over all processes.
+    """One update, over all processes."""
 
-    Attributes:
-        loss_sum: in nats, over `tokens`.
-        grad_norm: before clipping.
-        applied: False if the update was skipped because something was not finite.
-        audio_sec: real audio, without padding.
-        ids: of its clips, in this process.
-    """
-
-    loss_sum: float
+    loss_sum: float  # nats
     tokens: int
-    grad_norm: float
-    applied: bool
+    grad_norm: float  # before clipping
+    applied: bool  # False if it was skipped because something was not finite
     clips: int
-    audio_sec: float
-    ids: tuple[str, ...]
+    audio_sec: float  # without padding
+    ids: tuple[str, ...]  # of its clips, in this process
 
     @property
     def loss(self) -> float:
@@ -151,36 +121,18 @@ class UpdateReport:
 
 
 class Updater:
-    """Makes updates.
-
-    Args:
-        loss: a `TokenLoss`, prepared by the accelerator or sharded.
-        optimizer: prepared by the accelerator.
-        inputs: makes the features.
-        config: the training section.
-
-    Attributes:
-        pieces: that each batch is cut into since memory last ran out; 1 if it never did.
-    """
+    """Makes updates; `loss` is a `TokenLoss` and, like the optimizer, prepared by the accelerator or sharded."""
 
     def __init__(
-        self,
-        loss: nn.Module,
-        optimizer: Any,
-        accelerator: Accelerator,
-        inputs: TrainingInputs,
-        config: TrainingConfig,
+        self, loss: nn.Module, optimizer: Any, accelerator: Accelerator, inputs: TrainingInputs, config: TrainingConfig
     ) -> None:
-        self._loss = loss
-        self._optimizer = optimizer
-        self._accelerator = accelerator
-        self._inputs = inputs
-        self._config = config
+        self._loss, self._optimizer, self._accelerator = loss, optimizer, accelerator
+        self._inputs, self._config = inputs, config
         self._is_sharded = is_sharded(loss)
-        self.pieces = 1
+        self.pieces = 1  # that each batch is cut into since memory last ran out
         self._largest = 0  # rows x frames that went through at once, of a batch at its own length
         self._norms: deque[float] = deque(maxlen=_RECENT_NORMS)
-        self._skipped_in_row: list[str] = []  # one text an update
+        self._skipped_in_row: list[str] = []  # one text per update
 
     def update(self, window: Sequence[Batch], generators: Sequence[torch.Generator]) -> UpdateReport:
         """Accumulate gradients over a window of batches and step.
@@ -201,7 +153,9 @@ class Updater:
             for batch in window
         )
         tokens, clips, audio_sec = sum_over_processes([sum(each) for each in zip(*counted, strict=True)], device)
-        losses = self._accumulate_in_memory(window, [generator.get_state() for generator in generators], tokens)
+        draws = [generator.get_state() for generator in generators]
+        while (losses := self._accumulate_in_memory(window, draws, tokens)) is None:
+            pass  # once more, in smaller pieces
         norm = self._accelerator.clip_grad_norm_(self._loss.parameters(), self._config.max_grad_norm)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         (loss_sum,) = sum_over_processes([sum(losses)], device)
@@ -229,32 +183,52 @@ class Updater:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a saved state."""
-        self.pieces = int(state["pieces"])
-        self._largest = int(state["largest"])
+        self.pieces, self._largest = int(state["pieces"]), int(state["largest"])
         self._norms = deque(state["norms"], maxlen=_RECENT_NORMS)
         self._skipped_in_row = list(state["skipped_in_row"])
 
-    def _accumulate_in_memory(self, window: Sequence[Batch], draws: Sequence[Tensor], tokens: float) -> list[float]:
-        """Accumulate; if memory runs out, forget the attempt and start the window again in half the pieces."""
-        while True:
-            try:
-                return in_memory(lambda: self._accumulate(window, draws, tokens))
-            except OutOfMemoryError as err:
-                problem = str(err)
-            self._optimizer.zero_grad(set_to_none=True)
-            self._halve(window, problem)
+    def _accumulate_in_memory(
+        self, window: Sequence[Batch], draws: Sequence[Tensor], tokens: float
+    ) -> list[float] | None:
+        """Accumulate; if memory runs out, forget the attempt, halve the pieces and return None."""
+        try:
+            return in_memory(lambda: self._accumulate(window, draws, tokens))
+        except OutOfMemoryError as err:
+            problem = str(err)
+        self._optimizer.zero_grad(set_to_none=True)
+        largest = max(window, key=lambda batch: batch["audio"].numel())
+        if world_size() > 1:  # the other processes wait in an exchange of gradients that this one has left
+            raise DeviceError(
+                f"out of memory on one of {world_size()} processes ({problem}); lower training.batch_size or "
+                "batch_seconds, raise gradient_accumulation_steps by as much, and resume from the last checkpoint"
+            )
+        if self.pieces >= max(len(batch["ids"]) for batch in window):
+            raise DeviceError(
+                f"out of memory with a single clip ({problem}), among {', '.join(largest['ids'])}; lower "
+                "data.max_duration_sec, set training.gradient_checkpointing: true, or take a smaller model"
+            )
+        self.pieces *= 2
+        self._largest = 0
+        logger.warning(
+            "out of memory with %d clip(s) of up to %.1f s: from now on each batch goes through the model in %d "
+            "pieces, and an update is still over all of them (%s)",
+            len(largest["ids"]), max(largest["durations"]), self.pieces, problem,
+        )  # fmt: skip
+        return None
 
     def _accumulate(self, window: Sequence[Batch], draws: Sequence[Tensor], tokens: float) -> list[float]:
         """Return each batch's summed loss in nats, with the gradients of the window's mean in place."""
         losses: list[Tensor] = []
+        device = self._accelerator.device
         for number, (batch, state) in enumerate(zip(window, draws, strict=True)):
             generator = torch.Generator()
             generator.set_state(state)  # a repeated window draws what the first attempt drew
-            on_device = self._to_device(batch)
-            features = self._inputs.features(on_device, generator)
+            # non_blocking: from pinned memory, the copy runs while the CPU goes on
+            moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            features = self._inputs.features(moved, generator)
             size = self._rows_together(features, batch)
             # pieces keep their padding, so that the sums stay the same
-            parts = (each.split(size) for each in (features, on_device["decoder_input_ids"], on_device["labels"]))
+            parts = (each.split(size) for each in (features, moved["decoder_input_ids"], moved["labels"]))
             pieces: list[Piece] = list(zip(*parts, strict=True))
             if self._is_sharded:
                 pieces = fill_up(pieces)
@@ -284,8 +258,7 @@ class Updater:
             size = min(size, int(max(rows * own_frames * OWN_LENGTH_SLACK, self._largest) / frames))
         if features.device.type == "cpu":
             size = min(size, CPU_FRAMES // frames)
-        size = max(1, size)
-        return math.ceil(rows / math.ceil(rows / size))  # as many pieces, of equal size
+        return math.ceil(rows / math.ceil(rows / max(1, size)))  # as many pieces, of equal size
 
     def _exchange(self, last: bool) -> AbstractContextManager[Any]:
         """Let the processes sum gradients in the last backward pass of an update, and keep them in the others."""
@@ -296,41 +269,15 @@ class Updater:
             return context
         return nullcontext()
 
-    def _to_device(self, batch: Batch) -> Batch:
-        device = self._accelerator.device
-        # non_blocking: from pinned memory, the copy runs while the CPU goes on
-        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-    def _halve(self, window: Sequence[Batch], problem: str) -> None:
-        largest = max(window, key=lambda batch: batch["audio"].numel())
-        if world_size() > 1:  # the other processes wait in an exchange of gradients that this one has left
-            raise DeviceError(
-                f"out of memory on one of {world_size()} processes ({problem}); lower training.batch_size or "
-                "batch_seconds, raise gradient_accumulation_steps by as much, and resume from the last checkpoint"
-            )
-        if self.pieces >= max(len(batch["ids"]) for batch in window):
-            raise DeviceError(
-                f"out of memory with a single clip ({problem}), among {', '.join(largest['ids'])}; lower "
-                "data.max_duration_sec, set training.gradient_checkpointing: true, or take a smaller model"
-            )
-        self.pieces *= 2
-        self._largest = 0
-        logger.warning(
-            "out of memory with %d clip(s) of up to %.1f s: from now on each batch goes through the model in %d "
-            "pieces, and an update is still over all of them (%s)",
-            len(largest["ids"]), max(largest["durations"]), self.pieces, problem,
-        )  # fmt: skip
-
     def _watch(self, norm: float, ids: Sequence[str]) -> None:
         """Log a spike of the gradient norm; its update is applied, clipped, like any other."""
         self._skipped_in_row.clear()
-        if len(self._norms) >= _FEW_NORMS:
-            usual = statistics.median(self._norms)
-            if norm > self._config.grad_spike_factor * usual:
-                logger.warning(
-                    "gradient norm %.1f, usually %.1f (clipped to %.1f and applied); its clips: %s",
-                    norm, usual, self._config.max_grad_norm, ", ".join(ids),
-                )  # fmt: skip
+        usual = statistics.median(self._norms) if len(self._norms) >= _FEW_NORMS else math.inf
+        if norm > self._config.grad_spike_factor * usual:
+            logger.warning(
+                "gradient norm %.1f, usually %.1f (clipped to %.1f and applied); its clips: %s",
+                norm, usual, self._config.max_grad_norm, ", ".join(ids),
+            )  # fmt: skip
         self._norms.append(norm)
 
     def _count_skipped(self, window: Sequence[Batch], losses: Sequence[float], loss_sum: float, norm: float) -> None:
