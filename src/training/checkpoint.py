@@ -7,8 +7,8 @@ checkpoints/<run>/checkpoint-00000123/
     manifest.json    size and SHA-256 of each of these files; written last
 
 A folder is written under a hidden name, read back and compared with memory, synchronised to disk (fsync), and renamed.
-Nothing is pickled: tensors are safetensors, the rest is JSON. A restart hashes each file of a checkpoint once:
-`verify_checkpoint` returns a `WholeCheckpoint`, which is passed on and loaded without another look.
+Nothing is pickled. A restart hashes each file once: `verify_checkpoint` returns a `WholeCheckpoint`, which is loaded
+without another look.
 """
 
 from __future__ import annotations
@@ -48,41 +48,27 @@ _FREE_KEYS = frozenset(
         "training.shard_model", "data.cache_decoded",
     }
 )  # fmt: skip
-_COMPARED_SECTIONS = ("model", "data", "composition", "augmentation", "training")
+_COMPARED = ("seed", "model", "data", "composition", "augmentation", "training")
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything that a stopped run continues from.
+    """Everything that a stopped run continues from."""
 
-    Attributes:
-        tensors: by file ("model", "optimizer", "rng"), then by name, on the CPU.
-        values: the rest, as JSON.
-        metrics: content of the run's metrics.jsonl.
-    """
-
-    tensors: Mapping[str, Mapping[str, Tensor]]
-    values: Mapping[str, Any]
-    metrics: str = ""
+    tensors: Mapping[str, Mapping[str, Tensor]]  # by file ("model", "optimizer", "rng"), then by name, on the CPU
+    values: Mapping[str, Any]  # the rest, as JSON
+    metrics: str = ""  # content of the run's metrics.jsonl
 
 
 @dataclass(frozen=True)
 class WholeCheckpoint:
-    """A checkpoint whose files are those of its manifest; made by `verify_checkpoint`.
-
-    Attributes:
-        values: JSON part of the state.
-    """
+    """A checkpoint whose files are those of its manifest; made by `verify_checkpoint`."""
 
     path: Path
-    values: Mapping[str, Any]
+    values: Mapping[str, Any]  # JSON part of the state
 
     def load(self) -> TrainingState:
-        """Read the state, without another comparison.
-
-        Raises:
-            CheckpointError: of another format, or removed since it was verified.
-        """
+        """Read the state, without another comparison; raises `CheckpointError` if it was removed since."""
         metrics = self.path / METRICS
         try:
             tensors = {name: load_file(self.path / f"{name}.safetensors") for name in TENSOR_FILES}
@@ -93,13 +79,7 @@ class WholeCheckpoint:
 
 
 class CheckpointStore:
-    """Checkpoints of one run.
-
-    Args:
-        folder: of the run; made when the first checkpoint is saved.
-        save_total_limit: number of whole checkpoints to keep.
-        mirror: gets a copy of each.
-    """
+    """Checkpoints of one run: the newest `save_total_limit` in its folder, and a copy of each in the mirror."""
 
     def __init__(self, folder: Path, *, save_total_limit: int, mirror: DriveMirror | None = None) -> None:
         self.folder = folder
@@ -107,19 +87,19 @@ class CheckpointStore:
         self._mirror = mirror
 
     def save(self, state: TrainingState, step: int) -> Path:
-        """Save a state as `checkpoint-<step>`, then remove the oldest ones over the limit.
-
-        Returns:
-            The folder.
+        """Save a state as `checkpoint-<step>`, then remove the oldest ones over the limit; return its folder.
 
         Raises:
             CheckpointError: the disk is full or cannot be written, or reads back other bytes. The older checkpoints
                 are as they were.
         """
         target = checkpoint_path(self.folder, step)
+        needed = _SPARE_BYTES + sum(t.nbytes for tensors in state.tensors.values() for t in tensors.values())
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._check_space(state)
+            free = shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise OSError(f"it needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
             with atomic_folder(target, replace=True, durable=True) as partial:
                 _write(state, partial)
         except OSError as err:
@@ -128,32 +108,19 @@ class CheckpointStore:
                 "set paths.checkpoints_dir to another disk"
             ) from err
         logger.info("saved %s", target)
-        if self._mirror is not None:
-            self._mirror.submit(
-                target, name=f"{self.folder.name}/{target.name}", group=self.folder.name, keep=self._limit
-            )
-        self._rotate(target)
-        return target
-
-    def _check_space(self, state: TrainingState) -> None:
-        needed = _SPARE_BYTES + sum(t.nbytes for tensors in state.tensors.values() for t in tensors.values())
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise CheckpointError(
-                f"{self.folder}: a checkpoint needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; older "
-                "checkpoints are whole. Free space there, or set paths.checkpoints_dir to another disk"
-            )
-
-    def _rotate(self, newest: Path) -> None:
+        run, mirror = self.folder.name, self._mirror
+        if mirror is not None:
+            mirror.submit(target, name=f"{run}/{target.name}", group=run, keep=self._limit)
         # by age: a new training in this folder counts its steps from 1 again
-        others = sorted((path for path in list_checkpoints(self.folder) if path != newest), key=_saved_at_ns)
+        others = sorted((path for path in list_checkpoints(self.folder) if path != target), key=_saved_at_ns)
         for old in others[: max(0, len(others) + 1 - self._limit)]:
-            if self._mirror is not None and self._mirror.is_busy(old):
+            if mirror is not None and mirror.is_busy(old):
                 continue  # it goes after the next one
             try:
                 remove_folder(old)
             except OSError as err:
                 logger.warning("%s: an old checkpoint cannot be removed: %s", old, err)
+        return target
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -177,11 +144,7 @@ def clean_up(folder: Path) -> None:
 
 
 def read_values(checkpoint: Path) -> dict[str, Any]:
-    """Return the JSON part of a checkpoint without verifying it.
-
-    Raises:
-        CheckpointError: it has none that can be read.
-    """
+    """Return the JSON part of a checkpoint without verifying it; raises `CheckpointError` if it has none."""
     try:
         values = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
@@ -194,11 +157,7 @@ def read_values(checkpoint: Path) -> dict[str, Any]:
 
 
 def verify_checkpoint(checkpoint: Path) -> WholeCheckpoint:
-    """Compare every file with the manifest.
-
-    Raises:
-        CheckpointError: names the first file that is absent, cut or changed.
-    """
+    """Compare every file with the manifest; `CheckpointError` names the first one that is absent, cut or changed."""
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: no such folder; resume('auto') searches for the newest checkpoint")
     try:
@@ -208,28 +167,20 @@ def verify_checkpoint(checkpoint: Path) -> WholeCheckpoint:
         raise CheckpointError(f"{checkpoint}: has no {MANIFEST}: it was never finished") from err
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
         raise CheckpointError(f"{checkpoint}: {MANIFEST} cannot be read ({err})") from err
-    wanted = {STATE, *(f"{name}.safetensors" for name in TENSOR_FILES)}
-    if wanted - set(expected):
-        raise CheckpointError(f"{checkpoint}: {MANIFEST} does not list {', '.join(sorted(wanted - set(expected)))}")
+    missing = {STATE, *(f"{name}.safetensors" for name in TENSOR_FILES)} - set(expected)
+    if missing:
+        raise CheckpointError(f"{checkpoint}: {MANIFEST} does not list {', '.join(sorted(missing))}")
     for name, (size, digest) in expected.items():
         try:
             found = (checkpoint / name).stat().st_size
-            if found != size:
-                raise CheckpointError(f"{checkpoint}: {name} has {found} bytes instead of {size}")
-            if sha256_of(checkpoint / name) != digest:
-                raise CheckpointError(f"{checkpoint}: the content of {name} is damaged (SHA-256 differs)")
+            damage = f"{found} bytes instead of {size}" if found != size else ""
+            if not damage and sha256_of(checkpoint / name) != digest:
+                damage = "another SHA-256: its content is damaged"
         except OSError as err:
             raise CheckpointError(f"{checkpoint}: {name} cannot be read: {err.strerror}") from err
+        if damage:
+            raise CheckpointError(f"{checkpoint}: {name} has {damage}")
     return WholeCheckpoint(checkpoint, read_values(checkpoint))
-
-
-def load_checkpoint(checkpoint: Path) -> TrainingState:
-    """Verify and read a checkpoint.
-
-    Raises:
-        CheckpointError: damaged, or of another format.
-    """
-    return verify_checkpoint(checkpoint).load()
 
 
 def _saved_at_ns(checkpoint: Path) -> int:
@@ -248,9 +199,7 @@ def _write(state: TrainingState, folder: Path) -> None:
     text = json.dumps({"format": FORMAT, **state.values}, indent=1)
     (folder / STATE).write_text(text, encoding="utf-8")
     if (folder / STATE).read_text(encoding="utf-8") != text:
-        raise CheckpointError(
-            f"{folder / STATE}: reads back differently from what was written; the disk is not reliable"
-        )
+        raise CheckpointError(f"{folder / STATE}: reads back differently; the disk is not reliable")
     (folder / METRICS).write_text(state.metrics, encoding="utf-8")
     files = {path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
@@ -258,31 +207,24 @@ def _write(state: TrainingState, folder: Path) -> None:
 
 def _compare(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Read a file back, one tensor at a time, and compare it with memory bit for bit."""
+
+    def bits(tensor: Tensor) -> Tensor:
+        return tensor.contiguous().reshape(-1).view(torch.uint8)  # nan is equal to itself
+
     with safe_open(file, framework="pt") as saved:
-        if set(saved.keys()) != set(tensors):
-            raise CheckpointError(f"{file}: holds other tensors than were written; the disk is not reliable")
-        for name, tensor in tensors.items():
-            found = saved.get_tensor(name)
-            if found.dtype != tensor.dtype or not torch.equal(_bits(found), _bits(tensor)):
+        names = set(saved.keys())
+        for name in names | set(tensors):
+            found = saved.get_tensor(name) if name in names & set(tensors) else None
+            if found is None or found.dtype != tensors[name].dtype or not torch.equal(bits(found), bits(tensors[name])):
                 raise CheckpointError(f"{file}: {name} reads back differently; the disk is not reliable")
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)  # nan is equal to itself
 
 
 @dataclass(frozen=True)
 class ResumeReport:
-    """What a search found.
-
-    Attributes:
-        whole: the checkpoint to resume from, or None: nothing usable was found.
-        refused: every newer candidate, with the reason.
-        searched: folders.
-    """
+    """What a search found; `whole` is None if nothing was usable."""
 
     whole: WholeCheckpoint | None
-    refused: tuple[tuple[Path, str], ...] = ()
+    refused: tuple[tuple[Path, str], ...] = ()  # every newer candidate, with the reason
     searched: tuple[Path, ...] = ()
 
     @property
@@ -291,9 +233,9 @@ class ResumeReport:
         return None if self.whole is None else self.whole.path
 
     def __str__(self) -> str:
-        places = ", ".join(map(str, self.searched))
-        lines = [f"resuming from {self.checkpoint}" if self.checkpoint else f"no checkpoint to resume from in {places}"]
-        return "\n".join([*lines, *(f"  refused {path}: {reason}" for path, reason in self.refused)])
+        nothing = f"no checkpoint to resume from in {', '.join(map(str, self.searched))}"
+        head = f"resuming from {self.checkpoint}" if self.checkpoint else nothing
+        return "\n".join([head, *(f"  refused {path}: {reason}" for path, reason in self.refused)])
 
 
 def find_checkpoint(
@@ -307,6 +249,10 @@ def find_checkpoint(
         made_from: values of a checkpoint that must be the same too, such as its `data_version`.
     """
     refused: list[tuple[Path, str]] = []
+
+    def refuse(path: Path, err: Exception) -> None:
+        refused.append((path, str(err) if isinstance(err, CheckpointError) else f"{err!r} in its state"))
+
     candidates: list[tuple[float, int, Path, Mapping[str, Any]]] = []
     for order, root in enumerate(roots):
         for run in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []:
@@ -317,42 +263,32 @@ def find_checkpoint(
                     values = read_values(path)
                     candidates.append((float(values["saved_at"]), -order, path, values))
                 except (CheckpointError, KeyError, TypeError, ValueError) as err:
-                    refused.append((path, _reason(err)))
-    for _, _, path, found in sorted(candidates, key=lambda entry: entry[:2], reverse=True):
+                    refuse(path, err)
+    for _, _, path, saved in sorted(candidates, key=lambda entry: entry[:2], reverse=True):
         try:
             if config is not None:
-                _check_training(path, found, config, made_from or {})
-            whole = verify_checkpoint(path)
+                wanted = (made_from or {}).items()
+                differences = config_differences(saved["config"], config)
+                differences += [f"{key}: {saved[key]} then, {now} now" for key, now in wanted if saved[key] != now]
+                if differences:
+                    raise CheckpointError(
+                        f"belongs to another training ({'; '.join(differences)}); restore these settings, or resume it "
+                        f"by its path: {path}"
+                    )
+            return ResumeReport(verify_checkpoint(path), tuple(refused), tuple(roots))
         except (CheckpointError, KeyError, TypeError, AttributeError) as err:  # a damaged byte may hit a key's name
-            refused.append((path, _reason(err)))
-            continue
-        return ResumeReport(whole, tuple(refused), tuple(roots))
+            refuse(path, err)
     return ResumeReport(None, tuple(refused), tuple(roots))
 
 
 def config_differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     """Return "key: then, now" for each changed setting that decides what is learnt."""
-    ours = config.model_dump(mode="json")
-    found = []
-    for section in _COMPARED_SECTIONS:
-        before, now = flatten(saved.get(section, {}), f"{section}."), flatten(ours[section], f"{section}.")
-        for key in sorted({**before, **now}):
-            if key not in _FREE_KEYS and before.get(key) != now.get(key):
-                found.append(f"{key}: {before.get(key)} then, {now.get(key)} now")
-    if saved.get("seed") != ours["seed"]:
-        found.append(f"seed: {saved.get('seed')} then, {ours['seed']} now")
-    return found
-
-
-def _check_training(path: Path, values: Mapping[str, Any], config: Config, made_from: Mapping[str, str]) -> None:
-    differences = config_differences(values["config"], config)
-    differences += [f"{key}: {values[key]} then, {now} now" for key, now in made_from.items() if values[key] != now]
-    if differences:
-        raise CheckpointError(
-            f"belongs to another training ({'; '.join(differences)}); restore these settings, or resume it by "
-            f"its path: {path}"
-        )
-
-
-def _reason(err: Exception) -> str:
-    return str(err) if isinstance(err, CheckpointError) else f"{err!r} in its state"
+    before, now = (
+        flatten({section: tree[section] for section in _COMPARED if section in tree})
+        for tree in (saved, config.model_dump(mode="json"))
+    )
+    return [
+        f"{key}: {before.get(key)} then, {now.get(key)} now"
+        for key in sorted({**before, **now}.keys() - _FREE_KEYS)
+        if before.get(key) != now.get(key)
+    ]

@@ -25,7 +25,6 @@ from src.training.checkpoint import (
     clean_up,
     config_differences,
     find_checkpoint,
-    load_checkpoint,
     verify_checkpoint,
 )
 from src.training.methods import has_adapters, is_sharded, merged_model
@@ -56,13 +55,9 @@ FLUSH_TIMEOUT_SEC = 600.0  # the longest wait for the mirror at the end of train
 
 
 class RunSaver:
-    """Saves and restores one run; in all processes, of which the main one writes.
+    """Saves and restores one run; in all processes, of which the main one, with an experiment, writes.
 
-    Args:
-        whole_model: returns the plain model: the model itself, or a copy if it is sharded.
-
-    Attributes:
-        best_model_dir: in Hugging Face format.
+    `whole_model` returns the plain model: the model itself, or a copy if it is sharded.
     """
 
     def __init__(
@@ -77,30 +72,23 @@ class RunSaver:
         experiment: ExperimentLogger | None,
         whole_model: Callable[[], DynamicWhisper],
     ) -> None:
-        self._config = config
-        self._model = model
-        self._processor = processor
-        self._optimizer = optimizer
-        self._updater = updater
-        self._accelerator = accelerator
-        self._loader = loader
-        self._experiment = experiment
-        self._whole_model = whole_model
+        self._config, self._processor, self._loader, self._experiment = config, processor, loader, experiment
+        self._model, self._whole_model = model, whole_model
+        self._optimizer, self._updater, self._accelerator = optimizer, updater, accelerator
         self._frozen = frozen_digest(model)
         self._saved_at_sec = time.monotonic()
         self._holds_best = False  # instead of the last epoch's weights
         self._resumed: Path | None = None  # may exist only in the mirror
         self.best_model_dir: Path = config.paths.checkpoints_dir / BEST_MODEL_NAME
-        mirror_dir, pace = config.checkpoints.mirror_dir, config.checkpoints.mirror_mb_per_sec
         self._mirror: DriveMirror | None = None
         self._store: CheckpointStore | None = None
         if experiment is not None:
-            self._mirror = None if mirror_dir is None else DriveMirror(mirror_dir, max_mb_per_sec=pace)
-            folder = config.paths.checkpoints_dir / experiment.run_id
+            settings, folder = config.checkpoints, config.paths.checkpoints_dir / experiment.run_id
+            if settings.mirror_dir is not None:
+                self._mirror = DriveMirror(settings.mirror_dir, max_mb_per_sec=settings.mirror_mb_per_sec)
             clean_up(folder)
             recover_folder(self.best_model_dir)
-            limit = config.checkpoints.save_total_limit
-            self._store = CheckpointStore(folder, save_total_limit=limit, mirror=self._mirror)
+            self._store = CheckpointStore(folder, save_total_limit=settings.save_total_limit, mirror=self._mirror)
 
     def start_clock(self) -> None:
         """Start the interval to the next checkpoint."""
@@ -128,11 +116,7 @@ class RunSaver:
         wait_for_all()
 
     def export_best(self, progress: Progress) -> None:
-        """Replace the best model on disk by the current model.
-
-        Raises:
-            CheckpointError: it cannot be written; the older one and the last checkpoint are whole.
-        """
+        """Replace the best model on disk by the current model."""
         whole = self._whole_model()
         if self._experiment is not None:
             self._export(whole, progress, self._experiment.run_id)
@@ -153,17 +137,12 @@ class RunSaver:
                 "there any more; give each training a paths.checkpoints_dir of its own, and resume from a checkpoint"
             )
         name = ADAPTERS_FILE if has_adapters(self._model) else "model.safetensors"
-        unexpected = load_weights(self._model, load_file(self.best_model_dir / name))
-        assert not unexpected, unexpected
+        load_weights(self._model, load_file(self.best_model_dir / name))
         self._holds_best = True
         logger.info("the model now holds the weights of epoch %d, the best by WER", progress.best_epoch)
 
     def restore_last(self, progress: Progress) -> None:
-        """Put the last epoch's weights back if training continues after `restore_best`.
-
-        Raises:
-            CheckpointError: the last checkpoint is absent or damaged.
-        """
+        """Put the last epoch's weights back if training continues after `restore_best`."""
         if not self._holds_best:
             return
         self._holds_best = False
@@ -171,17 +150,10 @@ class RunSaver:
         assert last is not None
         if not last.exists() and self._resumed is not None and self._resumed.name == last.name:
             last = self._resumed
-        load_model_tensors(self._model, load_checkpoint(last).tensors["model"])
+        load_model_tensors(self._model, verify_checkpoint(last).load().tensors["model"])
 
     def resume(self, checkpoint: str | Path | WholeCheckpoint) -> tuple[ResumeReport, Progress | None]:
-        """Find, verify and take up a checkpoint.
-
-        Args:
-            checkpoint: "auto", a folder, or a checkpoint that is verified already.
-
-        Raises:
-            CheckpointError: a named one cannot be taken up.
-        """
+        """Find, verify and take up a checkpoint: "auto", a folder, or one that is verified already."""
         report = from_main(lambda: self._find(checkpoint))
         logger.info("%s", report)
         if report.whole is None:
@@ -191,9 +163,7 @@ class RunSaver:
         # the newest one continues in its folder; a named one branches off
         if self._store is not None and (checkpoint == "auto" or isinstance(checkpoint, WholeCheckpoint)):
             self._store.folder = self._config.paths.checkpoints_dir / report.whole.path.parent.name
-        logger.info(
-            "resumed at update %d, epoch %d, from %s", progress.step, progress.epochs_done + 1, report.checkpoint
-        )
+        logger.info("resumed at update %d, epoch %d", progress.step, progress.epochs_done + 1)
         return report, progress
 
     def flush(self) -> None:
@@ -212,13 +182,11 @@ class RunSaver:
         }  # fmt: skip
         adapters = model_tensors(whole) if has_adapters(whole) else None
         try:
-            export_huggingface(
-                merged_model(whole), self._processor, self.best_model_dir, provenance=made, adapters=adapters
-            )
+            plain = merged_model(whole)
+            export_huggingface(plain, self._processor, self.best_model_dir, provenance=made, adapters=adapters)
         except (OSError, SafetensorError) as err:
             raise CheckpointError(
-                f"{self.best_model_dir}: cannot be written: {err}. Free space there and resume: the last checkpoint is "
-                "whole"
+                f"{self.best_model_dir}: cannot be written: {err}. The last checkpoint is whole: free space and resume"
             ) from err
         if self._mirror is not None:
             self._mirror.submit(self.best_model_dir)
@@ -234,12 +202,11 @@ class RunSaver:
         return find_checkpoint(roots, self._config, made_from=made_from)
 
     def _collect(self, progress: Progress) -> TrainingState:
-        model = model_tensors(self._model)
         optimizer, optimizer_values = optimizer_tensors(self._optimizer.optimizer, self._model)
         rng, rng_values = random_state()
-        scaler = self._accelerator.scaler
+        scaler, experiment = self._accelerator.scaler, self._experiment
         values = {
-            "run": "" if self._experiment is None else self._experiment.run_id,
+            "run": "" if experiment is None else experiment.run_id,
             "saved_at": time.time(),
             "progress": progress.state_dict(),
             "loader": self._loader.state_dict(),
@@ -252,8 +219,8 @@ class RunSaver:
             "data_version": self._loader.data_version,
             "git_revision": get_git_revision(),
         }
-        rows = "" if self._experiment is None else self._experiment.read_rows()
-        return TrainingState({"model": model, "optimizer": optimizer, "rng": rng}, values, rows)
+        tensors = {"model": model_tensors(self._model), "optimizer": optimizer, "rng": rng}
+        return TrainingState(tensors, values, "" if experiment is None else experiment.read_rows())
 
     def _restore(self, whole_checkpoint: WholeCheckpoint) -> Progress:
         checkpoint, values = whole_checkpoint.path, whole_checkpoint.values
@@ -268,9 +235,8 @@ class RunSaver:
             progress = Progress.from_state(values["progress"])
             self._loader.load_state_dict(values["loader"])
             load_model_tensors(self._model, state.tensors["model"])
-            load_optimizer_tensors(
-                self._optimizer.optimizer, self._model, state.tensors["optimizer"], values["optimizer"]
-            )
+            optimizer = self._optimizer.optimizer
+            load_optimizer_tensors(optimizer, self._model, state.tensors["optimizer"], values["optimizer"])
             self._updater.load_state_dict(values["updater"])
             if self._accelerator.scaler is not None and values["scaler"] is not None:
                 self._accelerator.scaler.load_state_dict(values["scaler"])

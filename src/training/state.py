@@ -1,12 +1,12 @@
 """State of a training run as tensors and JSON: taken from its parts, and put back bit for bit.
 
-Only trained parameters are saved. Frozen ones, such as the weights below LoRA adapters, come with the model, and a
-checksum proves that they are the same. Of a sharded model, torch's distributed state dicts gather whole tensors: all
-processes must call these functions, and only the main one gets the tensors.
+Only trained parameters are saved; the others come with the model, and a checksum proves that they are the same. All
+processes of a sharded model must call these functions, and only the main one gets the tensors.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import random
@@ -34,41 +34,21 @@ from src.utils.errors import CheckpointError
 HISTORY_KEYS = ("epoch", "train_loss", "val_loss", "val_wer", "val_cer", "learning_rate")
 _SAVE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _LOAD = StateDictOptions(full_state_dict=True, strict=False)
-_DIGEST_CHARACTERS = 16
-
-
-@dataclass
-class EpochTotals:
-    """Sums over the applied updates of the current epoch."""
-
-    loss_sum: float = 0.0  # nats
-    tokens: int = 0
 
 
 @dataclass
 class Progress:
-    """How far a training has come, and its results so far.
+    """How far a training has come, and its results so far."""
 
-    Attributes:
-        training_id: of the training; kept when it is resumed in another run's folder.
-        step: updates made, including skipped ones.
-        applied: updates applied; the schedule counts these.
-        epochs_done: finished epochs, validation included.
-        next_batch: of the current epoch, in this process.
-        best_epoch: epoch of the model on disk.
-        best_wer: its validation WER.
-        last_rate: learning rate of the last update.
-    """
-
-    training_id: str = field(default_factory=lambda: secrets.token_hex(8))
-    step: int = 0
-    applied: int = 0
-    epochs_done: int = 0
-    next_batch: int = 0
-    best_epoch: int | None = None
-    best_wer: float = math.inf
-    last_rate: float = math.nan
-    totals: EpochTotals = field(default_factory=EpochTotals)
+    training_id: str = field(default_factory=lambda: secrets.token_hex(8))  # stays when it is resumed in another run
+    step: int = 0  # updates made, including skipped ones
+    applied: int = 0  # updates; the schedule counts these
+    epochs_done: int = 0  # validation included
+    next_batch: int = 0  # of the current epoch, in this process
+    best_epoch: int | None = None  # of the model on disk
+    best_wer: float = math.inf  # on the validation set
+    last_rate: float = math.nan  # learning rate of the last update
+    totals: dict[str, float] = field(default_factory=lambda: {"loss_sum": 0.0, "tokens": 0})  # of the epoch, applied
     history: dict[str, list[float]] = field(default_factory=lambda: {key: [] for key in HISTORY_KEYS})
 
     @property
@@ -79,9 +59,10 @@ class Progress:
     def finish_epoch(self, result: EvaluationResult) -> bool:
         """Add an epoch's results; return whether its WER is the lowest."""
         self.epochs_done += 1
-        totals, self.totals, self.next_batch = self.totals, EpochTotals(), 0
-        # sums over sums; nan where every update was skipped
-        train_loss = totals.loss_sum / totals.tokens if totals.tokens else math.nan
+        self.next_batch = 0
+        loss_sum, tokens = self.totals.values()
+        train_loss = loss_sum / tokens if tokens else math.nan  # every update was skipped
+        self.totals = {"loss_sum": 0.0, "tokens": 0}
         row = (self.epochs_done, train_loss, result.loss, result.wer, result.cer, self.last_rate)
         for key, value in zip(HISTORY_KEYS, row, strict=True):
             self.history[key].append(value)
@@ -93,8 +74,7 @@ class Progress:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
         """Return the progress that `state_dict` was taken from; `state` does not change when it continues."""
-        history = {key: list(values) for key, values in state["history"].items()}
-        return cls(**{**state, "totals": EpochTotals(**state["totals"]), "history": history})
+        return cls(**copy.deepcopy(dict(state)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as JSON."""
@@ -108,11 +88,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put trained parameters back.
-
-    Raises:
-        CheckpointError: names or shapes differ: another variant or method. Nothing has changed then.
-    """
+    """Put trained parameters back; `CheckpointError`, and no change, if names or shapes differ."""
     here = _trained_shapes(model)
     saved = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = [name for name in {**here, **saved} if here.get(name) != saved.get(name)]
@@ -124,9 +100,9 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     load_weights(model, tensors)
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Put whole tensors into a model, sharded or not; return the names that it does not have."""
-    return list(set_model_state_dict(model, dict(tensors), options=_LOAD).unexpected_keys)
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put whole tensors into a model, sharded or not."""
+    set_model_state_dict(model, dict(tensors), options=_LOAD)
 
 
 def frozen_digest(model: nn.Module) -> str:
@@ -140,8 +116,8 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:_DIGEST_CHARACTERS]
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -160,11 +136,7 @@ def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str,
 def load_optimizer_tensors(
     optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> None:
-    """Put the optimizer's state back.
-
-    Raises:
-        CheckpointError: the state of other parameters, or of another kind of optimizer.
-    """
+    """Put the optimizer's state back; `CheckpointError` if it is of other parameters or of another optimizer."""
     state: dict[str, dict[str, Any]] = {}
     for full_name, value in {**tensors, **values}.items():
         name, _, key = full_name.rpartition("/")
@@ -195,26 +167,20 @@ def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda-{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
-    version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    values = {
-        "python": [version, list(numbers), gauss],
-        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
-    }
-    return tensors, values
+    name, keys, *rest = np.random.get_state()
+    return tensors, {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
 
 
 def restore_random_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
     """Put every global random generator back, except those of GPUs that this machine lacks."""
     torch.set_rng_state(tensors["torch"])
-    if torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()):
-            if f"cuda-{number}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"cuda-{number}"], number)
+    for number in range(torch.cuda.device_count()):
+        if f"cuda-{number}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda-{number}"], number)
     version, numbers, gauss = values["python"]
     random.setstate((version, tuple(numbers), gauss))
-    name, keys, position, has_gauss, cached = values["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    name, keys, *rest = values["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
 
 
 def _trained_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

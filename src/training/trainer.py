@@ -242,8 +242,8 @@ class WhisperTrainer:
             if report.applied:
                 schedule.step()
                 progress.applied += 1
-                progress.totals.loss_sum += report.loss_sum
-                progress.totals.tokens += report.tokens
+                progress.totals["loss_sum"] += report.loss_sum
+                progress.totals["tokens"] += report.tokens
             # the log
             update_sec = time.perf_counter() - began
             waited_sec += window_waited_sec

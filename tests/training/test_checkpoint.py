@@ -24,7 +24,6 @@ from src.training.checkpoint import (
     config_differences,
     find_checkpoint,
     list_checkpoints,
-    load_checkpoint,
     read_values,
     verify_checkpoint,
 )
@@ -59,6 +58,10 @@ def put(root: Path, run: str, step: int, config: Config, *, saved_at: float, **v
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def load_checkpoint(path: Path) -> TrainingState:
+    return verify_checkpoint(path).load()
 
 
 def assert_same(found: TrainingState, state: TrainingState) -> None:

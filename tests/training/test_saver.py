@@ -19,7 +19,7 @@ from src.evaluation.evaluator import ModelEvaluator
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export.huggingface import read_provenance
 from src.training import saver as saving
-from src.training.checkpoint import TrainingState, list_checkpoints, load_checkpoint, verify_checkpoint
+from src.training.checkpoint import TrainingState, list_checkpoints, verify_checkpoint
 from src.training.trainer import WhisperTrainer
 from src.training.updates import UpdateReport
 from src.utils.errors import CheckpointError
@@ -205,7 +205,7 @@ SCENARIOS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def final_state(trainer: WhisperTrainer) -> TrainingState:
-    return load_checkpoint(list_checkpoints(run_folder(trainer))[-1])
+    return verify_checkpoint(list_checkpoints(run_folder(trainer))[-1]).load()
 
 
 def assert_same_end(found: TrainingState, expected: TrainingState) -> None:
@@ -228,7 +228,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_a_straight_one_that_is_saved_more_oft
     expected = final_state(straight)
     saved = list_checkpoints(run_folder(straight))
     assert len(saved) == expected.values["progress"]["step"] >= 4
-    an_epoch = next(i for i, path in enumerate(saved) if load_checkpoint(path).values["progress"]["epochs_done"])
+    an_epoch = next(i for i, path in enumerate(saved) if verify_checkpoint(path).values["progress"]["epochs_done"])
     checkpoint = saved[(0, an_epoch, an_epoch + 1)[place]]
     resumed = make_trainer(**settings)
     torch.rand(7)  # generators are put back too
