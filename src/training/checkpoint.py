@@ -173,13 +173,13 @@ def verify_checkpoint(checkpoint: Path) -> WholeCheckpoint:
     for name, (size, digest) in expected.items():
         try:
             found = (checkpoint / name).stat().st_size
-            damage = f"{found} bytes instead of {size}" if found != size else ""
-            if not damage and sha256_of(checkpoint / name) != digest:
-                damage = "another SHA-256: its content is damaged"
+            if found == size and sha256_of(checkpoint / name) == digest:
+                continue
         except OSError as err:
             raise CheckpointError(f"{checkpoint}: {name} cannot be read: {err.strerror}") from err
-        if damage:
-            raise CheckpointError(f"{checkpoint}: {name} has {damage}")
+        if found == size:
+            raise CheckpointError(f"{checkpoint}: {name} is damaged: its SHA-256 differs")
+        raise CheckpointError(f"{checkpoint}: {name} has {found} bytes instead of {size}")
     return WholeCheckpoint(checkpoint, read_values(checkpoint))
 
 

@@ -45,25 +45,19 @@ WordTimes = Mapping[str, Sequence[Word]]  # by utterance id
 class TrainingInputs:
     """Makes training features; everything random is drawn from the generator that each batch brings.
 
-    Args:
-        config: `augmentation`, `model.audio_context`, and of `training` the pauses and the share of full context.
-        num_mel_bins: of the model.
-        cutter: cuts a share of the clips, with their labels.
-
-    Raises:
-        DataError, AudioError: augmentation.noise_dir cannot be used.
+    With `words`, `training.prefix_prob` of the clips end at one of theirs, and so do their labels.
     """
 
-    def __init__(self, config: Config, num_mel_bins: int, *, cutter: PrefixCutter | None = None) -> None:
-        self._config = config
-        self._cutter = cutter
-        self._num_mel_bins = num_mel_bins
+    def __init__(self, config: Config, num_mel_bins: int, *, words: WordTimes | None = None) -> None:
+        self._config, self._num_mel_bins, self._words = config, num_mel_bins, words
         self._augment = AudioAugmenter(config.augmentation)
         self._mask = SpecAugment.from_config(config.augmentation)
 
     def cut(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         """Return the batch with some clips cut at a word if that is asked for; before anything else is drawn."""
-        return batch if self._cutter is None else self._cutter(batch, generator)
+        if self._words is None:
+            return batch
+        return cut_at_words(batch, self._words, self._config.training.prefix_prob, generator)
 
     def features(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         """Return (B, mels, frames) float32 on the batch's device; `generator` is on the CPU."""
@@ -98,57 +92,28 @@ class TrainingInputs:
         return functional.pad(audio, (0, samples - audio.shape[1])), lengths  # cuts where others' pauses are longer
 
 
-class PrefixCutter:
-    """Cuts a share of a batch's clips at the end of a word.
+def cut_at_words(batch: dict[str, Any], words: WordTimes, prob: float, generator: torch.Generator) -> dict[str, Any]:
+    """Return a copy of a batch of the collator in which a share of the clips end at, or half a word after, a word.
 
-    Args:
-        words: of each clip; a clip without them, or with one word only, stays whole.
-        prob: share of the clips.
+    Clips without words or with one only, joined clips and clips with timestamps stay whole, and so does a prompt.
     """
-
-    def __init__(self, words: WordTimes, *, prob: float) -> None:
-        self._words = words
-        self._prob = prob
-
-    def __call__(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
-        """Return a batch with some clips cut.
-
-        Joined clips and clips with timestamps stay whole. A prompt before the text stays.
-
-        Args:
-            batch: of the collator, on any device; not changed.
-            generator: on the CPU.
-        """
-        draws = torch.rand(3, len(batch["ids"]), generator=generator).tolist()
-        timed = batch["timed"].tolist()
-        cuts: dict[int, tuple[int, float]] = {}
-        for row, (chosen, where, half) in enumerate(zip(*draws, strict=True)):
-            words = self._words.get(batch["ids"][row], ())
-            if chosen < self._prob and len(words) > 1 and not timed[row]:
-                cuts[row] = _choose_cut(words, where, half)
-        return _cut_rows(batch, cuts) if cuts else batch
-
-
-def _choose_cut(words: Sequence[Word], where: float, half: float) -> tuple[int, float]:
-    """Return the tokens to keep and the seconds, after any word but the last."""
-    kept = 1 + int(where * (len(words) - 1))
-    tokens = sum(word.tokens for word in words[:kept])
-    following = words[kept]
-    if half < HALF_WORD_SHARE:
-        return tokens, (following.start_sec + following.end_sec) / 2
-    return tokens, words[kept - 1].end_sec
-
-
-def _cut_rows(batch: dict[str, Any], cuts: Mapping[int, tuple[int, float]]) -> dict[str, Any]:
     audio, lengths, durations = batch["audio"].clone(), batch["audio_lengths"].clone(), list(batch["durations"])
     inputs, labels = batch["decoder_input_ids"].clone(), batch["labels"].clone()
-    for row, (tokens, seconds) in cuts.items():
-        samples = max(1, min(int(lengths[row]), round(seconds * SAMPLE_RATE)))
+    draws = torch.rand(3, len(batch["ids"]), generator=generator).tolist()
+    for row, (chosen, where, half) in enumerate(zip(*draws, strict=True)):
+        timed = words.get(batch["ids"][row], ())
+        if chosen >= prob or len(timed) < 2 or batch["timed"][row]:
+            continue
+        kept = 1 + int(where * (len(timed) - 1))  # words, never all of them
+        following, end_sec = timed[kept], timed[kept - 1].end_sec
+        if half < HALF_WORD_SHARE:
+            end_sec = (following.start_sec + following.end_sec) / 2
+        samples = max(1, min(int(lengths[row]), round(end_sec * SAMPLE_RATE)))
         audio[row, samples:] = 0
         lengths[row], durations[row] = samples, samples / SAMPLE_RATE
-        # the label keeps this many text tokens, then the end token; the collator pads inputs with it
+        # the label keeps the words' tokens, then the end token; the collator pads inputs with it
         due = torch.nonzero(labels[row] != IGNORE_INDEX)[:, 0].tolist()
-        end_at, end = due[0] + tokens, labels[row, due[-1]].item()
+        end_at, end = due[0] + sum(word.tokens for word in timed[:kept]), labels[row, due[-1]].item()
         labels[row, end_at] = end
         labels[row, end_at + 1 :] = IGNORE_INDEX
         inputs[row, end_at + 1 :] = end
@@ -163,32 +128,29 @@ def _cut_rows(batch: dict[str, Any], cuts: Mapping[int, tuple[int, float]]) -> d
 
 
 def load_or_time_words(
-    model: DynamicWhisper, tokenizer: Any, dataset: WhisperDataset, *, prefix: Sequence[int], cache_dir: Path
+    model: DynamicWhisper, tokenizer: Any, dataset: WhisperDataset, cache_dir: Path
 ) -> dict[str, tuple[Word, ...]]:
     """Return the words of every clip with their times; from the cache where these weights have timed these clips.
 
-    Args:
-        model: as it is before training; at its own length, where word ends differ from those at 30 s by 0.02 s in the
-            median (tiny.en, 125 words, 2026-11-25).
-        tokenizer: of the model.
-        dataset: of the training clips.
-        prefix: special tokens before a text.
-        cache_dir: gets `word_times/<checksum>.json`.
+    The model is as before training, at its own length: word ends differ from those at 30 s by 0.02 s in the median
+    (tiny.en, 125 words, 2026-11-25).
     """
-    path = cache_dir / "word_times" / f"{tensors_digest(model.named_parameters())}-{_clips_digest(dataset)}.json"
+    clips = hashlib.sha256()
+    for utterance, tokens in zip(dataset.utterances, dataset.tokens, strict=True):
+        clips.update(f"{utterance.id}\t{utterance.duration_sec}\t{tokens}\n".encode())
+    name = f"{tensors_digest(model.named_parameters())}-{clips.hexdigest()[:16]}.json"
+    path = cache_dir / "word_times" / name
     if path.is_file():
         logger.info("word times of %d clips: from %s", len(dataset), path)
         saved = json.loads(path.read_text(encoding="utf-8"))
         return {name: tuple(Word(**{"text": "", **word}) for word in words) for name, words in saved.items()}
-    words = time_words(model, tokenizer, dataset, prefix=prefix)
+    words = time_words(model, tokenizer, dataset)
     write_text_atomic(path, json.dumps({name: [asdict(word) for word in timed] for name, timed in words.items()}))
     return words
 
 
 @torch.inference_mode()
-def time_words(
-    model: DynamicWhisper, tokenizer: Any, dataset: WhisperDataset, *, prefix: Sequence[int]
-) -> dict[str, tuple[Word, ...]]:
+def time_words(model: DynamicWhisper, tokenizer: Any, dataset: WhisperDataset) -> dict[str, tuple[Word, ...]]:
     """Align the text of every clip with its audio, from the cross-attention of the alignment heads."""
     order = sorted(range(len(dataset)), key=lambda index: dataset.utterances[index].duration_sec or 0.0)
     times: dict[str, tuple[Word, ...]] = {}
@@ -200,16 +162,9 @@ def time_words(
             for row, index in enumerate(indices):
                 tokens = dataset.tokens[index]
                 words = align_words(
-                    model, tokenizer, hidden[row : row + 1], sot_sequence=prefix, tokens=tokens,
+                    model, tokenizer, hidden[row : row + 1], sot_sequence=dataset.prefix, tokens=tokens,
                     audio_sec=len(audios[row]) / SAMPLE_RATE,
                 )  # fmt: skip
                 if sum(word.tokens for word in words) == len(tokens):  # else a word is empty, and the rest would shift
                     times[dataset.utterances[index].id] = words
     return times
-
-
-def _clips_digest(dataset: WhisperDataset) -> str:
-    digest = hashlib.sha256()
-    for utterance, tokens in zip(dataset.utterances, dataset.tokens, strict=True):
-        digest.update(f"{utterance.id}\t{utterance.duration_sec}\t{tokens}\n".encode())
-    return digest.hexdigest()[:16]

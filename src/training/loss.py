@@ -1,4 +1,4 @@
-"""Training loss, as a module of its own: what wraps models (DDP, FSDP, autocast) wraps only this."""
+"""Training loss, as a module of its own: DDP, FSDP and autocast wrap only this."""
 
 from __future__ import annotations
 
@@ -11,24 +11,14 @@ from src.models.dynamic_context import DynamicWhisper
 
 
 class TokenLoss(nn.Module):
-    """Cross-entropy summed over the text and end tokens of a batch.
-
-    A sum, not a mean: divided by the tokens of a whole update, it does not depend on how the update is cut into
-    batches.
-    """
+    """Cross-entropy summed over the text and end tokens of a batch, so that it does not depend on how they are cut."""
 
     def __init__(self, model: DynamicWhisper) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_features: Tensor, decoder_input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss in nats, a float32 scalar.
-
-        Args:
-            input_features: (B, mels, frames).
-            decoder_input_ids: (B, L) int64.
-            labels: (B, L) int64, -100 where no loss is due.
-        """
+        """Return the loss in nats of (B, mels, frames) and (B, L) tokens; no loss is due where labels are -100."""
         inner = self.model.model
         audio = inner.encoder(input_features).last_hidden_state  # (B, frames // 2, d_model)
         text = inner.decoder(

@@ -1,16 +1,9 @@
 """Which parameters of a model are trained, and whether several processes share them.
 
-Trained are all of them, all except the encoder's first layers, or low-rank adapters. Adapters come from PEFT and are
-put into the model in place, so that evaluation and decoding see an ordinary `DynamicWhisper`.
-
-A sharded model (`fully_shard` of torch, which unlike Accelerate's plug-in also runs on a CPU, where it is tested) keeps
-a share of parameters, gradients and optimizer state in each process. A layer's parameters are gathered while it
-computes; embeddings and convolutions stay together from forward to backward, and so does the tie of embedding and
-output. Everything that leaves training sees whole tensors under their usual names: decoding takes a different number of
-steps in each process and could not exchange parameters in step. So evaluation needs room for one plain copy in each
-process.
-
-Source: Zhao et al. 2023, "PyTorch FSDP", arXiv 2304.11277; torch.distributed.fsdp.fully_shard.
+Adapters of PEFT are put into the model in place, so that evaluation and decoding see an ordinary `DynamicWhisper`. A
+sharded model (`fully_shard`, arXiv 2304.11277) keeps a share of parameters, gradients and optimizer state in each
+process; whatever leaves training sees whole tensors under their usual names, since decoding takes a different number of
+steps in each process and could not exchange parameters in step.
 """
 
 from __future__ import annotations
@@ -18,8 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -43,8 +35,7 @@ LORA_FROM_D_MODEL = 1024
 _ADAPTER = "default"  # the name that PEFT gives
 
 
-@dataclass(frozen=True)
-class MethodChoice:
+class MethodChoice(NamedTuple):
     """How a model is trained, and why."""
 
     method: Literal["full", "lora"]
@@ -57,34 +48,36 @@ def choose_method(config: TrainingConfig, d_model: int) -> MethodChoice:
         return MethodChoice(config.method, "asked for")
     if config.freeze_encoder:
         return MethodChoice("full", "freeze_encoder is set")
-    if d_model >= LORA_FROM_D_MODEL:
-        return MethodChoice("lora", f"the model is {d_model} wide, medium or larger")
-    return MethodChoice("full", f"the model is {d_model} wide, smaller than medium")
+    large = d_model >= LORA_FROM_D_MODEL
+    return MethodChoice("lora" if large else "full", f"width {d_model}, LoRA from {LORA_FROM_D_MODEL} on")
 
 
 def prepare_model(model: DynamicWhisper, config: TrainingConfig) -> MethodChoice:
     """Freeze and extend a model in place, in float32, as the configuration says.
 
-    The encoder's position table always stays as it is: it holds sinusoids, and audio at its own length would train, and
-    weight decay would shrink, only some of its rows.
-
     Adapters of an earlier training are removed, so that a cell can run again: what they learnt is in that training's
-    checkpoints and in its `merged_model`.
-
-    Raises:
-        ModelError: more frozen layers than the encoder has, or no layer has a name of `lora.target_modules`.
+    checkpoints. Raises `ModelError` for more frozen layers than the encoder has, or unknown `lora.target_modules`.
     """
-    choice = choose_method(config, model.config.d_model)
+    choice, encoder = choose_method(config, model.config.d_model), model.model.encoder
     if has_adapters(model):
         logger.info("the adapters of an earlier training are removed; this one starts from the weights below them")
-        _remove_adapters(model)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, LoraLayer):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.get_base_layer())
+        del model.peft_config  # PEFT would take new adapters for a second set
     model.float()  # master weights, whatever the checkpoint's type
     model.requires_grad_(True)
-    model.model.encoder.embed_positions.requires_grad_(False)
+    encoder.embed_positions.requires_grad_(False)  # sinusoids, of which short audio would train some rows only
     if choice.method == "lora":
         _add_adapters(model, config.lora)
-    else:
-        _freeze_encoder(model, config.freeze_encoder)
+    elif config.freeze_encoder is True:
+        encoder.requires_grad_(False)
+    elif config.freeze_encoder > len(encoder.layers):
+        raise ModelError(f"training.freeze_encoder: {config.freeze_encoder} of {len(encoder.layers)} layers")
+    elif config.freeze_encoder:
+        for module in (encoder.conv1, encoder.conv2, *encoder.layers[: config.freeze_encoder]):
+            module.requires_grad_(False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     else:
@@ -95,19 +88,6 @@ def prepare_model(model: DynamicWhisper, config: TrainingConfig) -> MethodChoice
         total / 1e6,
     )  # fmt: skip
     return choice
-
-
-def _freeze_encoder(model: DynamicWhisper, amount: bool | int) -> None:
-    encoder = model.model.encoder
-    if amount is True:
-        encoder.requires_grad_(False)
-    elif amount > len(encoder.layers):
-        raise ModelError(
-            f"training.freeze_encoder: {amount} layers are to be frozen, this encoder has {len(encoder.layers)}"
-        )
-    elif amount:
-        for module in (encoder.conv1, encoder.conv2, *encoder.layers[:amount]):
-            module.requires_grad_(False)
 
 
 def _add_adapters(model: DynamicWhisper, config: LoRAConfig) -> None:
@@ -127,14 +107,6 @@ def _add_adapters(model: DynamicWhisper, config: LoRAConfig) -> None:
     inject_adapter_in_model(settings, model)
 
 
-def _remove_adapters(model: DynamicWhisper) -> None:
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.get_base_layer())
-    del model.peft_config  # PEFT would take new adapters for a second set
-
-
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that are trained; tied ones once."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -147,12 +119,9 @@ def has_adapters(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def merged_model(model: DynamicWhisper) -> DynamicWhisper:
-    """Return the plain model that a model with adapters amounts to: W + (alpha / rank) B A.
+    """Return the plain model that a model with adapters amounts to: W + (alpha / rank) B A; itself if it has none.
 
-    The model itself does not change: merging and unmerging in place would round its weights.
-
-    Returns:
-        The model itself if it has no adapters, else a copy.
+    The model does not change: merging and unmerging in place would round its weights.
     """
     if not has_adapters(model):
         return model
@@ -172,12 +141,7 @@ def merged_model(model: DynamicWhisper) -> DynamicWhisper:
 
 
 class ShardedModel:
-    """Makes plain models out of a sharded one.
-
-    Args:
-        loss: sharded in place together with its model; make the optimizer afterwards, from the new parameters.
-        policy: types in which layers compute and gradients are summed.
-    """
+    """A model sharded in place together with its loss; make the optimizer afterwards, from the new parameters."""
 
     def __init__(self, loss: TokenLoss, policy: MixedPrecisionPolicy) -> None:
         self._model = loss.model
@@ -205,21 +169,7 @@ class ShardedModel:
 
 
 def shard_model(loss: TokenLoss, config: TrainingConfig, *, mixed_precision: str) -> ShardedModel | None:
-    """Shard a model in place if several processes train it and `training.shard_model` asks for it.
-
-    Args:
-        loss: changed in place.
-        config: the training section.
-        mixed_precision: "no", "bf16" or "fp16", as Accelerate names them.
-
-    Returns:
-        None if nothing was sharded.
-
-    Raises:
-        DeviceError: float16.
-        ConfigError: torch.compile or the 8-bit optimizer is on.
-        ModelError: layers are dropped at random, so that processes would wait for different ones.
-    """
+    """Shard a model in place if several processes train it and `training.shard_model` asks for it; None if not."""
     if not config.shard_model:
         return None
     if world_size() == 1:

@@ -1,7 +1,7 @@
 """What a session can start from: the newest checkpoint, restarted by one call, and everything stored on this machine.
 
-A checkpoint holds its configuration, so nothing has to be chosen again after a restart. Data and stock weights come
-from where they came from the first time; the data must be those that the training saw, else the restart is refused.
+A checkpoint holds its configuration; data and stock weights come from where they came from the first time, and the data
+must be those that the training saw.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import importlib.metadata
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,33 +45,20 @@ from src.utils.versioning import DatasetVersion, DataVersionManager
 
 logger = logging.getLogger(__name__)
 
-_LABEL_CASES: tuple[LabelCase, ...] = ("keep", "lower", "sentence")
-
 
 class RestartedRun(NamedTuple):
-    """A run as it was, in the order in which it is made.
+    """A run as it was, in the order in which it is made."""
 
-    Attributes:
-        config: as saved, except for the mirror and the cache of now.
-        experiment: continues in the run's folder, with the rows of metrics that the checkpoint holds.
-        splits: with transcripts as they come from the source.
-        data_version: of all clips.
-        labelled_splits: with transcripts as they were trained on.
-        loaders: of these.
-        model: with the weights of the checkpoint, or those of the best epoch if the training had ended.
-        trainer: `train` continues the training; `history` is the run's.
-    """
-
-    config: Config
-    experiment: ExperimentLogger
-    splits: DatasetSplits
-    data_version: DatasetVersion
-    labelled_splits: DatasetSplits
-    loaders: Loaders
+    config: Config  # as saved, except for the mirror and the cache of now
+    experiment: ExperimentLogger  # continues in the run's folder, with the rows of metrics that the checkpoint holds
+    splits: DatasetSplits  # with transcripts as they come from the source
+    data_version: DatasetVersion  # of all clips
+    labelled_splits: DatasetSplits  # with transcripts as they were trained on
+    loaders: Loaders  # of these
     manager: WhisperModelManager
-    model: DynamicWhisper
+    model: DynamicWhisper  # with the weights of the checkpoint, or of the best epoch if the training had ended
     processor: Any
-    trainer: WhisperTrainer
+    trainer: WhisperTrainer  # `train` continues the training; `history` is the run's
 
 
 def restart(mirror_dir: Path | None = None, *, config_path: str | Path = DEFAULT_CONFIG_PATH) -> RestartedRun:
@@ -93,12 +79,18 @@ def restart(mirror_dir: Path | None = None, *, config_path: str | Path = DEFAULT
     logger.info("%s", report)
     if report.whole is None:
         raise CheckpointError(f"{report}; train first, or name the folder that has copies of checkpoints")
-    config = _restore_config(report.whole, here, mirror_dir)
+    now = {"paths": {"cache_dir": here.paths.cache_dir}, "checkpoints": {"mirror_dir": mirror_dir}}
+    try:
+        config = load_config(None, overrides={**flatten(report.whole.values["config"]), **flatten(now)})
+    except ConfigError as err:
+        raise CheckpointError(
+            f"{report.checkpoint}: its settings are not those of this version ({err}); restart with the version that "
+            "wrote it"
+        ) from err
     experiment = ExperimentLogger(config, run_id=report.whole.values["run"])
     set_seed(config.seed)
     splits = prepare_datasets(config)
-    versions = DataVersionManager(experiment.dir / "data_versions")
-    data_version = versions.log_dataset_version(
+    data_version = DataVersionManager(experiment.dir / "data_versions").log_dataset_version(
         dataset_name=splits.source, version=experiment.run_id, metadata={}, utterances=splits.utterances
     )
     manager = WhisperModelManager(config)
@@ -113,24 +105,13 @@ def restart(mirror_dir: Path | None = None, *, config_path: str | Path = DEFAULT
     )
 
 
-def _restore_config(checkpoint: WholeCheckpoint, here: Config, mirror_dir: Path | None) -> Config:
-    saved: Mapping[str, Any] = checkpoint.values["config"]
-    now = {"paths": {"cache_dir": here.paths.cache_dir}, "checkpoints": {"mirror_dir": mirror_dir}}
-    try:
-        return load_config(None, overrides={**flatten(saved), **flatten(now)})
-    except ConfigError as err:
-        raise CheckpointError(
-            f"{checkpoint.path}: its settings are not those of this version ({err}); restart with the version that "
-            "wrote it"
-        ) from err
-
-
 def _label_as_trained(
     checkpoint: WholeCheckpoint, splits: DatasetSplits, processor: Any, config: Config
 ) -> tuple[DatasetSplits, Loaders]:
     """Find the case of the transcripts: a checkpoint has their checksum, not how they were made."""
     data_version, found = checkpoint.values["data_version"], []
-    for label_case in dict.fromkeys((splits.label_case, *_LABEL_CASES)):
+    cases: tuple[LabelCase, ...] = (splits.label_case, "keep", "lower", "sentence")
+    for label_case in dict.fromkeys(cases):
         labelled = splits.with_label_case(label_case)
         loaders = create_dataloaders(labelled, processor, config)
         if loaders.train.data_version == data_version:
@@ -152,27 +133,40 @@ class StoredReport(CheckReport):
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """A checkpoint on the disk.
-
-    Attributes:
-        update: None, like `epochs_done` and `saved_at`, if its state cannot be read.
-        saved_at: seconds since 1970.
-        problem: why it is damaged; empty if every file is as it was written.
-        differences: settings of another training; "auto" does not resume it.
-    """
+    """A checkpoint on the disk; what its state should say is None if it cannot be read."""
 
     path: Path
     mb: float
     update: int | None = None
     epochs_done: int | None = None
-    saved_at: float | None = None
-    problem: str = ""
-    differences: tuple[str, ...] = ()
+    saved_at: float | None = None  # seconds since 1970
+    problem: str = ""  # why it is damaged; empty if every file is as it was written
+    differences: tuple[str, ...] = ()  # settings of another training; "auto" does not resume it
 
 
 def stored_report(config: Config) -> StoredReport:
     """Report what a training can start from; every file of every checkpoint is read and compared."""
-    return StoredReport(tuple(_check_stored(config)))
+    samples = [path for path in sorted(SAMPLES_DIR.iterdir()) if path.suffix != ".md"]
+    data = ", ".join(f"{path.name} {size_mb(path):.1f} MB" for path in samples)
+    checks = [Check("bundled data", "ok", data), _check_weights(config.model.variant)]
+    stored = stored_checkpoints(config)
+    for each in stored:
+        name, found = f"checkpoint {each.path.parent.name}/{each.path.name}", f"{each.mb:,.0f} MB"
+        if each.problem:
+            fix = "clean_up(config, checkpoints=spare_checkpoints(config)) lists it with what else can go"
+            checks.append(Check(name, "warning", f"damaged, {found}: {each.problem}", fix))
+            continue
+        stale = f"; stale, of another training: {each.differences[0]}" if each.differences else ""
+        found = f"whole, {found}, update {each.update}, {each.epochs_done} epoch(s) done{stale}"
+        checks.append(Check(name, "ok", found))
+    if not stored:
+        checks.append(Check("checkpoints", "absent", f"none below {config.paths.checkpoints_dir}"))
+    best = config.paths.checkpoints_dir / BEST_MODEL_NAME
+    if best.is_dir():
+        made = read_provenance(best)
+        wer, found = made.get("validation_wer", math.nan), f"run {made.get('run')}, epoch {made.get('epoch')}"
+        checks.append(Check("best model", "ok", f"{found}, {size_mb(best):,.0f} MB, validation WER {wer:.3f}"))
+    return StoredReport(tuple(checks))
 
 
 def stored_checkpoints(config: Config) -> list[StoredCheckpoint]:
@@ -192,21 +186,6 @@ def spare_checkpoints(config: Config, *, keep: int = 1) -> list[Path]:
     return spare
 
 
-def _check_stored(config: Config) -> Iterator[Check]:
-    samples = [path for path in sorted(SAMPLES_DIR.iterdir()) if path.suffix != ".md"]
-    yield Check("bundled data", "ok", ", ".join(f"{path.name} {size_mb(path):.1f} MB" for path in samples))
-    yield _check_weights(config.model.variant)
-    stored = stored_checkpoints(config)
-    yield from map(_describe, stored)
-    if not stored:
-        yield Check("checkpoints", "absent", f"none below {config.paths.checkpoints_dir}")
-    best = config.paths.checkpoints_dir / BEST_MODEL_NAME
-    if best.is_dir():
-        made = read_provenance(best)
-        found = f"run {made.get('run')}, epoch {made.get('epoch')}, {size_mb(best):,.0f} MB"
-        yield Check("best model", "ok", f"{found}, validation WER {made.get('validation_wer', math.nan):.3f}")
-
-
 def _inspect(path: Path, config: Config) -> StoredCheckpoint:
     found: dict[str, Any] = {}
     try:
@@ -219,16 +198,6 @@ def _inspect(path: Path, config: Config) -> StoredCheckpoint:
         reason = first_line(err) if isinstance(err, CheckpointError) else f"{err!r} in its state"
         found["problem"] = reason.removeprefix(f"{path}: ")
     return StoredCheckpoint(path, size_mb(path), **found)
-
-
-def _describe(stored: StoredCheckpoint) -> Check:
-    name = f"checkpoint {stored.path.parent.name}/{stored.path.name}"
-    if stored.problem:
-        fix = "clean_up(config, checkpoints=spare_checkpoints(config)) lists it with what else can go"
-        return Check(name, "warning", f"damaged, {stored.mb:,.0f} MB: {stored.problem}", fix)
-    stale = f"; stale, of another training: {stored.differences[0]}" if stored.differences else ""
-    found = f"whole, {stored.mb:,.0f} MB, update {stored.update}, {stored.epochs_done} epoch(s) done{stale}"
-    return Check(name, "ok", found)
 
 
 def _check_weights(wanted: str) -> Check:

@@ -24,7 +24,7 @@ from src.data.loader import SpeechLoader, batch_generator
 from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
 from src.models.dynamic_context import DynamicWhisper
 from src.training.checkpoint import ResumeReport, WholeCheckpoint
-from src.training.inputs import PrefixCutter, TrainingInputs, load_or_time_words
+from src.training.inputs import TrainingInputs, load_or_time_words
 from src.training.loss import TokenLoss
 from src.training.methods import merged_model, prepare_model, shard_model
 from src.training.saver import RunSaver
@@ -84,12 +84,10 @@ class WhisperTrainer:
         model.audio_context = config.model.audio_context
         set_seed(config.seed)
         self._accelerator = _make_accelerator(model, config)
-        cutter = None
+        words = None
         if config.training.prefix_prob:  # with the initial weights, before adapters are added
-            data, cache_dir = train_loader.dataset, config.paths.cache_dir
-            words = load_or_time_words(model, processor.tokenizer, data, prefix=data.prefix, cache_dir=cache_dir)
-            cutter = PrefixCutter(words, prob=config.training.prefix_prob)
-        inputs = TrainingInputs(config, model.config.num_mel_bins, cutter=cutter)
+            words = load_or_time_words(model, processor.tokenizer, train_loader.dataset, config.paths.cache_dir)
+        inputs = TrainingInputs(config, model.config.num_mel_bins, words=words)
         is_lora = prepare_model(model, config.training).method == "lora"
         self.learning_rate = config.training.learning_rate or default_learning_rate(model.config.d_model, lora=is_lora)
         self._loss: Any = TokenLoss(model)

@@ -15,7 +15,7 @@ from src.inference.decoding import decode
 from src.inference.options import DecodingOptions
 from src.inference.words import Word
 from src.training import inputs as module
-from src.training.inputs import PrefixCutter, TrainingInputs, load_or_time_words, time_words
+from src.training.inputs import TrainingInputs, cut_at_words, load_or_time_words, time_words
 from src.utils.config import Config, load_config
 
 QUIET = {"enabled": False}
@@ -125,7 +125,7 @@ WORDS = {
 
 
 def cut(prob: float = 1.0, number: int = 0, **changes: Any) -> dict[str, Any]:
-    return PrefixCutter(WORDS, prob=prob)({**make_words(), **changes}, batch_generator(0, 0, number))
+    return cut_at_words({**make_words(), **changes}, WORDS, prob, batch_generator(0, 0, number))
 
 
 def texts(batch: dict[str, Any]) -> list[list[int]]:
@@ -153,7 +153,7 @@ def test_a_cut_clip_ends_with_a_word_and_expects_the_words_until_there() -> None
 
 def test_a_cut_batch_has_the_labels_of_its_words_and_the_given_one_stays() -> None:
     given = make_words()
-    batch = PrefixCutter(WORDS, prob=1.0)(given, batch_generator(0, 0, 0))
+    batch = cut_at_words(given, WORDS, 1.0, batch_generator(0, 0, 0))
     count = len(texts(batch)[0])
     assert batch["decoder_input_ids"][0].tolist() == [START, 2, *(11, 12)[:count], *[END] * (5 - count)]
     assert batch["labels"][0].tolist() == [-100, *(11, 12)[:count], END, *[-100] * (5 - count)]
@@ -185,7 +185,7 @@ def test_words_are_timed_once_and_a_cut_clip_says_its_words(
     model, processor = tiny_en
     model.audio_context = "dynamic"
     dataset = loader.dataset
-    words = load_or_time_words(model, processor.tokenizer, dataset, prefix=dataset.prefix, cache_dir=tmp_path)
+    words = load_or_time_words(model, processor.tokenizer, dataset, tmp_path)
     assert set(words) == {u.id for u in dataset.utterances}
     for utterance, tokens in zip(dataset.utterances, dataset.tokens, strict=True):
         timed = words[utterance.id]
@@ -193,7 +193,7 @@ def test_words_are_timed_once_and_a_cut_clip_says_its_words(
         ends = [word.end_sec for word in timed]
         assert ends == sorted(ends) and ends[-1] <= (utterance.duration_sec or 0) + 1e-6
     monkeypatch.setattr(module, "time_words", lambda *a, **k: pytest.fail("timed again"))
-    assert load_or_time_words(model, processor.tokenizer, dataset, prefix=dataset.prefix, cache_dir=tmp_path) == words
+    assert load_or_time_words(model, processor.tokenizer, dataset, tmp_path) == words
     assert len(json.loads(next((tmp_path / "word_times").iterdir()).read_text())) == 4
 
 
@@ -208,7 +208,7 @@ def test_cuts_are_where_the_model_hears_the_words_end(tiny_en: tuple[Any, Any], 
     dataset = create_loader([utterance], processor, config, shuffle=True).dataset
     dataset._load = lambda audio, **_: audio
     model.audio_context = "dynamic"
-    (timed,) = time_words(model, processor.tokenizer, dataset, prefix=dataset.prefix).values()
+    (timed,) = time_words(model, processor.tokenizer, dataset).values()
     end_sec = timed[4].end_sec  # Americans
     model.audio_context = "full"
     heard = decode(model, processor, [jfk[: round(16_000 * end_sec)]], DecodingOptions())[0].text
