@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -35,17 +35,11 @@ SYNC_ROWS = 64  # a kill loses no row, a power cut at most this many
 
 @dataclass(frozen=True)
 class JobReport:
-    """Contents of a job's output, for the recordings that were asked for.
-
-    Attributes:
-        recordings: how many.
-        audio_sec: of those with a text.
-        failed: (source, reason) of those without.
-    """
+    """Contents of a job's output, for the recordings that were asked for."""
 
     recordings: int
-    audio_sec: float
-    failed: tuple[tuple[str, str], ...]
+    audio_sec: float  # of those with a text
+    failed: tuple[tuple[str, str], ...]  # (source, reason) of those without
 
 
 def run_job(
@@ -58,55 +52,41 @@ def run_job(
 ) -> JobReport:
     """Transcribe the recordings without a row, together with the other processes of the launcher.
 
-    Args:
-        output: JSONL; its folder is made, and shared by all machines.
-        sources: paths; only the main process reads them.
-        transcribe: gives a `Transcription` for each source that it gets, also for a bad one.
-        settings: what the texts depend on, as JSON takes it; kept in `<output>.job.json`.
-        retry_errors: transcribe failed recordings again.
-
-    Returns:
-        The same report in every process.
-
-    Raises:
-        DataError: the folder cannot be written, another process has the job, the settings differ from those of its
-            rows, or a row is damaged or missing.
+    Only the main process reads `sources`; the folder of `output`, JSONL, is shared by all machines. `transcribe` gives
+    a `Transcription` for each source that it gets, also for a bad one. `settings`, what the texts depend on as JSON
+    takes it, are kept in `<output>.job.json`: other ones are refused. Each process returns the same report.
     """
+    sources = list(dict.fromkeys(sources))
     with ExitStack() as stack:
 
         def begin() -> list[list[str]]:
-            stack.enter_context(_locked(output))
+            with _files_of(output):
+                output.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    stack.enter_context(FileLock(output.parent / f".{output.name}.lock", timeout=0))
+                except Timeout as err:
+                    raise DataError(f"{output}: another process works on it; wait, or give another output") from err
             rows = _read_rows([output, *_parts(output)])
             _check_settings(output, settings, begun=bool(rows))
             held = {source for source, row in rows.items() if row.error is None or not retry_errors}
-            pending = [source for source in dict.fromkeys(sources) if source not in held]
+            pending = [source for source in sources if source not in held]
             if held:
                 logger.info("%s holds %d recordings; %d are left", output, len(held), len(pending))
             return deal(pending, world_size())
 
         mine = from_main(begin)[rank()]
-        with RowWriter(part_path(output, rank()) if world_size() > 1 else output) as rows:
-            for transcription in transcribe(mine):
-                rows.append(transcription.to_json())
+        found = (transcription.to_json() for transcription in transcribe(mine))
+        append_rows(part_path(output, rank()) if world_size() > 1 else output, found)
         wait_for_all()
-        return from_main(lambda: _finish(output, list(dict.fromkeys(sources))))
+        return from_main(lambda: _finish(output, sources))
 
 
 @contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Keep other processes from the same job."""
-    lock = FileLock(output.parent / f".{output.name}.lock", timeout=0)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as err:
-        raise DataError(f"{output}: another process works on it; wait for it, or give another output") from err
-    except (OSError, NotImplementedError) as err:
-        raise DataError(f"{output}: cannot be written: {err}; choose another folder") from err
+def _files_of(path: Path) -> Iterator[None]:
     try:
         yield
-    finally:
-        lock.release()
+    except (OSError, NotImplementedError) as err:
+        raise DataError(f"{path}: cannot be read or written: {err}; make room, or give another output") from err
 
 
 def _check_settings(output: Path, settings: Mapping[str, Any], *, begun: bool) -> None:
@@ -115,8 +95,6 @@ def _check_settings(output: Path, settings: Mapping[str, Any], *, begun: bool) -
     if not begun:
         write_json(path, settings)
         return
-    if not path.exists():
-        raise DataError(f"{output}: holds rows, but no {path.name} says how they were made; give another output")
     fix = f"remove it together with {output.name}, or give another output"
     before = read_json(path, dict, what="the settings of a job", fix=fix)
     now = json.loads(json.dumps(settings))
@@ -150,49 +128,23 @@ def _bytes(source: str) -> int:
         return 0
 
 
-class RowWriter:
-    """Appends rows to a JSONL file; a last line that a kill has cut off is removed first.
-
-    Raises:
-        DataError: the file cannot be written, or a row in it is damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._unsynced = path, 0
-        whole = max((row.offset + row.size for row in _scan(path)), default=0)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab")
-            self._file.truncate(whole)
-        except OSError as err:
-            raise DataError(f"{path}: cannot be written: {err.strerror}; choose another folder") from err
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._file:
-            self._sync()
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Write a row, out of this process at once.
-
-        Raises:
-            DataError: the disk is full, or gone.
-        """
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-        try:
-            self._file.write(line.encode("utf-8", "backslashreplace"))  # names that are not UTF-8: as JSON escapes them
-            self._file.flush()
-            self._unsynced += 1
-            if self._unsynced >= SYNC_ROWS:
-                self._sync()
-        except OSError as err:
-            raise DataError(f"{self._path}: cannot be written: {err.strerror}; make room, and start again") from err
-
-    def _sync(self) -> None:
-        os.fsync(self._file.fileno())
-        self._unsynced = 0
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows, each out of this process at once; a last line that a kill has cut off is removed first."""
+    whole = max((row.offset + row.size for row in _scan(path)), default=0)
+    with _files_of(path):
+        file = path.open("ab")
+        file.truncate(whole)
+    try:
+        for number, row in enumerate(rows, start=1):
+            line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+            with _files_of(path):
+                file.write(line.encode("utf-8", "backslashreplace"))  # names that are not UTF-8: as JSON escapes them
+                file.flush()
+                if number % SYNC_ROWS == 0:
+                    os.fsync(file.fileno())
+    finally:
+        with _files_of(path), file:
+            os.fsync(file.fileno())
 
 
 def part_path(output: Path, rank: int) -> Path:
@@ -227,33 +179,21 @@ def _read_rows(paths: Iterable[Path]) -> dict[str, _Row]:
 
 
 def _scan(path: Path) -> Iterator[_Row]:
-    """Yield the rows of a file, if it exists; a damaged last line is none.
-
-    Raises:
-        DataError: the file cannot be read, or a line before the last is damaged.
-    """
+    """Yield the rows of a file, if it exists; a damaged last line is none, one before it an error."""
     offset, damaged = 0, 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if damaged:
-                    raise DataError(f"{path}, line {damaged}: not a row of a transcription job; remove the line")
-                try:
-                    fields = json.loads(line)
-                    source, error = fields["source"], fields["error"]
-                    duration_sec = 0.0 if error is not None else float(fields["duration_sec"])
-                    whole = line.endswith(b"\n")
-                except (ValueError, TypeError, KeyError):
-                    whole = False
-                if whole:
-                    yield _Row(path, offset, len(line), source, duration_sec, error)
-                else:
-                    damaged = number
-                offset += len(line)
-    except FileNotFoundError:
+    if not path.exists():
         return
-    except OSError as err:
-        raise DataError(f"{path}: cannot be read: {err.strerror}; give another output") from err
+    with _files_of(path), path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if damaged:
+                raise DataError(f"{path}, line {damaged}: not a row of a transcription job; remove the line")
+            try:
+                fields = json.loads(line) if line.endswith(b"\n") else {}
+                source, error = fields["source"], fields["error"]
+                yield _Row(path, offset, len(line), source, float(fields["duration_sec"] or 0), error)
+            except (ValueError, TypeError, KeyError):
+                damaged = number
+            offset += len(line)
 
 
 def _finish(output: Path, sources: Sequence[str]) -> JobReport:
@@ -268,21 +208,15 @@ def _finish(output: Path, sources: Sequence[str]) -> JobReport:
     ordered = [rows[source] for source in dict.fromkeys([*sources, *rows])]
     ends = [0, *(row.offset + row.size for row in ordered)]
     in_place = all(row.path == output and row.offset == end for row, end in zip(ordered, ends, strict=False))
-    try:
+    with _files_of(output), ExitStack() as stack:
         if not in_place or output.stat().st_size != ends[-1]:
-            with ExitStack() as stack:
-                files = {path: stack.enter_context(path.open("rb")) for path in {row.path for row in ordered}}
-                joined = stack.enter_context(atomic_file(output, durable=True))
+            files = {path: stack.enter_context(path.open("rb")) for path in {row.path for row in ordered}}
+            with atomic_file(output, durable=True) as joined:
                 for row in ordered:
                     files[row.path].seek(row.offset)
                     joined.write(files[row.path].read(row.size))
         for part in _parts(output):  # their rows are in it
             part.unlink()
-    except OSError as err:
-        raise DataError(f"{output}: cannot be written: {err.strerror}; make room, and start again") from err
     asked = [rows[source] for source in sources]
-    return JobReport(
-        len(asked),
-        sum(row.duration_sec for row in asked),
-        tuple((row.source, row.error) for row in asked if row.error is not None),
-    )
+    failed = tuple((row.source, row.error) for row in asked if row.error is not None)
+    return JobReport(len(asked), sum(row.duration_sec for row in asked), failed)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from src.inference.files.jobs import JobReport, RowWriter, deal, part_path, run_job
+from src.inference.files.jobs import JobReport, append_rows, deal, part_path, run_job
 from src.inference.files.segmentation import TranscribedSegment
 from src.inference.files.transcribe import Transcription
 from src.inference.options import DecodingResult
@@ -115,8 +115,7 @@ def test_parts_of_any_number_of_processes_are_joined_in_order(tmp_path: Path) ->
     output, sources = tmp_path / "rows.jsonl", ["a.wav", "b.wav", "c.wav", "d.wav"]
     job(output, ["z.wav", "d.wav"], Scripted(bad=("d.wav",)))
     for part, source in ((2, "b.wav"), (7, "d.wav")):
-        with RowWriter(part_path(output, part)) as rows:
-            rows.append(Transcription(source, f"part {part}", 1.0).to_json())
+        append_rows(part_path(output, part), [Transcription(source, f"part {part}", 1.0).to_json()])
     with part_path(output, 7).open("ab") as file:
         file.write(b'{"source": "c.wav", "te')  # killed there
     assert asked(output, sources) == ["a.wav", "c.wav"]
