@@ -1,4 +1,4 @@
-"""Memory and disk: measured, compared with what a run needs, and freed of what earlier runs left. MB are 10^6 bytes."""
+"""Memory and disk: measured, what a run needs, and freed of what earlier runs left. MB are 10^6 bytes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLEAN_UP_HINT = "src.utils.clean_up(config) lists what can be removed"
-SPARE_DISK_MB = 500.0  # left after a step: logs, figures, and what other processes write meanwhile
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}  # per trained parameter, in memory and in a checkpoint
 # in millions; those of a folder or a Hub repository are unknown before it is loaded
 PARAMETERS_M = {"tiny": 37.8, "base": 72.6, "small": 241.7, "medium": 763.9, "distil": 756.4, "large-v3-turbo": 808.9}
@@ -40,30 +39,20 @@ _DECODED = re.compile(r"[0-9a-f]{64}\.flac")  # as `data.audio` names them
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """A reading of memory and disk.
+    """A reading of memory and disk."""
 
-    Attributes:
-        process_mb: resident memory of this process; loader processes have their own.
-        system_available_mb: what processes can still take without swapping.
-        gpu_mb: held by tensors on the device now, without torch's cache; None without a GPU.
-        gpu_peak_mb: the most since the process began or `torch.cuda.reset_peak_memory_stats`; None if not counted.
-        disk_free_mb: of the file system that holds the folder.
-    """
-
-    process_mb: float
-    system_available_mb: float
-    gpu_mb: float | None
-    gpu_peak_mb: float | None
-    disk_free_mb: float
+    process_mb: float  # resident memory of this process; loader processes have their own
+    system_available_mb: float  # what processes can still take without swapping
+    gpu_mb: float | None  # held by tensors on the device now, without torch's cache; None without a GPU
+    gpu_peak_mb: float | None  # the most since `torch.cuda.reset_peak_memory_stats`; None if not counted
+    disk_free_mb: float  # of the file system that holds the folder
 
     def fields(self) -> dict[str, float | None]:
         """Return the fields of a row of metrics.jsonl, in whole MB."""
         gpu_mb = None if self.gpu_mb is None else round(self.gpu_mb)
         return {
-            "memory_mb": round(self.process_mb),
-            "gpu_memory_mb": gpu_mb,
-            "disk_free_mb": round(self.disk_free_mb),
-        }
+            "memory_mb": round(self.process_mb), "gpu_memory_mb": gpu_mb, "disk_free_mb": round(self.disk_free_mb),
+        }  # fmt: skip
 
 
 def measure_memory(folder: Path, device: torch.device | str | None = None) -> MemoryUse:
@@ -71,20 +60,21 @@ def measure_memory(folder: Path, device: torch.device | str | None = None) -> Me
 
     None and the CPU have no device memory of their own.
     """
-    gpu_bytes = gpu_peak_bytes = None
+    gpu_mb = gpu_peak_mb = None
     kind = str(device).partition(":")[0]
     if kind in ("cuda", "mps"):
         import torch  # only a GPU's memory needs it
 
         if kind == "mps":
-            gpu_bytes = torch.mps.current_allocated_memory()
+            gpu_mb = torch.mps.current_allocated_memory() / 1e6
         else:
-            gpu_bytes, gpu_peak_bytes = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+            gpu_mb = torch.cuda.memory_allocated(device) / 1e6
+            gpu_peak_mb = torch.cuda.max_memory_allocated(device) / 1e6
     return MemoryUse(
         process_mb=psutil.Process().memory_info().rss / 1e6,
         system_available_mb=psutil.virtual_memory().available / 1e6,
-        gpu_mb=None if gpu_bytes is None else gpu_bytes / 1e6,
-        gpu_peak_mb=None if gpu_peak_bytes is None else gpu_peak_bytes / 1e6,
+        gpu_mb=gpu_mb,
+        gpu_peak_mb=gpu_peak_mb,
         disk_free_mb=shutil.disk_usage(folder).free / 1e6,
     )
 
@@ -111,57 +101,35 @@ def return_freed_memory() -> None:
 
 
 @contextmanager
-def watch_resources(
-    step: str,
-    *,
-    folder: Path,
-    device: torch.device | str | None = None,
-    needs_mb: float | None = None,
-    needs_disk_mb: float | None = None,
-) -> Iterator[MemoryUse]:
-    """Log memory and disk before and after a step, even if it fails; warn first about what will not fit.
+def watch_resources(step: str, *, folder: Path, device: torch.device | str | None = None) -> Iterator[MemoryUse]:
+    """Log memory and disk before and after a step, even if it fails; yield the reading before.
 
     Args:
         step: its name in the log.
         folder: where the step writes; it need not exist yet.
-        device: whose memory is shown; on a GPU `needs_mb` refers to its memory, else to RAM.
-        needs_mb: memory that the step takes.
-        needs_disk_mb: what the step writes.
-
-    Yields:
-        The reading before the step.
-
-    Raises:
-        WhisperASRError: if the disk has less free than the step writes; the step has not begun.
+        device: whose memory is shown.
     """
-    place = existing_folder(folder)
-    before = measure_memory(place, device)
-    if needs_disk_mb is not None and needs_disk_mb + SPARE_DISK_MB > before.disk_free_mb:
-        problem = f"{step}: {place}: needs {needs_disk_mb:.0f} MB on the disk, {before.disk_free_mb:.0f} MB are free"
-        if needs_disk_mb > before.disk_free_mb:
-            raise WhisperASRError(f"{problem}; {CLEAN_UP_HINT}, or choose another disk under paths")
-        logger.warning("%s, which leaves it almost full; %s", problem, CLEAN_UP_HINT)
-    free_mb = free_memory_mb(device)
-    if needs_mb is not None and needs_mb > free_mb:
-        logger.warning("%s: takes about %.0f MB of memory, %.0f MB are free", step, needs_mb, free_mb)
+    before = measure_memory(existing_folder(folder), device)
     logger.info("%s: before: %s", step, _describe(before))
     try:
         yield before
     finally:
-        logger.info("%s: after: %s", step, _describe(measure_memory(place, device), before))
+        logger.info("%s: after: %s", step, _describe(measure_memory(existing_folder(folder), device), before))
 
 
 def _describe(now: MemoryUse, before: MemoryUse | None = None) -> str:
-    def show(name: str) -> str:
-        mb, earlier = getattr(now, name), getattr(before, name, None)
-        return f"{mb:,.0f} MB" if earlier is None else f"{mb:,.0f} MB ({mb - earlier:+,.0f})"
-
-    gpu = "" if now.gpu_mb is None else f"GPU {show('gpu_mb')}, "
-    peak = "" if before is None or now.gpu_peak_mb is None else f"peak {now.gpu_peak_mb:,.0f} MB, "
-    return (
-        f"process {show('process_mb')}, RAM available {show('system_available_mb')}, {gpu}{peak}"
-        f"disk free {show('disk_free_mb')}"
-    )
+    names = {
+        "process_mb": "process",
+        "system_available_mb": "RAM available",
+        "gpu_mb": "GPU",
+        "disk_free_mb": "disk free",
+    }
+    shown = [f"GPU peak {now.gpu_peak_mb:,.0f} MB"] if before is not None and now.gpu_peak_mb is not None else []
+    for field, name in names.items():
+        mb, earlier = getattr(now, field), getattr(before, field, None)
+        change = "" if earlier is None else f" ({mb - earlier:+,.0f})"
+        shown += [] if mb is None else [f"{name} {mb:,.0f} MB{change}"]
+    return ", ".join(shown)
 
 
 def run_memory_mb(parameters: float, *, trained: float, optimizer: str = "adamw") -> float:
@@ -229,21 +197,17 @@ class CleanUp:
         return "\n".join([head, *(f"  {r.mb:8,.0f} MB  {r.kind}: {r.place} ({len(r.paths)} path(s))" for r in rows)])
 
 
-def clean_up(
-    config: Config, *, dry_run: bool = True, decoded_audio: bool = True, checkpoints: Sequence[Path] = ()
-) -> CleanUp:
+def clean_up(config: Config, *, dry_run: bool = True, checkpoints: Sequence[Path] = ()) -> CleanUp:
     """List what can be removed, then remove it; return unused memory to the GPU and the system.
 
-    Only files that this project names are removed, only below the configured folders, and never through a link.
-    Unfinished files are what killed processes of this machine half wrote or half removed. Those of running processes
-    stay, and so does a replaced folder whose successor is missing: the next save restores it.
+    Only files that this project names are removed, only below the configured folders, and never through a link: the
+    cache of decoded audio, which fills again when needed; what killed processes of this machine half wrote or half
+    removed; and the given checkpoints. A replaced folder whose successor is missing stays: the next save restores it.
 
     Args:
         config: `paths` is used.
         dry_run: only list, with sizes.
-        decoded_audio: include the cache that `data.cache_decoded` fills; it is filled again when needed.
-        checkpoints: include these, for example `spare_checkpoints(config)` of `training.stored`; no training may be
-            writing there.
+        checkpoints: for example `spare_checkpoints(config)` of `src.training`; no training may be writing there.
 
     Raises:
         WhisperASRError: if a checkpoint is a link or lies outside `paths.checkpoints_dir`, or if something cannot be
@@ -253,14 +217,17 @@ def clean_up(
         if not _is_inside(path, config.paths.checkpoints_dir):
             raise WhisperASRError(f"{path}: a link, or not below {config.paths.checkpoints_dir}; remove it by hand")
     items = [*find_unfinished(config), *(_item("checkpoint", path) for path in checkpoints)]
-    if decoded_audio:
-        folder = config.paths.cache_dir / "audio"
-        files = [path for path in sorted(folder.glob("??/*.flac")) if _DECODED.fullmatch(path.name)]
-        files = [path for path in files if _is_inside(path, folder.parent)]
-        items += [Removable("decoded audio", folder, tuple(files), sum(map(size_mb, files)))] if files else []
+    folder = config.paths.cache_dir / "audio"
+    files = [path for path in sorted(folder.glob("??/*.flac")) if _DECODED.fullmatch(path.name)]
+    files = [path for path in files if _is_inside(path, folder.parent)]
+    items += [Removable("decoded audio", folder, tuple(files), sum(map(size_mb, files)))] if files else []
     if not dry_run:
         for path in (path for item in items for path in item.paths):
-            _remove(path)
+            try:
+                with contextlib.suppress(FileNotFoundError):  # removed by another process
+                    remove_folder(path)
+            except OSError as err:
+                raise WhisperASRError(f"{path}: cannot be removed: {err.strerror}; close what uses it") from err
         release_memory()
         return_freed_memory()
     return CleanUp(tuple(items), done=not dry_run)
@@ -293,13 +260,3 @@ def _is_inside(path: Path, folder: Path) -> bool:
     path, folder = path.absolute(), folder.absolute()
     below = path.is_relative_to(folder) and path != folder
     return below and path.resolve() == folder.resolve() / path.relative_to(folder)
-
-
-def _remove(path: Path) -> None:
-    try:
-        if path.is_dir():
-            remove_folder(path)
-        else:
-            path.unlink(missing_ok=True)
-    except OSError as err:
-        raise WhisperASRError(f"{path}: cannot be removed: {err.strerror}; close what uses it") from err

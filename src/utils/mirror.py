@@ -25,9 +25,8 @@ import stat
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
@@ -59,15 +58,16 @@ class _Marker(BaseModel):
     files: dict[str, int]  # name to size in bytes
 
 
-@dataclass(frozen=True)
-class _Job:
+class _Job(NamedTuple):
     source: Path
     name: str
-    group: str | None
-    keep: int | None
+    group: str | None = None
+    keep: int | None = None
 
-    def replaces(self, other: _Job) -> bool:
-        return self.name == other.name or (self.group is not None and self.group == other.group)
+    @property
+    def series(self) -> str:
+        """Of folders of one group only the newest matters."""
+        return self.group or self.name
 
 
 class DriveMirror:
@@ -80,25 +80,23 @@ class DriveMirror:
     Args:
         target: made now if absent. If it vanishes later, it is not made again.
         max_mb_per_sec: limit for writing and reading back, 10^6 bytes per second.
+        sleep: waits for seconds.
+        clock: in seconds.
 
     Raises:
         WhisperASRError: if the target cannot be made or written, or is on a Google Drive that is not mounted.
     """
 
     def __init__(
-        self,
-        target: Path,
-        *,
-        max_mb_per_sec: float,
-        sleep: Callable[[float], None] = time.sleep,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+        self, target: Path, *, max_mb_per_sec: float,
+        sleep: Callable[[float], None] = time.sleep, clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
         self.target = target.absolute()
         self._bytes_per_sec, self._sleep, self._clock = max_mb_per_sec * 1e6, sleep, clock
         self._changed = threading.Condition()  # guards what follows; never held while a file is accessed
-        self._queue: list[_Job] = []
+        self._queue: dict[str, _Job] = {}  # by series, as the failures
         self._current: _Job | None = None
-        self._failed: dict[_Job, str] = {}
+        self._failed: dict[str, tuple[str, str]] = {}
         self._stall_reported = False
         self._due_sec = self._progress_sec = clock()
         self._prepare_target()
@@ -108,7 +106,7 @@ class DriveMirror:
     def failures(self) -> dict[str, str]:
         """Reason by folder without a copy, until its name, or a newer folder of its group, has been copied."""
         with self._changed:
-            return {job.name: reason for job, reason in self._failed.items()}
+            return dict(self._failed.values())
 
     def submit(
         self, source: Path, *, name: str | None = None, keep: int | None = None, group: str | None = None
@@ -134,12 +132,12 @@ class DriveMirror:
             self._fail(job, "no such folder; save it first")
             return
         with self._changed:
-            self._queue = [other for other in self._queue if not job.replaces(other)] + [job]
+            self._queue.pop(job.series, None)
+            self._queue[job.series] = job
             self._changed.notify_all()
             current, stalled_sec = self._current, self._clock() - self._progress_sec
-            warns = current is not None and stalled_sec >= STALL_SEC and not self._stall_reported
-            self._stall_reported |= warns
-        if warns and current is not None:
+        if current is not None and stalled_sec >= STALL_SEC and not self._stall_reported:
+            self._stall_reported = True
             logger.warning(
                 "mirror: the copy of %s to %s has stood still for %.0f s: the drive hangs; training goes on; "
                 "mount the drive again", current.name, self.target, stalled_sec,
@@ -148,7 +146,10 @@ class DriveMirror:
     def is_busy(self, source: Path) -> bool:
         """Whether a folder waits or is being copied, so that it must not be deleted."""
         with self._changed:
-            return any(job is not None and job.source == source.absolute() for job in (*self._queue, self._current))
+            return any(job.source == source.absolute() for job in self._unfinished())
+
+    def _unfinished(self) -> list[_Job]:
+        return [job for job in (self._current, *self._queue.values()) if job is not None]
 
     def flush(self, timeout_sec: float | None = None) -> bool:
         """Wait until every submitted folder is copied or has failed; False, with a warning, if the time has passed.
@@ -156,12 +157,12 @@ class DriveMirror:
         Without a time limit this waits even for a drive that hangs.
         """
         with self._changed:
-            done = self._changed.wait_for(lambda: not self._queue and self._current is None, timeout_sec)
-            names = [job.name for job in (self._current, *self._queue) if job is not None]
+            done = self._changed.wait_for(lambda: not self._unfinished(), timeout_sec)
+            names = ", ".join(job.name for job in self._unfinished())
         if not done:
             logger.warning(
                 "mirror: after %.0f s still without a copy in %s: %s; wait longer, or copy by hand",
-                timeout_sec, self.target, ", ".join(names),
+                timeout_sec, self.target, names,
             )  # fmt: skip
         return done
 
@@ -169,7 +170,7 @@ class DriveMirror:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._queue))
-                self._current = job = self._queue.pop(0)
+                self._current = job = self._queue.pop(next(iter(self._queue)))
                 self._progress_sec, self._stall_reported = self._clock(), False
             try:
                 self._copy_with_retries(job)
@@ -195,7 +196,7 @@ class DriveMirror:
                 self._sleep(wait_sec)
         logger.info("mirror: copied and checked %s (%.1f MB) in %s", job.name, n_bytes / 1e6, self.target)
         with self._changed:
-            self._failed = {other: reason for other, reason in self._failed.items() if not job.replaces(other)}
+            self._failed.pop(job.series, None)
         folder = (self.target / job.name).parent
         try:
             self._recover(folder)  # removes the copy that was replaced
@@ -342,8 +343,7 @@ class DriveMirror:
 
     def _fail(self, job: _Job, reason: str) -> None:
         with self._changed:
-            others = {other: why for other, why in self._failed.items() if other.name != job.name}
-            self._failed = {**others, job: reason}
+            self._failed[job.series] = (job.name, reason)
         logger.warning(
             "mirror: %s has no copy in %s: %s; the last good copy stays, later folders are tried; check that the drive "
             "is mounted and has space", job.name, self.target, reason,

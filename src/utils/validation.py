@@ -1,8 +1,7 @@
 """The environment doctor: whether this machine can run the project, and the command that fixes what is missing.
 
-A broken package must not hide the other findings: no heavy package is imported at the top, a check that fails reports
-that under its own name, and torch is imported in a separate process, which it may crash. So `utils.memory`, which
-imports NumPy, pydantic and psutil, is imported where it is used.
+A broken package must not hide the other findings: a check that fails reports that under its own name, torch is imported
+in a separate process, which it may crash, and what imports NumPy, pydantic or psutil is imported where it is used.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ import json
 import logging
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from src.utils.errors import WhisperASRError, first_line
 from src.utils.runtime import MOUNT_POINT, in_colab
@@ -33,9 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Status = Literal["ok", "warning", "error", "absent"]
-STATUSES: tuple[Status, ...] = ("error", "warning", "absent", "ok")
-MIN_PYTHON = (3, 11)
+Status = Literal["error", "warning", "absent", "ok"]
 LOW_RAM_MB = 2_000.0  # training tiny.en takes 1.4 to 1.9 GB
 RUN_DISK_MB = 1_000.0  # a run's figures and predictions, and an int8 export
 _ROOT = Path(__file__).resolve().parents[2]
@@ -60,19 +57,12 @@ show(torchaudio=torchaudio.__version__)
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check.
-
-    Attributes:
-        name: what was checked.
-        status: "absent" is for what the project works without.
-        found: what is there.
-        fix: a command, or what to do; empty if there is nothing to do.
-    """
+    """The result of one check."""
 
     name: str
-    status: Status
+    status: Status  # "absent" is for what the project works without
     found: str
-    fix: str = ""
+    fix: str = ""  # a command, or what to do
 
 
 @dataclass(frozen=True)
@@ -97,18 +87,17 @@ class CheckReport:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        rows = []
+        rows = ""  # no colours of its own: it takes those of a light or a dark notebook
         for check in self.checks:
+            name, found, fix = map(html.escape, (check.name, check.found, check.fix))
             status = check.status if check.status == "ok" else f"<b>{check.status}</b>"
-            fix = f"<br><code>{html.escape(check.fix)}</code>" if check.fix else ""
-            texts = (status, html.escape(check.name), html.escape(check.found) + fix)
-            rows.append("<tr>" + "".join(f"<td {_CELL}>{text}</td>" for text in texts) + "</tr>")
-        # no colours of its own: it takes those of a light or a dark notebook
-        return f"<p><b>{self.title}</b>: {self._counts()}</p><table>{''.join(rows)}</table>"
+            texts = (status, name, found + (f"<br><code>{fix}</code>" if fix else ""))
+            rows += f"<tr>{''.join(f'<td {_CELL}>{text}</td>' for text in texts)}</tr>"
+        return f"<p><b>{self.title}</b>: {self._counts()}</p><table>{rows}</table>"
 
     def _counts(self) -> str:
-        counts = {status: sum(check.status == status for check in self.checks) for status in STATUSES}
-        return ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+        counts = Counter(check.status for check in self.checks)
+        return ", ".join(f"{counts[status]} {status}" for status in get_args(Status) if counts[status])
 
 
 class EnvironmentReport(CheckReport):
@@ -130,11 +119,10 @@ def environment_report(config: Config | None = None) -> EnvironmentReport:
         "Python": _check_python,
         "packages": _check_packages,
         "torch": _check_torch,
-        "torchao": _check_torchao,
         "FFmpeg": _check_ffmpeg,
         "microphone": _check_microphone,
-        "RAM and disk": lambda: check_room(config),
-        "runs and caches": lambda: () if config is None else check_kept(config),
+        "RAM and disk": lambda: _check_room(config),
+        "runs and caches": lambda: () if config is None else _check_kept(config),
         "Google Drive": _check_drive,
         "tokens": _check_tokens,
     }
@@ -153,11 +141,10 @@ def run_check(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
 
 def _check_python() -> Iterator[Check]:
     found = f"{platform.python_version()} on {platform.platform()}"
-    if sys.version_info >= MIN_PYTHON:
-        yield Check("Python", "ok", found)
+    if sys.version_info < (3, 11):  # noqa: UP036
+        yield Check("Python", "error", f"{found}; at least 3.11 is needed", "make PYTHON=python3.13 setup")
     else:
-        least = ".".join(map(str, MIN_PYTHON))
-        yield Check("Python", "error", f"{found}; at least {least} is needed", "make PYTHON=python3.13 setup")
+        yield Check("Python", "ok", found)
 
 
 def _check_packages() -> Iterator[Check]:
@@ -209,24 +196,12 @@ def _check_torch() -> Iterator[Check]:
         return
     found: dict[str, Any] = {}
     for line in done.stdout.splitlines():
-        if line.startswith("{"):
-            found |= json.loads(line)
-    problem = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    yield from judge_torch(found, problem)
-
-
-def judge_torch(found: dict[str, Any], problem: str) -> Iterator[Check]:
-    """Turn what the probing process found into checks.
-
-    Args:
-        found: `torch`, `cuda`, `mps` and `gpus` if torch was imported, `torchaudio` if that was, too.
-        problem: the error that ended the process; empty if there was none.
-    """
+        found |= json.loads(line) if line.startswith("{") else {}
+    problem = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     if "torch" not in found:
         yield Check("torch", "error", f"does not import: {problem}", _torch_fix())
         return
-    build = f"CUDA {found['cuda']}" if found["cuda"] else "no CUDA in this build"
-    yield Check("torch", "ok", f"{found['torch']}, {build}")
+    yield Check("torch", "ok", f"{found['torch']}, CUDA {found['cuda'] or 'is not in this build'}")
     if "torchaudio" in found:
         yield Check("torchaudio", "ok", f"{found['torchaudio']} imports together with it")
     elif _installed("torchaudio") is not None:  # else it is among the packages that are not installed
@@ -253,22 +228,6 @@ def _judge_gpu(found: dict[str, Any]) -> Check:
     if in_colab():
         return Check("GPU", "absent", "none in this runtime", "Runtime > Change runtime type > T4 GPU")
     return Check("GPU", "absent", "none; a CPU is enough for the demo profile, tiny and base models, and streaming")
-
-
-def _check_torchao() -> Iterator[Check]:
-    """PEFT refuses to work with a torchao that is older than it supports, even where it is not used."""
-    version = _installed("torchao")
-    if version is None:
-        return
-    from packaging.version import Version
-
-    source = importlib.metadata.distribution("peft").locate_file("peft/import_utils.py")  # peft's import costs torch's
-    match = re.search(r'TORCHAO_MINIMUM_VERSION = \S*parse\("([\d.]+)"\)', Path(str(source)).read_text("utf-8"))
-    if match is None or Version(version) >= Version(match[1]):
-        yield Check("torchao", "ok", version)
-        return
-    text = f"{version}; PEFT {_installed('peft')} raises below {match[1]}, though not where adapters are trained here"
-    yield Check("torchao", "warning", text, "pip uninstall -y torchao")
 
 
 def _check_ffmpeg() -> Iterator[Check]:
@@ -299,17 +258,18 @@ def _check_microphone() -> Iterator[Check]:
         yield Check("microphone", "absent", f"no input device: {first_line(err)}", "python -m sounddevice")
 
 
-def check_room(config: Config | None = None) -> Iterator[Check]:
+def _check_room(config: Config | None) -> Iterator[Check]:
     """Check RAM and the disks that a run writes to; without a configuration, the disk of the working folder."""
     import psutil
 
     from src.utils.memory import PARAMETERS_M, run_disk_mb
 
     memory = psutil.virtual_memory()
-    is_low = memory.available / 1e6 < LOW_RAM_MB
-    fix = "close other programs, and restart other notebooks' kernels" if is_low else ""
     found = f"{memory.available / 1e6:,.0f} MB available of {memory.total / 1e6:,.0f} MB"
-    yield Check("RAM", "warning" if is_low else "ok", found, fix)
+    if memory.available < 1e6 * LOW_RAM_MB:
+        yield Check("RAM", "warning", found, "close other programs, and restart other notebooks' kernels")
+    else:
+        yield Check("RAM", "ok", found)
     if config is None:
         yield check_disk("disk", Path(), RUN_DISK_MB)
         return
@@ -329,7 +289,7 @@ def check_disk(name: str, folder: Path, needs_mb: float) -> Check:
     return Check(name, "ok", found) if free_mb >= needs_mb else Check(name, "warning", found, CLEAN_UP_HINT)
 
 
-def check_kept(config: Config) -> Iterator[Check]:
+def _check_kept(config: Config) -> Iterator[Check]:
     """Check what earlier runs left: their folders, the caches, and what killed processes half wrote."""
     from src.utils.memory import CLEAN_UP_HINT, find_unfinished, size_mb
 
@@ -345,29 +305,26 @@ def check_kept(config: Config) -> Iterator[Check]:
 
 
 def _check_drive() -> Iterator[Check]:
-    if not in_colab():
-        return
-    if MOUNT_POINT.is_mount():
+    if in_colab() and MOUNT_POINT.is_mount():
         yield Check("Google Drive", "ok", f"mounted at {MOUNT_POINT}")
-    else:
+    elif in_colab():
         text = "not mounted: a lost session loses its checkpoints"
         yield Check("Google Drive", "absent", text, "from src.utils import mount_drive; mount_drive('whisper_asr')")
 
 
 def _check_tokens() -> Iterator[Check]:
-    for name, (_, _, login, without) in _LOGINS.items():
-        place = _token_place(name)
+    for name, (file, mark, login, without) in _LOGINS.items():
+        place = _token_place(name, file, mark)
         if place is None:
             yield Check(name, "absent", f"not found; {without}", login)
         else:
             yield Check(name, "ok", f"present in {place}")
 
 
-def _token_place(name: str) -> str | None:
+def _token_place(name: str, file: str, mark: str) -> str | None:
     """Say where a token is, None if nowhere; its value is neither stored nor shown."""
     if os.environ.get(name):
         return "the environment"
-    file, mark, *_ = _LOGINS[name]
     with contextlib.suppress(OSError):
         if mark in Path(file).expanduser().read_text(encoding="utf-8", errors="replace"):
             return file

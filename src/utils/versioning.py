@@ -11,9 +11,8 @@ import logging
 import math
 import re
 import subprocess
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,10 +49,6 @@ def get_git_revision(folder: Path = _ROOT) -> str | None:
         return None
 
 
-class _ReadsBytes(Protocol):
-    def read(self) -> bytes: ...
-
-
 class _Recorded(Protocol):
     # one recording with its transcript, such as `src.data.Utterance`
     @property
@@ -61,55 +56,29 @@ class _Recorded(Protocol):
     @property
     def text(self) -> str: ...
     @property
-    def audio(self) -> Path | bytes | _ReadsBytes: ...
+    def audio(self) -> Any: ...  # a path, bytes, or with `read`
 
 
 @dataclass(frozen=True)
 class DatasetVersion:
-    """A logged version of a data set.
-
-    Attributes:
-        dataset_name: as given.
-        version: as given.
-        metadata: as given; must be possible in JSON.
-        clips: number of utterances.
-        checksum: SHA-256 over all audio and texts in any order; None if logged without utterances.
-        git_revision: of this code; None outside a checkout.
-        time: UTC, ISO 8601.
-        digests: by utterance id, sorted; an id that occurs twice has two.
-    """
+    """A logged version of a data set."""
 
     dataset_name: str
     version: str
     metadata: Mapping[str, Any]
     clips: int
-    checksum: str | None
-    git_revision: str | None
-    time: str
-    digests: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
-
-
-@dataclass(frozen=True)
-class DatasetChanges:
-    """Sorted ids of utterances that are new, missing, or whose audio or text differs; true if there is any."""
-
-    added: tuple[str, ...]
-    removed: tuple[str, ...]
-    changed: tuple[str, ...]
-
-    def __bool__(self) -> bool:
-        return bool(self.added or self.removed or self.changed)
+    checksum: str | None  # SHA-256 over all audio and texts in any order; None if logged without utterances
+    git_revision: str | None  # of this code; None outside a checkout
+    time: str  # UTC, ISO 8601
+    digests: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)  # by id; one that is twice has two
 
 
 class DataVersionManager:
-    """Log versions of data sets, and check later whether the data are still the same.
+    """Log versions of data sets; logging the same version again tells whether the data are still the same.
 
-    Each version is a file of its own. A clip's digest covers its encoded audio and its text; the version's checksum
-    covers all digests in any order: the same set has the same checksum on every machine, and one changed transcript
-    changes it.
-
-    Args:
-        path: folder of the files; made when the first version is logged.
+    Each version is a file of its own in a folder, which is made with the first. A clip's digest covers its encoded
+    audio and its text; the version's checksum covers all digests in any order: the same set has the same checksum on
+    every machine, and one changed transcript changes it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -121,73 +90,40 @@ class DataVersionManager:
         """Log a version; reads all of its audio. Logging the same content again updates metadata, time and revision.
 
         Raises:
-            DataError: if the version exists with other content, the metadata are not JSON, a recording cannot be read,
-                or the folder cannot be written.
+            DataError: if the version exists with other content (the ids are listed), the metadata are not JSON, a
+                recording cannot be read, or the folder cannot be written.
         """
         checksum, digests = _checksums(utterances)
         clips = sum(map(len, digests.values()))
-        older = self._find(dataset_name, version)
-        if older is not None and older.checksum != checksum:
+        target = self._file(dataset_name, version)
+        if target.exists() and (older := _load_version(target)).checksum != checksum:
+            was, now = older.digests, digests
+            changes = {
+                "added": sorted(now.keys() - was.keys()),
+                "removed": sorted(was.keys() - now.keys()),
+                "changed": sorted(name for name in now.keys() & was.keys() if now[name] != was[name]),
+            }
+            listed = ""
+            for kind, ids in changes.items():
+                more = f" and {len(ids) - _LISTED_IDS} more" if len(ids) > _LISTED_IDS else ""
+                listed += f"\n  - {kind}: {', '.join(ids[:_LISTED_IDS])}{more}" if ids else ""
             raise DataError(
                 f"{dataset_name} {version} was logged on {older.time} with other content ({older.clips} clips, now "
-                f"{clips}); give the new data a new version, or see what changed: compare()"
+                f"{clips}); restore the data, or give them a new version:{listed}"
             )
         try:
             metadata = json.loads(json.dumps(dict(metadata), allow_nan=False))  # as it will be read
         except (TypeError, ValueError) as err:
             raise DataError(f"{dataset_name} {version}: the metadata cannot be written as JSON: {err}") from err
-        record = DatasetVersion(
-            dataset_name, version, metadata, clips, checksum, get_git_revision(), _now(), digests
-        )  # fmt: skip
-        target = self._file(dataset_name, version)
+        record = DatasetVersion(dataset_name, version, metadata, clips, checksum, get_git_revision(), _now(), digests)
         write_json(target, asdict(record))
         logger.info("%s %s: %d clips, checksum %s, in %s", dataset_name, version, clips, checksum, target)
         return record
 
-    def versions(self, dataset_name: str | None = None) -> list[DatasetVersion]:
-        """Return the logged versions of one data set or all, from old to new; a damaged file is a `DataError`."""
-        records = [_load_version(file) for file in sorted(self.path.glob("*.json"))]
-        chosen = [record for record in records if dataset_name in (None, record.dataset_name)]
-        return sorted(chosen, key=lambda record: (record.time, record.dataset_name, record.version))
-
-    def compare(self, dataset_name: str, version: str, utterances: Iterable[_Recorded]) -> DatasetChanges:
-        """Return how the utterances differ from a logged version; reads all audio.
-
-        Raises:
-            DataError: if there is no such version, or it was logged without its utterances.
-        """
-        record = self._find(dataset_name, version)
-        if record is None:
-            known = [f"{r.dataset_name} {r.version}" for r in self.versions()]
-            hint = did_you_mean(f"{dataset_name} {version}", known)
-            raise DataError(f"{dataset_name} {version}: no such version in {self.path}{hint}")
-        if record.checksum is None:
-            raise DataError(f"{dataset_name} {version} was logged without its utterances: there is nothing to compare")
-        now = _checksums(utterances)[1]
-        return DatasetChanges(
-            added=tuple(sorted(now.keys() - record.digests.keys())),
-            removed=tuple(sorted(record.digests.keys() - now.keys())),
-            changed=tuple(sorted(i for i in now.keys() & record.digests.keys() if now[i] != record.digests[i])),
-        )
-
-    def verify(self, dataset_name: str, version: str, utterances: Iterable[_Recorded]) -> None:
-        """Make sure that the utterances are those of a logged version; reads all audio.
-
-        Raises:
-            DataError: if they are not, with the ids that were added, removed and changed; and as `compare`.
-        """
-        changes = self.compare(dataset_name, version, utterances)
-        if not changes:
-            return
-        listed = ""
-        for kind, ids in asdict(changes).items():
-            more = f" and {len(ids) - _LISTED_IDS} more" if len(ids) > _LISTED_IDS else ""
-            listed += f"\n  - {kind}: {', '.join(ids[:_LISTED_IDS])}{more}" if ids else ""
-        raise DataError(f"the data are not {dataset_name} {version} any more:{listed}")
-
-    def _find(self, dataset_name: str, version: str) -> DatasetVersion | None:
-        file = self._file(dataset_name, version)
-        return _load_version(file) if file.exists() else None
+    def versions(self) -> list[DatasetVersion]:
+        """Return the logged versions from old to new; a damaged file is a `DataError`."""
+        records = [_load_version(file) for file in self.path.glob("*.json")]
+        return sorted(records, key=lambda record: (record.time, record.dataset_name, record.version))
 
     def _file(self, dataset_name: str, version: str) -> Path:
         # The hash distinguishes what the safe names do not: "a/b" and "a_b", or "A" and "a" where case is ignored.
@@ -207,14 +143,13 @@ def _checksums(utterances: Iterable[_Recorded]) -> tuple[str | None, dict[str, t
     A clip's digest is SHA-256(SHA-256(audio) + SHA-256(text)). The checksum is over their sorted list, so the order
     does not matter and duplicates count.
     """
-    clips: Counter[str] = Counter()
+    clips: list[str] = []
     by_id: defaultdict[str, list[str]] = defaultdict(list)
     for utterance in utterances:
         text = hashlib.sha256(utterance.text.encode("utf-8")).digest()
-        digest = hashlib.sha256(_audio_sha256(utterance) + text).hexdigest()
-        clips[digest] += 1
-        by_id[utterance.id].append(digest[:_DIGEST_CHARS])
-    checksum = hashlib.sha256("".join(sorted(clips.elements())).encode()).hexdigest() if clips else None
+        clips.append(hashlib.sha256(_audio_sha256(utterance) + text).hexdigest())
+        by_id[utterance.id].append(clips[-1][:_DIGEST_CHARS])
+    checksum = hashlib.sha256("".join(sorted(clips)).encode()).hexdigest() if clips else None
     return checksum, {name: tuple(sorted(by_id[name])) for name in sorted(by_id)}
 
 
@@ -231,31 +166,16 @@ def _audio_sha256(utterance: _Recorded) -> bytes:
 
 @dataclass(frozen=True)
 class RegisteredModel:
-    """A model as it was registered.
-
-    Attributes:
-        model_id: its name.
-        version: 1, 2, ... of this model_id.
-        created: UTC, ISO 8601.
-        metrics: numbers by name; None if the value was not finite.
-        git_revision: of the code; None outside a checkout.
-        run: path or name, as given.
-        data_version: as `DataVersionManager` knows it.
-        checkpoint: path or name, as given.
-        base_model: what was fine-tuned.
-        notes: free text.
-    """
+    """A model as it was registered."""
 
     model_id: str
-    version: int
-    created: str
-    metrics: Mapping[str, FiniteFloat | None]
+    version: int  # 1, 2, ... of this model_id
+    created: str  # UTC, ISO 8601
+    metrics: Mapping[str, FiniteFloat | None]  # None if the value was not finite
     git_revision: str | None
-    run: str | None = None
-    data_version: str | None = None
-    checkpoint: str | None = None
-    base_model: str | None = None
-    notes: str = ""
+    run: str | None = None  # path or name
+    data_version: str | None = None  # as `DataVersionManager` knows it
+    checkpoint: str | None = None  # path or name
 
 
 @dataclass(frozen=True)
@@ -286,13 +206,10 @@ class ModelRegistry:
         run: str | Path | None = None,
         data_version: str | None = None,
         checkpoint: str | Path | None = None,
-        base_model: str | None = None,
-        notes: str = "",
     ) -> RegisteredModel:
         """Add a model; it is on the disk when this returns. A known model_id gets a new version, older ones stay.
 
-        The arguments are those of `RegisteredModel`. A metric that is not finite is stored as missing, with a warning,
-        and never wins.
+        A metric that is not finite is stored as missing, with a warning, and never wins.
 
         Raises:
             ModelError: if model_id is empty or a metric is not a number.
@@ -300,22 +217,19 @@ class ModelRegistry:
         """
         if not model_id.strip():
             raise ModelError("register_model: model_id is empty; give the model a name")
-        checked = _check_metrics(metrics, model_id)
-        with self._locked():
-            models = self.list_models()
-            model = RegisteredModel(
-                model_id,
-                version=1 + max((m.version for m in models if m.model_id == model_id), default=0),
-                created=_now(),
-                metrics=checked,
-                git_revision=git_revision,
-                run=None if run is None else str(run),
-                data_version=data_version,
-                checkpoint=None if checkpoint is None else str(checkpoint),
-                base_model=base_model,
-                notes=notes,
-            )
-            write_json(self.file, asdict(_Registry(1, [*models, model])), durable=True)
+        checked = {name: _finite(value, f"{model_id}: metric {name}") for name, value in metrics.items()}
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{self.file}.lock"):  # the file stays; a dead process holds no lock
+                models = self.list_models()
+                version = 1 + max((m.version for m in models if m.model_id == model_id), default=0)
+                model = RegisteredModel(
+                    model_id, version, _now(), checked, git_revision, None if run is None else str(run), data_version,
+                    None if checkpoint is None else str(checkpoint),
+                )  # fmt: skip
+                write_json(self.file, asdict(_Registry(1, [*models, model])), durable=True)
+        except (OSError, NotImplementedError) as err:
+            raise DataError(f"{self.file}: cannot be locked for writing: {err}; choose a local disk") from err
         logger.info("registered %s version %d in %s", model_id, model.version, self.file)
         return model
 
@@ -326,19 +240,6 @@ class ModelRegistry:
         parse = TypeAdapter(_Registry).validate_python
         fix = "restore an older copy, or move it away to start a new one; it was not changed"
         return read_json(self.file, parse, what="a model registry", fix=fix).models
-
-    def get(self, model_id: str, version: int | None = None) -> RegisteredModel:
-        """Return one version of a model, the newest by default; raises `ModelError` if there is none."""
-        models = self.list_models()
-        versions = {m.version: m for m in models if m.model_id == model_id}
-        if not versions:
-            hint = did_you_mean(model_id, sorted({m.model_id for m in models}))
-            raise ModelError(f"{model_id}: no such model in {self.file}{hint}; list_models() shows all")
-        chosen = max(versions) if version is None else version
-        if chosen not in versions:
-            known = ", ".join(map(str, sorted(versions)))
-            raise ModelError(f"{model_id}: no version {chosen} in {self.file}; there are {known}")
-        return versions[chosen]
 
     def best(self, metric: str = "wer", *, lower_is_better: bool = True) -> RegisteredModel:
         """Return the best version of all models, of equals the first; raises `ModelError` if none has the metric."""
@@ -368,35 +269,16 @@ class ModelRegistry:
             frame[f"metrics.{metric}" if metric in columns else metric] = pd.Series(values, dtype="float64")
         return frame
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keep other writers out through `<name>.lock`, which stays; a dead process holds no lock."""
-        lock = FileLock(f"{self.file}.lock")
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except (OSError, NotImplementedError) as err:
-            raise DataError(f"{self.file}: cannot be locked for writing: {err}; choose a local disk") from err
-        try:
-            yield
-        finally:
-            lock.release()
 
-
-def _check_metrics(metrics: Mapping[str, float | None], model_id: str) -> dict[str, float | None]:
-    checked: dict[str, float | None] = {}
-    for name, value in metrics.items():
-        try:
-            if not isinstance(name, str) or isinstance(value, str | bool):
-                raise TypeError(f"a {type(value).__name__}")
-            number = None if value is None else float(value)
-        except (TypeError, ValueError) as err:
-            raise ModelError(f"{model_id}: metric {name!r} is {value!r}, expected a name and one number") from err
-        if number is None or not math.isfinite(number):
-            logger.warning("%s: metric %s is %s; stored as missing", model_id, name, value)
-            number = None
-        checked[name] = number
-    return checked
+def _finite(value: float | None, name: str) -> float | None:
+    try:
+        number = math.nan if value is None else float(value)
+    except (TypeError, ValueError) as err:
+        raise ModelError(f"{name} is {value!r}; expected one number") from err
+    if math.isfinite(number):
+        return number
+    logger.warning("%s is %s; stored as missing", name, value)
+    return None
 
 
 def _now() -> str:

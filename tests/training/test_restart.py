@@ -154,9 +154,12 @@ def by_name(checks: Sequence[Check]) -> dict[str, Check]:
 
 @pytest.mark.slow  # trains
 def test_checkpoints_are_whole_stale_or_damaged_and_the_newest_whole_one_is_not_spare(
-    make_trainer: TrainerFactory, configure: Callable[..., Config]
+    make_trainer: TrainerFactory, configure: Callable[..., Config], tmp_path: Path
 ) -> None:
-    trainer = make_trainer(training__epochs=1, checkpoints__save_minutes=0, checkpoints__save_total_limit=3)
+    trainer = make_trainer(
+        training__epochs=1, checkpoints__save_minutes=0, checkpoints__save_total_limit=3,
+        paths__cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
     trainer.train()
     config = trainer.config
     first, second, third = stored_checkpoints(config)
@@ -176,7 +179,7 @@ def test_checkpoints_are_whole_stale_or_damaged_and_the_newest_whole_one_is_not_
     assert checks[f"checkpoint run-000/{second.path.name}"].status == "ok"
     assert "run-000" in checks["best model"].found
     assert set(spare_checkpoints(config)) == {first.path, third.path}
-    clean_up(config, dry_run=False, decoded_audio=False, checkpoints=spare_checkpoints(config))
+    clean_up(config, dry_run=False, checkpoints=spare_checkpoints(config))
     assert [each.path for each in stored_checkpoints(config)] == [second.path]
 
 

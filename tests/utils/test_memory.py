@@ -4,7 +4,6 @@ import gc
 import logging
 import mmap
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -93,21 +92,6 @@ def test_a_step_is_logged_before_and_after_even_if_it_fails(tmp_path: Path, capl
     first, last = caplog.messages
     assert first.startswith("training: before: ")
     assert int(re.match(r"training: after: process [^(]*\(([+-]\d+)\)", last)[1]) > 100
-
-
-def test_a_step_that_cannot_fit_on_the_disk_is_refused_and_a_tight_one_warned_about(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2_000_000_000))
-    too_much = watch_resources("export", folder=tmp_path, needs_disk_mb=3_000)
-    with pytest.raises(WhisperASRError, match=r"export: .* 3000 MB .* 2000 MB"), too_much:
-        raise AssertionError("it began")
-    with watch_resources("export", folder=tmp_path, needs_disk_mb=1_900, needs_mb=1e9):
-        pass
-    disk, memory = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert "1900 MB" in disk
-    assert "1000000000 MB of memory" in memory
 
 
 def test_a_dry_run_lists_and_only_what_was_listed_is_removed(config: Config) -> None:

@@ -16,20 +16,10 @@ import pytest
 from src.utils import validation
 from src.utils.config import Config
 from src.utils.errors import ConfigError
-from src.utils.validation import (
-    Check,
-    CheckReport,
-    EnvironmentReport,
-    check_disk,
-    check_kept,
-    environment_report,
-    judge_torch,
-    run_check,
-)
+from src.utils.validation import Check, CheckReport, EnvironmentReport, check_disk, environment_report, run_check
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRETS = {"HF_TOKEN": "hf_NobodyMaySeeThis", "WANDB_API_KEY": "0123456789abcdef-NorThis"}
-HEALTHY = {"torch": "2.11.0", "cuda": "13.0", "mps": False, "gpus": [], "torchaudio": "2.11.0"}
 
 
 @pytest.fixture(scope="module")
@@ -134,26 +124,16 @@ def test_a_torch_that_ends_its_process_is_reported(stub: Callable[[str, str], No
 
 def test_a_gpu_is_named_and_its_absence_comes_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     def gpu(**found: Any) -> Check:
-        return by_name(judge_torch({**HEALTHY, **found}, ""))["GPU"]
+        return validation._judge_gpu({"torch": "2.11.0", "cuda": "13.0", "mps": False, "gpus": [], **found})
 
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert gpu(gpus=[["Tesla T4", 15_828.3]]) == Check("GPU", "ok", "Tesla T4, 15,828 MB")
+    assert gpu(mps=True).status == "ok"
     assert gpu().status == "absent"
     monkeypatch.setattr(validation, "in_colab", lambda: True)
     assert gpu().fix == "Runtime > Change runtime type > T4 GPU"
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     assert gpu().status == "warning"
-
-
-def test_the_torchao_that_peft_refuses_is_found(installed: Callable[..., None]) -> None:
-    installed(torchao="0.10.0")
-    (check,) = validation._check_torchao()
-    assert check.status == "warning"
-    assert "0.16.0" in check.found
-    installed(torchao="0.16.0")
-    assert [check.status for check in validation._check_torchao()] == ["ok"]
-    installed(torchao=None)
-    assert not list(validation._check_torchao())
 
 
 def test_a_microphone_needs_sounddevice_and_portaudio(
@@ -206,7 +186,7 @@ def test_unfinished_files_of_earlier_runs_show(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").touch()
     (tmp_path / "run" / f".report.html.{2**22 + 1}.0a1b.partial").touch()
-    checks = by_name(check_kept(config))
+    checks = by_name(validation._check_kept(config))
     assert checks["runs"].found.startswith("1 ")
     assert checks["unfinished files"].status == "warning"
 
