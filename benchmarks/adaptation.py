@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks.benchmarking import append_table, read, strided
+from scripts.benchmarking import append_table, read, strided
 from src.data.labels import apply_case, resolve_case
 from src.data.loader import create_loader
 from src.data.preparation import check_utterance, find_shared_speakers

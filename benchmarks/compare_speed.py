@@ -44,8 +44,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one pair of the short tasks; records nothing")
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from benchmarks.benchmarking import show
     from benchmarks.compare_commits import checkout_of
+    from scripts.benchmarking import show
 
     tasks = ["import", "detect"] if arguments.quick else arguments.only
     rounds = 1 if arguments.quick else arguments.rounds

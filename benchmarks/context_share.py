@@ -1,11 +1,11 @@
-"""How large a share of batches padded to 30 s a model needs to keep working there: `training.full_context_prob`.
+"""Measure the share of batches padded to 30 s that a model needs to keep working there: `training.full_context_prob`.
 
     python benchmarks/context_share.py [--quick] [--train FILE.parquet --dev FILE.parquet] [--device cuda ...]
 
-Padded batches cost as much as a usual recipe's, so the share decides most of the time that own length saves. The same
-run as `benchmarks/training.py --real`, once for each share: word error rates at own length and at 30 s by
-epoch, and the clips a second. The last line printed is one JSON object; the table goes to docs/BENCHMARKS.md. On two
-cores each share takes an hour; on a GPU, `--parallel` runs them side by side, whose speed then says nothing.
+Padded batches cost as much as in a usual recipe, so the share decides how much time training at own length saves. Runs
+`benchmarks/training.py --real` once per share: word error rates at own length and at 30 s by epoch, and clips per
+second. The last line printed is one JSON object; the table is appended to docs/BENCHMARKS.md. On two cores each share
+takes an hour; on a GPU, `--parallel` runs all shares at once, and no speed is reported.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.benchmarking import append_table
 from benchmarks.training import Figures, Job, add_shared_arguments, make_job, run_job
+from scripts.benchmarking import append_table
 
 SHARES = (0.0, 0.02, 0.05, 0.1)
 

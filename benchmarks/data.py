@@ -3,9 +3,9 @@
     python benchmarks/data.py [--quick] [--data FILE_OR_FOLDER.parquet] [--clips 1000]
 
 The peer is the recipe of Hugging Face's fine-tuning guides: `datasets.map` with `WhisperFeatureExtractor`, which pads
-every clip to 30 s and writes the features to the disk before training. Both prepare the same clips in this run. Where a
-GPU is at hand, the loader also feeds a step of 100 ms for 16 clips with all augmentation on, and the waiting is timed.
-The last line printed is one JSON object; the table is appended to docs/BENCHMARKS.md.
+every clip to 30 s and writes the features to the disk before training. Both prepare the same clips in this run. With a
+GPU, the loader also feeds a step of 100 ms for 16 clips with all augmentation on, and the waiting is timed. The last
+line printed is one JSON object; the table is appended to docs/BENCHMARKS.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.benchmarking import append_table, median_sec
+from scripts.benchmarking import append_table, median_sec
 from src.data import AudioAugmenter, DatasetSplits, SpecAugment, Utterance, create_loader, prepare_datasets
 from src.data.audio import SAMPLE_RATE, AudioCache, decode, load_audio
 from src.data.augmentation.augmenter import Effects
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def write_clips(source: Path, count: int, target: Path) -> None:
-    """Write the first `count` rows, from the start again where there are too few, under ids of their own."""
+    """Write the first `count` rows, from the start again if there are too few, under ids of their own."""
     table = pq.read_table(source)
     times = -(-count // table.num_rows)
     repeated = pa.concat_tables([table] * times).slice(0, count)
@@ -105,7 +105,7 @@ def write_clips(source: Path, count: int, target: Path) -> None:
 
 
 def time_first_batch(config: Config, processor: Any) -> tuple[float, DatasetSplits]:
-    """Return the seconds from nothing to a training batch in hand: every clip listed, decoded and checked first."""
+    """Return the seconds until the first training batch: every clip listed, decoded and checked first."""
     began = time.perf_counter()
     splits = prepare_datasets(config)
     loader = create_loader(splits.train, processor, config, shuffle=True)

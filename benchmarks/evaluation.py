@@ -27,8 +27,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 
-from benchmarks.benchmarking import append_table, median_sec, read, strided
 from benchmarks.training_sides import read_recording
+from scripts.benchmarking import append_table, median_sec, read, strided
 from src.data import Utterance, create_loader
 from src.data.preparation import RecordingChecker
 from src.data.sources.catalog import SAMPLE_PARQUET

@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks.benchmarking import append_table
 from benchmarks.faults import FAULTS, UPDATES, Outcome, make_stock_model, make_trainer
+from scripts.benchmarking import append_table
 
 START_LIMIT_SEC = 180.0  # until a worker trains
 RUN_LIMIT_SEC = 300.0

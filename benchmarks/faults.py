@@ -1,4 +1,4 @@
-"""The faults of the drill that need no kill: each trains a small model, breaks something, and looks what is left."""
+"""The faults of the drill that need no kill: each trains a small model, breaks something, and checks what is left."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def full_mirror(stock: Path, folder: Path) -> Outcome:
 
 
 def stalled_mirror(stock: Path, folder: Path) -> Outcome:
-    """Let a block of the copy take for ever."""
+    """Let a block of the copy never end."""
     from src.utils import mirror
 
     trainer = make_trainer(stock, folder, mirror_dir=str(folder / "drive"))

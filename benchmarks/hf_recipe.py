@@ -4,7 +4,8 @@ Kept as the guide has it (https://huggingface.co/blog/fine-tune-whisper): featur
 `datasets.map`, labels by `tokenizer(text)` without a leading space, the guide's collator with its later fix of the
 start token, `Seq2SeqTrainer` with its own optimizer settings, order and clipping. Adapted: names of arguments that
 transformers 5 changed; audio decoded by soundfile and soxr, since `datasets` needs FFmpeg; no gradient checkpointing,
-and as many warm-up updates as the other side. Nothing of this library is imported: time and memory are the recipe's.
+and as many warm-up updates as the other side. Nothing of this library is imported, so that time and memory are those of
+the recipe alone.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ class RecipeOptions:
     """What both sides share.
 
     Attributes:
-        planned_updates: that the learning rate falls to zero over.
+        planned_updates: over which the learning rate falls to zero.
         stop_after: updates to do of these.
         precision: "float32", or what mixed precision computes in.
-        workers: processes that read the features; the guide leaves it at none.
-        save_updates: updates between two checkpoints, from which a stopped run goes on; None saves none.
+        workers: processes that read the features; 0 in the guide.
+        save_updates: updates between two checkpoints, from which a stopped run continues; None saves none.
     """
 
     batch_size: int
@@ -105,7 +106,7 @@ class DataCollatorSpeechSeq2SeqWithPadding:
 
 
 class _Recorder(TrainerCallback):  # type: ignore[misc]
-    """Appends the seconds of each update, data included and saving not, to a file; ends the run where asked."""
+    """Appends the seconds of each update, including loading but not saving, to a file; ends the run when asked."""
 
     def __init__(self, rows: Path, stop_after: int) -> None:
         self._rows = rows
@@ -129,12 +130,12 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
 
 
 def fine_tune(model: Any, processor: Any, dataset: Any, options: RecipeOptions, folder: Path) -> list[dict[str, Any]]:
-    """Train in place; go on from the last checkpoint in `folder` where there is one.
+    """Train in place; continue from the last checkpoint in `folder`, if there is one.
 
     Args:
         model: stock `WhisperForConditionalGeneration` in float32.
         dataset: from `prepare_features`.
-    Returns: one row an update: `step`, `sec`, and processor time `cpu_sec`.
+    Returns: one row per update: `step`, `sec`, and processor time `cpu_sec`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "updates.jsonl"

@@ -32,7 +32,7 @@ import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
 from transformers import logging as transformers_logging
 
-from benchmarks.benchmarking import load_clips, number, show
+from scripts.benchmarking import load_clips, number, show
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
 from src.data.sources.catalog import SAMPLE_CLIP

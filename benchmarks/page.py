@@ -1,11 +1,11 @@
-"""How soon the page shows what was said: from the first sound of speech to the first caption in a browser.
+"""Measure how soon the page shows what was said: from the first speech to the first caption in a browser.
 
     python benchmarks/page.py [--quick] [--model FOLDER]
 
-Headless Chromium opens the page, and its microphone hears a recording after a second of silence, as one opens the page
-and speaks. The time is the browser's own: from when it was given the microphone, less where silero-vad finds the first
-speech in the recording. It needs playwright, and Chromium on the PATH. The last line printed is one JSON object; the
-table is appended to docs/BENCHMARKS.md.
+Headless Chromium opens the page, and its microphone hears a recording after a second of silence. The time is the
+browser's own: from when it was given the microphone, less where silero-vad finds the first speech in the recording. It
+needs playwright, and Chromium on the PATH. The last line printed is one JSON object; the table is appended to
+docs/BENCHMARKS.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 import soundfile
 from playwright.sync_api import Playwright, sync_playwright
 
-from benchmarks.benchmarking import append_table, read, strided
+from scripts.benchmarking import append_table, read, strided
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.sources.catalog import SAMPLE_PARQUET
 from src.data.vad import VoiceActivityDetector

@@ -1,9 +1,9 @@
-"""Print the arithmetic behind docs/SCALING.md: checkpoint sizes, and FLOPs an hour of audio, by variant.
+"""Print the arithmetic behind docs/SCALING.md: checkpoint sizes, and FLOPs per hour of audio, by variant.
 
     python benchmarks/scaling_table.py [--clip-sec 4.1] [--utilisation 0.2]
 
 Nothing is measured here: sizes follow from the shapes, times from an assumed share of a GPU's peak. The last line
-printed is one JSON object with the FLOPs an hour of audio.
+printed is one JSON object with the FLOPs per hour of audio.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.benchmarking import append_table, load_clips
+from scripts.benchmarking import append_table, load_clips
 from scripts.command_line import parse_setting
 from src.data.vad import VoiceActivityDetector
 from src.evaluation.streaming import ReplayClock, WordTiming, measure_stream, replay, time_words

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from benchmarks.benchmarking import append_table, load_clips
+from scripts.benchmarking import append_table, load_clips
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
 from src.data.vad import VoiceActivityDetector

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks.benchmarking import append_table
+from scripts.benchmarking import append_table
 
 EPOCHS = 3  # of the real run
 WARMUP_RATIO = 0.1
@@ -45,8 +45,8 @@ class Job:
         side: "ours", "hf", or "stock": the weights as they are, for their error rate.
         train, dev: Parquet files with the chosen clips.
         weights: a folder in Hugging Face format.
-        language: that the clips are in, where the weights know several.
-        planned_updates: that the learning rate falls to zero over.
+        language: of the clips, for multilingual weights.
+        planned_updates: over which the learning rate falls to zero.
         stop_after: updates to do of these.
         evaluate: measure the word error rate at the end; by epoch in the real run.
         resumable: save the state on the way, and resume from it.
@@ -118,7 +118,7 @@ def parse() -> argparse.Namespace:
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what benchmarks/context_share.py asks too."""
+    """Add the options that benchmarks/context_share.py has too."""
     parser.add_argument("--train", type=Path, help="Parquet in the Hugging Face audio layout; bundled clips by default")
     parser.add_argument("--dev", type=Path, help="likewise, for the word error rate")
     parser.add_argument("--variant", default="tiny.en", help="or a folder with weights")
@@ -173,7 +173,7 @@ def run_real(arguments: argparse.Namespace) -> Figures:
 
 
 def make_job(arguments: argparse.Namespace, folder: Path, *, real: bool = False) -> Job:
-    """Choose the clips, write them to files that both sides read, and settle what both sides share."""
+    """Choose the clips, write them to files that both sides read, and set the options that both sides share."""
     from benchmarks.training_sides import choose_clips
     from src.models.weights import resolve_weights
     from src.training.updates import default_learning_rate

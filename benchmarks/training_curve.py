@@ -15,7 +15,7 @@ Figures = Mapping[str, Any]
 
 
 def curve_table(stock: Figures, ours: Figures, hf: Figures) -> list[dict[str, str]]:
-    """Return one row an epoch; the peer has the first."""
+    """Return one row per epoch; the peer has the first only."""
     before = f"{100 * stock['wer_full']:.1f} %"
     rows = [_row("0", "0", "-", before, before, "0.0 min", "0.0 min")]
     for point in ours["by_epoch"]:

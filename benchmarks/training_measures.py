@@ -1,4 +1,4 @@
-"""What benchmarks/training.py measures by: speed of updates, peak memory, FLOPs of a model.
+"""Measures of benchmarks/training.py: speed of updates, peak memory, FLOPs of a model.
 
 Imports nothing of this library: the peer's process measures itself with it.
 """
@@ -31,7 +31,7 @@ class Speed:
         median_samples_per_sec: of single updates, likewise; batches differ in length on one side only.
         train_sec: of all updates.
         cpu_sec_per_clip: processor time of the same updates as `samples_per_sec`, over all threads; where other work
-            shares the machine, it says more than wall time. None where it was not taken.
+            shares the machine, it says more than wall time. None if it was not taken.
     """
 
     samples_per_sec: float
@@ -44,7 +44,7 @@ def measure_speed(rows: Sequence[Mapping[str, Any]], *, clips: int, batch_size: 
     """Summarise updates.
 
     Args:
-        rows: one an update, with its seconds `sec` and, where taken, its processor time `cpu_sec`.
+        rows: one per update, with its seconds `sec` and, if taken, its processor time `cpu_sec`.
         clips: trained on by all of them together.
         batch_size: of the first updates, which are left out.
     """
@@ -62,12 +62,12 @@ def measure_speed(rows: Sequence[Mapping[str, Any]], *, clips: int, batch_size: 
 
 
 def long_run_speed(rows: Sequence[Mapping[str, Any]], padded: Sequence[bool], job: Any) -> float | None:
-    """Return clips/s at the share of updates padded to 30 s that a long run has; a short one has more of them or fewer.
+    """Return clips/s at the share of updates padded to 30 s that a long run has; a short run has another share.
 
     Args:
         rows, job: as in `side_figures`.
-        padded: which updates were. Where there are some, the first two count too.
-    Returns: None where no update was at its own length, or none was padded that a long run would have.
+        padded: which updates were padded. If there are some, the first two count too.
+    Returns: None if no update was at its own length, or if no update was padded although a long run would have some.
     """
     own = [row["sec"] for row, full in zip(rows, padded, strict=True) if not full][WARM_UPDATES:]
     full = [row["sec"] for row, full in zip(rows, padded, strict=True) if full]
@@ -83,7 +83,7 @@ def side_figures(job: Any, rows: Sequence[Mapping[str, Any]], flops: FlopCounter
 
     Args:
         job: of benchmarks/training.py.
-        rows: one an update, as `measure_speed` takes them.
+        rows: one per update, as for `measure_speed`.
         peak_mb: taken at the end of training.
     """
     per_epoch = math.ceil(job.clips / job.batch_size)
@@ -104,14 +104,14 @@ def side_figures(job: Any, rows: Sequence[Mapping[str, Any]], flops: FlopCounter
 
 
 def update_rows(events: Sequence[Mapping[str, Any]], *, batch_size: int) -> list[dict[str, Any]]:
-    """Take the seconds of each update, from the end of the one before, out of a run's metrics.jsonl.
+    """Return the seconds of each update, from the end of the one before, from the rows of a run's metrics.jsonl.
 
-    So loading of data is inside. An update that follows another event than `begin`, such as an evaluation, counts with
+    Loading of data is included. An update that follows another event than `begin`, such as an evaluation, counts with
     its own speed, without that event.
 
     Args:
-        events: rows of metrics.jsonl in order; `begin` is logged when training begins or goes on.
-        batch_size: clips an update.
+        events: rows of metrics.jsonl in order; `begin` is logged when training begins or resumes.
+        batch_size: clips per update.
     """
     by_step: dict[int, dict[str, Any]] = {}  # of an update that was done again after a stop, the last counts
     before: float | None = None
@@ -143,9 +143,9 @@ def peak_tflops(device_name: str) -> float | None:
 def forward_flops(config: Any, *, clips: int, positions: int, tokens: int, scored: int) -> float:
     """Count the multiply-adds of a forward pass, two FLOPs each; norms, softmax and activations are left out.
 
-    Width d, inner width F, T encoder positions and L decoder tokens a clip, as computed, padding included:
-    encoder: 2 convolutions 2T x 6 mels d + T x 6 d^2; a layer T (8 d^2 + 4 d F) + 4 T^2 d.
-    decoder: a layer L (12 d^2 + 4 d F) + 4 L^2 d + 4 L T d + 4 T d^2 (keys and values of the audio).
+    Width d, inner width F, T encoder positions and L decoder tokens per clip, as computed, padding included:
+    encoder: 2 convolutions 2T x 6 mels d + T x 6 d^2; per layer T (8 d^2 + 4 d F) + 4 T^2 d.
+    decoder: per layer L (12 d^2 + 4 d F) + 4 L^2 d + 4 L T d + 4 T d^2 (keys and values of the audio).
     vocabulary V: 2 d V for each scored token. Training is counted as three forward passes.
 
     Args:
@@ -166,7 +166,7 @@ class FlopCounter:
     """Adds up the FLOPs that a model trains with, from the shapes that pass through it.
 
     Args:
-        model: a Whisper model; whoever trains it, it is watched by hooks.
+        model: a Whisper model, which is watched by hooks.
 
     Attributes:
         total: FLOPs so far.

@@ -1,4 +1,4 @@
-"""Our side of benchmarks/training.py, in a process of its own; and what both sides are measured by."""
+"""Our side of benchmarks/training.py, in a process of its own; and the measurements of both sides."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def _watch_epochs(
 
 
 def _epochs(events: Sequence[Mapping[str, Any]], update_sec: Sequence[float], job: Any) -> list[Figures]:
-    """Return one row an epoch: updates and seconds of training so far, error rates; of a repeated epoch the last."""
+    """Return one row per epoch: updates and seconds of training so far, error rates; of a repeated epoch the last."""
     updates = math.ceil(job.clips / job.batch_size)
     own = {int(event["epoch"]): event["val_wer"] for event in events if event["event"] == "epoch"}
     full = {int(event["epoch"]): event["wer_full"] for event in events if event["event"] == "epoch_full_context"}
@@ -194,7 +194,7 @@ def _epochs(events: Sequence[Mapping[str, Any]], update_sec: Sequence[float], jo
 
 
 def _stride(items: list[Utterance], count: int) -> list[Utterance]:
-    """Take `count` at equal distances; all where there are fewer."""
+    """Take `count` at equal distances; all if there are fewer."""
     count = min(count, len(items))
     return [items[index * len(items) // count] for index in range(count)]
 

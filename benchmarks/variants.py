@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.benchmarking import append_table, load_clips
+from scripts.benchmarking import append_table, load_clips
 from src.data.utterance import Utterance
 from src.evaluation.variants import ENGINES, VariantComparison, VariantFigures, compare_models
 from src.utils.config import Config, load_config

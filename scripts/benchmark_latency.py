@@ -2,11 +2,10 @@
 
     python scripts/benchmark_latency.py [--variant tiny.en ...] [--model FOLDER] [--data FILE.parquet] [--quick]
 
-Plain transformers is `WhisperForConditionalGeneration.generate` on features of its own processor, which pads every clip
-to 30 s. A checkpoint with dynamic context is measured at the audio's own length, stock weights padded, as their config
-says. Both sides take turns, round by round, so that other work on the machine affects both; medians over the rounds are
-shown, and the speedup is the median of the rounds' ratios. The last line printed is one JSON object; the table is
-appended to docs/BENCHMARKS.md. benchmarks/latency.py compares with faster-whisper and with transformers' pipeline.
+Plain transformers is `WhisperForConditionalGeneration.generate`, padded to 30 s; a checkpoint with dynamic context is
+measured at the audio's own length. Both sides take turns, so that other work on the machine affects both; medians over
+the rounds are shown, and the speedup is the median of the rounds' ratios. The last line printed is one JSON object; the
+table is appended to docs/BENCHMARKS.md. benchmarks/latency.py compares with faster-whisper and transformers' pipeline.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import torch
 from transformers import WhisperForConditionalGeneration
 from transformers import logging as transformers_logging
 
-from benchmarks.benchmarking import load_clips, number, show
+from scripts.benchmarking import load_clips, number, show
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
 from src.evaluation.latency import Engine, LatencyResult, check_clips, describe_engine, measure_engine
@@ -39,23 +38,32 @@ from src.models.whisper_model import WhisperModelManager
 from src.utils.config import Config, load_config
 
 FIGURES = ("rtf", "rtfx", "mean_sec", "p50_sec", "p95_sec", "p99_sec", "first_token_sec", "peak_memory_mb")
-Figures = dict[str, Any]
+PEER = "transformers"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One side at one batch size, a result a round."""
+    """One side at one batch size, and what transformers gave for the same; a result per round."""
 
     model: str
     batch_size: int
     engine: str
     rounds: tuple[LatencyResult, ...]
+    peer_rounds: tuple[LatencyResult, ...]
     wer: float | None
+    peer_wer: float | None
 
     def median(self, figure: str) -> float | None:
-        """Return the median over the rounds; None where the figure was not measured."""
+        """Return the median over the rounds; None if the figure was not measured."""
         values = [getattr(result, figure) for result in self.rounds]
         return None if None in values else statistics.median(values)
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times faster than the peer: the median of the rounds' ratios."""
+        pairs = [(ours.rtf, theirs.rtf) for ours, theirs in zip(self.rounds, self.peer_rounds, strict=True)]
+        ratios = [theirs / ours for ours, theirs in pairs if ours is not None and theirs is not None]
+        return statistics.median(ratios) if len(ratios) == len(pairs) else None
 
 
 def main() -> int:
@@ -83,7 +91,7 @@ def main() -> int:
     audio_sec = sum(map(len, clips)) / SAMPLE_RATE
     note = f"{len(clips)} clips of {audio_sec / len(clips):.1f} s on average; medians of {arguments.rounds} rounds."
     record = not (arguments.quick or arguments.no_record)
-    show("Latency of transcription", [row(side, peer_of(side, measured)) for side in measured], note, record=record)
+    show("Latency of transcription", list(map(row, measured)), note, record=record)
     print(json.dumps(summarize(measured)))
     return 0
 
@@ -105,10 +113,18 @@ def measure_model(
         for _ in range(arguments.rounds):
             for engine in engines:
                 results[engine.name].append(measure_engine(engine, clips, batch_size=size, name=config.model.variant))
-        measured += [
-            Measured(config.model.variant, size, name, tuple(found), word_error_rate(references, found[-1]))
+        rates = {
+            name: None
+            if found[-1].reason is not None
+            else error_rate(word_counts(references, found[-1].texts, whisper_normalizer_for("en")))
             for name, found in results.items()
-        ]
+        }
+        measured += [
+            Measured(
+                config.model.variant, size, name, tuple(found), tuple(results[PEER]), rates[name], rates[PEER],
+            )
+            for name, found in results.items()
+        ]  # fmt: skip
     return measured
 
 
@@ -126,7 +142,7 @@ def peer_engine(model: Any, processor: Any) -> Engine:
         return [text.strip() for text in processor.batch_decode(generate(clips), skip_special_tokens=True)]
 
     return Engine(
-        name="transformers",
+        name=PEER,
         transcribe=transcribe,
         device=str(model.device),
         precision=str(model.dtype).removeprefix("torch."),
@@ -135,30 +151,7 @@ def peer_engine(model: Any, processor: Any) -> Engine:
     )
 
 
-def word_error_rate(references: Sequence[str], result: LatencyResult) -> float | None:
-    """Return the rate of a round's texts; None where nothing was measured."""
-    if result.reason is not None:
-        return None
-    return error_rate(word_counts(references, result.texts, whisper_normalizer_for("en")))
-
-
-def peer_of(side: Measured, measured: Sequence[Measured]) -> Measured:
-    """Return what transformers gave for the same model and batch size."""
-    return next(
-        other
-        for other in measured
-        if (other.model, other.batch_size, other.engine) == (side.model, side.batch_size, "transformers")
-    )
-
-
-def speedup(side: Measured, peer: Measured) -> float | None:
-    """Return how many times faster a side is: the median of the rounds' ratios."""
-    pairs = [(ours.rtf, theirs.rtf) for ours, theirs in zip(side.rounds, peer.rounds, strict=True)]
-    ratios = [theirs / ours for ours, theirs in pairs if ours is not None and theirs is not None]
-    return statistics.median(ratios) if len(ratios) == len(pairs) else None
-
-
-def row(side: Measured, peer: Measured) -> dict[str, str]:
+def row(side: Measured) -> dict[str, str]:
     """Lay one side out."""
     first = side.rounds[0]
     return {
@@ -174,20 +167,23 @@ def row(side: Measured, peer: Measured) -> dict[str, str]:
         "p95": number(side.median("p95_sec"), " s"),
         "first token": number(side.median("first_token_sec"), " s"),
         "WER": number(side.wer),
-        "speedup": number(speedup(side, peer), " x"),
+        "speedup": number(side.speedup, " x"),
     }
 
 
-def summarize(measured: Sequence[Measured]) -> Figures:
+def summarize(measured: Sequence[Measured]) -> dict[str, Any]:
     """Return the figures of the first model's single clips, and of each other measurement by model and batch size."""
-    by_setting = {}
-    for side in measured:
-        peer = peer_of(side, measured)
-        if side is not peer:
-            figures: Figures = {name: side.median(name) for name in FIGURES}
-            figures |= {"wer": side.wer, "speedup_vs_transformers": speedup(side, peer), "wer_transformers": peer.wer}
-            by_setting[f"{side.model}, batch {side.batch_size}"] = figures
-    first, *_ = by_setting
+    by_setting = {
+        f"{side.model}, batch {side.batch_size}": {
+            **{name: side.median(name) for name in FIGURES},
+            "wer": side.wer,
+            "speedup_vs_transformers": side.speedup,
+            "wer_transformers": side.peer_wer,
+        }
+        for side in measured
+        if side.engine != PEER
+    }
+    first = next(iter(by_setting))
     return {"measured": first, **by_setting.pop(first), "others": by_setting}
 
 

@@ -6,36 +6,38 @@ import json
 
 import pytest
 
-from benchmarks.benchmarking import BENCHMARKS
 from scripts import benchmark_latency
-from scripts.benchmark_latency import Measured, row, speedup, summarize
+from scripts.benchmark_latency import Measured, row, summarize
+from scripts.benchmarking import BENCHMARKS
 from src.evaluation.latency import LatencyResult
 
 
-def side(engine: str, rtfs: list[float | None], *, batch_size: int = 1, model: str = "tiny.en") -> Measured:
-    rounds = tuple(
-        LatencyResult(
-            model, engine, "cpu", "float32", "full", batch_size, 4, calls=4,
-            rtf=rtf, rtfx=None if rtf is None else 1 / rtf, reason="out of memory" if rtf is None else None,
+def side(engine: str, rtfs: list[float | None], peer: list[float | None], *, batch_size: int = 1) -> Measured:
+    ours, theirs = (
+        tuple(
+            LatencyResult(
+                "tiny.en", engine, "cpu", "float32", "full", batch_size, 4, calls=4,
+                rtf=rtf, rtfx=None if rtf is None else 1 / rtf, reason="out of memory" if rtf is None else None,
+            )
+            for rtf in each
         )
-        for rtf in rtfs
+        for each in (rtfs, peer)
     )  # fmt: skip
-    return Measured(model, batch_size, engine, rounds, 0.25)
+    return Measured("tiny.en", batch_size, engine, ours, theirs, 0.25, 0.25)
 
 
 def test_speedup_is_the_median_of_the_ratios_of_the_rounds() -> None:
-    ours, peer = side("torch", [1.0, 2.0, 10.0]), side("transformers", [3.0, 8.0, 10.0])
-    assert speedup(ours, peer) == 3.0  # of 3, 4 and 1
-    assert speedup(peer, peer) == 1.0
+    ours = side("torch", [1.0, 2.0, 10.0], [3.0, 8.0, 10.0])
+    assert ours.speedup == 3.0  # of 3, 4 and 1
     assert ours.median("rtf") == 2.0
-    unfit, peer = side("torch", [None]), side("transformers", [1.0])  # a dash and null
-    assert [row(unfit, peer)[name] for name in ("RTF", "speedup", "first token")] == ["-"] * 3
-    assert summarize([unfit, peer])["rtf"] is None
+    unfit = side("torch", [None], [1.0])  # a dash and null
+    assert [row(unfit)[name] for name in ("RTF", "speedup", "first token")] == ["-"] * 3
+    assert summarize([unfit])["rtf"] is None
 
 
 def test_summary_begins_with_the_first_model_and_keeps_the_others() -> None:
     measured = [
-        side(engine, [rtf], batch_size=size)
+        side(engine, [rtf], [1.0], batch_size=size)
         for size, ours in ((1, 0.5), (8, 0.1))
         for engine, rtf in (("torch", ours), ("transformers", 1.0))
     ]

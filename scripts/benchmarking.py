@@ -62,9 +62,12 @@ def describe_machine() -> str:
     """Return processor, cores and GPU in words."""
     import torch
 
+    processor = platform.processor() or platform.machine()
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else platform.machine()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return f"{_processor()}, {os.cpu_count()} cores, {gpu}, {versions}"
+    return f"{processor}, {os.cpu_count()} cores, {gpu}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def show(title: str, rows: Sequence[Mapping[str, str]], note: str, *, record: bool) -> None:
@@ -83,30 +86,17 @@ def number(value: float | None, unit: str = "") -> str:
 
 def append_table(title: str, rows: Sequence[Mapping[str, str]], *, note: str = "") -> None:
     """Append a table with date, machine and command to docs/BENCHMARKS.md."""
-    columns = list(rows[0])
+    script = Path(sys.argv[0]).resolve()
+    named = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
     lines = [
         f"\n## {title}",
         f"\n{time.strftime('%Y-%m-%d')}; {describe_machine()}",
-        f"\n`python {' '.join([_relative(sys.argv[0]), *sys.argv[1:]])}`",
+        f"\n`python {' '.join([named, *sys.argv[1:]])}`",
         *([f"\n{note}"] if note else []),
         "",
-        "| " + " | ".join(columns) + " |",
-        "|" + "---|" * len(columns),
-        *("| " + " | ".join(row[column] for column in columns) + " |" for row in rows),
+        "| " + " | ".join(rows[0]) + " |",
+        "|" + "---|" * len(rows[0]),
+        *("| " + " | ".join(row[column] for column in rows[0]) + " |" for row in rows),
     ]
     text = BENCHMARKS.read_text(encoding="utf-8") if BENCHMARKS.exists() else _HEADER
-    BENCHMARKS.parent.mkdir(exist_ok=True)
     BENCHMARKS.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _relative(script: str) -> str:
-    path = Path(script).resolve()
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
