@@ -12,8 +12,7 @@ from .streaming import ReplayClock, evaluate_stream, measure_stream, replay, tim
 from .streams import WordAligner, add_noise, join_clips, make_stream
 from .variants import compare_models
 from .visualization.evaluation import EvaluationVisualizer
-from .visualization.speed import variants_chart
-from .visualization.streaming import draw_emission, draw_tradeoff
+from .visualization.speed import draw_emission, draw_tradeoff, variants_chart
 from .visualization.training import LivePlot, TrainingVisualizer
 from .visualization.words import draw_words
 

@@ -167,7 +167,7 @@ def test_results_are_saved_and_measuring_again_replaces_the_rows_of_that_model_o
     fewer = dataclasses.replace(result, rows=(dataclasses.replace(result.rows[0], avg_logprob=math.nan),))
     fewer.write_predictions(path)
     assert "NaN" not in path.read_text()
-    models = load_predictions(path)
+    models = load_predictions(experiment.dir)
     assert {name: len(rows) for name, rows in models.items()} == {"tuned": result.n, "stock": 1}
     assert tuple(models["tuned"]) == result.rows
     assert not list(path.parent.glob("*.tmp"))

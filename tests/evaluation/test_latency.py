@@ -13,7 +13,7 @@ import torch
 from src.evaluation.latency import WARMUP_CALLS as WARM
 from src.evaluation.latency import Engine, LatencyBenchmark, LatencyResult, check_clips, latency_table, measure_engine
 from src.evaluation.report.run_files import load_metrics
-from src.evaluation.visualization.speed import latest_latencies
+from src.evaluation.visualization.evaluation import latest_latencies
 from src.inference import decoding
 from src.inference.options import DecodingOptions
 from src.utils.config import Config, load_config

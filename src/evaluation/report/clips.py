@@ -10,8 +10,7 @@ import base64
 import io
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,33 +25,13 @@ from src.evaluation.report.summary import counted, render
 from src.evaluation.text import align_words, get_normalizer
 from src.utils.errors import DataError
 
+MAX_CLIPS = 5_000  # about 5 MB of text
+MAX_AUDIO_CLIPS = 50
+MAX_AUDIO_SEC = 600.0  # of all players: 2.4 MB of text
+PAGE_CLIPS = 25
 _TAGS = {"loop": "loop", "empty": "empty output", "invented": "words on silence"}
-_FILTERS = {
-    "all": "all clips",
-    "error": "any error",
-    "substitution": "substitution",
-    "deletion": "deletion",
-    "insertion": "insertion",
-    **_TAGS,
-    "perfect": "perfect",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewOptions:
-    """Size of a view.
-
-    Attributes:
-        max_clips: the worst ones are kept; 5,000 are about 5 MB of text.
-        max_audio_clips: the worst ones get a player.
-        max_audio_sec: seconds of sound in all players; 600 s are 2.4 MB of text.
-        page_clips: clips on a page.
-    """
-
-    max_clips: int = 5_000
-    max_audio_clips: int = 50
-    max_audio_sec: float = 600.0
-    page_clips: int = 25
+_EDITS = {edit: edit for edit in ("substitution", "deletion", "insertion")}
+_FILTERS = {"all": "all clips", "error": "any error", **_EDITS, **_TAGS, "perfect": "perfect"}
 
 
 class AlignmentView:
@@ -64,7 +43,6 @@ class AlignmentView:
         recordings: of the clips, by their ids, for players; clips without one have no player.
         beside: rows of another model on the same clips, shown below; those of the stock model.
         names: of the two models.
-        options: defaults without.
 
     Raises:
         DataError: no rows, or `beside` lacks some of them.
@@ -79,10 +57,9 @@ class AlignmentView:
         *,
         beside: Sequence[Prediction] = (),
         names: tuple[str, str] = ("tuned", "stock"),
-        options: ViewOptions | None = None,
     ) -> None:
-        self._others = {row.id: row for row in beside}
-        missing = [row.id for row in rows if row.id not in self._others] if beside else []
+        others = {row.id: row for row in beside}
+        missing = [row.id for row in rows if row.id not in others] if beside else []
         if not rows:
             raise DataError("alignment view: no rows; evaluate first")
         if missing:
@@ -90,81 +67,70 @@ class AlignmentView:
                 f"alignment view: {len(missing)} clips are not in the rows beside (first: {missing[0]}); pass rows of "
                 "the same clips, or none"
             )
-        self._options = options or ViewOptions()
-        self._names = names if beside else names[:1]
-        self._normalizer = normalizer
-        self._kinds = {row.id: clip_kinds(row, normalizer) for row in rows}
-        self._measured = len(rows)
-        self.rows = worst_first(rows, self._kinds)[: self._options.max_clips]
-        self._audio = _encode_worst(self.rows, {clip.id: clip for clip in recordings}, self._options)
+        kinds = {row.id: clip_kinds(row, normalizer) for row in rows}
 
-    @property
-    def playable(self) -> int:
-        """Number of clips with a player."""
-        return len(self._audio)
+        def badness(row: Prediction) -> tuple[bool, int, float]:
+            made_up = not {"loop", "invented"}.isdisjoint(kinds[row.id])
+            return made_up, row.errors, 0.0 if math.isnan(row.wer) else row.wer
+
+        shown = sorted(rows, key=badness, reverse=True)[:MAX_CLIPS]
+        audio = _encode_worst(shown, {clip.id: clip for clip in recordings})
+        clips = []
+        for row in shown:
+            said, labels = [row], list(kinds[row.id])
+            if (other := others.get(row.id)) is not None:
+                said.append(other)
+                if other.errors != row.errors:
+                    labels.append("worse" if row.errors > other.errors else "better")
+            clips.append(
+                {
+                    "id": row.id,
+                    "speaker": row.speaker,
+                    "sec": round(row.duration_sec, 2),
+                    "reference": row.reference,
+                    "kinds": labels,
+                    "said": [_said(each, normalizer) for each in said],
+                    "audio": audio.get(row.id),
+                }
+            )
+        compared = {kind: f"{names[0]} {kind} than {names[1]}" for kind in ("worse", "better")} if others else {}
+        self._data = {
+            "names": names if others else names[:1],
+            "filters": [*_FILTERS.items(), *compared.items()],
+            "tags": _TAGS,
+            "page": PAGE_CLIPS,
+            "rows": clips,
+        }
+        omitted = f", the worst of {len(rows):,}" if len(shown) < len(rows) else ""
+        self._note = (
+            f"{counted(len(shown), 'clip')} of the {names[0]} model{omitted}, words after {normalizer}. Worst first: "
+            f"loops and words on silence, then by errors, then by WER; {len(audio)} of them, the worst that have a "
+            "recording, can be played."
+        )
 
     def to_html(self) -> str:
         """Return the view as a piece of HTML, style and script included."""
-        filters = dict(_FILTERS)
-        if self._others:
-            model, other = self._names[0], self._names[-1]
-            filters |= {"worse": f"{model} worse than {other}", "better": f"{model} better than {other}"}
-        data = {
-            "names": self._names,
-            "filters": list(filters.items()),
-            "tags": _TAGS,
-            "page": self._options.page_clips,
-            "rows": [self._row(row) for row in self.rows],
-        }
-        players = (
-            f"{self.playable} of them can be played: the worst, at most {self._options.max_audio_clips} clips or "
-            f"{self._options.max_audio_sec / 60:g} minutes"
-            if self.playable
-            else "no recording was given to play"
-        )
-        clips = f"{counted(len(self.rows), 'clip')} of the {self._names[0]} model"
-        if len(self.rows) < self._measured:
-            clips = f"the worst {clips}, of {self._measured} in all"
-        note = (
-            f"{clips}, words after {self._normalizer}. Worst first: loops and words on silence, then by errors, then "
-            f"by WER; {players}."
-        )
-        return render("alignment_view.html", note=note, data=data)
+        return render("alignment_view.html", note=self._note, data=self._data)
 
-    def _repr_html_(self) -> str:
-        return self.to_html()
+    _repr_html_ = to_html
 
-    def _row(self, row: Prediction) -> dict[str, Any]:
-        other = self._others.get(row.id)
-        kinds = list(self._kinds[row.id])
-        if other is not None and other.errors != row.errors:
-            kinds.append("worse" if row.errors > other.errors else "better")
-        return {
-            "id": row.id,
-            "speaker": row.speaker,
-            "sec": round(row.duration_sec, 2),
-            "reference": row.reference,
-            "kinds": kinds,
-            "said": [self._said(each) for each in (row, other) if each is not None],
-            "audio": self._audio.get(row.id),
-        }
 
-    def _said(self, row: Prediction) -> dict[str, Any]:
-        # a run of equal words is one step, an edit is a step with its letter and the words that it has
-        steps: list[list[str | None]] = []
-        words = align_words(row.reference, row.hypothesis, self._normalizer)
-        for edit, group in itertools.groupby(words, key=lambda word: word.edit):
-            if edit == "equal":
-                steps.append(["=", " ".join(str(word.reference) for word in group)])
-            else:
-                steps += [[edit[0], *(text for text in (w.reference, w.hypothesis) if text is not None)] for w in group]
-        return {
-            "hypothesis": row.hypothesis,
-            "wer": None if math.isnan(row.wer) else round(row.wer, 4),
-            "errors": row.errors,
-            "words": row.reference_words,
-            "steps": steps,
-        }
+def _said(row: Prediction, normalizer: str) -> dict[str, Any]:
+    """Return what a model wrote: a run of equal words is one step, an edit is one with its letter and its words."""
+    steps: list[list[str | None]] = []
+    words = align_words(row.reference, row.hypothesis, normalizer)
+    for edit, group in itertools.groupby(words, lambda word: word.edit):
+        if edit == "equal":
+            steps.append(["=", " ".join(str(word.reference) for word in group)])
+        else:
+            steps += [[edit[0], *(text for text in (w.reference, w.hypothesis) if text is not None)] for w in group]
+    return {
+        "hypothesis": row.hypothesis,
+        "wer": None if math.isnan(row.wer) else round(row.wer, 4),
+        "errors": row.errors,
+        "words": row.reference_words,
+        "steps": steps,
+    }
 
 
 def clip_kinds(row: Prediction, normalizer: str) -> tuple[str, ...]:
@@ -184,25 +150,12 @@ def clip_kinds(row: Prediction, normalizer: str) -> tuple[str, ...]:
     return tuple(kind for kind, holds in kinds.items() if holds)
 
 
-def worst_first(rows: Sequence[Prediction], kinds: Mapping[str, Sequence[str]]) -> tuple[Prediction, ...]:
-    """Sort clips: loops and words on silence first, then by errors, then by WER."""
-
-    def badness(row: Prediction) -> tuple[bool, int, float]:
-        made_up = bool({"loop", "invented"} & set(kinds[row.id]))
-        return made_up, row.errors, 0.0 if math.isnan(row.wer) else row.wer
-
-    return tuple(sorted(rows, key=badness, reverse=True))
-
-
-def _encode_worst(
-    rows: Sequence[Prediction], recordings: Mapping[str, Utterance], options: ViewOptions
-) -> dict[str, str]:
+def _encode_worst(rows: Sequence[Prediction], recordings: dict[str, Utterance]) -> dict[str, str]:
     """Encode the first clips that have a recording as data URIs, until a limit is reached."""
-    given = [row for row in rows if row.id in recordings][: options.max_audio_clips]
-    total_sec = itertools.accumulate(row.duration_sec for row in given)
+    given = [row for row in rows if row.id in recordings][:MAX_AUDIO_CLIPS]
     encoded = {}
-    for row, sec in zip(given, total_sec, strict=True):
-        if sec > options.max_audio_sec:
+    for row, total_sec in zip(given, itertools.accumulate(row.duration_sec for row in given), strict=True):
+        if total_sec > MAX_AUDIO_SEC:
             break
         samples = decode_audio(recordings[row.id], load=partial(load_audio, allow_silence=True)).numpy()  # (T,)
         buffer = io.BytesIO()

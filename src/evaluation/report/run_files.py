@@ -1,4 +1,4 @@
-"""Reading a run's files: metrics, predictions, configuration and environment.
+"""A run's files: metrics, predictions, configuration and environment.
 
 Results on the guard set are kept under names such as "tuned (guard)", so that no table takes them for the test set.
 """
@@ -29,45 +29,53 @@ PredictionsByModel = Mapping[str, Sequence[Prediction]]
 
 
 def load_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl, given the run's folder or the file.
-
-    Raises:
-        DataError: no such file, or a line that is not a JSON object with an event.
-    """
-    return _read_jsonl(_file_in(run_dir, "metrics.jsonl"), key="event")
+    """Read metrics.jsonl; DataError if it is absent or a line is damaged."""
+    return _read_jsonl(Path(run_dir, "metrics.jsonl"), key="event")
 
 
-def load_predictions(path: str | Path, *, guard: bool = False) -> dict[str, list[Prediction]]:
-    """Read predictions.jsonl, given the run's folder or the file: rows by model, the last one of each clip.
-
-    Args:
-        path: of the run or the file.
-        guard: return the rows of the guard set instead of those of the test set.
+def load_predictions(run_dir: str | Path, *, guard: bool = False) -> dict[str, list[Prediction]]:
+    """Read predictions.jsonl: rows by model, the last one of each clip, of the test set or of the guard set.
 
     Returns:
-        Nothing for a folder without this file: rates can be shown without it, a verdict cannot be given.
+        Nothing without this file: rates can be shown without it, a verdict cannot be given.
 
     Raises:
         DataError: a line that is not a prediction.
     """
-    file = _file_in(path, "predictions.jsonl")
-    if file != Path(path) and not file.exists():
+    file = Path(run_dir, "predictions.jsonl")
+    if not file.exists():
         return {}
     models: dict[str, dict[str, Prediction]] = {}
     for number, row in enumerate(_read_jsonl(file, key="model"), start=1):
-        model = row.pop("model")
-        logprob = row.get("avg_logprob")
+        model, logprob = row.pop("model"), row.get("avg_logprob")
         try:
-            prediction = Prediction(**{**row, "avg_logprob": math.nan if logprob is None else logprob})
+            prediction = Prediction(**row | {"avg_logprob": math.nan if logprob is None else logprob})
         except TypeError as err:
             raise DataError(f"{file}, line {number}: not a prediction ({err}); evaluate this model again") from err
         models.setdefault(model, {})[prediction.id] = prediction
-    return {model: list(rows.values()) for model, rows in models.items() if is_guard(model) == guard}
+    return {model: list(models[model].values()) for model in stock_first(models) if is_guard(model) == guard}
+
+
+def _read_jsonl(path: Path, *, key: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                row = json.loads(line)
+                rows.append({key: row[key], **row})
+    except FileNotFoundError as err:
+        raise DataError(f"{path}: no such file; was the run started, and is this its folder?") from err
+    except (ValueError, TypeError, KeyError) as err:
+        raise DataError(
+            f"{path}, line {len(rows) + 1}: not a row of a run ({err!r}); if a crash cut it, remove the line"
+        ) from err
+    return rows
 
 
 def latest_evaluations(rows: Sequence[Row], *, guard: bool = False) -> dict[str, Row]:
-    """Return the last evaluation of each name, on the test set or on the guard set."""
-    return {row["name"]: row for row in rows if row["event"] == "evaluation" and is_guard(row["name"]) == guard}
+    """Return the last evaluation of each name, the stock model first, on the test set or on the guard set."""
+    latest = {row["name"]: row for row in rows if row["event"] == "evaluation" and is_guard(row["name"]) == guard}
+    return {name: latest[name] for name in stock_first(latest)}
 
 
 def last_row(rows: Sequence[Row], event: str) -> Row | None:
@@ -117,11 +125,6 @@ def is_guard(name: str) -> bool:
     return name.endswith(_GUARD_SUFFIX)
 
 
-def model_of(name: str) -> str:
-    """Return the model of results that may be of the guard set."""
-    return name.removesuffix(_GUARD_SUFFIX)
-
-
 def stock_first(names: Iterable[str]) -> list[str]:
     """Order models for reading: the stock model first, the others as they come, the guard set last."""
     return sorted(names, key=lambda name: (is_guard(name), name not in (STOCK, guard_name(STOCK))))
@@ -129,29 +132,28 @@ def stock_first(names: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class RunOrigin:
-    """Where a run's results come from.
-
-    Attributes:
-        run_dir: of the run.
-        config: tree of config.yaml; empty if there is none.
-        environment: env.json; empty if there is none.
-        data_versions: logged in the run, from old to new.
-        measured: row of `scripts/evaluate.py`; None for other runs.
-        trained: whether the run trained.
-    """
+    """Where a run's results come from."""
 
     run_dir: Path
-    config: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    data_versions: Sequence[DatasetVersion]
-    measured: Row | None
+    config: Mapping[str, Any]  # empty without config.yaml
+    environment: Mapping[str, Any]  # empty without env.json
+    data_versions: Sequence[DatasetVersion]  # from old to new
+    measured: Row  # as logged by `scripts/evaluate.py`; empty for other runs
     trained: bool
 
     @property
     def base(self) -> str | None:
         """The stock model as it was named; None if the files do not name it."""
-        name = self.config.get("model", {}).get("variant") if self.measured is None else self.measured.get("stock")
+        name = self.measured.get("stock") if self.measured else self.config.get("model", {}).get("variant")
         return None if name is None else str(name)
+
+    @property
+    def data(self) -> str:
+        """The source of the data, and the name of its file, folder or repository."""
+        data = self.config.get("data", {})
+        place = self.measured.get("data") or data.get("path") or data.get("hub", {}).get("id")
+        source = data.get("source", "data that the run's files do not name")
+        return f"{source} ({Path(place).name})" if place else str(source)
 
     def commands(self) -> list[str]:
         """Return the command lines that reproduce the run."""
@@ -169,41 +171,16 @@ class RunOrigin:
 
 
 def read_origin(run_dir: str | Path) -> RunOrigin:
-    """Read where a run's results come from.
-
-    Raises:
-        DataError: a damaged file.
-    """
+    """Read where a run's results come from; DataError for a damaged file."""
     run, rows = Path(run_dir), load_metrics(run_dir)
     return RunOrigin(
         run_dir=run,
         config=_read_tree(run / "config.yaml"),
         environment=_read_tree(run / "env.json"),
         data_versions=DataVersionManager(run / DATA_VERSIONS_DIR).versions(),
-        measured=last_row(rows, MEASURED_EVENT),
+        measured=last_row(rows, MEASURED_EVENT) or {},
         trained=last_row(rows, "epoch") is not None,
     )
-
-
-def _file_in(path: str | Path, name: str) -> Path:
-    return Path(path) / name if Path(path).is_dir() else Path(path)
-
-
-def _read_jsonl(path: Path, *, key: str) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as err:
-        raise DataError(f"{path}: no such file; was the run started, and is this its folder?") from err
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as err:
-            raise DataError(f"{path}, line {number}: not JSON ({err}); if a crash cut it, remove the line") from err
-        if not isinstance(row, dict) or key not in row:
-            raise DataError(f"{path}, line {number}: no {key!r}; this is not a row of a run, remove the line")
-        rows.append(row)
-    return rows
 
 
 def _read_tree(path: Path) -> dict[str, Any]:

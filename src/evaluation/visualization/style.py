@@ -1,4 +1,4 @@
-"""Style of a run's figures: models, texts of any script, missing values and labels of points."""
+"""Style of a run's figures: models, texts of any script and missing values."""
 
 from __future__ import annotations
 
@@ -6,43 +6,29 @@ import functools
 import itertools
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
-from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-from matplotlib.transforms import Bbox
 
-from src.evaluation.metrics import FloatArray
 from src.evaluation.report.run_files import STOCK
-from src.utils.figures import BLUE, FIGURE_STYLE, GREEN, GREY, ORANGE
+from src.utils.figures import BLUE, FIGURE_STYLE, GREEN, GREY, ORANGE, NotebookFigure
 
-MAIN_FONT = "DejaVu Sans"  # comes with matplotlib: Latin, Greek, Cyrillic, Hebrew and Arabic letters
-FALLBACK_FONTS = (
-    "Noto Sans CJK SC",  # `apt-get install fonts-noto-cjk`
-    "Noto Sans CJK JP",
-    "Noto Sans SC",
-    "WenQuanYi Zen Hei",
-    "Microsoft YaHei",
-    "PingFang SC",
-    "Hiragino Sans GB",
-    "Noto Sans Devanagari",
-    "Noto Sans Thai",
-    "Noto Sans Bengali",
-    "Noto Sans Tamil",
-    "Arial Unicode MS",
-)
+# DejaVu Sans comes with matplotlib: Latin, Greek, Cyrillic, Hebrew and Arabic letters. The first of the others is in
+# Debian's package fonts-noto-cjk.
+FONTS = (
+    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "Microsoft YaHei",
+    "PingFang SC", "Hiragino Sans GB", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Sans Bengali",
+    "Noto Sans Tamil", "Arial Unicode MS",
+)  # fmt: skip
 MAX_CHARS = 24
 _JOINS_LETTERS = matplotlib.__version_info__ >= (3, 11)  # it orders right-to-left text by itself
-_LABEL_GAPS = (3.0, 16.0, 32.0, 50.0)  # points between a marker's edge and its label, the nearest first
-_LABEL_ANGLES = np.deg2rad([0, 180, 90, 270, 35, -35, 145, -145])
 
 
 @dataclass(frozen=True)
@@ -69,9 +55,26 @@ def styles_of(names: Iterable[str]) -> dict[str, ModelStyle]:
     return {name: STOCK_STYLE if name == STOCK else next(others) for name in names}
 
 
+@contextmanager
+def new_figure(
+    width: float, height: float, caption: str = "", *, layout: Any = "constrained", **changes: Any
+) -> Iterator[NotebookFigure]:
+    """Give a figure of a size in inches, to draw in with `FIGURE_STYLE`, fonts of many scripts, and changes."""
+    with matplotlib.rc_context({**FIGURE_STYLE, "font.family": list(_fonts()), **changes}):
+        figure = NotebookFigure(figsize=(width, height), layout=layout)
+        if caption:
+            figure.supxlabel(caption, fontsize=8, color=GREY)
+        yield figure
+
+
 def gap(value: Any) -> float:
     """Return nan for None: a missing value leaves a gap, never a zero."""
     return math.nan if value is None else float(value)
+
+
+def annotate(axes: Axes, text: str, point: tuple[float, float], shift: tuple[float, float], **style: Any) -> None:
+    """Write a text at a shift in points from a place of the panel."""
+    axes.annotate(text, point, shift, textcoords="offset points", **style)
 
 
 def mark_powers(axis: Axis) -> None:
@@ -87,19 +90,11 @@ def show_note(axes: Axes, text: str) -> None:
     axes.set(xticks=[], yticks=[])
 
 
-def figure_style(changes: Mapping[str, Any] | None = None) -> AbstractContextManager[None]:
-    """Return the context for figures with texts of the data: `FIGURE_STYLE`, fonts of many scripts, and changes."""
-    return matplotlib.rc_context({**FIGURE_STYLE, "font.family": list(_fonts()), **(changes or {})})
-
-
 def drawable(text: str, *, max_chars: int = MAX_CHARS) -> str:
     r"""Return a text that draws on one line, without a missing glyph and not as a formula.
 
-    A character that no installed font has is written as its code, such as `\u4f60`, so that nothing disappears.
-
-    Args:
-        text: in any script.
-        max_chars: a longer text loses its middle, since identifiers often differ at the end only.
+    A character that no installed font has is written as its code, such as `\u4f60`, so that nothing disappears. A long
+    text loses its middle, since identifiers often differ at the end only.
     """
     line = " ".join(text.split())
     if len(line) > max_chars:
@@ -118,7 +113,7 @@ def drawable(text: str, *, max_chars: int = MAX_CHARS) -> str:
 @functools.cache
 def _fonts() -> tuple[str, ...]:
     installed = {font.name for font in fontManager.ttflist}
-    return (MAIN_FONT, *(name for name in FALLBACK_FONTS if name in installed))
+    return tuple(name for name in FONTS if name in installed)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -146,62 +141,6 @@ def _is_right_to_left(word: str) -> bool:
 
 def _reverse(word: str) -> str:
     """Reverse letters; a mark stays after the letter that carries it."""
-    letters: list[str] = []
-    for char in word:
-        if letters and unicodedata.combining(char):
-            letters[-1] += char
-        else:
-            letters.append(char)
-    return "".join(reversed(letters))
-
-
-def label_points(
-    axes: Axes,
-    points: FloatArray,
-    labels: Sequence[str],
-    radii: FloatArray,
-    lines: FloatArray,
-    texts: Sequence[Text] = (),
-) -> None:
-    """Put each label next to its point, at the nearest place where it covers least.
-
-    Args:
-        axes: with all else drawn.
-        points: (n, 2) in data coordinates.
-        labels: of the points.
-        radii: (n,) of the markers, in points.
-        lines: (m, 2, 2) both ends of lines that should stay visible, in data coordinates; nan for no line.
-        texts: that should stay visible too.
-    """
-    figure, scale = axes.figure, axes.figure.dpi / 72  # pixels per point
-    figure.draw_without_rendering()  # type: ignore[union-attr]  # solves the layout
-    pixels, inside = axes.transData.transform(points), axes.get_window_extent()
-    boxes = [text.get_window_extent() for text in texts]
-    boxes += [Bbox([p - r * scale, p + r * scale]) for p, r in zip(pixels, radii, strict=True)]
-    for ends in lines[np.isfinite(lines).all(axis=(1, 2))]:
-        corners = axes.transData.transform(ends)
-        boxes.append(Bbox([corners.min(axis=0) - scale, corners.max(axis=0) + scale]))
-    directions = np.stack([np.cos(_LABEL_ANGLES), np.sin(_LABEL_ANGLES)], axis=1)
-    for point, pixel, radius, label in zip(points, pixels, radii, labels, strict=True):
-        text = axes.annotate(
-            label, tuple(point), (0, 0), textcoords="offset points", ha="center", va="center", fontsize=8,
-            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
-        )  # fmt: skip
-        size = np.array(Text.get_window_extent(text).size)
-        places = []
-        for distance, way in itertools.product(_LABEL_GAPS, directions):
-            center = pixel + way * ((radius + distance) * scale + size / 2)
-            box = Bbox([center - size / 2, center + size / 2])
-            outside = size.prod() - _overlap(box, inside)
-            places.append((round(outside + sum(_overlap(box, other) for other in boxes)), distance, box))
-        _, distance, box = min(places, key=lambda place: place[0])  # the first of the best is the nearest
-        boxes.append(box)
-        text.xyann = tuple((box.get_points().mean(axis=0) - pixel) / scale)
-        text.set_in_layout(False)
-        if text.arrow_patch is not None:
-            text.arrow_patch.set_visible(distance > _LABEL_GAPS[0])  # too far to see whose label it is
-
-
-def _overlap(a: Bbox, b: Bbox) -> float:
-    both = Bbox.intersection(a, b)
-    return 0.0 if both is None else float(both.width * both.height)
+    marks = itertools.accumulate(not unicodedata.combining(char) for char in word)
+    letters = itertools.groupby(zip(word, marks, strict=True), key=lambda pair: pair[1])
+    return "".join(reversed(["".join(char for char, _ in letter) for _, letter in letters]))

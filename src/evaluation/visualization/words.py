@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import FRAMES_PER_SEC, N_FFT, LogMel
-from src.evaluation.visualization.style import drawable, figure_style
+from src.evaluation.visualization.style import drawable, new_figure
 from src.inference.alignment import POSITION_SEC
 from src.inference.words import Word
 from src.utils.errors import AudioError, DataError
 from src.utils.figures import BLUE, GREY, ORANGE, NotebookFigure
 
-WIDTH_INCHES, MAX_HEIGHT_INCHES = 10.0, 4.0
 MAX_SEC = 30.0  # of one figure: more words do not fit
-_LEFT, _RIGHT = 0.055, 0.985  # of the figure's width
-_MEL_INCHES, _BELOW_INCHES, _ABOVE_INCHES, _LANE_INCHES = 1.6, 0.5, 0.3, 0.19
-_GAP_INCHES = 0.06  # between two texts of a lane
+_WIDTH, _MAX_HEIGHT = 10.0, 4.0  # inches, as those below
+_MEL, _BELOW, _ABOVE, _LANE, _GAP = 1.6, 0.5, 0.3, 0.19, 0.06  # _GAP: between two texts of a lane
+_LEFT, _RIGHT = 0.055, 0.985  # shares of the width
 _TICKS_HZ = (500, 1_000, 2_000, 4_000)
-_Place = tuple[int, float, float]  # of a word's text: lane, left end and width in seconds
 
 
 def draw_words(
@@ -41,6 +39,8 @@ def draw_words(
         AudioError: no (T,) audio of at least 25 ms.
         DataError: no words in this part, a part of over 30 s or outside of the recording, or more words than fit.
     """
+    from librosa.display import specshow  # loads numba: seconds that only this figure needs
+
     if audio.ndim != 1 or len(audio) < N_FFT:
         raise AudioError(f"draw_words: audio has shape {audio.shape}; give (T,) at 16 kHz, at least {N_FFT} samples")
     duration_sec = len(audio) / SAMPLE_RATE
@@ -57,71 +57,53 @@ def draw_words(
     ]
     if not shown:
         raise DataError("draw_words: no words in this part; decode with word_timestamps=True")
-    with figure_style({"axes.grid": False, "font.size": 9, "axes.spines.left": False}):
-        figure = NotebookFigure(figsize=(WIDTH_INCHES, MAX_HEIGHT_INCHES))
-        places = _stagger(figure, shown, begin, end)
-        lanes = 1 + max(lane for lane, _, _ in places)
-        height = _BELOW_INCHES + _MEL_INCHES + (1 + lanes) * _LANE_INCHES + _ABOVE_INCHES
-        if height > MAX_HEIGHT_INCHES:
+    style: dict[str, Any] = {"axes.grid": False, "font.size": 9, "axes.spines.left": False}
+    with new_figure(_WIDTH, _MAX_HEIGHT, layout=None, **style) as figure:
+        # centre each text on its word, in the lowest lane where it touches no other
+        sec_per_inch = (end - begin) / (_WIDTH * (_RIGHT - _LEFT))
+        free_from: list[float] = []  # of each lane
+        places = []  # lane, left end and width of each text
+        for word in shown:
+            text = figure.text(0, 0, drawable(word.text))
+            width = text.get_window_extent().width / figure.dpi * sec_per_inch
+            text.remove()
+            left = max(begin, min((word.start_sec + word.end_sec - width) / 2, end - width))
+            lane = next((i for i, free in enumerate(free_from) if free <= left), len(free_from))
+            free_from[lane:] = [left + width + _GAP * sec_per_inch, *free_from[lane + 1 :]]
+            places.append((lane, left, width))
+        bottom, band_height = _BELOW + _MEL, (1 + len(free_from)) * _LANE
+        height = bottom + band_height + _ABOVE
+        if height > _MAX_HEIGHT:
             raise DataError(f"draw_words: {len(shown)} words in {end - begin:.1f} s do not fit; give a shorter part")
-        figure.set_size_inches(WIDTH_INCHES, height)
-        width = _RIGHT - _LEFT
-        mel = figure.add_axes((_LEFT, _BELOW_INCHES / height, width, _MEL_INCHES / height))
-        bottom = (_BELOW_INCHES + _MEL_INCHES) / height
-        band = figure.add_axes((_LEFT, bottom, width, (1 + lanes) * _LANE_INCHES / height), sharex=mel)
-        _draw_mel(mel, audio[round(begin * SAMPLE_RATE) : round(end * SAMPLE_RATE)], shown, begin, end)
-        _draw_band(band, shown, places, lanes)
-        mel.set_xlim(begin, end)
-        band.set_title(drawable(title, max_chars=90))
+        figure.set_size_inches(_WIDTH, height)
+        mel = figure.add_axes((_LEFT, _BELOW / height, _RIGHT - _LEFT, _MEL / height))
+        band = figure.add_axes((_LEFT, bottom / height, _RIGHT - _LEFT, band_height / height), sharex=mel)
+
+        # features, and the words' boundaries in them
+        samples = audio[round(begin * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
+        log_mel = LogMel()(torch.from_numpy(samples)[None])[0].numpy()  # (80, T // 160)
+        times = begin + np.arange(log_mel.shape[1]) / FRAMES_PER_SEC
+        top = SAMPLE_RATE / 2
+        specshow(log_mel, ax=mel, sr=SAMPLE_RATE, x_coords=times, x_axis="s", y_axis="mel", fmax=top, cmap="magma")
+        starts = {word.start_sec for word in shown}
+        ends = {word.end_sec for word in shown if word.end_sec < end} - starts
+        mel.vlines(sorted(starts), 0, top, color="white", linewidth=1)
+        mel.vlines(sorted(ends), 0, top, color="white", linewidth=1, linestyle=":")  # silence follows
+        mel.set_yticks(_TICKS_HZ, [f"{hertz / 1_000:g}" for hertz in _TICKS_HZ])
+        mel.set(xlabel="s", ylabel="kHz", xlim=(begin, end), ylim=(0, top))
+
+        # a bar for each word's time, and its text above with a line to the bar
+        for index, (word, (lane, left, width)) in enumerate(zip(shown, places, strict=True)):
+            color = (BLUE, ORANGE)[index % 2]  # neighbours differ; a white edge parts them too
+            length = max(word.end_sec - word.start_sec, POSITION_SEC)  # a word without length should be seen too
+            band.broken_barh([(word.start_sec, length)], (0.15, 0.5), facecolor=color, edgecolor="white", clip_on=False)
+            middle = min(max((word.start_sec + word.end_sec) / 2, left), left + width)
+            band.plot([middle, middle], [0.65, 1.1 + lane], color=GREY, linewidth=0.6, zorder=1)
+            band.text(
+                left + width / 2, 1.5 + lane, drawable(word.text), ha="center", va="center", zorder=3,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+            )  # fmt: skip
+        band.set(ylim=(0, 1 + len(free_from)), yticks=[], title=drawable(title, max_chars=90))
+        band.tick_params(axis="x", length=0, labelbottom=False)
+        band.spines["bottom"].set_visible(False)
     return figure
-
-
-def _stagger(figure: NotebookFigure, words: Sequence[Word], begin: float, end: float) -> list[_Place]:
-    """Centre each text on its word, in the lowest lane where it touches no other."""
-    sec_per_inch = (end - begin) / (WIDTH_INCHES * (_RIGHT - _LEFT))
-    free_from: list[float] = []  # of each lane
-    places = []
-    for word in words:
-        text = figure.text(0, 0, drawable(word.text))
-        width = text.get_window_extent().width / figure.dpi * sec_per_inch
-        text.remove()
-        middle = (word.start_sec + word.end_sec) / 2
-        left = max(begin, min(middle - width / 2, end - width))
-        lane = next((i for i, free in enumerate(free_from) if free <= left), len(free_from))
-        free_from[lane:] = [left + width + _GAP_INCHES * sec_per_inch, *free_from[lane + 1 :]]
-        places.append((lane, left, width))
-    return places
-
-
-def _draw_mel(axes: Axes, audio: Waveform, words: Sequence[Word], begin: float, end: float) -> None:
-    from librosa.display import specshow  # loads numba: seconds that only this figure needs
-
-    log_mel = LogMel()(torch.from_numpy(audio)[None])[0].numpy()  # (80, T // 160)
-    times = begin + np.arange(log_mel.shape[1]) / FRAMES_PER_SEC
-    specshow(
-        log_mel, ax=axes, sr=SAMPLE_RATE, x_coords=times, x_axis="s", y_axis="mel", fmax=SAMPLE_RATE / 2, cmap="magma"
-    )
-    starts = {word.start_sec for word in words}
-    ends = {word.end_sec for word in words if word.end_sec < end} - starts
-    axes.vlines(sorted(starts), 0, SAMPLE_RATE / 2, color="white", linewidth=1)
-    axes.vlines(sorted(ends), 0, SAMPLE_RATE / 2, color="white", linewidth=1, linestyle=":")  # silence follows
-    axes.set_yticks(_TICKS_HZ, [f"{hertz / 1_000:g}" for hertz in _TICKS_HZ])
-    axes.set(xlabel="s", ylabel="kHz", ylim=(0, SAMPLE_RATE / 2))
-
-
-def _draw_band(axes: Axes, words: Sequence[Word], places: Sequence[_Place], lanes: int) -> None:
-    """Draw a bar for each word's time, and its text above with a line to the bar."""
-    for index, (word, (lane, left, width)) in enumerate(zip(words, places, strict=True)):
-        color = (BLUE, ORANGE)[index % 2]  # neighbours differ; a white edge parts them too
-        length = max(word.end_sec - word.start_sec, POSITION_SEC)  # a word without length should be seen too
-        axes.broken_barh([(word.start_sec, length)], (0.15, 0.5), facecolor=color, edgecolor="white", clip_on=False)
-        middle = min(max((word.start_sec + word.end_sec) / 2, left), left + width)
-        axes.plot([middle, middle], [0.65, 1.1 + lane], color=GREY, linewidth=0.6, zorder=1)
-        axes.text(
-            left + width / 2, 1.5 + lane, drawable(word.text), ha="center", va="center", zorder=3,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
-        )  # fmt: skip
-    axes.set_ylim(0, 1 + lanes)
-    axes.set_yticks([])
-    axes.tick_params(axis="x", length=0, labelbottom=False)
-    axes.spines["bottom"].set_visible(False)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from scipy.signal import correlate
 from src.data.audio import load_audio
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import Prediction
-from src.evaluation.report.clips import AlignmentView, ViewOptions, clip_kinds, worst_first
+from src.evaluation.report import clips as view
+from src.evaluation.report.clips import AlignmentView, clip_kinds
 from src.evaluation.text import PLAIN, word_counts
 from src.utils.errors import AudioError, DataError
 from tests.evaluation.report.test_html import Page
@@ -36,20 +36,19 @@ def clips(*pairs: tuple[str, str], tokens: int | None = None) -> list[Prediction
     ]  # fmt: skip
 
 
-def payload(page: str) -> dict[str, Any]:
+def payload(rows: list[Prediction], *recordings: Utterance, **options: Any) -> dict[str, Any]:
+    """What the script of the view reads."""
+    page = AlignmentView(rows, PLAIN, recordings, **options).to_html()
     (text,) = re.findall(r'class="av-data">(.*?)</script>', page, re.S)
     found: dict[str, Any] = json.loads(text)
     return found
 
 
-def steps(rows: Sequence[Prediction]) -> list[list[list[str]]]:
-    return [row["said"][0]["steps"] for row in payload(AlignmentView(rows, PLAIN).to_html())["rows"]]
-
-
 def test_each_edit_travels_with_its_words_and_equal_runs_as_one_step() -> None:
-    rows = clips(("the cat sat on the big mat", "the hat sat on big mat now"))
-    (found,) = steps(rows)
-    assert found == [["=", "the"], ["s", "cat", "hat"], ["=", "sat on"], ["d", "the"], ["=", "big mat"], ["i", "now"]]
+    (row,) = payload(clips(("the cat sat on the big mat", "the hat sat on big mat now")))["rows"]
+    assert row["said"][0]["steps"] == [
+        ["=", "the"], ["s", "cat", "hat"], ["=", "sat on"], ["d", "the"], ["=", "big mat"], ["i", "now"],
+    ]  # fmt: skip
 
 
 def test_kinds_of_a_clip() -> None:
@@ -67,19 +66,20 @@ def test_kinds_of_a_clip() -> None:
     assert "loop" in clip_kinds(clips(("a b", "a b"), tokens=400)[0], PLAIN)  # more tokens than fit into 2 s
 
 
-def test_loops_and_words_on_silence_come_first_then_errors_then_wer() -> None:
+def test_loops_and_words_on_silence_come_first_then_errors_then_wer(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = clips(("a b c d", "a b x y"), ("", "thanks"), ("a b", "x y"), ("a", "a"), ("go on", "go on " * 12))
-    kinds = {row.id: clip_kinds(row, PLAIN) for row in rows}
-    assert [row.id for row in worst_first(rows, kinds)] == ["c4", "c1", "c2", "c0", "c3"]
+    assert [row["id"] for row in payload(rows)["rows"]] == ["c4", "c1", "c2", "c0", "c3"]
+    monkeypatch.setattr(view, "MAX_CLIPS", 2)
+    assert [row["id"] for row in payload(rows)["rows"]] == ["c4", "c1"]
+    assert "worst of 5" in AlignmentView(rows, PLAIN)._repr_html_()
 
 
 def test_what_users_wrote_is_never_markup() -> None:
     rows = [replace(clips((ATTACK, f"{ATTACK}x"))[0], id=ATTACK, speaker=ATTACK)]
     html = AlignmentView(rows, PLAIN, beside=rows, names=(ATTACK, ATTACK)).to_html()
     page = Page(html)
-    assert page.count("script") == 2
-    assert page.count("img") == 0
-    (row,) = payload(html)["rows"]
+    assert (page.count("script"), page.count("img")) == (2, 0)
+    (row,) = payload(rows)["rows"]
     assert (row["id"], row["speaker"], row["reference"]) == (ATTACK, ATTACK, ATTACK)
     given = [attribute for _, attributes in page.tags for attribute in attributes]
     assert not [name for name in given if name.startswith("on") or name in ("src", "href", "srcset")]
@@ -88,33 +88,28 @@ def test_what_users_wrote_is_never_markup() -> None:
 
 def test_the_stock_model_is_shown_too_and_where_tuning_hurt() -> None:
     tuned, stock = clips(("a b", "a x"), ("a b", "a b"), ("a", "a")), clips(("a b", "a b"), ("a b", "x y"), ("a", "a"))
-    found = payload(AlignmentView(tuned, PLAIN, beside=stock).to_html())
+    found = payload(tuned, beside=stock)
     assert found["names"] == ["tuned", "stock"]
     kinds = {row["id"]: {"worse", "better"} & set(row["kinds"]) for row in found["rows"]}
     assert kinds == {"c0": {"worse"}, "c1": {"better"}, "c2": set()}
     assert [said["errors"] for said in found["rows"][0]["said"]] == [1, 0]
     assert {"worse", "better"} <= set(dict(found["filters"]))
-
-
-def test_rows_beside_must_be_of_the_same_clips() -> None:
-    rows = clips(("a", "a"), ("b", "b"))
-    with pytest.raises(DataError, match=r"1 clips.*c1"):
-        AlignmentView(rows, PLAIN, beside=rows[:1])
+    with pytest.raises(DataError, match=r"2 clips.*c1"):
+        payload(tuned, beside=stock[:1])
     with pytest.raises(DataError):
-        AlignmentView([], PLAIN)
+        payload([])
 
 
 def test_a_clip_without_speech_has_no_rate_and_any_script_survives() -> None:
     text = "naïve 中文 \u2028 שלום"
-    found = payload(AlignmentView(clips(("", "no one"), (text, text)), PLAIN).to_html())["rows"]
+    found = payload(clips(("", "no one"), (text, text)))["rows"]
     assert (found[0]["said"][0]["wer"], found[0]["said"][0]["errors"]) == (None, 2)
     assert found[1]["reference"] == text
 
 
 def test_a_player_holds_the_recording(sample: list[Utterance]) -> None:
     row = replace(clips(("a", "b"))[0], id=sample[0].id)
-    view = AlignmentView([row], PLAIN, [sample[0]])
-    kind, _, data = payload(view.to_html())["rows"][0]["audio"].partition(";base64,")
+    kind, _, data = payload([row], sample[0])["rows"][0]["audio"].partition(";base64,")
     assert kind == "data:audio/mpeg"
     heard, spoken = load_audio(base64.b64decode(data)), load_audio(sample[0].audio)
     assert abs(len(heard) - len(spoken)) < 0.2 * 16_000
@@ -124,27 +119,20 @@ def test_a_player_holds_the_recording(sample: list[Utterance]) -> None:
     assert len(data) < 4_500 * len(spoken) / 16_000
 
 
-def test_only_the_worst_carry_sound(sample: list[Utterance]) -> None:
+@pytest.mark.parametrize(("limit", "value"), [("MAX_AUDIO_CLIPS", 2), ("MAX_AUDIO_SEC", 5.0)])
+def test_only_the_worst_carry_sound(
+    sample: list[Utterance], monkeypatch: pytest.MonkeyPatch, limit: str, value: float
+) -> None:
+    monkeypatch.setattr(view, limit, value)
     rows = clips(*[("a b c", " ".join("x" * i)) for i in range(1, 4)], ("a", "a"))
     audio = [replace(sample[i], id=row.id) for i, row in enumerate(rows)]
-    view = AlignmentView(rows, PLAIN, audio, options=ViewOptions(max_audio_clips=2))
-    assert view.playable == 2
-    assert [bool(row["audio"]) for row in payload(view.to_html())["rows"]] == [True, True, False, False]
-    assert "2 of them can be played" in view.to_html()
-    assert AlignmentView(rows, PLAIN, audio, options=ViewOptions(max_audio_sec=5.0)).playable == 2  # of 2 s each
-    assert AlignmentView(rows, PLAIN).playable == 0
+    found = payload(rows, *audio)["rows"]  # of 2 s each
+    assert [bool(row["audio"]) for row in found] == [True, True, False, False]
 
 
 def test_a_silent_recording_can_be_played_and_a_broken_one_is_named(tmp_path: Path) -> None:
     sf.write(tmp_path / "silent.wav", np.zeros(16_000, dtype=np.float32), 16_000)
     rows = clips(("", "thank you"))
-    assert AlignmentView(rows, PLAIN, [Utterance("c0", tmp_path / "silent.wav", "")]).playable == 1
+    assert payload(rows, Utterance("c0", tmp_path / "silent.wav", ""))["rows"][0]["audio"]
     with pytest.raises(AudioError, match=r"c0.*gone\.wav"):
-        AlignmentView(rows, PLAIN, [Utterance("c0", tmp_path / "gone.wav", "")])
-
-
-def test_more_clips_than_a_view_holds_leave_out_the_best_and_say_so() -> None:
-    rows = clips(("a b", "a b"), ("a b", "a x"), ("a b", "x y"))
-    view = AlignmentView(rows, PLAIN, options=ViewOptions(max_clips=2))
-    assert [row.id for row in view.rows] == ["c2", "c1"]
-    assert "the worst 2 clips of the tuned model, of 3 in all" in view._repr_html_()
+        payload(rows, Utterance("c0", tmp_path / "gone.wav", ""))

@@ -5,7 +5,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 
 from src.data.preparation import prepare_datasets
 from src.data.report.report import build_data_report
@@ -72,18 +71,13 @@ def test_the_page_can_load_nothing(run_dir: Path) -> None:
 def test_what_a_run_has_no_data_for_is_left_out_with_a_reason(tmp_path: Path) -> None:
     rows = [prediction("stock", i, 1) for i in range(8)]
     page = report(write(tmp_path / "untrained", [evaluation("stock", 0.3)], rows))
-    assert page.count("img") == 3  # no curves of a training, no confusions of a tuned model
+    assert page.count("img") == 4  # no curves of a training
     assert "no finished epoch yet" in page.text
     page = report(write(tmp_path / "unevaluated", steps(1)))
     assert page.text.count("nothing was evaluated in this run") == 2
     with pytest.raises(DataError, match="nowhere"):
         write_html_report(tmp_path / "nowhere", tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
-
-
-def test_figures_of_the_callers_choice_replace_the_usual_ones(run_dir: Path) -> None:
-    path = write_html_report(run_dir, run_dir / "r.html", figures={"My <figure>": Figure()})
-    assert [a["alt"] for tag, a in Page(path.read_text()).tags if tag == "img"] == ["My <figure>"]
 
 
 def test_what_a_user_named_is_text(tmp_path: Path) -> None:
@@ -107,19 +101,6 @@ def test_the_saved_data_report_is_shown(run_dir: Path, config: Config) -> None:
     config = config.model_copy(update=small)
     build_data_report(prepare_datasets(config), config).save(run_dir)
     assert "Data report" in report(run_dir).text
-
-
-@pytest.mark.slow
-def test_2500_clips_stay_below_10_mb(tmp_path: Path) -> None:
-    words = "the quick brown fox jumps over the lazy dog and runs away"
-    texts = {"reference": words, "hypothesis": words.replace("fox", "box")}
-    rows = [
-        {**prediction(model, i, 2), **texts, "meta": {"age": i % 80}}
-        for model in ("stock", "tuned")
-        for i in range(2500)
-    ]
-    run = write(tmp_path / "run", [evaluation("stock", 0.3), evaluation("tuned", 0.2)], rows)
-    assert write_html_report(run, tmp_path / "r.html").stat().st_size < 10e6
 
 
 def test_the_experiments_own_files_are_read(config: Config) -> None:

@@ -6,41 +6,45 @@ from pathlib import Path
 import pytest
 
 from src.data.utterance import Utterance
-from src.evaluation.report.run_files import (
-    last_training,
-    load_metrics,
-    load_predictions,
-    read_origin,
-)
+from src.evaluation.report.run_files import last_training, load_metrics, load_predictions, read_origin
 from src.utils.errors import DataError
 from src.utils.versioning import DataVersionManager
 from tests.evaluation.run_files import append, epoch, prediction, steps
 
-REVISION = "0123456789abcdef"
 
-
-def test_a_repeated_prediction_replaces_the_first(run_dir: Path) -> None:
-    append(run_dir, "predictions", prediction("tuned", 3, 4))
+def test_a_repeated_prediction_replaces_the_first_and_any_text_survives(run_dir: Path) -> None:
+    text = "a line\u2028separator \u0085"
+    append(run_dir, "predictions", prediction("tuned", 3, 4) | {"reference": text})
+    file = run_dir / "predictions.jsonl"
+    file.write_text(file.read_text().replace(r"\u2028", "\u2028").replace(r"\u0085", "\u0085"))  # as the evaluator does
     rows = load_predictions(run_dir)["tuned"]
     assert len(rows) == 40
-    assert next(row for row in rows if row.id == "u3").substitutions == 4
-    (run_dir / "predictions.jsonl").unlink()
+    (row,) = [row for row in rows if row.id == "u3"]
+    assert (row.substitutions, row.reference) == (4, text)
+    file.unlink()
     assert load_predictions(run_dir) == {}
 
 
-def test_absent_and_damaged_files_are_named(run_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"metrics\.jsonl"):
-        load_metrics(tmp_path)
-    for text, line in (('{"event": "epoch"}\n{"event": "tra', 2), ('{"loss": 1}\n', 1), ("[]\n", 1)):
-        (tmp_path / "metrics.jsonl").write_text(text)
-        with pytest.raises(DataError, match=rf"metrics\.jsonl, line {line}"):
-            load_metrics(tmp_path)
-    (run_dir / "predictions.jsonl").write_text('{"model": "stock", "id": "u1"}\n')
-    with pytest.raises(DataError, match=r"predictions\.jsonl, line 1"):
-        load_predictions(run_dir)
-    (run_dir / "config.yaml").write_text("model: [")
-    with pytest.raises(DataError, match=r"config\.yaml"):
-        read_origin(run_dir)
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("metrics.jsonl", None, r"metrics\.jsonl"),
+        ("metrics.jsonl", '{"event": "epoch"}\n{"event": "tra', r"metrics\.jsonl, line 2"),
+        ("metrics.jsonl", '{"loss": 1}\n', r"metrics\.jsonl, line 1"),
+        ("metrics.jsonl", "[]\n", r"metrics\.jsonl, line 1"),
+        ("metrics.jsonl", "\0\udcff", r"metrics\.jsonl, line 1"),
+        ("predictions.jsonl", '{"model": "stock", "id": "u1"}\n', r"predictions\.jsonl, line 1"),
+        ("config.yaml", "model: [", r"config\.yaml"),
+    ],
+)
+def test_absent_and_damaged_files_are_named(run_dir: Path, name: str, text: str | None, said: str) -> None:
+    if text is None:
+        (run_dir / name).unlink()
+    else:
+        (run_dir / name).write_bytes(text.encode(errors="surrogateescape"))
+    read = {"metrics.jsonl": load_metrics, "predictions.jsonl": load_predictions, "config.yaml": read_origin}[name]
+    with pytest.raises(DataError, match=said):
+        read(run_dir)
 
 
 def test_updates_and_epochs_done_again_replace_the_older_ones() -> None:
@@ -54,28 +58,20 @@ def test_updates_and_epochs_done_again_replace_the_older_ones() -> None:
 
 
 def test_the_commands_that_reproduce_a_run_come_from_its_files(run_dir: Path, sample: list[Utterance]) -> None:
-    (run_dir / "env.json").write_text(json.dumps({"python": "3.11", "git_revision": f"{REVISION}+changes"}))
+    (run_dir / "env.json").write_text(json.dumps({"python": "3.11", "git_revision": "0123abcd+changes"}))
     (run_dir / "config.yaml").write_text("model: {variant: base.en}\npaths: {checkpoints_dir: kept}\n")
     DataVersionManager(run_dir / "data_versions").log_dataset_version(
         dataset_name="speech", version="v1", metadata={}, utterances=sample[:2]
     )
     origin = read_origin(run_dir)
     checkout, train, evaluate = origin.commands()
-    assert checkout.startswith(f"git checkout {REVISION}  # ")
+    assert checkout.startswith("git checkout 0123abcd  # ")
     assert train == f"python scripts/train.py --config {run_dir}/config.yaml"
-    assert evaluate == (
-        f"python scripts/evaluate.py --config {run_dir}/config.yaml --model kept/best_model_hf --stock base.en"
-    )
+    command = f"python scripts/evaluate.py --config {run_dir}/config.yaml"
+    assert evaluate == f"{command} --model kept/best_model_hf --stock base.en"
     assert [version.version for version in origin.data_versions] == ["v1"]
-
-
-def test_a_measurement_is_repeated_as_it_was_made(run_dir: Path) -> None:
-    append(
-        run_dir,
-        "metrics",
-        {"event": "measured", "model": "my model", "stock": None, "data": "d.parquet", "max_clips": 9},
-    )
-    assert read_origin(run_dir).commands()[-1] == (
-        f"python scripts/evaluate.py --config {run_dir}/config.yaml --model 'my model' --data d.parquet --max-clips 9 "
-        "--no-stock"
-    )
+    # a measurement is repeated as it was made
+    row = {"event": "measured", "model": "my model", "stock": None, "data": "d.parquet", "max_clips": 9}
+    append(run_dir, "metrics", row)
+    expected = f"{command} --model 'my model' --data d.parquet --max-clips 9 --no-stock"
+    assert read_origin(run_dir).commands()[-1] == expected

@@ -24,11 +24,10 @@ from tests.evaluation.run_files import append, epoch, evaluation, guard_rows, pr
 def test_a_summary_is_read_from_the_runs_files(run_dir: Path) -> None:
     summary = summarize_run(run_dir)
     assert summary.figures() == {"stock_wer": 0.37, "tuned_wer": 0.27, "streaming_wer": 0.3, "rtf": 0.06}
-    assert summary.comparison is not None
-    assert summary.comparison.verdict == "better"
     text = summary.to_text()
     for part in ("0.370 [0.320, 0.420]", "0.270 [0.220, 0.320]", "WER 0.300", "RTF 0.30", "epoch 2", "8 speakers"):
         assert part in text
+    assert str(run_dir / "predictions.jsonl") in text
     assert "guard" not in text
     assert "mix" not in text
 
@@ -46,11 +45,11 @@ def test_the_verdict_and_its_advice(tmp_path: Path, tuned: int, verdict: str) ->
 def test_what_was_not_measured_is_said_and_never_zero(tmp_path: Path) -> None:
     row = evaluation("stock", 0.37) | {"rtf": None, "wer_low": None, "wer_high": None}
     table = comparison_table({"stock": row})
-    assert table.loc["stock", "RTF"] == NOT_MEASURED
-    assert table.loc["stock", "WER"] == "0.370"
+    assert (table.loc["stock", "RTF"], table.loc["stock", "WER"]) == (NOT_MEASURED, "0.370")
     assert summarize_run(write(tmp_path / "r", [row])).figures()["tuned_wer"] is None
-    unmeasured = [epoch(1, None, False)]
-    assert "nothing was evaluated" in summarize_run(write(tmp_path / "r", unmeasured)).to_text()
+    unmeasured = summarize_run(write(tmp_path / "r", [epoch(1, None, False)])).to_text()
+    assert "nothing was evaluated" in unmeasured
+    assert NOT_MEASURED in unmeasured
     with pytest.raises(DataError):
         comparison_table({})
 
@@ -71,50 +70,33 @@ def test_the_table_puts_stock_first_with_change_and_verdict(run_dir: Path) -> No
     assert list(table["verdict"]) == ["", "better"]
     assert table.loc["tuned", "WER change"] == "-27.0 %"
     lines = format_comparison(shuffled, summary.predictions).splitlines()
-    assert lines[0].split() == ["|", "|", "stock", "|", "tuned", "|"]
     assert len({len(line) for line in lines if line.startswith("|")}) == 1
     assert "-37.5 points" in lines[-1]
-
-
-def test_rates_without_predictions_make_a_table_without_a_verdict(run_dir: Path) -> None:
+    # rates without predictions make a table without a verdict
     (run_dir / "predictions.jsonl").unlink()
-    summary = summarize_run(run_dir)
-    assert summary.comparison is None
+    assert summarize_run(run_dir).comparison is None
     assert comparison_table(summary.evaluations).loc["tuned", "verdict"] == NOT_MEASURED
 
 
 def test_cells_of_a_markdown_table_cannot_break_it() -> None:
     table = markdown_table(["a", "b|c"], [("# x\n| y", "<b>"), ("---", 1)])
-    head, rule, *rows = table.splitlines()
-    assert len(rows) == 2
-    assert [line.replace("\\|", "").count("|") for line in (head, rule, *rows)] == [3] * 4
+    assert [line.replace("\\|", "").count("|") for line in table.splitlines()] == [3] * 4
     assert "<" not in table
 
 
-def test_better_at_home_and_worse_elsewhere_is_said_with_both_rates(run_dir: Path) -> None:
-    metrics, predictions = guard_rows(1, 3)
+@pytest.mark.parametrize(("tuned", "verdict"), [(3, "worse"), (1, "no difference shown"), (0, "better")])
+def test_better_at_home_and_worse_elsewhere_is_said(run_dir: Path, tuned: int, verdict: str) -> None:
+    metrics, predictions = guard_rows(1, tuned)
     append(run_dir, "metrics", *metrics)
     append(run_dir, "predictions", *predictions)
     summary = summarize_run(run_dir)
-    (trade,) = [line for line in summary.to_text().splitlines() if "own domain" in line]
-    assert all(rate in trade for rate in ("0.370 to 0.270", "0.250 to 0.750"))
+    assert ("own domain" in summary.to_text()) == (verdict == "worse")
     assert "LibriSpeech test-clean, 40 clips of 8 speakers" in summary.to_text()
     assert summary.figures()["tuned_wer"] == 0.27  # the guard set changes no headline
     table = comparison_table({**summary.guard, **summary.evaluations}, summary.predictions)
     assert list(table.index) == ["stock", "tuned", "stock (guard)", "tuned (guard)"]
-    assert list(table["verdict"]) == ["", "better", "", "worse"]
-    assert table.loc["tuned (guard)", "WER change"] == "+200.0 %"
-
-
-@pytest.mark.parametrize(("tuned", "said"), [(0, "better"), (1, "no difference shown"), (3, "no verdict")])
-def test_the_guard_set_without_a_trade(run_dir: Path, tuned: int, said: str) -> None:
-    metrics, predictions = guard_rows(1, tuned)
-    append(run_dir, "metrics", *metrics)
-    append(run_dir, "predictions", *(predictions if tuned < 3 else []))
-    text = summarize_run(run_dir).to_text()
-    (line,) = [line for line in text.splitlines() if line.startswith("guard: ")]
-    assert said in line
-    assert "own domain" not in text
+    assert list(table["verdict"]) == ["", "better", "", verdict]
+    assert table.loc["tuned (guard)", "WER change"] == f"{100 * (tuned - 1):+.1f} %"
 
 
 @pytest.mark.parametrize(("chosen", "said"), [(0, "keep the stock model"), (0.5, "share 0.5"), (1, "no mix")])
@@ -124,7 +106,7 @@ def test_the_last_sweep_over_mixes(run_dir: Path, chosen: float, said: str) -> N
 
     append(run_dir, "metrics", *sweep({0: 0.9, 0.1: 0.8, 1: 0.7}, 1), *sweep({0: 0.4, 0.5: 0.3, 1: 0.35}, chosen))
     (line,) = [line for line in summarize_run(run_dir).to_text().splitlines() if line.startswith("mix: ")]
-    assert "0 (stock) 0.400, 0.5 0.300, 1 (tuned) 0.350" in line
+    assert "0: 0.400, 0.5: 0.300, 1: 0.350" in line
     assert said in line
     append(run_dir, "metrics", epoch(3, 0.2, True))
     assert summarize_run(run_dir).mix == []  # of weights that are no longer

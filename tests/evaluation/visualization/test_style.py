@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from matplotlib.figure import Figure
 
 from src.evaluation.visualization import style
-from src.evaluation.visualization.style import MAX_CHARS, drawable, figure_style
+from src.evaluation.visualization.style import MAX_CHARS, drawable, new_figure
 
 SCRIPTS = [
     "你好", "أحمد علي", "שלום", "ไทย", "हिन्दी", "😀🫨", "$a$ and $b$", "x\ty\nz", "bell \x07", "\u200f\u200b", "ő Ж δ",
 ]  # fmt: skip
 
 
-@pytest.fixture
-def fonts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Leave matplotlib's own font only."""
-    monkeypatch.setattr(style, "_fonts", lambda: ("DejaVu Sans",))
-    return monkeypatch
-
-
 @pytest.mark.usefixtures("no_warning_and_no_global_change")
 def test_any_script_draws_without_a_missing_glyph() -> None:
-    with figure_style():
-        figure = Figure()
+    with new_figure(4, 4, drawable("".join(SCRIPTS))) as figure:
         for weight in ("normal", "bold"):
             for text in SCRIPTS:
                 figure.text(0.5, 0.5, drawable(text), weight=weight)
@@ -31,10 +22,11 @@ def test_any_script_draws_without_a_missing_glyph() -> None:
         figure.canvas.print_figure("/dev/null", format="svg")
 
 
-def test_what_no_font_has_is_written_as_its_code(fonts: pytest.MonkeyPatch) -> None:
+def test_what_no_font_has_is_written_as_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(style, "_fonts", lambda: ("DejaVu Sans",))
     found = {text: drawable(text) for text in ("猫 cat", "🫨", "a\x07", "naïve Привет δ", "\u2a5e")}
     assert list(found.values()) == [r"\u732b cat", r"\U0001fae8", r"a\x07", "naïve Привет δ", r"\u2a5e"]
-    fonts.setattr(style, "_fonts", lambda: ("DejaVu Sans", "STIXGeneral"))
+    monkeypatch.setattr(style, "_fonts", lambda: ("DejaVu Sans", "STIXGeneral"))
     assert drawable("\u2a5e") == "\u2a5e"
 
 

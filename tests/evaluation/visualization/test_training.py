@@ -107,48 +107,48 @@ def test_the_live_figure_draws_whatever_is_there(rows: list[dict[str, Any]], tmp
     assert [list(each) for each in ends] in ([], [[2]], [[2, 3]])  # at the last update of each epoch
 
 
-class Display:
-    """Stands for the notebook; remembers what it was told to show."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[tuple[str, bool]] = []
-        monkeypatch.setattr(training, "in_notebook", lambda: True)
-        monkeypatch.setattr("IPython.display.display", self._display)
-
-    def _display(self, figure: Any, *, display_id: str, update: bool) -> None:
-        assert figure.data[:4] == b"\x89PNG"
-        self.calls.append((display_id, update))
+@pytest.fixture
+def experiment(config: Config) -> ExperimentLogger:
+    return ExperimentLogger(config, run_id="r")
 
 
 @pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> Display:
-    return Display(monkeypatch)
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Stands for the notebook: what it was told to show, by id and whether it replaces."""
+    calls: list[tuple[str, bool]] = []
+
+    def display(figure: Any, *, display_id: str, update: bool) -> None:
+        assert figure.data[:4] == b"\x89PNG"
+        calls.append((display_id, update))
+
+    monkeypatch.setattr(training, "in_notebook", lambda: True)
+    monkeypatch.setattr("IPython.display.display", display)
+    return calls
 
 
-def test_it_draws_at_most_so_often_and_once_more_at_the_end(config: Config, shown: Display) -> None:
+def test_it_draws_at_most_so_often_and_once_more_at_the_end(
+    experiment: ExperimentLogger, shown: list[tuple[str, bool]]
+) -> None:
     now = [0.0]
-    experiment = ExperimentLogger(config, run_id="r")
     with experiment, LivePlot(experiment, every_sec=2.0, clock=lambda: now[0]):
         for number in range(1, 9):
             now[0] += 0.5
             experiment.log(**step(number))
-        assert len(shown.calls) == 2  # at 0.5 and 2.5 s
-    assert [update for _, update in shown.calls] == [False, True, True]
-    assert len({name for name, _ in shown.calls}) == 1
+        assert len(shown) == 2  # at 0.5 and 2.5 s
+    assert [update for _, update in shown] == [False, True, True]
+    assert len({name for name, _ in shown}) == 1
 
 
-def test_slow_drawing_is_done_less_often(config: Config, shown: Display) -> None:
+def test_slow_drawing_is_done_less_often(experiment: ExperimentLogger, shown: list[tuple[str, bool]]) -> None:
     ticks = itertools.count()
-    experiment = ExperimentLogger(config, run_id="r")
     with experiment, LivePlot(experiment, every_sec=2.0, clock=lambda: float(next(ticks))):  # a figure takes 1 s
         for number in range(1, 23):
             experiment.log(**step(number))
-        assert len(shown.calls) == 2  # the second after 20 s
+        assert len(shown) == 2  # the second after 20 s
 
 
-def test_a_continued_run_begins_with_the_curve_that_it_has(
-    config: Config, shown: Display, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("shown")
+def test_a_continued_run_begins_with_the_curve_that_it_has(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[list[int]] = []
     draw = training.draw_curves
     monkeypatch.setattr(training, "draw_curves", lambda s, e: drawn.append([row["step"] for row in s]) or draw(s, e))
@@ -161,11 +161,11 @@ def test_a_continued_run_begins_with_the_curve_that_it_has(
     assert drawn[-1] == [1, 2, 3]
 
 
+@pytest.mark.usefixtures("shown")
 def test_an_error_in_drawing_ends_the_figure_with_one_warning(
-    config: Config, shown: Display, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    experiment: ExperimentLogger, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(training, "draw_curves", lambda steps, epochs: 1 / 0)
-    experiment = ExperimentLogger(config, run_id="r")
     with experiment, LivePlot(experiment, every_sec=0.0):
         for number in (1, 2, 3):
             experiment.log(**step(number))
@@ -174,18 +174,20 @@ def test_an_error_in_drawing_ends_the_figure_with_one_warning(
     assert len(experiment.metrics_path.read_text().splitlines()) == 3
 
 
-def test_an_interrupted_training_is_shown_to_its_end_and_stays_interrupted(config: Config, shown: Display) -> None:
-    experiment = ExperimentLogger(config, run_id="r")
+def test_an_interrupted_training_is_shown_to_its_end_and_stays_interrupted(
+    experiment: ExperimentLogger, shown: list[tuple[str, bool]]
+) -> None:
     with pytest.raises(KeyboardInterrupt), experiment, LivePlot(experiment):
         experiment.log(**step(1))
         experiment.log(**step(2))
         raise KeyboardInterrupt
-    assert len(shown.calls) == 2
+    assert len(shown) == 2
 
 
-def test_outside_a_notebook_nothing_is_gathered_or_drawn(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_a_notebook_nothing_is_gathered_or_drawn(
+    experiment: ExperimentLogger, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace()))  # a terminal
-    experiment = ExperimentLogger(config, run_id="r")
     with experiment, LivePlot(experiment) as plot:
         experiment.log(**step(1))
         plot.update(force=True)
