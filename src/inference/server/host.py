@@ -46,6 +46,12 @@ class ServerLimits:
             raise ConfigError(f"limits of the caption server: {', '.join(wrong)}; they must be above 0")
 
 
+def idle_error(limits: ServerLimits) -> StreamError:
+    """Return why a silent client is sent away."""
+    nothing = f"nothing came for {limits.idle_sec:g} s"
+    return StreamError("idle", nothing, fix="send audio, silence too, and then the end")
+
+
 class LiveHost:
     """Admits sessions, and runs their calls in turn; other work on the same models takes turns in `worker` too."""
 
@@ -190,9 +196,8 @@ class LiveSession:
         """End the session unless audio comes in time."""
         self._cancel_idle()
         if self in self._host.sessions:  # else it was closed during its turn: a timer would keep it in memory
-            silent = f"nothing came for {self._host.limits.idle_sec:g} s"
-            idle = StreamError("idle", silent, fix="send audio, silence too, and then the end")
-            self._idle = asyncio.get_running_loop().call_later(self._host.limits.idle_sec, self.end, idle)
+            limits, loop = self._host.limits, asyncio.get_running_loop()
+            self._idle = loop.call_later(limits.idle_sec, self.end, idle_error(limits))
 
     def _cancel_idle(self) -> None:
         if self._idle is not None:

@@ -17,10 +17,10 @@ import asyncio
 import base64
 import binascii
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -45,27 +45,19 @@ CONTEXTS = {"full": "padded to 30 s", "dynamic": "at the audio's own length"}
 ModelSource = str | Path | Engine
 
 
-class Demo:
-    """A page that is being served; as a context manager, it closes at the end of the block."""
+class Demo(ExitStack):
+    """A page that is served until `close`, or the end of a `with` block; a model call that runs comes to its end."""
 
     def __init__(self, page: Any, host: LiveHost) -> None:
-        self._page, self._host = page, host
+        super().__init__()
         self.url: str = page.local_url  # on this machine
         self.share_url: str | None = page.share_url  # for everybody; None unless shared
+        self.host = host
+        self.callback(host.worker.shutdown, wait=False, cancel_futures=True)
+        self.callback(page.close, verbose=False)  # the first to be called
 
     def __repr__(self) -> str:
         return f"Demo({self.share_url or self.url}); close() ends it"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop serving; the model call that runs comes to its end, and no other is started."""
-        self._page.close(verbose=False)
-        self._host.worker.shutdown(wait=False, cancel_futures=True)
 
 
 def launch_demo(
@@ -80,7 +72,6 @@ def launch_demo(
     port: int | None = None,
     limits: ServerLimits | None = None,
     max_upload_sec: float = MAX_UPLOAD_SEC,
-    height: int = 860,
 ) -> Demo:
     """Serve the page, and show it below the cell of a notebook.
 
@@ -95,7 +86,6 @@ def launch_demo(
         port: None takes a free one from 7860 on.
         limits: of live captions.
         max_upload_sec: of a file.
-        height: of the frame in a notebook, pixels.
 
     Raises:
         MissingDependencyError: gradio is absent.
@@ -120,7 +110,7 @@ def launch_demo(
         backend.about, hear=backend.live.answer, leave=backend.live.leave, transcribe=backend.transcribe
     )
     try:
-        page_layout.serve(page, share=share, server_name=server_name, server_port=port, height=height)
+        page_layout.serve(page, share=share, server_name=server_name, server_port=port)
     except (OSError, ValueError) as err:
         host.worker.shutdown()
         raise ConfigError(f"the page cannot listen on {server_name}:{port}: {err}; choose another port") from err

@@ -79,6 +79,7 @@ def serve(page: gr.Blocks, **address: Any) -> None:
     )
     page.launch(
         **address,
+        height=860,  # of the frame in a notebook, pixels
         prevent_thread_lock=True,
         quiet=True,
         theme=theme,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 import logging
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -23,7 +22,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from src.inference.server import protocol
-from src.inference.server.host import LOOPBACK, LiveHost, LiveSession, ServerLimits
+from src.inference.server.host import LOOPBACK, LiveHost, LiveSession, ServerLimits, idle_error
 from src.inference.server.protocol import StreamError
 from src.inference.streaming.session import StreamingASR
 from src.utils.errors import ConfigError
@@ -73,15 +72,8 @@ class CaptionServer:
     async def listen(self, host: str = LOOPBACK, port: int = DEFAULT_PORT) -> AsyncIterator[str]:
         """Serve inside the block, once; at its end decode every session to its end, say done, and close.
 
-        Args:
-            host: to listen on.
-            port: 0 takes a free one.
-
-        Yields:
-            The address, such as "ws://127.0.0.1:8765".
-
-        Raises:
-            ConfigError: the host or port is unavailable.
+        Port 0 takes a free one; the address that is given is one such as "ws://127.0.0.1:8765". A host or port that is
+        unavailable is a ConfigError.
         """
         try:
             server = await serve(
@@ -97,7 +89,7 @@ class CaptionServer:
             )
         except (OSError, OverflowError) as err:
             raise ConfigError(f"cannot listen on {host}:{port}: {err}; choose another port, or 0") from err
-        if not is_loopback(host):
+        if host not in (LOOPBACK, "::1", "localhost"):
             logger.warning(
                 "listening on %s: whoever reaches this machine can connect%s, and nothing is encrypted; put a proxy "
                 "with TLS before it",
@@ -134,18 +126,17 @@ class CaptionServer:
 
     async def _handle(self, websocket: ServerConnection) -> None:
         """Serve one connection, whatever happens on it."""
-        peer = websocket.remote_address
         try:
             done = await self._converse(websocket)
             last: protocol.ServerMessage = done
             code = CLOSE_OK if done.reason == "end" else CLOSE_GOING_AWAY
         except StreamError as err:
-            logger.warning("%s: %s: %s", peer, err.code, err)
+            logger.warning("%s: %s: %s", websocket.remote_address, err.code, err)
             last = protocol.Failure(code=err.code, message=err.message, fix=err.fix, audio_sec=err.audio_sec)
             code = protocol.CLOSE_CODES[err.code]
             traceback.clear_frames(err.__traceback__)  # they hold the session, in a cycle with the error
         except LEFT as err:
-            logger.info("%s: left: %s", peer, err)
+            logger.info("%s: left: %s", websocket.remote_address, err)
             traceback.clear_frames(err.__traceback__)
             return
         with suppress(*LEFT):
@@ -159,13 +150,11 @@ class CaptionServer:
             async with asyncio.timeout(self._limits.idle_sec):
                 first = await websocket.recv()
         except TimeoutError as err:
-            nothing = f"nothing came for {self._limits.idle_sec:g} s"
-            raise StreamError("idle", nothing, fix="send audio, silence too, and then the end") from err
+            raise idle_error(self._limits) from err
         finally:
             self._waiting.remove(websocket)
         hello = protocol.Hello() if isinstance(first, bytes) else protocol.read_client(first, protocol.Hello)
-        tokens = [] if hello.token is None else [hello.token]
-        if not self._is_known(tokens + _bearer_tokens(websocket.request)):
+        if not self._is_known([hello.token or "", *_bearer_tokens(websocket.request)]):
             fix = "send Authorization: Bearer TOKEN, or token in hello"
             raise StreamError("unauthorized", "no token, or a wrong one", fix=fix)
         live = await self._host.open(partial(self._make_session, hello.language), hello.sample_rate)
@@ -235,11 +224,3 @@ async def _close(websocket: ServerConnection, code: int) -> None:
 
 def _bearer_tokens(request: Request | None) -> list[str]:
     return [] if request is None else [v.removeprefix("Bearer ") for v in request.headers.get_all("Authorization")]
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches a host; a name other than localhost counts as reachable."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import soxr
@@ -75,8 +74,7 @@ class StreamingResult:
 class StreamingASR:
     """One live session: `feed` it, or give it a file, an array or the microphone.
 
-    Several sessions may share an engine; each is used from one thread at a time. As a context manager, it flushes at
-    the end of the block.
+    Several sessions may share an engine; each is used from one thread at a time.
 
     Args:
         model: a `DynamicWhisper`, in the context that its config says; not needed with `engine`.
@@ -88,9 +86,6 @@ class StreamingASR:
             engine's audio context.
         policy: makes a commit policy for each stream; by default the one that `streaming.policy` names.
         clock: seconds, monotone; measures updates and stamps events.
-
-    Attributes:
-        sharers: sessions that take turns on the same machine, this one included: updates become that much rarer.
     """
 
     def __init__(
@@ -121,7 +116,7 @@ class StreamingASR:
         self._capacity = math.ceil(config.streaming.buffer_sec * SAMPLE_RATE)
         self._pad_sec = vad.config.pad_sec if vad is not None else 0.0
         self._lead_in_sec = ONSET_SEC + self._pad_sec + (vad.config.min_speech_sec if vad is not None else 0.0)
-        self.sharers = 1
+        self.sharers = 1  # sessions that take turns on this machine: updates become that much rarer
         self.reset()
 
     def reset(self) -> None:
@@ -143,13 +138,6 @@ class StreamingASR:
         self._outbox: list[Event] = []  # survives an exception, so that no event is lost
         self._sequence = 0
         self.updates, self.compute_sec, self.longest_update_sec, self._mean_update_sec = 0, 0.0, 0.0, 0.0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
-            self.flush()
 
     @property
     def transcript(self) -> str:
@@ -179,12 +167,9 @@ class StreamingASR:
     def stream_from_file(
         self, path: str | Path, *, real_time: bool = False, on_event: OnEvent | None = None
     ) -> StreamingResult:
-        """Transcribe a file as a stream; see `iter_file`.
+        """As `iter_file`; `real_time` hears it no faster than it was recorded, as a microphone would.
 
-        Args:
-            path: of the recording.
-            real_time: hear it no faster than it was recorded, to see what a microphone would give.
-            on_event: called with each event as it comes, in this thread.
+        `on_event` is called with each event as it comes, in this thread.
         """
         if not real_time:
             return self._gather(self.iter_file(path), on_event)
@@ -196,23 +181,15 @@ class StreamingASR:
         return self._gather(self.iter_audio(audio))
 
     def stream_from_microphone(self, duration_sec: float, *, on_event: OnEvent | None = None) -> StreamingResult:
-        """Reset, then transcribe so much audio from the microphone: in Colab the browser's, else this machine's.
-
-        Args:
-            duration_sec: how much audio to record.
-            on_event: called with each event as it comes, in this thread.
-
-        Raises:
-            MissingDependencyError, AudioError, ConfigError: as `Microphone` and `BrowserMicrophone`.
-        """
+        """As `stream_from_file`, for so much audio of the microphone: in Colab the browser's, else this machine's."""
         microphone: Microphone | BrowserMicrophone
         if in_colab() and in_notebook():
             microphone = BrowserMicrophone(duration_sec)
             logger.info("recording %g s from the browser's microphone; allow it if the browser asks", duration_sec)
         else:
             microphone = Microphone(duration_sec)
-            rate = microphone.sample_rate
-            logger.info("recording %g s from this machine's microphone at %d Hz", duration_sec, rate)
+            where = "recording %g s from this machine's microphone at %d Hz"
+            logger.info(where, duration_sec, microphone.sample_rate)
         with contextlib.closing(microphone.blocks()) as blocks:  # an error must not leave it open
             events = self._listen((block, microphone.sample_rate) for block in blocks)
             return replace(self._gather(events, on_event), overruns=microphone.overruns)
@@ -296,7 +273,10 @@ class StreamingASR:
         if self._state == "ending":
             self._end_utterance()
         elif self._state == "speech":
-            if self.audio_sec - self._updated_sec >= self._interval_sec():
+            # more audio than an update takes, so that a slow machine never falls behind for good
+            busy_sec = BUSY_FACTOR * self.sharers * self._mean_update_sec if self._adaptive else 0.0
+            chunk_sec = self._policy.interval_sec or self._settings.min_chunk_sec
+            if self.audio_sec - self._updated_sec >= max(chunk_sec, busy_sec):
                 self._update()
         elif self._state == "idle" or self.audio_sec - self._timeline.end_sec > self._context_silence_sec:
             self._state = "idle"
@@ -307,11 +287,6 @@ class StreamingASR:
             if event.kind == "start" and self._state in ("idle", "pause"):
                 self._updated_sec = event.time_sec  # the first update waits for a chunk of speech
             self._state = "speech" if event.kind == "start" else "ending"
-
-    def _interval_sec(self) -> float:
-        """Audio between updates: more than an update takes, so that a slow machine never falls behind for good."""
-        chunk_sec = self._policy.interval_sec or self._settings.min_chunk_sec
-        return max(chunk_sec, BUSY_FACTOR * self.sharers * self._mean_update_sec) if self._adaptive else chunk_sec
 
     def _update(self) -> None:
         self._hypothesis = self._decode()
@@ -376,13 +351,10 @@ class StreamingASR:
     def _prompt(self) -> str:
         """Return the newest text whose audio has left the buffer, at most `max_prompt_tokens` of it."""
         budget = self._settings.max_prompt_tokens
-        words: list[str] = []
-        for word in reversed(self._transcript[max(0, self._left - budget) : self._left]):
-            budget -= len(self._engine.vocabulary.encode(" " + word.text))
-            if budget < 0:
-                break
-            words.insert(0, word.text)
-        return " ".join(words)
+        words = self._transcript[max(0, self._left - budget) : self._left]
+        tokens = itertools.accumulate(len(self._engine.vocabulary.encode(" " + word.text)) for word in reversed(words))
+        fitting = sum(total <= budget for total in tokens)
+        return join_words(words[len(words) - fitting :])
 
     def _make_room(self) -> None:
         """Cut a full buffer after a committed word; commit the settled words first where there is none."""

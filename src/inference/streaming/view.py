@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Self
 
 from src.inference.captions import spaced
 from src.inference.streaming.commit import Event
@@ -28,15 +28,12 @@ class LiveCaptions:
         with LiveCaptions() as live:
             asr.stream_from_microphone(30, on_event=live.show)
 
-    Text that may still change is fainter. At most eight updates a second; the last state is always shown.
-
-    Args:
-        clock: seconds, monotone.
-        terminal: where they go outside of a notebook: in place if it is a terminal, else only at the end.
+    Text that may still change is fainter. At most eight updates a second; the last state is always shown. Outside of a
+    notebook they go to standard output: in place if it is a terminal, else only at the end.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic, terminal: TextIO | None = None) -> None:
-        self._clock, self._terminal = clock, terminal or sys.stdout
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._terminal = clock, sys.stdout
         self._in_notebook, self._display_id = in_notebook(), ""
         self._drawn_sec: deque[float] = deque(maxlen=MAX_UPDATES_PER_SEC)  # the newest updates
         self._committed, self._partial = "", ""  # text that stays, its newest `MAX_CHARS`; text that may change

@@ -9,7 +9,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -155,29 +155,18 @@ def test_what_is_no_message_is_refused_in_a_line(sent: dict[str, Any], said: str
         assert not page.host.sessions
 
 
-def test_a_recording_keeps_its_rate() -> None:
+def test_a_recording_that_fails_or_changes_its_rate_is_freed_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with Tabs() as page:
-        page.answer("a", first=True)
-        error = page.answer("a", rate=48_000)["error"]
-        assert ("48000" in error, str(SAMPLE_RATE) in error) == (True, True)
-        assert not page.host.sessions
-
-
-def test_a_recording_that_fails_is_freed_and_says_so() -> None:
-    with Tabs() as page:
-        page.answer("a", first=True)
-        page.answer("b", first=True)
-        error = page.answer("a", -0.5)["error"]
-        assert error.startswith("RuntimeError: CUDA error; ")
-        assert "error" not in page.answer("b")
+        for tab in "abcd":
+            page.answer(tab, first=True)
+        assert page.answer("a", -0.5)["error"].startswith("RuntimeError: CUDA error; ")
+        assert f"48000 Hz in a recording of {SAMPLE_RATE} Hz" in page.answer("b", rate=48_000)["error"]
+        assert "error" not in page.answer("c")
+        monkeypatch.setattr("src.inference.server.page.make_cues", lambda words: 1 / 0)  # outside of the session
+        assert page.answer("d", last=True)["error"].startswith("ZeroDivisionError: ")
         assert len(page.host.sessions) == 1
-
-
-def test_an_error_outside_of_the_session_frees_its_place_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("src.inference.server.page.make_cues", lambda words: 1 / 0)
-    with Tabs() as page:
-        assert page.answer("a", first=True, last=True)["error"].startswith("ZeroDivisionError: ")
-        assert not page.host.sessions
 
 
 def test_calls_of_an_engine_take_turns_in_the_order_in_which_they_came() -> None:
@@ -209,23 +198,27 @@ def test_words_differ_that_the_other_text_lacks() -> None:
         assert tuple(map(set, page_layout.differing_words(words(first), words(second)))) == expected
 
 
+def transcribed(*segments: Sequence[Word]) -> Transcriptions:
+    parts = tuple(
+        TranscribedSegment(said[0].start_sec, said[-1].end_sec, said[0].text, -0.1, None, 1.0, 0.0, tuple(said), None)
+        for said in segments
+    )
+    whole = tuple(word for said in segments for word in said)
+    return Transcriptions((Transcription("array 0", "", 66.0, parts, whole),), 3.3)
+
+
 def test_a_transcript_is_text_marks_what_is_unsure_and_carries_its_captions() -> None:
     page_layout = pytest.importorskip("src.inference.server.page_layout")
-    said = (Word("sure", 0.0, 0.5, 0.9), Word(ATTACK, 0.5, 1.0, 0.2), Word("end", 65.0, 65.5, float("nan")))
-    segments = [
-        TranscribedSegment(part[0].start_sec, part[-1].end_sec, part[0].text, -0.1, None, 1.0, 0.0, part, None)
-        for part in (said[:2], said[2:])
-    ]
-    done = Transcriptions((Transcription("array 0", "", 66.0, tuple(segments), said),), 3.3)
-    silent = Transcriptions((Transcription("array 0", "", 66.0, (), ()),), 3.3)
+    sure, unsure = Word("sure", 0.0, 0.5, 0.9), Word(ATTACK, 0.5, 1.0, 0.2)
+    done = transcribed((sure, unsure), (Word("end", 65.0, 65.5, float("nan")),))
     html = page_layout.results_html(["a"], [done], 'a"b')
-    compared = page_layout.results_html(["<img>", "b"], [done, silent], "")
+    compared = page_layout.results_html(["<img>", "b"], [done, transcribed()], "")
     assert "<img" not in html + compared
     assert html.count('class="unsure" data-start="0.50" data-tip="0.50 to 1.00 s, 20%"') == 1
     assert 'data-start="65.00" data-tip="65.00 to 65.50 s">end<' in html
     assert "<time>1:05</time>" in html
     assert "<dd>0.050</dd>" in html
-    assert compared.count("<mark ") == 3
+    assert (compared.count("<mark "), compared.count("no words")) == (3, 1)
     srt = unquote(html.split('download="a&#34;b.srt" href="data:text/plain;charset=utf-8,')[1].split('"')[0])
     assert parsed(srt)[0][0] == 0.0
 
@@ -275,9 +268,9 @@ def browsers(jfk: Waveform, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @contextmanager
-def opened(browser: Browser, demo: Demo, *, width: int = 1280) -> Iterator[Page]:
+def opened(browser: Browser, demo: Demo, *, width: int = 1280, scheme: Any = "light") -> Iterator[Page]:
     """A page without errors that asks nothing of other hosts."""
-    page = browser.new_page(viewport={"width": width, "height": 900})
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page.set_default_timeout(PATIENCE_SEC * 1000)
     said: list[str] = []
     own = (demo.url, "data:", "blob:")
@@ -289,6 +282,24 @@ def opened(browser: Browser, demo: Demo, *, width: int = 1280) -> Iterator[Page]
     yield page
     assert said == []
     page.close()
+
+
+CONTRASTS = """selectors => {
+  const paint = (...colors) => {
+    const context = new OffscreenCanvas(1, 1).getContext("2d");
+    for (const color of colors) { context.fillStyle = color; context.fillRect(0, 0, 1, 1); }
+    return [...context.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+  };
+  const light = rgb => rgb.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  return [...document.querySelectorAll(selectors)].filter(e => e.textContent.trim() && e.checkVisibility()).map(e => {
+    const grounds = [];
+    for (let at = e; at; at = at.parentElement) grounds.unshift(getComputedStyle(at).backgroundColor);
+    const [a, b] = [paint(...grounds), paint(...grounds, getComputedStyle(e).color)].map(light).sort((x, y) => y - x);
+    return [(a + 0.05) / (b + 0.05), `${e.tagName}.${e.className}: ${e.textContent.slice(0, 40)}`];
+  });
+}"""
+TEXTS = "h1, h3, p, dt, dd, time, a, button:enabled, .word, .partial, mark, [data-start], .legend span"
 
 
 def uploaded(page: Page, tab: str, path: Path) -> None:
@@ -325,15 +336,31 @@ class TestInABrowser:
                 page.locator(".clear").click()
                 assert text not in page.locator(".page").inner_text()
 
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_every_text_has_the_contrast_of_wcag_aa(self, browsers: list[Browser], demo: Demo, scheme: str) -> None:
+        from src.inference.server.page_layout import results_html
+
+        shown = [transcribed(words("sure unsure")), transcribed(words("sure"))]
+        results = [results_html(["a"], shown[:1], "a"), results_html(["a", "b"], shown, "a")]
+        with opened(browsers[0], demo, scheme=scheme) as page:
+            live = '<p><span class="word">said</span> <span class="partial">perhaps</span></p>'
+            page.evaluate("html => { document.querySelector('.page').innerHTML += html; }", "".join([live, *results]))
+            page.add_style_tag(content="* { transition: none !important }")
+            for state in ("idle", "live"):
+                page.evaluate("state => { document.querySelector('.live').dataset.state = state; }", state)
+                contrasts = page.evaluate(CONTRASTS, TEXTS)
+                assert len(contrasts) > 30
+                assert [text for ratio, text in contrasts if ratio < 4.5] == []
+
     def test_a_tab_that_is_closed_frees_its_session(self, browsers: list[Browser], demo: Demo) -> None:
         with opened(browsers[0], demo) as page:
             page.locator(".toggle").click()
             page.locator(".heard", has_text=re.compile("0:0[1-9]")).wait_for()
-            assert len(demo._host.sessions) == 1
+            assert len(demo.host.sessions) == 1
         give_up = time.monotonic() + PATIENCE_SEC
-        while demo._host.sessions and time.monotonic() < give_up:
+        while demo.host.sessions and time.monotonic() < give_up:
             time.sleep(0.1)
-        assert not demo._host.sessions
+        assert not demo.host.sessions
 
     def test_a_file_becomes_words_that_play_and_captions(self, browsers: list[Browser], demo: Demo) -> None:
         with opened(browsers[0], demo) as page:
