@@ -149,9 +149,7 @@ def _bounded(recording: _Recording, max_sec: float, label: str) -> Iterator[Wave
     """Pass blocks on; refuse more than `max_sec`, and an end before the promised one."""
     promised_sec, present_sec, samples = recording.promised_sec or 0.0, 0.0, 0
     if promised_sec > max_sec:
-        raise AudioError(
-            f"{label}: longer than {max_sec:g} s (the header says {promised_sec:.1f} s); cut it at a pause"
-        )
+        raise AudioError(f"{label}: longer than {max_sec:g} s (by its header {promised_sec:.1f} s); cut it at a pause")
     for block in recording.blocks:
         samples += len(block)
         present_sec = samples / recording.rate
@@ -159,10 +157,7 @@ def _bounded(recording: _Recording, max_sec: float, label: str) -> Iterator[Wave
             raise AudioError(f"{label}: longer than {max_sec:g} s; cut it at a pause")
         yield block
     if present_sec < promised_sec - recording.tolerance_sec:
-        raise AudioError(
-            f"{label}: truncated: the header promises {promised_sec:.2f} s, {present_sec:.2f} s are there; "
-            "fetch it again"
-        )
+        raise AudioError(f"{label}: truncated: {present_sec:.2f} of {promised_sec:.2f} s are there; fetch it again")
 
 
 class _NamelessFile(io.BufferedReader):
@@ -211,9 +206,7 @@ def _open_with_soundfile(file: BinaryIO, label: str, stack: ExitStack) -> _Recor
     for field, stated, fitting in re.findall(r"^ *(\S.*?) *: (\d+) \(should be (\d+)\)", sound.extra_info, re.M):
         is_wrong_rate = is_exact and field == "Bytes/sec" and int(stated) != 0
         if is_wrong_rate or int(fitting) + _SURPLUS_BYTES < int(stated) < _UNKNOWN_BYTES:
-            raise AudioError(
-                f"{label}: truncated or damaged: its header says {field} {stated}, {fitting} is right; fetch it again"
-            )
+            raise AudioError(f"{label}: damaged: its header says {field} {stated}, not {fitting}; fetch it again")
     promised_sec = sound.frames / sound.samplerate if sound.frames < _UNKNOWN_FRAMES else None
     return _Recording(sound.samplerate, sound.channels, promised_sec, _EXACT_SEC, _sound_blocks(sound, label))
 
@@ -228,11 +221,9 @@ def _check_ogg_pages(file: BinaryIO, label: str) -> None:
         end = file.seek(sum(file.read(head[26])), io.SEEK_CUR)
         is_whole = bool(head[5] & 4) and end <= size
     file.seek(at)
-    if not is_whole:
-        raise AudioError(
-            f"{label}: truncated or damaged at byte {min(end, size)} of {size}: no whole Ogg page is marked as the "
-            "last; fetch it again, or if you want what is left: ffmpeg -i IN -c copy OUT.ogg"
-        )
+    if not is_whole:  # no page is marked as the last
+        fix = "fetch it again, or if you want what is left: ffmpeg -i IN -c copy OUT.ogg"
+        raise AudioError(f"{label}: truncated or damaged at byte {min(end, size)} of {size}; {fix}")
 
 
 def _sound_blocks(sound: sf.SoundFile, label: str) -> Iterator[Waveform]:
@@ -264,8 +255,8 @@ def _open_with_ffmpeg(file: BinaryIO, label: str, stack: ExitStack) -> _Recordin
     if head is None:
         raise AudioError(f"{label}: 0 samples decoded; remove it or record it again")
     kind, is_alone = container.format.name, len(container.streams) == 1
-    whole_sec, from_sec = container.duration, (container.start_time or 0) / av.time_base
-    whole_sec = None if whole_sec is None else whole_sec / av.time_base
+    from_sec = (container.start_time or 0) / av.time_base
+    whole_sec = None if container.duration is None else container.duration / av.time_base
     begin_sec = None if stream.start_time is None else float(stream.start_time * stream.time_base)
     promised_sec, lead_samples = None, 0
     if kind in ("aac", "ac3", "amr") or (kind == "mp3" and not stream.start_time):  # no delay: without LAME's header
@@ -284,10 +275,9 @@ def _open_with_ffmpeg(file: BinaryIO, label: str, stack: ExitStack) -> _Recordin
             promised_sec = None if promised_sec is None else promised_sec + lead_sec
     sizes = (min(BLOCK_VALUES, lead_samples - at) for at in range(0, lead_samples, BLOCK_VALUES))
     silence = (np.zeros(size, np.float32) for size in sizes)
-    sound = _ffmpeg_blocks(itertools.chain([head], frames), begin_sec, label)
+    blocks = itertools.chain(silence, _ffmpeg_blocks(itertools.chain([head], frames), begin_sec, label))
     tolerance_sec = _TOLERANCE_SEC if kind.startswith(("asf", "matroska", "mov")) else _EXACT_SEC
-    channels = head.layout.nb_channels
-    return _Recording(head.sample_rate, channels, promised_sec, tolerance_sec, itertools.chain(silence, sound))
+    return _Recording(head.sample_rate, head.layout.nb_channels, promised_sec, tolerance_sec, blocks)
 
 
 def _ffmpeg_blocks(frames: Iterator[Any], expected_sec: float | None, label: str) -> Iterator[Waveform]:
@@ -365,9 +355,7 @@ def _blocks_16k(blocks: Iterator[Waveform], rate: int, label: str) -> Iterator[W
 
 def _check_rate(rate: int, label: str) -> None:
     if not MIN_RATE <= rate <= MAX_RATE:
-        raise AudioError(
-            f"{label}: sample rate {rate} Hz, {MIN_RATE} to {MAX_RATE} are possible; the header is damaged"
-        )
+        raise AudioError(f"{label}: sample rate {rate} Hz, possible are {MIN_RATE} to {MAX_RATE}: a damaged header")
 
 
 def _check_samples(block: Waveform, label: str) -> None:
@@ -378,10 +366,7 @@ def _check_samples(block: Waveform, label: str) -> None:
 
 def _check_length(samples: int, label: str) -> None:
     if samples < MIN_SAMPLES:
-        raise AudioError(
-            f"{label}: {samples} samples decoded ({samples / SAMPLE_RATE:.3f} s), at least {MIN_SAMPLES / SAMPLE_RATE} "
-            "s is needed; remove it or record it again"
-        )
+        raise AudioError(f"{label}: {samples} samples decoded, {MIN_SAMPLES} (0.1 s) are needed; record it again")
 
 
 # Decoded recordings on disk
@@ -392,10 +377,8 @@ class AudioCache:
 
     Each is a 16-bit FLAC at 16 kHz mono that plays in any player. Its comment holds the SHA-256 of the samples and the
     scale that they are divided by, so that samples beyond [-1, 1] are kept. Files are named by the SHA-256 of the
-    encoded recording and appear whole, so several processes may share a folder. A damaged file is made again.
-
-    Args:
-        folder: made when the first recording is written; nothing is ever removed from it.
+    encoded recording and appear whole, so several processes may share a folder. A damaged file is made again; nothing
+    is ever removed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -404,25 +387,20 @@ class AudioCache:
     def load_audio(self, source: AudioSource, *, name: str | None = None) -> Waveform:
         """Return what `load_audio` does, rounded to 16 bits (by 1.5e-5, times the scale), from the folder if there.
 
-        Raises:
-            AudioError: the recording cannot be used.
-            WhisperASRError: the folder cannot be read or written.
+        Raises `AudioError` for an unusable recording, `WhisperASRError` for a folder that cannot be read or written.
         """
         encoded, path = self._find(source, name)
         with self._naming_the_folder():
             if (cached := _read_cached(path)) is not None:
                 return cached
-            pcm, scale = _quantize(load_audio(encoded, name=_label(source, name)))
-            write_bytes_atomic(path, _to_flac(pcm, scale))
-        return _to_float(pcm, scale)
+        return self._keep(load_audio(encoded, name=_label(source, name)), path)
 
     def decode(self, source: AudioSource, *, name: str | None = None, max_sec: float | None = None) -> DecodedAudio:
         """Return what `decode` does, and keep it for `load_audio`."""
         encoded, path = self._find(source, name)
         decoded = decode(encoded, name=_label(source, name), max_sec=max_sec)
-        with self._naming_the_folder():
-            if not path.exists():
-                write_bytes_atomic(path, _to_flac(*_quantize(decoded.samples)))
+        if not path.exists():
+            self._keep(decoded.samples, path)
         return decoded
 
     def _find(self, source: AudioSource, name: str | None) -> tuple[bytes, Path]:
@@ -434,15 +412,25 @@ class AudioCache:
         key = hashlib.sha256(encoded).hexdigest()
         return encoded, self.folder / key[:2] / f"{key}.flac"
 
+    def _keep(self, samples: Waveform, path: Path) -> Waveform:
+        # the scale is 1 unless the samples would clip; float64: rounding must not add to the half step
+        scale = max(1.0, float(samples.max()) * _PCM_STEPS / (_PCM_STEPS - 1), -float(samples.min()))
+        pcm = np.rint(samples * np.float64(_PCM_STEPS / scale)).clip(-_PCM_STEPS, _PCM_STEPS - 1).astype(np.int16)
+        buffer = io.BytesIO()
+        with sf.SoundFile(buffer, "w", SAMPLE_RATE, 1, subtype="PCM_16", format="FLAC") as file:
+            file.comment = _comment(pcm, scale)
+            file.write(pcm)
+        with self._naming_the_folder():
+            write_bytes_atomic(path, buffer.getvalue())
+        return _to_float(pcm, scale)
+
     @contextmanager
     def _naming_the_folder(self) -> Iterator[None]:
         try:
             yield
         except OSError as err:
-            raise WhisperASRError(
-                f"{self.folder}: decoded audio cannot be kept there: {err.strerror}; free some space, set "
-                "paths.cache_dir to a folder of yours, or data.cache_decoded: false"
-            ) from err
+            fix = "free some space, set paths.cache_dir to a folder of yours, or data.cache_decoded: false"
+            raise WhisperASRError(f"{self.folder}: decoded audio cannot be kept there: {err.strerror}; {fix}") from err
 
 
 def _read_cached(path: Path) -> Waveform | None:
@@ -459,23 +447,8 @@ def _read_cached(path: Path) -> Waveform | None:
     return None
 
 
-def _quantize(samples: Waveform) -> tuple[NDArray[np.int16], float]:
-    """Round to 16 bits; return the samples and the scale that they are divided by, 1 unless they would clip."""
-    scale = max(1.0, float(samples.max()) * _PCM_STEPS / (_PCM_STEPS - 1), -float(samples.min()))
-    steps = np.rint(samples * np.float64(_PCM_STEPS / scale))  # float64: rounding must not add to the half step
-    return steps.clip(-_PCM_STEPS, _PCM_STEPS - 1).astype(np.int16), scale
-
-
 def _to_float(pcm: NDArray[np.int16], scale: float) -> Waveform:
     return pcm.astype(np.float32) * np.float32(scale / _PCM_STEPS)
-
-
-def _to_flac(pcm: NDArray[np.int16], scale: float) -> bytes:
-    buffer = io.BytesIO()
-    with sf.SoundFile(buffer, "w", SAMPLE_RATE, 1, subtype="PCM_16", format="FLAC") as file:
-        file.comment = _comment(pcm, scale)
-        file.write(pcm)
-    return buffer.getvalue()
 
 
 def _comment(pcm: NDArray[np.int16], scale: float) -> str:

@@ -1,7 +1,6 @@
 """From utterances to padded batches: decoded audio with labels, joined and timed where the settings ask for it.
 
-A recording stays encoded until an example needs it, and audio is padded to the longest clip of its batch only. Log-mel,
-silence and augmentation happen later, on the device.
+Audio is padded to the longest clip of its batch only. Log-mel, silence and augmentation happen later, on the device.
 """
 
 from __future__ import annotations
@@ -53,9 +52,6 @@ class WhisperDataset(Dataset[dict[str, Any]]):
         encoder: of the model to train or measure.
         on_error: "skip" drops transcripts of more than 448 tokens into `skipped`; "raise" refuses them.
         load: how to decode, with the arguments of `load_audio`; for example `AudioCache(...).load_audio`.
-
-    Raises:
-        DataError: a transcript of more than 448 tokens, or an unknown duration.
     """
 
     def __init__(
@@ -92,12 +88,8 @@ class WhisperDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: int | Example) -> dict[str, Any]:
         """Return one utterance, or one composed example.
 
-        Returns:
-            `utterance` (of several clips: ids joined by "+", texts by spaces), `audio` (T,) float32 at 16 kHz with
-            zeros in the pauses, `label`, and `timed`: the label holds times.
-
-        Raises:
-            AudioError: a recording cannot be decoded; the message names the utterance and its file.
+        A dict: `utterance` (of several clips: ids joined by "+", texts by spaces), `audio` (T,) float32 at 16 kHz with
+        zeros in the pauses, `label`, and `timed`: the label holds times.
         """
         example = key if isinstance(key, Example) else Example((key,))
         clips = [self.utterances[index] for index in example.indices]
@@ -126,11 +118,7 @@ class WhisperDataset(Dataset[dict[str, Any]]):
 
 
 def decode_audio(utterance: Utterance, *, load: AudioLoader = load_audio) -> Tensor:
-    """Decode one utterance to (T,) float32 at 16 kHz, or make it where it is one without speech.
-
-    Args:
-        utterance: named in errors.
-        load: how to decode, with the arguments of `load_audio`.
+    """Decode one utterance to (T,) float32 at 16 kHz with `load`, or make it where it is one without speech.
 
     Raises:
         AudioError: it cannot be decoded; the message names the utterance and its file.

@@ -58,7 +58,7 @@ class LabelEncoder:
         if self.end_token == MULTILINGUAL_END_TOKEN:
             if language is None:
                 raise DataError(
-                    "a multilingual model needs the language of the transcripts: set model.language, for example 'en'"
+                    "a multilingual model needs the transcripts' language: set model.language, such as 'en'"
                 )
             spoken = [f"<|{language}|>", f"<|{task}|>"]
         last_time = f"<|{(NUM_TIMESTAMPS - 1) * TIMESTAMP_STEP_SEC:.2f}|>"
@@ -82,24 +82,15 @@ class LabelEncoder:
         return self.label(self.tokenize(text))
 
     def label(self, tokens: Sequence[int], *, previous: Sequence[int] = ()) -> EncodedLabel:
-        """Make the label of a text without timestamps.
+        """Make the label of a text without timestamps; raise `DataError` for more than 448 tokens in all.
 
-        Args:
-            tokens: of the text, from `tokenize`.
-            previous: tokens of the text before, as a prompt without loss. The last 223 are taken, fewer where the label
-                leaves less room in the 448 positions, none where it leaves no room.
-
-        Raises:
-            DataError: more than 448 tokens with the prefix and the end token.
+        `previous` are tokens of the text before, as a prompt without loss. The last 223 are taken, fewer where the
+        label leaves less room in the 448 positions, none where it leaves no room.
         """
         return self._label(self.prefix, tokens, previous)
 
     def timed_label(self, parts: Sequence[TimedTokens], *, previous: Sequence[int] = ()) -> EncodedLabel:
-        """Make the label of a text with times, to 0.02 s: `<|0.00|> one<|3.20|><|3.60|> two<|7.80|>`; else as `label`.
-
-        Raises:
-            DataError: more than 448 tokens, or a time beyond 30 s.
-        """
+        """Make the label of a text with times, to 0.02 s, as `<|0.00|> one<|3.20|><|3.60|> two<|7.80|>`."""
         tokens: list[int] = []
         for part in parts:
             begin, end = (round(sec / TIMESTAMP_STEP_SEC) for sec in (part.start_sec, part.end_sec))
@@ -112,11 +103,9 @@ class LabelEncoder:
     def _label(self, prefix: Sequence[int], tokens: Sequence[int], previous: Sequence[int]) -> EncodedLabel:
         room = MAX_LABEL_TOKENS - len(prefix) - len(tokens) - 1  # 1: the end token
         if room < 0:
-            text = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            raise DataError(
-                f"the transcript has {MAX_LABEL_TOKENS - room} tokens, Whisper's decoder takes {MAX_LABEL_TOKENS}; "
-                f"cut the recording at a pause or remove it: {text[:60]!r}..."
-            )
+            text = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()[:60]
+            count = f"{MAX_LABEL_TOKENS - room} tokens, Whisper takes {MAX_LABEL_TOKENS}"
+            raise DataError(f"the transcript has {count}; cut the recording at a pause or remove it: {text!r}...")
         kept = min(len(previous), MAX_PROMPT_TOKENS, room - 1)  # 1: the token that starts the prompt
         prompt = [self._previous_token, *previous[-kept:]] if kept > 0 else []
         sequence = [*prompt, *prefix, *tokens, self.end_token]
@@ -133,11 +122,7 @@ def resolve_case(texts: Sequence[str], label_case: LabelCase) -> LabelCase:
 
 
 def apply_case(text: str, label_case: LabelCase) -> str:
-    """Recase one transcript.
-
-    "sentence" is lower case with a capital first letter, the English pronoun I, and a full stop: the style that the
-    stock model writes and so the one that costs the fewest updates to learn.
-    """
+    """Recase one transcript; "sentence" is what the stock model writes, and costs the fewest updates to learn."""
     if label_case == "lower":
         return text.lower()
     if label_case != "sentence":

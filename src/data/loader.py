@@ -1,8 +1,7 @@
 """Batches of similar length in an order that a stopped run can continue, decoded ahead of time by worker processes.
 
-The order is planned in the main process for a whole epoch, as a pure function of the seed and the epoch. So the state
-of a loader is two numbers, resuming skips no audio that it would have to decode first, and several processes take their
-shares of one plan without sending anything.
+The order of an epoch is a pure function of the seed and the epoch. So the state of a loader is two numbers, resuming
+decodes nothing twice, and several processes take their shares of one plan without sending anything.
 """
 
 from __future__ import annotations
@@ -48,24 +47,17 @@ class Loaders(NamedTuple):
 
 def create_dataloaders(splits: DatasetSplits, processor: Any, config: Config) -> Loaders:
     """Build the loaders of all splits as `create_loader` does, with `train` shuffled."""
-    return Loaders(
-        train=create_loader(splits.train, processor, config, shuffle=True),
-        validation=create_loader(splits.validation, processor, config),
-        test=create_loader(splits.test, processor, config),
-    )
+    parts = splits.parts.items()
+    return Loaders(**{name: create_loader(part, processor, config, shuffle=name == "train") for name, part in parts})
 
 
 def create_loader(
     utterances: Sequence[Utterance], processor: Any, config: Config, *, shuffle: bool = False
 ) -> SpeechLoader:
-    """Build one loader over checked utterances.
+    """Build one loader over checked utterances of one split.
 
-    Args:
-        utterances: of one split.
-        processor: of the model; its tokenizer encodes the labels.
-        config: batch sizes, composition, workers, language.
-        shuffle: for training: composed examples in a new order each epoch, shared out where several processes train.
-            Otherwise for evaluation: single clips from long to short, dealt out in whole batches to the processes.
+    With `shuffle`, for training: composed examples in a new order each epoch, shared out where several processes train.
+    Otherwise, for evaluation: single clips from long to short, dealt out in whole batches to the processes.
 
     Raises:
         DataError: a transcript over 448 tokens with `on_error="raise"`, or too many skipped.
@@ -73,28 +65,25 @@ def create_loader(
     encoder = LabelEncoder(processor.tokenizer, language=config.model.language, task=config.model.task)
     composition = config.composition if shuffle else CompositionConfig()
     made = make_no_speech(utterances, fraction=composition.no_speech_fraction, seed=config.seed)
-    cache = audio_cache(config)
-    load = cache.load_audio if cache else load_audio
+    load = cache.load_audio if (cache := audio_cache(config)) else load_audio
     dataset = WhisperDataset([*utterances, *made], encoder, on_error=config.data.on_error, load=load)
     enforce_skip_policy(dataset.skipped, len(utterances), config.data.max_skip_fraction)
     counts = [len(tokens) for tokens in dataset.tokens]
     planner = ExamplePlanner(
         dataset.utterances, counts, prefix_tokens=len(encoder.prefix), config=composition, seed=config.seed
     )
-    size: int | None = config.training.batch_size if shuffle else config.inference.batch_size
+    size = config.training.batch_size if shuffle else config.inference.batch_size
     seconds = config.training.batch_seconds if shuffle else None
-    if seconds is not None:
-        size = None
-        if config.model.audio_context == "full":  # every clip is padded to 30 s
-            size, seconds = max(1, int(seconds // MAX_AUDIO_SEC)), None
-    batches = LengthBatchSampler(planner.durations_sec, size, batch_seconds=seconds, shuffle=shuffle, seed=config.seed)
+    if seconds is not None and config.model.audio_context == "full":  # every clip is padded to 30 s
+        size, seconds = max(1, int(seconds // MAX_AUDIO_SEC)), None
+    batches = LengthBatchSampler(
+        planner.durations_sec, None if seconds else size, batch_seconds=seconds, shuffle=shuffle, seed=config.seed
+    )
     if seconds is not None and config.training.full_context_prob:
         padded_sec = MAX_AUDIO_SEC * max(map(len, batches), default=0)
         if padded_sec > seconds:
-            logger.warning(
-                "training.full_context_prob pads the clips of some batches to 30 s: these hold up to %.0f s, more than "
-                "training.batch_seconds (%.0f)", padded_sec, seconds,
-            )  # fmt: skip
+            excess = "training.full_context_prob pads some batches to %.0f s, more than training.batch_seconds (%.0f)"
+            logger.warning(excess, padded_sec, seconds)
     on_cuda = torch.cuda.is_available() and config.device != "cpu"
     workers, reason = choose_workers(config.data.num_workers, on_cuda=on_cuda)
     if shuffle:  # once is enough: the other loaders choose alike
@@ -119,14 +108,8 @@ def choose_workers(setting: int | Literal["auto"], *, on_cuda: bool) -> tuple[in
 class SpeechLoader:
     """Batches of an epoch, from any batch on: from its start or, once after `load_state_dict`, from where it stopped.
 
-    Args:
-        dataset: gives an example.
-        collate_fn: makes a batch of examples.
-        batch_sampler: which examples make a batch.
-        planner: which clips make an example.
-        num_workers: processes that decode; 0 decodes in this one.
-        keep_workers: keep them between epochs.
-        pin_memory: copy batches to where a CUDA device can fetch them without waiting.
+    `planner` says which clips make an example, `batch_sampler` which examples make a batch. `num_workers` processes
+    decode, or this one where that is 0; `keep_workers` keeps them between epochs.
     """
 
     def __init__(
@@ -207,8 +190,7 @@ class SpeechLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the batch after the last one handed over; the number of workers may be another.
 
-        Raises:
-            CheckpointError: a state of other utterances, settings or number of processes; all are named.
+        Raises `CheckpointError` for a state of other utterances, settings or number of processes; all are named.
         """
         try:
             epoch, batches, theirs = int(state["epoch"]), int(state["batches"]), dict(state["made_from"])
@@ -217,10 +199,8 @@ class SpeechLoader:
         ours = self.state_dict()["made_from"]
         other = [f"{key}: {theirs.get(key)} then, {ours[key]} now" for key in ours if theirs.get(key) != ours[key]]
         if other:
-            raise CheckpointError(
-                f"the loader's state belongs to other batches and cannot be continued: {'; '.join(other)}. "
-                "Restore what it was made from, or begin a new run"
-            )
+            fix = "restore what it was made from, or begin a new run"
+            raise CheckpointError(f"the loader's state belongs to other batches: {'; '.join(other)}; {fix}")
         self.set_epoch(epoch)
         self._handed_over = self._start = batches
 
@@ -247,24 +227,16 @@ def _leave_interrupts_to_the_parent(worker: int) -> None:
 class LengthBatchSampler(Sampler[list[int]]):
     """Batches of clips of similar length; every index exactly once per epoch, over all processes.
 
-    For training, all processes get the same number of batches, and at each step batches of similar length: they wait
-    for the slowest. Where the batches of an epoch do not divide by the processes, the largest are halved. For
-    evaluation, where nobody waits, whole batches are dealt out in turn.
+    With `shuffle`, for training: clips and batches are mixed again each epoch. All processes get the same number of
+    batches, and at each step batches of similar length, since they wait for the slowest; where the batches of an epoch
+    do not divide by the processes, the largest are halved. Otherwise, for evaluation: whole batches are dealt out in
+    turn, from long to short: too little memory shows at once. `durations_sec` may be a function of the epoch.
 
-    Args:
-        durations_sec: of each clip, above 0, or a function that gives them for an epoch, where epochs differ.
-        batch_size: at most so many clips per batch.
-        batch_seconds: instead of `batch_size`: clips x the longest of them, so padding included, at most. A clip that
-            is longer by itself stands alone.
-        shuffle: for training: mix clips and batches again each epoch. Otherwise from long to short: too little memory
-            shows at once.
-        seed: with the epoch, decides the order.
-        rank: of this process, with `world_size`; both from `current_shard` by default.
-        world_size: number of processes.
+    A batch has at most `batch_size` clips or, instead, at most `batch_seconds`: clips x the longest of them, so padding
+    included. A clip that is longer by itself stands alone. `rank` and `world_size` are found by `current_shard`.
 
     Raises:
-        DataError: neither or both of `batch_size` and `batch_seconds`; a rank out of range; when an epoch is planned,
-            clips that cannot be shared out to all processes.
+        DataError: neither or both limits; when an epoch is planned, too few clips for all processes.
     """
 
     def __init__(
@@ -347,10 +319,9 @@ class LengthBatchSampler(Sampler[list[int]]):
         clips = sum(map(len, batches))
         missing = -len(batches) % self.world_size if clips else self.world_size
         if clips < len(batches) + missing:
+            what = f"{clips} clips in {len(batches)} batches cannot be shared out to {self.world_size} processes"
             raise DataError(
-                f"{clips} clips in {len(batches)} batches cannot be shared out to {self.world_size} processes without "
-                "repeating or dropping one: use fewer processes, more clips, or larger batches "
-                "(training.batch_size, training.batch_seconds), which have clips to give"
+                f"{what}: use fewer processes, more clips, or a larger training.batch_size or batch_seconds"
             )
         for _ in range(missing):
             at = max(range(len(batches)), key=lambda i: len(batches[i]))
@@ -365,9 +336,6 @@ def current_shard() -> tuple[int, int]:
 
     From torch.distributed where it is initialised; otherwise from the variables RANK and WORLD_SIZE, which launchers
     such as torchrun and accelerate set before anything is initialised; otherwise there is one process.
-
-    Raises:
-        DataError: one variable without the other, or not a number in range.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -375,10 +343,7 @@ def current_shard() -> tuple[int, int]:
     if rank is None and world_size is None:
         return 0, 1
     if not (rank and world_size and rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
-        raise DataError(
-            f"RANK is {rank!r} and WORLD_SIZE {world_size!r}: a launcher sets both, RANK from 0 to WORLD_SIZE less 1; "
-            "unset them to run alone"
-        )
+        raise DataError(f"RANK is {rank!r} and WORLD_SIZE {world_size!r}: set both as launchers do, or unset them")
     return int(rank), int(world_size)
 
 

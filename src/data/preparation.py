@@ -85,12 +85,7 @@ def prepare_datasets(config: Config, *, vad: VoiceActivityDetector | None = None
 
     Of `data.sources`, one that is unavailable gives way to the next; any other fault is raised.
 
-    Args:
-        config: `data` and `seed`; `model.language` that the transcripts must have.
-        vad: looks for speech in a sample of at most `MAX_VAD_CLIPS` recordings, for the data report.
-
-    Returns:
-        Splits capped at `max_*`, or at what exists.
+    `vad` looks for speech in a sample of at most `MAX_VAD_CLIPS` recordings, for the data report.
 
     Raises:
         SourceUnavailableError: the source, or every one of `data.sources`, is unavailable.
@@ -172,28 +167,20 @@ def inspect_utterance(
     cache: AudioCache | None = None,
     vad: VoiceActivityDetector | None = None,
 ) -> tuple[Utterance, ClipStats]:
-    """Decode one recording, check it and measure it: the utterance with its duration, and what was measured.
-
-    Raises:
-        DataError: an empty transcript, or a duration out of bounds.
-        AudioError: not decodable, silent, NaN, ...
-    """
+    """Decode one recording, check it and measure it; return the utterance with its duration, and what was measured."""
     line = f" (line {utterance.meta['line']} of the manifest)" if "line" in utterance.meta else ""
     where = f"utterance {utterance.id}{line}"
     if not utterance.text.strip():
         raise DataError(f"{where}: the transcript is empty; fill it in or remove the row")
     try:
-        decoded = (decode if cache is None else cache.decode)(
-            utterance.audio, name=utterance.audio_name, max_sec=config.max_duration_sec
-        )
+        load = decode if cache is None else cache.decode
+        decoded = load(utterance.audio, name=utterance.audio_name, max_sec=config.max_duration_sec)
     except AudioError as err:
         raise AudioError(f"{where}: {err}") from err
     stats = measure_clip(decoded, vad=vad)
     if not config.min_duration_sec <= stats.duration_sec <= config.max_duration_sec:
-        raise DataError(
-            f"{where}: {stats.duration_sec:.2f} s, allowed are {config.min_duration_sec} to "
-            f"{config.max_duration_sec} s (data.min_duration_sec, data.max_duration_sec); cut it at a pause"
-        )
+        allowed = f"{config.min_duration_sec} to {config.max_duration_sec} s (data.min_duration_sec, max_duration_sec)"
+        raise DataError(f"{where}: {stats.duration_sec:.2f} s, allowed are {allowed}; cut it at a pause")
     meta = {"snr_db": round(stats.snr_db, 1), **utterance.meta}  # what the source knows is better than an estimate
     return replace(utterance, duration_sec=stats.duration_sec, meta=meta), stats
 
@@ -216,12 +203,7 @@ class RecordingChecker:
         self._sampled = 0
 
     def take(self, name: str, part: Sequence[Utterance] | Iterator[Utterance], cap: int | None) -> list[Utterance]:
-        """Check a list in hashed order, or a stream in its own, until `cap` have passed; return them as they came.
-
-        Raises:
-            DataError: the first failure where the policy is "raise"; of a stream, more than `max_skip_fraction` fail,
-                or the recordings do not fit into memory.
-        """
+        """Check a list in hashed order, or a stream in its own, until `cap` have passed; return them as they came."""
         data, queue, position = self._config.data, part, {}
         is_stream, chunk_size = not isinstance(part, Sequence), _STREAM_CHUNK
         if isinstance(part, Sequence):
@@ -252,11 +234,9 @@ class RecordingChecker:
                     raise DataError(f'{skipped[0].reason}; or set data.on_error to "skip"{more}')
                 self.skipped += skipped[before:]
                 if held_bytes > free_bytes:
-                    raise DataError(
-                        f"{name}: {len(passed)} clips hold {held_bytes / 1e9:.1f} GB, half of the free memory; "
-                        f"set data.max_{name} to about {len(passed) // 2}, or download the files and use data.source: "
-                        "parquet"
-                    )
+                    what = f"{name}: {len(passed)} clips hold {held_bytes / 1e9:.1f} GB, half of the free memory"
+                    fix = f"set data.max_{name} to {len(passed) // 2}, or download files for data.source: parquet"
+                    raise DataError(f"{what}; {fix}")
                 if is_stream and (seen := len(passed) + len(skipped)) >= _ENOUGH_TO_JUDGE:
                     enforce_skip_policy(skipped, seen, data.max_skip_fraction, log=False)
         if cap is not None and len(passed) < cap:
@@ -328,7 +308,7 @@ def cut_missing(parts: Parts, config: DataConfig, seed: int) -> Parts:
         if len(counts) < 2:
             raise DataError(
                 f"cannot cut a {name} split: {len(counts)} speaker(s) among {len(train)} training utterances, at least "
-                "2 are needed; add recordings, or a `split` column with train, validation and test"
+                "2 are needed; add recordings, or a column `split`: train, validation, test"
             )
         moved: set[str] = set()
         for speaker in sorted(counts, key=lambda s: stable_hash(seed, name + s))[:-1]:
@@ -347,17 +327,15 @@ def find_shared_speakers(parts: Iterable[Sequence[Utterance]]) -> tuple[str, ...
 
 
 def _refuse_other_language(train: Sequence[Utterance], config: Config) -> None:
-    """Labels begin with `model.language`: training them on another language would teach it wrongly."""
-    wanted = config.model.language
+    wanted = config.model.language  # labels begin with it: training them on another would teach it wrongly
     if wanted is None or config.model.task == "translate":
         return
     for utterance in train:
         spoken = (utterance.language or wanted).replace("_", "-").split("-")[0].lower()
         if len(spoken) == 2 and spoken != wanted:
-            raise DataError(
-                f"utterance {utterance.id}: its language is {utterance.language!r}, model.language is {wanted!r}; set "
-                f"model.language: {spoken} and a multilingual variant, or choose other data"
-            )
+            what = f"its language is {utterance.language!r}, model.language is {wanted!r}"
+            fix = f"set model.language: {spoken} and a multilingual variant, or choose other data"
+            raise DataError(f"utterance {utterance.id}: {what}; {fix}")
 
 
 def _recased(parts: Parts, label_case: LabelCase) -> Parts:

@@ -44,12 +44,7 @@ class AudioPreprocessor:
     loudness_dbfs: float | None = None
 
     def __call__(self, samples: NDArray[np.float32], sample_rate: int, *, name: str = "<array>") -> Waveform:
-        """Prepare one recording.
-
-        Args:
-            samples: (T,) or (T, channels) floating point in [-1, 1].
-            sample_rate: of `samples`, Hz.
-            name: what to call it in errors.
+        """Prepare (T,) or (T, channels) floating point samples in [-1, 1].
 
         Returns:
             (T',) float32, 16 kHz, peak at most 1.0 where the level was changed.
@@ -126,8 +121,7 @@ def measure_clipping(samples: Waveform) -> float:
     """Return the share of samples in runs of at least 3 of one sign at the rail.
 
     The rail is 99% of full scale, or of the clip's own peak where that is lower: a clipped recording may have been made
-    quieter afterwards. Resampling and lossy codecs blur flat tops, so only a share of them is found. Bundled clips have
-    0.0002 at most; made 1.4 times too loud, which cuts off 0.0018 of their samples at the median, they have 0.0013.
+    quieter afterwards. Resampling and lossy codecs blur flat tops, so only a share of them is found.
     """
     rail = (1 - RAIL_TOLERANCE) * min(1.0, float(np.abs(samples).max()))
     if rail == 0:
@@ -143,8 +137,7 @@ def measure_clipping(samples: Waveform) -> float:
 def measure_bandwidth(samples: Waveform) -> float:
     """Return the highest frequency, Hz, whose mean power is at most 60 dB below the strongest one.
 
-    The rate of a file does not say it: telephone speech stays below 4 kHz in a file of 48 kHz as well. Of the 500
-    bundled clips 3 end below 4,100 Hz; of 121 that were resampled to 8 kHz and back all do, at 3,906 Hz at most.
+    The rate of a file does not say it: telephone speech stays below 4 kHz in a file of 48 kHz as well.
     """
     whole = max(len(samples) // FFT_SAMPLES, 1) * FFT_SAMPLES
     padded = np.pad(samples[:whole], (0, whole - len(samples[:whole])))

@@ -1,8 +1,7 @@
 """Speech detection: silero-vad's packaged network over whole recordings and over live audio.
 
-silero's own iterator keeps its recurrent state inside the model, so two streams on one model would disturb each other.
-Here the network is shared and each stream owns its state. Whole recordings go through the same stream, and the rule for
-segments is that of silero's `get_speech_timestamps` (tested to be equal).
+silero's own iterator keeps its state inside the model, so two streams on one model would disturb each other; here each
+stream owns its state. The rule for segments is that of silero's `get_speech_timestamps` (tested to be equal).
 """
 
 from __future__ import annotations
@@ -53,9 +52,6 @@ class VADEvent:
 class VoiceActivityDetector:
     """Finds speech in recordings and streams.
 
-    Args:
-        config: threshold and durations; the defaults of `VADConfig` if None.
-
     Raises:
         MissingDependencyError: silero-vad or onnxruntime is not installed.
         ModelError: silero-vad's network cannot be loaded.
@@ -66,14 +62,10 @@ class VoiceActivityDetector:
         self._network = load_network()
 
     def speech_segments(self, audio: Waveform, sample_rate: int = SAMPLE_RATE) -> list[SpeechSegment]:
-        """Find all speech in a recording.
-
-        Args:
-            audio: (T,) float32 in [-1, 1].
-            sample_rate: of `audio`, Hz; it is resampled to 16 kHz here.
+        """Find all speech in a recording, (T,) float32 in [-1, 1] at any rate.
 
         Returns:
-            Segments in order, padded by `pad_sec` without overlap, in seconds at any rate; none for silence.
+            Segments in order, padded by `pad_sec` without overlap, in seconds; none for silence.
 
         Raises:
             AudioError: not one channel of finite samples, or a rate that is not positive.
@@ -239,20 +231,15 @@ class SpeechTimeline:
 def check_waveform(samples: NDArray[Any]) -> None:
     """Raise AudioError unless `samples` is (T,) floating point and finite."""
     if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
-        raise AudioError(
-            f"audio of shape {samples.shape} and type {samples.dtype}: (T,) float32 in [-1, 1] is needed; "
-            "mix the channels, and divide int16 samples by 32768"
-        )
+        found, fix = f"{samples.dtype} of shape {samples.shape}", "mix the channels, and divide int16 samples by 32768"
+        raise AudioError(f"audio is {found}: (T,) float32 in [-1, 1] is needed; {fix}")
     if not np.isfinite(samples).all():
         raise AudioError(f"{int((~np.isfinite(samples)).sum())} NaN or infinite samples; check the source of the audio")
 
 
 @cache
 def load_network() -> Any:
-    """Load the 16 kHz network of the installed silero-vad on onnxruntime, once per process.
-
-    `silero_vad` itself is not imported: it imports torch, which takes seconds.
-    """
+    """Load the network of the installed silero-vad, whose own import takes seconds, once per process."""
     package = importlib.util.find_spec("silero_vad")
     if package is None or not package.submodule_search_locations:
         raise MissingDependencyError(
@@ -271,7 +258,5 @@ def load_network() -> Any:
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as err:  # onnxruntime's errors have no common base
-        raise ModelError(
-            f"silero-vad is installed, but its network cannot be loaded: {path}: {err}; "
-            "install it again: pip install --force-reinstall --no-deps silero-vad==6.2.3"
-        ) from err
+        fix = "pip install --force-reinstall --no-deps silero-vad==6.2.3"
+        raise ModelError(f"silero-vad's network cannot be loaded: {path}: {err}; install it again: {fix}") from err

@@ -1,7 +1,6 @@
 """Where utterances come from: one adapter per source, all giving `Utterance`.
 
-Adapters list recordings and transcripts; nothing is decoded here. An unavailable source raises: there is no other one
-to switch to in silence. `data.sources` names the ones to try, in order; `prepare_datasets` says which it took.
+Nothing is decoded here. An unavailable source raises; only `data.sources` names others to try.
 """
 
 from __future__ import annotations
@@ -46,14 +45,9 @@ def load_utterances(config: DataConfig) -> list[Utterance]:
 
 
 def open_source(config: DataConfig, source: SourceName) -> list[Utterance] | Streams:
-    """Open a source.
+    """Open a source: a list, with its splits in `meta["split"]`, or for the Hub one iterator per split.
 
-    Returns:
-        A list, with the split in `meta["split"]` where the source gives one; or, for the Hub, one iterator per split.
-
-    Raises:
-        SourceUnavailableError: it is unavailable.
-        DataError: it is available, and not in order: a manifest absent or with unknown columns, duplicate ids.
+    Raises `SourceUnavailableError` where it is unavailable, another `DataError` where it is not in order.
     """
     return SOURCES[source](config) if source in SOURCES else stream_hub(source, config.hub)
 
@@ -67,10 +61,9 @@ def _load_common_voice(config: DataConfig) -> list[Utterance]:
     folder = _path(config)
     lists = {"train": folder / "train.tsv", "validation": folder / "dev.tsv", "test": folder / "test.tsv"}
     if not (folder / "clips").is_dir() or not lists["train"].is_file():
-        raise SourceUnavailableError(
-            f"{folder}: not a Common Voice archive, which has clips/ and train.tsv; set data.path to the archive of "
-            "one language, or to where that was extracted, for example cv-corpus-23.0/en"
-        )
+        what = "not a Common Voice archive, which has clips/ and train.tsv"
+        fix = "set data.path to the archive of one language, or to where that was extracted (cv-corpus-23.0/en)"
+        raise SourceUnavailableError(f"{folder}: {what}; {fix}")
     listed: list[Utterance] = []
     for split, manifest in lists.items():
         if manifest.is_file():
@@ -96,9 +89,7 @@ def unpack(path: Path) -> Path:
 
     An archive is unpacked once, whole or not at all, below the system's folder for temporary files: its own folder may
     be on Google Drive, which is slow with many small files. Folders that hold nothing but one folder are stepped into.
-
-    Raises:
-        DataError: damaged, empty, with a member that would lie outside, or no space.
+    `DataError` is raised if it is damaged or empty, has a member that would lie outside, or there is no space.
     """
     if not path.is_file() or not path.name.lower().endswith(ARCHIVE_SUFFIXES):
         return path
@@ -118,10 +109,8 @@ def unpack(path: Path) -> Path:
         except _DAMAGED as err:
             raise DataError(f"{path}: cannot be unpacked ({first_line(err)}); pack or upload it again") from err
         except OSError as err:
-            raise DataError(
-                f"{path}: cannot be unpacked to {folder}: {err.strerror or err}; free space there, or set TMPDIR to "
-                "another disk"
-            ) from err
+            fix = "free space there, or set TMPDIR to another disk"
+            raise DataError(f"{path}: cannot be unpacked to {folder}: {err.strerror or err}; {fix}") from err
     while len(inside := [p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX"))]) == 1:
         if not inside[0].is_dir():
             break

@@ -1,7 +1,6 @@
 """Folders with a manifest: a CSV, TSV or JSONL file that says which recording has which transcript.
 
-What spreadsheets and other systems write is read as it is: byte order marks, CRLF, semicolons, UTF-16, other spellings
-of file names. What cannot be read is refused with the line's number. The `csv` module reads them and not pandas, which
+What spreadsheets write is read as it is; what cannot be read is refused with the line's number. pandas
 fills short rows with empty cells, ends a cell at a NUL, and counts records instead of lines.
 """
 
@@ -31,20 +30,13 @@ Row = dict[str, Any]
 
 
 def read_folder(path: Path) -> list[Utterance]:
-    """List the recordings of a folder's manifest (`metadata.csv` first), or of a manifest given itself.
-
-    Raises:
-        SourceUnavailableError: no such folder, or no manifest in it.
-        DataError: several manifests, columns not recognised, a broken line, an id that occurs twice; with the line.
-    """
+    """List the recordings of a folder's manifest (`metadata.csv` first), or of a manifest given itself."""
     if path.is_file():
         if path.suffix.lower() not in MANIFEST_SUFFIXES:
             raise DataError(f"{path}: a manifest ends in .csv, .tsv or .jsonl")
         return utterances_from_rows(path)
     if not path.is_dir():
-        raise SourceUnavailableError(
-            f"{path}: no such folder; set data.path to a folder with audio and a CSV, TSV or JSONL"
-        )
+        raise SourceUnavailableError(f"{path}: no such folder; set data.path to one with audio and a CSV, TSV or JSONL")
     found = [path / name for name in MANIFEST_NAMES if (path / name).is_file()][:1]
     found = found or sorted(p for p in path.iterdir() if p.suffix.lower() in MANIFEST_SUFFIXES)
     if len(found) == 1:
@@ -52,11 +44,9 @@ def read_folder(path: Path) -> list[Utterance]:
     if found:
         raise DataError(f"{path}: several manifests ({', '.join(p.name for p in found)}); set data.path to one of them")
     audio = sum(p.suffix.lower() in AUDIO_SUFFIXES for p in path.rglob("*"))
-    raise SourceUnavailableError(
-        f"{path}: no manifest among its {audio} recording(s); add metadata.csv with the columns file_name,text"
-        if audio
-        else f"{path}: no recording and no manifest in this folder; add audio and metadata.csv (file_name,text)"
-    )
+    if audio:
+        raise SourceUnavailableError(f"{path}: {audio} recording(s), no manifest; add metadata.csv (file_name,text)")
+    raise SourceUnavailableError(f"{path}: no recording and no manifest; add audio and metadata.csv (file_name,text)")
 
 
 def utterances_from_rows(
@@ -88,10 +78,8 @@ def utterances_from_rows(
             fallback_id=name or f"line {line}",
         )
         if lines.setdefault(utterance.id, line) != line:
-            raise DataError(
-                f"{manifest}, line {line}: the id {utterance.id!r} occurs twice, first in line {lines[utterance.id]}; "
-                "remove one row, or add an `id` column"
-            )
+            twice = f"the id {utterance.id!r} occurs twice, first in line {lines[utterance.id]}"
+            raise DataError(f"{manifest}, line {line}: {twice}; remove one row, or add an `id` column")
         utterances.append(utterance)
     return utterances
 
@@ -125,18 +113,12 @@ def pick_column(columns: Sequence[str], known: Sequence[str], meaning: str, wher
         if name in columns:
             return name
     hint = next((h for c in columns if (h := did_you_mean(c.lower(), known))), "")
-    raise DataError(
-        f"{where}: no {meaning} column among {', '.join(columns)}; name one of them {' or '.join(known[:4])}{hint}"
-    )
+    wanted = " or ".join(known[:4])
+    raise DataError(f"{where}: no {meaning} column among {', '.join(columns)}; name one of them {wanted}{hint}")
 
 
 def read_rows(manifest: Path, *, quoted: bool = True) -> Iterator[tuple[int, Row]]:
-    """Yield (line number, row) with column names stripped and in lower case; cells of CSV and TSV stay text.
-
-    Raises:
-        SourceUnavailableError: it cannot be read.
-        DataError: not text, a line that is not JSON or does not have the header's columns; with its number.
-    """
+    """Yield (line number, row) with column names stripped and in lower case; cells of CSV and TSV stay text."""
     try:
         data = manifest.read_bytes()
     except OSError as err:
@@ -181,10 +163,8 @@ def _read_csv(manifest: Path, text: str, quoted: bool) -> Iterator[tuple[int, Ro
             raise DataError(f"{manifest}, line 1: the column {repeated[0]!r} occurs twice; rename one")
         for cells in filter(None, reader):  # an empty line has no cells
             if len(cells) != len(header):
-                raise DataError(
-                    f"{manifest}, line {reader.line_num}: the row does not have the {len(header)} columns of the "
-                    f"header, but {len(cells)} cells; quote a text that holds the delimiter"
-                )
+                what = f"the row has {len(cells)} cells, not the {len(header)} columns of the header"
+                raise DataError(f"{manifest}, line {reader.line_num}: {what}; quote a text that holds the delimiter")
             yield reader.line_num, dict(zip(header, cells, strict=True))
     except csv.Error as err:
         raise DataError(f"{manifest}, line {reader.line_num}: {err}") from err

@@ -55,14 +55,9 @@ CORPORA: dict[str, HubCorpus] = {
 
 
 def stream_hub(source: str, options: HubConfig) -> dict[str, Iterator[Utterance]]:
-    """Open the splits of a named corpus, or with "hub" of any data set; rows arrive as they are asked for.
+    """Open the splits that a named corpus has, or with "hub" any data set; rows arrive as they are asked for.
 
-    Returns:
-        One iterator per split: "train", and "validation" and "test" where the data set has them.
-
-    Raises:
-        SourceUnavailableError: no network, or no such data set; also while iterating.
-        DataError: no such subset, split or column.
+    Raises `SourceUnavailableError` without a network or such a data set, also while iterating.
     """
     base = CORPORA.get(source) or HubCorpus(str(options.id))
     if options.id is not None and not Path(options.id).is_dir():  # another data set: its main branch
@@ -75,10 +70,8 @@ def stream_hub(source: str, options: HubConfig) -> dict[str, Iterator[Utterance]
     names = {name: split or first.get(name) for name, split in asked.items()}
     missing = [split for split in names.values() if split and split not in streams]
     if missing or not names["train"]:
-        raise DataError(
-            f"{spec.id}: no split {missing[0] if missing else 'train'!r} among {', '.join(streams)}; "
-            "set data.hub.train_split, validation_split and test_split"
-        )
+        what = f"no split {missing[0] if missing else 'train'!r} among {', '.join(streams)}"
+        raise DataError(f"{spec.id}: {what}; set data.hub.train_split, validation_split and test_split")
     return {name: with_unique_ids(_rows(streams[split], name, spec)) for name, split in names.items() if split}
 
 
@@ -126,9 +119,7 @@ def _rows(stream: Any, split: str, spec: HubCorpus) -> Iterator[Utterance]:
         cell = row.pop(audio_column) or {}
         data, path = cell.get("bytes"), cell.get("path")
         if not (isinstance(data, bytes) or path):
-            raise DataError(
-                f"{spec.id}: a row has no recording; set data.hub.audio_column to the column with recordings"
-            )
+            raise DataError(f"{spec.id}: a row has no recording; set data.hub.audio_column to the column that has")
         for name, feature in labels.items():
             row[name] = feature.int2str(row[name]) if isinstance(row.get(name), int) and row[name] >= 0 else None
         stem = PurePosixPath(path or row.get("path") or row.get("file") or "").stem
@@ -153,9 +144,7 @@ def _guarded(data_set: str, action: Callable[[], _T]) -> _T:
     except RuntimeError as err:
         if "scripts are no longer supported" not in str(err):
             raise
-        raise DataError(
-            f"data set {data_set!r} is a script, which datasets no longer runs; set data.hub.revision: "
-            f"{PARQUET_REVISION}"
-        ) from err
+        fix = f"set data.hub.revision: {PARQUET_REVISION}"
+        raise DataError(f"data set {data_set!r} is a script, which datasets no longer runs; {fix}") from err
     except ValueError as err:  # unknown subset: the message lists those that exist; or a file that is not Parquet
         raise DataError(f"data set {data_set!r}: {err}; check data.hub.config, or fetch damaged files again") from err

@@ -1,7 +1,7 @@
 """Parquet files in the Hugging Face audio layout, read cell by cell.
 
-Only the text columns are read when a data set is listed. Recordings stay in their file and are read by row group when a
-batch needs them, with the newest row groups kept: a small file lives in memory, and one larger than the memory works.
+Recordings stay in their file and are read by row group when they are needed, with the newest row groups kept: a small
+file lives in memory, and one larger than the memory works.
 """
 
 from __future__ import annotations
@@ -36,11 +36,7 @@ class ParquetCell:
     column: str  # a struct of `bytes` and `path`, or plain bytes
 
     def read(self) -> bytes:
-        """Return the bytes of the encoded recording; a path that is named instead is relative to the Parquet file.
-
-        Raises:
-            AudioError: the file is gone or damaged, or the cell is empty.
-        """
+        """Return the bytes of the encoded recording; a path that is named instead is relative to the Parquet file."""
         cell = _read_row_group(self.path, self.row_group, self.column)[self.row].as_py()
         data, named = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
         if isinstance(data, bytes):
@@ -50,10 +46,8 @@ class ParquetCell:
         try:
             return (self.path.parent / str(named)).read_bytes()
         except OSError as err:
-            raise AudioError(
-                f"{self}: names {named}, which cannot be read ({err.strerror}); put the recordings in the folder of "
-                "the Parquet file, or embed them (datasets' embed_external_files)"
-            ) from err
+            fix = "put it in the folder of the Parquet file, or embed it (datasets' embed_external_files)"
+            raise AudioError(f"{self}: names {named}, which cannot be read ({err.strerror}); {fix}") from err
 
     def __str__(self) -> str:
         return f"{self.path}, row group {self.row_group}, row {self.row}"
@@ -82,16 +76,9 @@ def read_parquet(
 ) -> list[Utterance]:
     """List the rows of one file, or of all files in a folder.
 
-    Args:
-        path: file or folder; where files are named after splits (`train-00000-of-00002.parquet`, `train/0000.parquet`)
-            and there is no column `split`, the names say the split.
-        audio_column: found by type and name where None.
-        text_column: found by name where None.
-        language: of rows that do not say their own.
-
-    Raises:
-        SourceUnavailableError: no such path, or no file in it.
-        DataError: not Parquet, or columns not recognised.
+    Columns that are None are found by type and name. Where files are named after splits (`train/0000.parquet`,
+    `train-00000-of-00002.parquet`) and there is no column `split`, the names say the split. `language` is of rows that
+    do not say their own.
     """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*.parquet") if p.is_file())
     if not files:
@@ -136,10 +123,8 @@ def _find_audio_column(schema: pa.Schema, file: Path) -> str:
     binary = [f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
     found: list[str] = layout or binary
     if not found:
-        raise DataError(
-            f"{file}: no column with recordings among {', '.join(schema.names)}; the Hugging Face audio layout has a "
-            "struct of `bytes` and `path` (datasets' to_parquet writes it)"
-        )
+        fix = "it needs a struct of `bytes` and `path`, as datasets' to_parquet writes"
+        raise DataError(f"{file}: no column with recordings among {', '.join(schema.names)}; {fix}")
     if len(found) == 1:
         return found[0]
     return pick_column(found, AUDIO_COLUMNS, "audio", f"{file} ({len(found)} columns with recordings)")

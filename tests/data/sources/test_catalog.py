@@ -55,11 +55,11 @@ def test_folder_reads_each_kind_of_manifest(tmp_path: Path, name: str, content: 
     ("files", "reason"),
     [
         ({}, "no recording and no manifest"),
-        ({"a.wav": ""}, "no manifest among its 1 recording"),
+        ({"a.wav": ""}, "1 recording.*no manifest"),
         ({"metadata.csv": "file_name,text\n"}, "no rows"),
         ({"metadata.csv": "file_name,words\na.wav,x\n"}, "no text column among file_name, words"),
         ({"metadata.csv": "fil,text\na.wav,x\n"}, "did you mean 'file'"),
-        ({"metadata.csv": "file_name,text\na.wav,x,y\n"}, "line 2: the row does not have the 2 columns"),
+        ({"metadata.csv": "file_name,text\na.wav,x,y\n"}, "line 2: the row has 3 cells, not the 2 columns"),
         (
             {"metadata.csv": "id,file_name,text\n1,a.wav,x\n1,b.wav,y\n"},
             r"line 3: the id '1' occurs twice, first in line 2",
