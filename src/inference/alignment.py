@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -21,7 +21,6 @@ from torch import Tensor
 from src.data.features import FRAMES_PER_SEC
 from src.inference.words import Vocabulary, Word, place_words
 from src.models.alignment_heads import FIND_HEADS, Head, existing_heads, upper_half_heads
-from src.utils.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +31,7 @@ _warned: WeakSet[Any] = WeakSet()  # models without a list
 
 
 def alignment_heads(model: Any) -> list[Head]:
-    """Return the heads that time words; those of `upper_half_heads` where the checkpoint lists none, with a warning.
-
-    Raises:
-        ModelError: the list is another model's.
-    """
+    """Return the heads that time words; those of `upper_half_heads` where the checkpoint lists none, with a warning."""
     listed = existing_heads(model)
     if not listed and model not in _warned:
         _warned.add(model)
@@ -57,16 +52,12 @@ def record_cross_attention(model: Any, heads: Sequence[Head]) -> Iterator[list[T
         (B, heads of that layer, new tokens, positions) of attention probabilities.
     """
     recorded: list[Tensor] = []
-    handles = []
-    for layer in sorted({layer for layer, _ in heads}):
-        wanted = [head for at, head in heads if at == layer]
-        attention = model.model.decoder.layers[layer].encoder_attn
-        handles.append(attention.register_forward_pre_hook(_AttentionHook(wanted, recorded), with_kwargs=True))
-    try:
+    with ExitStack() as stack:
+        for layer in sorted({layer for layer, _ in heads}):
+            hook = _AttentionHook([head for at, head in heads if at == layer], recorded)
+            attention = model.model.decoder.layers[layer].encoder_attn
+            stack.enter_context(attention.register_forward_pre_hook(hook, with_kwargs=True))
         yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _AttentionHook:
@@ -78,14 +69,14 @@ class _AttentionHook:
         self._key: Tensor
 
     def __call__(self, module: Any, args: Any, kwargs: Any) -> None:
+        def split(projected: Tensor) -> Tensor:  # (B, N, d_model) -> (B, N, h, d) of the heads
+            return projected.view(*projected.shape[:2], module.num_heads, module.head_dim)[:, :, self._heads]
+
         hidden = args[0] if args else kwargs["hidden_states"]
         audio = args[1] if len(args) > 1 else kwargs["key_value_states"]
         if audio is not self._audio:
-            self._audio = audio
-            key = module.k_proj(audio).view(*audio.shape[:2], module.num_heads, module.head_dim)
-            self._key = key[:, :, self._heads]  # (B, P, h, d)
-        shape = (*hidden.shape[:2], module.num_heads, module.head_dim)
-        query = (module.q_proj(hidden) * module.scaling).view(shape)[:, :, self._heads]  # (B, L, h, d)
+            self._audio, self._key = audio, split(module.k_proj(audio))
+        query = split(module.q_proj(hidden) * module.scaling)
         scores = torch.einsum("blhd,bphd->bhlp", query, self._key)
         self._recorded.append(scores.float().softmax(dim=-1))
 
@@ -106,17 +97,11 @@ def align_words(
     `hidden` (1, positions, d_model) is the encoder's output for a clip, of which `audio_sec` are real audio: times are
     clipped to it. The tokens of the text, without the end token, follow those of `sot_sequence`. The heads are those
     of `alignment_heads` by default.
-
-    Raises:
-        ModelError: the decoder has no cross-attention heads to read, or none of the listed.
     """
     if not tokens:
         return ()
-    heads = alignment_heads(model) if heads is None else heads
-    if not heads:
-        raise ModelError("no alignment heads: the decoder has no layers to read word times from")
     ids = torch.tensor([[*sot_sequence, *tokens]], device=hidden.device)
-    with record_cross_attention(model, heads) as recorded:
+    with record_cross_attention(model, alignment_heads(model) if heads is None else heads) as recorded:
         decoded = model.model.decoder(input_ids=ids, encoder_hidden_states=hidden, use_cache=False).last_hidden_state
     first = len(sot_sequence)
     predicting = decoded[0, first - 1 : first - 1 + len(tokens)]  # the row before a token predicts it
@@ -172,18 +157,15 @@ def dtw_path(cost: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.i
         i = np.arange(max(1, diagonal - m), min(n, diagonal - 1) + 1)
         j = diagonal - i
         options = np.stack([total[i - 1, j - 1], total[i - 1, j], total[i, j - 1]])
-        best = options.argmin(axis=0)
-        total[i, j] = cost[i - 1, j - 1] + options[best, np.arange(len(i))]
-        step[i, j] = best
-    rows, columns = [], []
-    i, j = n, m
-    while i > 0 and j > 0:
-        rows.append(i - 1)
-        columns.append(j - 1)
-        move = step[i, j]
-        i -= int(move != 2)
-        j -= int(move != 1)
-    return np.array(rows[::-1]), np.array(columns[::-1])
+        step[i, j] = options.argmin(axis=0)
+        total[i, j] = cost[i - 1, j - 1] + options.min(axis=0)
+    path, row, column = [], n, m
+    while row and column:
+        path.append((row - 1, column - 1))
+        move = step[row, column]
+        row, column = row - int(move != 2), column - int(move != 1)
+    rows, columns = np.array(path[::-1]).T
+    return rows, columns
 
 
 def _normalise(attention: Tensor) -> Tensor:

@@ -72,25 +72,19 @@ class CTranslate2Engine(Engine):
         return self._model.encode(ctranslate2.StorageView.from_array(features))
 
     def _generate(
-        self,
-        encoded: Any,
-        prompt: list[int],
-        starts: list[list[int]],
-        prefix: list[int],
-        caps: Sequence[int],
-        options: DecodingOptions,
+        self, encoded: Any, given: list[list[int]], prefix: list[int], caps: list[int], options: DecodingOptions
     ) -> list[Decoded]:
-        forced, context, new = len(prefix), len(prompt) + len(starts[0]) + len(prefix), max(caps)
+        forced, new = len(prefix), max(caps)
         sampling = {}
         if options.temperature:
             ctranslate2.set_random_seed(0)
             sampling = {"sampling_topk": 0, "sampling_temperature": options.temperature}
         generated = self._model.generate(
             encoded,
-            [[*prompt, *start, *prefix] for start in starts],
+            given,
             beam_size=options.num_beams,
             # CTranslate2 stops after half of max_length, or where context and text fill it
-            max_length=min(max(2 * new, context + new), MAX_POSITIONS),
+            max_length=min(max(2 * new, len(given[0]) + new), MAX_POSITIONS),
             suppress_blank=not prefix,
             return_scores=True,
             return_no_speech_prob=options.no_speech,

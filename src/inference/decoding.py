@@ -105,29 +105,23 @@ class TorchEngine(Engine):
 
     @torch.inference_mode()
     def _generate(
-        self,
-        encoded: BaseModelOutput,
-        prompt: list[int],
-        starts: list[list[int]],
-        prefix: list[int],
-        caps: Sequence[int],
-        options: DecodingOptions,
+        self, encoded: Any, given: list[list[int]], prefix: list[int], caps: list[int], options: DecodingOptions
     ) -> list[Decoded]:
         """Take the likeliest token, or draw one at a temperature, until every row has ended or reached its cap."""
         model, hidden, device = self._model, encoded.last_hidden_state, encoded.last_hidden_state.device
-        given = torch.tensor([[*prompt, *start, *prefix] for start in starts], device=device)  # (B, L)
+        ids = torch.tensor(given, device=device)  # (B, L)
         if options.num_beams > 1:
-            return self._beam_search(encoded, given, prefix, caps, options)
-        rules, begin, forced, end = model.generation_config, len(prompt), len(prefix), self.vocabulary.end
-        room = model.config.max_target_positions - given.shape[1]
+            return self._beam_search(hidden, ids, prefix, caps, options)
+        rules, forced, end = model.generation_config, len(prefix), self.vocabulary.end
+        begin, room = given[0].index(self.vocabulary.start), model.config.max_target_positions - ids.shape[1]
         limits = [min(cap, room) for cap in caps]
         limit_of_row = torch.tensor(limits, device=device)
         suppressed = torch.tensor(rules.suppress_tokens or [], dtype=torch.long, device=device)
-        timestamps = WhisperTimeStampLogitsProcessor(rules, begin_index=given.shape[1]) if options.timestamps else None
+        timestamps = WhisperTimeStampLogitsProcessor(rules, begin_index=ids.shape[1]) if options.timestamps else None
         generator = torch.Generator(device).manual_seed(0)
         heads = alignment_heads(model) if options.word_timestamps and not options.timestamps else []
 
-        tokens, cache, given_states = given, None, torch.empty(0)
+        tokens, cache, given_states = ids, None, torch.empty(0)
         finished = torch.zeros(len(given), dtype=torch.bool, device=device)
         chosen: list[Tensor] = []  # (B,) per step, as the next two
         logprobs: list[Tensor] = []
@@ -147,7 +141,7 @@ class TorchEngine(Engine):
                 if step == 0 and not forced and rules.begin_suppress_tokens:
                     logits[:, rules.begin_suppress_tokens] = -torch.inf
                 if timestamps is not None:
-                    logits = timestamps(torch.cat([given, *(token[:, None] for token in chosen)], dim=1), logits)
+                    logits = timestamps(torch.cat([ids, *(token[:, None] for token in chosen)], dim=1), logits)
 
                 # the choice, and the end token for rows that have ended
                 scores = logits.log_softmax(dim=-1)
@@ -180,39 +174,38 @@ class TorchEngine(Engine):
             certainty = torch.stack(probabilities, dim=1)
             if forced:
                 among_text = model.proj_out(given_states[:, -forced - 1 : -1])[..., :end].float().softmax(dim=-1)
-                certainty = torch.cat([among_text.gather(2, given[:, -forced:, None])[..., 0], certainty], dim=1)
+                certainty = torch.cat([among_text.gather(2, ids[:, -forced:, None])[..., 0], certainty], dim=1)
             certainty_of_row = certainty.tolist()
         rows = []
         for i, row in enumerate(torch.stack(chosen, dim=1).tolist()):
             text = row[: row.index(end)] if end in row else row[: limits[i]]
             scored = min(len(text) + 1, limits[i])
-            until = given.shape[1] - begin + len(text)  # a shorter text than its neighbours' was fed end tokens
+            until = ids.shape[1] - begin + len(text)  # a shorter text than its neighbours' was fed end tokens
             timing = (certainty_of_row[i][: forced + len(text)], attention[i, :, :until]) if heads else ()
             rows.append(Decoded([*prefix, *text], float(scores[i, :scored].sum()) / scored, no_speech[i], *timing))
         return rows
 
     def _beam_search(
-        self, encoded: BaseModelOutput, given: Tensor, prefix: list[int], caps: Sequence[int], options: DecodingOptions
+        self, hidden: Tensor, ids: Tensor, prefix: list[int], caps: list[int], options: DecodingOptions
     ) -> list[Decoded]:
         """Search by the plain `generate` of transformers: Whisper's own takes no forced beginning."""
         model, rules, end = self._model, copy.deepcopy(self._model.generation_config), self.vocabulary.end
-        rules.max_length = min(given.shape[1] + max(caps), model.config.max_target_positions)
+        rules.max_length = min(ids.shape[1] + max(caps), model.config.max_target_positions)
         rules.num_beams, rules.return_dict_in_generate, rules.output_scores = options.num_beams, True, True
         if prefix:
             rules.begin_suppress_tokens = None
-        hidden = encoded.last_hidden_state
-        processors = [WhisperTimeStampLogitsProcessor(rules, given.shape[1])] if options.timestamps else None
+        processors = [WhisperTimeStampLogitsProcessor(rules, ids.shape[1])] if options.timestamps else None
         with evaluation_mode(model):
             found = GenerationMixin.generate(
                 model,
                 generation_config=rules,
                 encoder_outputs=BaseModelOutput(last_hidden_state=hidden),  # of its own: it repeats it for the beams
-                attention_mask=torch.ones(hidden.shape[:2], device=given.device),
-                decoder_input_ids=given,
-                decoder_attention_mask=torch.ones_like(given),
+                attention_mask=torch.ones(hidden.shape[:2], device=ids.device),
+                decoder_input_ids=ids,
+                decoder_attention_mask=torch.ones_like(ids),
                 logits_processor=processors,
             )
-        rows = [row[: row.index(end)] if end in row else row for row in found.sequences[:, given.shape[1] :].tolist()]
+        rows = [row[: row.index(end)] if end in row else row for row in found.sequences[:, ids.shape[1] :].tolist()]
         scores = found.sequences_scores.tolist()
         return [Decoded([*prefix, *row[:cap]], score) for row, cap, score in zip(rows, caps, scores, strict=True)]
 

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from src.data.audio import Waveform
 from src.inference.options import DecodingOptions, DecodingResult, Engine
@@ -20,7 +20,7 @@ from src.utils.runtime import get_device, usable_cores
 if TYPE_CHECKING:
     from src.data.vad import VoiceActivityDetector
 
-__all__ = ["Engine", "EngineName", "decode_with_fallback", "load_engine", "transcribe"]
+__all__ = ["Engine", "decode_with_fallback", "engine_of", "load_engine", "transcribe"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +72,28 @@ def load_engine(
         chosen, reason = "ctranslate2", "8 bits are fastest on a CPU"
     elif asked == "auto":
         chosen, reason = "torch", f"the weights as they are, on {device}"
-    loaded = (
-        _load_torch(str(source), config, compute_type)
-        if chosen == "torch"
-        else _load_ct2(str(source), config, compute_type, workers)
-    )
+    loaded: Engine
+    if chosen == "torch":
+        import torch
+
+        from src.inference.decoding import TorchEngine
+        from src.models.whisper_model import WhisperModelManager
+
+        automatic = "float16" if get_device(config.device).type == "cuda" else "float32"
+        precision = automatic if compute_type == "auto" else compute_type
+        if precision not in ("float32", "float16", "bfloat16"):
+            raise ModelError(f"torch computes in float32, float16, bfloat16, not {precision}; set engine: ctranslate2")
+        model, processor = WhisperModelManager(config).initialize_model(str(source))
+        loaded = TorchEngine(model.to(getattr(torch, precision)), processor)
+    else:
+        from src.inference.ct2_engine import CTranslate2Engine, find_device
+        from src.models.ct2_cache import ct2_folder
+
+        kind, _ = find_device(config.device)
+        stored = ("int8" if kind == "cpu" else "float16") if compute_type == "auto" else compute_type
+        folder = ct2_folder(str(source), quantization=stored, cache_dir=config.paths.cache_dir)
+        workers = 1 if kind == "cuda" else workers or usable_cores()
+        loaded = CTranslate2Engine(folder, device=config.device, compute_type=compute_type, workers=workers)
     logger.info(
         "engine: %s, %s on %s, audio context %s (%s)",
         loaded.name, loaded.precision, loaded.device, loaded.audio_context, reason,
@@ -84,31 +101,15 @@ def load_engine(
     return loaded
 
 
-def _load_torch(source: str, config: Config, compute_type: str) -> Engine:
-    import torch
+def engine_of(model: Any, processor: Any, engine: Engine | None) -> Engine:
+    """Return the engine, or torch's for a model and its processor."""
+    if engine is not None:
+        return engine
+    if model is None or processor is None:
+        raise ModelError("nothing to decode with: pass a model and its processor, or engine=load_engine(...)")
+    from src.inference.decoding import TorchEngine  # CTranslate2 does without torch
 
-    from src.inference.decoding import TorchEngine
-    from src.models.whisper_model import WhisperModelManager
-
-    on_gpu = get_device(config.device).type == "cuda"
-    precision = {"auto": "float16" if on_gpu else "float32"}.get(compute_type, compute_type)
-    if precision not in ("float32", "float16", "bfloat16"):
-        raise ModelError(
-            f"torch computes in float32, float16 and bfloat16, not in {precision}; set engine: ctranslate2"
-        )
-    model, processor = WhisperModelManager(config).initialize_model(source)
-    return TorchEngine(model.to(getattr(torch, precision)), processor)
-
-
-def _load_ct2(source: str, config: Config, compute_type: str, workers: int | None) -> Engine:
-    from src.inference.ct2_engine import CTranslate2Engine, find_device
-    from src.models.ct2_cache import ct2_folder
-
-    device, _ = find_device(config.device)
-    stored = {"auto": "int8" if device == "cpu" else "float16"}.get(compute_type, compute_type)
-    folder = ct2_folder(source, quantization=stored, cache_dir=config.paths.cache_dir)
-    workers = 1 if device == "cuda" else workers or usable_cores()
-    return CTranslate2Engine(folder, device=config.device, compute_type=compute_type, workers=workers)
+    return TorchEngine(model, processor)
 
 
 def decode_with_fallback(

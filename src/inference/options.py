@@ -116,7 +116,8 @@ class Engine(ABC):
         prefix = vocabulary.encode(options.prefix)
 
         caps = [max_tokens or options.token_cap(len(audio)) for audio in audios]
-        rows = self._generate(encoded, prompt, starts, prefix, caps, options)
+        given = [[*prompt, *start, *prefix] for start in starts]
+        rows = self._generate(encoded, given, prefix, caps, options)
         words = self._place(encoded, audios, starts, rows) if options.word_timestamps else [None] * len(rows)
         return [
             DecodingResult(
@@ -156,15 +157,9 @@ class Engine(ABC):
 
     @abstractmethod
     def _generate(
-        self,
-        encoded: Any,
-        prompt: list[int],
-        starts: list[list[int]],
-        prefix: list[int],
-        caps: Sequence[int],
-        options: DecodingOptions,
+        self, encoded: Any, given: list[list[int]], prefix: list[int], caps: list[int], options: DecodingOptions
     ) -> list[Decoded]:
-        """Let each row continue after prompt, its start and prefix by at most its cap of tokens."""
+        """Let each row of given tokens, which end with `prefix`, go on by at most its cap of new ones."""
 
     @abstractmethod
     def _place(

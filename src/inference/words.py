@@ -26,22 +26,13 @@ _OPENING = "\"'“¿([{-"  # joins the word after it
 
 @dataclass(frozen=True)
 class Word:
-    """A word with its place in the audio.
+    """A word with its place in the audio."""
 
-    Attributes:
-        text: without surrounding spaces, punctuation included.
-        start_sec: seconds from the start of the clip, recording or stream.
-        end_sec: likewise, at least `start_sec`.
-        probability: mean probability of its tokens among all text tokens, in [0, 1], as in openai/whisper; nan where it
-            is unknown.
-        tokens: number of tokens that spell it; 0 where it is unknown.
-    """
-
-    text: str
-    start_sec: float
-    end_sec: float
-    probability: float = math.nan
-    tokens: int = field(default=0, compare=False, repr=False)
+    text: str  # without surrounding spaces, punctuation included
+    start_sec: float  # from the start of the clip, recording or stream
+    end_sec: float  # likewise, at least `start_sec`
+    probability: float = math.nan  # mean of its tokens among all text tokens, as in openai/whisper; nan if unknown
+    tokens: int = field(default=0, compare=False, repr=False)  # number that spell it; 0 if unknown
 
 
 def shifted(words: Sequence[Word], by_sec: float) -> tuple[Word, ...]:
@@ -50,40 +41,21 @@ def shifted(words: Sequence[Word], by_sec: float) -> tuple[Word, ...]:
 
 
 class Vocabulary:
-    """Tokens of one model.
-
-    Args:
-        tokenizer: of the `tokenizers` library.
-
-    Attributes:
-        end: token at the end of a text; each id from it on is special or a timestamp.
-        start: token at the start of a transcript.
-        no_timestamps: token that turns timestamps off.
-        previous: token before the previous text.
-        languages: code to token, empty for English-only models.
-
-    Raises:
-        ModelError: it is not a Whisper tokenizer.
-    """
+    """Tokens of one model, from its `tokenizers.Tokenizer`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.end, self.start = self._id("<|endoftext|>"), self._id("<|startoftranscript|>")
+        self.end, self.start = self._id("<|endoftext|>"), self._id("<|startoftranscript|>")  # no text from `end` on
         self.no_timestamps, self.previous = self._id("<|notimestamps|>"), self._id("<|startofprev|>")
-        self.languages: dict[str, int] = {}
-        if self.end == MULTILINGUAL_END_TOKEN:
-            codes = {
-                name[2:-2]: i for name, i in tokenizer.get_vocab().items() if re.fullmatch(r"<\|[a-z]{2,3}\|>", name)
-            }
-            self.languages = dict(sorted(codes.items()))
+        self.timestamp_begin = self.no_timestamps + 1  # <|0.00|>; later times follow at 0.02 s
+        self.multilingual = self.end == MULTILINGUAL_END_TOKEN
+        names = tokenizer.get_vocab().items() if self.multilingual else ()
+        codes = {name[2:-2]: token for name, token in names if re.fullmatch(r"<\|[a-z]{2,3}\|>", name)}
+        self.languages = dict(sorted(codes.items()))  # code to token; none for English-only models
 
     @classmethod
     def from_folder(cls, folder: Path) -> Vocabulary:
-        """Read `tokenizer.json` of a checkpoint.
-
-        Raises:
-            ModelError: absent, or not a Whisper tokenizer.
-        """
+        """Read `tokenizer.json` of a checkpoint."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ModelError(f"{folder}: no tokenizer.json; copy that of the same openai/whisper-* variant there")
@@ -98,38 +70,22 @@ class Vocabulary:
         """Return the vocabulary of a tokenizer of transformers, made once."""
         return cls(tokenizer.backend_tokenizer)
 
-    @property
-    def multilingual(self) -> bool:
-        """Whether the model knows languages and tasks."""
-        return bool(self.languages)
-
-    @property
-    def timestamp_begin(self) -> int:
-        """The token <|0.00|>; later times follow at 0.02 s."""
-        return self.no_timestamps + 1
-
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, with the leading space that Whisper writes; none for an empty one."""
         return list(self._tokenizer.encode(" " + text.strip(), add_special_tokens=False).ids) if text.strip() else []
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, leading space included; special tokens and timestamps have none."""
-        return str(
-            self._tokenizer.decode([token for token in token_ids if token < self.end], skip_special_tokens=False)
-        )
+        text = [token for token in token_ids if token < self.end]
+        return str(self._tokenizer.decode(text, skip_special_tokens=False))
 
     def start_sequence(self, language: str | None, task: str, *, timestamps: bool) -> list[int]:
-        """Return the special tokens that begin a transcript.
-
-        Raises:
-            ModelError: a language that the model does not know, or none for a multilingual one; an unknown task.
-        """
+        """Return the special tokens that begin a transcript."""
         ending = [] if timestamps else [self.no_timestamps]
         if not self.multilingual:
-            if language not in (None, "en"):
-                raise ModelError(f"this is an English-only model, language is {language!r}; use a multilingual variant")
-            if task != "transcribe":
-                raise ModelError(f"this is an English-only model, task is {task!r}; use a multilingual variant")
+            if language not in (None, "en") or task != "transcribe":
+                asked = f"language {language!r} and task {task!r}"
+                raise ModelError(f"this is an English-only model, not for {asked}; use a multilingual variant")
             return [self.start, *ending]
         if language not in self.languages:
             raise ModelError(f"unknown language {language!r}; this model knows: {', '.join(self.languages)}")
@@ -143,8 +99,7 @@ class Vocabulary:
         Hotwords come first, as in faster-whisper, and take at most half of the room.
         """
         expected = self.encode(hotwords)[: MAX_PROMPT_TOKENS // 2]
-        room = MAX_PROMPT_TOKENS - len(expected)
-        tokens = [*expected, *self.encode(prompt)[-room:]]
+        tokens = [*expected, *self.encode(prompt)[len(expected) - MAX_PROMPT_TOKENS :]]
         return [self.previous, *tokens] if tokens else []
 
     def _id(self, name: str) -> int:
@@ -184,8 +139,7 @@ def place_words(
 
     `entered_sec` says when each token begins, and then the end token: one more than `tokens`, ascending.
     """
-    words = []
-    at = 0
+    words, at = [], 0
     for text, size in split_words(vocabulary, tokens):
         start, end = float(entered_sec[at]), float(entered_sec[at + size])
         probability = float(sum(probabilities[at : at + size]) / size)

@@ -24,12 +24,12 @@ from tqdm.auto import tqdm
 
 from src.data.audio import SAMPLE_RATE, Waveform, stream_audio, to_mono_16k
 from src.data.vad import VoiceActivityDetector
-from src.inference.engines import Engine, decode_with_fallback
+from src.inference.engines import Engine, decode_with_fallback, engine_of
 from src.inference.files.segmentation import Segment, TranscribedSegment, cut_at_silences, decode_windows
 from src.inference.options import DecodingOptions
 from src.inference.words import Word, shifted
 from src.utils.config import Config
-from src.utils.errors import AudioError, DataError, ModelError
+from src.utils.errors import AudioError, DataError
 from src.utils.runtime import FittingSize
 
 logger = logging.getLogger(__name__)
@@ -145,13 +145,8 @@ class BatchInference:
         vad: VoiceActivityDetector | None = None,
     ) -> None:
         config = config or Config()
-        if engine is None:
-            if model is None or processor is None:
-                raise ModelError("BatchInference needs a model and its processor, or engine=load_engine(...)")
-            from src.inference.decoding import TorchEngine  # torch's models: CTranslate2 does without
-
-            engine = TorchEngine(model, processor)
-        self._engine, self._settings, self._fitting = engine, config.inference, FittingSize()
+        self._engine, self._settings = engine_of(model, processor, engine), config.inference
+        self._fitting = FittingSize()
         self._vad = vad or VoiceActivityDetector(config.vad)
         self._options = replace(
             DecodingOptions.from_config(config), prompt=self._settings.initial_prompt, hotwords=self._settings.hotwords
