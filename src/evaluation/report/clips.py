@@ -40,13 +40,9 @@ class AlignmentView:
     Args:
         rows: of the model, from `load_predictions` or an `EvaluationResult`.
         normalizer: of the evaluation, so that the words are those that were counted.
-        recordings: of the clips, by their ids, for players; clips without one have no player.
-        beside: rows of another model on the same clips, shown below; those of the stock model.
+        recordings: of the clips; those without one have no player.
+        beside: rows of another model on the same clips, shown below; usually the stock model.
         names: of the two models.
-
-    Raises:
-        DataError: no rows, or `beside` lacks some of them.
-        AudioError: a recording that cannot be decoded.
     """
 
     def __init__(
@@ -63,10 +59,7 @@ class AlignmentView:
         if not rows:
             raise DataError("alignment view: no rows; evaluate first")
         if missing:
-            raise DataError(
-                f"alignment view: {len(missing)} clips are not in the rows beside (first: {missing[0]}); pass rows of "
-                "the same clips, or none"
-            )
+            raise DataError(f"alignment view: {len(missing)} clips are not in the rows beside (first: {missing[0]})")
         kinds = {row.id: clip_kinds(row, normalizer) for row in rows}
 
         def badness(row: Prediction) -> tuple[bool, int, float]:
@@ -82,25 +75,13 @@ class AlignmentView:
                 said.append(other)
                 if other.errors != row.errors:
                     labels.append("worse" if row.errors > other.errors else "better")
-            clips.append(
-                {
-                    "id": row.id,
-                    "speaker": row.speaker,
-                    "sec": round(row.duration_sec, 2),
-                    "reference": row.reference,
-                    "kinds": labels,
-                    "said": [_said(each, normalizer) for each in said],
-                    "audio": audio.get(row.id),
-                }
-            )
+            clip = {"id": row.id, "speaker": row.speaker, "sec": round(row.duration_sec, 2), "reference": row.reference}
+            models = [_said(each, normalizer) for each in said]
+            clips.append(clip | {"kinds": labels, "said": models, "audio": audio.get(row.id)})
         compared = {kind: f"{names[0]} {kind} than {names[1]}" for kind in ("worse", "better")} if others else {}
-        self._data = {
-            "names": names if others else names[:1],
-            "filters": [*_FILTERS.items(), *compared.items()],
-            "tags": _TAGS,
-            "page": PAGE_CLIPS,
-            "rows": clips,
-        }
+        filters = [*_FILTERS.items(), *compared.items()]
+        shown_names = names if others else names[:1]
+        self._data = {"names": shown_names, "filters": filters, "tags": _TAGS, "page": PAGE_CLIPS, "rows": clips}
         omitted = f", the worst of {len(rows):,}" if len(shown) < len(rows) else ""
         self._note = (
             f"{counted(len(shown), 'clip')} of the {names[0]} model{omitted}, words after {normalizer}. Worst first: "
@@ -124,13 +105,8 @@ def _said(row: Prediction, normalizer: str) -> dict[str, Any]:
             steps.append(["=", " ".join(str(word.reference) for word in group)])
         else:
             steps += [[edit[0], *(text for text in (w.reference, w.hypothesis) if text is not None)] for w in group]
-    return {
-        "hypothesis": row.hypothesis,
-        "wer": None if math.isnan(row.wer) else round(row.wer, 4),
-        "errors": row.errors,
-        "words": row.reference_words,
-        "steps": steps,
-    }
+    counts = {"errors": row.errors, "words": row.reference_words}
+    return {"hypothesis": row.hypothesis, "wer": None if math.isnan(row.wer) else row.wer, **counts, "steps": steps}
 
 
 def clip_kinds(row: Prediction, normalizer: str) -> tuple[str, ...]:

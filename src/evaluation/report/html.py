@@ -40,8 +40,6 @@ def write_html_report(run_dir: str | Path, path: str | Path, *, audio: Iterable[
 
     Raises:
         DataError: no metrics in the folder, a damaged file, or models measured on different clips.
-        AudioError: a recording that cannot be decoded.
-        OSError: the file cannot be written.
     """
     run, target = Path(run_dir), Path(path)
     summary, origin = run_summary.summarize_run(run), read_origin(run)

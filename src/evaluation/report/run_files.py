@@ -33,14 +33,10 @@ def load_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     return _read_jsonl(Path(run_dir, "metrics.jsonl"), key="event")
 
 
-def load_predictions(run_dir: str | Path, *, guard: bool = False) -> dict[str, list[Prediction]]:
-    """Read predictions.jsonl: rows by model, the last one of each clip, of the test set or of the guard set.
+def load_predictions(run_dir: str | Path, *, guard: bool | None = False) -> dict[str, list[Prediction]]:
+    """Read predictions.jsonl: the last row of each clip by model, of the test set, the guard set or (None) both.
 
-    Returns:
-        Nothing without this file: rates can be shown without it, a verdict cannot be given.
-
-    Raises:
-        DataError: a line that is not a prediction.
+    Without this file there is nothing: rates can be shown, a verdict cannot be given.
     """
     file = Path(run_dir, "predictions.jsonl")
     if not file.exists():
@@ -53,7 +49,7 @@ def load_predictions(run_dir: str | Path, *, guard: bool = False) -> dict[str, l
         except TypeError as err:
             raise DataError(f"{file}, line {number}: not a prediction ({err}); evaluate this model again") from err
         models.setdefault(model, {})[prediction.id] = prediction
-    return {model: list(models[model].values()) for model in stock_first(models) if is_guard(model) == guard}
+    return {model: list(models[model].values()) for model in stock_first(models) if guard in (None, is_guard(model))}
 
 
 def _read_jsonl(path: Path, *, key: str) -> list[dict[str, Any]]:

@@ -99,7 +99,7 @@ def summarize_run(run_dir: str | Path) -> RunSummary:
     """
     rows = run_files.load_metrics(run_dir)
     evaluations = run_files.latest_evaluations(rows)
-    predictions = {**run_files.load_predictions(run_dir), **run_files.load_predictions(run_dir, guard=True)}
+    predictions = run_files.load_predictions(run_dir, guard=None)
     mix: list[Row] = []
     for row in rows:
         if row["event"] == "mix":
@@ -144,11 +144,8 @@ def comparison_table(results: Mapping[str, Row], predictions: PredictionsByModel
     rows: dict[str, dict[str, str]] = {}
     for name in stock_first(results):
         row = results[name]
-        rows[name] = {
-            **{
-                label: with_interval(row.get(key), row.get(f"{key}_low"), row.get(f"{key}_high"))
-                for label, key in _RATES.items()
-            },
+        ends = {key: (row.get(key), row.get(f"{key}_low"), row.get(f"{key}_high")) for key in _RATES.values()}
+        rows[name] = {label: with_interval(*ends[key]) for label, key in _RATES.items()} | {
             "audio context": row.get("audio_context", NOT_MEASURED),
             "normaliser": row.get("normalizer", NOT_MEASURED),
             "clips": str(row.get("n", NOT_MEASURED)),
@@ -209,10 +206,8 @@ def describe_difference(comparison: PairedComparison) -> str:
 
 def describe_guard_set(row: Row | None) -> str:
     """Return what the guard set consists of; empty without one."""
-    if row is None:
-        return ""
-    speakers = f" of {counted(row['speakers'], 'speaker')}" if row["speakers"] else ""
-    return f"guard set: {row['set']}, {counted(row['clips'], 'clip')}{speakers}"
+    speakers = f" of {counted(row['speakers'], 'speaker')}" if row and row["speakers"] else ""
+    return f"guard set: {row['set']}, {counted(row['clips'], 'clip')}{speakers}" if row else ""
 
 
 def describe_mix(rows: Sequence[Row]) -> str:

@@ -36,14 +36,7 @@ _Rate = tuple[float, float, float]  # value, low and high; nan for what was not 
 
 
 class EvaluationVisualizer:
-    """Comparisons of one run.
-
-    Args:
-        run_dir: with metrics.jsonl and predictions.jsonl.
-
-    Raises:
-        DataError: nothing was evaluated.
-    """
+    """Comparisons of one run; what was not measured stays blank, and is a DataError if it is the whole figure."""
 
     def __init__(self, run_dir: str | Path) -> None:
         self._run_dir = run_dir
@@ -57,11 +50,7 @@ class EvaluationVisualizer:
         self._streaming = run_files.last_row(rows, "streaming")
 
     def stock_against_tuned(self) -> Figure:
-        """Draw WER with intervals under both normalisers, one bar per model, and the difference of the two models.
-
-        Raises:
-            DataError: the predictions of the two models are of different clips.
-        """
+        """Draw WER with intervals under both normalisers, one bar per model, and the difference of the two models."""
         first = next(iter(self._evaluations.values()))
         caption = counted(first["n"], "clip")
         if first.get("wer_low") is not None:
@@ -91,9 +80,6 @@ class EvaluationVisualizer:
 
         Args:
             column: one of `slice_columns`, or another one of the rows; of more than 12 slices the first are drawn.
-
-        Raises:
-            DataError: no predictions, or no row has this column.
         """
         if not self._predictions:
             raise DataError(f"{self._run_dir}: no predictions; evaluate a model and save")
@@ -183,11 +169,7 @@ class EvaluationVisualizer:
         axes.grid(axis="x", visible=False)
 
     def confusions(self) -> Figure:
-        """Draw the normalised words that the main model most often confuses, leaves out and inserts.
-
-        Raises:
-            DataError: no predictions of this model.
-        """
+        """Draw the normalised words that the main model most often confuses, leaves out and inserts."""
         model = main_model(self._evaluations)
         found: dict[str, Counter[str]] = {kind: Counter() for kind in EDITS.values()}
         for row in self._predictions.get(model, ()):
@@ -218,11 +200,7 @@ class EvaluationVisualizer:
         return figure
 
     def latency_distribution(self) -> Figure:
-        """Draw how long clips take: each one's share of its batch, and median to 95th percentile of each engine.
-
-        Raises:
-            DataError: no time was measured.
-        """
+        """Draw how long clips take: each one's share of its batch, and median to 95th percentile of each engine."""
         times = {name: np.array([gap(row.latency_sec) for row in rows]) for name, rows in self._predictions.items()}
         times = {name: values[np.isfinite(values)] for name, values in times.items() if np.isfinite(values).any()}
         timings = [row for row in self._latencies if math.isfinite(gap(row.get("p50_sec")))][:MAX_TIMINGS]
@@ -257,11 +235,7 @@ class EvaluationVisualizer:
         return figure
 
     def rtf_by_batch(self) -> Figure:
-        """Draw the real-time factor (compute time / audio time; less is faster) of each engine against its batch size.
-
-        Raises:
-            DataError: none was measured.
-        """
+        """Draw the real-time factor (compute time / audio time; less is faster) of each engine against batch size."""
         sizes = sorted({row["batch_size"] for row in self._latencies if math.isfinite(gap(row.get("rtf")))})
         if not sizes:
             raise DataError(f"{self._run_dir}: no real-time factor of any batch size; {HOW_TO_MEASURE}")

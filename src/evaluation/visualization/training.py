@@ -19,7 +19,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
-from numpy.typing import NDArray
 
 from src.evaluation.metrics import FloatArray
 from src.evaluation.report import run_files
@@ -39,14 +38,7 @@ _MAX_SHARE = 0.05  # of the time that may be spent on drawing
 
 
 class TrainingVisualizer:
-    """Curves of the last training of a run.
-
-    Args:
-        run_dir: with metrics.jsonl.
-
-    Raises:
-        DataError: no metrics, or no finished epoch.
-    """
+    """Curves of the last training of a run; DataError if it has no finished epoch."""
 
     def __init__(self, run_dir: str | Path) -> None:
         rows = run_files.load_metrics(run_dir)
@@ -147,7 +139,6 @@ class LivePlot:
     Args:
         experiment: its rows are shown, those of a resumed training included.
         every_sec: minimal time between two figures.
-        clock: monotonic seconds.
     """
 
     def __init__(
@@ -273,15 +264,10 @@ def _top_of_loss(updates: FloatArray, *epochs: FloatArray) -> float:
 
 
 def _draw_updates(axes: Axes, places: FloatArray, values: FloatArray, **style: Any) -> None:
-    """Draw a curve through at most `MAX_POINTS` points: the extremes of each stretch, so that spikes stay."""
-    drawn = thin_places(values)
+    """Draw a curve through at most `MAX_POINTS` points: minimum and maximum of each stretch, so that spikes stay."""
+    drawn = np.arange(len(values))
+    if len(values) > MAX_POINTS:
+        measured = pd.Series(values).dropna()
+        stretches = measured.groupby(measured.index * (MAX_POINTS // 2) // len(values))
+        drawn = np.unique([*stretches.idxmin(), *stretches.idxmax()]).astype(int)
     axes.plot(places[drawn], values[drawn], marker="." if len(drawn) == 1 else None, **style)
-
-
-def thin_places(values: FloatArray) -> NDArray[np.intp]:
-    """Return at most `MAX_POINTS` indices of a curve, ascending: minimum and maximum of each stretch."""
-    if len(values) <= MAX_POINTS:
-        return np.arange(len(values))
-    measured = pd.Series(values).dropna()
-    stretches = measured.groupby(measured.index * (MAX_POINTS // 2) // len(values))
-    return np.unique(np.array([*stretches.idxmin(), *stretches.idxmax()], dtype=np.intp))
