@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from src.data.audio import SAMPLE_RATE, Waveform
@@ -164,15 +165,13 @@ def measure_stream(
           the session has ended);
         - wer, wer_plain, cer, substitutions, deletions, insertions, reference_words, normalizer: of the streamed text,
           cut into its clips by alignment, one row per clip with all its repeats; with "offline_" those of the clips
-          decoded one by one; wer_difference is streamed minus offline;
+          decoded one by one;
         - commit, display and end_of_turn, each with "_unaware" and "_aware" (of computing), as "_n", "_mean_sec",
           "_p50_sec" and "_p95_sec": latency of the words committed right, and of each `final` from the true end of the
           last word it could contain;
-        - first_word_unaware_sec, first_word_aware_sec: from the start of the first word to the first text shown;
         - normalized_erasure: see the module;
         - words_without_speech: committed within the stream's stretches without speech. A word that is right does not
-          count: its time slipped over the edge;
-        - edge_deletions, offline_edge_deletions: first and last words of clips, next to a pause, that are missing.
+          count: its time slipped over the edge.
     """
     if not stream.words:
         raise DataError(f"stream {stream.name!r}: its words have no times; join clips that WordAligner has aligned")
@@ -181,31 +180,41 @@ def measure_stream(
             f"stream {stream.name!r}: {len(offline)} offline texts for {len(stream.clips)} clips; decode each of "
             "stream.clip_audios(), in order"
         )
-    heard, erased, first = follow_words(result.events)
+    heard, erased = follow_words(result.events)
     words = [each.word for each in heard]
     match = match_words([word.text for word in stream.words], [word.text for word in words])
     calculator = MetricsCalculator(language)
-    right = set(match.right.values())
-    wrong_at = [(word.start_sec + word.end_sec) / 2 for place, word in enumerate(words) if place not in right]
+
+    # latency of words and turns, each unaware of computing and aware of it
+    right = [(stream.words[said], heard[place]) for said, place in match.right.items()]
     timed = {
-        "commit": [(stream.words[said], heard[place].committed) for said, place in match.right.items()],
-        "display": [(stream.words[said], heard[place].stable) for said, place in match.right.items()],
+        "commit": [(said, word.committed) for said, word in right],
+        "display": [(said, word.stable) for said, word in right],
         "end_of_turn": find_turns(stream, result.events, match),
     }
+    delays: dict[str, float | int | None] = {}
+    for axis, when in (("unaware", "audio_sec"), ("aware", "emitted_at")):
+        for name, pairs in timed.items():
+            measured = pairs if axis == "unaware" or ended_at is not None else []
+            late_sec = [getattr(event, when) - said.end_sec for said, event in measured]
+            found = summarize_latency(late_sec, [stream.ids[said.clip] for said, _ in measured], calculator.bootstrap)
+            delays |= {f"{name}_{axis}_{key}": value for key, value in found.items()}
+
+    places = set(match.right.values())
+    wrong_at = [(word.start_sec + word.end_sec) / 2 for place, word in enumerate(words) if place not in places]
+    invented = sum(begin <= sec < end for sec in wrong_at for begin, end in stream.no_speech)
+    apart = dict.fromkeys(_RATES) if offline is None else _rates(stream, offline, calculator)
     computed = result.compute_sec > 0  # else computing took no time on its clock, which measures nothing
     row = {
         "stream": stream.name,
         "audio_sec": stream.duration_sec,
         "clips": len(set(stream.ids)),
         "repeats": stream.repeats,
-        **_rates(stream, texts_by_clip(stream, words, match), offline, calculator),
-        **_delays(stream, timed, first, calculator.bootstrap, on_clock=ended_at is not None),
+        **_rates(stream, texts_by_clip(stream, words, match), calculator),
+        **{f"offline_{key}": value for key, value in apart.items()},
+        **delays,
         "normalized_erasure": erased / len(words) if words else None,
-        "words_without_speech": sum(begin <= sec < end for sec in wrong_at for begin, end in stream.no_speech)
-        if stream.no_speech
-        else None,
-        "edge_deletions": _missing_edges([word.clip for word in stream.words], match),
-        "offline_edge_deletions": None if offline is None else _offline_missing_edges(stream, offline),
+        "words_without_speech": invented if stream.no_speech else None,
         "updates": result.updates,
         "rtf": result.rtf if computed else None,
         "longest_update_sec": result.longest_update_sec if computed else None,
@@ -214,49 +223,12 @@ def measure_stream(
     return {key: None if value != value else value for key, value in row.items()}  # nan is not JSON
 
 
-def _rates(
-    stream: SpeechStream, streamed: Sequence[str], offline: Sequence[str] | None, calculator: MetricsCalculator
-) -> dict[str, Any]:
+def _rates(stream: SpeechStream, texts: Sequence[str], calculator: MetricsCalculator) -> dict[str, Any]:
     """Return rates with one row per different clip: its repeats are not independent."""
-
-    def by_clip(texts: Sequence[str]) -> list[str]:
-        joined: dict[str, list[str]] = {}
-        for clip, text in zip(stream.ids, texts, strict=True):
-            joined.setdefault(clip, []).append(text)
-        return [" ".join(parts) for parts in joined.values()]
-
-    references, live = by_clip([clip.text for clip in stream.clips]), by_clip(streamed)
-    rates, apart, difference = calculator.compute(references, live), None, None
-    if offline is not None:
-        apart = calculator.compute(references, by_clip(offline))
-        difference = calculator.compare(references, by_clip(offline), live)
-    return {
-        **{key: getattr(rates, key) for key in _RATES},
-        **{f"offline_{key}": getattr(apart, key, None) for key in _RATES},
-        "wer_difference": getattr(difference, "difference", None),
-        "wer_difference_low": getattr(difference, "low", None),
-        "wer_difference_high": getattr(difference, "high", None),
-    }
-
-
-def _delays(
-    stream: SpeechStream,
-    timed: Mapping[str, Sequence[tuple[SpokenWord, Event]]],
-    first: Event | None,
-    bootstrap: Bootstrap,
-    *,
-    on_clock: bool,
-) -> dict[str, float | int | None]:
-    """Return the latencies and the delay of the first word, each unaware of computing and aware of it."""
-    row: dict[str, float | int | None] = {}
-    for axis, when in (("unaware", "audio_sec"), ("aware", "emitted_at")):
-        measured = axis == "unaware" or on_clock
-        for name, pairs in timed.items():
-            late = [getattr(event, when) - said.end_sec for said, event in pairs] if measured else []
-            found = summarize_latency(late, [stream.ids[said.clip] for said, _ in pairs], bootstrap)
-            row |= {f"{name}_{axis}_{key}": value for key, value in found.items()}
-        row[f"first_word_{axis}_sec"] = getattr(first, when) - stream.words[0].start_sec if first and measured else None
-    return row
+    clips = pd.DataFrame({"id": stream.ids, "said": [clip.text for clip in stream.clips], "heard": texts})
+    rows = clips.groupby("id", sort=False).agg(" ".join)
+    rates = calculator.compute(rows["said"].tolist(), rows["heard"].tolist())
+    return {key: getattr(rates, key) for key in _RATES}
 
 
 def summarize_latency(
@@ -301,21 +273,6 @@ def _percentile_interval(
     return bootstrap.percentiles(found)
 
 
-def _missing_edges(clips: Sequence[int], match: WordMatch) -> int:
-    """Count the first and last words of clips that nothing stands for; `clips` has the clip of each word."""
-    around = [None, *clips, None]
-    edges = {i for i, clip in enumerate(clips) if clip != around[i] or clip != around[i + 2]}
-    return len(edges - set(match.stands_for.values()))
-
-
-def _offline_missing_edges(stream: SpeechStream, offline: Sequence[str]) -> int:
-    missing = 0
-    for index, text in enumerate(offline):
-        words = [word.text for word in stream.words if word.clip == index]
-        missing += _missing_edges([index] * len(words), match_words(words, text.split()))
-    return missing
-
-
 @dataclass(frozen=True)
 class WordTiming:
     """A word that was committed right, in audio heard and on the replay's clock (None where none ran)."""
@@ -334,7 +291,7 @@ class WordTiming:
 
 def time_words(stream: SpeechStream, events: Sequence[Event], *, on_clock: bool) -> tuple[WordTiming, ...]:
     """Return the words that were committed right, in order; `on_clock` if a `ReplayClock` stamped the events."""
-    words, _, _ = follow_words(events)
+    words, _ = follow_words(events)
     match = match_words([word.text for word in stream.words], [each.word.text for each in words])
     timings = []
     for index, place in match.right.items():
@@ -355,15 +312,15 @@ class CommittedWord:
     shown: Event
 
 
-def follow_words(events: Sequence[Event]) -> tuple[list[CommittedWord], int, Event | None]:
+def follow_words(events: Sequence[Event]) -> tuple[list[CommittedWord], int]:
     """Follow each place of the shown text: the commits so far, then the last valid partial.
 
     Words are compared without case and punctuation, so that a comma that comes or goes changes nothing. A commit voids
     the partial, and often the next partial follows at once: together they are one change.
 
     Returns:
-        The words committed, in order; how many words were removed or changed after they were shown, or followed one
-        that was; and the event that showed the first word.
+        The words committed, in order, and how many words were erased: removed or changed after they were shown, or
+        shown after one that was.
     """
     changes: list[tuple[Event, tuple[Word, ...]]] = []  # the words after those committed before
     before: Event | None = None
@@ -391,7 +348,7 @@ def follow_words(events: Sequence[Event]) -> tuple[list[CommittedWord], int, Eve
         CommittedWord(word, event, since, first_at[place, key])
         for place, ((word, event), (key, since)) in enumerate(zip(committed, places, strict=False))
     ]
-    return followed, erased, next((event for event, words in changes if words), None)
+    return followed, erased
 
 
 @dataclass(frozen=True)

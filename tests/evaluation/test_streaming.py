@@ -118,8 +118,6 @@ def test_the_figures_of_a_session_are_those_computed_by_hand() -> None:
         "commit_aware_n": 4,
         "commit_aware_p50_sec": 1.75,
         "display_aware_mean_sec": (0.75 + 1.5 + 1.0 + 2.5) / 4,  # "the" at 1.25, "sat" at 2.5
-        "first_word_unaware_sec": 1.0,
-        "first_word_aware_sec": 1.25,
         "end_of_turn_unaware_mean_sec": (0.75 + 0.75) / 2,  # after 1.5 and 3.5 s
         "normalized_erasure": 1 / 5,  # hat
         "lag_sec": 5.75 - 4.5,
@@ -127,9 +125,6 @@ def test_the_figures_of_a_session_are_those_computed_by_hand() -> None:
         "substitutions": 1,
         "offline_wer_plain": 1 / 5,
         "offline_deletions": 1,
-        "wer_difference": 0.0,
-        "edge_deletions": 0,
-        "offline_edge_deletions": 1,  # "sat", next to a pause
     }
     assert {key: found[key] for key in expected} == pytest.approx(expected)
     assert found["commit_aware_p95_sec"] is None
@@ -142,15 +137,14 @@ def test_what_was_not_measured_is_none_and_the_row_is_json() -> None:
     bare = measure_stream(spoken("the cat sat"), result_of(*EVENTS[:4], compute_sec=0.0))
     missing = {key for key, value in bare.items() if value is None}
     assert missing >= {"commit_aware_p50_sec", "display_aware_n", "end_of_turn_unaware_mean_sec", "lag_sec", "rtf",
-                       "first_word_aware_sec", "offline_wer", "wer_difference", "words_without_speech",
-                       "wer_low", "commit_unaware_mean_low_sec"}  # fmt: skip
+                       "offline_wer", "words_without_speech", "wer_low", "commit_unaware_mean_low_sec"}  # fmt: skip
     assert bare["commit_unaware_p50_sec"] == 1.0
     full = measure_stream(STREAM, result_of(*EVENTS), ended_at=5.75, offline=["the cat", "big mat"])
     assert json.loads(json.dumps(full, allow_nan=False)) == full
     assert full.keys() == bare.keys()
     silent = measure_stream(STREAM, result_of(), ended_at=4.5)
-    assert (silent["wer"], silent["deletions"], silent["edge_deletions"]) == (1.0, 5, 4)
-    for key in ("commit_unaware_n", "commit_aware_mean_sec", "normalized_erasure", "first_word_aware_sec"):
+    assert (silent["wer"], silent["deletions"]) == (1.0, 5)
+    for key in ("commit_unaware_n", "commit_aware_mean_sec", "normalized_erasure"):
         assert silent[key] is None
 
 
@@ -204,32 +198,32 @@ def test_a_correction_ends_what_was_shown_before() -> None:
         event("commit", "sat", 3.0),
         event("final", "the cat sat", 3.0),
     ]
-    words, erased, first = follow_words(events)
-    assert (erased, first) == (2, events[0])  # hat, sad
+    words, erased = follow_words(events)
+    assert erased == 2  # hat, sad
     moments = [(w.word.text, w.committed.audio_sec, w.stable.audio_sec, w.shown.audio_sec) for w in words]
     assert moments == [("the", 2.0, 1.0, 1.0), ("cat", 2.0, 1.6, 1.6), ("sat", 3.0, 2.5, 2.5)]
 
 
 def test_flicker_counts_each_time_and_case_and_commas_change_nothing() -> None:
     events = [event("partial", text, float(at)) for at, text in enumerate(["a b", "a", "a b", "x b", "a b"])]
-    words, erased, _ = follow_words([*events, event("commit", "a b", 9.0)])
+    words, erased = follow_words([*events, event("commit", "a b", 9.0)])
     assert erased == 1 + 0 + 2 + 2  # b; nothing; a and what follows it; x and what follows it
     assert [(w.stable.audio_sec, w.shown.audio_sec) for w in words] == [(4.0, 0.0), (2.0, 0.0)]
     again = [event("partial", "a b c", 1.0), event("commit", "A,", 2.0), event("commit", "b. C", 3.0)]
-    words, erased, _ = follow_words(again)
+    words, erased = follow_words(again)
     assert erased == 2  # a commit voids the partial
     assert [w.stable.audio_sec for w in words] == [1.0, 3.0, 3.0]
-    assert follow_words([]) == follow_words([event("partial", "", 1.0)]) == ([], 0, None)
+    assert follow_words([]) == follow_words([event("partial", "", 1.0)]) == ([], 0)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["commit", "partial"]), st.lists(FEW, max_size=4)), max_size=12))
 def test_words_are_first_shown_then_stable_then_committed(kinds: list[tuple[str, list[str]]]) -> None:
     events = [event(kind, " ".join(words), float(at)) for at, (kind, words) in enumerate(kinds)]
-    followed, _, _ = follow_words(events)
+    followed, _ = follow_words(events)
     assert [w.word.text for w in followed] == [w.text for e in events if e.kind == "commit" for w in e.words]
     for word in followed:
         assert word.shown.audio_sec <= word.stable.audio_sec <= word.committed.audio_sec
-    commits, erased, _ = follow_words([e for e in events if e.kind == "commit"])
+    commits, erased = follow_words([e for e in events if e.kind == "commit"])
     assert erased == 0
     assert all(word.stable is word.committed for word in commits)
 
