@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import json
 import math
+import operator
 import os
 import sys
 import tempfile
@@ -36,39 +36,10 @@ from numpy.typing import NDArray
 from transformers import WhisperProcessor
 
 import src
-from src.data import (
-    SAMPLE_CLIP,
-    SAMPLE_RATE,
-    AudioAugmenter,
-    AudioPreprocessor,
-    DatasetSplits,
-    LabelEncoder,
-    LogMel,
-    SpecAugment,
-    Utterance,
-    VoiceActivityDetector,
-    create_loader,
-    decode_audio,
-    demonstrate,
-    load_audio,
-    prepare_datasets,
-)
-from src.evaluation import Bootstrap, EvaluationResult, MetricsCalculator, ModelEvaluator, slice_rates
-from src.inference import (
-    BatchInference,
-    DecodingOptions,
-    StreamingASR,
-    cues_of_segments,
-    decode,
-    load_engine,
-    make_cues,
-    write_captions,
-)
-from src.models import WhisperModelManager, export_ctranslate2, export_onnx, resolve_weights
-from src.training import WhisperTrainer
-from src.utils import Config, DataVersionManager, ExperimentLogger, load_config, set_seed
+from src import data, evaluation, inference, models, training, utils
+from src.data import SAMPLE_CLIP, SAMPLE_RATE, Utterance, decode_audio, load_audio
+from src.models import WhisperModelManager
 
-PACKAGES = ("utils", "data", "models", "inference", "evaluation", "training")
 METHODS = (  # of the original project
     "src.evaluation.ModelEvaluator.evaluate_with_samples",
     "src.evaluation.LatencyBenchmark.benchmark_batch",
@@ -87,32 +58,21 @@ Section = dict[str, Any]
 
 
 class Subject:
-    """What the sections share; each part is made when it is first used.
-
-    Args:
-        folder: scratch space for runs, checkpoints and exports.
-    """
+    """What the sections share; each part is made when it is first used."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder  # for runs, checkpoints and exports
 
-    def config(self, **overrides: Any) -> Config:
+    def config(self, **overrides: Any) -> utils.Config:
         """Load the demo profile with overrides, whose keys have "__" for the dot."""
-        return load_config(
-            Path(src.__path__[0]).parent / "config.yaml",
-            profile="demo",
-            overrides={
-                "device": "cpu",
-                "precision": "float32",
-                "paths.runs_dir": str(self.folder / "runs"),
-                "paths.checkpoints_dir": str(self.folder / "checkpoints"),
-                **{key.replace("__", "."): value for key, value in overrides.items()},
-            },
-        )
+        fixed = {"device": "cpu", "precision": "float32"}
+        fixed |= {f"paths.{name}_dir": str(self.folder / name) for name in ("runs", "checkpoints")}
+        chosen = fixed | {key.replace("__", "."): value for key, value in overrides.items()}
+        return utils.load_config(Path(src.__path__[0]).parent / "config.yaml", profile="demo", overrides=chosen)
 
     @cached_property
-    def splits(self) -> DatasetSplits:
-        return prepare_datasets(self.config())
+    def splits(self) -> data.DatasetSplits:
+        return data.prepare_datasets(self.config())
 
     @cached_property
     def stock(self) -> tuple[Any, Any]:
@@ -120,13 +80,12 @@ class Subject:
         return WhisperModelManager(self.config()).initialize_model()
 
     @cached_property
-    def vad(self) -> VoiceActivityDetector:
-        return VoiceActivityDetector(self.config().vad)
+    def vad(self) -> data.VoiceActivityDetector:
+        return data.VoiceActivityDetector(self.config().vad)
 
     @cached_property
     def clips(self) -> list[Utterance]:
-        stride = len(self.splits.test) // TEXT_CLIPS
-        return self.splits.test[::stride][:TEXT_CLIPS]
+        return self.splits.test[:: len(self.splits.test) // TEXT_CLIPS][:TEXT_CLIPS]
 
     @cached_property
     def audios(self) -> list[Audio]:
@@ -149,49 +108,47 @@ class Subject:
 
     @cached_property
     def ctranslate2_dir(self) -> Path:
+        return self.exported(models.export_ctranslate2, "ctranslate2", quantization="float32")
+
+    def exported(self, export: Callable[..., Path], name: str, **options: Any) -> Path:
         model, processor = self.stock
         clip = load_audio(SAMPLE_CLIP)[: round(VERIFY_SEC * SAMPLE_RATE)]
-        target = self.folder / "ctranslate2"
-        return export_ctranslate2(model, target, processor=processor, quantization="float32", verify_clips=[clip])
+        return export(model, self.folder / name, processor=processor, verify_clips=[clip], **options)
 
     @cached_property
     def engine(self) -> Any:
         """CTranslate2 with the stock weights in float32."""
-        return load_engine(self.ctranslate2_dir, self.config(), engine="ctranslate2", compute_type="float32")
+        return inference.load_engine(self.ctranslate2_dir, self.config(), engine="ctranslate2", compute_type="float32")
 
     @cached_property
-    def inference(self) -> BatchInference:
+    def files(self) -> inference.BatchInference:
         """Files by that engine, cut at silences."""
-        return BatchInference(config=self.config(), engine=self.engine, vad=self.vad)
+        return inference.BatchInference(config=self.config(), engine=self.engine, vad=self.vad)
 
     @cached_property
-    def evaluated(self) -> EvaluationResult:
-        """The stock model, measured on the clips."""
-        model, processor = self.stock
+    def evaluator(self) -> tuple[evaluation.ModelEvaluator, Any]:
+        """Of the stock model, and a loader of the clips."""
         config = self.config()
-        loader = create_loader(self.clips, processor, config)
-        return ModelEvaluator(model, processor, config).evaluate_dataset(loader, name="stock")
+        return evaluation.ModelEvaluator(*self.stock, config), data.create_loader(self.clips, self.stock[1], config)
 
     @cached_property
-    def trained(self) -> tuple[WhisperTrainer, list[dict[str, Any]]]:
+    def evaluated(self) -> evaluation.EvaluationResult:
+        evaluator, loader = self.evaluator
+        return evaluator.evaluate_dataset(loader, name="stock")
+
+    @cached_property
+    def trained(self) -> tuple[training.WhisperTrainer, list[dict[str, Any]]]:
         """A trainer after one epoch, and the rows of its metrics.jsonl."""
         config = self.config(
-            training__epochs=1,
-            training__batch_size=CLIPS_PER_UPDATE,
-            checkpoints__save_minutes=None,
+            training__epochs=1, training__batch_size=CLIPS_PER_UPDATE, checkpoints__save_minutes=None,
             evaluation__bootstrap_samples=100,
-        )
-        set_seed(config.seed)
+        )  # fmt: skip
+        utils.set_seed(config.seed)
         model, processor = WhisperModelManager(config).initialize_model()
-        train = self.splits.train[: UPDATES * CLIPS_PER_UPDATE]
-        trainer = WhisperTrainer(
-            model,
-            processor,
-            create_loader(train, processor, config, shuffle=True),
-            create_loader(self.splits.validation[:CLIPS_PER_UPDATE], processor, config),
-            config,
-            experiment=ExperimentLogger(config, run_id="golden"),
-        )
+        train = data.create_loader(self.splits.train[: UPDATES * CLIPS_PER_UPDATE], processor, config, shuffle=True)
+        validation = data.create_loader(self.splits.validation[:CLIPS_PER_UPDATE], processor, config)
+        experiment = utils.ExperimentLogger(config, run_id="golden")
+        trainer = training.WhisperTrainer(model, processor, train, validation, config, experiment=experiment)
         trainer.train()
         lines = (config.paths.runs_dir / "golden" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return trainer, [json.loads(line) for line in lines]
@@ -210,7 +167,7 @@ def splits(subject: Subject) -> Section:
     }
     for name in ("train", "validation", "test"):
         clips: list[Utterance] = getattr(prepared, name)
-        loader = create_loader(clips, processor, config, shuffle=name == "train")
+        loader = data.create_loader(clips, processor, config, shuffle=name == "train")
         batches = [loader.batch_sampler.batches(epoch) for epoch in (0, 1)]
         described = [(c.id, c.text, c.speaker, c.language, c.duration_sec, dict(c.meta)) for c in clips]
         section[name] = {
@@ -221,7 +178,7 @@ def splits(subject: Subject) -> Section:
             "batches": digest([[[clips[i].id for i in batch] for batch in epoch] for epoch in batches]),
             "first_batch": [clips[i].id for i in batches[0][0]],
         }
-    versions = DataVersionManager(subject.folder / "versions")
+    versions = utils.DataVersionManager(subject.folder / "versions")
     logged = versions.log_dataset_version(
         dataset_name="sample", version="golden", metadata={}, utterances=prepared.utterances
     )
@@ -232,22 +189,19 @@ def splits(subject: Subject) -> Section:
 def labels(subject: Subject) -> Section:
     """Decoder inputs and labels: single clips, timestamps, prompts, composed examples, another language."""
     processor = subject.stock[1]
-    encoder = LabelEncoder(processor.tokenizer, language="en")
+    encoder = data.LabelEncoder(processor.tokenizer, language="en")
     clips = subject.splits.utterances[::LABEL_STRIDE]
     encoded = {clip.id: encoder.encode(clip.text) for clip in clips}
     prompted = encoder.label(encoder.tokenize(clips[1].text), previous=encoder.tokenize(clips[0].text))
     multilingual = WhisperProcessor.from_pretrained(
-        resolve_weights("base", cache_dir=subject.config().paths.cache_dir).path
+        models.resolve_weights("base", cache_dir=subject.config().paths.cache_dir).path
     )
-    german = LabelEncoder(multilingual.tokenizer, language="de").encode(GERMAN)
+    german = data.LabelEncoder(multilingual.tokenizer, language="de").encode(GERMAN)
+    probabilities = {f"composition__{name}_prob": 0.5 for name in ("concatenate", "timestamp", "previous_text")}
     composed = subject.config(
-        composition__no_speech_fraction=0.1,
-        composition__concatenate_prob=0.5,
-        composition__timestamp_prob=0.5,
-        composition__previous_text_prob=0.5,
-        training__batch_size=CLIPS_PER_UPDATE,
+        composition__no_speech_fraction=0.1, training__batch_size=CLIPS_PER_UPDATE, **probabilities
     )
-    loader = create_loader(subject.splits.train[:40], processor, composed, shuffle=True)
+    loader = data.create_loader(subject.splits.train[:40], processor, composed, shuffle=True)
     batches = list(loader)
     return {
         "clips": {name: [list(label.decoder_input_ids), list(label.labels)] for name, label in encoded.items()},
@@ -269,11 +223,9 @@ def losses(subject: Subject) -> Section:
     rows = subject.trained[1]
     updates = [row for row in rows if row["event"] == "train_step"]
     (epoch,) = [row for row in rows if row["event"] == "epoch"]
+    logged = {key: [row[key] for row in updates] for key in ("loss", "grad_norm", "learning_rate", "applied")}
     return {
-        "loss": [row["loss"] for row in updates],
-        "grad_norm": [row["grad_norm"] for row in updates],
-        "learning_rate": [row["learning_rate"] for row in updates],
-        "applied": [row["applied"] for row in updates],
+        **logged,
         "train_loss": epoch["train_loss"],
         "val_loss": epoch["val_loss"],
         "stock_loss": subject.evaluated.loss,
@@ -289,7 +241,7 @@ def encoder(subject: Subject) -> Section:
     before = model.audio_context
     for context, length in (("full", 30 * SAMPLE_RATE), ("dynamic", samples)):
         model.audio_context = context
-        features = LogMel()(torch.nn.functional.pad(audio, (0, length - audio.shape[1])))
+        features = data.LogMel()(torch.nn.functional.pad(audio, (0, length - audio.shape[1])))
         with torch.inference_mode():
             found[context] = statistics(model.model.encoder(features).last_hidden_state)
     model.audio_context = before
@@ -299,10 +251,10 @@ def encoder(subject: Subject) -> Section:
 def transcripts(subject: Subject) -> Section:
     """Texts and word times of single clips, by torch and by CTranslate2."""
     model, processor = subject.stock
-    options = DecodingOptions(language="en", word_timestamps=True)
+    options = inference.DecodingOptions(language="en", word_timestamps=True)
     results = {
-        "torch": [decode(model, processor, [audio], options)[0] for audio in subject.audios],
-        "ctranslate2": subject.inference.transcribe_batch(subject.audios, word_timestamps=True),
+        "torch": [inference.decode(model, processor, [audio], options)[0] for audio in subject.audios],
+        "ctranslate2": subject.files.transcribe_batch(subject.audios, word_timestamps=True),
     }
     return {
         engine: {
@@ -315,14 +267,14 @@ def transcripts(subject: Subject) -> Section:
 
 def long_file(subject: Subject) -> Section:
     """A recording of about 70 s: cut at silences by both engines, and gone through in windows of 30 s."""
-    by_torch = BatchInference(*subject.stock, subject.config(), vad=subject.vad)
+    by_torch = inference.BatchInference(*subject.stock, subject.config(), vad=subject.vad)
     found: Section = {}
-    for name, inference, mode in (
+    for name, files, mode in (
         ("torch", by_torch, "segments"),
-        ("ctranslate2", subject.inference, "segments"),
-        ("sequential", subject.inference, "sequential"),
+        ("ctranslate2", subject.files, "segments"),
+        ("sequential", subject.files, "sequential"),
     ):
-        (result,) = inference.transcribe_batch([subject.recording], word_timestamps=True, mode=mode)
+        (result,) = files.transcribe_batch([subject.recording], word_timestamps=True, mode=mode)
         segments: Any = [[s.start_sec, s.end_sec] for s in result.segments]
         if mode == "sequential":  # the model writes these times
             segments = {"words": word_rows(result.segments)}
@@ -337,17 +289,13 @@ def long_file(subject: Subject) -> Section:
 
 def streams(subject: Subject) -> Section:
     """Commits of a live session, fed in pieces of three sizes, and by two other policies."""
-    found: Section = {}
-    for fed_sec in FED_SEC:
-        found[f"alignatt, fed {fed_sec} s"] = stream_by(subject, fed_sec, "alignatt")
-    for policy in ("local_agreement", "chunk_merge"):
-        found[policy] = stream_by(subject, 0.5, policy)
-    return found
+    fed = {f"alignatt, fed {fed_sec} s": stream_by(subject, fed_sec, "alignatt") for fed_sec in FED_SEC}
+    return fed | {policy: stream_by(subject, 0.5, policy) for policy in ("local_agreement", "chunk_merge")}
 
 
 def stream_by(subject: Subject, fed_sec: float, policy: str) -> Section:
     config = subject.config(streaming__policy=policy, streaming__min_chunk_sec=STREAM_UPDATE_SEC)
-    asr = StreamingASR(engine=subject.engine, vad=subject.vad, config=config, clock=lambda: 0.0)
+    asr = inference.StreamingASR(engine=subject.engine, vad=subject.vad, config=config, clock=lambda: 0.0)
     events = []
     for at in range(0, len(subject.stream), round(fed_sec * SAMPLE_RATE)):
         events += asr.feed(subject.stream[at : at + round(fed_sec * SAMPLE_RATE)])
@@ -381,29 +329,29 @@ def speech(subject: Subject) -> Section:
 def features(subject: Subject) -> Section:
     """Log-mel features at 80 and 128 bins, masks, and prepared audio."""
     audio = torch.from_numpy(subject.audios[0])[None]
-    log_mel = LogMel()(audio)
-    masked = SpecAugment.from_config(subject.config(augmentation__spec_augment_prob=1.0).augmentation)(
+    log_mel = data.LogMel()(audio)
+    masked = data.SpecAugment.from_config(subject.config(augmentation__spec_augment_prob=1.0).augmentation)(
         log_mel, generator=torch.Generator().manual_seed(0)
     )
     padded = np.pad(subject.audios[0], SAMPLE_RATE)
     stereo = np.stack([padded, 0.5 * padded], axis=1)
     return {
         "log_mel_80": statistics(log_mel),
-        "log_mel_128": statistics(LogMel(128)(audio)),
+        "log_mel_128": statistics(data.LogMel(128)(audio)),
         "masked": statistics(masked),
-        "mono": statistics(AudioPreprocessor()(stereo, SAMPLE_RATE)),
-        "resampled": statistics(AudioPreprocessor()(padded, 44_100)),
-        "trimmed": statistics(AudioPreprocessor(vad=subject.vad, loudness_dbfs=-26.0)(padded, SAMPLE_RATE)),
+        "mono": statistics(data.AudioPreprocessor()(stereo, SAMPLE_RATE)),
+        "resampled": statistics(data.AudioPreprocessor()(padded, 44_100)),
+        "trimmed": statistics(data.AudioPreprocessor(vad=subject.vad, loudness_dbfs=-26.0)(padded, SAMPLE_RATE)),
     }
 
 
 def augmentation(subject: Subject) -> Section:
     """What each effect does to one clip, and what is drawn for a batch."""
     config = subject.config(augmentation__room_prob=0.3, augmentation__codec_prob=0.3).augmentation
-    examples = demonstrate(subject.audios[0], config, seed=7)
+    examples = data.demonstrate(subject.audios[0], config, seed=7)
     lengths = torch.tensor([len(audio) for audio in subject.audios[:6]])
     batch = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(a) for a in subject.audios[:6]], batch_first=True)
-    changed = AudioAugmenter(config)(batch, lengths, generator=torch.Generator().manual_seed(7))
+    changed = data.AudioAugmenter(config)(batch, lengths, generator=torch.Generator().manual_seed(7))
     return {
         "effects": {
             e.name: {"samples": len(e.waveform), "rms": rms(e.waveform), "log_mel": statistics(e.log_mel)}
@@ -430,10 +378,8 @@ def _drawn(effects: Sequence[Any]) -> dict[str, Any]:
 
 def rates(subject: Subject) -> Section:
     """Rates, intervals and slices of the stock model on the clips."""
-    model, processor = subject.stock
-    config = subject.config()
-    loader = create_loader(subject.clips, processor, config)
-    samples = ModelEvaluator(model, processor, config).evaluate_with_samples(loader, num_samples=3)
+    evaluator, loader = subject.evaluator
+    samples = evaluator.evaluate_with_samples(loader, num_samples=3)
     result = subject.evaluated
     measured = {key: value for key, value in result.items() if key not in ("compute_sec", "rtf", "loss")}
     return {
@@ -441,7 +387,7 @@ def rates(subject: Subject) -> Section:
         "texts": {row.id: row.hypothesis for row in result.rows},
         "counts": {r.id: [r.substitutions, r.deletions, r.insertions, r.reference_words] for r in result.rows},
         "slices": {
-            column: [asdict(part) for part in slice_rates(result.rows, column)]
+            column: [asdict(part) for part in evaluation.slice_rates(result.rows, column)]
             for column in ("duration_sec", "age", "gender", "snr_db")
         },
         "samples": samples[["id", "wer"]].to_dict("records"),
@@ -457,7 +403,7 @@ def metrics(subject: Subject) -> Section:
     groups = [clip.speaker for clip in clips] + [None]
     found: Section = {}
     for language in ("en", "de"):
-        calculator = MetricsCalculator(language, bootstrap=Bootstrap(500, seed=3))
+        calculator = evaluation.MetricsCalculator(language, bootstrap=evaluation.Bootstrap(500, seed=3))
         found[language] = {
             "rates": asdict(calculator.compute(references, hypotheses, groups)),
             "difference": asdict(calculator.compare(references, hypotheses, better, groups)),
@@ -467,24 +413,22 @@ def metrics(subject: Subject) -> Section:
 
 def captions(subject: Subject) -> Section:
     """Caption files of the recording, from its words and from its segments."""
-    (result,) = subject.inference.transcribe_batch([subject.recording], word_timestamps=True)
-    found: Section = {}
-    for kind, cues in (("words", make_cues(result.words or ())), ("segments", cues_of_segments(result.segments))):
-        for suffix in (".srt", ".vtt"):
-            path = write_captions(subject.folder / f"{kind}{suffix}", cues)
-            found[f"{kind}{suffix}"] = {"captions": path.read_text(encoding="utf-8")}
-    return found
+    (result,) = subject.files.transcribe_batch([subject.recording], word_timestamps=True)
+    cues = {
+        "words": inference.make_cues(result.words or ()),
+        "segments": inference.cues_of_segments(result.segments),
+    }
+    names = {f"{kind}{suffix}": cues[kind] for kind in cues for suffix in (".srt", ".vtt")}
+    paths = {name: inference.write_captions(subject.folder / name, cues) for name, cues in names.items()}
+    return {name: {"captions": path.read_text(encoding="utf-8")} for name, path in paths.items()}
 
 
 def exports(subject: Subject) -> Section:
     """Names of the files that each export writes; that of Hugging Face is a training's best model."""
-    model, processor = subject.stock
-    clip = load_audio(SAMPLE_CLIP)[: round(VERIFY_SEC * SAMPLE_RATE)]
-    onnx_dir = export_onnx(model, subject.folder / "onnx", processor=processor, verify_clips=[clip])
     folders = {
         "huggingface": subject.trained[0].best_model_dir,
         "ctranslate2": subject.ctranslate2_dir,
-        "onnx": onnx_dir,
+        "onnx": subject.exported(models.export_onnx, "onnx"),
     }
     return {
         name: sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
@@ -494,15 +438,9 @@ def exports(subject: Subject) -> Section:
 
 def public(subject: Subject) -> Section:
     """Public names that can be imported, and methods of the original project."""
-    names = []
-    for package in PACKAGES:
-        module = importlib.import_module(f"src.{package}")
-        names += [f"src.{package}.{name}" for name in module.__all__ if hasattr(module, name)]
-    for method in METHODS:
-        package, owner, name = method.rsplit(".", 2)
-        if callable(getattr(getattr(importlib.import_module(package), owner, None), name, None)):
-            names.append(method)
-    return {"names": sorted(names)}
+    packages = (utils, data, models, inference, evaluation, training)
+    names = [f"{package.__name__}.{name}" for package in packages for name in package.__all__ if hasattr(package, name)]
+    return {"names": sorted(names + [name for name in METHODS if callable(operator.attrgetter(name[4:])(src))])}
 
 
 SECTIONS: Mapping[str, Callable[[Subject], Section]] = {
@@ -515,12 +453,7 @@ SECTIONS: Mapping[str, Callable[[Subject], Section]] = {
 
 
 def measure(only: Sequence[str] = (), *, on_done: Callable[[str, float], None] | None = None) -> dict[str, Section]:
-    """Compute the sections.
-
-    Args:
-        only: names of sections; all by default.
-        on_done: called after each section with its name and the seconds of CPU that it took.
-    """
+    """Compute sections, all by default; `on_done` gets the name of each and the seconds of CPU that it took."""
     found: dict[str, Section] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -529,7 +462,7 @@ def measure(only: Sequence[str] = (), *, on_done: Callable[[str, float], None] |
             subject = Subject(Path(folder))
             for name in only or SECTIONS:
                 began = time.process_time()
-                set_seed(0)
+                utils.set_seed(0)
                 found[name] = rounded(SECTIONS[name](subject))
                 if on_done is not None:
                     on_done(name, time.process_time() - began)

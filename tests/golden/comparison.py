@@ -15,20 +15,13 @@ _CAPTION_TIME = re.compile(r"(\d+):(\d\d):(\d\d)[.,](\d{3})")
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far two values of a section may lie apart.
+    """How far two values of a section may lie apart."""
 
-    Attributes:
-        absolute, relative: of numbers; one of the two has to hold.
-        word_error_rate: over all texts of the section together.
-        shift_sec: of a word's times.
-        share_of_words: at least so many words, from 0 to 1, have to be in place.
-    """
-
-    absolute: float = 0.0
+    absolute: float = 0.0  # of numbers; this or `relative` has to hold
     relative: float = 0.0
-    word_error_rate: float = 0.0
-    shift_sec: float = 0.0
-    share_of_words: float = 1.0
+    word_error_rate: float = 0.0  # over all texts of the section together
+    shift_sec: float = 0.0  # of a word's times
+    share_of_words: float = 1.0  # at least so many have to be in place
 
 
 EXACT = Tolerance()
@@ -36,27 +29,16 @@ EXACT = Tolerance()
 
 @dataclass
 class Comparison:
-    """Result of comparing a section.
+    """Result of comparing a section."""
 
-    Attributes:
-        problems: one line for each difference beyond the tolerance.
-        largest_difference: of two numbers.
-        word_error_rate: over all texts.
-        misplaced_words: share of words that are absent, or at another time.
-    """
-
-    problems: list[str] = field(default_factory=list)
-    largest_difference: float = 0.0
-    word_error_rate: float = 0.0
-    misplaced_words: float = 0.0
+    problems: list[str] = field(default_factory=list)  # one line for each difference beyond the tolerance
+    largest_difference: float = 0.0  # of two numbers
+    word_error_rate: float = 0.0  # over all texts
+    misplaced_words: float = 0.0  # share of words that are absent, or at another time
 
 
 def compare(expected: Mapping[str, Any], actual: Mapping[str, Any], tolerance: Tolerance = EXACT) -> Comparison:
-    """Compare a section.
-
-    The keys "text", "texts", "words", "captions" and "names" are special, see `behaviour.py`; strings, integers and
-    everything else that is not a float have to be equal.
-    """
+    """Compare a section; keys are special as `behaviour.py` says, all else that is not a float has to be equal."""
     walk = _Walk(tolerance)
     walk.visit("", "", expected, actual)
     return walk.finish()
@@ -90,7 +72,7 @@ class _Walk:
             self._check(len(expected) == len(actual), f"{path}: {len(expected)} values, now {len(actual)}")
             for index, (a, b) in enumerate(zip(expected, actual, strict=False)):
                 self.visit(f"{path}[{index}]", "", a, b)
-        elif _is_number(expected) and _is_number(actual) and float in (type(expected), type(actual)):
+        elif {type(expected), type(actual)} in ({float}, {float, int}):
             difference = abs(expected - actual)
             self._found.largest_difference = max(self._found.largest_difference, difference)
             allowed = max(self._tolerance.absolute, self._tolerance.relative * abs(expected))
@@ -142,7 +124,3 @@ class _Walk:
     def _check(self, holds: bool, problem: str) -> None:
         if not holds:
             self._found.problems.append(problem)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
