@@ -77,13 +77,10 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
 
 
 def read_json(path: Path, parse: Callable[[Any], T], *, what: str, fix: str) -> T:
-    """Read a JSON file and parse its content; raises `DataError` if it is damaged.
+    """Read a JSON file and parse its content; raises `DataError` if it cannot be read or is damaged.
 
-    Args:
-        path: of the file.
-        parse: may raise ValueError, TypeError, KeyError or AttributeError for wrong content.
-        what: what the file should be, for the error: "a data set version".
-        fix: what to do about a damaged one.
+    `parse` may raise ValueError, TypeError, KeyError or AttributeError for wrong content. The message says `what` the
+    file should be ("a data set version"), and the `fix`.
     """
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))

@@ -56,10 +56,7 @@ class MemoryUse:
 
 
 def measure_memory(folder: Path, device: torch.device | str | None = None) -> MemoryUse:
-    """Read memory, and the disk of an existing folder; cheap enough for every update.
-
-    None and the CPU have no device memory of their own.
-    """
+    """Read memory, and the disk of an existing folder; cheap enough for every update."""
     gpu_mb = gpu_peak_mb = None
     kind = str(device).partition(":")[0]
     if kind in ("cuda", "mps"):
@@ -104,10 +101,7 @@ def return_freed_memory() -> None:
 def watch_resources(step: str, *, folder: Path, device: torch.device | str | None = None) -> Iterator[MemoryUse]:
     """Log memory and disk before and after a step, even if it fails; yield the reading before.
 
-    Args:
-        step: its name in the log.
-        folder: where the step writes; it need not exist yet.
-        device: whose memory is shown.
+    `folder` is where the step writes, and need not exist yet; `device` is the one whose memory is shown.
     """
     before = measure_memory(existing_folder(folder), device)
     logger.info("%s: before: %s", step, _describe(before))
@@ -140,11 +134,8 @@ def run_memory_mb(parameters: float, *, trained: float, optimizer: str = "adamw"
 def run_disk_mb(parameters: float, *, trained: float, kept: int, optimizer: str = "adamw") -> float:
     """Return the most MB that a run keeps below `paths.checkpoints_dir`.
 
-    Args:
-        parameters: number of parameters of the model.
-        trained: how many of them, or of adapters, are trained; a checkpoint holds these and the optimizer state.
-        kept: `checkpoints.save_total_limit`; one more exists while it is written.
-        optimizer: `training.optimizer`.
+    A checkpoint holds the trained parameters and their optimizer state. `kept` is `checkpoints.save_total_limit`; one
+    more exists while it is written.
     """
     checkpoint = trained * (_WEIGHT_BYTES + OPTIMIZER_BYTES[optimizer])
     return ((kept + 1) * checkpoint + _EXPORTS * _WEIGHT_BYTES * parameters) / 1e6
@@ -210,8 +201,7 @@ def clean_up(config: Config, *, dry_run: bool = True, checkpoints: Sequence[Path
         checkpoints: for example `spare_checkpoints(config)` of `src.training`; no training may be writing there.
 
     Raises:
-        WhisperASRError: if a checkpoint is a link or lies outside `paths.checkpoints_dir`, or if something cannot be
-            removed.
+        WhisperASRError: if a checkpoint is not below `paths.checkpoints_dir`, or something cannot be removed.
     """
     for path in checkpoints:
         if not _is_inside(path, config.paths.checkpoints_dir):

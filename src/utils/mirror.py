@@ -77,14 +77,8 @@ class DriveMirror:
     entry in `failures`, and the last good copy stays. Only folders whose own .mirror.json has their name are ever
     replaced or removed, and only if they contain nothing but what was copied.
 
-    Args:
-        target: made now if absent. If it vanishes later, it is not made again.
-        max_mb_per_sec: limit for writing and reading back, 10^6 bytes per second.
-        sleep: waits for seconds.
-        clock: in seconds.
-
-    Raises:
-        WhisperASRError: if the target cannot be made or written, or is on a Google Drive that is not mounted.
+    The target is made now if absent, never later: `WhisperASRError` if it cannot be written, or is on a Google Drive
+    that is not mounted. `max_mb_per_sec` counts 10^6 bytes, written and read back.
     """
 
     def __init__(
@@ -113,16 +107,11 @@ class DriveMirror:
     ) -> None:
         """Queue a finished folder and return at once; it replaces a waiting one of the same name or group.
 
-        A folder that is deleted before its copy is whole is dropped.
-
         Args:
-            source: must not change until its copy is done, see `is_busy`.
+            source: must not change until its copy is done, see `is_busy`; dropped if it is deleted before.
             name: relative path in the target; the folder's own name by default.
             keep: how many of the mirror's copies of its group stay, next to each other; None keeps all.
             group: folders that succeed each other.
-
-        Raises:
-            WhisperASRError: if the name leads out of the target, or is hidden.
         """
         job = _Job(source.absolute(), name or source.absolute().name, group, keep)
         parts = PurePosixPath(job.name).parts
@@ -152,10 +141,7 @@ class DriveMirror:
         return [job for job in (self._current, *self._queue.values()) if job is not None]
 
     def flush(self, timeout_sec: float | None = None) -> bool:
-        """Wait until every submitted folder is copied or has failed; False, with a warning, if the time has passed.
-
-        Without a time limit this waits even for a drive that hangs.
-        """
+        """Wait until every submitted folder is copied or has failed; False, with a warning, if the time has passed."""
         with self._changed:
             done = self._changed.wait_for(lambda: not self._unfinished(), timeout_sec)
             names = ", ".join(job.name for job in self._unfinished())
@@ -351,24 +337,17 @@ class DriveMirror:
 
 
 def copy_verified(source: Path, target: Path) -> int:
-    """Copy a file or folder; each file is checked by SHA-256 and takes its name only when it is whole.
+    """Copy a folder and return the number of bytes; each file is checked, and takes its name only when it is whole.
 
-    Files that exist with equal content are left alone; nothing is deleted.
-
-    Returns:
-        Number of bytes copied.
-
-    Raises:
-        WhisperASRError: if the source is absent, the target is full or gone, or a copy differs from its source.
+    Files that exist with equal content are left alone; nothing is deleted. Raises `WhisperASRError` if the source is
+    absent, the target is full or gone, or a copy differs from its source.
     """
-    if not source.exists():
+    if not source.is_dir():
         raise WhisperASRError(f"{source}: nothing to copy; train first")
-    files = [source]
-    if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.is_file() and path.name != MARKER)
+    files = sorted(path for path in source.rglob("*") if path.is_file() and path.name != MARKER)
     copied = 0
     for file in files:
-        destination = target / file.relative_to(source) if source.is_dir() else target
+        destination = target / file.relative_to(source)
         if destination.is_file() and sha256_of(destination) == sha256_of(file):
             continue
         partial = destination.with_name(destination.name + ".partial")

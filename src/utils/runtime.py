@@ -48,14 +48,7 @@ def in_notebook() -> bool:
 def start_session(drive_folder: str | None = None) -> Path | None:
     """Start a session of the notebook: install what Colab's image lacks, and mount Google Drive on request.
 
-    Args:
-        drive_folder: folder below "MyDrive" for copies of checkpoints; None does without Drive.
-
-    Returns:
-        The folder on Drive, or None.
-
-    Raises:
-        WhisperASRError: if pip cannot install `requirements.txt`; and as `mount_drive`.
+    Return the folder on Drive, or None if none is named; raise `WhisperASRError` if pip or the mount fails.
     """
     if in_colab():
         requirements = _ROOT / "requirements.txt"
@@ -69,11 +62,7 @@ def start_session(drive_folder: str | None = None) -> Path | None:
 
 
 def mount_drive(folder: str) -> Path:
-    """Mount Google Drive and return a folder below "MyDrive", made if absent.
-
-    Raises:
-        WhisperASRError: if this is not Colab, or the mount was refused.
-    """
+    """Mount Google Drive; return a folder below "MyDrive", made if absent; `WhisperASRError` if that is refused."""
     if not in_colab():
         raise WhisperASRError("Google Drive can be mounted in Colab only; elsewhere copies can go to any folder")
     from google.colab import drive
@@ -106,10 +95,9 @@ def set_seed(seed: int) -> int:
 
 
 def get_device(name: str = "auto") -> torch.device:
-    """Resolve "auto" (CUDA, else Apple's MPS, else CPU), or any name that torch accepts: "cpu", "cuda:1", "mps".
+    """Resolve "auto" (CUDA, else Apple's MPS, else CPU), or a name that torch accepts: "cpu", "cuda:1", "mps".
 
-    Raises:
-        DeviceError: if the named device is not on this machine; only "auto" may choose the CPU.
+    Raises `DeviceError` if the named device is not on this machine; only "auto" may choose the CPU.
     """
     import torch
 
@@ -225,9 +213,8 @@ class FittingSize:
     def run(self, work: Callable[[int, int], T], names: Sequence[str]) -> list[T]:
         """Work on all items, in as few parts as fit; return the result of each part.
 
-        Args:
-            work: takes the first item's index and the index after the last one.
-            names: one per item; that of an item that does not fit alone is in the `OutOfMemoryError`.
+        `work` takes the first item's index and the index after the last one. An `OutOfMemoryError` has the name of the
+        item that does not fit alone.
         """
         results: list[T] = []
         done = 0
@@ -266,13 +253,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def join_processes(*, patience: timedelta) -> None:
-    """Join the processes that torchrun or `accelerate launch` has started.
+    """Join the processes that torchrun or `accelerate launch` has started; `patience` is the longest wait for the last.
 
     What follows works with torch.distributed alone: accelerate's helpers would choose the device of a process that
     only transcribes. A process that has not joined others is alone, and everything is the identity.
-
-    Args:
-        patience: how long the first process at a meeting point waits for the last.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from torch import distributed

@@ -107,8 +107,7 @@ class ExperimentLogger:
     def log(self, event: str, **fields: Any) -> None:
         """Append one row with the time; values that are not finite become null.
 
-        The row is on disk when this returns. If the disk is full, a warning is logged and the row is written together
-        with a later one.
+        The row is on disk when this returns; if the disk is full, a later one takes it along.
         """
         row = {"event": event, "time": round(time.time(), 3), **{k: _jsonable(v) for k, v in fields.items()}}
         self._file.append(json.dumps(row, ensure_ascii=False))
@@ -127,10 +126,9 @@ class ExperimentLogger:
                 logger.warning("%r gets no more rows of the run after an error: %s", callback, err, exc_info=True)
 
     def subscribe(self, callback: Callable[[Row], None]) -> Callable[[], None]:
-        """Call `callback` with each further row, after it was written.
+        """Call `callback` with each further row, after it was written; return a function that ends this.
 
-        Returns:
-            A function that ends the subscription. An error in `callback` ends it too, with a warning.
+        An error in `callback` ends it too, with a warning.
         """
         self._subscribers.append(callback)
 
@@ -154,8 +152,8 @@ class ExperimentLogger:
         Args:
             step: updates done at the checkpoint; later `train_step` rows are removed.
             epoch: epochs finished at the checkpoint; later `epoch` rows are removed.
-            metrics: metrics.jsonl as saved in the checkpoint. If this run has no training rows, for example on a new
-                machine, they are taken from there.
+            metrics: metrics.jsonl as saved in the checkpoint; its training rows are taken if this run has none, for
+                example on a new machine.
 
         Raises:
             WhisperASRError: if metrics.jsonl cannot be rewritten; it stays as it was.
