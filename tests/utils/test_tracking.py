@@ -1,8 +1,13 @@
+"""A run's rows, and what trackers wrote of them, read back with the trackers' own readers."""
+
 from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +16,16 @@ from typing import Any
 import pytest
 
 from src.evaluation.report.run_files import load_metrics
+from src.utils import tracking
 from src.utils.config import Config, load_config
-from src.utils.errors import WhisperASRError
-from src.utils.tracking import ExperimentLogger
+from src.utils.errors import MissingDependencyError, WhisperASRError
+from src.utils.tracking import ExperimentLogger, point_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def refuse(*_: Any) -> Any:
+    raise OSError(28, "No space left on device")
 
 
 def test_rows_are_on_disk_at_once_and_values_that_are_not_finite_are_null(config: Config) -> None:
@@ -21,14 +33,17 @@ def test_rows_are_on_disk_at_once_and_values_that_are_not_finite_are_null(config
     experiment.log("train_step", loss=float("nan"), path=Path("a"), step=1)
     (row,) = [json.loads(line) for line in experiment.metrics_path.read_text().splitlines()]
     assert (row["event"], row["loss"], row["path"], row["step"]) == ("train_step", None, "a", 1)
-    experiment.close()
+    for _ in range(2):
+        experiment.close()
+    with pytest.raises(ValueError, match="closed"):
+        experiment.log("epoch", epoch=1)
 
 
 def test_a_run_is_continued_and_its_configuration_loads(config: Config) -> None:
     for _ in range(2):
         with ExperimentLogger(config, run_id="r") as experiment:
             experiment.log("epoch", epoch=1)
-    assert len(experiment.metrics_path.read_text().splitlines()) == 2
+    assert len(load_metrics(experiment.dir)) == 2
     assert load_config(experiment.dir / "config.yaml") == config
     environment = json.loads((experiment.dir / "env.json").read_text())
     assert {"python", "platform", "packages", "git_revision"} <= set(environment)
@@ -51,34 +66,27 @@ def no_space_after(size_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_rows_that_a_full_disk_refused_follow_once_there_is_space(
+def test_rows_that_a_full_disk_refused_follow_once_there_is_space_and_lost_ones_are_counted(
     config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO), ExperimentLogger(config, run_id="r") as experiment:
-        experiment.log("train_step", step=1, epoch=1)
+    with caplog.at_level(logging.INFO):
+        experiment = ExperimentLogger(config, run_id="r")
+        log_training(experiment, range(1, 2))
         with no_space_after(experiment.metrics_path.stat().st_size + 20):  # within the next row
-            for step in (2, 3, 4):
-                experiment.log("train_step", step=step, epoch=1)
+            log_training(experiment, range(2, 4))
         assert not experiment.metrics_path.read_text().endswith("\n")
-        experiment.log("train_step", step=5, epoch=1)
-        assert [row["step"] for row in load_metrics(experiment.dir)] == [1, 2, 3, 4, 5]
-    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
-
-
-def test_rows_lost_at_the_end_are_counted_and_the_run_can_be_continued(
-    config: Config, caplog: pytest.LogCaptureFixture
-) -> None:
-    experiment = ExperimentLogger(config, run_id="r")
-    experiment.log("train_step", step=1, epoch=1)
-    with no_space_after(experiment.metrics_path.stat().st_size + 20):
-        for step in (2, 3):
-            experiment.log("train_step", step=step, epoch=1)
-        experiment.close()
-    assert "the last 2 rows are lost" in caplog.messages[-1]
-    with ExperimentLogger(config, run_id="r") as experiment:
-        experiment.log("train_step", step=2, epoch=1)
-    assert "a crash cut the last row" in caplog.messages[-1]
-    assert [row["step"] for row in load_metrics(experiment.dir)] == [1, 2]
+        log_training(experiment, range(4, 5))
+        assert [step for _, step in shown(experiment, "train_step")] == [1, 2, 3, 4]
+        assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+        with no_space_after(experiment.metrics_path.stat().st_size + 20):
+            log_training(experiment, range(5, 6))
+            log_training(experiment, range(7, 8))
+            experiment.close()
+        assert "the last 2 rows are lost" in caplog.messages[-1]
+        with ExperimentLogger(config, run_id="r") as experiment:
+            log_training(experiment, range(5, 6))
+        assert "a crash cut the last row" in caplog.messages[-1]
+    assert [step for _, step in shown(experiment, "train_step")] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -108,10 +116,6 @@ def shown(experiment: ExperimentLogger, *events: str) -> list[tuple[str, Any]]:
     return [row for row in rows if not events or row[0] in events]
 
 
-def places(experiment: ExperimentLogger, event: str) -> list[Any]:
-    return [place for _, place in shown(experiment, event)]
-
-
 def test_a_resumed_run_holds_the_rows_of_one_that_ran_through(config: Config) -> None:
     with ExperimentLogger(config, run_id="straight") as straight:
         straight.log("evaluation", name="stock")
@@ -127,57 +131,45 @@ def test_a_resumed_run_holds_the_rows_of_one_that_ran_through(config: Config) ->
         experiment.log("data_report", clips=3)
         experiment.resume_at(step=3, epoch=1, metrics=straight.metrics_path.read_text())
         log_training(experiment, range(4, 9))
-    assert shown(experiment, "train_step", "epoch") == shown(straight, "train_step", "epoch")
-    assert places(experiment, "evaluation") == []
+    assert shown(experiment, "train_step", "epoch", "evaluation") == shown(straight, "train_step", "epoch")
 
 
 def test_resuming_takes_rows_of_the_last_training_only(config: Config) -> None:
     with ExperimentLogger(config, run_id="r") as experiment:
         log_training(experiment, range(1, 7))  # a cell that was run, and run again
         log_training(experiment, range(1, 5))
-        experiment.resume_at(step=2, epoch=1)
-        assert places(experiment, "train_step") == [1, 2, 3, 4, 5, 6, 1, 2]
-        assert places(experiment, "epoch") == [1, 2, 3, 1]
-        before = experiment.metrics_path.read_bytes()
-        experiment.resume_at(step=2, epoch=1)
-        assert experiment.metrics_path.read_bytes() == before
+        for _ in range(2):
+            experiment.resume_at(step=2, epoch=1)
+            assert [place for _, place in shown(experiment, "train_step")] == [1, 2, 3, 4, 5, 6, 1, 2]
+            assert [place for _, place in shown(experiment, "epoch")] == [1, 2, 3, 1]
 
 
-def test_rows_that_cannot_be_read_do_not_end_a_training(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_cannot_be_read_or_taken_back_do_not_end_a_training(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     with ExperimentLogger(config, run_id="r") as experiment:
-        experiment.log("epoch", epoch=1)
+        log_training(experiment, range(1, 4))
+        before = shown(experiment)
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(WhisperASRError, match="No space left on device; free space"),
+        ):
+            patch.setattr(tracking, "write_text_atomic", refuse)
+            experiment.resume_at(step=1, epoch=0)
+        experiment.log("train_step", step=4, epoch=2)
+        assert shown(experiment) == [*before, ("train_step", 4)]
         assert '"epoch": 1' in experiment.read_rows()
         experiment.metrics_path.unlink()  # somebody cleans up
         assert experiment.read_rows() == ""
     assert "cannot be read for the checkpoint" in caplog.text
 
 
-def test_rows_that_cannot_be_taken_back_stay_and_the_run_goes_on(
-    config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with ExperimentLogger(config, run_id="r") as experiment:
-        log_training(experiment, range(1, 4))
-        before = shown(experiment)
-        monkeypatch.setattr("src.utils.tracking.write_text_atomic", refuse)
-        with pytest.raises(WhisperASRError, match="No space left on device; free space"):
-            experiment.resume_at(step=1, epoch=0)
-        experiment.log("train_step", step=4, epoch=2)
-        assert shown(experiment) == [*before, ("train_step", 4)]
-
-
 def test_subscribers_get_each_row_and_one_that_fails_gets_no_more(
     config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
     seen: list[int] = []
-
-    def fail(row: dict[str, Any]) -> None:
-        raise RuntimeError("broken")
-
     with ExperimentLogger(config, run_id="r") as experiment:
-        experiment.subscribe(fail)
+        experiment.subscribe(refuse)
         unsubscribe = experiment.subscribe(lambda row: seen.append(row["step"]))
         for step in (1, 2):
             experiment.log("train_step", step=step, epoch=1)
@@ -188,9 +180,190 @@ def test_subscribers_get_each_row_and_one_that_fails_gets_no_more(
     assert len(load_metrics(experiment.dir)) == 3
 
 
-def test_logging_after_the_end_is_an_error_and_closing_twice_is_none(config: Config) -> None:
-    experiment = ExperimentLogger(config, run_id="r")
-    experiment.close()
-    experiment.close()
-    with pytest.raises(ValueError, match="closed"):
-        experiment.log("epoch", epoch=1)
+# trackers
+
+
+@pytest.fixture(autouse=True)
+def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def with_trackers(config: Config, *names: str) -> Config:
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"trackers": names})})
+
+
+def log_everything(experiment: ExperimentLogger, steps: range) -> None:
+    for step in steps:
+        experiment.log("train_step", step=step, epoch=1, loss=1 / step, grad_norm=None, gpu_memory_mb=None)
+    experiment.log("epoch", epoch=1, val_wer=0.3, is_best=True)
+    experiment.log("evaluation", name="tuned", wer=0.25, cer=float("nan"), rtf=0.1, normalizer="plain-v1", n=40)
+    experiment.log("streaming", wer=0.3)
+
+
+@pytest.mark.parametrize(
+    ("row", "point"),
+    [
+        ({"event": "train_step", "time": 1.0, "step": 7, "epoch": 2, "loss": 0.5, "grad_norm": None},
+         ("step", 7, {"train/loss": 0.5, "train/epoch": 2.0})),
+        ({"event": "epoch", "time": 1.0, "epoch": 2, "val_wer": 0.5, "is_best": True},
+         ("epoch", 2, {"epoch/val_wer": 0.5})),
+        ({"event": "evaluation", "name": "stock", "wer": 0.5, "loss": float("nan"), "n": 3},
+         ("step", 9, {"evaluation/stock/wer": 0.5})),
+        ({"event": "checkpoint", "step": 9}, None),
+    ],
+)  # fmt: skip
+def test_rows_become_numbers_under_slashed_names(row: dict[str, Any], point: Any) -> None:
+    assert point_of(row, 9) == point
+
+
+def read_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_reads_the_rows_while_the_run_goes_on_and_updates_done_again_once(config: Config) -> None:
+    chosen = with_trackers(config, "tensorboard")
+    with ExperimentLogger(chosen, run_id="r") as experiment:
+        log_everything(experiment, range(1, 4))
+        scalars = read_tensorboard(experiment.dir / "tensorboard")
+    assert scalars["train/loss"] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]  # kept as float32
+    assert scalars["evaluation/tuned/wer"] == [(3, 0.25)]
+    names = {"train/loss", "train/epoch", "epoch/val_wer", "evaluation/tuned/wer", "evaluation/tuned/rtf"}
+    assert set(scalars) == names
+    with ExperimentLogger(chosen, run_id="r") as experiment:  # a crash at 3, resumed from a checkpoint at 1
+        log_everything(experiment, range(2, 6))
+    steps_shown = [step for step, _ in read_tensorboard(experiment.dir / "tensorboard")["train/loss"]]
+    assert steps_shown == list(range(1, 6))
+
+
+def test_mlflow_reads_the_rows_and_a_continued_run_stays_one(config: Config) -> None:
+    before = dict(os.environ)
+    for steps in (range(1, 4), range(4, 6)):
+        with ExperimentLogger(with_trackers(config, "mlflow"), run_id="r") as experiment:
+            log_everything(experiment, steps)
+    assert dict(os.environ) == before
+    from mlflow.tracking import MlflowClient
+
+    with tracking._environment(tracking._MLFLOW_ENVIRONMENT):
+        client = MlflowClient(tracking_uri=(experiment.dir / "mlruns").as_uri())
+        project = client.get_experiment_by_name("whisper_asr")
+        assert project is not None
+        (run,) = client.search_runs([project.experiment_id])
+        losses = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert (run.info.run_name, run.info.status) == ("r", "FINISHED")
+    assert losses == [(step, 1 / step) for step in range(1, 6)]
+    assert run.data.metrics["evaluation/tuned/wer"] == 0.25
+    assert run.data.params["training.epochs"] == str(config.training.epochs)
+    assert not [name for name in run.data.params if name.startswith("paths")]
+
+
+def read_wandb(folders: list[Path], axis: str, key: str) -> list[tuple[Any, Any]]:
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    found = []
+    for folder in folders:
+        store = DataStore()
+        store.open_for_scan(str(next(folder.glob("*.wandb"))))
+        while (data := store.scan_data()) is not None:
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            row = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+            found += [(json.loads(row[axis]), json.loads(row[key]))] if key in row else []
+    return found
+
+
+SESSION = """
+import sys
+from src.utils.config import load_config
+from src.utils.tracking import ExperimentLogger
+from tests.utils.test_tracking import log_everything
+config = load_config(None, overrides={"paths": {"runs_dir": sys.argv[1]}, "tracking": {"trackers": sys.argv[2:]}})
+for steps in (range(1, 4), range(4, 6)):
+    with ExperimentLogger(config, run_id="r") as experiment:
+        log_everything(experiment, steps)
+import tensorboard.compat
+assert tensorboard.compat.tf.__version__ == "stub"  # TensorFlow would not be imported if it were installed
+from mlflow.telemetry.client import get_telemetry_client
+assert get_telemetry_client() is None
+"""
+
+
+@pytest.mark.slow
+def test_all_three_stay_within_the_run_silent_and_offline(tmp_path: Path) -> None:
+    home, elsewhere, runs = tmp_path / "home", tmp_path / "elsewhere", tmp_path / "runs"
+    home.mkdir()
+    elsewhere.mkdir()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "PYTEST_", "WANDB_", "MLFLOW_"))}
+    environment.pop("CI", None)  # MLflow's telemetry is on where it sees no test and no CI
+    done = subprocess.run(
+        [sys.executable, "-c", SESSION, str(runs), "tensorboard", "wandb", "mlflow"],
+        cwd=elsewhere, env={**environment, "HOME": str(home), "PYTHONPATH": str(ROOT), "MPLCONFIGDIR": str(tmp_path)},
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("", "")
+    assert not [path for folder in (home, elsewhere) for path in folder.rglob("*") if path.is_file()]
+    folders = sorted((runs / "r" / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1  # both are parts of one run
+    assert read_wandb(folders, "step", "train/loss") == [(step, 1 / step) for step in range(1, 6)]
+    assert read_wandb(folders, "step", "evaluation/tuned/wer") == [(3, 0.25), (5, 0.25)]
+    assert read_wandb(folders, "epoch", "epoch/val_wer") == [(1, 0.3), (1, 0.3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("wandb", "wandb"), ("tensorboard", "tensorboard"), ("mlflow", "mlflow-skinny")]
+)
+def test_an_absent_package_is_named_at_the_start(
+    config: Config, monkeypatch: pytest.MonkeyPatch, name: str, package: str
+) -> None:
+    for module in [m for m in sys.modules if m.partition(".")[0] == name or m.startswith(f"torch.utils.{name}")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingDependencyError, match=package):
+        ExperimentLogger(with_trackers(config, name), run_id="r")
+
+
+def test_a_login_leaves_the_mode_to_wandb_and_online_without_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Config
+) -> None:
+    netrc = "machine {} login user password " + "0" * 40
+    for machine, mode in (("", "offline"), ("api.wandb.ai", None), ("elsewhere.example", "offline")):
+        (tmp_path / "netrc").write_text(netrc.format(machine) if machine else "")
+        assert tracking._wandb_mode() == mode
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert tracking._wandb_mode() is None
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(WhisperASRError, match="wandb login"):
+        ExperimentLogger(with_trackers(config, "wandb"), run_id="r")
+
+
+def test_a_tracker_that_fails_is_off_after_one_warning_and_the_rest_goes_on(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(tracking._Tracker):
+        write = close = refuse
+
+    monkeypatch.setitem(tracking._TRACKERS, "mlflow", Failing)
+    with ExperimentLogger(with_trackers(config, "mlflow", "tensorboard"), run_id="r") as experiment:
+        log_everything(experiment, range(1, 4))
+    (warning,) = [record.getMessage() for record in caplog.records if "tracker" in record.getMessage()]
+    assert "mlflow" in warning and "No space left on device" in warning
+    assert len(load_metrics(experiment.dir)) == 6
+    assert len(read_tensorboard(experiment.dir / "tensorboard")["train/loss"]) == 3
+
+
+def test_a_tracker_that_cannot_start_is_an_error_and_those_that_did_are_closed(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tracking._TRACKERS, "mlflow", refuse)  # type: ignore[arg-type]
+    closed: list[bool] = []
+    monkeypatch.setattr(tracking._TensorBoard, "close", lambda self: closed.append(True))
+    with pytest.raises(WhisperASRError, match=r"'mlflow'.*No space.*tracking\.trackers"):
+        ExperimentLogger(with_trackers(config, "tensorboard", "mlflow"), run_id="r")
+    assert closed == [True]
