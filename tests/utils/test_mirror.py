@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -22,9 +21,10 @@ from src.utils import runtime
 from src.utils.errors import WhisperASRError
 from src.utils.mirror import MARKER, STALL_SEC, DriveMirror, _Job, copy_verified
 
+ROOT = Path(__file__).resolve().parents[2]
 LONG_SEC = 20.0  # a limit that no good run comes near
-GROUP: dict[str, Any] = {"group": "checkpoints", "keep": 1}
-Fault = Callable[[BinaryIO, bytes], None]
+GROUP: dict[str, Any] = {"group": "checkpoints", "keep": 2}
+Fault = Callable[[BinaryIO, bytes], object]
 
 
 class Drive:
@@ -45,8 +45,7 @@ class Drive:
 
     def sleep(self, seconds: float) -> None:
         self.now_sec += seconds
-        if seconds >= 1:
-            self.retry_waits_sec.append(seconds)
+        self.retry_waits_sec += [seconds] if seconds >= 1 else []
 
     def mirror(self, max_mb_per_sec: float = 1e6) -> DriveMirror:
         self.mirrors.append(
@@ -91,12 +90,8 @@ def send(mirror: DriveMirror, *sources: Path, **options: Any) -> None:
     assert mirror.flush(LONG_SEC)
 
 
-def full(writer: BinaryIO, block: bytes) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def broken(*_: object) -> None:
-    raise OSError(errno.EIO, os.strerror(errno.EIO))
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def cut(writer: BinaryIO, block: bytes) -> None:
@@ -105,10 +100,6 @@ def cut(writer: BinaryIO, block: bytes) -> None:
 
 def flipped(writer: BinaryIO, block: bytes) -> None:
     writer.write(bytes([block[0] ^ 1]) + block[1:])
-
-
-def surprise(writer: BinaryIO, block: bytes) -> None:
-    raise ZeroDivisionError("surprise")
 
 
 class Hang:
@@ -137,7 +128,7 @@ def test_a_folder_arrives_whole_unlinked_and_at_the_rate_allowed(
     assert least_sec <= drive.now_sec <= least_sec + 1.1
 
 
-@pytest.mark.parametrize("fault", [full, broken, cut, flipped])
+@pytest.mark.parametrize("fault", [full, cut, flipped])
 def test_a_fault_is_tried_again_and_if_it_lasts_keeps_the_last_good_copy(
     drive: Drive, caplog: pytest.LogCaptureFixture, fault: Fault
 ) -> None:
@@ -157,10 +148,11 @@ def test_a_fault_is_tried_again_and_if_it_lasts_keeps_the_last_good_copy(
     assert not mirror.failures
 
 
-def test_a_newer_folder_of_the_group_makes_up_for_a_failure(drive: Drive) -> None:
+def test_a_newer_folder_of_the_group_makes_up_for_a_failure_and_a_surprise_ends_no_thread(drive: Drive) -> None:
     mirror = drive.mirror()
-    drive.faults = [broken] * 4
+    drive.faults = [lambda *_: 1 / 0]
     send(mirror, drive.save("c-1", "a"), group="checkpoints")
+    assert mirror.failures == {"c-1": "ZeroDivisionError: division by zero"}
     send(mirror, drive.save("other", "a"))
     assert list(mirror.failures) == ["c-1"]
     send(mirror, drive.save("c-2", "b"), group="checkpoints")
@@ -201,9 +193,7 @@ def test_a_target_that_cannot_be_used_is_refused_at_once(tmp_path: Path, monkeyp
     assert (tmp_path / "earlier" / MARKER).read_text() == ledger
 
 
-@pytest.mark.parametrize(
-    ("total", "free", "arrives"), [(10**12, 10**6, False), (10**12, 10**11, True), (0, 0, True), (10, 2**63, True)]
-)
+@pytest.mark.parametrize(("total", "free", "arrives"), [(10**12, 10**6, False), (10**12, 10**11, True), (0, 0, True)])
 def test_free_space_is_checked_where_the_drive_knows_it(
     drive: Drive, monkeypatch: pytest.MonkeyPatch, total: int, free: int, arrives: bool
 ) -> None:
@@ -220,15 +210,15 @@ def test_submitting_returns_while_the_drive_hangs(drive: Drive, caplog: pytest.L
     hang, mirror = Hang(), drive.mirror()
     drive.faults = [hang]
     sources = [drive.save(f"c-{i}", str(i)) for i in range(4)]
-    mirror.submit(sources[0], group="checkpoints", keep=2)
+    mirror.submit(sources[0], **GROUP)
     assert hang.begun.wait(LONG_SEC)
     for source in sources[1:3]:
-        mirror.submit(source, group="checkpoints", keep=2)
+        mirror.submit(source, **GROUP)
     assert [mirror.is_busy(source) for source in sources] == [True, False, True, False]
     assert not caplog.records
     drive.now_sec += STALL_SEC
     for _ in range(2):
-        mirror.submit(sources[3], group="checkpoints", keep=2)
+        mirror.submit(sources[3], **GROUP)
     assert [mirror.is_busy(source) for source in sources] == [True, False, False, True]
     assert len(caplog.messages) == 1 and "c-0" in caplog.messages[0]
     assert not mirror.flush(0.01)
@@ -249,7 +239,7 @@ def test_the_interpreter_ends_while_the_drive_hangs(drive: Drive) -> None:
         "mirror.submit(Path(sys.argv[1], 'c-1')); hangs.wait(); sys.exit(3)"
     )
     command = [sys.executable, "-c", code, str(drive.save("c-1", "a").parent)]
-    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[2], timeout=60, capture_output=True)
+    done = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True)
     assert done.returncode == 3, done.stderr
 
 
@@ -287,32 +277,22 @@ def test_what_cannot_be_copied_is_refused_without_trying_again(drive: Drive) -> 
     assert sorted(mirror.failures) == ["absent", "damaged", "empty", "foreign", "link", "linked"]
     assert drive.retry_waits_sec == []
     assert (drive.names(), drive.names("foreign")) == (["foreign"], ["mine.txt"])
-
-
-@pytest.mark.parametrize("name", ["../x", "/x", "a/../x", ".hidden", "a\\b", "run/.x"])
-def test_a_name_outside_the_target_is_refused(drive: Drive, name: str) -> None:
-    with pytest.raises(WhisperASRError) as caught:
-        drive.mirror().submit(drive.save("c-1", "a"), name=name)
-    assert repr(name) in str(caught.value)
-
-
-def test_an_error_that_nobody_thought_of_is_a_failure_and_the_thread_lives(drive: Drive) -> None:
-    drive.faults, mirror = [surprise], drive.mirror()
-    send(mirror, drive.save("c-1", "a"), drive.save("c-2", "a"))
-    assert mirror.failures == {"c-1": "ZeroDivisionError: surprise"}
-    assert drive.names() == ["c-2"]
+    for name in ("../x", "/x", "a/../x", ".hidden", "a\\b", "."):
+        with pytest.raises(WhisperASRError) as caught:
+            mirror.submit(foreign, name=name)
+        assert repr(name) in str(caught.value)
 
 
 def test_of_a_group_the_newest_stay_also_across_restarts(drive: Drive) -> None:
     for start in (0, 3):
         mirror = drive.mirror()
         for i in range(start, start + 3):
-            send(mirror, drive.save(f"c-{i}", str(i)), group="checkpoints", keep=2)
+            send(mirror, drive.save(f"c-{i}", str(i)), **GROUP)
         send(mirror, drive.save("best", str(start)))
     assert drive.names() == ["best", "c-4", "c-5"]
     assert [drive.content(f"c-{i}") for i in (4, 5)] == ["4", "5"]
     shutil.rmtree(drive.target / "c-5")  # by the user: it does not count
-    send(mirror, drive.save("c-6", "6"), group="checkpoints", keep=2)
+    send(mirror, drive.save("c-6", "6"), **GROUP)
     assert drive.names() == ["best", "c-4", "c-6"]
 
 
@@ -324,18 +304,17 @@ class Countdown:
     """Lets some steps that change the drive happen, then ends the process; afterwards every step fails."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, drive: Path) -> None:
-        self.left = float("inf")
+        self.left, self._drive = float("inf"), drive
         for name in ("mkdir", "rename", "unlink", "rmdir", "write_text"):
-            monkeypatch.setattr(Path, name, self._counted(getattr(Path, name), drive))
-        monkeypatch.setattr(shutil, "rmtree", self._counted(shutil.rmtree, drive))
-        monkeypatch.setattr(os, "truncate", self._counted(os.truncate, drive))
+            monkeypatch.setattr(Path, name, self._counted(getattr(Path, name)))
+        monkeypatch.setattr(shutil, "rmtree", self._counted(shutil.rmtree))
+        monkeypatch.setattr(os, "truncate", self._counted(os.truncate))
 
-    def _counted(self, step: Callable[..., object], drive: Path) -> Callable[..., object]:
+    def _counted(self, step: Callable[..., object]) -> Callable[..., object]:
         def counted(path: Path, *args: object, **kwargs: object) -> object:
-            if Path(path).is_relative_to(drive):
-                self.left -= 1
-                if self.left < 0:
-                    raise Crash
+            self.left -= Path(path).is_relative_to(self._drive)
+            if self.left < 0 and Path(path).is_relative_to(self._drive):
+                raise Crash
             return step(path, *args, **kwargs)
 
         return counted
@@ -391,7 +370,7 @@ def test_a_crash_at_any_step_of_pruning_ends_in_whole_copies(drive: Drive, monke
         assert drive.names() == ["c-3"]
 
 
-@pytest.mark.parametrize("change", ["more", "link", "edited"])
+@pytest.mark.parametrize("change", ["notes.txt", "link", "config"])
 def test_what_the_mirror_did_not_write_is_never_deleted(
     drive: Drive, caplog: pytest.LogCaptureFixture, change: str
 ) -> None:
@@ -405,7 +384,7 @@ def test_what_the_mirror_did_not_write_is_never_deleted(
     if change == "link":
         (target / "c-0" / "link").symlink_to(target / "c-7" / "model")
     else:
-        (target / "c-0" / "sub" / ("notes.txt" if change == "more" else "config")).write_text("mine, by hand")
+        (target / "c-0" / "sub" / change).write_text("mine, by hand")
     before = sorted(path.name for path in (target / "c-0").rglob("*") if path.name != MARKER)
     put(drive.mirror(), drive.save("c-2", "2"), keep=1)
     (kept,) = target.glob("c-0.kept-*")
@@ -421,14 +400,8 @@ def test_a_failed_second_rename_restores_the_last_good_copy_at_once(
 ) -> None:
     mirror, rename = drive.mirror(), Path.rename
     put(mirror, drive.save("best", "a"))
-
-    def refuse(path: Path, to: Path) -> Path:
-        if path.name.endswith(".partial"):
-            broken()
-        return rename(path, to)
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="error"):
-        patch.setattr(Path, "rename", refuse)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(Path, "rename", lambda path, to: full() if path.suffix == ".partial" else rename(path, to))
         put(mirror, drive.save("best", "b"))
     assert drive.content("best") == "a" and drive.names() == ["best"]
 
@@ -452,7 +425,7 @@ def test_remains_that_cannot_be_removed_do_not_stop_a_start(
     put(drive.mirror(), drive.save("best", "a"))
     (drive.target / "best").rename(drive.target / ".best.0123456789abcdef.replaced")
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", broken)
+        patch.setattr(Path, "rename", full)
         drive.mirror()
     assert len(caplog.messages) == 1
     drive.mirror()

@@ -48,6 +48,7 @@ def test_only_auto_may_choose_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
 def test_unknown_devices_and_precisions_are_refused() -> None:
     with pytest.raises(DeviceError, match="'gpu'"):
         get_device("gpu")
+    assert choose_precision("auto", torch.device("cpu")).precision == "float32"
     with pytest.raises(DeviceError, match="needs a CUDA device"):
         choose_precision("float16", torch.device("cpu"))
 
@@ -62,23 +63,15 @@ def test_cudnn_is_kept_out_of_attention_on_a_gpu_alone() -> None:
         torch.backends.cuda.enable_cudnn_sdp(True)
 
 
-def test_the_cpu_trains_in_float32_with_a_reason() -> None:
-    choice = choose_precision("auto", torch.device("cpu"))
-    assert choice.precision == "float32"
-    assert choice.reason
-
-
 @pytest.mark.parametrize(
     ("error", "is_it"),
     [
-        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.75 GiB"), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
         (torch.OutOfMemoryError("x"), True),
         (MemoryError(), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("MPS backend out of memory (MPS allocated: 9.07 GB)"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (ValueError("x"), False),
     ],
 )
 def test_out_of_memory_is_told_from_other_errors(error: BaseException, is_it: bool) -> None:
