@@ -112,7 +112,8 @@ class CheckpointStore:
         if mirror is not None:
             mirror.submit(target, name=f"{run}/{target.name}", group=run, keep=self._limit)
         # by age: a new training in this folder counts its steps from 1 again
-        others = sorted((path for path in list_checkpoints(self.folder) if path != target), key=_saved_at_ns)
+        others = [path for path in list_checkpoints(self.folder) if path != target]
+        others.sort(key=lambda path: (path / MANIFEST).stat().st_mtime_ns if (path / MANIFEST).is_file() else 0)
         for old in others[: max(0, len(others) + 1 - self._limit)]:
             if mirror is not None and mirror.is_busy(old):
                 continue  # it goes after the next one
@@ -181,11 +182,6 @@ def verify_checkpoint(checkpoint: Path) -> WholeCheckpoint:
             raise CheckpointError(f"{checkpoint}: {name} is damaged: its SHA-256 differs")
         raise CheckpointError(f"{checkpoint}: {name} has {found} bytes instead of {size}")
     return WholeCheckpoint(checkpoint, read_values(checkpoint))
-
-
-def _saved_at_ns(checkpoint: Path) -> int:
-    manifest = checkpoint / MANIFEST
-    return manifest.stat().st_mtime_ns if manifest.is_file() else 0
 
 
 def _write(state: TrainingState, folder: Path) -> None:

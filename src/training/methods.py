@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -35,30 +35,23 @@ LORA_FROM_D_MODEL = 1024
 _ADAPTER = "default"  # the name that PEFT gives
 
 
-class MethodChoice(NamedTuple):
-    """How a model is trained, and why."""
-
-    method: Literal["full", "lora"]
-    reason: str
-
-
-def choose_method(config: TrainingConfig, d_model: int) -> MethodChoice:
-    """Resolve `training.method` for a model of this width: 384 (tiny) to 1,280 (large)."""
+def choose_method(config: TrainingConfig, d_model: int) -> tuple[Literal["full", "lora"], str]:
+    """Resolve `training.method` for a model of this width, 384 (tiny) to 1,280 (large); return it with the reason."""
     if config.method != "auto":
-        return MethodChoice(config.method, "asked for")
+        return config.method, "asked for"
     if config.freeze_encoder:
-        return MethodChoice("full", "freeze_encoder is set")
-    large = d_model >= LORA_FROM_D_MODEL
-    return MethodChoice("lora" if large else "full", f"width {d_model}, LoRA from {LORA_FROM_D_MODEL} on")
+        return "full", "freeze_encoder is set"
+    return "lora" if d_model >= LORA_FROM_D_MODEL else "full", f"width {d_model}, LoRA from {LORA_FROM_D_MODEL} on"
 
 
-def prepare_model(model: DynamicWhisper, config: TrainingConfig) -> MethodChoice:
+def prepare_model(model: DynamicWhisper, config: TrainingConfig) -> None:
     """Freeze and extend a model in place, in float32, as the configuration says.
 
     Adapters of an earlier training are removed, so that a cell can run again: what they learnt is in that training's
     checkpoints. Raises `ModelError` for more frozen layers than the encoder has, or unknown `lora.target_modules`.
     """
-    choice, encoder = choose_method(config, model.config.d_model), model.model.encoder
+    encoder = model.model.encoder
+    method, reason = choose_method(config, model.config.d_model)
     if has_adapters(model):
         logger.info("the adapters of an earlier training are removed; this one starts from the weights below them")
         for name, module in list(model.named_modules()):
@@ -69,7 +62,7 @@ def prepare_model(model: DynamicWhisper, config: TrainingConfig) -> MethodChoice
     model.float()  # master weights, whatever the checkpoint's type
     model.requires_grad_(True)
     encoder.embed_positions.requires_grad_(False)  # sinusoids, of which short audio would train some rows only
-    if choice.method == "lora":
+    if method == "lora":
         _add_adapters(model, config.lora)
     elif config.freeze_encoder is True:
         encoder.requires_grad_(False)
@@ -83,11 +76,7 @@ def prepare_model(model: DynamicWhisper, config: TrainingConfig) -> MethodChoice
     else:
         model.gradient_checkpointing_disable()
     trained, total = (sum(p.numel() for p in parameters) for parameters in (trainable(model), model.parameters()))
-    logger.info(
-        "method: %s (%s); %.1f M of %.1f M parameters are trained", choice.method, choice.reason, trained / 1e6,
-        total / 1e6,
-    )  # fmt: skip
-    return choice
+    logger.info("method: %s (%s); %.1f M of %.1f M parameters are trained", method, reason, trained / 1e6, total / 1e6)
 
 
 def _add_adapters(model: DynamicWhisper, config: LoRAConfig) -> None:

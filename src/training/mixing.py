@@ -32,30 +32,22 @@ logger = logging.getLogger(__name__)
 class MixResult:
     """Word error rates of all mixes on the validation set, and the best of them."""
 
-    shares: tuple[float, ...]  # of the tuned weights, ascending; 0 is the stock model, 1 the tuned one
-    wers: tuple[float, ...]  # of each share
-    audio_contexts: tuple[str, ...]  # in which each was measured: the stock model in its own, the others in the tuned's
-    clips: int  # that were measured: the lowest of several rates on one set flatters; few clips flatter more
-    best_share: float  # with the lowest WER
-    keep_stock: bool  # no share has a lower WER than the stock model
+    rows: tuple[dict[str, Any], ...]  # per share of the tuned weights, 0 to 1: share, wer, audio_context, clips, chosen
+    best_share: float  # with the lowest WER; 0 is the stock model
     saved_to: Path | None = None  # folder of the saved mix; None if none won, or no folder was given
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one row per share: share, wer, audio_context, clips, chosen."""
-        measured = zip(self.shares, self.wers, self.audio_contexts, strict=True)
-        return [
-            {"share": share, "wer": wer, "audio_context": context, "clips": self.clips}
-            | {"chosen": share == self.best_share}
-            for share, wer, context in measured
-        ]
+    @property
+    def keep_stock(self) -> bool:
+        """Whether no share has a lower WER than the stock model."""
+        return self.best_share == 0
 
     def to_frame(self) -> pd.DataFrame:
         """Return `rows` as a table."""
-        return pd.DataFrame(self.rows())
+        return pd.DataFrame(self.rows)
 
     def describe(self) -> str:
         """Return the result in one sentence."""
-        return describe_mix(self.rows())
+        return describe_mix(self.rows)
 
 
 def choose_mix(
@@ -91,7 +83,9 @@ def choose_mix(
             "the stock model is the tuned model itself, since training changes a model in place; load the stock "
             "weights again with WhisperModelManager(config).initialize_model()"
         )
-    stock, tuned = stock_model.state_dict(), _cpu_copy(model.state_dict())
+    stock, current = stock_model.state_dict(), model.state_dict()
+    copies = {tensor.data_ptr(): tensor.to("cpu", copy=True) for tensor in current.values()}  # tied weights once
+    tuned = {name: copies[tensor.data_ptr()] for name, tensor in current.items()}
     shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (stock, tuned)]
     odd = [
         f"{name} ({', '.join(str(shape.get(name, 'absent')) for shape in shapes)})"
@@ -115,15 +109,25 @@ def choose_mix(
         final_share = best_share or 1.0
     finally:  # an interrupt leaves the model as it was tuned
         load_mix(model, stock, tuned, final_share)
-    contexts = (first.audio_context, *[get_audio_context(model.config)] * (len(wers) - 1))
-    result = MixResult(tuple(wers), tuple(wers.values()), contexts, first.n, best_share, keep_stock=best_share == 0)
+    tuned_context = get_audio_context(model.config)
+    rows = tuple(
+        {
+            "share": share,
+            "wer": wer,
+            "audio_context": tuned_context if share else first.audio_context,
+            "clips": first.n,
+            "chosen": share == best_share,
+        }
+        for share, wer in wers.items()
+    )
+    result = MixResult(rows, best_share)
     if experiment is not None:
-        for row in result.rows():
+        for row in rows:
             experiment.log("mix", **row)
     logger.log(logging.WARNING if result.keep_stock else logging.INFO, "%s", result.describe())
     if output_dir is not None and 0 < best_share < 1:
         if is_main_process():
-            export_huggingface(model, processor, output_dir, provenance={"mix": result.rows()})
+            export_huggingface(model, processor, output_dir, provenance={"mix": rows})
         wait_for_all()
         result = replace(result, saved_to=output_dir)
     return result
@@ -136,9 +140,3 @@ def load_mix(model: DynamicWhisper, stock: Mapping[str, Tensor], tuned: Mapping[
     for name, end in tuned.items():  # one after the other: a whole mix is never in memory with the two models
         start = stock[name].to(device=end.device, dtype=torch.float32)
         targets[name].copy_(torch.lerp(start, end.float(), share))
-
-
-def _cpu_copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy to the CPU; tied weights once."""
-    copies = {tensor.data_ptr(): tensor.detach().to("cpu", copy=True) for tensor in state.values()}
-    return {name: copies[tensor.data_ptr()] for name, tensor in state.items()}

@@ -11,15 +11,12 @@ import copy
 import itertools
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -47,8 +44,6 @@ FEW_UPDATES = 50  # fewer teach a model little beyond when to stop
 MEASURED_BATCHES = 2
 SAFETY = 0.85  # of what fits: fragments, longer labels and validation need room too
 TOKENS_PER_SEC = 4.0  # of a label; fast speech
-_CPU_SHARE = 0.7  # of the memory that is available: beyond it the machine swaps
-_POLL_SEC = 0.01
 _CONTEXT_SEC = CONTEXT_SAMPLES / SAMPLE_RATE  # 30
 
 
@@ -226,8 +221,8 @@ def propose_batch_seconds(
 ) -> BatchProposal:
     """Try updates on larger and larger batches of noise until memory ends; the model does not change.
 
-    A copy of the model takes the updates, so its memory and its optimizer's are included. On a CPU, where no allocation
-    fails before the machine swaps, 70% of the available memory is the limit.
+    A copy of the model takes the updates, so its memory and its optimizer's are included. On a CPU batches go through
+    in small pieces, here as in training.
 
     Args:
         model: as it will be trained; on its device.
@@ -264,10 +259,9 @@ def _search_batch(model: DynamicWhisper, config: Config, clip_sec: float, *, mos
         if own_length and config.training.full_context_prob:  # goes in pieces, as `Updater` cuts it
             batches.append((max(1, int(clips * clip_sec * OWN_LENGTH_SLACK / _CONTEXT_SEC)), _CONTEXT_SEC))
         try:
-            with _watched_memory(model.device) as exceeded:
-                for rows, seconds in batches:
-                    in_memory(partial(_update_on_noise, loss, optimizer, rows, seconds, tokens, dtype))
-            return not exceeded
+            for rows, seconds in batches:
+                in_memory(partial(_update_on_noise, loss, optimizer, rows, seconds, tokens, dtype))
+            return True
         except OutOfMemoryError:
             return False
         finally:
@@ -303,7 +297,10 @@ def _update_on_noise(
     loss: TokenLoss, optimizer: Optimizer, clips: int, clip_sec: float, num_tokens: int, dtype: torch.dtype
 ) -> None:
     generator, device = torch.Generator().manual_seed(0), loss.model.device
-    audio = torch.randn(clips, padded_samples(round(clip_sec * SAMPLE_RATE)), generator=generator).to(device)
+    samples = padded_samples(round(clip_sec * SAMPLE_RATE))
+    if device.type == "cpu":
+        clips = min(clips, max(1, CPU_FRAMES * HOP_SAMPLES // samples))
+    audio = torch.randn(clips, samples, generator=generator).to(device)
     features = LogMel(loss.model.config.num_mel_bins)(audio)
     tokens = torch.randint(0, 1_000, (clips, num_tokens), generator=generator).to(device)
     labels = tokens.clone()
@@ -318,27 +315,3 @@ def _update_on_noise(
 def _compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, choose_precision(config.precision, device).precision)
     return dtype
-
-
-@contextmanager
-def _watched_memory(device: torch.device) -> Iterator[list[int]]:
-    """Yield the readings of this process's memory that exceed its share, while something runs on a CPU."""
-    process, stop = psutil.Process(), threading.Event()
-    limit = process.memory_info().rss + _CPU_SHARE * psutil.virtual_memory().available
-    exceeded: list[int] = []
-
-    def watch() -> None:
-        while not stop.wait(_POLL_SEC):
-            if (used := process.memory_info().rss) > limit:
-                exceeded.append(used)
-
-    if device.type != "cpu":
-        yield exceeded
-        return
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield exceeded
-    finally:
-        stop.set()
-        thread.join()

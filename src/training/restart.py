@@ -25,14 +25,8 @@ from src.models.export.huggingface import read_provenance
 from src.models.offline_weights import PACKAGED_MODELS, PackagedModel
 from src.models.weights import HUB_REPOSITORIES
 from src.models.whisper_model import WhisperModelManager
-from src.training.checkpoint import (
-    WholeCheckpoint,
-    config_differences,
-    find_checkpoint,
-    list_checkpoints,
-    read_values,
-    verify_checkpoint,
-)
+from src.training import checkpoint as checkpoints
+from src.training.checkpoint import WholeCheckpoint
 from src.training.saver import BEST_MODEL_NAME
 from src.training.trainer import WhisperTrainer
 from src.utils.config import DEFAULT_CONFIG_PATH, Config, flatten, load_config, load_profiles
@@ -75,7 +69,7 @@ def restart(mirror_dir: Path | None = None, *, config_path: str | Path = DEFAULT
     here = load_config(config_path)
     configs = [here, *load_profiles(config_path).values()]
     roots = [config.paths.checkpoints_dir for config in configs] + ([] if mirror_dir is None else [mirror_dir])
-    report = find_checkpoint(list(dict.fromkeys(roots)), None)
+    report = checkpoints.find_checkpoint(list(dict.fromkeys(roots)), None)
     logger.info("%s", report)
     if report.whole is None:
         raise CheckpointError(f"{report}; train first, or name the folder that has copies of checkpoints")
@@ -173,7 +167,7 @@ def stored_checkpoints(config: Config) -> list[StoredCheckpoint]:
     """Read and verify every checkpoint below `paths.checkpoints_dir`, run by run."""
     root = config.paths.checkpoints_dir
     runs = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    return [_inspect(path, config) for run in runs for path in list_checkpoints(run)]
+    return [_inspect(path, config) for run in runs for path in checkpoints.list_checkpoints(run)]
 
 
 def spare_checkpoints(config: Config, *, keep: int = 1) -> list[Path]:
@@ -189,11 +183,11 @@ def spare_checkpoints(config: Config, *, keep: int = 1) -> list[Path]:
 def _inspect(path: Path, config: Config) -> StoredCheckpoint:
     found: dict[str, Any] = {}
     try:
-        values = read_values(path)
+        values = checkpoints.read_values(path)
         found["update"], found["epochs_done"] = int(values["progress"]["step"]), int(values["progress"]["epochs_done"])
         found["saved_at"] = float(values["saved_at"])
-        found["differences"] = tuple(config_differences(values["config"], config))
-        verify_checkpoint(path)
+        found["differences"] = tuple(checkpoints.config_differences(values["config"], config))
+        checkpoints.verify_checkpoint(path)
     except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as err:  # damage may hit a key's name
         reason = first_line(err) if isinstance(err, CheckpointError) else f"{err!r} in its state"
         found["problem"] = reason.removeprefix(f"{path}: ")

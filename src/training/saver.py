@@ -16,29 +16,11 @@ from safetensors.torch import load_file
 from src.data.loader import SpeechLoader
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export.huggingface import ADAPTERS_FILE, export_huggingface, read_provenance
-from src.training.checkpoint import (
-    CheckpointStore,
-    ResumeReport,
-    TrainingState,
-    WholeCheckpoint,
-    checkpoint_path,
-    clean_up,
-    config_differences,
-    find_checkpoint,
-    verify_checkpoint,
-)
+from src.training import checkpoint as checkpoints
+from src.training import state as run_state
+from src.training.checkpoint import CheckpointStore, ResumeReport, TrainingState, WholeCheckpoint, verify_checkpoint
 from src.training.methods import has_adapters, is_sharded, merged_model
-from src.training.state import (
-    Progress,
-    frozen_digest,
-    load_model_tensors,
-    load_optimizer_tensors,
-    load_weights,
-    model_tensors,
-    optimizer_tensors,
-    random_state,
-    restore_random_state,
-)
+from src.training.state import Progress
 from src.training.updates import Updater
 from src.utils.config import Config
 from src.utils.errors import CheckpointError
@@ -75,7 +57,7 @@ class RunSaver:
         self._config, self._processor, self._loader, self._experiment = config, processor, loader, experiment
         self._model, self._whole_model = model, whole_model
         self._optimizer, self._updater, self._accelerator = optimizer, updater, accelerator
-        self._frozen = frozen_digest(model)
+        self._frozen = run_state.frozen_digest(model)
         self._saved_at_sec = time.monotonic()
         self._holds_best = False  # instead of the last epoch's weights
         self._resumed: Path | None = None  # may exist only in the mirror
@@ -86,7 +68,7 @@ class RunSaver:
             settings, folder = config.checkpoints, config.paths.checkpoints_dir / experiment.run_id
             if settings.mirror_dir is not None:
                 self._mirror = DriveMirror(settings.mirror_dir, max_mb_per_sec=settings.mirror_mb_per_sec)
-            clean_up(folder)
+            checkpoints.clean_up(folder)
             recover_folder(self.best_model_dir)
             self._store = CheckpointStore(folder, save_total_limit=settings.save_total_limit, mirror=self._mirror)
 
@@ -137,7 +119,7 @@ class RunSaver:
                 "there any more; give each training a paths.checkpoints_dir of its own, and resume from a checkpoint"
             )
         name = ADAPTERS_FILE if has_adapters(self._model) else "model.safetensors"
-        load_weights(self._model, load_file(self.best_model_dir / name))
+        run_state.load_weights(self._model, load_file(self.best_model_dir / name))
         self._holds_best = True
         logger.info("the model now holds the weights of epoch %d, the best by WER", progress.best_epoch)
 
@@ -146,11 +128,12 @@ class RunSaver:
         if not self._holds_best:
             return
         self._holds_best = False
-        last = broadcast_object(None if self._store is None else checkpoint_path(self._store.folder, progress.step))
+        store = self._store
+        last = broadcast_object(None if store is None else checkpoints.checkpoint_path(store.folder, progress.step))
         assert last is not None
         if not last.exists() and self._resumed is not None and self._resumed.name == last.name:
             last = self._resumed
-        load_model_tensors(self._model, verify_checkpoint(last).load().tensors["model"])
+        run_state.load_model_tensors(self._model, verify_checkpoint(last).load().tensors["model"])
 
     def resume(self, checkpoint: str | Path | WholeCheckpoint) -> tuple[ResumeReport, Progress | None]:
         """Find, verify and take up a checkpoint: "auto", a folder, or one that is verified already."""
@@ -180,7 +163,7 @@ class RunSaver:
             "validation_wer": progress.best_wer, "git_revision": get_git_revision(),
             "data_version": self._loader.data_version,
         }  # fmt: skip
-        adapters = model_tensors(whole) if has_adapters(whole) else None
+        adapters = run_state.model_tensors(whole) if has_adapters(whole) else None
         try:
             plain = merged_model(whole)
             export_huggingface(plain, self._processor, self.best_model_dir, provenance=made, adapters=adapters)
@@ -199,11 +182,11 @@ class RunSaver:
         mirror = self._config.checkpoints.mirror_dir
         roots = [self._config.paths.checkpoints_dir, *([mirror] if mirror is not None else [])]
         made_from = {"frozen_parameters": self._frozen, "data_version": self._loader.data_version}
-        return find_checkpoint(roots, self._config, made_from=made_from)
+        return checkpoints.find_checkpoint(roots, self._config, made_from=made_from)
 
     def _collect(self, progress: Progress) -> TrainingState:
-        optimizer, optimizer_values = optimizer_tensors(self._optimizer.optimizer, self._model)
-        rng, rng_values = random_state()
+        optimizer, optimizer_values = run_state.optimizer_tensors(self._optimizer.optimizer, self._model)
+        rng, rng_values = run_state.random_state()
         scaler, experiment = self._accelerator.scaler, self._experiment
         values = {
             "run": "" if experiment is None else experiment.run_id,
@@ -219,13 +202,13 @@ class RunSaver:
             "data_version": self._loader.data_version,
             "git_revision": get_git_revision(),
         }
-        tensors = {"model": model_tensors(self._model), "optimizer": optimizer, "rng": rng}
+        tensors = {"model": run_state.model_tensors(self._model), "optimizer": optimizer, "rng": rng}
         return TrainingState(tensors, values, "" if experiment is None else experiment.read_rows())
 
     def _restore(self, whole_checkpoint: WholeCheckpoint) -> Progress:
         checkpoint, values = whole_checkpoint.path, whole_checkpoint.values
         state = whole_checkpoint.load()
-        for difference in config_differences(values["config"], self._config):
+        for difference in checkpoints.config_differences(values["config"], self._config):
             logger.warning("resuming with another setting: %s", difference)
         if values["frozen_parameters"] != self._frozen:
             raise CheckpointError(
@@ -234,13 +217,13 @@ class RunSaver:
         try:
             progress = Progress.from_state(values["progress"])
             self._loader.load_state_dict(values["loader"])
-            load_model_tensors(self._model, state.tensors["model"])
+            run_state.load_model_tensors(self._model, state.tensors["model"])
             optimizer = self._optimizer.optimizer
-            load_optimizer_tensors(optimizer, self._model, state.tensors["optimizer"], values["optimizer"])
+            run_state.load_optimizer_tensors(optimizer, self._model, state.tensors["optimizer"], values["optimizer"])
             self._updater.load_state_dict(values["updater"])
             if self._accelerator.scaler is not None and values["scaler"] is not None:
                 self._accelerator.scaler.load_state_dict(values["scaler"])
-            restore_random_state(state.tensors["rng"], values["rng"])
+            run_state.restore_random_state(state.tensors["rng"], values["rng"])
         except (KeyError, TypeError, ValueError) as err:
             raise CheckpointError(f"{checkpoint}: {err!r} in its state; train with the version that wrote it") from err
         except CheckpointError as err:

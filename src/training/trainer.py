@@ -26,22 +26,14 @@ from src.models.dynamic_context import DynamicWhisper
 from src.training.checkpoint import ResumeReport, WholeCheckpoint
 from src.training.inputs import TrainingInputs, load_or_time_words
 from src.training.loss import TokenLoss
-from src.training.methods import merged_model, prepare_model, shard_model
+from src.training.methods import has_adapters, merged_model, prepare_model, shard_model
 from src.training.saver import RunSaver
 from src.training.state import Progress
 from src.training.updates import Updater, build_optimizer, build_schedule, count_updates, default_learning_rate
+from src.utils import runtime
 from src.utils.config import Config
 from src.utils.errors import DataError
 from src.utils.memory import measure_memory
-from src.utils.runtime import (
-    allow_tf32,
-    broadcast_object,
-    choose_precision,
-    is_main_process,
-    rank,
-    set_seed,
-    world_size,
-)
 from src.utils.tracking import ExperimentLogger
 
 logger = logging.getLogger(__name__)
@@ -82,14 +74,15 @@ class WhisperTrainer:
         self.config, self.processor, self.model = config, processor, model
         self._train_loader, self._val_loader = train_loader, val_loader
         model.audio_context = config.model.audio_context
-        set_seed(config.seed)
+        runtime.set_seed(config.seed)
         self._accelerator = _make_accelerator(model, config)
         words = None
         if config.training.prefix_prob:  # with the initial weights, before adapters are added
             words = load_or_time_words(model, processor.tokenizer, train_loader.dataset, config.paths.cache_dir)
         inputs = TrainingInputs(config, model.config.num_mel_bins, words=words)
-        is_lora = prepare_model(model, config.training).method == "lora"
-        self.learning_rate = config.training.learning_rate or default_learning_rate(model.config.d_model, lora=is_lora)
+        prepare_model(model, config.training)
+        default_rate = default_learning_rate(model.config.d_model, lora=has_adapters(model))
+        self.learning_rate = config.training.learning_rate or default_rate
         self._loss: Any = TokenLoss(model)
         self._shards = shard_model(self._loss, config.training, mixed_precision=self._accelerator.mixed_precision)
         if config.training.compile:
@@ -106,13 +99,13 @@ class WhisperTrainer:
         if self._shards is None:  # Accelerate would wrap shards for DDP
             self._loss = self._accelerator.prepare(self._loss)
         made_for = train_loader.batch_sampler.world_size
-        if made_for != world_size():
+        if made_for != runtime.world_size():
             raise DataError(
-                f"the training loader shares an epoch out to {made_for} process(es), but {world_size()} train; create "
-                "it in the processes that the launcher starts"
+                f"the training loader shares an epoch out to {made_for} process(es), but {runtime.world_size()} train; "
+                "create it in the processes that the launcher starts"
             )
-        self.experiment = (experiment or ExperimentLogger(config)) if is_main_process() else None
-        self._progress = broadcast_object(Progress())  # its training_id is drawn: one for all processes
+        self.experiment = (experiment or ExperimentLogger(config)) if runtime.is_main_process() else None
+        self._progress = runtime.broadcast_object(Progress())  # its training_id is drawn: one for all processes
         self._updater = Updater(self._loss, self._optimizer, self._accelerator, inputs, config.training)
         self._saver = RunSaver(
             config, model, processor, self._optimizer, self._updater, self._accelerator, train_loader, self.experiment,
@@ -188,7 +181,7 @@ class WhisperTrainer:
         self._saver.start_clock()
         self._saver.finish_export(progress)  # an interrupt may have come between an epoch's end and its export
         self._saver.restore_last(progress)
-        hidden = not is_main_process()
+        hidden = not runtime.is_main_process()
         with tqdm(total=total, initial=progress.step, desc="training", unit="update", disable=hidden) as bar:
             while not self._has_ended(epochs):
                 waiting = self._train_epoch(schedule, bar)
@@ -231,7 +224,8 @@ class WhisperTrainer:
         epoch_began, waited_sec = time.perf_counter(), 0.0
         for window, window_waited_sec in with_waits(iter(lambda: list(itertools.islice(batches, steps)), [])):
             began = time.perf_counter()
-            numbers = [(progress.next_batch + offset) * world_size() + rank() for offset in range(len(window))]
+            first, world = progress.next_batch * runtime.world_size() + runtime.rank(), runtime.world_size()
+            numbers = range(first, first + len(window) * world, world)
             draws = [batch_generator(self.config.seed, progress.epochs_done, number) for number in numbers]
             report = self._updater.update(window, draws)
             progress.last_rate = float(schedule.get_last_lr()[0])
@@ -298,8 +292,8 @@ class WhisperTrainer:
 
 
 def _make_accelerator(model: DynamicWhisper, config: Config) -> Accelerator:
-    choice = choose_precision(config.precision, model.device)
-    logger.info("precision: %s (%s); %s", choice.precision, choice.reason, allow_tf32(model.device))
+    choice = runtime.choose_precision(config.precision, model.device)
+    logger.info("precision: %s (%s); %s", choice.precision, choice.reason, runtime.allow_tf32(model.device))
     AcceleratorState._reset_state()  # else a second trainer of another precision in the same session is refused
     scaler = GradScalerKwargs(
         init_scale=config.training.fp16_initial_scale, growth_interval=config.training.fp16_growth_interval

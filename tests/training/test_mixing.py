@@ -123,9 +123,10 @@ def test_the_stock_model_has_its_own_context(
     measured = fake_rates({"stock": 0.4, "mix 0.25": 0.3, "mix 0.75": 0.35, "mix 1": 0.32})
     result = choose_mix(tuned, stock, _tiny_en[1], [], mixing_at(config, 0.75, 0.25))
     assert measured == ["stock, full", "mix 0.25, dynamic", "mix 0.75, dynamic", "mix 1, dynamic"]
-    assert (result.shares, result.wers) == ((0.0, 0.25, 0.75, 1.0), (0.4, 0.3, 0.35, 0.32))
-    assert result.audio_contexts == ("full", "dynamic", "dynamic", "dynamic")
     frame = result.to_frame()
+    assert frame["share"].tolist() == [0.0, 0.25, 0.75, 1.0]
+    assert frame["wer"].tolist() == [0.4, 0.3, 0.35, 0.32]
+    assert frame["audio_context"].tolist() == ["full", "dynamic", "dynamic", "dynamic"]
     assert list(frame.columns) == ["share", "wer", "audio_context", "clips", "chosen"]
     assert frame[frame["chosen"]]["share"].tolist() == [result.best_share] == [0.25]
     assert result.saved_to is None
@@ -178,8 +179,9 @@ def test_of_a_broken_model_the_advice_is_to_keep_the_stock_one(
             tuned, stock, _tiny_en[1], loader, mixing_at(config, 0.6), output_dir=output_dir, experiment=experiment
         )
     assert result.keep_stock
-    assert (result.best_share, result.saved_to, result.clips) == (0, None, 1)
-    assert result.wers[0] < min(result.wers[1:])
+    wers = result.to_frame()["wer"].tolist()
+    assert (result.best_share, result.saved_to, result.rows[0]["clips"]) == (0, None, 1)
+    assert wers[0] < min(wers[1:])
     assert not output_dir.exists()
     assert_same_weights(tuned, expected)
     assert describe_mix(summarize_run(experiment.dir).mix) == result.describe()
@@ -192,9 +194,10 @@ def test_a_mix_that_wins_is_loaded_and_saved(
     # the true weights lie half way between two models with opposite noise
     below, above = shifted(stock, -0.5), shifted(stock, 0.5)
     result = choose_mix(above, below, _tiny_en[1], loader, mixing_at(config, 0.5), output_dir=tmp_path / "mix")
-    assert result.wers[1] < min(result.wers[0], result.wers[2])
+    stock_wer, mix_wer, tuned_wer = result.to_frame()["wer"]
+    assert mix_wer < min(stock_wer, tuned_wer)
     assert (result.best_share, result.keep_stock, result.saved_to) == (0.5, False, tmp_path / "mix")
     assert_same_weights(above, stock.state_dict(), rtol=0.0, atol=1e-5)
     reloaded = DynamicWhisper.from_pretrained(tmp_path / "mix")
     assert_same_weights(reloaded, above.state_dict())
-    assert read_provenance(tmp_path / "mix") == {"mix": result.rows()}
+    assert read_provenance(tmp_path / "mix") == {"mix": list(result.rows)}
