@@ -10,7 +10,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -305,16 +305,13 @@ def _make_accelerator(model: DynamicWhisper, config: Config) -> Accelerator:
     )
 
 
-def with_waits(items: Iterable[T], clock: Callable[[], float] = time.perf_counter) -> Iterator[tuple[T, float]]:
-    """Yield each item with the seconds until it came.
-
-    Long waits mean that more loader processes, or decoded audio on the disk, would make training faster.
-    """
+def with_waits(items: Iterable[T]) -> Iterator[tuple[T, float]]:
+    """Yield each item with the seconds until it came: long waits call for more loader processes."""
     iterator = iter(items)
     while True:
-        asked_sec = clock()
+        asked_sec = time.perf_counter()
         try:
             item = next(iterator)
         except StopIteration:
             return
-        yield item, clock() - asked_sec
+        yield item, time.perf_counter() - asked_sec

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +15,13 @@ import pytest
 from src.data.loader import create_loader
 from src.data.preparation import check_utterance
 from src.data.utterance import Utterance
+from src.evaluation.evaluator import ModelEvaluator
 from src.models.export import huggingface
 from src.training.trainer import WhisperTrainer
 from src.utils.config import Config, load_config
 from src.utils.tracking import ExperimentLogger
 
+Configure = Callable[..., Config]
 TrainerFactory = Callable[..., WhisperTrainer]
 
 
@@ -29,7 +34,7 @@ def clips(sample: list[Utterance]) -> list[Utterance]:
 
 
 @pytest.fixture
-def configure(tmp_path: Path) -> Callable[..., Config]:
+def configure(tmp_path: Path) -> Configure:
     """Make a configuration for tests: small batches, no augmentation, checkpoints at the end of epochs alone."""
 
     def make(**overrides: Any) -> Config:
@@ -39,7 +44,6 @@ def configure(tmp_path: Path) -> Callable[..., Config]:
             "paths.checkpoints_dir": str(tmp_path / "checkpoints"),
             "augmentation.enabled": False,
             "training.batch_size": 2,
-            "training.full_context_prob": 0.0,
             "training.epochs": 2,
             "checkpoints.save_minutes": None,
             "evaluation.bootstrap_samples": 100,
@@ -59,16 +63,15 @@ def quick_exports(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make_trainer(
-    _small: tuple[Any, Any], clips: list[Utterance], configure: Callable[..., Config], request: pytest.FixtureRequest
+    _small: tuple[Any, Any], clips: list[Utterance], configure: Configure, request: pytest.FixtureRequest
 ) -> TrainerFactory:
     """Make a trainer in a run of its own, of a fresh small model unless one is given, which is exported in full."""
-    count = iter(range(1_000_000))
+    count = itertools.count()
 
     def make(
         *,
         model: tuple[Any, Any] | None = None,
         train: Sequence[Utterance] = clips[:6],
-        validation: Sequence[Utterance] = clips[:1],
         run_id: str | None = None,
         **overrides: Any,
     ) -> WhisperTrainer:
@@ -80,9 +83,63 @@ def make_trainer(
             network,
             processor,
             create_loader(train, processor, config, shuffle=True),
-            create_loader(validation, processor, config),
+            create_loader(clips[:1], processor, config),
             config,
             experiment=ExperimentLogger(config, run_id=run_id or f"run-{next(count):03d}"),
         )
 
     return make
+
+
+@pytest.fixture
+def with_rates(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let validations give these rates, one after another, then the last one; the loss falls all the time."""
+
+    def use(*wers: float) -> None:
+        rates, losses = itertools.chain(wers, itertools.repeat(wers[-1])), itertools.count(9.0, -0.1)
+        monkeypatch.setattr(
+            ModelEvaluator,
+            "evaluate_dataset",
+            lambda *args, **options: SimpleNamespace(loss=next(losses), wer=next(rates), cer=0.1),
+        )
+
+    return use
+
+
+def interrupt(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+    """Let one call of a function end as Ctrl-C ends it."""
+    original, calls = getattr(owner, name), itertools.count()
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    patch.setattr(owner, name, interrupted)
+
+
+def train_until(trainer: WhisperTrainer, step: int) -> None:
+    """Train, and stop as Ctrl-C does before the update after this one."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, trainer._updater, "update", step - trainer._progress.step)
+        trainer.train()
+
+
+def run_folder(trainer: WhisperTrainer) -> Path:
+    """Where its checkpoints are."""
+    assert trainer.experiment is not None
+    return trainer.config.paths.checkpoints_dir / trainer.experiment.run_id
+
+
+def rows_of(trainer: WhisperTrainer, event: str) -> list[dict[str, Any]]:
+    """What it logged."""
+    assert trainer.experiment is not None
+    rows = [json.loads(line) for line in trainer.experiment.read_rows().splitlines()]
+    return [row for row in rows if row["event"] == event]
+
+
+def damage(file: Path) -> None:
+    """Flip one bit."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from src.data.utterance import Utterance
-from src.evaluation.evaluator import ModelEvaluator
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export.huggingface import read_provenance
 from src.training import saver as saving
@@ -23,48 +21,15 @@ from src.training.checkpoint import TrainingState, list_checkpoints, verify_chec
 from src.training.trainer import WhisperTrainer
 from src.training.updates import UpdateReport
 from src.utils.errors import CheckpointError
+from tests.training.conftest import TrainerFactory, damage, run_folder, train_until
 
 pytestmark = pytest.mark.slow
-TrainerFactory = Callable[..., WhisperTrainer]
+Rates = Callable[..., None]
 OFTEN = {"checkpoints__save_minutes": 0, "checkpoints__save_total_limit": 99}
-
-
-def run_folder(trainer: WhisperTrainer) -> Path:
-    assert trainer.experiment is not None
-    return trainer.config.paths.checkpoints_dir / trainer.experiment.run_id
 
 
 def steps(trainer: WhisperTrainer) -> list[int]:
     return [int(path.name[-8:]) for path in list_checkpoints(run_folder(trainer))]
-
-
-def with_rates(monkeypatch: pytest.MonkeyPatch, *wers: float) -> None:
-    """Let validations give these rates, one after another, and then the last one."""
-    rates = itertools.chain(wers, itertools.repeat(wers[-1]))
-    monkeypatch.setattr(
-        ModelEvaluator, "evaluate_dataset", lambda *a, **o: SimpleNamespace(loss=1.0, wer=next(rates), cer=0.1)
-    )
-
-
-def train_until(trainer: WhisperTrainer, step: int) -> None:
-    """Train, and stop as Ctrl-C does before the update after this one."""
-    update = trainer._updater.update
-
-    def interrupted(*args: Any) -> Any:
-        if trainer._progress.step == step:
-            raise KeyboardInterrupt
-        return update(*args)
-
-    trainer._updater.update = interrupted  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    trainer._updater.update = update  # type: ignore[method-assign]
-
-
-def damage(checkpoint: Path, file: str = "model.safetensors") -> None:
-    content = bytearray((checkpoint / file).read_bytes())
-    content[-1] ^= 1
-    (checkpoint / file).write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -77,9 +42,10 @@ def test_checkpoints_come_by_the_clock_and_at_the_end_of_epochs(
     minutes: float | None,
     limit: int,
     expected: list[int],
+    with_rates: Rates,
 ) -> None:
     trainer = make_trainer(checkpoints__save_minutes=minutes, checkpoints__save_total_limit=limit)
-    with_rates(monkeypatch, 0.5)
+    with_rates(0.5)
     now = [0.0]
     monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: now[0]))
 
@@ -96,10 +62,10 @@ def test_checkpoints_come_by_the_clock_and_at_the_end_of_epochs(
 
 
 def test_a_full_disk_costs_checkpoints_and_not_the_training(
-    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, with_rates: Rates
 ) -> None:
     trainer = make_trainer(**OFTEN)
-    with_rates(monkeypatch, 0.5)
+    with_rates(0.5)
     usage = shutil.disk_usage(trainer.config.paths.runs_dir)
     calls = iter(range(99))
 
@@ -115,10 +81,10 @@ def test_a_full_disk_costs_checkpoints_and_not_the_training(
 
 
 def test_a_disk_that_fills_up_while_the_best_is_written_leaves_the_older_best_and_the_last_checkpoint(
-    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, with_rates: Rates
 ) -> None:
     trainer = make_trainer()
-    with_rates(monkeypatch, 0.5, 0.4)
+    with_rates(0.5, 0.4)
     export = saving.export_huggingface
     calls = iter(range(9))
 
@@ -159,9 +125,9 @@ def test_of_adapters_the_merged_model_is_saved_with_the_adapters_and_its_origin(
 
 
 def test_a_best_model_that_another_training_has_replaced_is_not_taken_for_ones_own(
-    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, with_rates: Rates
 ) -> None:
-    with_rates(monkeypatch, 0.5, 0.6, 0.7)
+    with_rates(0.5, 0.6, 0.7)
     mine, other = make_trainer(), make_trainer()
     train_until(mine, 3)
     monkeypatch.setattr(mine._saver, "finish_export", lambda progress: None)  # as in the middle of the second epoch
@@ -239,9 +205,9 @@ def test_a_resumed_run_ends_bit_for_bit_as_a_straight_one_that_is_saved_more_oft
 
 
 def test_auto_continues_the_newest_and_a_finished_training_is_only_looked_up(
-    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch
+    make_trainer: TrainerFactory, with_rates: Rates
 ) -> None:
-    with_rates(monkeypatch, 0.5)
+    with_rates(0.5)
     first = make_trainer()
     assert first.resume("auto").checkpoint is None  # the training starts from the beginning
     train_until(first, 3)
@@ -285,9 +251,9 @@ def test_a_named_checkpoint_that_does_not_fit_is_an_error_and_changes_nothing(
     ):
         refuse(make_trainer(**other), trained, reason)
     refuse(make_trainer(), trained.parent, "manifest")
-    damage(trained, "optimizer.safetensors")
+    damage(trained / "optimizer.safetensors")
     refuse(make_trainer(), trained, r"optimizer\.safetensors")
-    damage(trained, "optimizer.safetensors")  # back again
+    damage(trained / "optimizer.safetensors")  # back again
     caplog.clear()
     make_trainer(training__weight_decay=0.5).resume(trained)  # by name another setting is allowed, and told
     assert any("training.weight_decay: 0.01 then, 0.5 now" in message for message in caplog.messages)
@@ -297,9 +263,9 @@ def test_a_named_checkpoint_that_does_not_fit_is_an_error_and_changes_nothing(
 
 
 def test_everything_is_in_the_mirror_when_the_disk_is_gone(
-    make_trainer: TrainerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_trainer: TrainerFactory, tmp_path: Path, with_rates: Rates
 ) -> None:
-    with_rates(monkeypatch, 0.5)
+    with_rates(0.5)
     drive = tmp_path / "drive"
     mirror = {"checkpoints__mirror_dir": str(drive), "checkpoints__mirror_mb_per_sec": 500.0}
     first = make_trainer(run_id="first", **mirror, checkpoints__save_total_limit=1)
@@ -321,9 +287,9 @@ def test_everything_is_in_the_mirror_when_the_disk_is_gone(
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_run_killed_before_the_best_was_exported_exports_it_when_resumed(
-    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, method: str
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, method: str, with_rates: Rates
 ) -> None:
-    with_rates(monkeypatch, 0.5)
+    with_rates(0.5)
     first = make_trainer(training__method=method)
     with monkeypatch.context() as patch:
         patch.setattr(saving, "export_huggingface", Mock(side_effect=SystemExit))
@@ -339,9 +305,9 @@ def test_a_run_killed_before_the_best_was_exported_exports_it_when_resumed(
 
 
 def test_a_best_model_that_is_nowhere_is_told_and_the_next_best_is_kept(
-    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_trainer: TrainerFactory, with_rates: Rates, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with_rates(monkeypatch, 0.5)
+    with_rates(0.5)
     first = make_trainer(**OFTEN)
     first.train()
     in_epoch_2 = list_checkpoints(run_folder(first))[3]
