@@ -5,7 +5,6 @@ import itertools
 import json
 import pickle
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,14 +22,12 @@ from src.training.checkpoint import (
     clean_up,
     config_differences,
     find_checkpoint,
-    list_checkpoints,
     read_values,
     verify_checkpoint,
 )
 from src.utils.config import Config
 from src.utils.errors import CheckpointError
-
-Configure = Callable[..., Config]
+from tests.training.conftest import Configure, damage
 
 
 def make_state(value: float = 1.0) -> TrainingState:
@@ -80,26 +77,12 @@ def test_what_is_saved_is_verified_and_loaded_bit_for_bit(tmp_path: Path) -> Non
     assert path == tmp_path / "run" / "checkpoint-00000123"
     assert_same(load_checkpoint(path), state)
     assert verify_checkpoint(path).values == read_values(path) == {"format": 1, "best": 1.0}
+    whole = verify_checkpoint(path)
+    (path / "rng.safetensors").unlink()  # since then
+    with pytest.raises(CheckpointError, match="rng"):
+        whole.load()
     empty = TrainingState({"model": {}, "optimizer": {}, "rng": {}}, {"best": float("inf")})  # before the first step
     assert_same(load_checkpoint(store(tmp_path).save(empty, 0)), empty)
-
-
-def test_each_file_is_hashed_once_from_the_search_to_the_loaded_state(
-    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = configure()
-    _, newest = (put(tmp_path, "a", step, config, saved_at=float(step)) for step in (1, 2))
-    hashed: Counter[Path] = Counter()
-    sha256_of = module.sha256_of
-    monkeypatch.setattr(module, "sha256_of", lambda path: hashed.update([path]) or sha256_of(path))
-    report = find_checkpoint([tmp_path], config)
-    assert report.whole is not None
-    report.whole.load()
-    files = {path.name for path in newest.iterdir()} - {"manifest.json"}
-    assert hashed == Counter(newest / name for name in files)  # and none of the older one
-    (newest / "rng.safetensors").unlink()  # since then
-    with pytest.raises(CheckpointError, match="rng"):
-        report.whole.load()
 
 
 def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,12 +95,6 @@ def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert names(path) == [
         "manifest.json", "metrics.jsonl", "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json",
     ]  # fmt: skip
-
-
-def damage(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
 
 
 def cut(path: Path) -> None:
@@ -134,24 +111,25 @@ def test_damage_is_found_and_named(tmp_path: Path, file: str, harm: Callable[[Pa
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"files": {}}', b'{"files": {"state.json": {"size": 1}}}'])
-def test_a_folder_without_a_whole_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
-    manifest = store(tmp_path).save(make_state(), 1) / "manifest.json"
-    manifest.write_bytes(content) if content else manifest.unlink()
-    with pytest.raises(CheckpointError, match=r"manifest\.json"):
-        load_checkpoint(manifest.parent)
-
-
-def test_a_foreign_format_and_a_folder_that_is_none_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("manifest.json", text)
+        for text in (b"", b"{", b"[]", b'{"files": {}}', b'{"files": {"state.json": {"size": 1}}}')
+    ]
+    + [("state.json", text) for text in (b'{"format": 2}', b"[]", b"\xff\xfe")],
+)
+def test_a_folder_without_a_whole_manifest_or_of_another_format_is_refused(
+    tmp_path: Path, file: str, content: bytes
+) -> None:
     path = store(tmp_path).save(make_state(), 1)
-    for content in (b'{"format": 2}', b"[]", b"\xff\xfe"):
-        (path / "state.json").write_bytes(content)
-        with pytest.raises(CheckpointError, match=str(path)):
-            read_values(path)
+    (path / file).write_bytes(content) if content else (path / file).unlink()
+    read = load_checkpoint if file == "manifest.json" else read_values
+    with pytest.raises(CheckpointError, match=rf"{path}.*{'manifest' if file == 'manifest.json' else ''}"):
+        read(path)
     for absent in (tmp_path, tmp_path / "absent"):
-        for read in (load_checkpoint, read_values):
-            with pytest.raises(CheckpointError, match=str(absent)):
-                read(absent)
+        with pytest.raises(CheckpointError, match=str(absent)):
+            read(absent)
 
 
 def test_the_oldest_over_the_limit_go_whatever_their_steps(tmp_path: Path) -> None:
@@ -165,29 +143,16 @@ def test_the_oldest_over_the_limit_go_whatever_their_steps(tmp_path: Path) -> No
     assert names(tmp_path / "run") == ["checkpoint-00000001", "checkpoint-00000002"]
 
 
-class Mirror:
-    def __init__(self) -> None:
-        self.busy: set[str] = set()
-        self.submitted: list[tuple[str, dict[str, Any]]] = []
-
-    def submit(self, source: Path, **options: Any) -> None:
-        self.submitted.append((source.name, options))
-
-    def is_busy(self, source: Path) -> bool:
-        return source.name in self.busy
-
-
 def test_the_mirror_gets_each_and_what_it_copies_stays_until_it_is_done(tmp_path: Path) -> None:
-    mirror = Mirror()
-    checkpoints = CheckpointStore(tmp_path / "run", save_total_limit=1, mirror=mirror)  # type: ignore[arg-type]
-    mirror.busy = {"checkpoint-00000001"}
+    mirror = Mock()
+    mirror.is_busy = lambda path: path.name == busy
+    checkpoints = CheckpointStore(tmp_path / "run", save_total_limit=1, mirror=mirror)
+    busy = "checkpoint-00000001"
     for step in (1, 2):
-        checkpoints.save(make_state(), step)
-    assert mirror.submitted[1] == (
-        "checkpoint-00000002", {"name": "run/checkpoint-00000002", "group": "run", "keep": 1}
-    )  # fmt: skip
-    assert len(list_checkpoints(tmp_path / "run")) == 2
-    mirror.busy = set()
+        path = checkpoints.save(make_state(), step)
+    mirror.submit.assert_called_with(path, name=f"run/{path.name}", group="run", keep=1)
+    assert names(tmp_path / "run") == [busy, path.name]
+    busy = ""
     checkpoints.save(make_state(), 3)
     assert names(tmp_path / "run") == ["checkpoint-00000003"]
 
@@ -197,18 +162,23 @@ NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
 @pytest.mark.parametrize("step", [1, 2])  # in place of the older one, or next to it
 @pytest.mark.parametrize(
-    ("name", "fault"),
+    ("name", "fault", "message"),
     [
-        ("save_file", NO_SPACE),
-        ("sha256_of", NO_SPACE),
-        ("save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
-        ("_compare", KeyboardInterrupt()),
-        ("safe_open", None),  # reads other bytes
-        ("_write", None),  # is not called: there is no space
+        ("save_file", NO_SPACE, "No space"),
+        ("sha256_of", NO_SPACE, "No space"),
+        ("save_file", SafetensorError("I/O error: No space left on device (os error 28)"), "No space"),
+        ("_compare", KeyboardInterrupt(), ""),
+        ("safe_open", None, "model.safetensors"),  # reads other bytes
+        ("_write", None, "5 MB"),  # is not called: there is no space
     ],
 )
 def test_a_save_that_fails_leaves_the_older_checkpoint_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, fault: BaseException | None, step: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    fault: BaseException | None,
+    message: str,
+    step: int,
 ) -> None:
     checkpoints = store(tmp_path)
     checkpoints.save(make_state(), 1)
@@ -223,8 +193,7 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_whole(
             patch.setattr(module, name, Mock(side_effect=fault))
         with pytest.raises((CheckpointError, KeyboardInterrupt)) as caught:
             checkpoints.save(make_state(2.0), step)
-    wanted = {"safe_open": "model.safetensors", "_write": "5 MB", "_compare": ""}.get(name, "No space left on device")
-    assert wanted in str(caught.value)
+    assert message in str(caught.value)
     assert names(tmp_path / "run") == ["checkpoint-00000001"]
     assert_same(load_checkpoint(tmp_path / "run" / "checkpoint-00000001"), make_state())
     checkpoints.save(make_state(2.0), step)  # it works again
@@ -233,19 +202,9 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_whole(
 # the search
 
 
-def test_the_newest_whole_one_is_taken_whatever_its_run_and_step(tmp_path: Path, configure: Configure) -> None:
-    config = configure()
-    put(tmp_path, "a", 900, config, saved_at=1.0)
-    newest = put(tmp_path, "b", 5, config, saved_at=3.0)
-    put(tmp_path, "c", 70, config, saved_at=2.0)
-    report = find_checkpoint([tmp_path], config)
-    assert (report.checkpoint, report.refused, report.searched) == (newest, (), (tmp_path,))
-    nothing = find_checkpoint([tmp_path / "absent"], config)
-    assert nothing.checkpoint is None
-    assert str(tmp_path / "absent") in str(nothing)
-
-
-def test_newer_ones_that_cannot_be_used_are_refused_with_reasons(tmp_path: Path, configure: Configure) -> None:
+def test_the_newest_usable_one_is_taken_and_newer_ones_are_refused_with_reasons(
+    tmp_path: Path, configure: Configure
+) -> None:
     config, number = configure(), itertools.count(1)
 
     def newer(run: str = "a", with_config: Config = config) -> Path:
@@ -253,7 +212,8 @@ def test_newer_ones_that_cannot_be_used_are_refused_with_reasons(tmp_path: Path,
         return put(tmp_path, run, step, with_config, saved_at=float(step))
 
     newer()
-    wanted = newer()
+    put(tmp_path, "a", 900, config, saved_at=1.5)  # by age, whatever the run and step
+    wanted = newer("c")
     refused = {newer("b", configure(training__learning_rate=0.5)): "training.learning_rate"}
     damaged, unfinished = newer(), newer()
     damage(damaged / "model.safetensors")
@@ -269,6 +229,9 @@ def test_newer_ones_that_cannot_be_used_are_refused_with_reasons(tmp_path: Path,
     for path, reason in report.refused:
         assert refused[path] in reason
         assert str(path) in str(report)
+    nothing = find_checkpoint([tmp_path / "absent"], config)
+    assert nothing.checkpoint is None
+    assert str(tmp_path / "absent") in str(nothing)
 
 
 def test_the_copy_stands_in_for_a_damaged_or_absent_original(tmp_path: Path, configure: Configure) -> None:
