@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable
 
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
@@ -45,7 +45,22 @@ async def stream_to_server(
     hello = protocol.Hello(sample_rate=sample_rate, format=sample_format, language=language)
     sender: asyncio.Task[None] | None = None
     source_errors: list[Exception] = []
+    source, step = iter(blocks), 0
     websocket = await _connect(url, token)
+
+    async def send() -> None:
+        """Send all blocks, in messages of `step` samples, and the end."""
+        try:
+            while (block := await asyncio.to_thread(next, source, None)) is not None:
+                for at in range(0, len(block), step):
+                    await websocket.send(protocol.write_samples(block[at : at + step], sample_format))
+            await websocket.send(protocol.End().to_text())
+        except ConnectionClosed:
+            pass  # the receiving side learns why
+        except Exception as err:  # noqa: BLE001 - nobody awaits this task; the receiving side raises it
+            source_errors.append(err)
+            await websocket.close()
+
     async with websocket:
         try:
             await websocket.send(hello.to_text())
@@ -55,8 +70,7 @@ async def stream_to_server(
                     raise StreamError(message.code, message.message, fix=message.fix, audio_sec=message.audio_sec)
                 if isinstance(message, protocol.Ready):
                     step = message.max_message_bytes // np.dtype(protocol.DTYPES[sample_format]).itemsize
-                    sending = _send_audio(websocket, iter(blocks), sample_format, step, source_errors)
-                    sender = asyncio.create_task(sending)
+                    sender = asyncio.create_task(send())
                 yield message
                 if isinstance(message, protocol.Done):
                     return
@@ -67,26 +81,6 @@ async def stream_to_server(
             if sender is not None:
                 sender.cancel()
                 await asyncio.wait([sender])
-
-
-async def _send_audio(
-    websocket: ClientConnection,
-    blocks: Iterator[Waveform],
-    sample_format: SampleFormat,
-    step: int,
-    errors: list[Exception],
-) -> None:
-    """Send all blocks, in messages of `step` samples, and the end; `errors` gets what their source raises."""
-    try:
-        while (block := await asyncio.to_thread(next, blocks, None)) is not None:
-            for at in range(0, len(block), step):
-                await websocket.send(protocol.write_samples(block[at : at + step], sample_format))
-        await websocket.send(protocol.End().to_text())
-    except ConnectionClosed:
-        pass  # the receiving side learns why
-    except Exception as err:  # noqa: BLE001 - nobody awaits this task; the receiving side raises it
-        errors.append(err)
-        await websocket.close()
 
 
 async def _connect(url: str, token: str | None) -> ClientConnection:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Literal, TypeVar
 
@@ -110,15 +112,13 @@ class LiveSession:
         self._max_waiting = max(round(limits.queue_sec * sample_rate), self._turn)
         self._left = round(limits.max_session_sec * sample_rate)  # samples that it may still take
         self._backlog: Waveform = np.zeros(0, np.float32)  # taken and not heard yet
+        self._now = asyncio.get_running_loop().time
+        self._ends_at, self._idle_at = self._now() + limits.max_session_sec, math.inf
         self._changed = asyncio.Event()
         self._failure: Exception | None = None
         self._flushed = False
         # why no more audio is taken; what was taken before is still heard
         self.ending: Literal["end", "shutdown"] | StreamError | None = None
-        lasts = f"a session lasts {limits.max_session_sec:g} s at most"
-        self._too_long = StreamError("session_too_long", lasts, fix="begin another one, and continue there")
-        self._deadline = asyncio.get_running_loop().call_later(limits.max_session_sec, self.end, self._too_long)
-        self._idle: asyncio.TimerHandle | None = None
 
     @property
     def waiting_sec(self) -> float:
@@ -128,14 +128,14 @@ class LiveSession:
     async def put(self, samples: Waveform) -> None:
         """Take (T,) float32, as there is room; nothing after the end."""
         for piece in self._turns_of(samples):
-            while self.ending is None and len(self._backlog) + len(piece) > self._max_waiting:
+            while not self.is_over() and len(self._backlog) + len(piece) > self._max_waiting:
                 await self._change()
             piece = piece[: self._left]
             if not len(piece):
-                self.end(self._too_long)
-            if self.ending is not None:
+                self._ends_at = self._now()
+            if self.is_over():
                 return
-            self._cancel_idle()
+            self._idle_at = math.inf
             self._left -= len(piece)
             self._backlog = np.concatenate([self._backlog, piece])
             self._changed.set()
@@ -156,8 +156,10 @@ class LiveSession:
 
         It raises a StreamError if the session failed, and what `fail` was given.
         """
-        while not len(self._backlog) and self.ending is None and self._failure is None:
-            await self._change()
+        while not self.is_over() and not len(self._backlog) and self._failure is None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(min(self._ends_at, self._idle_at)):
+                    await self._change()
         if self._failure is not None:
             raise self._failure
         if len(self._backlog):
@@ -172,6 +174,16 @@ class LiveSession:
             return None
         self._flushed = True
         return await self._host.in_worker(self.session.flush)
+
+    def is_over(self) -> bool:
+        """Return whether no more audio is taken; a session ends here that is idle or too long."""
+        limits = self._host.limits
+        if self._now() >= self._ends_at:
+            lasts = f"a session lasts {limits.max_session_sec:g} s at most"
+            self.end(StreamError("session_too_long", lasts, fix="begin another one, and continue there"))
+        elif self._now() >= self._idle_at:
+            self.end(idle_error(limits))
+        return self.ending is not None
 
     def end(self, ending: Literal["end", "shutdown"] | StreamError, *, drop: bool = False) -> None:
         """Take no more audio; `drop` discards what waits. Only the first call counts."""
@@ -189,19 +201,10 @@ class LiveSession:
         """Free the place of the session."""
         self._host.sessions.discard(self)
         self._failure = None  # its traceback holds this session, in a cycle
-        self._deadline.cancel()
-        self._cancel_idle()
 
     def wait_for_client(self) -> None:
         """End the session unless audio comes in time."""
-        self._cancel_idle()
-        if self in self._host.sessions:  # else it was closed during its turn: a timer would keep it in memory
-            limits, loop = self._host.limits, asyncio.get_running_loop()
-            self._idle = loop.call_later(limits.idle_sec, self.end, idle_error(limits))
-
-    def _cancel_idle(self) -> None:
-        if self._idle is not None:
-            self._idle.cancel()
+        self._idle_at = self._now() + self._host.limits.idle_sec
 
     async def _change(self) -> None:
         self._changed.clear()

@@ -238,7 +238,7 @@ class LiveTabs:
         if message.last:
             live.end("end")
         reply: dict[str, Any] = {}
-        if live.ending is not None:
+        if live.is_over():
             while (more := await live.next_events()) is not None:
                 events += more
             self.leave(message.tab)
@@ -250,7 +250,7 @@ class LiveTabs:
 
     async def _begin(self, message: LiveMessage) -> None:
         for tab, live in list(self._tabs.items()):
-            if tab == message.tab or live.ending is not None:  # its last recording, and those that fell silent
+            if tab == message.tab or live.is_over():  # its last recording, and those that fell silent
                 self.leave(tab)
         live = await self._host.open(partial(self._make_session, message.model), message.rate)
         self.leave(message.tab)  # its page may have sent two at once

@@ -71,11 +71,6 @@ def serve(page: gr.Blocks, **address: Any) -> None:
     font = gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700))  # in 6.24 its file of 600 lacks most letters
     theme = gr.themes.Base(
         primary_hue="blue", neutral_hue="zinc", radius_size="lg", font=[font, "system-ui", "sans-serif"]
-    ).set(
-        body_text_color_subdued="*neutral_500",
-        body_text_color_subdued_dark="*neutral_400",
-        button_primary_background_fill="*primary_600",
-        button_primary_background_fill_dark="*primary_600",
     )
     page.launch(
         **address,

@@ -1,4 +1,4 @@
-"""The caption server on loopback, with scripted engines for its behaviour and real weights for its text."""
+"""The caption server on loopback, with scripted engines."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import gc
 import itertools
-import logging
 import os
-import random
 import signal
 import socket
 import threading
@@ -27,7 +25,6 @@ from websockets.typing import Origin
 
 from scripts import serve, stream_client
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.vad import VoiceActivityDetector
 from src.inference.options import DecodingOptions
 from src.inference.server.client import stream_to_server
 from src.inference.server.host import ServerLimits
@@ -67,12 +64,8 @@ def hear(audio: Waveform, options: DecodingOptions | None = None) -> list[Word]:
     return words
 
 
-def new_session(decode: Hear = hear) -> StreamingASR:
-    return StreamingASR(engine=ScriptedEngine(decode), config=CONFIG, clock=lambda: 0.0)
-
-
 def expected_events(audio: Waveform) -> list[Event]:
-    session = new_session()
+    session = StreamingASR(engine=ScriptedEngine(hear), config=CONFIG, clock=lambda: 0.0)
     return session.feed(audio) + session.flush()
 
 
@@ -82,20 +75,17 @@ class Sessions:
     def __init__(self, decode: Hear = hear) -> None:
         self.decode = decode
         self.alive: weakref.WeakSet[StreamingASR] = weakref.WeakSet()
-        self.freed = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
 
     def __call__(self, language: str | None) -> StreamingASR:
         if language == "xx":
             raise ConfigError("language 'xx' is not known to this model; known: en")
-        session = new_session(self.decode)
+        session = StreamingASR(engine=ScriptedEngine(self.decode), config=CONFIG, clock=lambda: 0.0)
         self.alive.add(session)
-        weakref.finalize(session, self._tell)
         return session
 
-    def _tell(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the test is over
-            self._loop.call_soon_threadsafe(self.freed.set)
+    async def all_freed(self) -> None:
+        while self.alive:
+            await asyncio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager
@@ -115,10 +105,14 @@ async def captions(url: str, blocks: Iterable[Waveform], **options: Any) -> list
 async def exchange(url: str, *messages: str | bytes, **options: Any) -> tuple[list[Any], int | None]:
     """Send messages as they are; return all answers, and the code that the connection was closed with."""
     async with connect(url, **options) as client:
-        with contextlib.suppress(ConnectionClosed):
-            for message in messages:
-                await client.send(message)
+        await send_all(client, messages)
         return await answers(client), client.close_code
+
+
+async def send_all(client: ClientConnection, messages: Sequence[str | bytes]) -> None:
+    with contextlib.suppress(ConnectionClosed):
+        for message in messages:
+            await client.send(message)
 
 
 async def answers(client: ClientConnection) -> list[Any]:
@@ -144,6 +138,10 @@ def committed(events: Sequence[Event]) -> str:
 
 def in_blocks(audio: Waveform, block_sec: float) -> list[Waveform]:
     return np.split(audio, range(0, len(audio), round(block_sec * SAMPLE_RATE))[1:])
+
+
+def port_of(url: str) -> int:
+    return int(url.rpartition(":")[2])
 
 
 async def test_every_client_gets_the_events_of_its_own_audio_whatever_its_blocks() -> None:
@@ -188,8 +186,7 @@ async def test_a_client_with_much_to_say_does_not_keep_the_worker_from_others() 
     async with serving(slow, queue_sec=60) as (url, _):
         long = asyncio.create_task(captions(url, [speech(1, 40.0)]))
         async with connect(url) as client:
-            await client.send(speech(2, 4.0).tobytes())
-            await client.send(END)
+            await send_all(client, [speech(2, 4.0).tobytes(), END])
             arrived.set()
             await answers(client)
         await long
@@ -233,6 +230,15 @@ async def test_a_server_that_is_behind_stops_reading_and_says_its_lag(accepted: 
     assert lags[-1] == 0.0
 
 
+@pytest.fixture
+def no_garbage_collection() -> Iterator[None]:
+    """What is freed is freed at once, not whenever a cycle is found."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_garbage_collection")
 @pytest.mark.parametrize(
     ("given", "code"),
     [
@@ -246,13 +252,17 @@ async def test_a_server_that_is_behind_stops_reading_and_says_its_lag(accepted: 
         ([HELLO, b"\xff" * 40_000], "bad_audio"),
     ],
 )
-async def test_garbage_is_answered_with_its_error_and_the_server_goes_on(given: list[str | bytes], code: str) -> None:
-    async with serving() as (url, _):
+async def test_garbage_is_answered_with_its_error_and_leaves_nothing_behind(
+    given: list[str | bytes], code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("CRITICAL", "src.inference.server")  # pytest keeps records, and with them tracebacks
+    async with serving() as (url, sessions):
         received, close_code = await exchange(url, *given)
         last = received[-1]
         assert (last.kind, last.code, close_code) == ("error", code, CLOSE_CODES[code])
         assert last.message and last.fix
         await assert_serves(url)
+        await sessions.all_freed()
 
 
 async def test_an_error_reaches_a_client_that_has_much_more_to_send(accepted: list[Any]) -> None:
@@ -276,27 +286,23 @@ async def test_what_is_not_a_websocket_is_shown_out() -> None:
         await assert_serves(url)
 
 
-async def test_without_the_token_nobody_is_served() -> None:
-    async with serving(token="correct horse") as (url, _):
+async def test_without_the_token_or_from_pages_of_other_origins_nobody_is_served() -> None:
+    async with serving(token="correct horse", origins=["https://captions.example"]) as (url, _):
         await assert_serves(url, token="correct horse")
-        received, _ = await exchange(url, Hello(token="correct horse").to_text(), END)
-        assert received[-1].kind == "done"
         with pytest.raises(StreamError, match="HTTP 401"):
             await captions(url, [speech(1, 1.0)], token="wrong horse")
         for first in (HELLO, Hello(token="None").to_text(), Hello(token="").to_text(), bytes(4_000)):
             received, close_code = await exchange(url, first)
             assert ([each.code for each in received], close_code) == (["unauthorized"], 1008)
-
-
-async def test_pages_of_other_origins_are_not_served() -> None:
-    async with serving(origins=["https://captions.example"]) as (url, _):
         for origin in ("https://evil.example", "null", "http://captions.example", url):
             with pytest.raises(InvalidStatus, match="403"):
                 await connect(url, origin=Origin(origin))
-        received, _ = await exchange(url, HELLO, END, origin=Origin("https://captions.example"))
+        hello = Hello(token="correct horse").to_text()  # of a browser
+        received, _ = await exchange(url, hello, END, origin=Origin("https://captions.example"))
         assert received[-1].kind == "done"
 
 
+@pytest.mark.usefixtures("no_garbage_collection")
 async def test_one_session_or_connection_too_many_is_told_so_and_a_place_becomes_free() -> None:
     async with serving(max_sessions=1) as (url, sessions):
         async with connect(url) as first:
@@ -305,7 +311,9 @@ async def test_one_session_or_connection_too_many_is_told_so_and_a_place_becomes
             with pytest.raises(StreamError) as caught:
                 await captions(url, [speech(2, 1.0)])
             assert caught.value.code == "too_many_sessions"
-        await sessions.freed.wait()
+            await first.send(speech(2, 1.0).tobytes())
+            first.transport.abort()
+        await sessions.all_freed()
         await assert_serves(url)
         waiting = [await connect(url) for _ in range(MAX_WAITING)]  # they say nothing
         with pytest.raises(StreamError, match="503"):
@@ -322,23 +330,18 @@ async def test_a_silent_connection_and_one_with_too_large_a_message_are_closed()
         await assert_serves(url)  # 128,000 bytes: the client cuts them to what fits
 
 
-@pytest.mark.parametrize("limits", [{"max_session_sec": 3.0}, {"idle_sec": 0.5}])
-async def test_a_session_that_is_too_long_or_idle_is_decoded_to_its_end(limits: dict[str, float]) -> None:
-    blocks = [block.tobytes() for block in in_blocks(speech(1, 3.0 if "idle_sec" in limits else 4.0), 1.0)]
+@pytest.mark.parametrize(
+    ("limits", "sent_sec", "code"),
+    [({"max_session_sec": 3.0}, 4.0, "session_too_long"), ({"idle_sec": 0.5}, 3.0, "idle")],
+)
+async def test_a_session_that_is_too_long_or_idle_is_decoded_to_its_end(
+    limits: dict[str, float], sent_sec: float, code: str
+) -> None:
     async with serving(**limits) as (url, _):
-        received, close_code = await exchange(url, HELLO, *blocks)
+        received, close_code = await exchange(url, *(block.tobytes() for block in in_blocks(speech(1, sent_sec), 1.0)))
     *before, last = received
     assert events_of(before) == expected_events(speech(1, 3.0))
-    assert last.code == ("idle" if "idle_sec" in limits else "session_too_long")
-    assert (last.audio_sec, close_code) == (3.0, 1008)
-
-
-@pytest.fixture
-def no_garbage_collection() -> Iterator[None]:
-    """What is freed is freed at once, not whenever a cycle is found."""
-    gc.disable()
-    yield
-    gc.enable()
+    assert (last.code, last.audio_sec, close_code) == (code, 3.0, 1008)
 
 
 @pytest.mark.usefixtures("no_garbage_collection")
@@ -351,24 +354,29 @@ async def test_a_client_that_reads_nothing_is_cut_off(accepted: list[Any]) -> No
         narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         narrow.connect(("127.0.0.1", port_of(url)))
         client = await connect(url, sock=narrow, max_queue=1)
-        sending = asyncio.create_task(send_all(client, in_blocks(speech(1, 100.0), 1.0)))
-        await sessions.freed.wait()
+        blocks = [block.tobytes() for block in in_blocks(speech(1, 100.0), 1.0)]
+        sending = asyncio.create_task(send_all(client, blocks))
+        while not sessions.alive:
+            await asyncio.sleep(0.01)
+        await sessions.all_freed()
         sending.cancel()
         sessions.decode = hear
         await assert_serves(url)
         client.transport.abort()
 
 
-async def test_a_failing_engine_ends_one_session_and_says_when() -> None:
+@pytest.mark.usefixtures("no_garbage_collection")
+async def test_a_failing_engine_ends_one_session_and_says_when(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("CRITICAL", "src.inference.server")
     healthy = speech(1, 8.0)
     received = []
-    async with serving() as (url, _):
+    async with serving() as (url, sessions):
         other = asyncio.create_task(captions(url, in_blocks(healthy, 0.2)))
         with pytest.raises(StreamError) as caught:
             async for message in stream_to_server(url, in_blocks(speech(BROKEN_SPEAKER, 8.0), 0.2)):
                 received.append(message)
         assert events_of(await other) == expected_events(healthy)
-        await assert_serves(url)
+        await sessions.all_freed()
     assert caught.value.code == "engine_failed"
     assert caught.value.message.startswith("RuntimeError: CUDA error: device-side assert, while streaming 0.00 to 3.2")
     assert caught.value.audio_sec == pytest.approx(3.2, abs=0.1)
@@ -379,7 +387,8 @@ async def test_a_stopped_server_decodes_what_it_heard_and_says_done() -> None:
     received: list[Any] = []
     async with serving(queue_sec=1.0) as (url, _):
         silent, client = await connect(url), await connect(url)
-        sending = asyncio.create_task(send_all(client, in_blocks(speech(1, 100.0), 0.5)))
+        blocks = [block.tobytes() for block in in_blocks(speech(1, 100.0), 0.5)]
+        sending = asyncio.create_task(send_all(client, blocks))
         while not received or received[-1].kind != "commit":
             received.append(read_server(await client.recv(decode=True)))
         reading = asyncio.create_task(answers(client))
@@ -396,53 +405,6 @@ async def test_a_stopped_server_decodes_what_it_heard_and_says_done() -> None:
     assert caught.value.code == "unreachable"
 
 
-def port_of(url: str) -> int:
-    return int(url.rpartition(":")[2])
-
-
-async def send_all(client: ClientConnection, blocks: Sequence[Waveform]) -> None:
-    with contextlib.suppress(ConnectionClosed):
-        for block in blocks:
-            await client.send(block.tobytes())
-
-
-@pytest.mark.usefixtures("no_garbage_collection")
-async def test_clients_of_every_kind_at_once_leave_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.CRITICAL, "src.inference.server")  # pytest keeps records, and with them tracebacks
-    endings: set[str] = set()
-    rng = random.Random(0)
-    async with serving(max_sessions=12, queue_sec=1.0, idle_sec=1.0) as (url, sessions):
-        for _ in range(2):
-            endings.update(await asyncio.gather(*(any_client(url, rng) for _ in range(20))))
-            await assert_serves(url)
-        while sessions.alive:
-            await sessions.freed.wait()
-            sessions.freed.clear()
-    served = {"served", "engine_failed", "vanished", "bad_message", "bad_audio", "idle"}
-    assert endings <= served | {"refused", "too_many_sessions"}
-
-
-async def any_client(url: str, rng: random.Random) -> str:
-    """Be a client of a random kind; return how it ended."""
-    kind = rng.choice(["served", "failed", "vanished", "garbage", "silent"])
-    audio = speech(BROKEN_SPEAKER if kind == "failed" else rng.randrange(1, 80), rng.uniform(0.5, 5.0))
-    blocks = in_blocks(audio, rng.uniform(0.05, 2.0))
-    garbage = [rng.randbytes(rng.randrange(4_000)), "garbage", "[" * 5_000, speech(1, 1.0).tobytes(), HELLO]
-    try:
-        if kind in ("served", "failed"):
-            assert events_of(await captions(url, blocks)) == expected_events(audio)
-            return "served"
-        if kind == "vanished":
-            client = await connect(url)
-            await send_all(client, blocks)
-            client.transport.abort()
-            return kind
-        sent = rng.sample(garbage, 4) if kind == "garbage" else [speech(1, rng.uniform(0.1, 1.5)).tobytes()]
-        return str((await exchange(url, *sent))[0][-1].code)
-    except (StreamError, InvalidStatus) as err:
-        return getattr(err, "code", "refused")
-
-
 async def test_the_client_raises_what_its_source_raises_and_names_a_server_of_something_else() -> None:
     def failing() -> Iterator[Waveform]:
         yield speech(1, 1.0)
@@ -455,7 +417,6 @@ async def test_the_client_raises_what_its_source_raises_and_names_a_server_of_so
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
-        await writer.drain()
         writer.close()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as other:
@@ -500,9 +461,12 @@ def test_the_scripts_stream_a_file_until_the_server_is_told_to_stop(
         if line.startswith("listening on "):
             threading.Thread(target=talk, args=(line.removeprefix("listening on "),)).start()
 
+    def make_session(language: str | None) -> StreamingASR:
+        return StreamingASR(engine=ScriptedEngine(hear), config=CONFIG)
+
     monkeypatch.setattr(serve, "print", announce, raising=False)
     monkeypatch.setattr(serve, "setup_logging", lambda level: None)  # it would last
-    monkeypatch.setattr(serve, "make_server", lambda arguments: CaptionServer(lambda language: new_session()))
+    monkeypatch.setattr(serve, "make_server", lambda arguments: CaptionServer(make_session))
     monkeypatch.setattr("sys.argv", ["serve.py", "--model", "tiny.en", "--port", "0"])
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     assert serve.main() == 0
@@ -520,20 +484,3 @@ def test_a_terminal_shows_what_may_change_dim_and_clears_it() -> None:
     commit, partial, final = (stream_client.render(event, terminal=True) for event in events)
     assert (commit, final) == ("\x1b[Jso ", "\x1b[J\n")
     assert "\x1b[2mso\x1b[0m" in partial
-
-
-@pytest.mark.slow
-async def test_speech_over_the_wire_gives_the_events_of_a_session_here(tiny_en: Any, jfk: Waveform) -> None:
-    config = load_config(None, overrides={"device": "cpu", "streaming.min_chunk_sec": 3.0})
-    vad = VoiceActivityDetector(config.vad)
-
-    def make_session(language: str | None = None) -> StreamingASR:
-        return StreamingASR(*tiny_en, vad=vad, config=config, clock=lambda: 0.0)  # updates at the same audio, each run
-
-    audio = jfk[: 6 * SAMPLE_RATE]
-    expected = make_session().stream_audio(audio)
-    async with CaptionServer(make_session).listen(port=0) as url:
-        messages = await captions(url, in_blocks(audio, 0.3))
-    assert events_of(messages) == list(expected.events)
-    assert messages[-1] == Done(reason="end", text=expected.text, audio_sec=expected.audio_sec)
-    assert "fellow Americans" in expected.text
