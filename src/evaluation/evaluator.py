@@ -122,12 +122,9 @@ class _Decoded:
 
 
 class ModelEvaluator:
-    """Measures a model on loaders from `create_dataloaders`.
+    """Measures a model on loaders from `create_dataloaders`; a stock model is measured padded to 30 s.
 
-    Args:
-        model: in the context that its config says: a stock model is measured padded to 30 s.
-        processor: of the model.
-        config: `inference`, `evaluation`, `model.language`; defaults if None.
+    `config` gives `inference`, `evaluation` and `model.language`.
     """
 
     def __init__(self, model: Any, processor: Any, config: Config | None = None) -> None:
@@ -158,22 +155,15 @@ class ModelEvaluator:
             )
         if not rows:
             raise DataError("the loader has no clip: there is nothing to measure")
+        durations_sec = [row.duration_sec for row in rows]
         rates = self._calculator.compute(
-            [row.reference for row in rows],
-            [row.hypothesis for row in rows],
-            [row.speaker for row in rows],
-            durations_sec=[row.duration_sec for row in rows],
-            num_tokens=[row.num_tokens for row in rows],
-        )
+            [row.reference for row in rows], [row.hypothesis for row in rows], [row.speaker for row in rows],
+            durations_sec=durations_sec, num_tokens=[row.num_tokens for row in rows],
+        )  # fmt: skip
         return EvaluationResult(
-            **vars(rates),
-            name=name,
-            loss=decoded.loss_sum / decoded.tokens,
-            audio_sec=sum(row.duration_sec for row in rows),
-            compute_sec=decoded.compute_sec,
-            audio_context=get_audio_context(self._model.config),
-            rows=tuple(rows),
-        )
+            **vars(rates), name=name, loss=decoded.loss_sum / decoded.tokens, audio_sec=sum(durations_sec),
+            compute_sec=decoded.compute_sec, audio_context=get_audio_context(self._model.config), rows=tuple(rows),
+        )  # fmt: skip
 
     def evaluate_with_samples(self, loader: Any, num_samples: int = 5) -> pd.DataFrame:
         """Decode some clips, at a stride over the whole loader (all, if it has fewer), and return them worst first.
@@ -237,21 +227,15 @@ class ModelEvaluator:
 
         loss_sum = sum_loss(self._model, encoded, batch["decoder_input_ids"], batch["labels"])
         counts = word_counts(batch["texts"], [result.text for result in decoded], self._calculator.normalizer)
+        columns = [batch[key] for key in ("ids", "speakers", "durations", "texts", "meta")]
         rows = [
             Prediction(
-                **vars(count),
-                id=batch["ids"][i],
-                speaker=batch["speakers"][i],
-                duration_sec=batch["durations"][i],
-                reference=batch["texts"][i],
-                hypothesis=result.text,
-                avg_logprob=result.avg_logprob,
-                latency_sec=compute_sec / len(audios),
-                num_tokens=len(result.tokens),
-                meta=batch["meta"][i],
+                **vars(count), id=clip, speaker=speaker, duration_sec=duration_sec, reference=text,
+                hypothesis=result.text, avg_logprob=result.avg_logprob, latency_sec=compute_sec / len(audios),
+                num_tokens=len(result.tokens), meta=meta,
             )
-            for i, (result, count) in enumerate(zip(decoded, counts, strict=True))
-        ]
+            for result, count, clip, speaker, duration_sec, text, meta in zip(decoded, counts, *columns, strict=True)
+        ]  # fmt: skip
         return _Decoded(rows, loss_sum, int((batch["labels"] != IGNORE_INDEX).sum()), compute_sec)
 
 

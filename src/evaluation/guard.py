@@ -56,7 +56,6 @@ def prepare_guard_set(config: Config, *, exclude: Sequence[Utterance] = ()) -> G
 
     Raises:
         SourceUnavailableError: the chosen source is unavailable; "auto" takes the bundled clip instead.
-        DataError: nothing usable, several languages, or nothing that is not in the training data too.
     """
     guard, data = config.guard, config.data
     if guard.source == "none":

@@ -123,14 +123,9 @@ def readable_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 class LatencyBenchmark:
-    """Measures a model with the decoder that files, evaluation and streaming use.
+    """Measures a `DynamicWhisper` with the decoder that files, evaluation and streaming use.
 
-    Args:
-        model: a `DynamicWhisper`, in the context that its config says: a stock model is measured padded to 30 s.
-        processor: of the model.
-        config: `inference` and `model.language`; defaults if None.
-        name: of the model, in tables and files.
-        experiment: the run that records the results.
+    A stock model is measured padded to 30 s. `config` says how to decode; `experiment` records results under `name`.
     """
 
     def __init__(
@@ -243,20 +238,13 @@ def measure_engine(
         }
         audio_sec, compute_sec = passes * sum(map(len, clips)) / SAMPLE_RATE, sum(latencies)
         return replace(
-            blank,
-            calls=len(latencies),
-            audio_sec=audio_sec,
-            compute_sec=compute_sec,
-            rtf=compute_sec / audio_sec,
-            rtfx=audio_sec / compute_sec,
-            clips_per_sec=passes * len(clips) / compute_sec,
-            mean_sec=float(np.mean(latencies)),
-            std_sec=float(np.std(latencies, ddof=1)) if len(latencies) > 1 else None,
-            **percentiles,
-            first_token_sec=first_token_sec,
-            peak_memory_mb=max(readings_mb),
+            blank, calls=len(latencies), audio_sec=audio_sec, compute_sec=compute_sec,
+            rtf=compute_sec / audio_sec, rtfx=audio_sec / compute_sec,
+            clips_per_sec=passes * len(clips) / compute_sec, mean_sec=float(np.mean(latencies)),
+            std_sec=float(np.std(latencies, ddof=1)) if len(latencies) > 1 else None, **percentiles,
+            first_token_sec=first_token_sec, peak_memory_mb=max(readings_mb),
             texts=tuple(texts[i] for i in range(len(clips))),
-        )
+        )  # fmt: skip
 
     try:
         return in_memory(measure)

@@ -98,7 +98,8 @@ def estimate_wer(
     """Return `error_rate` with its interval; `groups` has the speaker of each row, or None."""
     block_ids, blocks = _find_blocks(groups, len(counts))
     wer = text.error_rate(counts)  # first: without words there is no interval either
-    low, high = bootstrap.interval(_errors(counts), _words(counts), block_ids)
+    errors, words = _columns(counts)
+    low, high = bootstrap.interval(errors, words, block_ids)
     return WerEstimate(wer, low, high, blocks, int(block_ids.max()) + 1)
 
 
@@ -125,7 +126,8 @@ def compare_counts(
         raise DataError("the two systems have other references; compare them on the same rows, in the same order")
     difference = text.error_rate(second) - text.error_rate(first)
     block_ids, blocks = _find_blocks(groups, len(first))
-    low, high = (bootstrap or Bootstrap()).interval(_errors(second) - _errors(first), _words(first), block_ids)
+    (errors, words), (second_errors, _) = _columns(first), _columns(second)
+    low, high = (bootstrap or Bootstrap()).interval(second_errors - errors, words, block_ids)
     verdict: Verdict = "better" if high < 0 else "worse" if low > 0 else "no difference shown"  # nan: neither
     return PairedComparison(difference, low, high, verdict, blocks, int(block_ids.max()) + 1)
 
@@ -140,12 +142,8 @@ def _find_blocks(groups: Sequence[str | None] | None, n: int) -> tuple[NDArray[n
     return np.unique(names, return_inverse=True)[1].astype(np.int64), "speaker"
 
 
-def _errors(counts: Sequence[EditCounts]) -> FloatArray:
-    return np.array([c.errors for c in counts], dtype=float)  # (n,)
-
-
-def _words(counts: Sequence[EditCounts]) -> FloatArray:
-    return np.array([c.reference_words for c in counts], dtype=float)  # (n,)
+def _columns(counts: Sequence[EditCounts]) -> FloatArray:
+    return np.array([(c.errors, c.reference_words) for c in counts], dtype=float).T  # (2, n)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,12 +175,7 @@ class ErrorRates(EditCounts):
 
 
 class MetricsCalculator:
-    """Rates with intervals.
-
-    Args:
-        language: chooses Whisper's normaliser; None means English, for models that know no other language.
-        bootstrap: how intervals are drawn.
-    """
+    """Rates with intervals; `language` chooses Whisper's normaliser, and None means English."""
 
     def __init__(self, language: str | None = "en", *, bootstrap: Bootstrap | None = None) -> None:
         self.normalizer = text.whisper_normalizer_for(language)
@@ -200,10 +193,7 @@ class MetricsCalculator:
         """Compute rates over rows of raw texts, which are normalised here.
 
         `groups` has the speaker of each row; rows without one are blocks of their own. With durations and numbers of
-        tokens, `loop_rate` counts impossible rates of tokens too.
-
-        Raises:
-            DataError: no rows, different lengths, or no word in any reference.
+        tokens, `loop_rate` counts impossible rates of tokens too. Without any word in the references there is no rate.
         """
         words = word_counts(references, hypotheses, self.normalizer)
         wer = estimate_wer(words, groups, self.bootstrap)
@@ -215,16 +205,10 @@ class MetricsCalculator:
         rows = zip(references, hypotheses, durations_sec or unknown, num_tokens or unknown, strict=True)
         loops = [is_loop(normalize(a), normalize(b), duration_sec=sec, num_tokens=tokens) for a, b, sec, tokens in rows]
         return ErrorRates(
-            **vars(total),
-            n=len(words),
-            normalizer=self.normalizer,
-            wer=wer.wer,
-            wer_low=wer.low,
-            wer_high=wer.high,
+            **vars(total), n=len(words), normalizer=self.normalizer,
+            wer=wer.wer, wer_low=wer.low, wer_high=wer.high,
             cer=text.character_error_rate(references, hypotheses, self.normalizer),
-            wer_plain=plain.wer,
-            wer_plain_low=plain.low,
-            wer_plain_high=plain.high,
+            wer_plain=plain.wer, wer_plain_low=plain.low, wer_plain_high=plain.high,
             cer_plain=text.character_error_rate(references, hypotheses, text.PLAIN),
             mer=total.errors / (total.hits + total.errors),
             wil=1 - (total.hits / total.reference_words) * (total.hits / max(1, total.hypothesis_words)),
@@ -233,12 +217,9 @@ class MetricsCalculator:
             empty_rate=sum(count.hypothesis_words == 0 for count in spoken) / len(spoken),
             empty_references=len(silent),
             hallucinated_words=sum(count.insertions for count in silent),
-            blocks=wer.blocks,
-            num_blocks=wer.num_blocks,
-            confidence=self.bootstrap.confidence,
-            bootstrap_samples=self.bootstrap.samples,
-            bootstrap_seed=self.bootstrap.seed,
-        )
+            blocks=wer.blocks, num_blocks=wer.num_blocks, confidence=self.bootstrap.confidence,
+            bootstrap_samples=self.bootstrap.samples, bootstrap_seed=self.bootstrap.seed,
+        )  # fmt: skip
 
     def compare(
         self,

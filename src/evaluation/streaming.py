@@ -108,17 +108,13 @@ class StreamingEvaluation:
 
     def summary(self) -> dict[str, float | int]:
         """Return the figures of one row of metrics.jsonl."""
+        rates, result = self.rates, self.result
         return {
-            "clips": len(self.stream.clips),
-            "audio_sec": self.stream.duration_sec,
-            "wer": self.rates.wer,
-            "offline_wer": self.offline_wer,
-            "deletions": self.rates.deletions,
-            "insertions": self.rates.insertions,
-            "rtf": self.result.rtf,
-            "longest_update_sec": self.result.longest_update_sec,
-            "updates": self.result.updates,
-        }
+            "clips": len(self.stream.clips), "audio_sec": self.stream.duration_sec,
+            "wer": rates.wer, "offline_wer": self.offline_wer,
+            "deletions": rates.deletions, "insertions": rates.insertions,
+            "rtf": result.rtf, "longest_update_sec": result.longest_update_sec, "updates": result.updates,
+        }  # fmt: skip
 
     def save(self, experiment: ExperimentLogger) -> None:
         """Append the figures and the transcript to the run's metrics.jsonl."""

@@ -126,8 +126,8 @@ def join_clips(
         clips: at least one.
         name: of the stream.
         seed: of the pauses' lengths, uniform in `PAUSE_SEC`, and of the order in which clips are repeated.
-        duration_sec: stop after the clip that reaches it; if there are too few clips, they are repeated in a new
-            shuffled order each time, which is logged and counted in `repeats`. None takes each clip once.
+        duration_sec: stop after the clip that reaches it; too few clips are repeated, shuffled each time, which is
+            logged. None takes each clip once.
     """
     if not clips:
         raise DataError(f"stream {name!r}: no clip given")
@@ -159,12 +159,7 @@ def add_noise(
 ) -> SpeechStream:
     """Mix pink noise into a stream, and insert silence and then the noise alone between two clips in its middle.
 
-    Args:
-        stream: to be changed; it stays as it is.
-        snr_db: over the whole stream, pauses included; the mixture is scaled down where its peak would exceed 1.0.
-        seed: of the noise.
-        silence_sec: length of the digital silence; 0 for none.
-        noise_sec: length of the noise after it; 0 for none.
+    `snr_db` is over the whole stream, pauses included; the mixture is scaled down where its peak would exceed 1.0.
     """
     samples, alone = len(stream.audio), _samples(noise_sec)
     generator = torch.Generator().manual_seed(seed)
@@ -197,12 +192,9 @@ def _samples(sec: float) -> int:
 
 
 class WordAligner:
-    """Finds when each word of a transcript is said.
+    """Finds when each word of a transcript is said, by the alignment heads of a stock model at 30 s.
 
-    Args:
-        model: a `DynamicWhisper` with alignment heads; the reference is the stock model at 30 s.
-        processor: its `WhisperProcessor`.
-        language: of the transcripts; multilingual models need it.
+    Multilingual models need the `language` of the transcripts.
     """
 
     def __init__(self, model: Any, processor: Any, *, language: str | None = "en") -> None:
