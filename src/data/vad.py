@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import soxr
 from numpy.typing import NDArray
 
 from src.data.audio import SAMPLE_RATE, Waveform
@@ -61,21 +60,16 @@ class VoiceActivityDetector:
         self.config = config or VADConfig()
         self._network = load_network()
 
-    def speech_segments(self, audio: Waveform, sample_rate: int = SAMPLE_RATE) -> list[SpeechSegment]:
-        """Find all speech in a recording, (T,) float32 in [-1, 1] at any rate.
+    def speech_segments(self, audio: Waveform) -> list[SpeechSegment]:
+        """Find all speech in a recording, (T,) float32 in [-1, 1], 16 kHz.
 
         Returns:
-            Segments in order, padded by `pad_sec` without overlap, in seconds; none for silence.
+            Segments in order, padded by `pad_sec` without overlap; none for silence.
 
         Raises:
-            AudioError: not one channel of finite samples, or a rate that is not positive.
+            AudioError: not one channel of finite samples.
         """
-        if sample_rate <= 0:
-            raise AudioError(f"sample rate {sample_rate} Hz; pass the rate of the recording, for example 16000")
-        check_waveform(audio)
-        duration_sec, pad_sec = len(audio) / sample_rate, self.config.pad_sec
-        if sample_rate != SAMPLE_RATE and len(audio):
-            audio = soxr.resample(audio, sample_rate, SAMPLE_RATE, quality="HQ")
+        duration_sec, pad_sec = len(audio) / SAMPLE_RATE, self.config.pad_sec
         stream = self.stream()
         events = stream.feed(audio) + stream.finish()
         starts, ends = ([event.time_sec for event in events if event.kind == kind] for kind in ("start", "end"))

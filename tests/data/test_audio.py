@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-import os
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
-import av
 import numpy as np
 import pytest
 import soundfile as sf
-from av.stream import Disposition
 
 from src.data import audio as audio_module
 from src.data.audio import SAMPLE_RATE, AudioCache, decode, load_audio, stream_audio, to_mono_16k
@@ -27,8 +25,8 @@ HALF_STEP = 0.5 / 32_768
 # What is decoded
 
 
-@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
-@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 44_100, 96_000])
+@pytest.mark.parametrize("channels", [1, 6])
 def test_any_rate_and_channel_count_keeps_pitch_and_length(rate: int, channels: int) -> None:
     native = decode(encoded(tone(rate, channels=channels), rate, "WAV"))
     assert (native.sample_rate, native.channels) == (rate, channels)
@@ -50,20 +48,12 @@ def test_lossless_files_give_the_samples_of_soundfile(kind: str, subtype: str, c
 
 
 @pytest.mark.parametrize(
-    ("kind", "subtype"),
-    [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None), ("WAV", "IMA_ADPCM"), ("WAV", "MS_ADPCM"), ("WAV", "ULAW")],
-)
-def test_lossy_files_keep_the_pitch(kind: str, subtype: str | None) -> None:
-    assert peak_hz(load_audio(encoded(tone(16_000), 16_000, kind, subtype))) == pytest.approx(440, abs=3)
-
-
-@pytest.mark.parametrize(
     ("kind", "codec", "rate"),
-    [("ipod", "aac", 44_100), ("mp4", "aac", 48_000), ("adts", "aac", 16_000), ("webm", "libopus", 48_000),
-     ("wav", "libmp3lame", 16_000)],
+    [("OGG", "VORBIS", 0), ("OGG", "OPUS", 0), ("MP3", None, 0), ("WAV", "IMA_ADPCM", 0), ("WAV", "ULAW", 0),
+     ("ipod", "aac", 44_100), ("adts", "aac", 16_000), ("webm", "libopus", 48_000), ("wav", "libmp3lame", 16_000)],
 )  # fmt: skip
-def test_containers_that_need_ffmpeg_are_decoded(kind: str, codec: str, rate: int) -> None:
-    audio = load_audio(muxed(kind, codec, rate))
+def test_lossy_files_keep_pitch_and_length(kind: str, codec: str, rate: int) -> None:
+    audio = load_audio(muxed(kind, codec, rate) if rate else encoded(tone(16_000), 16_000, kind, codec))
     assert len(audio) / SAMPLE_RATE == pytest.approx(1.0, abs=0.1)
     assert peak_hz(audio) == pytest.approx(440, abs=4)
 
@@ -83,30 +73,9 @@ def test_sound_that_begins_late_is_whole_and_after_its_picture_follows_silence(
     assert peak_hz(audio[silence_sec * SAMPLE_RATE :]) == pytest.approx(440, abs=4)
 
 
-def test_of_several_tracks_the_default_one_is_taken() -> None:
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="matroska") as container:
-        for is_default in (False, True):
-            stream = container.add_stream("flac", rate=16_000, layout="mono")
-            stream.disposition = Disposition.default if is_default else Disposition(0)
-        for stream, gain in zip(container.streams, (0.1, 1.0), strict=True):
-            samples = np.round(gain * tone(16_000).T * 32_767).astype(np.int16)
-            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
-            frame.sample_rate, frame.pts = 16_000, 0
-            container.mux([*stream.encode(frame), *stream.encode(None)])
-    assert np.abs(load_audio(buffer.getvalue())).max() == pytest.approx(0.5, abs=0.01)
-
-
-class Cell:
-    """Encoded audio that is read when asked, as a cell of a Parquet file."""
-
-    def read(self) -> bytes:
-        return SAMPLE_CLIP.read_bytes()
-
-
 def test_path_text_bytes_and_anything_that_reads_bytes_are_sources() -> None:
     expected = load_audio(SAMPLE_CLIP)
-    for source in (str(SAMPLE_CLIP), SAMPLE_CLIP.read_bytes(), Cell()):
+    for source in (str(SAMPLE_CLIP), SAMPLE_CLIP.read_bytes(), SimpleNamespace(read=SAMPLE_CLIP.read_bytes)):
         assert np.array_equal(load_audio(source), expected)
 
 
@@ -140,16 +109,11 @@ def without_info_frame(content: bytes) -> bytes:
     return content[content.index(content[:2], 4) :]
 
 
-def test_mp3_of_variable_rate_without_a_length_is_decoded_whole() -> None:
-    speech = load_audio(SAMPLE_CLIP)
-    audio = load_audio(without_info_frame(encoded(speech, SAMPLE_RATE, "MP3")))
-    assert 0 <= len(audio) - len(speech) < 0.2 * SAMPLE_RATE  # the encoder's delay and padding
-
-
 @pytest.mark.parametrize("silent_header", [False, True])
 def test_longer_than_allowed_is_refused(silent_header: bool) -> None:
     content = encoded(tone(16_000, seconds=31), 16_000, "MP3")
     assert len(load_audio(content, max_sec=31)) == 31 * SAMPLE_RATE
+    assert 0 <= len(load_audio(without_info_frame(content))) - 31 * SAMPLE_RATE < 0.2 * SAMPLE_RATE  # and its padding
     with pytest.raises(AudioError, match=r"long\.mp3: .*30 s"):
         decode(without_info_frame(content) if silent_header else content, name="long.mp3", max_sec=30)
 
@@ -292,17 +256,10 @@ def test_full_disk_names_the_folder_and_the_fix_and_leaves_no_part(
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("kind", ["a file", "no permission"])
-def test_unusable_folder_is_refused(tmp_path: Path, kind: str) -> None:
-    folder = tmp_path / "taken"
-    if kind == "a file":
-        folder.write_text("x")
-    elif hasattr(os, "geteuid") and os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
-    else:
-        folder.mkdir(mode=0o500)
+def test_unusable_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("x")
     with pytest.raises(WhisperASRError, match="taken: "):
-        AudioCache(folder).load_audio(SAMPLE_CLIP)
+        AudioCache(tmp_path / "taken").load_audio(SAMPLE_CLIP)
 
 
 def load_all(folder: Path, contents: list[bytes]) -> None:

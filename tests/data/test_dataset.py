@@ -15,10 +15,10 @@ from scipy.signal import welch
 from src.data.audio import SAMPLE_RATE, load_audio
 from src.data.dataset import DataCollator, Example, ExamplePlanner, NoSpeechAudio, WhisperDataset, make_no_speech
 from src.data.labels import IGNORE_INDEX, MAX_LABEL_TOKENS, EncodedLabel, LabelEncoder
-from src.data.loader import create_dataloaders
-from src.data.preparation import DatasetSplits, check_utterance
-from src.data.utterance import EncodedAudio, Utterance
-from src.utils.config import CompositionConfig, Config
+from src.data.loader import create_loader
+from src.data.preparation import check_utterance
+from src.data.utterance import Utterance
+from src.utils.config import CompositionConfig, Config, load_config
 from src.utils.errors import AudioError, DataError
 
 # what an example is made of
@@ -146,8 +146,8 @@ def test_joined_audio_is_its_parts_with_zeros_between(
 
 
 @pytest.mark.slow
-def test_times_stand_around_each_clip(
-    dataset: WhisperDataset, clips: list[Utterance], _tiny_en: tuple[Any, Any]
+def test_times_stand_around_each_clip_and_the_text_before_is_a_prompt(
+    dataset: WhisperDataset, clips: list[Utterance], encoder: LabelEncoder, _tiny_en: tuple[Any, Any]
 ) -> None:
     item = dataset[Example((0, 1), gaps_sec=(0.4,), timestamps=True)]
     first = len(load_audio(clips[0].audio)) / SAMPLE_RATE  # 3.735 s
@@ -158,16 +158,8 @@ def test_times_stand_around_each_clip(
         f" {clips[1].text}<|{round(whole * 50) / 50:.2f}|><|endoftext|>"
     )
     assert DataCollator(9)([dataset[0], item])["timed"].tolist() == [False, True]
-
-
-@pytest.mark.slow
-def test_the_text_before_is_a_prompt_without_loss(
-    dataset: WhisperDataset, clips: list[Utterance], encoder: LabelEncoder
-) -> None:
-    label, plain = dataset[Example((1,), previous=0)]["label"], dataset[1]["label"]
-    prompt = encoder.tokenize(clips[0].text)
-    assert label.decoder_input_ids == (50360, *prompt, *plain.decoder_input_ids)
-    assert label.labels == (IGNORE_INDEX,) * (1 + len(prompt)) + plain.labels
+    prompted, prompt = dataset[Example((1,), previous=0)]["label"], encoder.tokenize(clips[0].text)
+    assert prompted.decoder_input_ids == (50360, *prompt, *dataset[1]["label"].decoder_input_ids)
 
 
 def test_collator_pads_to_the_longest_and_masks_padding() -> None:
@@ -189,16 +181,13 @@ def test_collator_pads_to_the_longest_and_masks_padding() -> None:
 
 @pytest.mark.slow
 def test_a_transcript_over_448_tokens_is_found_before_training(
-    tiny_en: tuple[Any, Any], sample: list[Utterance], config: Config
+    _tiny_en: tuple[Any, Any], sample: list[Utterance]
 ) -> None:
-    processor = tiny_en[1]
-    good = [replace(u, duration_sec=3.0) for u in sample[:9]]
-    long = replace(good[0], id="too-long", text="word " * 500)
-    splits = DatasetSplits(train=[*good, long], validation=good, test=good, label_case="keep")
+    clips = [replace(u, duration_sec=3.0) for u in sample[:9]]
+    clips.append(replace(clips[0], id="too-long", text="word " * 500))
     with pytest.raises(DataError, match="too-long"):
-        create_dataloaders(splits, processor, config)
-    skipping = config.model_copy(update={"data": config.data.model_copy(update={"on_error": "skip"})})
-    dataset = create_dataloaders(splits, processor, skipping).train.dataset
+        create_loader(clips, _tiny_en[1], Config())
+    dataset = create_loader(clips, _tiny_en[1], load_config(None, overrides={"data.on_error": "skip"})).dataset
     assert len(dataset) == 9
     assert [row.id for row in dataset.skipped] == ["too-long"]
 
@@ -238,10 +227,8 @@ def test_kinds_levels_and_colours_are_those_promised() -> None:
 def test_seed_and_id_decide_every_sample_and_the_encoded_form_is_the_same(duration_sec: float) -> None:
     made = [NoSpeechAudio(7, f"x{i}", duration_sec) for i in range(9)]
     waves = [audio.waveform() for audio in made]
-    assert all(len(wave) == round(duration_sec * 16_000) and np.isfinite(wave).all() for wave in waves)
     assert len({wave.tobytes() for wave in waves if wave.any()}) == sum(bool(wave.any()) for wave in waves) > 3
     for audio, wave in zip(made, waves, strict=True):
-        assert isinstance(audio, EncodedAudio)
         assert np.array_equal(audio.waveform(), wave)
         if wave.max() > 0.001:
             assert np.array_equal(load_audio(audio.read()), wave)

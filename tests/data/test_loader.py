@@ -4,8 +4,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +15,10 @@ from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 
+from src.data import LengthBatchSampler, SpeechLoader, create_loader
 from src.data.dataset import DataCollator, ExamplePlanner, WhisperDataset
 from src.data.labels import LabelEncoder
-from src.data.loader import (
-    LengthBatchSampler,
-    SpeechLoader,
-    batch_generator,
-    choose_workers,
-    create_loader,
-    current_shard,
-)
+from src.data.loader import batch_generator, choose_workers, current_shard
 from src.data.preparation import check_utterance
 from src.data.utterance import Utterance
 from src.utils.config import CompositionConfig, Config, load_config
@@ -34,8 +26,7 @@ from src.utils.errors import AudioError, CheckpointError, DataError
 from src.utils.runtime import usable_cores
 from tests.data.word_tokenizer import word_processor
 
-ROOT = Path(__file__).resolve().parents[2]
-DURATIONS = st.lists(st.floats(0.1, 30), min_size=1, max_size=60)
+ANY_DURATIONS = st.lists(st.floats(0.1, 30), min_size=1, max_size=60)
 LIMITS = st.one_of(st.integers(1, 9), st.floats(5, 200))
 COMPOSED = {
     "concatenate_prob": 0.5, "timestamp_prob": 0.5, "previous_text_prob": 0.5, "no_speech_fraction": 0.2,
@@ -152,47 +143,19 @@ def test_a_state_of_other_data_settings_or_processes_is_refused(
         in_training(clips).load_state_dict({"epoch": 1})
 
 
-PROCESS = """
-import json, sys
-from src.data.preparation import check_utterance
-from src.data.loader import create_loader
-from src.data.sources.catalog import load_utterances
-from src.utils.config import load_config
-from tests.data.word_tokenizer import word_processor
-task = json.load(sys.stdin)
-config = load_config(None, overrides=task["overrides"])
-clips = [check_utterance(u, config.data) for u in load_utterances(config.data)[:14]]
-loader = create_loader(clips, word_processor(), config, shuffle=True)
-loader.load_state_dict(task["state"])
-print(json.dumps([batch["ids"] for batch in loader]))
-"""
-
-
-@pytest.mark.slow
 def test_two_processes_share_an_epoch_and_go_on_after_a_restart(
     clips: list[Utterance], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overrides = {"device": "cpu", "training.batch_size": 2, "composition": COMPOSED, "data.num_workers": 1}
-    before, restarted = [], []
+    shares = []
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        loader = in_training(clips, **overrides)
-        loader.set_epoch(1)
-        before.append([batch["ids"] for batch in itertools.islice(loader, 2)])
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROCESS], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdin is not None
-        process.stdin.write(json.dumps({"overrides": overrides, "state": loader.state_dict()}))
-        process.stdin.close()
-        restarted.append(process)
-    after = [json.loads(process.stdout.read()) for process in restarted if process.stdout is not None]
-    assert [process.wait() for process in restarted] == [0, 0]
-    shares = [[*a, *b] for a, b in zip(before, after, strict=True)]
-    assert len(before[0]) == 2
-    assert len(shares[0]) == len(shares[1])
+        stopped, resumed = in_training(clips, composition=COMPOSED), in_training(clips, composition=COMPOSED)
+        stopped.set_epoch(1)
+        before = [batch["ids"] for batch in itertools.islice(stopped, 2)]
+        resumed.load_state_dict(stopped.state_dict())
+        shares.append([*before, *ids(resumed)])
+    assert len(shares[0]) == len(shares[1]) > 2
     shared = split([*shares[0], *shares[1]])
     assert len(shared) == len(set(shared)) == 14 + 3
 
@@ -247,59 +210,52 @@ def test_workers_go_by_the_usable_cores_and_by_where_the_model_computes(monkeypa
 # which clips make a batch, in which order, in which process
 
 
-@pytest.fixture
-def durations() -> list[float]:
-    generator = torch.Generator().manual_seed(0)
-    return (1 + 14 * torch.rand(203, generator=generator)).tolist()
+DURATIONS = (1 + 14 * torch.rand(203, generator=torch.Generator().manual_seed(0))).tolist()
 
 
 def sampled(durations: list[float], limit: float, **options: Any) -> LengthBatchSampler:
     """Whole numbers limit the clips of a batch, others its seconds."""
     limits: dict[str, Any] = {"batch_size" if isinstance(limit, int) else "batch_seconds": limit}
-    return LengthBatchSampler(durations, **limits, **options)
+    return LengthBatchSampler(durations, **limits, **{"seed": 1, "rank": 0, "world_size": 1, **options})
 
 
-def alone(durations: list[float], limit: float, *, shuffle: bool = False, seed: int = 1) -> LengthBatchSampler:
-    return sampled(durations, limit, shuffle=shuffle, seed=seed, rank=0, world_size=1)
-
-
-def seconds(durations: list[float], batch: list[int]) -> float:
+def seconds(batch: list[int], durations: list[float] = DURATIONS) -> float:
     return len(batch) * max(durations[i] for i in batch)
 
 
 def keeps(durations: list[float], batch: list[int], limit: float) -> bool:
     if isinstance(limit, int):
         return 1 <= len(batch) <= limit
-    return len(batch) == 1 or seconds(durations, batch) <= limit
+    return len(batch) == 1 or seconds(batch, durations) <= limit
 
 
 @pytest.mark.parametrize("limit", [8, 120.0])
-def test_batches_of_similar_length_waste_little(durations: list[float], limit: float) -> None:
-    batches = list(alone(durations, limit, shuffle=True))
-    padded = [seconds(durations, batch) for batch in batches]
-    unsorted = sum(seconds(durations, list(range(at, min(at + 8, 203)))) for at in range(0, 203, 8))
-    assert sum(padded) < sum(durations) / 0.88 < unsorted
+def test_batches_of_similar_length_waste_little(limit: float) -> None:
+    batches = list(sampled(DURATIONS, limit, shuffle=True))
+    padded = [seconds(batch) for batch in batches]
+    unsorted = sum(seconds(list(range(at, min(at + 8, 203)))) for at in range(0, 203, 8))
+    assert sum(padded) < sum(DURATIONS) / 0.88 < unsorted
     if limit == 120.0:
         assert sum(padded) / len(padded) > 0.8 * limit
         assert len({len(batch) for batch in batches}) > 3  # many short clips or few long ones
 
 
-def test_evaluation_goes_from_long_to_short(durations: list[float]) -> None:
-    order = [i for batch in alone(durations, 8) for i in batch]
-    assert [durations[i] for i in order] == sorted(durations, reverse=True)
+def test_evaluation_goes_from_long_to_short() -> None:
+    order = [i for batch in sampled(DURATIONS, 8, shuffle=False) for i in batch]
+    assert [DURATIONS[i] for i in order] == sorted(DURATIONS, reverse=True)
 
 
 def test_the_order_is_that_of_earlier_versions() -> None:  # else a run of theirs would resume in another one
-    sampler = alone([float(1 + 7 * i % 11) for i in range(60)], 3, shuffle=True, seed=42)
+    sampler = sampled([float(1 + 7 * i % 11) for i in range(60)], 3, shuffle=True, seed=42)
     sampler.set_epoch(1)
     assert list(sampler)[:5] == [[31, 50, 39], [16, 38, 49], [5, 24, 35], [21, 54, 43], [26, 4, 15]]
 
 
 @effort(max_examples=200, deadline=None)
-@given(DURATIONS, LIMITS, st.integers(1, 7), st.integers(0, 3))
+@given(ANY_DURATIONS, LIMITS, st.integers(1, 7), st.integers(0, 3))
 def test_processes_share_out_an_epoch(durations: list[float], limit: float, world_size: int, epoch: int) -> None:
     def batches(rank: int, world_size: int) -> list[list[int]]:
-        return sampled(durations, limit, shuffle=True, seed=3, rank=rank, world_size=world_size).batches(epoch)
+        return sampled(durations, limit, shuffle=True, rank=rank, world_size=world_size).batches(epoch)
 
     whole = batches(0, 1)
     if len(durations) < -(-len(whole) // world_size) * world_size:  # too few for every step
@@ -313,20 +269,18 @@ def test_processes_share_out_an_epoch(durations: list[float], limit: float, worl
         assert all(keeps(durations, batch, limit) for batch in dealt)
 
 
-@given(DURATIONS, LIMITS, st.integers(1, 7))
+@given(ANY_DURATIONS, LIMITS, st.integers(1, 7))
 def test_evaluation_deals_out_the_batches_of_one_process(durations: list[float], limit: float, world_size: int) -> None:
-    shares = [
-        sampled(durations, limit, shuffle=False, rank=rank, world_size=world_size).batches(0)
-        for rank in range(world_size)
-    ]
+    ranks = range(world_size)
+    shares = [sampled(durations, limit, shuffle=False, rank=r, world_size=world_size).batches(0) for r in ranks]
     dealt = [shares[at % world_size][at // world_size] for at in range(sum(map(len, shares)))]
-    assert dealt == alone(durations, limit).batches(0)
+    assert dealt == sampled(durations, limit, shuffle=False).batches(0)
     assert all(keeps(durations, batch, limit) for batch in dealt)
 
 
-def test_the_batches_of_a_step_are_of_similar_length(durations: list[float]) -> None:
-    shares = [list(sampled(durations, 8, shuffle=True, seed=1, rank=rank, world_size=4)) for rank in range(4)]
-    steps = [[max(durations[i] for i in batch) for batch in step] for step in zip(*shares, strict=True)]
+def test_the_batches_of_a_step_are_of_similar_length() -> None:
+    shares = [list(sampled(DURATIONS, 8, shuffle=True, rank=rank, world_size=4)) for rank in range(4)]
+    steps = [[max(DURATIONS[i] for i in batch) for batch in step] for step in zip(*shares, strict=True)]
     assert np.mean([max(longest) / min(longest) for longest in steps]) < 1.5
     assert {longest[0] > 8 for longest in steps[:10]} == {True, False}  # short and long steps are mixed
 
@@ -334,7 +288,7 @@ def test_the_batches_of_a_step_are_of_similar_length(durations: list[float]) -> 
 @pytest.mark.parametrize("limits", [{}, {"batch_size": 2, "batch_seconds": 10.0}])
 def test_a_size_and_a_budget_contradict(limits: dict[str, Any]) -> None:
     with pytest.raises(DataError):
-        LengthBatchSampler([1.0], **limits, shuffle=True, rank=0, world_size=1)
+        LengthBatchSampler([1.0], **limits, shuffle=True)
 
 
 def test_the_place_among_processes_comes_from_torch_or_the_launcher(

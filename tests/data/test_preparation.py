@@ -14,7 +14,7 @@ from src.data.preparation import prepare_datasets
 from src.data.report.report import build_data_report
 from src.data.vad import VoiceActivityDetector
 from src.utils.config import Config, load_config
-from src.utils.errors import AudioError, DataError
+from src.utils.errors import DataError
 
 
 def write_folder(path: Path, rows: list[tuple[str, str, str]], *, header: str = "file_name,text,speaker") -> Path:
@@ -33,10 +33,6 @@ def folder_config(path: Path, **data: object) -> Config:
     return load_config(None, overrides={"data": {"source": "folder", "path": str(path), **data}})
 
 
-def ids(part: list) -> list[str]:
-    return [u.id for u in part]
-
-
 def test_given_splits_are_honoured_and_durations_measured() -> None:
     splits = prepare_datasets(load_config(None))
     assert [len(splits.train), len(splits.validation), len(splits.test)] == [360, 40, 100]
@@ -50,7 +46,7 @@ def test_caps_take_the_same_clips_each_time_and_never_the_head(caplog: pytest.Lo
     config = load_config(None, overrides={"data": {"max_train": 20, "max_validation": 5, "max_test": 10_000}})
     with caplog.at_level("INFO"):
         first, second = prepare_datasets(config), prepare_datasets(config)
-    assert ids(first.train) == ids(second.train)
+    assert first.train == second.train
     assert len(first.train) == 20
     assert len({u.speaker for u in first.train}) > 10
     assert len(first.test) == 100
@@ -66,12 +62,6 @@ def test_missing_splits_are_cut_by_speaker(tmp_path: Path) -> None:
     assert all(speakers)
     assert sum(map(len, speakers)) == 6
     assert splits.shared_speakers == ()
-
-
-def test_a_source_without_utterances_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("src.data.preparation.open_source", lambda config, source: [])
-    with pytest.raises(DataError, match="'sample'"):
-        prepare_datasets(Config())
 
 
 def test_one_speaker_cannot_be_split(tmp_path: Path) -> None:
@@ -100,29 +90,19 @@ def faulty(tmp_path: Path) -> Path:
 
 
 def test_the_first_bad_recording_stops_and_is_named_with_its_line(faulty: Path) -> None:
-    with pytest.raises(DataError, match=r"absent\.wav|silent\.wav|3b\.wav") as caught:
+    with pytest.raises(DataError, match=r"(absent|silent|3b)\.wav.*of the manifest[^\0]*data.on_error"):
         prepare_datasets(folder_config(faulty))
-    assert "of the manifest" in str(caught.value)
-    assert 'on_error to "skip"' in str(caught.value)
 
 
-def test_skip_counts_every_bad_recording_with_its_reason(faulty: Path) -> None:
+def test_skip_counts_every_bad_recording_with_its_reason_up_to_a_limit(faulty: Path) -> None:
     splits = prepare_datasets(folder_config(faulty, on_error="skip"))
     reasons = {row.id: row.reason for row in splits.skipped}
     assert set(reasons) == {"absent.wav", "silent.wav", "3b.wav"}
-    assert "no such file" in reasons["absent.wav"]
-    assert "silent" in reasons["silent.wav"]
-    assert "transcript is empty" in reasons["3b.wav"]
+    for name, reason in (("absent.wav", "no such file"), ("silent.wav", "silent"), ("3b.wav", "transcript is empty")):
+        assert reason in reasons[name]
     assert sum(map(len, (splits.train, splits.validation, splits.test))) == 30
-
-
-def test_too_many_skipped_is_an_error(faulty: Path) -> None:
     with pytest.raises(DataError, match="3 of 33"):
         prepare_datasets(folder_config(faulty, on_error="skip", max_skip_fraction=0.05))
-
-
-def test_audio_errors_are_data_errors() -> None:
-    assert issubclass(AudioError, DataError)
 
 
 def test_recasing_starts_from_the_source_and_can_be_changed() -> None:
@@ -132,14 +112,7 @@ def test_recasing_starts_from_the_source_and_can_be_changed() -> None:
     kept = splits.with_label_case("keep")
     assert kept.train[0].text == text.upper().rstrip(".")
     assert kept.with_label_case("sentence").train[0].text == text
-    assert splits.with_label_case("lower").label_case == "lower"
-
-
-def test_every_checked_clip_was_measured() -> None:
-    splits = prepare_datasets(load_config(None, overrides={"data": {"max_train": 4, "max_test": 4}}))
-    for utterance in [*splits.train, *splits.validation, *splits.test]:
-        assert splits.stats[utterance.id].duration_sec == utterance.duration_sec
-        assert splits.stats[utterance.id].sample_rate == 16_000
+    assert all(splits.stats[u.id].duration_sec == u.duration_sec for u in splits.utterances)
 
 
 def test_a_recording_longer_than_allowed_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
