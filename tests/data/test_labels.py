@@ -8,15 +8,7 @@ import pytest
 import torch
 
 from src.data.audio import load_audio
-from src.data.labels import (
-    IGNORE_INDEX,
-    MAX_LABEL_TOKENS,
-    MAX_PROMPT_TOKENS,
-    LabelEncoder,
-    TimedTokens,
-    apply_case,
-    resolve_case,
-)
+from src.data.labels import IGNORE_INDEX, MAX_LABEL_TOKENS, LabelEncoder, TimedTokens, apply_case, resolve_case
 from src.data.sources.catalog import SAMPLE_CLIP
 from src.data.utterance import Utterance
 from src.utils.errors import DataError
@@ -36,17 +28,15 @@ def fed_by_generate(model: Any, **options: Any) -> list[int]:
 
 
 @pytest.mark.slow
-def test_english_prefix_is_what_generate_feeds(tiny_en: tuple[Any, Any]) -> None:
-    model, processor = tiny_en
-    prefix = LabelEncoder(processor.tokenizer).prefix
-    assert prefix == fed_by_generate(model) == [50257, 50362]
-
-
-@pytest.mark.slow
-def test_multilingual_prefix_is_what_generate_feeds(base: tuple[Any, Any]) -> None:
-    model, processor = base
-    prefix = LabelEncoder(processor.tokenizer, language="de", task="transcribe").prefix
-    assert prefix == fed_by_generate(model, language="de", task="transcribe") == [50258, 50261, 50359, 50363]
+def test_prefixes_are_what_generate_feeds(tiny_en: tuple[Any, Any], base: tuple[Any, Any]) -> None:
+    english = LabelEncoder(tiny_en[1].tokenizer)
+    assert english.prefix == fed_by_generate(tiny_en[0]) == [50257, 50362]
+    assert english.timestamp_prefix == fed_by_generate(tiny_en[0], return_timestamps=True) == [50257]
+    spoken = {"language": "de", "task": "transcribe"}
+    german = LabelEncoder(base[1].tokenizer, **spoken)
+    assert german.prefix == fed_by_generate(base[0], **spoken) == [50258, 50261, 50359, 50363]
+    times = fed_by_generate(base[0], return_timestamps=True, **spoken)
+    assert german.timestamp_prefix == times == [50258, 50261, 50359]
 
 
 @pytest.mark.slow
@@ -58,32 +48,15 @@ def test_multilingual_without_or_with_unknown_language_is_refused(base: tuple[An
 
 
 @pytest.mark.slow
-def test_label_has_one_start_token_a_leading_space_and_its_end(tiny_en: tuple[Any, Any]) -> None:
-    tokenizer = tiny_en[1].tokenizer
-    encoded = LabelEncoder(tokenizer).encode("hello world")
+def test_label_has_one_start_token_a_leading_space_its_end_and_448_tokens_at_most(_tiny_en: tuple[Any, Any]) -> None:
+    encoder = LabelEncoder(_tiny_en[1].tokenizer)
+    encoded = encoder.encode("hello world")
     assert encoded.decoder_input_ids[:2] == (50257, 50362)
-    assert encoded.decoder_input_ids.count(50257) == 1
-    assert tokenizer.decode(encoded.decoder_input_ids[2:]) == " hello world"
-    assert encoded.labels[0] == IGNORE_INDEX
-    assert encoded.labels[1:] == (*encoded.decoder_input_ids[2:], 50256)
-
-
-@pytest.mark.slow
-def test_more_than_448_tokens_are_refused(tiny_en: tuple[Any, Any]) -> None:
-    encoder = LabelEncoder(tiny_en[1].tokenizer)
-    fits = encoder.encode("a " * (MAX_LABEL_TOKENS - 3))
-    assert len(fits.labels) == MAX_LABEL_TOKENS - 1
+    assert _tiny_en[1].tokenizer.decode(encoded.decoder_input_ids[2:]) == " hello world"
+    assert encoded.labels == (IGNORE_INDEX, *encoded.decoder_input_ids[2:], 50256)
+    assert len(encoder.encode("a " * (MAX_LABEL_TOKENS - 3)).labels) == MAX_LABEL_TOKENS - 1
     with pytest.raises(DataError, match="449 tokens"):
         encoder.encode("a " * (MAX_LABEL_TOKENS - 2))
-
-
-@pytest.mark.slow
-def test_prefixes_before_timestamps_are_what_generate_feeds(tiny_en: tuple[Any, Any], base: tuple[Any, Any]) -> None:
-    english = LabelEncoder(tiny_en[1].tokenizer).timestamp_prefix
-    assert english == fed_by_generate(tiny_en[0], return_timestamps=True) == [50257]
-    german = LabelEncoder(base[1].tokenizer, language="de").timestamp_prefix
-    spoken = {"language": "de", "task": "transcribe"}
-    assert german == fed_by_generate(base[0], return_timestamps=True, **spoken) == [50258, 50261, 50359]
 
 
 @pytest.mark.slow
@@ -116,7 +89,7 @@ def test_times_go_in_steps_of_an_encoder_position_up_to_30_s(_tiny_en: tuple[Any
 def test_a_prompt_is_cut_to_its_end_and_to_the_room_that_the_label_leaves(_tiny_en: tuple[Any, Any]) -> None:
     encoder = LabelEncoder(_tiny_en[1].tokenizer)
     before = tuple(range(1000, 1400))
-    for tokens, kept in ((10, MAX_PROMPT_TOKENS), (300, 448 - 303 - 1), (443, 1), (444, 0), (445, 0)):
+    for tokens, kept in ((10, 223), (300, 448 - 303 - 1), (443, 1), (444, 0), (445, 0)):
         label = encoder.label([7] * tokens, previous=before)
         prompt = [50360, *before[-kept:]] if kept else []
         assert list(label.decoder_input_ids) == [*prompt, *encoder.prefix, *[7] * tokens]
@@ -125,11 +98,13 @@ def test_a_prompt_is_cut_to_its_end_and_to_the_room_that_the_label_leaves(_tiny_
         assert set(label.labels[: -tokens - 1]) == {IGNORE_INDEX}
 
 
-def test_a_corpus_in_capitals_is_recased_and_others_are_kept() -> None:
-    assert resolve_case(["HELLO THERE", "I AM"], "auto") == "sentence"
-    assert resolve_case(["Hello NASA", "I am"], "auto") == "keep"
-    assert resolve_case(["HELLO"], "keep") == "keep"
-    assert resolve_case(["你好"], "auto") == "keep"
+@pytest.mark.parametrize(
+    ("texts", "asked", "case"),
+    [(["HELLO THERE", "I AM"], "auto", "sentence"), (["Hello NASA", "I am"], "auto", "keep"),
+     (["HELLO"], "keep", "keep"), (["你好"], "auto", "keep")],
+)  # fmt: skip
+def test_a_corpus_in_capitals_is_recased_and_others_are_kept(texts: list[str], asked: Any, case: str) -> None:
+    assert resolve_case(texts, asked) == case
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,8 @@ def test_a_folder_of_shards_has_its_splits_from_the_names(tmp_path: Path, sample
     listed = load_utterances(DataConfig(source="parquet", path=tmp_path))
     assert {u.id for u in listed if u.meta["split"] == "train"} == {u.id for u in sample[:30]}
     assert {u.id for u in listed if u.meta["split"] == "test"} == {u.id for u in sample[400:410]}
-    np.testing.assert_allclose(
-        load_audio(next(u for u in listed if u.id == sample[3].id).audio), load_audio(sample[3].audio), atol=1e-4
-    )
+    copy = next(u for u in listed if u.id == sample[3].id)
+    np.testing.assert_allclose(load_audio(copy.audio), load_audio(sample[3].audio), atol=1e-4)
     config = load_config(None, overrides={"data": {"source": "parquet", "path": str(tmp_path), "max_train": 12}})
     prepared = prepare_datasets(config)
     assert len(prepared.train) == 12
