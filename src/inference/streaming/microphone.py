@@ -27,9 +27,6 @@ logger = logging.getLogger(__name__)
 BLOCK_SEC = 0.1
 MAX_QUEUED_SEC = 60.0  # a consumer this far behind loses audio, which is counted
 PATIENCE_SEC = 5.0  # without a single block the device is dead
-BLOCK_FRAMES = 2_048  # of the browser; a power of 2, as a ScriptProcessor requires: 0.13 s at 16 kHz
-TAKE_SEC = 5.0  # of audio in one answer of the browser at most; more would be a message of megabytes after a pause
-TAKE_WAIT_SEC = 1.0  # the page waits this long for a first block before it answers with none
 ABANDONED_SEC = 120.0  # without a reader: the kernel has died, and the page releases the microphone
 ANSWER_SEC = 10.0  # without an answer to a script the page is gone
 ASK_SEC = 60.0  # for a person to allow the microphone, or to click
@@ -170,14 +167,7 @@ class BrowserMicrophone(_Recorder):
         self._eval_js, self._clock = eval_js or eval_in_colab, clock
 
     def _recorded(self) -> Generator[Waveform, None, None]:
-        options = {
-            "rate": SAMPLE_RATE,
-            "blockFrames": BLOCK_FRAMES,
-            "queueSec": MAX_QUEUED_SEC,
-            "takeSec": TAKE_SEC,
-            "waitMs": 1000 * TAKE_WAIT_SEC,
-            "abandonedMs": 1000 * ABANDONED_SEC,
-        }
+        options = {"rate": SAMPLE_RATE, "queueSec": MAX_QUEUED_SEC, "abandonedSec": ABANDONED_SEC}
         body = "".join(read_template("src.inference", name) for name in ("audio_source.js", "browser_microphone.js"))
         self._eval_js(f'((options) => {{\n"use strict";\n{body}}})({json.dumps(options)})')
         heard, last_state, since_sec = 0, "", self._clock()

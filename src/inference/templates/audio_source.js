@@ -1,6 +1,23 @@
-// What the pages that listen share: the microphone as a source, and its samples as text.
+// What the pages that listen share: the microphone as a source of blocks, and its samples as text.
 const AUDIO = { channelCount: 1, echoCancellation: false, noiseSuppression: false }; // for calls; they cut words
 const MONO = { channelCount: 1, channelCountMode: "explicit" };
+const WORKLET = `registerProcessor("blocks", class extends AudioWorkletProcessor {
+  constructor({ processorOptions }) {
+    super();
+    this.block = new Float32Array(processorOptions.frames);
+    this.filled = 0;
+  }
+  process([[samples]]) {
+    if (!samples) return true; // no audio yet
+    this.block.set(samples, this.filled);
+    this.filled += samples.length;
+    if (this.filled === this.block.length) {
+      this.port.postMessage(this.block); // a copy
+      this.filled = 0;
+    }
+    return true;
+  }
+});`;
 
 function openSource(stream, sampleRate) {
   let refusal = null;
@@ -14,6 +31,25 @@ function openSource(stream, sampleRate) {
     }
   }
   throw refusal;
+}
+
+async function makeListener(context, frames, hear) {
+  // `hear` gets blocks of so many samples, a power of 2; connect the node to the destination: what leads nowhere may
+  // not run. It gives silence.
+  try {
+    await context.audioWorklet.addModule(URL.createObjectURL(new Blob([WORKLET], { type: "text/javascript" })));
+    const node = new AudioWorkletNode(context, "blocks", { ...MONO, processorOptions: { frames } });
+    node.port.onmessage = ({ data }) => hear(data);
+    return node;
+  } catch { // an old browser, or a page that forbids modules of its own making
+    const node = context.createScriptProcessor(frames, 1, 1);
+    node.onaudioprocess = ({ inputBuffer }) => hear(inputBuffer.getChannelData(0).slice());
+    return node;
+  }
+}
+
+function release(stream) {
+  stream.getTracks().forEach((track) => track.stop());
 }
 
 function toBase64(blocks) {

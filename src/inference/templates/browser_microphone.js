@@ -1,34 +1,16 @@
 // The body of a function of `options`, after audio_source.js: opens the microphone as `window.whisperMicrophone`.
 // States: asking (for permission), paused (until a click, where the browser wants one), recording; then stopped (by the
 // button), ended, abandoned or failed.
-const { rate, blockFrames, queueSec, takeSec, waitMs, abandonedMs } = options;
-const WORKLET = `
-  registerProcessor("blocks", class extends AudioWorkletProcessor {
-    constructor({ processorOptions }) {
-      super();
-      this.frames = processorOptions.frames;
-      this.filled = 0;
-      this.block = new Float32Array(this.frames);
-    }
-    process([[samples]]) {
-      if (!samples) return true; // no audio yet
-      this.block.set(samples, this.filled);
-      this.filled += samples.length;
-      if (this.filled === this.frames) {
-        this.port.postMessage(this.block); // a copy
-        this.filled = 0;
-      }
-      return true;
-    }
-  });`;
+const { rate, queueSec, abandonedSec } = options;
+const BLOCK_FRAMES = 2048; // 0.13 s at 16 kHz
+const TAKE_SEC = 5; // of audio in one answer at most; more would be a message of megabytes after a pause
+const TAKE_WAIT_MS = 1000; // for a first block, before it is answered with none
 const queue = [];
 const button = document.createElement("button");
 const microphone = { state: "asking", error: null, lost: 0 };
 let source = null, queued = 0, wake = () => {}, takenAt = performance.now();
 
 const isLive = () => ["asking", "paused", "recording"].includes(microphone.state);
-
-const release = (stream) => stream.getTracks().forEach((track) => track.stop());
 
 const end = (state, error = null) => {
   if (!isLive()) return;
@@ -43,7 +25,7 @@ const end = (state, error = null) => {
 
 const push = (samples) => {
   if (microphone.state !== "recording") return;
-  if (performance.now() - takenAt > abandonedMs) {
+  if (performance.now() - takenAt > 1000 * abandonedSec) {
     end("abandoned");
   } else if (queued + samples.length > queueSec * source.context.sampleRate) {
     microphone.lost += 1;
@@ -52,20 +34,6 @@ const push = (samples) => {
     queued += samples.length;
   }
   wake();
-};
-
-const makeListener = async (context) => {
-  try {
-    const module = URL.createObjectURL(new Blob([WORKLET], { type: "text/javascript" }));
-    await context.audioWorklet.addModule(module);
-    const node = new AudioWorkletNode(context, "blocks", { ...MONO, processorOptions: { frames: blockFrames } });
-    node.port.onmessage = ({ data }) => push(data);
-    return node;
-  } catch { // an old browser, or a page that forbids modules of its own making
-    const node = context.createScriptProcessor(blockFrames, 1, 1);
-    node.onaudioprocess = ({ inputBuffer }) => push(inputBuffer.getChannelData(0).slice());
-    return node;
-  }
 };
 
 const show = (label, onclick) => {
@@ -79,7 +47,7 @@ const open = async () => {
   if (!isLive()) return release(stream); // allowed too late
   source = openSource(stream, rate);
   stream.getAudioTracks()[0].onended = () => end("ended");
-  const listener = await makeListener(source.context);
+  const listener = await makeListener(source.context, BLOCK_FRAMES, push);
   if (!isLive()) return;
   microphone.state = "paused";
   show("Start recording", () => source.context.resume());
@@ -87,7 +55,7 @@ const open = async () => {
   if (!isLive()) return;
   microphone.state = "recording";
   show("Stop recording", () => end("stopped"));
-  source.connect(listener).connect(source.context.destination); // silence; what leads nowhere may not run
+  source.connect(listener).connect(source.context.destination);
 };
 
 microphone.take = async () => {
@@ -95,12 +63,12 @@ microphone.take = async () => {
   if (!queue.length && isLive()) {
     await new Promise((done) => {
       wake = done;
-      setTimeout(done, waitMs);
+      setTimeout(done, TAKE_WAIT_MS);
     });
   }
   const blocks = [];
   let frames = 0;
-  while (queue.length && frames < takeSec * source.context.sampleRate) {
+  while (queue.length && frames < TAKE_SEC * source.context.sampleRate) {
     blocks.push(queue.shift());
     frames += blocks.at(-1).length;
   }

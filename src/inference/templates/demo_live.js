@@ -1,20 +1,11 @@
-// Live captions: a worklet hears the microphone, the server answers with events, the page only ever adds final words.
-// Given by gr.HTML: `element`, `props` (tab, model) and `server` (hear); by audio_source.js before it: the source.
+// Live captions: the page hears the microphone, the server answers with events, the page only ever adds final words.
+// Given by gr.HTML: `element`, `props` (tab, model) and `server` (hear); by audio_source.js before it: the microphone.
+const BLOCK_FRAMES = 512; // 32 ms at 16 kHz
 const MESSAGE_SEC = 0.2, TURN_SEC = 0.5; // of audio in a message, at least and at most
 const PARAGRAPH_SEC = 2; // a pause that begins a new paragraph
 const UNREACHABLE = "The server does not answer. What is on this page stays; press Start to try again.";
 const REFUSED = "The browser does not let this page use the microphone; allow it, and press Start.";
 const INSECURE = "Browsers give a microphone to pages of this machine (127.0.0.1) and of https alone; open one of those.";
-const WORKLET = `registerProcessor("microphone", class extends AudioWorkletProcessor {
-  blocks = [];
-  process([[block]]) {
-    if (block) this.blocks.push(block.slice());
-    if (this.blocks.length < 4) return true;
-    this.port.postMessage(this.blocks);
-    this.blocks = [];
-    return true;
-  }
-});`;
 
 const find = selector => element.querySelector(selector);
 const [live, toggle, clear, page, files] = [".live", ".toggle", ".clear", ".page", ".files"].map(find);
@@ -31,15 +22,13 @@ class Recording {
     this.wake = () => {};
   }
 
-  hear(blocks) {
-    for (const block of blocks) {
-      this.blocks.push(block);
-      this.waiting += block.length;
-      this.heard += block.length;
-    }
+  hear(block) {
+    this.blocks.push(block);
+    this.waiting += block.length;
+    this.heard += block.length;
     // the least delayed message tells best when the recording began
     this.origin = Math.min(this.origin, performance.now() / 1000 - this.heard / this.rate);
-    live.style.setProperty("--level", Math.min(1, 4 * Math.max(...blocks.map(level))));
+    live.style.setProperty("--level", Math.min(1, 4 * level(block)));
     this.wake();
   }
 
@@ -66,7 +55,6 @@ class Recording {
   }
 }
 
-const release = stream => stream.getTracks().forEach(track => track.stop());
 const level = block => Math.sqrt(block.reduce((sum, sample) => sum + sample * sample, 0) / block.length);
 
 async function start() {
@@ -82,11 +70,9 @@ async function start() {
 
 async function listen(stream) {
   const source = openSource(stream, 16000), begun = new Recording(stream, source.context);
-  await source.context.audioWorklet.addModule(URL.createObjectURL(new Blob([WORKLET], {type: "text/javascript"})));
-  const node = new AudioWorkletNode(source.context, "microphone", {...MONO, numberOfOutputs: 0});
-  node.port.onmessage = message => begun.hear(message.data);
+  const listener = await makeListener(source.context, BLOCK_FRAMES, block => begun.hear(block));
   stream.getAudioTracks()[0].onended = () => begun.stop(); // unplugged
-  source.connect(node);
+  source.connect(listener).connect(source.context.destination);
   await source.context.resume(); // Safari forgets the click while it asks the user
   return begun;
 }

@@ -27,7 +27,7 @@ from scripts import serve, stream_client
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.inference.options import DecodingOptions
 from src.inference.server.client import stream_to_server
-from src.inference.server.host import ServerLimits
+from src.inference.server.host import TURN_SEC, LiveHost, ServerLimits
 from src.inference.server.protocol import CLOSE_CODES, Done, End, Hello, LiveEvent, Ready, StreamError, read_server
 from src.inference.server.server import MAX_WAITING, CaptionServer
 from src.inference.streaming.commit import Event
@@ -274,18 +274,6 @@ async def test_an_error_reaches_a_client_that_has_much_more_to_send(accepted: li
     assert accepted[0].close_code == 1007  # its answer was read behind all that, and it was not cut off
 
 
-async def test_what_is_not_a_websocket_is_shown_out() -> None:
-    async with serving() as (url, _):
-        for sent in (b"GET / HTTP/1.1\r\n\r\n", bytes(2_000), b"\x16\x03\x01\x02\x00\x01\x00"):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port_of(url))
-            writer.write(sent)
-            writer.write_eof()
-            with contextlib.suppress(ConnectionError):
-                await reader.read()
-            writer.close()
-        await assert_serves(url)
-
-
 async def test_without_the_token_or_from_pages_of_other_origins_nobody_is_served() -> None:
     async with serving(token="correct horse", origins=["https://captions.example"]) as (url, _):
         await assert_serves(url, token="correct horse")
@@ -403,6 +391,33 @@ async def test_a_stopped_server_decodes_what_it_heard_and_says_done() -> None:
     with pytest.raises(StreamError) as caught:
         await captions(url, [speech(1, 1.0)])
     assert caught.value.code == "unreachable"
+
+
+class Recorder:
+    """Stands for a session; remembers what it was fed."""
+
+    def __init__(self) -> None:
+        self.turns: list[Waveform] = []
+
+    def feed(self, samples: Waveform, sample_rate: int) -> list[Event]:
+        self.turns.append(samples)
+        return []
+
+    def flush(self) -> list[Event]:
+        return []
+
+
+async def test_small_blocks_that_wait_make_one_turn_and_are_heard_although_a_shutdown_follows_their_end() -> None:
+    recorder: Any = Recorder()
+    live = await LiveHost().open(lambda: recorder, SAMPLE_RATE)
+    for block in in_blocks(speech(1, 1.0), TURN_SEC / 5):
+        await live.put(block)
+    live.end("end")
+    live.end("shutdown", drop=True)
+    while await live.next_events() is not None:
+        pass
+    assert [len(turn) for turn in recorder.turns] == [TURN_SEC * SAMPLE_RATE] * 2
+    assert live.ending == "end"
 
 
 async def test_the_client_raises_what_its_source_raises_and_names_a_server_of_something_else() -> None:
