@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
@@ -24,25 +26,16 @@ def test_speed_is_clips_over_seconds_without_the_first_two_updates() -> None:
     assert speed.cpu_sec_per_clip is None
 
 
-def test_an_update_after_an_evaluation_counts_without_it() -> None:
-    events = [
-        {"event": "begin", "time": 10.0},
-        {"event": "train_step", "time": 12.0, "step": 1, "samples_per_sec": 8.0},
-        {"event": "epoch", "time": 50.0},
-        {"event": "train_step", "time": 52.0, "step": 2, "samples_per_sec": 8.0},
-        {"event": "train_step", "time": 55.0, "step": 3, "samples_per_sec": 8.0},
-    ]
+def step(time: float, number: int) -> dict[str, Any]:
+    return {"event": "train_step", "time": time, "step": number, "samples_per_sec": 8.0}
+
+
+def test_an_update_after_an_evaluation_counts_without_it_and_one_done_again_once() -> None:
+    begin, epoch = {"event": "begin", "time": 10.0}, {"event": "epoch", "time": 50.0}
+    events = [begin, step(12.0, 1), epoch, step(52.0, 2), step(55.0, 3)]
     assert [row["sec"] for row in update_rows(events, batch_size=8)] == [2.0, 1.0, 3.0]
-
-
-def test_an_update_done_again_after_a_stop_counts_once() -> None:
-    events = [
-        {"event": "begin", "time": 0.0},
-        {"event": "train_step", "time": 2.0, "step": 1, "samples_per_sec": 8.0},
-        {"event": "begin", "time": 900.0},
-        {"event": "train_step", "time": 901.0, "step": 1, "samples_per_sec": 8.0},
-    ]
-    assert update_rows(events, batch_size=8) == [{"step": 1, "sec": 1.0}]
+    stopped = [begin, step(12.0, 1), {"event": "begin", "time": 900.0}, step(901.0, 1)]
+    assert update_rows(stopped, batch_size=8) == [{"step": 1, "sec": 1.0}]
 
 
 def test_flops_agree_with_those_that_torch_counts() -> None:
@@ -69,8 +62,6 @@ def test_counter_counts_training_alone_three_times_the_forward_pass() -> None:
     assert counter.padded == [True]
 
 
-@pytest.mark.parametrize(
-    ("name", "peak"), [("Tesla T4", 65.0), ("NVIDIA A100-SXM4-40GB", 312.0), ("NVIDIA L4", 121.0), ("Radeon", None)]
-)
-def test_peak_goes_by_the_name_of_the_device(name: str, peak: float | None) -> None:
-    assert peak_tflops(name) == peak
+def test_peak_goes_by_the_name_of_the_device() -> None:
+    peaks = {"Tesla T4": 65.0, "NVIDIA A100-SXM4-40GB": 312.0, "NVIDIA L4": 121.0, "Radeon": None}
+    assert {name: peak_tflops(name) for name in peaks} == peaks

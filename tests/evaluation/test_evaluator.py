@@ -32,11 +32,13 @@ def clips(sample: list[Utterance]) -> list[Utterance]:
 
 
 @pytest.fixture(scope="module")
-def result(_small: tuple[Any, Any], clips: list[Utterance]) -> EvaluationResult:
-    model, processor = _small
-    return ModelEvaluator(model, processor, CONFIG).evaluate_dataset(
-        create_loader(clips, processor, CONFIG), name="stock"
-    )
+def loader(_small: tuple[Any, Any], clips: list[Utterance]) -> Any:
+    return create_loader(clips, _small[1], CONFIG)  # seven clips, one batch
+
+
+@pytest.fixture(scope="module")
+def result(_small: tuple[Any, Any], loader: Any) -> EvaluationResult:
+    return ModelEvaluator(*_small, CONFIG).evaluate_dataset(loader, name="stock")
 
 
 @pytest.fixture
@@ -98,9 +100,8 @@ def test_a_failing_model_is_an_error_and_keeps_its_modes(
 
 
 def test_samples_are_spread_over_the_set_and_worst_first(
-    small: tuple[Any, Any], evaluator: ModelEvaluator, clips: list[Utterance]
+    small: tuple[Any, Any], evaluator: ModelEvaluator, clips: list[Utterance], loader: Any
 ) -> None:
-    loader = create_loader(clips, small[1], CONFIG)
     table = evaluator.evaluate_with_samples(loader, num_samples=3)
     assert set(table["id"]) == {clips[0].id, clips[len(clips) // 2].id, clips[-1].id}
     assert list(table["wer"]) == sorted(table["wer"], reverse=True)
@@ -113,28 +114,19 @@ def test_samples_are_spread_over_the_set_and_worst_first(
         evaluator.evaluate_dataset(silent)
 
 
-def test_clips_that_did_not_come_give_no_rate(
-    small: tuple[Any, Any], evaluator: ModelEvaluator, clips: list[Utterance]
-) -> None:
-    whole = create_loader(clips, small[1], CONFIG)
-    (batch,) = whole
-
-    class Partial:
-        dataset = whole.dataset
-
-        def __iter__(self) -> Any:
-            yield {key: values[:3] for key, values in batch.items()}
+def test_clips_that_did_not_come_give_no_rate(evaluator: ModelEvaluator, loader: Any) -> None:
+    class Partial(list[Any]):
+        dataset = loader.dataset
 
     with pytest.raises(DataError, match="3 clips were measured of 7"):
-        evaluator.evaluate_dataset(Partial())
+        evaluator.evaluate_dataset(Partial([{key: values[:3] for key, values in batch.items()} for batch in loader]))
     with pytest.raises(DataError, match="no clip"):
         evaluator.evaluate_dataset([])
 
 
 def test_out_of_memory_halves_the_batches_from_then_on_and_loses_no_clip(
-    small: tuple[Any, Any], evaluator: ModelEvaluator, clips: list[Utterance], result: EvaluationResult,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    evaluator: ModelEvaluator, loader: Any, result: EvaluationResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, sizes = decoding.encode, []
 
     def encode(model: Any, audios: Any, *rest: Any, **options: Any) -> Any:
@@ -144,7 +136,6 @@ def test_out_of_memory_halves_the_batches_from_then_on_and_loses_no_clip(
         return real(model, audios, *rest, **options)
 
     monkeypatch.setattr("src.evaluation.evaluator.encode", encode)
-    loader = create_loader(clips, small[1], CONFIG)  # seven clips, one batch
     fits = 2
     again = evaluator.evaluate_dataset(loader)
     assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
@@ -174,9 +165,9 @@ def test_results_are_saved_and_measuring_again_replaces_the_rows_of_that_model_o
 
 
 def test_a_model_compared_with_itself_shows_no_difference(
-    small: tuple[Any, Any], evaluator: ModelEvaluator, clips: list[Utterance], result: EvaluationResult
+    small: tuple[Any, Any], evaluator: ModelEvaluator, loader: Any, result: EvaluationResult
 ) -> None:
-    found = evaluator.compare(result, small[0], create_loader(clips, small[1], CONFIG))
+    found = evaluator.compare(result, small[0], loader)
     assert (found.difference.difference, found.difference.verdict) == (0.0, "no difference shown")
     assert found.stock is result
     assert found.tuned.name == "tuned"

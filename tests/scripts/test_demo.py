@@ -15,6 +15,11 @@ from src.models.ct2_cache import ct2_folder
 from src.utils.config import load_config
 
 
+@pytest.fixture(autouse=True)
+def _logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "setup_logging", lambda level: None)  # it would last
+
+
 @pytest.mark.slow
 def test_the_page_is_served_until_the_process_is_told_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ct2_folder("tiny.en", quantization="int8", cache_dir=load_config(None).paths.cache_dir)
@@ -30,7 +35,6 @@ def test_the_page_is_served_until_the_process_is_told_to_stop(monkeypatch: pytes
         threading.Thread(target=visit, args=(line.removeprefix("open "),)).start()
 
     monkeypatch.setattr(demo, "print", told, raising=False)  # it tells when the handlers are there
-    monkeypatch.setattr(demo, "setup_logging", lambda level: None)  # it would last
     try:
         assert demo.main(["--model", str(folder), "--set", "device=cpu"]) == 0
     finally:
@@ -39,19 +43,11 @@ def test_the_page_is_served_until_the_process_is_told_to_stop(monkeypatch: pytes
     assert "Speech to text" in seen[0]
 
 
-def test_a_model_that_is_not_there_is_said_in_a_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(demo, "setup_logging", lambda level: None)  # it would last
+def test_a_model_that_is_not_there_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert demo.main(["--model", str(tmp_path / "gone_hf")]) == 1
     assert "gone_hf: no such folder" in capsys.readouterr().err
 
 
 def test_models_are_named_by_the_shortest_end_of_their_path() -> None:
-    assert demo.named(["tiny.en"]) == {"tiny.en": "tiny.en"}
-    assert demo.named(["runs/a/best_hf", "runs/b/best_hf", "c/last_hf"]) == {
-        "a/best_hf": "runs/a/best_hf",
-        "b/best_hf": "runs/b/best_hf",
-        "last_hf": "c/last_hf",
-    }
-    assert demo.named(["base", "/models/base"]) == {"base": "base", "models/base": "/models/base"}
+    paths = ["tiny.en", "runs/a/best_hf", "runs/b/best_hf", "c/last_hf", "base", "/models/base"]
+    assert list(demo.named(paths)) == ["tiny.en", "a/best_hf", "b/best_hf", "last_hf", "base", "models/base"]
