@@ -226,9 +226,7 @@ class TrainingConfig(Section):
         if self.freeze_encoder < 0:
             raise ValueError(f"freeze_encoder is {self.freeze_encoder}; give true, false, or a number of layers")
         if self.method == "lora" and self.freeze_encoder:
-            raise ValueError(
-                "freeze_encoder is for method: full; with method: lora all full weights are frozen already"
-            )
+            raise ValueError("freeze_encoder is for method: full; method: lora freezes all full weights already")
         return self
 
 

@@ -146,10 +146,7 @@ class DriveMirror:
             done = self._changed.wait_for(lambda: not self._unfinished(), timeout_sec)
             names = ", ".join(job.name for job in self._unfinished())
         if not done:
-            logger.warning(
-                "mirror: after %.0f s still without a copy in %s: %s; wait longer, or copy by hand",
-                timeout_sec, self.target, names,
-            )  # fmt: skip
+            logger.warning("mirror: still without a copy in %s after %.0f s: %s", self.target, timeout_sec, names)
         return done
 
     def _run(self) -> None:
@@ -265,9 +262,7 @@ class DriveMirror:
                 )
             marker.write_text('{"format": 2}', encoding="utf-8")
         except OSError as err:
-            raise WhisperASRError(
-                f"{self.target}: cannot take the mirror: {err}; free space, mount it, or mirror elsewhere"
-            ) from err
+            raise WhisperASRError(f"{self.target}: cannot be written: {err}; free space, or mirror elsewhere") from err
         try:
             for folder in (self.target, *self.target.glob("[!.]*/")):
                 self._recover(folder)
@@ -330,10 +325,8 @@ class DriveMirror:
     def _fail(self, job: _Job, reason: str) -> None:
         with self._changed:
             self._failed[job.series] = (job.name, reason)
-        logger.warning(
-            "mirror: %s has no copy in %s: %s; the last good copy stays, later folders are tried; check that the drive "
-            "is mounted and has space", job.name, self.target, reason,
-        )  # fmt: skip
+        advice = "the last good copy stays; check that the drive is mounted and has space"
+        logger.warning("mirror: %s has no copy in %s: %s; %s", job.name, self.target, reason, advice)
 
 
 def copy_verified(source: Path, target: Path) -> int:
@@ -356,9 +349,7 @@ def copy_verified(source: Path, target: Path) -> int:
             copied += _copy_file(file, partial)[0]
             partial.replace(destination)
         except OSError as err:
-            raise WhisperASRError(
-                f"{destination}: cannot be written: {err.strerror}; free space, or mount Drive again"
-            ) from err
+            raise WhisperASRError(f"{destination}: cannot be written: {err}; free space, or mount Drive again") from err
     logger.info("copied %.1f MB of %s to %s", copied / 1e6, source, target)
     return copied
 

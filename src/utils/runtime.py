@@ -225,9 +225,8 @@ class FittingSize:
                 done += size
             except OutOfMemoryError as err:
                 if size == 1:
-                    raise OutOfMemoryError(
-                        f"{names[done]} alone: {err}; lower inference.num_beams or take a smaller model"
-                    ) from err
+                    fix = "lower inference.num_beams or take a smaller model"
+                    raise OutOfMemoryError(f"{names[done]} alone: {err}; {fix}") from err
                 self.most = size // 2
                 logger.warning("%s with %d clips: from now on at most %d at once", err, size, self.most)
         return results

@@ -85,9 +85,7 @@ class ExperimentLogger:
             write_text_atomic(self.dir / "env.json", json.dumps(_describe_environment(), indent=2))
             self._file = _RowFile(self.metrics_path)
         except OSError as err:
-            raise WhisperASRError(
-                f"{self.dir}: cannot write the run's files: {err.strerror}; set paths.runs_dir"
-            ) from err
+            raise WhisperASRError(f"{self.dir}: cannot be written: {err.strerror}; set paths.runs_dir") from err
         for name in config.tracking.trackers:
             try:
                 self._trackers[name] = _TRACKERS[name](config, self.dir, self.run_id)
@@ -164,10 +162,8 @@ class ExperimentLogger:
             kept = _without_later([*restored, *lines], step, epoch)
             if kept != lines:
                 self._file.replace("".join(f"{line}\n" for line in kept))
-                logger.info(
-                    "%s: %d rows until update %d, %d of them from the checkpoint",
-                    self.metrics_path, len(kept), step, len(restored),
-                )  # fmt: skip
+                where = (self.metrics_path, len(kept), step, len(restored))
+                logger.info("%s: %d rows until update %d, %d of them from the checkpoint", *where)
         except OSError as err:
             raise WhisperASRError(f"{self.metrics_path}: cannot be rewritten: {err.strerror}; free space") from err
 
@@ -189,10 +185,8 @@ class ExperimentLogger:
                 action(tracker)
             except Exception as err:  # noqa: BLE001  boundary: other packages' errors must not end hours of training
                 del self._trackers[name]
-                logger.warning(
-                    "tracker %s failed and is off from here on; metrics.jsonl goes on: %s: %s",
-                    name, type(err).__name__, err,
-                )  # fmt: skip
+                reason = f"{type(err).__name__}: {err}"
+                logger.warning("tracker %s is off from here on; metrics.jsonl goes on: %s", name, reason)
 
 
 def _describe_environment() -> dict[str, Any]:
@@ -258,10 +252,8 @@ class _RowFile:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as err:
             if not self._failing:
-                logger.warning(
-                    "%s: a row cannot be written: %s; rows are kept in memory and written once there is space",
-                    self._path, err.strerror,
-                )  # fmt: skip
+                waits = "rows wait in memory and are written once there is space"
+                logger.warning("%s: a row cannot be written: %s; %s", self._path, err.strerror, waits)
             self._failing = True
             return
         if self._failing:

@@ -139,12 +139,13 @@ def run_check(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
         return [Check(name, "error", f"cannot be checked: {text}")]
 
 
+def _judge(name: str, is_ok: bool, found: str, otherwise: Status, fix: str) -> Check:
+    return Check(name, "ok", found) if is_ok else Check(name, otherwise, found, fix)
+
+
 def _check_python() -> Iterator[Check]:
-    found = f"{platform.python_version()} on {platform.platform()}"
-    if sys.version_info < (3, 11):  # noqa: UP036
-        yield Check("Python", "error", f"{found}; at least 3.11 is needed", "make PYTHON=python3.13 setup")
-    else:
-        yield Check("Python", "ok", found)
+    found = f"{platform.python_version()} on {platform.platform()}, at least 3.11 is needed"
+    yield _judge("Python", sys.version_info >= (3, 11), found, "error", "make PYTHON=python3.13 setup")
 
 
 def _check_packages() -> Iterator[Check]:
@@ -264,12 +265,9 @@ def _check_room(config: Config | None) -> Iterator[Check]:
 
     from src.utils.memory import PARAMETERS_M, run_disk_mb
 
-    memory = psutil.virtual_memory()
+    memory, fix = psutil.virtual_memory(), "close other programs, and restart other notebooks' kernels"
     found = f"{memory.available / 1e6:,.0f} MB available of {memory.total / 1e6:,.0f} MB"
-    if memory.available < 1e6 * LOW_RAM_MB:
-        yield Check("RAM", "warning", found, "close other programs, and restart other notebooks' kernels")
-    else:
-        yield Check("RAM", "ok", found)
+    yield _judge("RAM", memory.available >= 1e6 * LOW_RAM_MB, found, "warning", fix)
     if config is None:
         yield check_disk("disk", Path(), RUN_DISK_MB)
         return
@@ -286,7 +284,7 @@ def check_disk(name: str, folder: Path, needs_mb: float) -> Check:
     free_mb = shutil.disk_usage(existing_folder(folder)).free / 1e6
     needs = f"a run writes up to {needs_mb:,.0f} MB" if needs_mb else "what a run writes depends on the model"
     found = f"{free_mb:,.0f} MB free at {folder.absolute()}; {needs}"
-    return Check(name, "ok", found) if free_mb >= needs_mb else Check(name, "warning", found, CLEAN_UP_HINT)
+    return _judge(name, free_mb >= needs_mb, found, "warning", CLEAN_UP_HINT)
 
 
 def _check_kept(config: Config) -> Iterator[Check]:
@@ -305,20 +303,16 @@ def _check_kept(config: Config) -> Iterator[Check]:
 
 
 def _check_drive() -> Iterator[Check]:
-    if in_colab() and MOUNT_POINT.is_mount():
-        yield Check("Google Drive", "ok", f"mounted at {MOUNT_POINT}")
-    elif in_colab():
-        text = "not mounted: a lost session loses its checkpoints"
-        yield Check("Google Drive", "absent", text, "from src.utils import mount_drive; mount_drive('whisper_asr')")
+    is_mounted, fix = MOUNT_POINT.is_mount(), "from src.utils import mount_drive; mount_drive('whisper_asr')"
+    if in_colab():
+        found = f"mounted at {MOUNT_POINT}" if is_mounted else "not mounted: a lost session loses its checkpoints"
+        yield _judge("Google Drive", is_mounted, found, "absent", fix)
 
 
 def _check_tokens() -> Iterator[Check]:
     for name, (file, mark, login, without) in _LOGINS.items():
         place = _token_place(name, file, mark)
-        if place is None:
-            yield Check(name, "absent", f"not found; {without}", login)
-        else:
-            yield Check(name, "ok", f"present in {place}")
+        yield _judge(name, bool(place), f"present in {place}" if place else f"not found; {without}", "absent", login)
 
 
 def _token_place(name: str, file: str, mark: str) -> str | None:
