@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from src.data.preparation import prepare_datasets
+from src.data.report.report import DataReport, build_data_report
+from src.utils.config import load_config
 from tests.evaluation.run_files import epoch, evaluation, prediction, steps, write
 
 
@@ -16,3 +19,10 @@ def run_dir(tmp_path: Path) -> Path:
     ]  # fmt: skip
     predictions = [prediction("stock", i, 2) for i in range(40)] + [prediction("tuned", i, i % 2) for i in range(40)]
     return write(tmp_path / "run", metrics, predictions)
+
+
+@pytest.fixture(scope="session")
+def data_report() -> DataReport:
+    few = {"max_train": 4, "max_validation": 2, "max_test": 2}
+    config = load_config(None, overrides={"device": "cpu", "data": few})
+    return build_data_report(prepare_datasets(config), config)

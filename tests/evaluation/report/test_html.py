@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from src.data.preparation import prepare_datasets
-from src.data.report.report import build_data_report
+from src.data.report.report import DataReport
 from src.evaluation.report.html import write_html_report
 from src.utils.config import Config
 from src.utils.errors import DataError
@@ -47,7 +46,8 @@ def report(run_dir: Path) -> Page:
     return Page(write_html_report(run_dir, run_dir.parent / "report.html").read_text(encoding="utf-8"))
 
 
-def test_the_page_leads_to_its_sections_and_begins_with_the_verdict(run_dir: Path) -> None:
+def test_the_page_begins_with_the_verdict_and_can_load_nothing(run_dir: Path, data_report: DataReport) -> None:
+    data_report.save(run_dir)
     page = report(run_dir)
     links = [str(a["href"])[1:] for tag, a in page.tags if tag == "a"]
     assert links == [a["id"] for tag, a in page.tags if tag == "h2"]
@@ -56,10 +56,7 @@ def test_the_page_leads_to_its_sections_and_begins_with_the_verdict(run_dir: Pat
     for part in ("0.370", "95% interval 0.320 to 0.420", "0.270", "-27.0 % against stock", "is better"):
         assert part in top
     assert page.count("img") == 5
-
-
-def test_the_page_can_load_nothing(run_dir: Path) -> None:
-    page = report(run_dir)
+    assert "Data report" in page.text
     (policy,) = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
     assert policy is not None
     assert policy.startswith("default-src 'none'")
@@ -75,6 +72,7 @@ def test_what_a_run_has_no_data_for_is_left_out_with_a_reason(tmp_path: Path) ->
     assert "no finished epoch yet" in page.text
     page = report(write(tmp_path / "unevaluated", steps(1)))
     assert page.text.count("nothing was evaluated in this run") == 2
+    assert "data_report.json is not in the run's folder" in page.text
     with pytest.raises(DataError, match="nowhere"):
         write_html_report(tmp_path / "nowhere", tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
@@ -93,14 +91,6 @@ def test_what_a_user_named_is_text(tmp_path: Path) -> None:
     assert page.count("script") == 2
     assert page.count("h1") == 1
     assert page.text.count(ATTACK) > 20
-
-
-def test_the_saved_data_report_is_shown(run_dir: Path, config: Config) -> None:
-    assert "data_report.json" in report(run_dir).text
-    small = {"data": config.data.model_copy(update={"max_train": 4, "max_validation": 2, "max_test": 2})}
-    config = config.model_copy(update=small)
-    build_data_report(prepare_datasets(config), config).save(run_dir)
-    assert "Data report" in report(run_dir).text
 
 
 def test_the_experiments_own_files_are_read(config: Config) -> None:

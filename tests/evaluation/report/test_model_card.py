@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from src.data.preparation import prepare_datasets
-from src.data.report.report import build_data_report
+from src.data.report.report import DataReport
 from src.data.utterance import Utterance
 from src.evaluation.report.model_card import write_model_card
 from src.utils.config import Config
@@ -27,7 +26,7 @@ def model_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def trained(run_dir: Path, config: Config, sample: list[Utterance]) -> Path:
+def trained(run_dir: Path, config: Config, sample: list[Utterance], data_report: DataReport) -> Path:
     """A run that trained, with its configuration, a guard set, a version of the data and a data report."""
     english = config.model_copy(update={"model": config.model.model_copy(update={"language": "en"})})
     (run_dir / "config.yaml").write_text(english.to_yaml())
@@ -37,8 +36,7 @@ def trained(run_dir: Path, config: Config, sample: list[Utterance]) -> Path:
     DataVersionManager(run_dir / "data_versions").log_dataset_version(
         dataset_name="speech", version="v1", metadata={}, utterances=sample[:2]
     )
-    small = {"data": config.data.model_copy(update={"max_train": 4, "max_validation": 2, "max_test": 2})}
-    build_data_report(prepare_datasets(config.model_copy(update=small)), config).save(run_dir)
+    data_report.save(run_dir)
     return run_dir
 
 
@@ -46,7 +44,7 @@ def section(text: str, heading: str) -> str:
     return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
-def test_the_card_reads_back_with_the_measured_rates(model_dir: Path, trained: Path, config: Config) -> None:
+def test_the_card_reads_back_with_the_measured_rates(model_dir: Path, trained: Path) -> None:
     (model_dir / "README.md").write_text("old")
     path = write_model_card(model_dir, trained, name="my-whisper", license_id="mit")
     data, text = ModelCard.load(path).data, path.read_text()
@@ -72,9 +70,7 @@ def test_the_card_reads_back_with_the_measured_rates(model_dir: Path, trained: P
 
 def test_slices_come_worst_first_and_the_worse_ones_are_limits(model_dir: Path, tmp_path: Path) -> None:
     rooms = ["car" if i < 10 else "hall" for i in range(40)]
-    rows = [
-        {**prediction("tuned", i, 4 if room == "car" else 0), "meta": {"room": room}} for i, room in enumerate(rooms)
-    ]
+    rows = [{**prediction("tuned", i, 4 * (room == "car")), "meta": {"room": room}} for i, room in enumerate(rooms)]
     text = write_model_card(model_dir, write(tmp_path / "rooms", [evaluation("tuned", 0.25)], rows)).read_text()
     found = [line.split("|")[2:5] for line in section(text, "Where it is worst").splitlines() if "| room" in line]
     assert [(name.strip(), n.strip(), rate.split()[0]) for name, n, rate in found] == [
@@ -111,9 +107,7 @@ def test_what_is_missing_is_said_to_be_not_measured(model_dir: Path, tmp_path: P
         lines = [line for line in section(text, heading).splitlines() if not line.startswith("|")]
         assert sum("not measured" in line for line in lines) >= count, heading
     data = ModelCard(text).data
-    assert data.base_model is None
-    assert data.language is None
-    assert data.license is None
+    assert (data.base_model, data.language, data.license) == (None, None, None)
 
 
 def test_limits_follow_from_what_was_measured(model_dir: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from src.evaluation.report.run_files import load_predictions
 from src.evaluation.slices import slice_rates
 from src.evaluation.text import word_counts
 from src.evaluation.visualization import evaluation as visualization
-from src.evaluation.visualization.evaluation import MAX_SLICES, MAX_TIMINGS, EvaluationVisualizer, latest_latencies
+from src.evaluation.visualization.evaluation import MAX_SLICES, MAX_TIMINGS, EvaluationVisualizer
 from src.utils.errors import DataError
 from src.utils.figures import save_figure
 from tests.evaluation.run_files import append, evaluation, prediction, steps, write
@@ -163,14 +163,6 @@ def test_error_types_are_shares_of_the_reference_and_older_runs_take_them_from_p
     assert heights(right)[:2] == [0.02, 0.0]
     assert not_measured(right) == 2
     assert left.patches[0].get_hatch() != left.patches[3].get_hatch()  # models differ without colour too
-
-
-def test_measuring_again_replaces_and_settings_are_ordered() -> None:
-    rows = [timing("torch", 16, 0.1), timing("torch", 2, 0.3), timing("ct2", 1, 0.2), timing("torch", 2, 0.25)]
-    latest = latest_latencies([*rows, evaluation("stock", 0.3)])
-    assert [(row["engine"], row["batch_size"], row["rtf"]) for row in latest] == [
-        ("tuned, ct2", 1, 0.2), ("tuned, torch", 2, 0.25), ("tuned, torch", 16, 0.1),
-    ]  # fmt: skip
 
 
 def test_each_engine_has_a_line_over_its_batch_sizes(tmp_path: Path) -> None:

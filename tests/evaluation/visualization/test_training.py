@@ -35,17 +35,18 @@ def most_points(figure: Any) -> int:
     return max(len(line.get_xdata()) for axes in figure.axes for line in axes.lines)
 
 
+BOTH = [evaluation("stock", 0.37), evaluation("tuned", 0.27)]
+
+
 @pytest.mark.usefixtures("no_warning_and_no_global_change")
 @pytest.mark.parametrize(
     "rows",
     [
-        [epoch(1, 0.3, True)],
         [epoch(1, 0.3, True), epoch(2, None, False)],
         [*steps(6)[:3], epoch(1, None, False)],
-        [*steps(90), epoch(1, 0.33, True), epoch(2, 0.27, True), evaluation("stock", 0.37), evaluation("tuned", 0.27)],
-        [*steps(5000), epoch(1, 0.3, True)],
+        [*steps(5000), epoch(1, 0.33, True), epoch(2, 0.27, True), *BOTH],
     ],
-    ids=["one epoch", "a missing value", "no WER", "evaluated", "many updates"],
+    ids=["a missing value", "no WER", "many updates, evaluated"],
 )
 def test_the_analysis_draws_whatever_is_there_and_saves(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     run = write(tmp_path / "run", rows)
@@ -58,20 +59,15 @@ def test_the_analysis_draws_whatever_is_there_and_saves(tmp_path: Path, rows: li
     files = save_figure(figure, tmp_path, "a")
     again = save_figure(TrainingVisualizer(run).training_analysis(), tmp_path, "b")
     assert [path.read_bytes() for path in files] == [path.read_bytes() for path in again]
-    assert figure._repr_png_()[:4] == b"\x89PNG"  # type: ignore[attr-defined]
-
-
-def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="run"):
-        TrainingVisualizer(write(tmp_path / "run", steps(3)))
 
 
 def test_a_spike_of_the_loss_does_not_flatten_the_rest(tmp_path: Path) -> None:
     rows = steps(200)
     rows[50]["loss"] = 400.0
-    for name, metrics, low, high in (("spike", rows, 1.2, 5), ("calm", steps(200), 2, 5)):
-        figure = TrainingVisualizer(write(tmp_path / name, [*metrics, epoch(1, 0.3, True)])).training_analysis()
-        assert low < figure.axes[0].get_ylim()[1] < high
+    figure = TrainingVisualizer(write(tmp_path / "run", [*rows, epoch(1, 0.3, True)])).training_analysis()
+    assert 1.2 < figure.axes[0].get_ylim()[1] < 5
+    with pytest.raises(DataError, match="no finished epoch"):
+        TrainingVisualizer(write(tmp_path / "run", steps(3)))
 
 
 def test_thinning_keeps_order_and_spikes() -> None:
@@ -79,8 +75,8 @@ def test_thinning_keeps_order_and_spikes() -> None:
     losses[4321], losses[8765] = 99.0, -99.0
     losses[100:200] = [None] * 100
     figure = draw_curves([step(i + 1, loss=loss) for i, loss in enumerate(losses)], [])
+    assert most_points(figure) <= MAX_POINTS
     updates, drawn = (np.asarray(values) for values in figure.axes[0].lines[0].get_data())
-    assert len(drawn) <= MAX_POINTS
     assert np.all(np.diff(updates) > 0)
     assert {4322.0: 99.0, 8766.0: -99.0}.items() <= dict(zip(updates.tolist(), drawn.tolist(), strict=True)).items()
 
@@ -89,19 +85,16 @@ def test_thinning_keeps_order_and_spikes() -> None:
 @pytest.mark.parametrize(
     "rows",
     [
-        [step(1)],
         [step(1, loss=None, learning_rate=0.0)],
         [{"event": "train_step", "step": 1, "epoch": 1, "loss": 2.0}],
         [step(1), step(2), epoch(1, None, False)],
         [step(1), step(2), epoch(1, 0.4, True), step(3, epoch=2, data_wait_share=0.03), epoch(2, 0.0, True)],
-        [step(number) for number in range(1, 5001)],
     ],
-    ids=["one update", "no loss", "few fields", "no WER", "two epochs", "many updates"],
+    ids=["no loss", "few fields", "no WER", "two epochs"],
 )
 def test_the_live_figure_draws_whatever_is_there(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     figure = draw_curves(*last_training(rows))
     save_figure(figure, tmp_path, "live")
-    assert most_points(figure) <= MAX_POINTS
     ends = [line.get_xdata() for line in figure.axes[0].lines if line.get_label() == "validation"]
     assert [list(each) for each in ends] in ([], [[2]], [[2, 3]])  # at the last update of each epoch
 
@@ -139,8 +132,8 @@ def test_it_draws_at_most_so_often_and_once_more_at_the_end(
 
 
 def test_slow_drawing_is_done_less_often(experiment: ExperimentLogger, shown: list[tuple[str, bool]]) -> None:
-    ticks = itertools.count()
-    with experiment, LivePlot(experiment, every_sec=2.0, clock=lambda: float(next(ticks))):  # a figure takes 1 s
+    ticks = itertools.count(0.0)
+    with experiment, LivePlot(experiment, every_sec=2.0, clock=lambda: next(ticks)):  # a figure takes 1 s
         for number in range(1, 23):
             experiment.log(**step(number))
         assert len(shown) == 2  # the second after 20 s
@@ -173,16 +166,6 @@ def test_an_error_in_drawing_ends_the_figure_with_one_warning(
     assert len(experiment.metrics_path.read_text().splitlines()) == 3
 
 
-def test_an_interrupted_training_is_shown_to_its_end_and_stays_interrupted(
-    experiment: ExperimentLogger, shown: list[tuple[str, bool]]
-) -> None:
-    with pytest.raises(KeyboardInterrupt), experiment, LivePlot(experiment):
-        experiment.log(**step(1))
-        experiment.log(**step(2))
-        raise KeyboardInterrupt
-    assert len(shown) == 2
-
-
 def test_outside_a_notebook_nothing_is_gathered_or_drawn(
     experiment: ExperimentLogger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,33 +182,30 @@ from src.utils.config import load_config
 from src.utils.tracking import ExperimentLogger
 experiment = ExperimentLogger(load_config(None, overrides={"paths": {"runs_dir": RUNS}}), run_id="r")
 with experiment, LivePlot(experiment, every_sec=0.0) as plot:
-    experiment.log("train_step", step=1, epoch=1, loss=2.0, learning_rate=1e-5)
-    plot.update(force=True)
-    print("between two figures")
-    for step in range(2, 6):
+    for step in range(1, 6):
         experiment.log("train_step", step=step, epoch=1, loss=2 / step, learning_rate=1e-5)
         plot.update(force=True)
+        print("between two figures" * (step == 1), end="")
 """
 
 
 @pytest.mark.slow
 def test_a_notebook_keeps_one_output_the_last_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    cells = [nbformat.v4.new_code_cell(f"RUNS = {str(tmp_path)!r}" + CELL)]
-    notebook = nbformat.v4.new_notebook(cells=cells)
-    sizes: list[int] = []
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"RUNS = {str(tmp_path)!r}" + CELL)])
     client = nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120)
+    images: list[str] = []
     process_message = client.process_message
 
-    def count(message: Any, *rest: Any) -> Any:
+    def watch(message: Any, *rest: Any) -> Any:
         if message["msg_type"] in ("display_data", "update_display_data"):
-            sizes.append(len(message["content"]["data"]["image/png"]))
+            images.append(message["content"]["data"]["image/png"])
         return process_message(message, *rest)
 
-    monkeypatch.setattr(client, "process_message", count)
+    monkeypatch.setattr(client, "process_message", watch)
     client.execute()
     outputs = notebook.cells[0].outputs
     assert [output.output_type for output in outputs] == ["display_data", "stream"]
-    assert len(sizes) >= 6
-    assert len(outputs[0].data["image/png"]) == sizes[-1]  # the newest, in the place of the first
-    assert base64.b64decode(outputs[0].data["image/png"])[:4] == b"\x89PNG"
+    assert len(images) >= 6
+    assert outputs[0].data["image/png"] == images[-1]  # the newest, in the place of the first
+    assert base64.b64decode(images[-1])[:4] == b"\x89PNG"

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from src.evaluation.visualization.words import draw_words
-from src.inference.decoding import decode
-from src.inference.options import DecodingOptions
 from src.inference.words import Word
 from src.utils.errors import AudioError, DataError
 from src.utils.figures import save_figure
@@ -24,22 +21,15 @@ def words_every(step_sec: float, end_sec: float, text: str = "word") -> list[Wor
     return [Word(text, float(at), float(at) + step_sec, 0.9) for at in times]
 
 
-def check_apart(figure: Any) -> None:
-    band = figure.axes[1]
-    figure.draw_without_rendering()
-    boxes = [text.get_window_extent() for text in band.texts]
-    for a, b in itertools.combinations(boxes, 2):
-        assert not a.overlaps(b)
-    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
-
-
-@pytest.mark.parametrize(("step_sec", "end_sec"), [(0.5, 11.0), (0.25, 11.0), (0.4, 30.0)])
+@pytest.mark.parametrize(("step_sec", "end_sec"), [(0.25, 11.0), (0.4, 30.0)])
 def test_texts_do_not_collide(jfk: np.ndarray, step_sec: float, end_sec: float) -> None:
     audio = np.tile(jfk, 3)[: round(16_000 * end_sec)]
     figure = draw_words(audio, words_every(step_sec, end_sec))
-    check_apart(figure)
-    assert figure.get_size_inches()[0] <= 10
-    assert figure.get_size_inches()[1] <= 4
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[1].texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
+    assert max(figure.get_size_inches() / [10, 4]) <= 1
 
 
 def test_bars_boundaries_and_axis_are_in_seconds(jfk: np.ndarray, tmp_path: Path) -> None:
@@ -85,12 +75,3 @@ def test_what_cannot_be_drawn_is_an_error(jfk: np.ndarray) -> None:
     ):
         with pytest.raises(error, match=said):
             draw_words(audio, given, between_sec=part)
-
-
-@pytest.mark.slow
-def test_the_words_of_a_real_recording_are_drawn(tiny_en: tuple[Any, Any], jfk: np.ndarray, tmp_path: Path) -> None:
-    (result,) = decode(*tiny_en, [jfk], DecodingOptions(word_timestamps=True))
-    figure = draw_words(jfk, result.words or ())
-    assert [text.get_text() for text in figure.axes[1].texts][-1] == "country."
-    check_apart(figure)
-    save_figure(figure, tmp_path, "jfk")
