@@ -38,11 +38,10 @@ from src.data.dataset import decode_audio
 from src.data.sources.catalog import SAMPLE_CLIP
 from src.evaluation.streams import AlignedClip, join_clips
 from src.evaluation.text import error_rate, whisper_normalizer_for, word_counts
-from src.inference.ct2_engine import CTranslate2Engine
+from src.inference.ct2_engine import CTranslate2Engine, ct2_folder
 from src.inference.engines import load_engine, transcribe
 from src.inference.files.transcribe import BatchInference
 from src.inference.options import DecodingOptions
-from src.models.ct2_cache import ct2_folder
 from src.utils.config import Config, load_config
 from src.utils.runtime import usable_cores
 

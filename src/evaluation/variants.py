@@ -144,10 +144,7 @@ def _measure_variant(
             continue
         with tempfile.TemporaryDirectory() as folder:
             try:
-                language = config.model.language
-                export = export_ctranslate2(
-                    source, Path(folder) / "export", quantization=quantization, language=language
-                )
+                export = export_ctranslate2(source, Path(folder) / "export", quantization=quantization)
             except ModelError as err:  # the export is not like its source
                 rows[engine] = replace(row, reason=_one_line(err))
                 continue

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from src.data.features import FRAMES_PER_SEC
 from src.inference.words import Vocabulary, Word, place_words
-from src.models.alignment_heads import FIND_HEADS, Head, existing_heads, upper_half_heads
+from src.models.dynamic_context import FIND_HEADS, Head, existing_heads, upper_half_heads
 
 logger = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ own length here too. It gives no attention while it generates: word times need a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from src.data.features import HOP_SAMPLES, log_mel
 from src.inference.options import Decoded, DecodingOptions, Engine, batch_samples
 from src.inference.words import Vocabulary, Word, place_words
 from src.utils.errors import DataError, DeviceError, ModelError
-from src.utils.files import read_json
+from src.utils.files import read_json, recover_folder
 from src.utils.runtime import cpu_threads
 
 MAX_POSITIONS = 448  # of the decoder
@@ -117,6 +118,34 @@ class CTranslate2Engine(Engine):
 
     def _detect(self, encoded: Any) -> list[str | None]:
         return [found[0][0].strip("<|>") for found in self._model.detect_language(encoded)]
+
+
+def ct2_folder(source: str, *, quantization: str, cache_dir: Path) -> Path:
+    """Return a CTranslate2 folder with the weights that `resolve_weights` finds, converted once into `cache_dir`.
+
+    A CTranslate2 folder is returned as it is.
+    """
+    folder = Path(source).expanduser()
+    if not folder.exists():
+        recover_folder(folder)  # a process was killed while it replaced the folder
+    if (folder / "model.bin").is_file():
+        return folder
+    # the Hub's client, torch and transformers take seconds, and most calls need none
+    from src.models.offline_weights import combined_sha256, convert_once
+    from src.models.weights import resolve_weights
+
+    weights = resolve_weights(source, cache_dir=cache_dir)
+    files = sorted(file for pattern in ("*.safetensors", "pytorch_model.bin") for file in weights.path.glob(pattern))
+    content = combined_sha256([*files, weights.path / "config.json", weights.path / "generation_config.json"])
+    digest = hashlib.sha256(f"{content} {quantization}".encode()).hexdigest()
+
+    def convert(target: Path) -> None:
+        from src.models.export.ctranslate2 import export_ctranslate2
+
+        export_ctranslate2(weights.path, target, quantization=quantization)
+
+    label = f"{weights.source}, as CTranslate2 {quantization}"
+    return convert_once(f"{folder.name}-ct2-{quantization}", digest, label, cache_dir=cache_dir, convert=convert)
 
 
 def find_device(name: str) -> tuple[str, int]:

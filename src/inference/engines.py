@@ -86,8 +86,7 @@ def load_engine(
         model, processor = WhisperModelManager(config).initialize_model(str(source))
         loaded = TorchEngine(model.to(getattr(torch, precision)), processor)
     else:
-        from src.inference.ct2_engine import CTranslate2Engine, find_device
-        from src.models.ct2_cache import ct2_folder
+        from src.inference.ct2_engine import CTranslate2Engine, ct2_folder, find_device
 
         kind, _ = find_device(config.device)
         stored = ("int8" if kind == "cpu" else "float16") if compute_type == "auto" else compute_type

@@ -1,4 +1,4 @@
-"""Whisper whose encoder takes audio at its own length, 0.1 to 30 s, instead of always 30 s.
+"""Whisper whose encoder takes audio at its own length, 0.1 to 30 s, instead of always 30 s; its alignment heads.
 
 The position table is sliced, nothing else changes: state-dict keys are those of stock Whisper, and at 3,000 frames the
 outputs are the stock ones. A model must be trained for short context, else its decoder does not know when to stop
@@ -24,7 +24,9 @@ from transformers.utils.output_capturing import capture_outputs
 from src.utils.errors import ModelError
 
 AudioContext = Literal["full", "dynamic"]
+Head = tuple[int, int]  # layer, head of the decoder
 MIN_FRAMES = 10  # 0.1 s
+FIND_HEADS = "python scripts/find_alignment_heads.py --model FOLDER --write"
 
 
 class DynamicWhisperEncoder(WhisperEncoder):  # type: ignore[misc]
@@ -33,18 +35,9 @@ class DynamicWhisperEncoder(WhisperEncoder):  # type: ignore[misc]
     @merge_with_config_defaults  # type: ignore[untyped-decorator]
     @capture_outputs  # type: ignore[untyped-decorator]
     def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
-        """Encode.
+        """Encode (B, mels, frames) into (B, frames // 2, d_model); frames are even and in 10..3,000, 3,000 if full.
 
-        Args:
-            input_features: (B, mels, frames), frames even and in 10..3,000.
-            attention_mask: ignored, as in stock Whisper: the model knows silence.
-            **kwargs: passed to the layers.
-
-        Returns:
-            `last_hidden_state` (B, frames // 2, d_model).
-
-        Raises:
-            ModelError: frames out of range, odd, or fewer than 3,000 for a model of full context.
+        The mask is ignored, as in stock Whisper: the model knows silence.
         """
         self._check_frames(input_features.shape[-1])
         hidden = nn.functional.gelu(self.conv1(input_features))  # (B, d_model, frames)
@@ -101,30 +94,41 @@ class DynamicWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
         self.config.architectures = [WhisperForConditionalGeneration.__name__]
         self.config.save_pretrained(save_directory)
 
-    def _get_input_segment(
-        self,
-        input_features: Tensor | None,
-        seek: Tensor,
-        seek_num_frames: Tensor,
-        num_segment_frames: int,
-        cur_bsz: int,
-        batch_idx_map: list[int],
-    ) -> Tensor | None:
+    def _get_input_segment(self, **given: Any) -> Any:
         """`generate` cuts windows here and pads them to 30 s; at dynamic context they keep their length."""
-        if input_features is not None and self.audio_context == "dynamic":
-            longest = int(max(seek_num_frames[batch_idx_map[row]] for row in range(cur_bsz)))
-            num_segment_frames = max(longest + longest % 2, MIN_FRAMES)
-        return cast(
-            "Tensor | None",
-            super()._get_input_segment(
-                input_features, seek, seek_num_frames, num_segment_frames, cur_bsz, batch_idx_map
-            ),
-        )
+        if given["input_features"] is not None and self.audio_context == "dynamic":
+            longest = int(max(given["seek_num_frames"][row] for row in given["batch_idx_map"][: given["cur_bsz"]]))
+            given["num_segment_frames"] = max(longest + longest % 2, MIN_FRAMES)
+        return super()._get_input_segment(**given)
 
 
 def get_audio_context(config: WhisperConfig) -> AudioContext:
     """Read a checkpoint's context; stock checkpoints do not have the key and are "full"."""
     return cast("AudioContext", getattr(config, "audio_context", "full"))
+
+
+def listed_heads(model: Any) -> list[Head]:
+    """Return the heads whose attention follows the audio, as the generation config lists them; none by default."""
+    return [(int(layer), int(head)) for layer, head in getattr(model.generation_config, "alignment_heads", None) or ()]
+
+
+def existing_heads(model: Any) -> list[Head]:
+    """Return `listed_heads`; a `ModelError` if the decoder lacks one: distilled checkpoints list their teacher's."""
+    listed = listed_heads(model)
+    layers, count = model.config.decoder_layers, model.config.decoder_attention_heads
+    absent = [(layer, head) for layer, head in listed if not (0 <= layer < layers and 0 <= head < count)]
+    if absent:
+        raise ModelError(
+            f"alignment_heads lists {absent[0]}, but the decoder has {layers} layers of {count} heads: the list is "
+            f"another model's; find this one's: {FIND_HEADS}"
+        )
+    return listed
+
+
+def upper_half_heads(config: Any) -> list[Head]:
+    """Return all heads of the upper half of the decoder's layers, as CTranslate2's converter does without a list."""
+    layers, count = config.decoder_layers, config.decoder_attention_heads
+    return [(layer, head) for layer in range(layers // 2, layers) for head in range(count)]
 
 
 @contextmanager

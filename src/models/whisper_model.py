@@ -18,11 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class WhisperModelManager:
-    """Loads models for one configuration.
-
-    Attributes:
-        weights: where the last model came from; None before the first.
-    """
+    """Loads models for one configuration; `weights` says where the last one came from, None before the first."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -35,32 +31,25 @@ class WhisperModelManager:
             variant: a name such as "base", or a checkpoint's folder; `model.variant` of the configuration by default.
 
         Returns:
-            The model in float32 on the configured device, in evaluation mode, and its `WhisperProcessor`.
+            The model in float32 on the configured device, in evaluation mode, and its `WhisperProcessor`. Its
+            generation config has the configured language and task, so that a saved checkpoint carries them.
 
         Raises:
             ModelError: no weights are available; the message lists what was tried.
             DeviceError: no such device.
         """
-        device = get_device(self._config.device)
+        settings, device = self._config.model, get_device(self._config.device)
+        variant = variant or settings.variant
         keep_cudnn_out_of_attention(device)
-        self.weights = resolve_weights(variant or self._config.model.variant, cache_dir=self._config.paths.cache_dir)
+        self.weights = resolve_weights(variant, cache_dir=self._config.paths.cache_dir)
         transformers_logging.disable_progress_bar()  # one bar per file of weights says nothing
         model = DynamicWhisper.from_pretrained(self.weights.path, dtype=torch.float32)
         processor = WhisperProcessor.from_pretrained(self.weights.path)
-        self._set_language(model)
-        logger.info(
-            "model %s: %.1f M parameters, audio context %r, on %s",
-            variant or self._config.model.variant,
-            sum(p.numel() for p in model.parameters()) / 1e6,
-            model.audio_context,
-            device,
-        )
-        return model.to(device).eval(), processor
-
-    def _set_language(self, model: DynamicWhisper) -> None:
-        """Write language and task into the generation config, so that a saved checkpoint carries them."""
+        generation = model.generation_config
         model.config.forced_decoder_ids = None  # of old checkpoints; contradicts language and task
-        model.generation_config.forced_decoder_ids = None
-        if getattr(model.generation_config, "is_multilingual", False) and self._config.model.language is not None:
-            model.generation_config.language = self._config.model.language
-            model.generation_config.task = self._config.model.task
+        generation.forced_decoder_ids = None
+        if getattr(generation, "is_multilingual", False) and settings.language is not None:
+            generation.language, generation.task = settings.language, settings.task
+        size, context = sum(p.numel() for p in model.parameters()) / 1e6, model.audio_context
+        logger.info("model %s: %.1f M parameters, audio context %r, on %s", variant, size, context, device)
+        return model.to(device).eval(), processor

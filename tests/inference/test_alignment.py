@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from src.inference.alignment import alignment_heads, dtw_path
-from src.models.alignment_heads import FIND_HEADS
-from src.models.dynamic_context import DynamicWhisper
+from src.models.dynamic_context import FIND_HEADS, DynamicWhisper
 from src.utils.errors import ModelError
 
 

@@ -18,8 +18,7 @@ from src.inference.alignment import POSITION_SEC, align_words
 from src.inference.alignment_heads import HeadSearch, find_alignment_heads, score_heads, write_alignment_heads
 from src.inference.decoding import encode
 from src.inference.words import Vocabulary
-from src.models.alignment_heads import upper_half_heads
-from src.models.dynamic_context import DynamicWhisper
+from src.models.dynamic_context import DynamicWhisper, upper_half_heads
 from src.models.processor import save_processor
 from src.utils.errors import DataError, ModelError
 

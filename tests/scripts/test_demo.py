@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from scripts import demo
-from src.models.ct2_cache import ct2_folder
+from src.inference.ct2_engine import ct2_folder
 from src.utils.config import load_config
 
 

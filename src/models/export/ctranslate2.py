@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,14 @@ from ctranslate2.specs.model_spec import ACCEPTED_MODEL_TYPES
 from transformers import WhisperProcessor
 
 from src.data.audio import Waveform
-from src.models.alignment_heads import existing_heads
-from src.models.dynamic_context import get_audio_context
+from src.models.dynamic_context import existing_heads
 from src.models.export.huggingface import loaded_source, new_export
 from src.models.export.verify import MAX_WORD_MISMATCH_QUANTISED, ClipBatch, verify_transcripts
 from src.utils.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
-EXACT_QUANTIZATIONS = ("float32", "float16")  # no word may change
-FASTER_WHISPER_FILES = ("tokenizer.json", "preprocessor_config.json")
+FASTER_WHISPER_FILES = ["tokenizer.json", "preprocessor_config.json"]
 
 
 def export_ctranslate2(
@@ -35,7 +33,6 @@ def export_ctranslate2(
     processor: WhisperProcessor | None = None,
     quantization: str = "int8",
     verify_clips: Sequence[Waveform] | None = None,
-    language: str | None = None,
 ) -> Path:
     """Convert for CTranslate2 and faster-whisper, and verify the export by transcribing.
 
@@ -45,7 +42,6 @@ def export_ctranslate2(
         processor: of a model.
         quantization: of the weights: "int8", "float16", "float32", ... as CTranslate2 names them.
         verify_clips: (T,) float32 each, 16 kHz, up to 30 s, transcribed by both; five bundled ones by default.
-        language: of the clips, for multilingual models; by default that of the generation config, else detected.
 
     Returns:
         output_dir; its config.json keeps `audio_context`, which CTranslate2 ignores.
@@ -58,41 +54,26 @@ def export_ctranslate2(
     if quantization not in ACCEPTED_MODEL_TYPES:
         raise ModelError(f"unknown quantization {quantization!r}; known: {', '.join(ACCEPTED_MODEL_TYPES)}")
     output_dir = Path(output_dir)
-    with (
-        loaded_source(source, processor) as (hf_dir, model, processor),
-        new_export(output_dir, ["model.bin"]) as folder,
-    ):
+    with loaded_source(source, processor) as (hf_dir, model, own), new_export(output_dir, ["model.bin"]) as folder:
         existing_heads(model)  # CTranslate2 copies the list as it is
-        converter = TransformersConverter(str(hf_dir), copy_files=list(FASTER_WHISPER_FILES))
+        converter = TransformersConverter(str(hf_dir), copy_files=FASTER_WHISPER_FILES)
         converter.convert(str(folder), quantization=quantization, force=True)
-        _write_audio_context(folder / "config.json", get_audio_context(model.config))
-        mismatch = verify_transcripts(
-            model,
-            processor,
-            _transcriber(folder, quantization),
-            name=f"{output_dir}: the {quantization} model",
-            allowed=0.0 if quantization in EXACT_QUANTIZATIONS else MAX_WORD_MISMATCH_QUANTISED,
-            clips=verify_clips,
-            language=language,
-        )
+        config_file = folder / "config.json"
+        config = {**json.loads(config_file.read_text(encoding="utf-8")), "audio_context": model.audio_context}
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        engine = ctranslate2.models.Whisper(
+            str(folder), device="cpu", intra_threads=torch.get_num_threads(),
+            compute_type="int8" if quantization.startswith("int8") else "float32",  # no CPU computes in 16 bits
+        )  # fmt: skip
+
+        def transcribe(batch: ClipBatch) -> list[list[int]]:
+            mel = ctranslate2.StorageView.from_array(np.ascontiguousarray(batch.features.numpy()))
+            cap = 2 * batch.max_new_tokens  # CTranslate2 gives half of it to new tokens
+            found = engine.generate(mel, batch.prompts, beam_size=1, max_length=cap)
+            return [result.sequences_ids[0] for result in found]
+
+        allowed = 0.0 if quantization in ("float32", "float16") else MAX_WORD_MISMATCH_QUANTISED
+        name = f"{output_dir}: the {quantization} model"
+        mismatch = verify_transcripts(model, own, transcribe, name=name, allowed=allowed, clips=verify_clips)
     logger.info("saved %s (CTranslate2 %s, %.0f%% of words differ)", output_dir, quantization, 100 * mismatch)
     return output_dir
-
-
-def _transcriber(folder: Path, quantization: str) -> Callable[[ClipBatch], list[list[int]]]:
-    compute_type = "int8" if quantization.startswith("int8") else "float32"  # no CPU computes in 16 bits
-    threads = torch.get_num_threads()
-    engine = ctranslate2.models.Whisper(str(folder), device="cpu", compute_type=compute_type, intra_threads=threads)
-
-    def transcribe(batch: ClipBatch) -> list[list[int]]:
-        mel = ctranslate2.StorageView.from_array(np.ascontiguousarray(batch.features.numpy()))
-        cap = 2 * batch.max_new_tokens  # CTranslate2 gives half of it to new tokens
-        return [result.sequences_ids[0] for result in engine.generate(mel, batch.prompts, beam_size=1, max_length=cap)]
-
-    return transcribe
-
-
-def _write_audio_context(config_file: Path, audio_context: str) -> None:
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["audio_context"] = audio_context
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

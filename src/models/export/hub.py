@@ -19,30 +19,21 @@ from src.utils.errors import ModelError, WhisperASRError
 
 logger = logging.getLogger(__name__)
 
-CARD_FILE = "README.md"
 INDEX_FILE = "model.safetensors.index.json"
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
-_TOKENIZER_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json")
+_ALWAYS = ("config.json", "tokenizer.json", "preprocessor_config.json")
 # Files of each kind of export, as patterns; the key is the file that the kind is recognised by.
 _EXPORTS = {
-    "model.bin": ("model.bin", "vocabulary.*", *_TOKENIZER_FILES),
-    "onnx": (
-        "onnx/encoder_model*.onnx",
-        "onnx/decoder_model_merged*.onnx",
-        "generation_config.json",
-        *_TOKENIZER_FILES,
-    ),
-    "config.json": ("model*.safetensors", "generation_config.json", *_TOKENIZER_FILES),
+    "model.bin": ("model.bin", "vocabulary.*", *_ALWAYS),
+    "onnx": ("onnx/encoder_model*.onnx", "onnx/decoder_model_merged*.onnx", "generation_config.json", *_ALWAYS),
+    "config.json": ("model*.safetensors", "generation_config.json", *_ALWAYS),
 }
-_HIDDEN = [".*", "*/.*"]
 # hf_xet, which sends the large files, raises RuntimeError
 _NETWORK_ERRORS = (httpx.TransportError, ConnectionError, TimeoutError, RuntimeError)
 
 
 def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-    """Upload an exported folder as a new repository.
-
-    A repository that an earlier, broken upload left empty is filled.
+    """Upload an exported folder as a new repository; one that an earlier, broken upload left empty is filled.
 
     Args:
         folder: of `export_huggingface`, `export_ctranslate2` or `export_onnx`, with a model card.
@@ -58,17 +49,23 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True, token
         WhisperASRError: no token, no network, no right, or a name that is taken; the message says what to do.
     """
     source = Path(folder)
-    check_export(source)
+    _check_export(source)
     if not re.fullmatch(r"[\w.-]+/[\w.-]{1,96}", repo_id, re.ASCII):
         raise ModelError(f"repo_id {repo_id!r}: write 'owner/name', of letters, digits, '-', '_' and '.'")
-    api = HfApi(token=_find_token(token))
+    token = (token or get_token() or "").strip()
+    if not token:
+        raise WhisperASRError(
+            f"no Hugging Face token: make one with the right to write at {TOKEN_PAGE}; then in Colab add it as the "
+            "secret HF_TOKEN (key symbol at the left) and allow the notebook to read it, elsewhere run: hf auth login"
+        )
+    api = HfApi(token=token)
     try:
         _create(api, repo_id, private)
         api.upload_folder(
-            repo_id=repo_id, folder_path=source, commit_message=f"Upload {source.name}", ignore_patterns=_HIDDEN
+            repo_id=repo_id, folder_path=source, commit_message=f"Upload {source.name}", ignore_patterns=[".*", "*/.*"]
         )
     except HfHubHTTPError as err:
-        raise WhisperASRError(f"{repo_id}: {_refusal(err, repo_id)}") from None
+        raise WhisperASRError(f"{repo_id}: {_refusal(_status(err), repo_id)}") from None
     except _NETWORK_ERRORS as err:
         raise WhisperASRError(
             f"{repo_id}: the Hugging Face Hub cannot be reached, or the connection broke off ({type(err).__name__}); "
@@ -79,8 +76,7 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True, token
     return url
 
 
-def check_export(folder: Path) -> None:
-    """Raise a `ModelError` that says what is missing, unless a folder is a complete export with a model card."""
+def _check_export(folder: Path) -> None:
     wanted = next((files for mark, files in _EXPORTS.items() if (folder / mark).exists()), None)
     if wanted is None:
         raise ModelError(
@@ -88,25 +84,15 @@ def check_export(folder: Path) -> None:
         )
     missing = [pattern for pattern in wanted if not any(folder.glob(pattern))]
     if (folder / INDEX_FILE).is_file():
-        shards = set(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values())
-        missing += sorted(shard for shard in shards if not (folder / shard).is_file())
+        shards = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()
+        missing += sorted(shard for shard in set(shards) if not (folder / shard).is_file())
     if missing:
         raise ModelError(f"{folder}: not a complete export, it lacks {', '.join(missing)}; export the model again")
-    card = folder / CARD_FILE
+    card = folder / "README.md"
     if not card.is_file() or not card.read_text(encoding="utf-8").strip():
         raise ModelError(
-            f"{folder}: no {CARD_FILE}: a model is not published without its card; write_model_card writes one"
+            f"{folder}: no {card.name}: a model is not published without its card; write_model_card writes one"
         )
-
-
-def _find_token(given: str | None) -> str:
-    token = (given or get_token() or "").strip()
-    if not token:
-        raise WhisperASRError(
-            f"no Hugging Face token: make one with the right to write at {TOKEN_PAGE}; then in Colab add it as the "
-            "secret HF_TOKEN (key symbol at the left) and allow the notebook to read it, elsewhere run: hf auth login"
-        )
-    return token
 
 
 def _create(api: HfApi, repo_id: str, private: bool) -> None:
@@ -126,17 +112,17 @@ def _create(api: HfApi, repo_id: str, private: bool) -> None:
             ) from None
 
 
-def _refusal(error: HfHubHTTPError, repo_id: str) -> str:
-    owner, status = repo_id.split("/")[0], _status(error)
+def _status(error: HfHubHTTPError) -> int | None:
+    return None if error.response is None else error.response.status_code
+
+
+def _refusal(status: int | None, repo_id: str) -> str:
     if status == 401:
         return f"the Hub does not accept the token: it is mistyped, expired or revoked; make a new one at {TOKEN_PAGE}"
     if status in (403, 404):
+        owner = repo_id.split("/")[0]
         return (
             f"the token has no right to write there; make one with write access at {TOKEN_PAGE}, and check that "
             f"{owner!r} is your name or an organisation in which you may write"
         )
     return f"the Hub answered with HTTP status {status}; push again later, or see https://status.huggingface.co"
-
-
-def _status(error: HfHubHTTPError) -> int | None:
-    return None if error.response is None else error.response.status_code

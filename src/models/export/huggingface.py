@@ -10,7 +10,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,6 @@ def export_huggingface(
         FileExistsError: output_dir contains something else.
     """
     output_dir = Path(output_dir)
-    _check_plain(model)
     with new_export(output_dir, ["config.json"]) as folder:
         _save(model, processor, folder)
         if provenance is not None:
@@ -72,8 +71,7 @@ def export_huggingface(
 def new_export(output_dir: Path, marks: Sequence[str]) -> Iterator[Path]:
     """Yield a folder that becomes `output_dir` when the block ends; an older export is recognised by one of its files.
 
-    Raises:
-        FileExistsError: output_dir contains something else.
+    Raises `FileExistsError` if output_dir contains something else.
     """
     recover_folder(output_dir)
     replace = any((output_dir / mark).is_file() for mark in marks)
@@ -85,46 +83,31 @@ def new_export(output_dir: Path, marks: Sequence[str]) -> Iterator[Path]:
 def loaded_source(source: str | Path | Any, processor: Any) -> Iterator[tuple[Path, DynamicWhisper, Any]]:
     """Yield the source of an export as a Hugging Face folder, as a model in float32 on the CPU, and its processor.
 
-    Args:
-        source: a folder, or a model, which is saved for the time of the block.
-        processor: of a model; that of a folder is loaded.
-
-    Raises:
-        ModelError: a model without its processor, or one that is not plain Whisper.
+    The source is such a folder, or a model together with its processor, which are saved for the time of the block.
     """
-    if isinstance(source, str | Path):
-        yield _load(Path(source))
-        return
-    if processor is None:
-        raise ModelError("a model needs its processor: pass processor=, or a Hugging Face folder instead")
-    _check_plain(source)
-    with tempfile.TemporaryDirectory() as scratch:
-        _save(source, processor, Path(scratch))
-        yield _load(Path(scratch))
-
-
-def _load(folder: Path) -> tuple[Path, DynamicWhisper, Any]:
-    model = DynamicWhisper.from_pretrained(folder, dtype=torch.float32).eval()
-    return folder, model, WhisperProcessor.from_pretrained(folder)
+    with nullcontext(source) if isinstance(source, str | Path) else tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        if place is not source:
+            if processor is None:
+                raise ModelError("a model needs its processor: pass processor=, or a Hugging Face folder instead")
+            _save(source, processor, folder)
+        model = DynamicWhisper.from_pretrained(folder, dtype=torch.float32).eval()
+        yield folder, model, WhisperProcessor.from_pretrained(folder)
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """Return the provenance of an export; empty if it has none that can be read."""
     try:
-        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads((folder / PROVENANCE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
-    return provenance if isinstance(provenance, dict) else {}
 
 
-def _check_plain(model: Any) -> None:
+def _save(model: Any, processor: WhisperProcessor, folder: Path) -> None:
     if not isinstance(model, WhisperForConditionalGeneration):
         raise ModelError(
             f"cannot export a {type(model).__name__}; pass the Whisper model itself (LoRA: after merge_and_unload)"
         )
-
-
-def _save(model: Any, processor: WhisperProcessor, folder: Path) -> None:
     model.save_pretrained(folder)
     save_processor(processor, folder)
 
@@ -132,11 +115,12 @@ def _save(model: Any, processor: WhisperProcessor, folder: Path) -> None:
 def _verify_huggingface(model: Any, processor: WhisperProcessor, folder: Path) -> None:
     reloaded = WhisperForConditionalGeneration.from_pretrained(folder, dtype=model.dtype).to(model.device)
     saved, expected = reloaded.state_dict(), model.state_dict()
-    wrong = [name for name in saved if name not in expected or not torch.equal(saved[name], expected[name])]
-    if wrong or len(saved) != len(expected):
+    wrong = sorted(saved.keys() ^ expected.keys())
+    wrong += [name for name in sorted(saved.keys() & expected.keys()) if not torch.equal(saved[name], expected[name])]
+    if wrong:
         raise ModelError(
-            f"{folder}: {len(wrong) or abs(len(saved) - len(expected))} weights differ after reloading: "
-            f"{', '.join(wrong[:3])}; LoRA adapters must be merged first"
+            f"{folder}: {len(wrong)} weights differ after reloading: {', '.join(wrong[:3])}; LoRA adapters must be "
+            "merged first"
         )
     if keeps_length(model):  # stock Whisper takes 30 s only
         del reloaded, saved  # a GPU that trains has no room for a third copy

@@ -19,15 +19,8 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig, WhisperProcessor
 
 from src.data.audio import Waveform
+from src.models.export import verify
 from src.models.export.huggingface import loaded_source, new_export
-from src.models.export.verify import (
-    MAX_WORD_MISMATCH_QUANTISED,
-    ClipBatch,
-    bundled_clips,
-    prepare_batch,
-    quiet_inference,
-    verify_transcripts,
-)
 from src.models.processor import save_processor
 from src.utils.errors import MissingDependencyError, ModelError
 
@@ -50,7 +43,6 @@ def export_onnx(
     processor: WhisperProcessor | None = None,
     quantization: OnnxQuantization = "none",
     verify_clips: Sequence[Waveform] | None = None,
-    language: str | None = None,
 ) -> Path:
     """Convert for ONNX Runtime, and verify the export by transcribing.
 
@@ -60,7 +52,6 @@ def export_onnx(
         processor: of a model.
         quantization: "none" keeps float32; "int8" quantises the weights of the linear layers and the embedding.
         verify_clips: (T,) float32 each, 16 kHz, up to 30 s, transcribed by both; five bundled ones by default.
-        language: of the clips, for multilingual models; by default that of the generation config, else detected.
 
     Returns:
         output_dir. The encoder takes 10 to 3,000 frames if the checkpoint has dynamic context, else 3,000.
@@ -77,24 +68,26 @@ def export_onnx(
     from src.models.export.onnx_graphs import write_onnx
 
     output_dir, exact = Path(output_dir), quantization == "none"
-    with loaded_source(source, processor) as (_, model, processor), new_export(output_dir, ENCODER_FILES) as folder:
+    with loaded_source(source, processor) as (_, model, own), new_export(output_dir, ENCODER_FILES) as folder:
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
-        save_processor(processor, folder)
+        save_processor(own, folder)
         (folder / ONNX_DIR).mkdir()
         write_onnx(model, folder / ONNX_DIR, int8=not exact)
         exported = OnnxWhisper(folder)
-        mismatch = verify_transcripts(
-            model,
-            processor,
-            exported.transcribe,
-            name=f"{output_dir}: the ONNX model (quantization {quantization})",
-            allowed=0.0 if exact else MAX_WORD_MISMATCH_QUANTISED,
-            clips=verify_clips,
-            language=language,
+        name = f"{output_dir}: the ONNX model (quantization {quantization})"
+        allowed = 0.0 if exact else verify.MAX_WORD_MISMATCH_QUANTISED
+        mismatch = verify.verify_transcripts(
+            model, own, exported.transcribe, name=name, allowed=allowed, clips=verify_clips
         )
         if exact:
-            _verify_logits(model, processor, exported, output_dir, language)
+            difference = _logit_difference(model, own, exported)
+            if not difference <= MAX_LOGIT_DIFFERENCE:  # nan too
+                raise ModelError(
+                    f"{name} differs by {difference:.2g} in a logit, allowed are {MAX_LOGIT_DIFFERENCE}, so it was "
+                    "not saved"
+                )
+            logger.info("logits of torch and ONNX Runtime differ by at most %.1e", difference)
     logger.info("saved %s (ONNX, quantization %s, %.0f%% of words differ)", output_dir, quantization, 100 * mismatch)
     return output_dir
 
@@ -106,40 +99,35 @@ def require_onnx() -> None:
         raise MissingDependencyError(f"export to ONNX needs {', '.join(missing)}: pip install {' '.join(PACKAGES)}")
 
 
-def _verify_logits(
-    model: Any, processor: WhisperProcessor, exported: OnnxWhisper, output_dir: Path, language: str | None
-) -> None:
+def _logit_difference(model: Any, processor: WhisperProcessor, exported: OnnxWhisper) -> float:
     """Compare the logits of every step along the source's transcript of one bundled clip."""
-    batch = prepare_batch(model, processor.tokenizer, bundled_clips()[:1], language)
+    batch = verify.prepare_batch(model, processor.tokenizer, verify.bundled_clips()[:1])
     prompt, end = batch.prompts[0], processor.tokenizer.eos_token_id
     tokens = [token for token in batch.generate(model)[0] if token < end]  # every id from the end token on is special
-    with quiet_inference(model):
+    with verify.quiet_inference(model):
         output = model(batch.features, decoder_input_ids=torch.tensor([[*prompt, *tokens]]))
     expected = output.logits[0, len(prompt) - 1 :].numpy()  # (1 + tokens, vocabulary)
     found = exported.logits_along(exported.encode(batch.features.numpy()), prompt, tokens)
-    difference = float(np.abs(found - expected).max())
-    if not difference <= MAX_LOGIT_DIFFERENCE:  # nan too
-        raise ModelError(
-            f"{output_dir}: a logit of the ONNX model differs by {difference:.2g}, allowed are {MAX_LOGIT_DIFFERENCE}, "
-            "so it was not saved"
-        )
-    logger.info("logits of torch and ONNX Runtime differ by at most %.1e", difference)
+    return float(np.abs(found - expected).max())
 
 
 class OnnxWhisper:
-    """An exported model on ONNX Runtime and the CPU, which decodes clip by clip, greedily.
-
-    Args:
-        folder: of `export_onnx`, in float32 or int8.
-    """
+    """A folder of `export_onnx` on ONNX Runtime and the CPU, which decodes clip by clip, greedily."""
 
     def __init__(self, folder: Path) -> None:
-        (encoder,) = (folder / ONNX_DIR).glob("encoder_model*.onnx")
-        (decoder,) = (folder / ONNX_DIR).glob("decoder_model_merged*.onnx")
-        self._encoder, self._decoder = _open(encoder), _open(decoder)
+        import onnxruntime  # type: ignore[import-untyped]
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = WARNINGS_OFF
+        self._encoder, self._decoder = (
+            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            for part in ("encoder_model", "decoder_model_merged")
+            for path in (folder / ONNX_DIR).glob(f"{part}*.onnx")
+        )
         self._generation = GenerationConfig.from_pretrained(folder)
 
-    def transcribe(self, batch: ClipBatch) -> list[list[int]]:
+    def transcribe(self, batch: verify.ClipBatch) -> list[list[int]]:
         """Return the new tokens of each clip, the end token included."""
         hidden = self.encode(batch.features.numpy())
         cap = batch.max_new_tokens
@@ -156,8 +144,7 @@ class OnnxWhisper:
         return np.stack([decoder.step(given) for given in (prompt, *([token] for token in tokens))])
 
     def _greedy(self, hidden: FloatArray, prompt: list[int], max_new_tokens: int) -> list[int]:
-        generation = self._generation
-        decoder = _CachedDecoder(self._decoder, hidden)
+        generation, decoder = self._generation, _CachedDecoder(self._decoder, hidden)
         logits = decoder.step(prompt)
         logits[generation.begin_suppress_tokens or []] = -np.inf
         tokens: list[int] = []
@@ -173,12 +160,12 @@ class _CachedDecoder:
     """The decoder on one clip, with the keys and values of the steps before."""
 
     def __init__(self, session: Any, hidden: FloatArray) -> None:
-        self._session, self._hidden = session, hidden
-        self._outputs = [output.name for output in session.get_outputs()]
-        past = [each for each in session.get_inputs() if each.name.startswith("past_key_values.")]
-        shapes = {each.name: (1, each.shape[1], 0, each.shape[3]) for each in past}  # (B, heads, tokens, width)
-        self._past = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
-        self._started = False
+        self._session, self._hidden, self._started = session, hidden, False
+        self._past = {
+            each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), dtype=np.float32)  # (B, heads, tokens, width)
+            for each in session.get_inputs()
+            if each.name.startswith("past_key_values.")
+        }
 
     def step(self, tokens: list[int]) -> FloatArray:
         """Return the logits (vocabulary,) after the last of these tokens; later steps take one."""
@@ -188,18 +175,10 @@ class _CachedDecoder:
             "use_cache_branch": np.array([self._started]),
             **self._past,
         }
-        found = dict(zip(self._outputs, self._session.run(None, given), strict=True))
+        names = [output.name for output in self._session.get_outputs()]
+        found = dict(zip(names, self._session.run(None, given), strict=True))
         present = {name: found[name.replace("past_key_values", "present")] for name in self._past}
         self._past |= {name: value for name, value in present.items() if value.size}  # empty: as it was
         self._started = True
         logits: FloatArray = found["logits"][0, -1]
         return logits
-
-
-def _open(path: Path) -> Any:
-    import onnxruntime  # type: ignore[import-untyped]
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = WARNINGS_OFF
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

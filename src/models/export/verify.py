@@ -10,20 +10,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, cast
 
 import jiwer
 import torch
 from torch import Tensor
 from transformers import logging as transformers_logging
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.features import CONTEXT_SAMPLES, LogMel, padded_samples
 from src.data.sources.catalog import SAMPLE_PARQUET
 from src.data.sources.parquet import read_parquet
 from src.models.dynamic_context import DynamicWhisper, evaluation_mode
-from src.utils.errors import ModelError, did_you_mean
+from src.utils.errors import ModelError
 
 VERIFY_IDS = ("010120269", "010330257", "013090339", "021680297", "096390012")  # adults; 2.4 to 3.3 s, 7 to 9 words
 BATCH_CLIPS = 5  # at a time
@@ -36,27 +37,17 @@ MAX_WORD_MISMATCH_QUANTISED = 0.2  # other exports may not change any word
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Input of the source and of its export.
+    """Input of the source and of its export."""
 
-    Attributes:
-        features: (B, mels, frames) on the source's device and in its precision.
-        languages: one code per clip; empty for an English-only model.
-        task: "transcribe" or "translate".
-        prompts: the special tokens that begin each transcript, equally many for each.
-        max_new_tokens: limit of each transcript.
-    """
-
-    features: Tensor
-    languages: list[str]
-    task: str
-    prompts: list[list[int]]
+    features: Tensor  # (B, mels, frames) on the source's device and in its precision
+    spoken: dict[str, Any]  # task and the language of each clip, for `generate`; empty for an English-only model
+    prompts: list[list[int]]  # the special tokens that begin each transcript, equally many for each
     max_new_tokens: int
 
     def generate(self, model: Any) -> list[list[int]]:
         """Transcribe greedily with transformers; the tokens end in padding, and may begin with the prompt."""
-        spoken = {"language": self.languages, "task": self.task} if self.languages else {}
         with quiet_inference(model):
-            tokens = model.generate(self.features, num_beams=1, max_new_tokens=self.max_new_tokens, **spoken)
+            tokens = model.generate(self.features, num_beams=1, max_new_tokens=self.max_new_tokens, **self.spoken)
         return cast("list[list[int]]", tokens.tolist())
 
 
@@ -68,9 +59,8 @@ def verify_transcripts(
     name: str,
     allowed: float = 0.0,
     clips: Sequence[Waveform] | None = None,
-    language: str | None = None,
 ) -> float:
-    """Transcribe clips with a model and with its export, and refuse the export where the words differ.
+    """Transcribe clips with a model and with its export, and refuse the export where more words differ than allowed.
 
     Args:
         model: the source, `WhisperForConditionalGeneration` or a subclass.
@@ -79,33 +69,28 @@ def verify_transcripts(
         name: of the export, for the message.
         allowed: `word_mismatch` at most.
         clips: (T,) float32 each, 16 kHz, up to 30 s; by default `bundled_clips`.
-        language: code, for multilingual models; by default that of the generation config, else detected for each clip.
 
     Returns:
         `word_mismatch` of the transcripts.
-
-    Raises:
-        ModelError: more words differ than are allowed, no clip, a clip that is too long, an unknown language.
     """
     audios = bundled_clips() if clips is None else clips
-    if not len(audios):
-        raise ModelError(f"{name}: no clip to verify with; pass some, or None for the five bundled ones")
-    expected: list[str] = []
-    found: list[str] = []
+    if not len(audios) or max(map(len, audios)) > CONTEXT_SAMPLES:
+        raise ModelError(f"{name}: the clips to verify with must be of at most 30 s, and at least one")
+    texts: tuple[list[str], list[str]] = [], []
     for start in range(0, len(audios), BATCH_CLIPS):
-        batch = prepare_batch(model, processor.tokenizer, audios[start : start + BATCH_CLIPS], language)
-        expected += _texts(processor, batch.generate(model))
-        found += _texts(processor, transcribe(batch))
-    rate = word_mismatch(expected, found)
+        batch = prepare_batch(model, processor.tokenizer, audios[start : start + BATCH_CLIPS])
+        for known, tokens in zip(texts, (batch.generate(model), transcribe(batch)), strict=True):
+            known += [processor.decode(row, skip_special_tokens=True).strip() for row in tokens]
+    rate = word_mismatch(*texts)
     if rate > allowed:
         raise ModelError(
             f"{name} differs in {rate:.0%} of the words, allowed are {allowed:.0%}, so it was not saved. "
-            f"Source: {expected!r}; export: {found!r}"
+            f"Source: {texts[0]!r}; export: {texts[1]!r}"
         )
     return rate
 
 
-@lru_cache(maxsize=1)
+@cache
 def bundled_clips() -> tuple[Waveform, ...]:
     """Return the default clips: five speakers, (T,) float32 each, 16 kHz."""
     listed = {utterance.id: utterance for utterance in read_parquet(SAMPLE_PARQUET)}
@@ -117,30 +102,35 @@ def keeps_length(model: Any) -> bool:
     return isinstance(model, DynamicWhisper) and model.audio_context == "dynamic"
 
 
-def prepare_batch(model: Any, tokenizer: Any, audios: Sequence[Waveform], language: str | None) -> ClipBatch:
+def prepare_batch(model: Any, tokenizer: Any, audios: Sequence[Waveform]) -> ClipBatch:
     """Compute features at the model's own audio context, and find each clip's language and first tokens.
 
-    Raises:
-        ModelError: a clip that is too long, an unknown language.
+    The language is that of the generation config, else it is detected.
     """
     longest = max(len(audio) for audio in audios)
-    if longest > CONTEXT_SAMPLES:
-        raise ModelError(f"a clip of {longest / SAMPLE_RATE:.1f} s: pass clips of at most 30 s to verify with")
     silence = round(TRAILING_SILENCE_SEC * SAMPLE_RATE)
-    samples = padded_samples(longest + silence) if keeps_length(model) else CONTEXT_SAMPLES
-    padded = torch.zeros(len(audios), samples)
+    padded = torch.zeros(len(audios), padded_samples(longest + silence) if keeps_length(model) else CONTEXT_SAMPLES)
     for row, audio in enumerate(audios):
         padded[row, : len(audio)] = torch.from_numpy(audio)
     features = LogMel(model.config.num_mel_bins)(padded).to(device=model.device, dtype=model.dtype)  # (B, mels, frames)
-    languages = _languages(model, features, language)
-    task = getattr(model.generation_config, "task", None) or "transcribe"
-    spoken = [[f"<|{code}|>", f"<|{task}|>"] for code in languages] or [[]] * len(audios)
-    prompts = [["<|startoftranscript|>", *names, "<|notimestamps|>"] for names in spoken]
+    generation, spoken = model.generation_config, {}
+    names: list[list[str]] = [[]] * len(audios)
+    if getattr(generation, "is_multilingual", False):
+        language, task = getattr(generation, "language", None), getattr(generation, "task", None) or "transcribe"
+        if language is None:
+            with quiet_inference(model):
+                languages = tokenizer.convert_ids_to_tokens(model.detect_language(features).tolist())
+        else:
+            languages = [f"<|{TO_LANGUAGE_CODE.get(language, language)}|>"] * len(audios)
+        if not generation.lang_to_id.keys() >= set(languages):
+            raise ModelError(f"language {language!r} of the generation config is unknown to this model")
+        spoken = {"language": languages, "task": task}
+        names = [[name, f"<|{task}|>"] for name in languages]
+    prompts = [["<|startoftranscript|>", *row, "<|notimestamps|>"] for row in names]
     return ClipBatch(
         features=features,
-        languages=languages,
-        task=task,
-        prompts=[[int(tokenizer.convert_tokens_to_ids(name)) for name in names] for names in prompts],
+        spoken=spoken,
+        prompts=[[int(tokenizer.convert_tokens_to_ids(name)) for name in row] for row in prompts],
         max_new_tokens=min(MIN_NEW_TOKENS + math.ceil(TOKENS_PER_SEC * longest / SAMPLE_RATE), MAX_NEW_TOKENS),
     )
 
@@ -150,14 +140,13 @@ def word_mismatch(expected: list[str], found: list[str]) -> float:
 
     A clip counts once, however many words it has: a model that loops on one of five is not refused for ending the loop.
     """
-    return sum(map(_clip_mismatch, expected, found)) / len(expected)
-
-
-def _clip_mismatch(expected: str, found: str) -> float:
-    counts = jiwer.process_words(expected, found)
-    edits = counts.substitutions + counts.deletions + counts.insertions
-    words = counts.substitutions + counts.deletions + counts.hits
-    return min(1.0, edits / words) if words else float(edits > 0)  # nothing expected: any word is a mismatch
+    rates = []
+    for pair in zip(expected, found, strict=True):
+        counts = jiwer.process_words(*pair)
+        edits = counts.substitutions + counts.deletions + counts.insertions
+        words = counts.substitutions + counts.deletions + counts.hits
+        rates.append(min(1.0, edits / words) if words else float(edits > 0))  # nothing expected: any word is wrong
+    return sum(rates) / len(rates)
 
 
 @contextmanager
@@ -170,22 +159,3 @@ def quiet_inference(model: Any) -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-
-
-def _texts(processor: Any, tokens: Sequence[Sequence[int]]) -> list[str]:
-    return [processor.decode(row, skip_special_tokens=True).strip() for row in tokens]
-
-
-def _languages(model: Any, features: Tensor, language: str | None) -> list[str]:
-    """Return one language per clip for a multilingual model, none for an English-only one."""
-    config = model.generation_config
-    if not getattr(config, "is_multilingual", False):
-        return []
-    codes = {number: name[2:-2] for name, number in config.lang_to_id.items()}
-    chosen = language or getattr(config, "language", None)
-    if chosen is None:
-        with quiet_inference(model):
-            return [codes[number] for number in model.detect_language(features).tolist()]
-    if chosen not in codes.values():
-        raise ModelError(f"language {chosen!r} is unknown to this model{did_you_mean(chosen, list(codes.values()))}")
-    return [chosen] * len(features)

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from src.models.export import hub as hub_push
-from src.models.export.hub import check_export, push_to_hub
+from src.models.export.hub import push_to_hub
 from src.utils.errors import ModelError, WhisperASRError
 
 SECRET = "hf_secretsecretsecret"
@@ -98,7 +98,7 @@ def test_a_missing_shard_and_a_missing_card_are_named(hub: Mock, export: Path) -
         '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
     )
     with pytest.raises(ModelError, match=r"model-00002-of-00002\.safetensors"):
-        check_export(export)
+        push_to_hub(export, "me/mine")
     hub.assert_not_called()
 
 
