@@ -47,13 +47,9 @@ class DecodingOptions:
     @classmethod
     def from_config(cls, config: Config) -> DecodingOptions:
         """Take language and task from the model section, the rest from the inference section."""
-        return cls(
-            language=config.model.language,
-            task=config.model.task,
-            num_beams=config.inference.num_beams,
-            trailing_silence_sec=config.inference.trailing_silence_sec,
-            max_tokens_per_sec=config.inference.max_tokens_per_sec,
-        )
+        names = "num_beams", "trailing_silence_sec", "max_tokens_per_sec"
+        decoding = {name: getattr(config.inference, name) for name in names}
+        return cls(language=config.model.language, task=config.model.task, **decoding)
 
     def token_cap(self, samples: int) -> int:
         """Return the maximum number of new tokens for a clip of so many samples."""
@@ -119,17 +115,12 @@ class Engine(ABC):
         given = [[*prompt, *start, *prefix] for start in starts]
         rows = self._generate(encoded, given, prefix, caps, options)
         words = self._place(encoded, audios, starts, rows) if options.word_timestamps else [None] * len(rows)
+        texts = [vocabulary.decode(row.tokens).strip() for row in rows]
         return [
             DecodingResult(
-                text=vocabulary.decode(row.tokens).strip(),
-                tokens=tuple(row.tokens),
-                avg_logprob=row.avg_logprob,
-                words=words_of_row,
-                language=language,
-                no_speech_prob=row.no_speech_prob,
-                temperature=options.temperature,
+                text, tuple(row.tokens), row.avg_logprob, placed, code, row.no_speech_prob, options.temperature
             )
-            for row, words_of_row, language in zip(rows, words, languages, strict=True)
+            for text, row, placed, code in zip(texts, rows, words, languages, strict=True)
         ]
 
     def align(
@@ -143,11 +134,6 @@ class Engine(ABC):
         """Return the language of each clip: that of the options, else detected; None for an English-only model."""
         known = options.language is not None or not self.vocabulary.multilingual
         return [options.language] * rows if known else self._detect(encoded)
-
-    def detect_languages(self, audios: Sequence[Waveform]) -> list[str | None]:
-        """Return the likeliest language of each clip; None for an English-only model."""
-        options = DecodingOptions()
-        return self.languages(self.encode(audios, options.trailing_silence_sec), len(audios), options)
 
     def first_token(self, audio: Waveform, options: DecodingOptions) -> int:
         """Encode a clip and take the decoder's first step, to measure its latency."""
@@ -178,9 +164,7 @@ def batch_samples(lengths: Sequence[int], trailing_silence_sec: float, audio_con
         raise ModelError("encode: an empty batch; pass at least one clip")
     longest = max(lengths)
     if longest > CONTEXT_SAMPLES:
-        raise ModelError(
-            f"a clip of {longest / SAMPLE_RATE:.1f} s: the encoder takes 30 s; BatchInference cuts longer audio"
-        )
-    if audio_context == "full":
-        return CONTEXT_SAMPLES
-    return padded_samples(longest + round(trailing_silence_sec * SAMPLE_RATE))
+        sec = longest / SAMPLE_RATE
+        raise ModelError(f"a clip of {sec:.1f} s: the encoder takes 30 s; BatchInference cuts longer audio")
+    own = padded_samples(longest + round(trailing_silence_sec * SAMPLE_RATE))
+    return CONTEXT_SAMPLES if audio_context == "full" else own

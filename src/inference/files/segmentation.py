@@ -46,10 +46,11 @@ class TranscribedSegment:
     language: str | None
 
     @classmethod
-    def of(cls, result: DecodingResult, start_sec: float, end_sec: float) -> TranscribedSegment:
-        """Place a result, whose words have times in the recording."""
+    def of(cls, result: DecodingResult, start_sec: float, end_sec: float, clip_sec: float) -> TranscribedSegment:
+        """Place the result of a clip that begins at `clip_sec`."""
+        words = None if result.words is None else shifted(result.words, clip_sec)
         certainty = result.avg_logprob, result.no_speech_prob, result.compression_ratio, result.temperature
-        return cls(start_sec, end_sec, result.text, *certainty, result.words, result.language)
+        return cls(start_sec, end_sec, result.text, *certainty, words, result.language)
 
 
 class Segment(NamedTuple):
@@ -199,9 +200,8 @@ def decode_windows(
         texts, end_sec = split_at_timestamps(result.tokens, vocabulary, len(audio) / SAMPLE_RATE)
         words = _words_of_texts(engine, audio, texts, options, end_sec) if with_words else itertools.repeat(None)
         for text, spoken in zip(texts, words, strict=False):
-            placed = None if spoken is None else shifted(spoken, start_sec)
-            part = replace(result, text=vocabulary.decode(text.tokens).strip(), tokens=text.tokens, words=placed)
-            yield TranscribedSegment.of(part, start_sec + text.start_sec, start_sec + text.end_sec)
+            part = replace(result, text=vocabulary.decode(text.tokens).strip(), tokens=text.tokens, words=spoken)
+            yield TranscribedSegment.of(part, start_sec + text.start_sec, start_sec + text.end_sec, start_sec)
         used = round(end_sec * SAMPLE_RATE)
         held, start = held[used:], start + used
         heard = "".join(vocabulary.decode(text.tokens) for text in texts)  # not what the next window hears again

@@ -26,8 +26,8 @@ from src.data.audio import SAMPLE_RATE, Waveform, stream_audio, to_mono_16k
 from src.data.vad import VoiceActivityDetector
 from src.inference.engines import Engine, decode_with_fallback, engine_of
 from src.inference.files.segmentation import Segment, TranscribedSegment, cut_at_silences, decode_windows
-from src.inference.options import DecodingOptions
-from src.inference.words import Word, shifted
+from src.inference.options import DecodingOptions, DecodingResult
+from src.inference.words import Word
 from src.utils.config import Config
 from src.utils.errors import AudioError, DataError
 from src.utils.runtime import FittingSize
@@ -244,7 +244,8 @@ class BatchInference:
             # the beginning of a recording of several segments decides for all of them
             for recording, index, segment in round_:
                 if index == 0 and (recording.cut > 1 or not recording.is_read):
-                    (recording.language,) = self._engine.detect_languages([segment.audio])
+                    encoded = self._engine.encode([segment.audio], options.trailing_silence_sec)
+                    (recording.language,) = self._engine.languages(encoded, 1, options)
         by_language: dict[str | None, list[_Item]] = defaultdict(list)
         for item in sorted(round_, key=lambda item: len(item[2].audio), reverse=True):
             by_language[item[0].language or options.language].append(item)
@@ -258,17 +259,15 @@ class BatchInference:
             list(pool.map(lambda batch: self._decode_batch(*batch), batches))  # raises what a thread raised
 
     def _decode_batch(self, items: Sequence[_Item], options: DecodingOptions) -> None:
-        audios = [segment.audio for _, _, segment in items]
-        parts = self._fitting.run(
-            lambda first, last: decode_with_fallback(
-                self._engine, audios[first:last], options, self._settings, vad=self._vad
-            ),
-            [f"segment {index + 1} of {recording.source}" for recording, index, _ in items],
-        )
+        def decode(first: int, last: int) -> list[DecodingResult]:
+            audios = [segment.audio for _, _, segment in items[first:last]]
+            return decode_with_fallback(self._engine, audios, options, self._settings, vad=self._vad)
+
+        names = [f"segment {index + 1} of {recording.source}" for recording, index, _ in items]
+        parts = self._fitting.run(decode, names)
         for (recording, index, segment), result in zip(items, itertools.chain.from_iterable(parts), strict=True):
-            if result.words is not None:
-                result = replace(result, words=shifted(result.words, segment.start_sec))
-            recording.decoded[index] = TranscribedSegment.of(result, segment.start_sec, segment.end_sec)
+            start_sec, end_sec, _ = segment
+            recording.decoded[index] = TranscribedSegment.of(result, start_sec, end_sec, start_sec)
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def test_parts_of_any_number_of_processes_are_joined_in_order(tmp_path: Path) ->
 
 def test_names_and_numbers_that_json_cannot_hold_come_back(tmp_path: Path) -> None:
     output, name = tmp_path / "rows.jsonl", "caf\udce9.wav"  # a name that is not UTF-8
-    segment = TranscribedSegment.of(DecodingResult("naïve", (), avg_logprob=float("nan")), 0.0, 1.0)
+    segment = TranscribedSegment.of(DecodingResult("naïve", (), avg_logprob=float("nan")), 0.0, 1.0, 0.0)
     job(output, [name], lambda sources: [Transcription(name, "naïve", 1.0, (segment,))])
     (row,) = rows_of(output)
     assert (row["source"], row["text"], row["segments"][0]["avg_logprob"]) == (name, "naïve", None)

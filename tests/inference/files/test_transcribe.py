@@ -30,9 +30,10 @@ class Scripted:
         self.batches: list[tuple[str | None, list[int]]] = []
         self._room = room
 
-    def encode(self, audios: Sequence[Waveform], trailing_silence_sec: float) -> None:
+    def encode(self, audios: Sequence[Waveform], trailing_silence_sec: float) -> Sequence[Waveform]:
         if len(audios) > self._room:
             raise RuntimeError("CUDA out of memory")
+        return audios
 
     def decode(self, encoded: Any, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
         self.batches.append((options.language, [len(audio) for audio in audios]))
@@ -41,8 +42,8 @@ class Scripted:
             for audio in audios
         ]
 
-    def detect_languages(self, audios: Sequence[Waveform]) -> list[str | None]:
-        return [_spoken(audio) for audio in audios]
+    def languages(self, encoded: Sequence[Waveform], rows: int, options: DecodingOptions) -> list[str | None]:
+        return [_spoken(audio) for audio in encoded]
 
 
 def _spoken(audio: Waveform) -> str:
