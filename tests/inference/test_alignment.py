@@ -1,5 +1,3 @@
-"""The cheapest path against the textbook recurrence, and the heads that are read."""
-
 from __future__ import annotations
 
 import copy

@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def model(_tiny_en: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory, jfk: np.ndarray) -> Path:
-    """Stock tiny.en as a CTranslate2 folder."""
     target = tmp_path_factory.mktemp("ct2") / "tiny.en"
     return export_ctranslate2(_tiny_en[0], target, processor=_tiny_en[1], quantization="int8", verify_clips=[jfk])
 
@@ -44,7 +43,6 @@ def talks(tmp_path: Path, jfk: np.ndarray) -> Path:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *given: object) -> int:
-    """Run the script in this process."""
     monkeypatch.setattr(transcribe, "setup_logging", lambda level: None)  # it would last
     return transcribe.main([*map(str, given), "--set", "device=cpu"])
 
@@ -90,14 +88,12 @@ def test_captions_keep_folders_apart_and_are_not_written_twice(
     assert call(monkeypatch, *given) == 0
     names = [f"{stem}.{suffix}" for stem in ("a.wav", "b") for suffix in ("json", "srt", "txt")]
     assert sorted(path.name for path in output.iterdir()) == names
-    assert (output / "b.srt").read_text().startswith("1\n00:00:00,")
-    assert "fellow Americans" in (output / "b.txt").read_text()
     assert "words" in json.loads((output / "b.json").read_text())["segments"][0]
     (output / "b.txt").write_text("corrected by hand")
     (output / "b.srt").unlink()
     assert call(monkeypatch, *given) == 0
     assert (output / "b.txt").read_text() == "corrected by hand"
-    assert (output / "b.srt").exists()
+    assert (output / "b.srt").read_text().startswith("1\n00:00:00,")
     assert call(monkeypatch, *given, "--overwrite") == 0
     assert "fellow Americans" in (output / "b.txt").read_text()
 
@@ -109,14 +105,13 @@ def test_rows_go_on_after_a_stop_and_refuse_other_settings(
     output = tmp_path / "rows.jsonl"
     given = [talks, "--model", model, "--output", output]
     assert call(monkeypatch, *given, "--words") == 1
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [Path(row["source"]).name for row in rows] == ["a.flac", "a.wav", "b.wav", "broken.wav"]
-    assert rows[0]["words"][0]["text"] == "And"
-    assert sorted(rows[0]["words"][0]) == ["end_sec", "probability", "start_sec", "text"]
+    rows = output.read_text().splitlines()
+    assert [Path(json.loads(row)["source"]).name for row in rows] == ["a.flac", "a.wav", "b.wav", "broken.wav"]
+    word = json.loads(rows[0])["words"][0]
+    assert (word["text"], sorted(word)) == ("And", ["end_sec", "probability", "start_sec", "text"])
     shutil.copy(SAMPLE_CLIP, talks / "new.flac")
     assert call(monkeypatch, *given, "--words") == 1
-    again = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row for row in again if Path(row["source"]).name != "new.flac"] == rows
+    assert [row for row in output.read_text().splitlines() if "new.flac" not in row] == rows
     assert call(monkeypatch, *given) == 2
     assert "words True, now False" in capsys.readouterr().err
 
@@ -147,6 +142,7 @@ def test_every_input_is_found_once_and_in_order(talks: Path, tmp_path: Path, mon
         (["a.wav", "--output", "a.srt"], "--format srt"),
         (["a.wav", "--output", "rows.jsonl", "--format", "srt"], "--format"),
         (["a.wav", "--output", "list.txt/below"], "list.txt"),
+        (["a.wav", "--format", "srf"], "'srt'"),
         (["a.wav", "--output", "list.txt/rows.jsonl"], "rows.jsonl"),
         (["a.wav", "--model", "empty/gone_hf"], "gone_hf"),
         (["a.wav", "--set", "inference.beams=2"], "inference.beams"),
@@ -157,16 +153,14 @@ def test_what_cannot_be_done_is_named_in_a_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "list.txt").touch()
-    (tmp_path / "a.wav").touch()
-    assert call(monkeypatch, "--model", "tiny.en", *given) == 2
+    for name in ("list.txt", "a.wav"):
+        (tmp_path / name).touch()
+    try:
+        code = call(monkeypatch, "--model", "tiny.en", *given)
+    except SystemExit as end:  # of argparse
+        code = int(end.code or 0)
+    assert code == 2
     assert named in capsys.readouterr().err
-
-
-def test_an_unknown_format_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        transcribe.parse_arguments(["a.wav", "--model", "tiny.en", "--format", "srf"])
-    assert "'srt'" in capsys.readouterr().err
 
 
 def test_captions_of_two_recordings_are_never_one_file(talks: Path, tmp_path: Path) -> None:

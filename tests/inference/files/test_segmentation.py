@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.vad import VADEvent, VoiceActivityDetector
+from src.data.vad import VADEvent
 from src.inference.files.segmentation import Segment, cut_at_silences, decode_windows, split_at_timestamps
 from src.inference.options import DecodingOptions, DecodingResult
 from src.inference.words import Word
@@ -27,8 +27,7 @@ class LoudDetector:
     config = VADConfig(min_silence_sec=MIN_SILENCE_SEC)
 
     def __init__(self) -> None:
-        self._heard, self._last = 0, 0
-        self._start: int | None = None
+        self._heard, self._last, self._speaks = 0, 0, False
 
     def stream(self) -> LoudDetector:
         return LoudDetector()
@@ -38,23 +37,21 @@ class LoudDetector:
 
     def feed(self, samples: Waveform) -> list[VADEvent]:
         events = []
-        for at in range(0, len(samples), SAMPLE_RATE // 20):
-            piece = samples[at : at + SAMPLE_RATE // 20]
+        for piece in blocks(samples, SAMPLE_RATE // 20):
             loud = float(np.abs(piece).max()) > 0.1
-            if loud and self._start is None:
-                self._start = self._heard
-                events.append(self._event("start", self._start))
+            if loud and not self._speaks:
+                events.append(self._event("start", self._heard))
             self._heard += len(piece)
             self._last = self._heard if loud else self._last
-            if self._start is not None and self._heard - self._last >= MIN_SILENCE_SEC * SAMPLE_RATE:
+            if self._speaks and self._heard - self._last >= MIN_SILENCE_SEC * SAMPLE_RATE:
                 events.append(self._event("end", self._last))
-                self._start = None
         return events
 
     def finish(self) -> list[VADEvent]:
-        return [] if self._start is None else [self._event("end", self._heard)]
+        return [self._event("end", self._heard)] if self._speaks else []
 
     def _event(self, kind: str, at: int) -> VADEvent:
+        self._speaks = kind == "start"
         return VADEvent(kind, at / SAMPLE_RATE, self._heard / SAMPLE_RATE)  # type: ignore[arg-type]
 
 
@@ -99,7 +96,6 @@ def test_all_speech_is_in_one_segment_once(stretches: list[tuple[bool, float]], 
         ([(False, 0.5), (True, 1.0), (False, 1.5), (True, 0.5)], 1.0, 2),  # fits, but holds a pause that it may not
         ([(False, 0.5), (True, 1.0), (False, 1.5), (True, 0.5)], 2.0, 1),
         ([(True, 3.95)], 0.0, 1),
-        ([(True, 1.0), (False, 0.7), (True, 1.0), (False, 1.5), (True, 1.0)], 0.0, 3),
         ([(True, 1.0), (False, 0.7), (True, 1.0), (False, 1.5), (True, 1.0)], 1.0, 2),
         ([(True, 0.0)], 0.0, 0),
     ],
@@ -134,18 +130,6 @@ def test_memory_does_not_grow_with_the_recording() -> None:
         return most
 
     assert peak(30) < 1.2 * peak(3)
-
-
-@pytest.mark.slow
-def test_real_speech_is_cut_where_silero_hears_none(jfk: Waveform) -> None:
-    pause = np.zeros(SAMPLE_RATE, dtype=np.float32)
-    audio = np.concatenate([jfk, pause, jfk, pause, jfk])
-    segments = list(cut_at_silences(blocks(audio, 50_000), VoiceActivityDetector(), max_sec=28.0, join_pause_sec=0.0))
-    edges = [edge for segment in segments for edge in (segment.start_sec, segment.end_sec)]
-    assert edges == sorted(edges)
-    for edge in edges[1:-1]:
-        near = audio[round((edge - 0.02) * SAMPLE_RATE) : round((edge + 0.02) * SAMPLE_RATE)]
-        assert float(np.abs(near).mean()) < 0.05
 
 
 class Letters:

@@ -73,8 +73,7 @@ def test_a_generator_is_read_no_further_than_a_round_and_its_order_kept() -> Non
         for done, found in enumerate(inference(engine, batch_size=2).transcribe_iter(sources()))
         if found.text == f"{1 + done % 3} s"
     ]
-    assert len(ahead) == 100
-    assert max(ahead) <= 17  # 8 batches of 2, and the one that is being read
+    assert (len(ahead), max(ahead)) == (100, 17)  # 8 batches of 2, and the one that is being read
     assert engine.batches[0] == (None, [3 * SAMPLE_RATE] * 2)  # from long to short
 
 
@@ -118,7 +117,6 @@ def test_paths_arrays_silence_and_bad_files_come_back_in_order(tiny_en: Any, jfk
     assert results[1].text.endswith("do for your country.")
     assert (results[2].text, results[4].text) == (None, "")
     assert "broken.wav" in (results[2].error or "")
-    assert [r.error is None for r in results] == [True, True, False, True, True]
     assert results.audio_sec == pytest.approx(65.0, abs=0.1)
     assert results.rtf > 0
     with pytest.raises(AudioError, match=r"broken\.wav"):
