@@ -354,10 +354,14 @@ def load_config(
     """
     tree = {} if path is None else _read_yaml(Path(path))
     profiles = tree.pop("profiles", None) or {}
-    problems = [] if isinstance(profiles, dict) else ["profiles: expected a mapping of name to settings"]
-    if not problems:
+    problems = []
+    if not isinstance(profiles, dict) or not all(isinstance(preset, dict | None) for preset in profiles.values()):
+        problems.append("profiles: expected a mapping of name to settings")
+    else:
+        shared = _problems(tree)
         for name, preset in profiles.items():  # a typo in a profile that is not chosen is still a typo
-            problems += [f"profiles.{name}.{p}" for p in _problems(_merge(tree, preset or {}))]
+            found = _problems(_merge(tree, preset or {}))
+            problems += [f"profiles.{name}.{problem}" for problem in found if problem not in shared]
         chosen = profile or tree.get("profile")
         if chosen in profiles:
             tree = _merge(tree, {**(profiles[chosen] or {}), "profile": chosen})
@@ -369,10 +373,7 @@ def load_config(
         for part in reversed(key.split(".")):
             value = {part: value}
         tree = _merge(tree, value)
-    own = _problems(tree)
-    # a problem of the shared part shows under every profile: report it once, under its own name
-    problems = own + [p for p in problems if not any(p.endswith("." + o) for o in own)]
-    if problems:
+    if problems := _problems(tree) + problems:
         where = f" in {path}" if path is not None else ""
         raise ConfigError("\n  - ".join([f"{len(problems)} problem(s){where}:", *problems]))
     return Config.model_validate(tree)

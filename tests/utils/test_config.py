@@ -82,7 +82,7 @@ def test_contradictions_are_refused(overrides: dict[str, Any], reason: str) -> N
     ("text", "problem"),
     [
         (None, "no such file"), ("model: [", "not valid YAML"), ("3", "expected a mapping of sections"),
-        ("profiles: 3", "a mapping of name to settings"),
+        ("profiles: 3", "a mapping of name to settings"), ("profiles: {fast: 3}", "a mapping of name to settings"),
         ("training: {epochs: 1}\nseed: 1\ntraining: {batch_size: 2}\n", r"'training'(.|\n)*line 3"),
     ],
 )  # fmt: skip
