@@ -1,8 +1,8 @@
 """Decoding, resampling and caching: any recording becomes (T,) float32 mono at 16 kHz.
 
 Decoders are lenient where training must not be: they skip a damaged page, zero a frame, stop early. So FFmpeg runs with
-every check that it has, and what was decoded is compared with what the header promises. Not found: changed samples in
-PCM, AAC, Ogg and most mp3 files, which have no checksum, and a lost end where nothing says the length.
+every check that it has, and what was decoded is compared with what the header promises. What has no checksum (PCM, AAC,
+Ogg, most mp3 files) may still hold changed samples.
 """
 
 from __future__ import annotations
@@ -372,6 +372,7 @@ def _check_length(samples: int, label: str) -> None:
 # Decoded recordings on disk
 
 
+@dataclass(frozen=True)
 class AudioCache:
     """A folder of decoded recordings, so that later epochs and runs decode less.
 
@@ -381,8 +382,7 @@ class AudioCache:
     is ever removed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
     def load_audio(self, source: AudioSource, *, name: str | None = None) -> Waveform:
         """Return what `load_audio` does, rounded to 16 bits (by 1.5e-5, times the scale), from the folder if there.

@@ -55,13 +55,9 @@ class WhisperDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self,
-        utterances: Sequence[Utterance],
-        encoder: LabelEncoder,
-        *,
-        on_error: str = "raise",
+        self, utterances: Sequence[Utterance], encoder: LabelEncoder, *, on_error: str = "raise",
         load: AudioLoader = load_audio,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.utterances: list[Utterance] = []
         self.skipped: list[SkippedUtterance] = []
         self.tokens: list[tuple[int, ...]] = []  # made once, since a tokenizer's threads do not survive a worker's fork
@@ -131,6 +127,7 @@ def decode_audio(utterance: Utterance, *, load: AudioLoader = load_audio) -> Ten
         raise AudioError(f"utterance {utterance.id}: {err}") from err
 
 
+@dataclass(frozen=True)
 class DataCollator:
     """Pad a batch to its own longest clip and label.
 
@@ -139,8 +136,7 @@ class DataCollator:
     `ids`, `texts`, `speakers`, `durations` (s), `meta` (other columns of the source; a dict each).
     """
 
-    def __init__(self, end_token: int) -> None:
-        self._end_token = end_token
+    end_token: int
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the batch of items that `WhisperDataset` gave."""
@@ -152,7 +148,7 @@ class DataCollator:
         return {
             "audio": pad(audios, batch_first=True),
             "audio_lengths": torch.tensor([len(audio) for audio in audios]),
-            "decoder_input_ids": pad(inputs, batch_first=True, padding_value=self._end_token),
+            "decoder_input_ids": pad(inputs, batch_first=True, padding_value=self.end_token),
             "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
             "timed": torch.tensor([item["timed"] for item in items]),
             "ids": [utterance.id for utterance in utterances],
@@ -168,23 +164,17 @@ class ExamplePlanner:
 
     Whisper was trained on 30 s of running speech with timestamps and the text before. A data set of single sentences
     takes that away from it; joining sentences of one speaker gives some of it back. What is made of which clip is a
-    pure function of the seed and the epoch, so that workers, processes and resumed runs agree.
+    pure function of the seed and the epoch.
 
     Clips of one speaker are neighbours in the order of the data set; clips without a speaker count as one group. A clip
-    without text stands alone, without times or prompt. The shares of `config` are of clips (`concatenate_prob`) or of
-    examples, where it is possible: a clip that leaves no room for a neighbour stays single, and before the first of a
-    speaker there is no text. `token_counts` are without special tokens, `prefix_tokens` those before a text.
+    without text stands alone. The shares of `config` are of clips (`concatenate_prob`) or of examples, where there is
+    room. `token_counts` are without special tokens, `prefix_tokens` those before a text.
     """
 
     def __init__(
-        self,
-        utterances: Sequence[Utterance],
-        token_counts: Sequence[int],
-        *,
-        prefix_tokens: int,
-        config: CompositionConfig,
-        seed: int,
-    ) -> None:
+        self, utterances: Sequence[Utterance], token_counts: Sequence[int], *, prefix_tokens: int,
+        config: CompositionConfig, seed: int,
+    ) -> None:  # fmt: skip
         self.config = config
         self._durations = [utterance.duration_sec or 0.0 for utterance in utterances]
         self._counts = token_counts
@@ -248,13 +238,9 @@ class ExamplePlanner:
         with_times = tokens + TIMESTAMPS_PER_CLIP * len(run)
         timestamps = timed < self.config.timestamp_prob and with_times <= self._room
         fits = (with_times if timestamps else tokens) + MIN_PROMPT_TOKENS <= self._room
-        return Example(
-            indices=tuple(run),
-            gaps_sec=pauses,
-            timestamps=timestamps,
-            previous=self._before.get(run[0]) if fits and prompted < self.config.previous_text_prob else None,
-            duration_sec=sum(self._durations[index] for index in run) + sum(pauses),
-        )
+        previous = self._before.get(run[0]) if fits and prompted < self.config.previous_text_prob else None
+        seconds = sum(self._durations[index] for index in run) + sum(pauses)
+        return Example(tuple(run), pauses, timestamps, previous, seconds)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ The filters are our own because `transformers.audio_utils` imports torch and lib
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ LOG_STEP = math.log(6.4) / 27  # above the break: 27 mels from 1 to 6.4 kHz
 TOP_MEL = BREAK_MEL + math.log(SAMPLE_RATE / 2 / BREAK_HZ) / LOG_STEP  # 45.2: 8 kHz
 
 
+@dataclass(frozen=True)
 class LogMel:
     """Whisper's input features on the device of the audio, where nothing padded is stored or sent over a bus.
 
@@ -36,8 +38,7 @@ class LogMel:
         num_mel_bins: 80, or 128 for large-v3 and turbo.
     """
 
-    def __init__(self, num_mel_bins: int = 80) -> None:
-        self.num_mel_bins = num_mel_bins
+    num_mel_bins: int = 80
 
     def __call__(self, audio: Tensor) -> Tensor:
         """Compute features, without a gradient.

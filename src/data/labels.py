@@ -40,12 +40,9 @@ class TimedTokens:
 
 
 class LabelEncoder:
-    """Text to decoder inputs and labels.
+    """Text to decoder inputs and labels, with a Whisper tokenizer.
 
-    Args:
-        tokenizer: a Whisper tokenizer; its end token tells multilingual (50257) from English-only (50256) vocabularies.
-        language: code; needed by multilingual models.
-        task: "transcribe" or "translate"; unused by English-only models.
+    Multilingual models need a `language` code, and a `task`: "transcribe" or "translate".
 
     Raises:
         DataError: no language for a multilingual model, one that it does not know, or no timestamp tokens.

@@ -12,6 +12,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,7 +31,6 @@ from src.utils.runtime import usable_cores
 logger = logging.getLogger(__name__)
 
 BUCKET_BATCHES = 32  # batches sorted together: enough to cut padding, few enough to keep batches mixed
-PREFETCH_BATCHES = 2  # per worker; a batch of 16 clips of 10 s is 10 MB of shared memory
 MAX_AUTO_WORKERS = 8  # more decode faster than any one GPU trains
 
 Batch = dict[str, Any]
@@ -88,10 +88,10 @@ def create_loader(
     workers, reason = choose_workers(config.data.num_workers, on_cuda=on_cuda)
     if shuffle:  # once is enough: the other loaders choose alike
         logger.info("%d process(es) decode audio (%s)", workers, reason)
-    # evaluation is rare: its workers would hold memory between passes
+    keep_workers = shuffle and workers > 0  # evaluation is rare: its workers would hold memory between passes
     return SpeechLoader(
         dataset, DataCollator(encoder.end_token), batches, planner,
-        num_workers=workers, keep_workers=shuffle, pin_memory=on_cuda,
+        num_workers=workers, persistent_workers=keep_workers, pin_memory=on_cuda,
     )  # fmt: skip
 
 
@@ -108,21 +108,14 @@ def choose_workers(setting: int | Literal["auto"], *, on_cuda: bool) -> tuple[in
 class SpeechLoader:
     """Batches of an epoch, from any batch on: from its start or, once after `load_state_dict`, from where it stopped.
 
-    `planner` says which clips make an example, `batch_sampler` which examples make a batch. `num_workers` processes
-    decode, or this one where that is 0; `keep_workers` keeps them between epochs.
+    `planner` says which clips make an example, `batch_sampler` which examples make a batch. `workers` has options of
+    torch's DataLoader: `num_workers` processes decode, or this one where there are none.
     """
 
     def __init__(
-        self,
-        dataset: WhisperDataset,
-        collate_fn: DataCollator,
-        batch_sampler: LengthBatchSampler,
-        planner: ExamplePlanner,
-        *,
-        num_workers: int = 0,
-        keep_workers: bool = False,
-        pin_memory: bool = False,
-    ) -> None:
+        self, dataset: WhisperDataset, collate_fn: DataCollator, batch_sampler: LengthBatchSampler,
+        planner: ExamplePlanner, **workers: Any,
+    ) -> None:  # fmt: skip
         self.dataset = dataset
         self.collate_fn = collate_fn
         self.batch_sampler = batch_sampler
@@ -132,12 +125,9 @@ class SpeechLoader:
             _Batches(dataset, collate_fn),
             batch_size=None,  # batches come ready
             sampler=self._remaining,
-            num_workers=num_workers,
-            persistent_workers=keep_workers and num_workers > 0,
-            prefetch_factor=PREFETCH_BATCHES if num_workers else None,
-            pin_memory=pin_memory,
             worker_init_fn=_leave_interrupts_to_the_parent,
             generator=torch.Generator(),  # otherwise each epoch would take a number from the global one
+            **workers,
         )
         self._epoch = 0
         self._handed_over = 0  # batches, not those that wait in a worker
@@ -205,16 +195,16 @@ class SpeechLoader:
         self._handed_over = self._start = batches
 
 
+@dataclass
 class _Batches(Dataset[Batch | WhisperASRError]):
     """Whole batches, or the error that stopped one: raised in a worker, it would arrive as the text of a traceback."""
 
-    def __init__(self, dataset: WhisperDataset, collate_fn: DataCollator) -> None:
-        self._dataset = dataset
-        self._collate_fn = collate_fn
+    dataset: WhisperDataset
+    collate_fn: DataCollator
 
     def __getitem__(self, examples: list[Example]) -> Batch | WhisperASRError:
         try:
-            return self._collate_fn([self._dataset[example] for example in examples])
+            return self.collate_fn([self.dataset[example] for example in examples])
         except WhisperASRError as err:
             return err
 
@@ -224,6 +214,7 @@ def _leave_interrupts_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@dataclass(eq=False)
 class LengthBatchSampler(Sampler[list[int]]):
     """Batches of clips of similar length; every index exactly once per epoch, over all processes.
 
@@ -239,25 +230,20 @@ class LengthBatchSampler(Sampler[list[int]]):
         DataError: neither or both limits; when an epoch is planned, too few clips for all processes.
     """
 
-    def __init__(
-        self,
-        durations_sec: Sequence[float] | Callable[[int], Sequence[float]],
-        batch_size: int | None = None,
-        *,
-        shuffle: bool,
-        seed: int = 0,
-        batch_seconds: float | None = None,
-        rank: int = 0,
-        world_size: int | None = None,
-    ) -> None:
-        if (batch_size is None) == (batch_seconds is None):
-            raise DataError(f"batches need a size or a budget: batch_size {batch_size}, batch_seconds {batch_seconds}")
-        self._durations_of = durations_sec if callable(durations_sec) else lambda epoch: durations_sec
-        self.batch_size = batch_size
-        self.batch_seconds = batch_seconds
-        self.shuffle = shuffle
-        self.seed = seed
-        self.rank, self.world_size = current_shard() if world_size is None else (rank, world_size)
+    durations_sec: Sequence[float] | Callable[[int], Sequence[float]]
+    batch_size: int | None = None
+    _: KW_ONLY
+    shuffle: bool
+    seed: int = 0
+    batch_seconds: float | None = None
+    rank: int = 0
+    world_size: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.batch_size is None) == (self.batch_seconds is None):
+            raise DataError(f"batches need a size or a budget: {self.batch_size} clips, {self.batch_seconds} seconds")
+        if not self.world_size:
+            self.rank, self.world_size = current_shard()
         self._epoch = 0
         self._planned: tuple[int, Batches] | None = None  # the last epoch asked for
 
@@ -278,7 +264,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         return self._planned[1]
 
     def _plan(self, epoch: int) -> Batches:
-        durations = self._durations_of(epoch)
+        durations = self.durations_sec(epoch) if callable(self.durations_sec) else self.durations_sec
         if not self.shuffle:  # no step waits for another: whole batches are dealt out in turn
             long_to_short = sorted(range(len(durations)), key=durations.__getitem__, reverse=True)
             return self._cut(long_to_short, durations)[self.rank :: self.world_size]

@@ -1,8 +1,7 @@
 """Check every recording, measure it and split by speaker: the same utterances in the same split on every machine.
 
-Splits that the source gives are honoured; what is missing is cut from the training speakers. The choice goes by a hash
-of the seed and the id, never by position: corpora are ordered by speaker, and the head of one is not a sample of it. Of
-a stream the first N that pass are taken, since any other choice would cost a download of the whole.
+The choice goes by a hash of the seed and the id, not by position: corpora are ordered by speaker, and their head is
+no sample of them. Of a stream the first N that pass are taken: any other choice would cost a download of the whole.
 """
 
 from __future__ import annotations
@@ -117,9 +116,15 @@ def _prepare(source: SourceName, config: Config, vad: VoiceActivityDetector | No
         taken = {n: checker.take(n, opened[n], fetched[n]) if n in opened else [] for n in SPLITS}
         parts = {name: part[: caps[name]] for name, part in cut_missing(taken, data, config.seed).items()}
     else:
-        if not opened:
-            raise DataError(f"source {source!r} ({data.path or 'bundled'}) has no utterance")
-        parts = cut_missing(assign_splits(opened), data, config.seed)
+        given: Parts = {name: [] for name in SPLITS}
+        for utterance in opened:
+            split = str(utterance.meta.get("split") or "train").lower()
+            if split not in SPLIT_NAMES:
+                raise DataError(f"utterance {utterance.id}: unknown split {split!r}; use {', '.join(SPLIT_NAMES)}")
+            given[SPLIT_NAMES[split]].append(utterance)
+        if not given["train"]:
+            raise DataError("no utterance is in the train split")
+        parts = cut_missing(given, data, config.seed)
         expected = sum(min(len(part), caps[name] or len(part)) for name, part in parts.items())
         checker = RecordingChecker(config, vad=vad, expected=expected)
         parts = {name: checker.take(name, parts[name], caps[name]) for name in SPLITS}
@@ -132,15 +137,14 @@ def _prepare(source: SourceName, config: Config, vad: VoiceActivityDetector | No
     label_case = resolve_case([u.text for u in parts["train"]], data.label_case)
     recased = _recased(parts, label_case)
     train_texts = {u.text.lower() for u in recased["train"]}
-    splits = DatasetSplits(
-        **recased,
-        label_case=label_case,
-        skipped=skipped,
-        shared_speakers=find_shared_speakers(recased.values()),
-        shared_texts=sum(u.text.lower() in train_texts for u in recased["test"]),
-        source=source,
-        stats=checker.stats,
+    speakers, texts = (
+        find_shared_speakers(recased.values()),
+        sum(u.text.lower() in train_texts for u in recased["test"]),
     )
+    splits = DatasetSplits(
+        **recased, label_case=label_case, skipped=skipped, shared_speakers=speakers, shared_texts=texts, source=source,
+        stats=checker.stats,
+    )  # fmt: skip
     for row in splits.summary():
         logger.info("%(split)s: %(clips)d clips, %(minutes).1f min, %(speakers)s speakers", row)
     if shared := len(splits.shared_speakers):
@@ -237,8 +241,9 @@ class RecordingChecker:
                     what = f"{name}: {len(passed)} clips hold {held_bytes / 1e9:.1f} GB, half of the free memory"
                     fix = f"set data.max_{name} to {len(passed) // 2}, or download files for data.source: parquet"
                     raise DataError(f"{what}; {fix}")
-                if is_stream and (seen := len(passed) + len(skipped)) >= _ENOUGH_TO_JUDGE:
-                    enforce_skip_policy(skipped, seen, data.max_skip_fraction, log=False)
+                seen = len(passed) + len(skipped)
+                if is_stream and seen >= _ENOUGH_TO_JUDGE and len(skipped) > data.max_skip_fraction * seen:
+                    enforce_skip_policy(skipped, seen, data.max_skip_fraction)
         if cap is not None and len(passed) < cap:
             logger.info("%s: %d asked for, %d exist; taking all of them", name, cap, len(passed))
         return passed if is_stream else sorted(passed, key=lambda u: position[u.id])
@@ -264,9 +269,7 @@ def audio_cache(config: Config) -> AudioCache | None:
     return AudioCache(config.paths.cache_dir / "audio") if config.data.cache_decoded else None
 
 
-def enforce_skip_policy(
-    skipped: Sequence[SkippedUtterance], total: int, max_skip_fraction: float, *, log: bool = True
-) -> None:
+def enforce_skip_policy(skipped: Sequence[SkippedUtterance], total: int, max_skip_fraction: float) -> None:
     """Raise `DataError` when more than the allowed share of utterances was skipped; log the rest."""
     listed = "".join(f"\n  - {row.id}: {row.reason}" for row in skipped[:20])
     if len(skipped) > max_skip_fraction * total:
@@ -274,24 +277,11 @@ def enforce_skip_policy(
             f"{len(skipped)} of {total} utterances cannot be used, more than data.max_skip_fraction "
             f"({max_skip_fraction:.0%}) allows:{listed}"
         )
-    if skipped and log:
+    if skipped:
         logger.warning("skipped %d of %d utterances:%s", len(skipped), total, listed)
 
 
 # splitting
-
-
-def assign_splits(utterances: Sequence[Utterance]) -> Parts:
-    """Sort utterances by the split that their source gives; those without one are for training."""
-    parts: Parts = {name: [] for name in SPLITS}
-    for utterance in utterances:
-        given = str(utterance.meta.get("split") or "train").lower()
-        if given not in SPLIT_NAMES:
-            raise DataError(f"utterance {utterance.id}: unknown split {given!r}; use {', '.join(SPLIT_NAMES)}")
-        parts[SPLIT_NAMES[given]].append(utterance)
-    if not parts["train"]:
-        raise DataError("no utterance is in the train split")
-    return parts
 
 
 def cut_missing(parts: Parts, config: DataConfig, seed: int) -> Parts:

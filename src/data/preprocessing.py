@@ -162,11 +162,9 @@ def _loudness(levels_dbfs: NDArray[np.float64]) -> float:
     The two gates of ITU-R BS.1770-4 on unweighted frames of 20 ms (its frequency weighting ranks clips alike): frames
     above -70 dBFS, and of these the ones that lie at most 10 dB below their mean power. Where none is, the mean of all.
     """
+
+    def mean_dbfs(levels: NDArray[np.float64]) -> float:
+        return 10 * math.log10(float((10 ** (levels / 10)).mean()))
+
     loud = levels_dbfs[levels_dbfs > SILENCE_DBFS]
-    if not len(loud):
-        return _mean_power_dbfs(levels_dbfs)
-    return _mean_power_dbfs(loud[loud >= _mean_power_dbfs(loud) - RELATIVE_GATE_DB])
-
-
-def _mean_power_dbfs(levels_dbfs: NDArray[np.float64]) -> float:
-    return 10 * math.log10(float((10 ** (levels_dbfs / 10)).mean()))
+    return mean_dbfs(loud[loud >= mean_dbfs(loud) - RELATIVE_GATE_DB]) if len(loud) else mean_dbfs(levels_dbfs)

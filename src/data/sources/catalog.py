@@ -36,12 +36,8 @@ Streams = dict[str, Iterator[Utterance]]
 
 def load_utterances(config: DataConfig) -> list[Utterance]:
     """List all utterances of the first source; one of the Hub is read to its end: `open_source` takes the first N."""
-    source = config.chosen_sources[0]
-    opened = open_source(config, source)
-    listed = opened if isinstance(opened, list) else [u for stream in opened.values() for u in stream]
-    if not listed:
-        raise DataError(f"source {source!r} ({config.path or 'bundled'}) has no utterance")
-    return listed
+    opened = open_source(config, config.chosen_sources[0])
+    return opened if isinstance(opened, list) else [u for stream in opened.values() for u in stream]
 
 
 def open_source(config: DataConfig, source: SourceName) -> list[Utterance] | Streams:
@@ -49,11 +45,10 @@ def open_source(config: DataConfig, source: SourceName) -> list[Utterance] | Str
 
     Raises `SourceUnavailableError` where it is unavailable, another `DataError` where it is not in order.
     """
-    return SOURCES[source](config) if source in SOURCES else stream_hub(source, config.hub)
-
-
-def _load_parquet(config: DataConfig) -> list[Utterance]:
-    return read_parquet(_path(config), audio_column=config.hub.audio_column, text_column=config.hub.text_column)
+    opened = SOURCES[source](config) if source in SOURCES else stream_hub(source, config.hub)
+    if not opened:
+        raise DataError(f"source {source!r} ({config.path or 'bundled'}) has no utterance")
+    return opened
 
 
 def _load_common_voice(config: DataConfig) -> list[Utterance]:
@@ -77,9 +72,9 @@ def _path(config: DataConfig) -> Path:
 
 
 SOURCES: dict[SourceName, Callable[[DataConfig], list[Utterance]]] = {  # all others are of the Hub
-    "sample": lambda config: read_parquet(SAMPLE_PARQUET, language="en"),
-    "folder": lambda config: read_folder(_path(config)),
-    "parquet": _load_parquet,
+    "sample": lambda c: read_parquet(SAMPLE_PARQUET, language="en"),
+    "folder": lambda c: read_folder(_path(c)),
+    "parquet": lambda c: read_parquet(_path(c), audio_column=c.hub.audio_column, text_column=c.hub.text_column),
     "common_voice": _load_common_voice,
 }
 
@@ -111,10 +106,10 @@ def unpack(path: Path) -> Path:
         except OSError as err:
             fix = "free space there, or set TMPDIR to another disk"
             raise DataError(f"{path}: cannot be unpacked to {folder}: {err.strerror or err}; {fix}") from err
-    while len(inside := [p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX"))]) == 1:
-        if not inside[0].is_dir():
-            break
+    inside = [folder]
+    while len(inside) == 1 and inside[0].is_dir():
         folder = inside[0]
+        inside = [p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX"))]
     if not inside:
         raise DataError(f"{path}: the archive is empty")
     return folder

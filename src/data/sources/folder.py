@@ -85,13 +85,9 @@ def utterances_from_rows(
 
 
 def utterance_from_row(
-    row: Mapping[str, Any],
-    audio: Path | bytes | EncodedAudio,
-    *,
-    text_column: str,
-    fallback_id: str,
+    row: Mapping[str, Any], audio: Path | bytes | EncodedAudio, *, text_column: str, fallback_id: str,
     language: str | None = None,
-) -> Utterance:
+) -> Utterance:  # fmt: skip
     """Build an utterance from a row's plain columns; `fallback_id` and `language` are for rows without their own."""
     speaker = next((row[c] for c in SPEAKER_COLUMNS if row.get(c) not in (None, "")), None)
     spoken = next((row[c] for c in LANGUAGE_COLUMNS if isinstance(row.get(c), str) and row[c]), language)

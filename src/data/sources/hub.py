@@ -123,13 +123,11 @@ def _rows(stream: Any, split: str, spec: HubCorpus) -> Iterator[Utterance]:
         for name, feature in labels.items():
             row[name] = feature.int2str(row[name]) if isinstance(row.get(name), int) and row[name] >= 0 else None
         stem = PurePosixPath(path or row.get("path") or row.get("file") or "").stem
+        audio = data if isinstance(data, bytes) else Path(str(path))  # refused by name if it is not there
         yield utterance_from_row(
-            {**row, "split": split},
-            data if isinstance(data, bytes) else Path(str(path)),  # refused by name if it is not there
-            text_column=text_column,
-            language=language,
+            {**row, "split": split}, audio, text_column=text_column, language=language,
             fallback_id=stem or f"{split}-{index:06d}",
-        )
+        )  # fmt: skip
 
 
 def _guarded(data_set: str, action: Callable[[], _T]) -> _T:

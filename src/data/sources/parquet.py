@@ -108,12 +108,9 @@ def _read_file(
                     named = (row.pop(audio_column) or {}).get("path") if is_struct else None
                     stem = PurePosixPath(named or row.get("path") or row.get("file") or "").stem
                     yield utterance_from_row(
-                        {**row, **added},
-                        ParquetCell(file, group, number, audio_column),
-                        text_column=text_column,
-                        language=language,
-                        fallback_id=stem or f"{file.stem}-{group}-{number}",
-                    )
+                        {**row, **added}, ParquetCell(file, group, number, audio_column), text_column=text_column,
+                        language=language, fallback_id=stem or f"{file.stem}-{group}-{number}",
+                    )  # fmt: skip
     except (pa.ArrowInvalid, OSError) as err:
         raise DataError(f"{file}: not a Parquet file that can be read: {err}; fetch it again") from err
 
