@@ -28,9 +28,6 @@ def draw_emission(systems: Mapping[str, Sequence[WordTiming]]) -> Figure:
 
     Args:
         systems: words of each system on the same stream, from `time_words`.
-
-    Raises:
-        DataError: no system has a word.
     """
     words = [word for timings in systems.values() for word in timings]
     if not words:
@@ -61,9 +58,6 @@ def draw_tradeoff(rows: Sequence[Row]) -> Figure:
 
     Args:
         rows: from `measure_stream`, with "name" for the label.
-
-    Raises:
-        DataError: no row has both numbers.
     """
     return _draw_points(rows, "commit_aware_p50{}_sec", "What a lower latency costs", "median latency of commits, s")
 
@@ -73,11 +67,7 @@ def variants_chart(rows: Sequence[Row]) -> Figure:
 
     Args:
         rows: with "name", "rtfx" (seconds of audio per second of computing), "wer", "wer_low", "wer_high" and
-            "size_mb". One whose rtfx, wer or size is None is named below the figure; without bounds no interval is
-            drawn.
-
-    Raises:
-        DataError: no row has all numbers.
+            "size_mb". One whose rtfx, wer or size is None is named below the figure.
     """
     return _draw_points(rows, "rtfx{}", "Variants", "speed, seconds of audio per second of computing", "size_mb")
 

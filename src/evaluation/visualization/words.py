@@ -21,7 +21,6 @@ MAX_SEC = 30.0  # of one figure: more words do not fit
 _WIDTH, _MAX_HEIGHT = 10.0, 4.0  # inches, as those below
 _MEL, _BELOW, _ABOVE, _LANE, _GAP = 1.6, 0.5, 0.3, 0.19, 0.06  # _GAP: between two texts of a lane
 _LEFT, _RIGHT = 0.055, 0.985  # shares of the width
-_TICKS_HZ = (500, 1_000, 2_000, 4_000)
 
 
 def draw_words(
@@ -89,7 +88,7 @@ def draw_words(
         ends = {word.end_sec for word in shown if word.end_sec < end} - starts
         mel.vlines(sorted(starts), 0, top, color="white", linewidth=1)
         mel.vlines(sorted(ends), 0, top, color="white", linewidth=1, linestyle=":")  # silence follows
-        mel.set_yticks(_TICKS_HZ, [f"{hertz / 1_000:g}" for hertz in _TICKS_HZ])
+        mel.set_yticks([500, 1_000, 2_000, 4_000], ["0.5", "1", "2", "4"])
         mel.set(xlabel="s", ylabel="kHz", xlim=(begin, end), ylim=(0, top))
 
         # a bar for each word's time, and its text above with a line to the bar

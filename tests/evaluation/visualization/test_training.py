@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import nbclient
-import nbformat
 import numpy as np
 import pytest
 
@@ -23,7 +20,7 @@ from src.utils.figures import save_figure
 from src.utils.tracking import ExperimentLogger
 from tests.evaluation.run_files import epoch, evaluation, steps, write
 
-ROOT = Path(__file__).resolve().parents[3]
+Shown = list[tuple[str, bool]]  # id of the output, and whether it is replaced
 
 
 def step(number: int, **fields: Any) -> dict[str, Any]:
@@ -105,9 +102,9 @@ def experiment(config: Config) -> ExperimentLogger:
 
 
 @pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
-    """Stands for the notebook: what it was told to show, by id and whether it replaces."""
-    calls: list[tuple[str, bool]] = []
+def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
+    """Stands for the notebook: what it was told to show."""
+    calls: Shown = []
 
     def display(figure: Any, *, display_id: str, update: bool) -> None:
         assert figure.data[:4] == b"\x89PNG"
@@ -118,9 +115,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     return calls
 
 
-def test_it_draws_at_most_so_often_and_once_more_at_the_end(
-    experiment: ExperimentLogger, shown: list[tuple[str, bool]]
-) -> None:
+def test_it_draws_at_most_so_often_and_once_more_at_the_end(experiment: ExperimentLogger, shown: Shown) -> None:
     now = [0.0]
     with experiment, LivePlot(experiment, every_sec=2.0, clock=lambda: now[0]):
         for number in range(1, 9):
@@ -131,7 +126,7 @@ def test_it_draws_at_most_so_often_and_once_more_at_the_end(
     assert len({name for name, _ in shown}) == 1
 
 
-def test_slow_drawing_is_done_less_often(experiment: ExperimentLogger, shown: list[tuple[str, bool]]) -> None:
+def test_slow_drawing_is_done_less_often(experiment: ExperimentLogger, shown: Shown) -> None:
     ticks = itertools.count(0.0)
     with experiment, LivePlot(experiment, every_sec=2.0, clock=lambda: next(ticks)):  # a figure takes 1 s
         for number in range(1, 23):
@@ -174,38 +169,3 @@ def test_outside_a_notebook_nothing_is_gathered_or_drawn(
         experiment.log(**step(1))
         plot.update(force=True)
     assert plot._rows == []
-
-
-CELL = """
-from src.evaluation.visualization.training import LivePlot
-from src.utils.config import load_config
-from src.utils.tracking import ExperimentLogger
-experiment = ExperimentLogger(load_config(None, overrides={"paths": {"runs_dir": RUNS}}), run_id="r")
-with experiment, LivePlot(experiment, every_sec=0.0) as plot:
-    for step in range(1, 6):
-        experiment.log("train_step", step=step, epoch=1, loss=2 / step, learning_rate=1e-5)
-        plot.update(force=True)
-        print("between two figures" * (step == 1), end="")
-"""
-
-
-@pytest.mark.slow
-def test_a_notebook_keeps_one_output_the_last_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"RUNS = {str(tmp_path)!r}" + CELL)])
-    client = nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120)
-    images: list[str] = []
-    process_message = client.process_message
-
-    def watch(message: Any, *rest: Any) -> Any:
-        if message["msg_type"] in ("display_data", "update_display_data"):
-            images.append(message["content"]["data"]["image/png"])
-        return process_message(message, *rest)
-
-    monkeypatch.setattr(client, "process_message", watch)
-    client.execute()
-    outputs = notebook.cells[0].outputs
-    assert [output.output_type for output in outputs] == ["display_data", "stream"]
-    assert len(images) >= 6
-    assert outputs[0].data["image/png"] == images[-1]  # the newest, in the place of the first
-    assert base64.b64decode(images[-1])[:4] == b"\x89PNG"
