@@ -28,21 +28,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files that take minutes first: where two processes share the files, neither ends with one of them."""
-    first = ("test_journey.py", "test_data_choices.py", "test_notebook.py")
+    first = ("test_journey.py", "test_notebook.py")
     items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     """Defaults, writing into the test's own folder; with the smallest model that packages ship."""
-    return load_config(
-        None,
-        overrides={
-            "device": "cpu",
-            "model.variant": "tiny.en",
-            "paths": {"runs_dir": str(tmp_path / "runs"), "checkpoints_dir": str(tmp_path / "checkpoints")},
-        },
-    )
+    paths = {f"{name}_dir": str(tmp_path / name) for name in ("runs", "checkpoints")}
+    return load_config(None, overrides={"device": "cpu", "model.variant": "tiny.en", "paths": paths})
 
 
 @pytest.fixture
@@ -66,11 +60,15 @@ def sample() -> list[Utterance]:
     return load_utterances(DataConfig())
 
 
-@pytest.fixture(scope="session")
-def _tiny_en() -> tuple[Any, Any]:
+def load_stock(variant: str) -> tuple[Any, Any]:
     from src.models.whisper_model import WhisperModelManager
 
-    return WhisperModelManager(load_config(None, overrides={"device": "cpu"})).initialize_model("tiny.en")
+    return WhisperModelManager(load_config(None, overrides={"device": "cpu"})).initialize_model(variant)
+
+
+@pytest.fixture(scope="session")
+def _tiny_en() -> tuple[Any, Any]:
+    return load_stock("tiny.en")
 
 
 @pytest.fixture
@@ -88,10 +86,9 @@ def _small(_tiny_en: tuple[Any, Any]) -> tuple[Any, Any]:
 
     model, processor = _tiny_en
     config = copy.deepcopy(model.config)
-    config.d_model = 16
-    config.encoder_layers = config.decoder_layers = config.num_hidden_layers = 2
-    config.encoder_attention_heads = config.decoder_attention_heads = 2
-    config.encoder_ffn_dim = config.decoder_ffn_dim = 32
+    config.d_model, config.num_hidden_layers = 16, 2
+    for name, value in {"layers": 2, "attention_heads": 2, "ffn_dim": 32}.items():
+        config.update({f"encoder_{name}": value, f"decoder_{name}": value})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         small = DynamicWhisper(config)
@@ -110,6 +107,4 @@ def small(_small: tuple[Any, Any]) -> tuple[Any, Any]:
 @pytest.fixture(scope="session")
 def base() -> tuple[Any, Any]:
     """Stock multilingual whisper-base; do not change it."""
-    from src.models.whisper_model import WhisperModelManager
-
-    return WhisperModelManager(load_config(None, overrides={"device": "cpu"})).initialize_model("base")
+    return load_stock("base")

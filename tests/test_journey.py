@@ -1,19 +1,112 @@
-"""The whole journey: sessions that are killed, machines that come and go, a Drive that stays."""
+"""The whole journey: sessions that are killed, machines that come and go, a Drive that stays; other sources of data."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import nbformat
 import pytest
 import soundfile
+from nbclient import NotebookClient
+from nbclient.exceptions import DeadKernelError
 
+from src.data import create_dataloaders, prepare_datasets
 from src.data.audio import load_audio
+from src.data.sources.catalog import SAMPLE_PARQUET
 from src.data.utterance import Utterance
-from tests.runtime import SETTINGS_OF_TESTS, TRAIN, Cells, Runtime
+from src.utils import load_config
 
-TABLE = "cell-25"
+ROOT = Path(__file__).resolve().parents[1]
+START, SETTINGS, TRAIN, TABLE = "cell-02", "cell-06b", "cell-22", "cell-25"
+SETTINGS_OF_TESTS = {
+    "data.max_train": 16, "data.max_validation": 4, "data.max_test": 8, "training.epochs": 2, "training.batch_size": 4,
+    "checkpoints.save_minutes": None, "checkpoints.mirror_mb_per_sec": 1e6, "evaluation.bootstrap_samples": 200,
+}  # fmt: skip
+DRIVE = """
+from pathlib import PosixPath
+from src.utils import runtime
+
+class MountPoint(PosixPath):
+    def is_mount(self):
+        return self.is_symlink()
+
+runtime.MOUNT_POINT = MountPoint({point!r})  # where a test may write
+"""
+Cells = list[Any]
+
+
+class Runtime:
+    """A fresh machine with the code in a new folder, on which sessions run; a folder stands for Google Drive."""
+
+    def __init__(self, folder: Path, drive: Path) -> None:
+        self.folder, self._drive = folder, drive
+        shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("config.yaml", "requirements.txt"):
+            shutil.copy(ROOT / name, folder)
+
+    def run(
+        self,
+        form: Mapping[str, Any],
+        *,
+        overrides: Mapping[str, Any] | None = None,
+        first: str = START,
+        kill_at: str | None = None,
+        when: Callable[[], bool] = lambda: True,
+    ) -> Cells:
+        """Run the start cell, then all from `first` on, with what a user fills in and ticks.
+
+        `overrides` are in place of what the form of the data gives. In the cell `kill_at` the kernel is killed as soon
+        as `when` is true. Returns the cells that were executed.
+        """
+        notebook = nbformat.read(ROOT / "whisper_asr_colab.ipynb", as_version=4)
+        cells = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
+        below = list(cells)[list(cells).index(first) :]
+        chosen = [cells[name] for name in dict.fromkeys([START, *below])]
+        for name, value in form.items():
+            (place,) = (cell for cell in chosen if re.search(rf"^{name} = .*#@param", cell.source, re.MULTILINE))
+            place.source = re.sub(rf"^{name} = .*?(?=  #@param)", f"{name} = {value!r}", place.source, flags=re.M)
+        if overrides is not None:
+            made = nbformat.v4.new_code_cell(f"OVERRIDES = {dict(overrides)!r}")
+            chosen.insert(1 + chosen.index(cells[SETTINGS]), made)
+        mount = nbformat.v4.new_code_cell(DRIVE.format(point=str(self.folder / "drive")))
+        notebook.cells = [mount, *chosen]
+        environment = {
+            **os.environ, "HF_HUB_OFFLINE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+            "PYTHONPATH": str(ROOT / "tests" / "fake_colab"), "FAKE_COLAB_DRIVE": str(self._drive),
+        }  # fmt: skip
+        client = NotebookClient(notebook, timeout=600, kernel_name="python3")
+        with client.setup_kernel(cwd=str(self.folder), env=environment):
+            for index, cell in enumerate(notebook.cells):
+                if cell.id != kill_at:
+                    client.execute_cell(cell, index)
+                    continue
+                pid = client.km.provisioner.pid  # type: ignore[union-attr]
+                threading.Thread(target=_kill, args=(pid, when), daemon=True).start()
+                with pytest.raises(DeadKernelError):
+                    client.execute_cell(cell, index)
+                return notebook.cells[:index]
+        return list(notebook.cells)
+
+    def rows(self, event: str) -> list[dict[str, Any]]:
+        """Return the rows of an event in the metrics of the one run."""
+        (metrics,) = self.folder.glob("runs/*/metrics.jsonl")
+        found = map(json.loads, metrics.read_text().splitlines())
+        return [row for row in found if row["event"] == event]
+
+
+def _kill(pid: int, when: Callable[[], bool]) -> None:
+    while not when():
+        time.sleep(0.05)
+    os.kill(pid, 9)
 
 
 def table(cells: Cells) -> str:
@@ -64,3 +157,30 @@ def test_three_kills_cost_nothing(drive: Path, recordings: Path, tmp_path: Path)
     assert "Demo(http://127.0.0.1:" in "".join(output.get("text", "") for output in page.outputs)
     assert (kept / "result" / "model.safetensors").stat().st_size > 0
     assert list((kept / "runs").glob("*/report.html"))
+
+
+def _pack_common_voice(clips: Sequence[Utterance], folder: Path) -> Path:
+    """Write an archive as Common Voice has them: the clips of one language, two folders down."""
+    (folder / "clips").mkdir(parents=True)
+    lines = ["client_id\tpath\tsentence"]
+    for clip in clips:
+        soundfile.write(folder / "clips" / f"{clip.id}.mp3", load_audio(clip.audio), 16_000)
+        lines.append(f"{clip.speaker}\t{clip.id}.mp3\t{clip.text}")
+    (folder / "train.tsv").write_text("\n".join(lines))
+    return Path(shutil.make_archive(str(folder.parents[1]), "gztar", folder.parents[1]))
+
+
+@pytest.mark.parametrize("source", ["common_voice", "parquet"])
+def test_a_source_without_network_gives_batches(
+    source: str, sample: list[Utterance], tiny_en: tuple[Any, Any], tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus" / "cv-corpus-23.0" / "en"
+    path = SAMPLE_PARQUET if source == "parquet" else _pack_common_voice(sample[::20], corpus)
+    overrides = {**SETTINGS_OF_TESTS, "data.source": source, "data.path": str(path), "device": "cpu"}
+    config = load_config(ROOT / "config.yaml", profile="demo", overrides=overrides)
+    splits = prepare_datasets(config)
+    assert not {u.speaker for u in splits.train} & {u.speaker for u in splits.test}
+    loaders = create_dataloaders(splits, tiny_en[1], config)
+    batch = next(iter(loaders.train))
+    assert len(batch["ids"]) == config.training.batch_size
+    assert (batch["labels"] >= 0).any(dim=1).all()

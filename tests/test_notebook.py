@@ -30,15 +30,12 @@ def code_cells(notebook: Any) -> list[Any]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_it_is_valid_small_and_stripped(notebook: Any, code_cells: list[Any]) -> None:
+def test_it_is_valid_small_and_stripped_and_cells_are_thin(notebook: Any, code_cells: list[Any]) -> None:
     nbformat.validate(notebook)
     assert len(code_cells) <= 30
     assert NOTEBOOK.stat().st_size < 60_000
     assert all(not cell.outputs and cell.execution_count is None for cell in code_cells)
     assert "widgets" not in notebook.metadata
-
-
-def test_cells_are_thin(code_cells: list[Any]) -> None:
     for cell in code_cells:
         lines = [line for line in cell.source.splitlines() if line.strip() and not line.strip().startswith("#")]
         assert len(lines) <= 15, cell.source
@@ -50,10 +47,9 @@ def test_cells_are_thin(code_cells: list[Any]) -> None:
 def test_no_name_is_used_for_two_things(code_cells: list[Any]) -> None:
     bound: dict[str, int] = {}
     for index, cell in enumerate(code_cells):
-        for node in ast.parse(cell.source).body:
-            targets = node.targets if isinstance(node, ast.Assign) else []
-            for name in (n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)):
-                assert bound.setdefault(name, index) == index, f"{name} is bound in two cells"
+        assigned = [node for node in ast.parse(cell.source).body if isinstance(node, ast.Assign)]
+        for name in (n.id for node in assigned for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)):
+            assert bound.setdefault(name, index) == index, f"{name} is bound in two cells"
 
 
 def test_a_quick_restart_gives_all_that_the_cells_from_training_on_use(code_cells: list[Any]) -> None:

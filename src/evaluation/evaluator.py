@@ -184,24 +184,12 @@ class ModelEvaluator:
         table = pd.DataFrame([[getattr(row, column) for column in columns] for row in decoded.rows], columns=columns)
         return table.sort_values("wer", ascending=False, ignore_index=True, kind="stable")
 
-    def compare(self, stock: Any, tuned: Any, loader: Any = None) -> ModelComparison:
-        """Measure two models of this processor on the same clips, and test whether they differ.
-
-        Instead of models, `stock` and `tuned` may be results of `evaluate_dataset`; two of them need no loader.
-        """
-        results: list[EvaluationResult] = []
-        for name, subject in (("stock", stock), ("tuned", tuned)):
-            if not isinstance(subject, EvaluationResult):
-                if loader is None:
-                    raise DataError(f"compare: the {name} model has not been measured; pass a loader to measure it on")
-                subject = ModelEvaluator(subject, self._processor, self._config).evaluate_dataset(loader, name=name)
-            results.append(subject)
-        first, second = results
-        if first.normalizer != second.normalizer:
-            raise DataError(
-                f"{first.name!r} was measured with {first.normalizer}, {second.name!r} with {second.normalizer}; "
-                "evaluate both with the same model.language"
-            )
+    def compare(self, stock: Any, tuned: Any, loader: Any) -> ModelComparison:
+        """Measure two models of this processor on the same clips, and test whether they differ."""
+        first, second = (
+            ModelEvaluator(model, self._processor, self._config).evaluate_dataset(loader, name=name)
+            for name, model in (("stock", stock), ("tuned", tuned))
+        )
         return ModelComparison(first, second, compare_predictions(first.rows, second.rows, self._calculator.bootstrap))
 
     def _decode_batches(self, batches: Iterable[Any], *, desc: str, total: int | None = None) -> _Decoded:

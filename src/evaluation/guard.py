@@ -170,11 +170,8 @@ def evaluate_guard(
     """Measure models, by name ("stock", "tuned"), on a guard set, each in its own context.
 
     Returns:
-        Results named "stock (guard)", "tuned (guard)", as `summarize_run` expects them in a run; none if the guard set
-        is in another language.
+        Results named "stock (guard)", "tuned (guard)", as `summarize_run` expects them in a run.
     """
-    if _is_other_language(guard.language, config):
-        return {}
     if experiment is not None:
         speakers = len({u.speaker for u in guard.utterances if u.speaker is not None})
         experiment.log("guard", set=guard.name, clips=len(guard.utterances), speakers=speakers)

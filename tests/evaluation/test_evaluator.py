@@ -167,15 +167,10 @@ def test_results_are_saved_and_measuring_again_replaces_the_rows_of_that_model_o
 def test_a_model_compared_with_itself_shows_no_difference(
     small: tuple[Any, Any], evaluator: ModelEvaluator, loader: Any, result: EvaluationResult
 ) -> None:
-    found = evaluator.compare(result, small[0], loader)
+    found = evaluator.compare(small[0], small[0], loader)
     assert (found.difference.difference, found.difference.verdict) == (0.0, "no difference shown")
-    assert found.stock is result
-    assert found.tuned.name == "tuned"
+    assert (found.stock.name, found.tuned.name) == ("stock", "tuned")
     assert [row.hypothesis for row in found.tuned.rows] == [row.hypothesis for row in result.rows]
-    with pytest.raises(DataError, match="tuned"):
-        evaluator.compare(result, small[0])
-    with pytest.raises(DataError, match="whisper-basic-v1"):
-        evaluator.compare(result, dataclasses.replace(result, normalizer="whisper-basic-v1"))
 
 
 def test_rows_are_compared_by_clip_and_only_with_the_same_references(result: EvaluationResult) -> None:

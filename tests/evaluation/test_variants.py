@@ -73,15 +73,15 @@ def test_wrong_names_are_errors_before_anything_is_loaded(
         with pytest.raises(ModelError, match=folder.name):
             compare_models(config, variants=[str(folder)])
     monkeypatch.setattr(WhisperModelManager, "initialize_model", lambda self: pytest.fail("loaded"))
-    with pytest.raises(ConfigError, match="'tinny'"):
-        compare_models(config, variants=["tiny.en", "tinny"])
-    with pytest.raises(ConfigError, match="'pytorch'"):
-        compare_models(config, engines=["pytorch"])
-    with pytest.raises(ConfigError, match="torch"):
-        compare_models(config, engines=[])
     french = load_config(None, overrides={"model": {"variant": "base", "language": "fr"}})
-    with pytest.raises(ConfigError, match="English"):
-        compare_models(french, variants=["tiny.en"])
+    for given, options, message in (
+        (config, {"variants": ["tiny.en", "tinny"]}, "'tinny'"),
+        (config, {"engines": ["pytorch"]}, "'pytorch'"),
+        (config, {"engines": []}, "torch"),
+        (french, {"variants": ["tiny.en"]}, "English"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compare_models(given, **options)  # type: ignore[arg-type]
 
 
 def test_a_model_that_does_not_fit_into_memory_is_a_reason(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
