@@ -46,6 +46,7 @@ def configure(tmp_path: Path) -> Configure:
             "training.batch_size": 2,
             "training.full_context_prob": 0.0,
             "training.epochs": 2,
+            "training.full_context_prob": 0.0,
             "checkpoints.save_minutes": None,
             "evaluation.bootstrap_samples": 100,
             "inference.max_tokens_per_sec": 2.0,

@@ -16,7 +16,6 @@ from src.evaluation.evaluator import ModelEvaluator
 from src.evaluation.report.summary import describe_mix, summarize_run
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export.huggingface import read_provenance
-from src.training import mixing
 from src.training.methods import prepare_model
 from src.training.mixing import choose_mix, load_mix
 from src.utils.config import Config
@@ -73,18 +72,17 @@ def clone(model: DynamicWhisper) -> dict[str, torch.Tensor]:
 def fake_rates(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """Give each share a rate without decoding, and return what is measured."""
 
-    def use(rates: dict[str, float], n: int = 40) -> list[str]:
+    def use(rates: dict[str, float]) -> list[str]:
         measured: list[str] = []
 
-        class Evaluator:
-            def __init__(self, model: Any, processor: Any, config: Config) -> None:
-                self.context = model.audio_context
+        def evaluate(self: ModelEvaluator, loader: Any, *, name: str) -> Any:
+            context = self._model.audio_context
+            measured.append(f"{name}, {context}")
+            if name not in rates:
+                raise KeyboardInterrupt
+            return SimpleNamespace(wer=rates[name], n=40, audio_context=context)
 
-            def evaluate_dataset(self, loader: Any, *, name: str) -> Any:
-                measured.append(f"{name}, {self.context}")
-                return SimpleNamespace(wer=rates[name], n=n, audio_context=self.context)
-
-        monkeypatch.setattr(mixing, "ModelEvaluator", Evaluator)
+        monkeypatch.setattr(ModelEvaluator, "evaluate_dataset", evaluate)
         return measured
 
     return use
@@ -150,17 +148,11 @@ def test_of_equal_rates_the_one_with_more_stock_weights_wins(
 
 
 def test_an_interrupted_sweep_leaves_the_model_as_it_was_tuned(
-    stock: DynamicWhisper, _tiny_en: tuple[Any, Any], config: Config, monkeypatch: pytest.MonkeyPatch
+    stock: DynamicWhisper, _tiny_en: tuple[Any, Any], config: Config, fake_rates: Callable[..., list[str]]
 ) -> None:
     tuned = shifted(stock, 0.05)
     expected = clone(tuned)
-
-    def interrupt(self: ModelEvaluator, loader: Any, *, name: str) -> Any:
-        if name == "mix 0.5":
-            raise KeyboardInterrupt
-        return SimpleNamespace(wer=0.5, n=1, audio_context="full")
-
-    monkeypatch.setattr(ModelEvaluator, "evaluate_dataset", interrupt)
+    fake_rates({"stock": 0.5, "mix 0.25": 0.5})
     with pytest.raises(KeyboardInterrupt):
         choose_mix(tuned, stock, _tiny_en[1], [], config)
     assert_same_weights(tuned, expected)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ from src.utils.files import sha256_of
 from src.utils.memory import clean_up
 from src.utils.tracking import ExperimentLogger
 from src.utils.validation import Check
+from tests.training.conftest import Configure, TrainerFactory, damage, train_until
 
 PROFILE = "tried"
 pytestmark = pytest.mark.usefixtures("quick_exports")
-TrainerFactory = Callable[..., WhisperTrainer]
 
 
 @pytest.fixture
@@ -79,16 +78,7 @@ def test_a_run_continues_and_each_file_of_its_checkpoint_is_hashed_once(
     weights = {name: tensor.clone() for name, tensor in through.model.state_dict().items()}
     for name in ("checkpoints", "mirror", "runs"):
         shutil.rmtree(tmp_path / name)
-    stopped = begin(config_path)
-
-    def interrupt(row: dict[str, Any]) -> None:
-        if row.get("step") == 5:  # the first of the second epoch
-            raise KeyboardInterrupt
-
-    assert stopped.experiment is not None
-    stopped.experiment.subscribe(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
+    train_until(begin(config_path), 5)  # in the second epoch
 
     hashed: Counter[Path] = Counter()
     monkeypatch.setattr(checkpoint, "sha256_of", lambda path: hashed.update([path]) or sha256_of(path))
@@ -148,13 +138,13 @@ def test_other_data_are_refused_and_settings_of_another_version_named(config_pat
 # what is stored
 
 
-def by_name(checks: Sequence[Check]) -> dict[str, Check]:
-    return {check.name: check for check in checks}
+def by_name(config: Config) -> dict[str, Check]:
+    return {check.name: check for check in stored_report(config).checks}
 
 
 @pytest.mark.slow  # trains
 def test_checkpoints_are_whole_stale_or_damaged_and_the_newest_whole_one_is_not_spare(
-    make_trainer: TrainerFactory, configure: Callable[..., Config], tmp_path: Path
+    make_trainer: TrainerFactory, configure: Configure, tmp_path: Path
 ) -> None:
     trainer = make_trainer(
         training__epochs=1, checkpoints__save_minutes=0, checkpoints__save_total_limit=3,
@@ -166,14 +156,12 @@ def test_checkpoints_are_whole_stale_or_damaged_and_the_newest_whole_one_is_not_
     assert [each.update for each in (first, second, third)] == [1, 2, 3]
     assert {each.problem for each in (first, second, third)} == {""}
     assert stored_report(config).ok
-    stale = by_name(stored_report(configure(training__batch_size=4)).checks)
+    stale = by_name(configure(training__batch_size=4))
     assert "training.batch_size: 2 then, 4 now" in stale[f"checkpoint run-000/{third.path.name}"].found
 
-    content = bytearray((third.path / "model.safetensors").read_bytes())
-    content[-1] ^= 1
-    (third.path / "model.safetensors").write_bytes(content)
+    damage(third.path / "model.safetensors")
     (first.path / "state.json").write_text("{")
-    checks = by_name(stored_report(config).checks)
+    checks = by_name(config)
     assert "model.safetensors" in checks[f"checkpoint run-000/{third.path.name}"].found
     assert "state.json" in checks[f"checkpoint run-000/{first.path.name}"].found
     assert checks[f"checkpoint run-000/{second.path.name}"].status == "ok"
@@ -183,11 +171,11 @@ def test_checkpoints_are_whole_stale_or_damaged_and_the_newest_whole_one_is_not_
     assert [each.path for each in stored_checkpoints(config)] == [second.path]
 
 
-def test_weights_and_data_that_need_no_network_are_named(configure: Callable[..., Config]) -> None:
-    checks = by_name(stored_report(configure()).checks)
+def test_weights_and_data_that_need_no_network_are_named(configure: Configure) -> None:
+    checks = by_name(configure())
     assert checks["weights"].status == "ok"
     assert checks["weights"].found.endswith("tiny.en, base")
     assert "speechocean762-mini.parquet" in checks["bundled data"].found
     assert checks["checkpoints"].status == "absent"
-    small = by_name(stored_report(configure(model__variant="small")).checks)["weights"]
+    small = by_name(configure(model__variant="small"))["weights"]
     assert (small.status, small.fix) == ("absent", "hf download openai/whisper-small")

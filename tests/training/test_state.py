@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,8 @@ from src.utils.config import TrainingConfig
 from src.utils.errors import CheckpointError
 
 
-class Net(nn.Module):
-    def __init__(self, width: int = 3) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, width)
-        self.second = nn.Linear(width, 4)
+def net(width: int = 3) -> nn.Module:
+    return nn.Sequential(OrderedDict(first=nn.Linear(4, width), second=nn.Linear(width, 4)))
 
 
 def step(model: nn.Module, optimizer: Any, seed: int) -> None:
@@ -48,7 +46,7 @@ def through_json(values: dict[str, Any]) -> Any:
 
 
 def test_weights_and_optimizer_continue_bit_for_bit() -> None:
-    straight = Net()
+    straight = net()
     optimizer = build_optimizer(straight, learning_rate=0.01, weight_decay=0.1)
     assert optimizer_tensors(optimizer, straight) == ({}, {})  # before the first step
     for seed in range(3):
@@ -58,7 +56,7 @@ def test_weights_and_optimizer_continue_bit_for_bit() -> None:
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     assert set(tensors) == {f"{name}/{key}" for name in weights for key in ("step", "exp_avg", "exp_avg_sq")}
 
-    resumed = Net()
+    resumed = net()
     other = build_optimizer(resumed, learning_rate=0.01, weight_decay=0.1)
     for seed in (99, 98):
         step(resumed, other, seed)  # forgotten
@@ -77,10 +75,10 @@ def test_weights_and_optimizer_continue_bit_for_bit() -> None:
 
 
 def test_other_shapes_names_and_parameters_are_refused_before_anything_changes() -> None:
-    model = Net()
+    model = net()
     before = copy.deepcopy(model.state_dict())
     fewer = {name: tensor + 1 for name, tensor in model_tensors(model).items() if name != "second.bias"}
-    for tensors, name in ((model_tensors(Net(5)), "first.weight"), (fewer, "second.bias")):
+    for tensors, name in ((model_tensors(net(5)), "first.weight"), (fewer, "second.bias")):
         with pytest.raises(CheckpointError, match=name):
             load_model_tensors(model, tensors)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -91,7 +89,7 @@ def test_other_shapes_names_and_parameters_are_refused_before_anything_changes()
 
 
 def test_parameters_are_named_so_their_order_may_change_and_some_may_have_no_state() -> None:
-    model = Net()
+    model = net()
     model.first.bias.requires_grad_(False)
     optimizer = build_optimizer(model, learning_rate=0.01, weight_decay=0.1)
     step(model, optimizer, 0)
@@ -146,14 +144,9 @@ def test_every_generator_draws_again_what_it_drew() -> None:
         draw()
         restore_random_state(tensors, values)
         assert draw() == first
+        if torch.cuda.is_available():
+            (tensors, values), drawn = random_state(), torch.rand(4, device="cuda")
+            restore_random_state(tensors, through_json(values))
+            assert torch.equal(torch.rand(4, device="cuda"), drawn)
     finally:
         restore_random_state(*before)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_gpus_generator_draws_again_what_it_drew() -> None:
-    tensors, values = random_state()
-    first = torch.rand(4, device="cuda")
-    restore_random_state(tensors, through_json(values))
-    assert torch.equal(torch.rand(4, device="cuda"), first)
