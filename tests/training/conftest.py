@@ -44,7 +44,6 @@ def configure(tmp_path: Path) -> Configure:
             "paths.checkpoints_dir": str(tmp_path / "checkpoints"),
             "augmentation.enabled": False,
             "training.batch_size": 2,
-            "training.full_context_prob": 0.0,
             "training.epochs": 2,
             "training.full_context_prob": 0.0,
             "checkpoints.save_minutes": None,
