@@ -6,7 +6,6 @@ must be those that the training saw.
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import logging
 import math
@@ -22,7 +21,7 @@ from src.data.preparation import DatasetSplits, prepare_datasets
 from src.data.sources.catalog import SAMPLES_DIR
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export.huggingface import read_provenance
-from src.models.offline_weights import PACKAGED_MODELS, PackagedModel
+from src.models.offline_weights import PACKAGED_MODELS
 from src.models.weights import HUB_REPOSITORIES
 from src.models.whisper_model import WhisperModelManager
 from src.training import checkpoint as checkpoints
@@ -32,7 +31,7 @@ from src.training.trainer import WhisperTrainer
 from src.utils.config import DEFAULT_CONFIG_PATH, Config, flatten, load_config, load_profiles
 from src.utils.errors import CheckpointError, ConfigError, first_line
 from src.utils.memory import size_mb
-from src.utils.runtime import set_seed
+from src.utils.runtime import installed_version, set_seed
 from src.utils.tracking import ExperimentLogger
 from src.utils.validation import Check, CheckReport
 from src.utils.versioning import DatasetVersion, DataVersionManager
@@ -196,7 +195,8 @@ def _inspect(path: Path, config: Config) -> StoredCheckpoint:
 
 def _check_weights(wanted: str) -> Check:
     """Find the variants whose weights are on this machine."""
-    here = [name for name, model in PACKAGED_MODELS.items() if _is_installed(model)]
+    packaged = PACKAGED_MODELS.items()
+    here = [name for name, model in packaged if all(installed_version(p) == v for p, v in model.distributions)]
     for name, repository in HUB_REPOSITORIES.items():
         if isinstance(try_to_load_from_cache(repository, "model.safetensors"), str):
             here.append(name)
@@ -205,10 +205,3 @@ def _check_weights(wanted: str) -> Check:
         return Check("weights", "ok", f"{wanted}; {found}")
     fix = f"hf download {HUB_REPOSITORIES.get(wanted, wanted)}"
     return Check("weights", "absent", f"{wanted} has to be fetched; {found}", fix)
-
-
-def _is_installed(model: PackagedModel) -> bool:
-    try:
-        return all(importlib.metadata.version(name) == version for name, version in model.distributions)
-    except importlib.metadata.PackageNotFoundError:
-        return False

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -81,6 +82,14 @@ def mount_drive(folder: str) -> Path:
 def is_on_unmounted_drive(path: Path) -> bool:
     """Whether a path lies on Google Drive while it is not mounted: writing there would fill the local disk."""
     return path.absolute().is_relative_to(MOUNT_POINT) and not MOUNT_POINT.is_mount()
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package; None if it is absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def set_seed(seed: int) -> int:

@@ -24,13 +24,13 @@ import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from src.utils.config import Config, flatten
 from src.utils.errors import MissingDependencyError, WhisperASRError
 from src.utils.files import write_text_atomic
+from src.utils.runtime import installed_version
 from src.utils.versioning import get_git_revision
 
 logger = logging.getLogger(__name__)
@@ -193,16 +193,12 @@ def _describe_environment() -> dict[str, Any]:
     """Return versions, machine and git revision, but no name, token or path of the user."""
     import torch  # reading a run's files needs no torch
 
-    versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
-    for name in _PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "packages": versions,
+        "packages": {name: installed_version(name) for name in _PACKAGES},
         "git_revision": get_git_revision(),
     }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import html
-import importlib.metadata
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from src.utils.errors import WhisperASRError, first_line
-from src.utils.runtime import MOUNT_POINT, in_colab
+from src.utils.runtime import MOUNT_POINT, in_colab, installed_version
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -144,7 +143,7 @@ def _judge(name: str, is_ok: bool, found: str, otherwise: Status, fix: str) -> C
 
 
 def _check_python() -> Iterator[Check]:
-    found = f"{platform.python_version()} on {platform.platform()}, at least 3.11 is needed"
+    found = f"{platform.python_version()} on {platform.platform()} (3.11 or newer is needed)"
     yield _judge("Python", sys.version_info >= (3, 11), found, "error", "make PYTHON=python3.13 setup")
 
 
@@ -153,7 +152,7 @@ def _check_packages() -> Iterator[Check]:
     needed, tested = read_requirements("requirements.txt"), read_requirements("constraints.txt")
     unfit, others = [], []
     for name, requirement in needed.items():
-        version = _installed(name)
+        version = installed_version(name)
         if version is None or not requirement.specifier.contains(version, prereleases=True):
             found = "is not installed" if version is None else f"{version}, needs {requirement.specifier}"
             unfit.append(Check(name, "error", found, _install(name)))
@@ -172,13 +171,6 @@ def read_requirements(file: str) -> dict[str, Requirement]:
     lines = [line.split("#")[0].strip() for line in (_ROOT / file).read_text(encoding="utf-8").splitlines()]
     found = [Requirement(line) for line in lines if line]
     return {canonicalize_name(r.name): r for r in found if r.marker is None or r.marker.evaluate()}
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _install(name: str) -> str:
@@ -205,8 +197,8 @@ def _check_torch() -> Iterator[Check]:
     yield Check("torch", "ok", f"{found['torch']}, CUDA {found['cuda'] or 'is not in this build'}")
     if "torchaudio" in found:
         yield Check("torchaudio", "ok", f"{found['torchaudio']} imports together with it")
-    elif _installed("torchaudio") is not None:  # else it is among the packages that are not installed
-        text = f"{_installed('torchaudio')} does not import together with torch {found['torch']} ({problem})"
+    elif installed_version("torchaudio") is not None:  # else it is among the packages that are not installed
+        text = f"{installed_version('torchaudio')} does not import together with torch {found['torch']} ({problem})"
         yield Check("torchaudio", "error", f"{text}, so transformers does not either", _torch_fix())
     yield _judge_gpu(found)
 
@@ -214,7 +206,7 @@ def _check_torch() -> Iterator[Check]:
 def _torch_fix() -> str:
     pins = read_requirements("constraints.txt")
     # pip takes a build such as 2.11.0+cpu for 2.11.0, and would leave it
-    first = "pip uninstall -y torch torchaudio && " if "+" in (_installed("torch") or "") else ""
+    first = "pip uninstall -y torch torchaudio && " if "+" in (installed_version("torch") or "") else ""
     return f"{first}pip install {pins['torch']} {pins['torchaudio']}"
 
 
