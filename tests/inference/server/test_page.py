@@ -138,17 +138,10 @@ def test_a_recording_ends_at_its_limit_with_its_captions() -> None:
         assert not page.host.sessions
 
 
-@pytest.mark.parametrize(
-    ("sent", "said"),
-    [
-        ({"pcm": "no base64"}, "base64"),
-        ({"pcm": "AAAA"}, "whole number"),
-        ({"pcm": "A" * (1 << 20)}, "262144"),
-        ({"rate": 0}, "8000"),
-        ({"model": "other"}, "'other' is not on this page"),
-        ({"loud": True}, "Extra inputs"),
-    ],
-)
+@pytest.mark.parametrize(("sent", "said"), [
+    ({"pcm": "no base64"}, "base64"), ({"pcm": "AAAA"}, "whole number"), ({"pcm": "A" * (1 << 20)}, "262144"),
+    ({"rate": 0}, "8000"), ({"model": "other"}, "'other' is not on this page"), ({"loud": True}, "Extra inputs"),
+])  # fmt: skip
 def test_what_is_no_message_is_refused_in_a_line(sent: dict[str, Any], said: str) -> None:
     with Tabs() as page:
         assert said in page.answer("a", **{"first": True, **sent})["error"]

@@ -33,20 +33,14 @@ def test_float_samples_arrive_unchanged_and_integers_clipped_and_to_half_a_step(
     assert write_samples(loud, "s16le") == np.array([-32_768, -32_768, 32_767, 32_767], dtype="<i2").tobytes()
 
 
-@pytest.mark.parametrize(
-    ("message", "sample_format"),
-    [
-        (b"\0" * 6, "f32le"),
-        (b"\0", "s16le"),
-        (np.array([0.1, np.nan], "<f4").tobytes(), "f32le"),
-        (np.array([0.1, -np.inf], "<f4").tobytes(), "f32le"),
-        (np.arange(1_000, dtype="<f4").tobytes(), "f32le"),  # integers sent as floats
-    ],
-)
-def test_bytes_that_are_no_audio_are_refused(message: bytes, sample_format: str) -> None:
-    with pytest.raises(StreamError) as caught:
-        read_samples(message, sample_format)  # type: ignore[arg-type]
-    assert caught.value.code == "bad_audio"
+def test_bytes_that_are_no_audio_are_refused() -> None:
+    integers = np.arange(1_000, dtype="<f4")  # sent as floats
+    floats = [np.array([0.1, np.nan], "<f4"), np.array([0.1, -np.inf], "<f4"), integers]
+    for message in (b"\0" * 6, *(each.tobytes() for each in floats)):
+        with pytest.raises(StreamError, match="samples"):
+            read_samples(message, "f32le")
+    with pytest.raises(StreamError, match="whole number of s16le samples"):
+        read_samples(b"\0", "s16le")
 
 
 def test_hello_has_defaults_and_hides_its_token() -> None:
@@ -56,24 +50,12 @@ def test_hello_has_defaults_and_hides_its_token() -> None:
     assert "secret" not in repr(hello)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        json.dumps({"type": "hello", **{f"key{i}": i for i in range(10_000)}}),
-        "",
-        "hello",
-        "[" * 100_000,
-        "[]",
-        "{}",
-        '{"type": "end"}',
-        '{"type": "hello", "version": 2}',
-        '{"type": "hello", "sample_rate": 1}',
-        '{"type": "hello", "sample_rate": "16000"}',
-        '{"type": "hello", "sample_rate": NaN}',
-        '{"type": "hello", "format": "mp3"}',
-        '{"type": "hello", "rate": 16000}',
-    ],
-)
+@pytest.mark.parametrize("text", [
+    json.dumps({"type": "hello", **{f"key{i}": i for i in range(10_000)}}), "", "[" * 100_000, "{}",
+    '{"type": "end"}', '{"type": "hello", "version": 2}', '{"type": "hello", "sample_rate": 1}',
+    '{"type": "hello", "sample_rate": "16000"}', '{"type": "hello", "sample_rate": NaN}',
+    '{"type": "hello", "format": "mp3"}', '{"type": "hello", "rate": 16000}',
+])  # fmt: skip
 def test_anything_but_a_hello_of_this_version_is_refused(text: str) -> None:
     with pytest.raises(StreamError) as caught:
         read_client(text, Hello)

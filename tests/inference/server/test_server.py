@@ -239,19 +239,11 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_garbage_collection")
-@pytest.mark.parametrize(
-    ("given", "code"),
-    [
-        (["garbage"], "bad_message"),
-        (['{"type": "hello", "sample_rate": 7}'], "bad_message"),
-        ([END], "bad_message"),
-        (['{"type": "hello", "language": "xx"}'], "bad_message"),
-        ([HELLO, HELLO], "bad_message"),
-        ([HELLO, b"\0\0\0\0", "garbage"], "bad_message"),
-        ([b"\0"], "bad_audio"),
-        ([HELLO, b"\xff" * 40_000], "bad_audio"),
-    ],
-)
+@pytest.mark.parametrize(("given", "code"), [
+    (["garbage"], "bad_message"), ([END], "bad_message"), ([HELLO, HELLO], "bad_message"),
+    (['{"type": "hello", "sample_rate": 7}'], "bad_message"), (['{"type": "hello", "language": "xx"}'], "bad_message"),
+    ([HELLO, b"\0\0\0\0", "garbage"], "bad_message"), ([b"\0"], "bad_audio"), ([HELLO, b"\xff" * 40_000], "bad_audio"),
+])  # fmt: skip
 async def test_garbage_is_answered_with_its_error_and_leaves_nothing_behind(
     given: list[str | bytes], code: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -76,14 +76,6 @@ def test_a_loop_is_never_committed_and_what_follows_it_is(gram: str) -> None:
     assert policy.flush(looping) == ()
 
 
-def test_a_loop_that_grows_one_copy_an_update_is_stopped() -> None:
-    policy = LocalAgreement()
-    growing = [said(" ".join(["so"] * copies), word_sec=0.4) for copies in range(2, 40)]
-    assert len("".join(committed for committed, _ in run(policy, *growing))) < 12 * len("so ")
-    ending = policy.flush(said(" ".join(["so"] * 40) + " good bye", word_sec=0.4))
-    assert join_words(ending).endswith("good bye")
-
-
 @pytest.mark.parametrize(
     ("words", "loop"),
     [
