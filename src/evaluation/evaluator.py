@@ -89,8 +89,8 @@ class EvaluationResult(ErrorRates, Mapping[str, Any]):
 
     def write_predictions(self, path: Path) -> None:
         """Put the rows into a JSONL file, in place of older rows of this model; it changes as a whole or not at all."""
-        older = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        lines = [line for line in older if json.loads(line)["model"] != self.name]
+        older = path.read_text(encoding="utf-8").split("\n") if path.exists() else []  # texts may hold U+2028
+        lines = [line for line in older if line and json.loads(line)["model"] != self.name]
         for row in self.rows:
             values = {key: None if value != value else value for key, value in asdict(row).items()}  # nan is not JSON
             lines.append(json.dumps({"model": self.name, "id": row.id, **values}, ensure_ascii=False, allow_nan=False))

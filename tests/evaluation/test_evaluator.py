@@ -155,8 +155,11 @@ def test_results_are_saved_and_measuring_again_replaces_the_rows_of_that_model_o
     assert (event["wer"], event["rtf"]) == (result.wer, pytest.approx(result.rtf))
     path = Path(experiment.predictions_path)
     dataclasses.replace(result, name="tuned").write_predictions(path)
-    fewer = dataclasses.replace(result, rows=(dataclasses.replace(result.rows[0], avg_logprob=math.nan),))
-    fewer.write_predictions(path)
+    fewer = dataclasses.replace(
+        result, rows=(dataclasses.replace(result.rows[0], avg_logprob=math.nan, hypothesis="a\u2028b"),)
+    )
+    for _ in range(2):
+        fewer.write_predictions(path)
     assert "NaN" not in path.read_text()
     models = load_predictions(experiment.dir)
     assert {name: len(rows) for name, rows in models.items()} == {"tuned": result.n, "stock": 1}
