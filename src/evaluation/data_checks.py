@@ -40,45 +40,33 @@ def add_model_checks(
     utterances: Sequence[Utterance],
     config: Config,
     *,
-    num_style_clips: int = 16,
     max_hard_clips: int = 64,
 ) -> DataReport:
     """Return the report with the findings of a model; older findings of a model are replaced.
 
-    Args:
-        report: of the same data.
-        model: in evaluation mode, in the context that its config says.
-        processor: of the model.
-        utterances: checked, with their source's text in `meta["source_text"]` if they were recased.
-        config: `data.label_case`, `inference`, `model.language`.
-        num_style_clips: whose transcripts are measured in each style.
-        max_hard_clips: clips to decode.
+    `utterances` are those of the report, checked, with their source's text in `meta["source_text"]` if they were
+    recased; at most `max_hard_clips` of them are decoded. The model is in evaluation mode.
     """
-    styles = measure_label_styles(model, processor, utterances, config, num_clips=num_style_clips)
+    styles = measure_label_styles(model, processor, utterances, config)
     hard = find_hard_clips(model, processor, utterances, config, max_clips=max_hard_clips)
 
     configured = resolve_case([_source_text(u) for u in utterances], config.data.label_case)
     costs, (best, gap_nats) = _costs(styles), _likeliest(styles, configured)
+    findings = [finding for finding in report.findings if finding.topic not in (_STYLE_TOPIC, _HARD_TOPIC)]
+
     listed = ", ".join(f"{style} {costs[style]:.1f}" for style in STYLES)
-    checked = min(num_style_clips, len(utterances))
-    message = (
-        f"nats per transcript on {checked:,} of {count_clips(len(utterances))}: {listed}; configured: {configured}"
-    )
-    style_finding = Finding("info", _STYLE_TOPIC, message)
-    if gap_nats >= MIN_GAP_NATS:
-        advice = f"set data.label_case: {best}, unless the results must be written in another style"
-        style_finding = Finding("warning", _STYLE_TOPIC, message, advice)
+    clips = count_clips(len(utterances))
+    message = f"nats per transcript on {styles['clips'][0]} of {clips}: {listed}; configured: {configured}"
+    advice = f"set data.label_case: {best}, unless the results must be written in another style"
+    likelier = gap_nats >= MIN_GAP_NATS
+    findings.append(Finding("warning" if likelier else "info", _STYLE_TOPIC, message, advice if likelier else ""))
 
-    checked = min(max_hard_clips, len(utterances))
-    message = f"{len(hard):,} decoded with more errors than words, of {checked:,} of {count_clips(len(utterances))}"
-    hard_finding = Finding("info", _HARD_TOPIC, message)
-    if len(hard):
-        advice = "listen to them: the transcript may be of another clip or language, or there is no clear speech"
-        hard_finding = Finding("warning", _HARD_TOPIC, message, advice, tuple(hard["id"].head(5)))
-
-    kept = [finding for finding in report.findings if finding.topic not in (_STYLE_TOPIC, _HARD_TOPIC)]
-    findings = sort_findings([*kept, style_finding, hard_finding])
-    return replace(report, findings=findings, label_styles=styles, hard_clips=hard)
+    decoded = min(max_hard_clips, len(utterances))
+    message = f"{len(hard):,} decoded with more errors than words, of {decoded:,} of {clips}"
+    advice = "listen to them: the transcript may be of another clip or language, or there is no clear speech"
+    ids = tuple(hard["id"].head(5))
+    findings.append(Finding("warning" if ids else "info", _HARD_TOPIC, message, advice if ids else "", ids))
+    return replace(report, findings=sort_findings(findings), label_styles=styles, hard_clips=hard)
 
 
 def choose_label_case(report: DataReport, config: Config) -> LabelCase:

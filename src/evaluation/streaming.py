@@ -402,20 +402,14 @@ def find_turns(stream: SpeechStream, events: Sequence[Event], match: WordMatch) 
     without any word of the reference is left out.
     """
     turns = []
-    anchored = sorted(match.stands_for)
     begin = end = 0  # committed words
     for event in events:
-        end += len(event.words) if event.kind == "commit" else 0
-        if event.kind != "final":
-            continue
-        before = bisect.bisect_left(anchored, end)
-        if before and anchored[before - 1] >= begin:
-            last = match.stands_for[anchored[before - 1]]
-            clip = stream.words[last].clip
-            while last + 1 < len(stream.words) and stream.words[last + 1].clip == clip:
-                if stream.words[last + 1].end_sec > event.audio_sec:
-                    break
-                last += 1
-            turns.append((stream.words[last], event))
-        begin = end
+        if event.kind == "commit":
+            end += len(event.words)
+        elif event.kind == "final":
+            if heard := [match.stands_for[place] for place in range(begin, end) if place in match.stands_for]:
+                last, *later = stream.words[heard[-1] :]
+                said = [word for word in later if word.clip == last.clip and word.end_sec <= event.audio_sec]
+                turns.append(([last, *said][-1], event))
+            begin = end
     return turns

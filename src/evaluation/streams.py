@@ -226,10 +226,7 @@ def cut_to_speech(words: Sequence[Word], speech: Sequence[SpeechSegment]) -> tup
     """Cut each word to the stretch of speech that it overlaps most; a word that overlaps none is kept."""
     cut = []
     for word in words:
-        shared = [min(word.end_sec, s.end_sec) - max(word.start_sec, s.start_sec) for s in speech]
-        if shared and max(shared) > 0:
-            best = speech[int(np.argmax(shared))]
-            start_sec, end_sec = max(word.start_sec, best.start_sec), min(word.end_sec, best.end_sec)
-            word = replace(word, start_sec=start_sec, end_sec=end_sec)
-        cut.append(word)
+        shared = [(max(word.start_sec, s.start_sec), min(word.end_sec, s.end_sec)) for s in speech]
+        start_sec, end_sec = max(shared, key=lambda part: part[1] - part[0], default=(0.0, 0.0))
+        cut.append(replace(word, start_sec=start_sec, end_sec=end_sec) if end_sec > start_sec else word)
     return tuple(cut)

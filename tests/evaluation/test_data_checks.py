@@ -96,14 +96,14 @@ def test_a_report_takes_up_the_models_findings_and_saves_them(
     splits = splits_of(sample[:3])
     report = build_data_report(splits, Config())
     wrong = [replace(u, text="No.") for u in splits.train]
-    checked = add_model_checks(report, *_tiny_en, wrong, Config(), num_style_clips=1, max_hard_clips=1)
+    checked = add_model_checks(report, *_tiny_en, wrong, Config(), max_hard_clips=1)
     assert report.label_styles is None  # the one before stays as it was
     assert checked.label_styles is not None
     found = {f.topic: f for f in checked.findings}
     assert (found["hard clips"].level, len(found["hard clips"].ids)) == ("warning", 1)
     costs = checked.label_styles[checked.label_styles["space"]].set_index("style")["nats"]
     assert f"{costs['keep']:.1f}" in found["label style"].message
-    again = add_model_checks(checked, *_tiny_en, splits.train, Config(), num_style_clips=1, max_hard_clips=1)
+    again = add_model_checks(checked, *_tiny_en, splits.train, Config(), max_hard_clips=1)
     assert len(again.findings) == len(checked.findings) == len(report.findings) + 2
     assert again.hard_clips is not None and again.hard_clips.empty
     checked.save(tmp_path)
