@@ -75,6 +75,7 @@ def test_every_clip_is_in_one_example_that_fits_the_model(
         if len(e.indices) > 1:
             at = same.index(e.indices[0])
             assert list(e.indices) == same[at : at + len(e.indices)]  # neighbours of one speaker, none left out
+        assert all(counts[i] for i in e.indices) or e == Example(e.indices[:1], duration_sec=clips[e.indices[0]][0])
         if e.previous is not None:
             assert same.index(e.previous) == same.index(e.indices[0]) - 1
 
@@ -97,15 +98,6 @@ def test_epochs_and_seeds_differ() -> None:
     utterances = speech(60)
     first = plan(utterances, 0, concatenate_prob=0.5)
     assert plan(utterances, 1, concatenate_prob=0.5) != first != plan(utterances, 0, concatenate_prob=0.5, seed=2)
-
-
-def test_a_clip_without_text_stays_alone() -> None:
-    utterances = speech(12, speakers=1)
-    counts = [0 if i == 5 else 10 for i in range(12)]
-    joined = plan(utterances, counts=counts, concatenate_prob=1, timestamp_prob=1, previous_text_prob=1)
-    assert Example((5,), duration_sec=utterances[5].duration_sec or 0) in joined
-    single = {e.indices[0]: e for e in plan(utterances, counts=counts, previous_text_prob=1)}
-    assert (single[4].previous, single[5].previous, single[6].previous) == (3, None, 4)
 
 
 # its audio and label, with real speech and the real tokenizer

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -16,12 +15,10 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from src.data import LengthBatchSampler, SpeechLoader, create_loader
-from src.data.dataset import DataCollator, ExamplePlanner, WhisperDataset
-from src.data.labels import LabelEncoder
 from src.data.loader import batch_generator, choose_workers, current_shard
 from src.data.preparation import check_utterance
 from src.data.utterance import Utterance
-from src.utils.config import CompositionConfig, Config, load_config
+from src.utils.config import Config, load_config
 from src.utils.errors import AudioError, CheckpointError, DataError
 from src.utils.runtime import usable_cores
 from tests.data.word_tokenizer import word_processor
@@ -98,27 +95,36 @@ def test_a_budget_counts_30_s_a_clip_where_every_clip_is_padded_to_it(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "composition"), [(0, COMPOSED), (2, {}), (2, COMPOSED)])
+@pytest.mark.parametrize(
+    ("workers", "composition", "processes"), [(0, COMPOSED, "1"), (2, {}, "1"), (2, COMPOSED, "2")]
+)
 def test_a_run_stopped_at_any_batch_goes_on_with_the_next(
-    clips: list[Utterance], workers: int, composition: dict[str, float]
+    clips: list[Utterance], workers: int, composition: dict[str, float], processes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight = in_training(clips, composition=composition)
-    straight.set_epoch(3)
-    whole = ids(straight)
-    stopped, resumed = (
-        in_training(clips, composition=composition, **{"data.num_workers": workers}) for _ in range(2)
-    )  # fmt: skip
-    for at in range(len(whole) + 1):
-        stopped.set_epoch(2)
-        stopped.set_epoch(3)
-        iterator = iter(stopped)
-        assert [next(iterator)["ids"] for _ in range(at)] == whole[:at]
-        state = json.loads(json.dumps(stopped.state_dict()))
-        assert state["batches"] == at  # handed over, whatever waits in a worker
-        resumed.load_state_dict(state)
-        resumed.set_epoch(3)  # as the trainer does
-        assert ids(resumed) == whole[at:]
-        assert len(resumed) == len(whole)
+    shares = []
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    for rank in range(int(processes)):
+        monkeypatch.setenv("RANK", str(rank))
+        straight = in_training(clips, composition=composition)
+        options = {"composition": composition, "data.num_workers": workers}
+        stopped, resumed = in_training(clips, **options), in_training(clips, **options)
+        straight.set_epoch(3)
+        whole = ids(straight)
+        shares.append(whole)
+        for at in range(len(whole) + 1):
+            stopped.set_epoch(2)
+            stopped.set_epoch(3)
+            iterator = iter(stopped)
+            assert [next(iterator)["ids"] for _ in range(at)] == whole[:at]
+            state = json.loads(json.dumps(stopped.state_dict()))
+            assert state["batches"] == at  # handed over, whatever waits in a worker
+            resumed.load_state_dict(state)
+            resumed.set_epoch(3)  # as the trainer does
+            assert ids(resumed) == whole[at:]
+            assert len(resumed) == len(whole)
+    shared = split([batch for share in shares for batch in share])
+    assert len(shared) == len(set(shared)) == len(clips) + 3 * bool(composition)
+    assert len({len(share) for share in shares}) == 1
 
 
 def test_a_state_of_other_data_settings_or_processes_is_refused(
@@ -143,23 +149,6 @@ def test_a_state_of_other_data_settings_or_processes_is_refused(
         in_training(clips).load_state_dict({"epoch": 1})
 
 
-def test_two_processes_share_an_epoch_and_go_on_after_a_restart(
-    clips: list[Utterance], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shares = []
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        stopped, resumed = in_training(clips, composition=COMPOSED), in_training(clips, composition=COMPOSED)
-        stopped.set_epoch(1)
-        before = [batch["ids"] for batch in itertools.islice(stopped, 2)]
-        resumed.load_state_dict(stopped.state_dict())
-        shares.append([*before, *ids(resumed)])
-    assert len(shares[0]) == len(shares[1]) > 2
-    shared = split([*shares[0], *shares[1]])
-    assert len(shared) == len(set(shared)) == 14 + 3
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_recording_that_cannot_be_decoded_is_named_without_a_workers_traceback(
@@ -178,18 +167,15 @@ def test_a_recording_that_cannot_be_decoded_is_named_without_a_workers_traceback
 
 
 @pytest.mark.slow
-def test_workers_compute_on_one_thread_and_leave_interrupts_to_the_parent(clips: list[Utterance]) -> None:
+def test_workers_compute_on_one_thread_and_leave_interrupts_to_the_parent(
+    clips: list[Utterance], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def look(source: Any, *, name: str) -> np.ndarray:
         ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         return np.array([torch.get_num_threads(), ignored, os.getpid()], dtype=np.float64)
 
-    encoder = LabelEncoder(word_processor().tokenizer)
-    dataset = WhisperDataset(clips[:6], encoder, load=look)
-    planner = ExamplePlanner(
-        clips[:6], [len(t) for t in dataset.tokens], prefix_tokens=2, config=CompositionConfig(), seed=0
-    )
-    sampler = LengthBatchSampler(planner.durations_sec, 1, shuffle=False, rank=0, world_size=1)
-    loader = SpeechLoader(dataset, DataCollator(encoder.end_token), sampler, planner, num_workers=2)
+    monkeypatch.setattr("src.data.loader.load_audio", look)
+    loader = in_training(clips[:6], **{"training.batch_size": 1, "data.num_workers": 2})
     rows = np.concatenate([b["audio"].numpy() for b in loader])
     assert rows[:, :2].tolist() == [[1, 1]] * 6
     assert len(set(rows[:, 2])) == 2

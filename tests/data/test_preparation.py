@@ -70,6 +70,15 @@ def test_one_speaker_cannot_be_split(tmp_path: Path) -> None:
         prepare_datasets(folder_config(write_folder(tmp_path / "d", rows)))
 
 
+@pytest.mark.parametrize(
+    ("split", "named"), [("trian", "unknown split 'trian'"), ("test", "no utterance is in the train")]
+)
+def test_a_split_that_cannot_be_used_is_named(tmp_path: Path, split: str, named: str) -> None:
+    rows = [("a.wav", "text", split)]
+    with pytest.raises(DataError, match=named):
+        prepare_datasets(folder_config(write_folder(tmp_path / "d", rows, header="file_name,text,split")))
+
+
 def test_shared_speakers_and_texts_are_reported(tmp_path: Path) -> None:
     path = write_folder(tmp_path / "d", [("a.wav", "same", "s1"), ("b.wav", "same", "s1"), ("c.wav", "other", "s2")])
     lines = ["file_name,text,speaker,split", "a.wav,same,s1,train", "b.wav,same,s1,test", "c.wav,other,s2,dev"]
