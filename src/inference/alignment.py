@@ -107,35 +107,26 @@ def align_words(
     predicting = decoded[0, first - 1 : first - 1 + len(tokens)]  # the row before a token predicts it
     among_text = model.proj_out(predicting)[:, : model.config.eos_token_id].float().softmax(dim=-1)
     token_probs = among_text.gather(1, torch.tensor(tokens, device=hidden.device)[:, None])[:, 0].tolist()
-    attention = torch.cat(recorded, dim=1)[0]  # (heads, L, positions)
-    return words_from_attention(tokenizer, attention, token_probs, tokens=tokens, first=first, audio_sec=audio_sec)
+    entered_sec = time_tokens(torch.cat(recorded, dim=1)[0], len(tokens), first=first, audio_sec=audio_sec)
+    return place_words(Vocabulary.of(tokenizer), tokens, entered_sec=entered_sec, probabilities=token_probs)
 
 
-def words_from_attention(
-    tokenizer: Any,
-    attention: Tensor,
-    probabilities: Sequence[float],
-    *,
-    tokens: Sequence[int],
-    first: int,
-    audio_sec: float,
-) -> tuple[Word, ...]:
-    """Give words their times by the cheapest monotone path through the attention.
+def time_tokens(attention: Tensor, count: int, *, first: int, audio_sec: float) -> list[float]:
+    """Return when each of `count` tokens begins, and then the end token, in ascending seconds: `count` + 1 times.
 
     `attention` (heads, L, positions) has one row per token that the decoder was fed: `first` tokens before the text,
     then those of the text, the last of which is missing where decoding was cut off before it.
     """
-    if not tokens:
-        return ()
-    entered_sec = time_tokens(attention, len(tokens), first=first, audio_sec=audio_sec)
-    return place_words(Vocabulary.of(tokenizer), tokens, entered_sec=entered_sec, probabilities=probabilities)
-
-
-def time_tokens(attention: Tensor, count: int, *, first: int, audio_sec: float) -> list[float]:
-    """Return when each of `count` tokens begins, and then the end token, in ascending seconds: `count` + 1 times."""
-    positions = min(attention.shape[-1], max(1, round(audio_sec / POSITION_SEC)))
-    weights = _normalise(attention[..., :positions])[first - 1 :].cpu().numpy()  # each row predicts a token
-    rows, columns = dtw_path(-weights[: count + 1].astype(np.float64))
+    attention = attention[..., : max(1, round(audio_sec / POSITION_SEC))]
+    # standardised over tokens, median-filtered over time, mean over heads: (L, P)
+    std, mean = torch.std_mean(attention, dim=-2, keepdim=True, unbiased=False)
+    weights = (attention - mean) / std.clamp(min=1e-9)
+    pad = MEDIAN_WIDTH // 2
+    if weights.shape[-1] > pad:
+        padded = torch.nn.functional.pad(weights, (pad, pad), mode="reflect")
+        weights = padded.unfold(-1, MEDIAN_WIDTH, 1).sort(dim=-1).values[..., pad]
+    cost = -weights.mean(dim=0)[first - 1 : first + count].cpu().numpy()  # each row predicts a token
+    rows, columns = dtw_path(cost.astype(np.float64))
     first_of_row = np.concatenate([[True], np.diff(rows) > 0])
     entered_sec: list[float] = np.minimum(columns[first_of_row] * POSITION_SEC, audio_sec).tolist()
     return entered_sec + [audio_sec] * (count + 1 - len(entered_sec))
@@ -166,14 +157,3 @@ def dtw_path(cost: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.i
         row, column = row - int(move != 2), column - int(move != 1)
     rows, columns = np.array(path[::-1]).T
     return rows, columns
-
-
-def _normalise(attention: Tensor) -> Tensor:
-    """(heads, L, P) probabilities -> (L, P): standardised over tokens, median-filtered over time, mean over heads."""
-    std, mean = torch.std_mean(attention, dim=-2, keepdim=True, unbiased=False)
-    weights = (attention - mean) / std.clamp(min=1e-9)
-    pad = MEDIAN_WIDTH // 2
-    if weights.shape[-1] > pad:
-        padded = torch.nn.functional.pad(weights, (pad, pad), mode="reflect")
-        weights = padded.unfold(-1, MEDIAN_WIDTH, 1).sort(dim=-1).values[..., pad]
-    return weights.mean(dim=0)

@@ -19,9 +19,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import LogMel
-from src.inference.alignment import align_words, alignment_heads, record_cross_attention, words_from_attention
+from src.inference.alignment import align_words, alignment_heads, record_cross_attention, time_tokens
 from src.inference.options import Decoded, DecodingOptions, DecodingResult, Engine, batch_samples
-from src.inference.words import Vocabulary, Word
+from src.inference.words import Vocabulary, Word, place_words
 from src.models.dynamic_context import evaluation_mode, get_audio_context
 
 Clips = Sequence[Waveform | Tensor] | Tensor
@@ -214,15 +214,14 @@ class TorchEngine(Engine):
     ) -> list[tuple[Word, ...]]:
         tokenizer, words = self._processor.tokenizer, []
         for i, (audio, start, row) in enumerate(zip(audios, starts, rows, strict=True)):
-            tokens = [token for token in row.tokens if token < self.vocabulary.end]
-            clip: Any = {"tokens": tokens, "audio_sec": len(audio) / SAMPLE_RATE}
+            tokens, audio_sec = [token for token in row.tokens if token < self.vocabulary.end], len(audio) / SAMPLE_RATE
             if row.attention is not None:
-                timing = row.attention, row.probabilities
-                words.append(words_from_attention(tokenizer, *timing, first=len(start), **clip))
+                times = time_tokens(row.attention, len(tokens), first=len(start), audio_sec=audio_sec)
+                words.append(place_words(self.vocabulary, tokens, entered_sec=times, probabilities=row.probabilities))
             else:  # known texts, beams and timestamps: in a second pass
-                hidden = encoded.last_hidden_state[i : i + 1]
+                known: Any = {"sot_sequence": start, "tokens": tokens, "audio_sec": audio_sec}
                 with evaluation_mode(self._model):
-                    words.append(align_words(self._model, tokenizer, hidden, sot_sequence=start, **clip))
+                    words.append(align_words(self._model, tokenizer, encoded.last_hidden_state[i : i + 1], **known))
         return words
 
     def _detect(self, encoded: BaseModelOutput) -> list[str | None]:

@@ -8,13 +8,14 @@ processes.
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import logging
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,8 +67,19 @@ def run_job(
                     stack.enter_context(FileLock(output.parent / f".{output.name}.lock", timeout=0))
                 except Timeout as err:
                     raise DataError(f"{output}: another process works on it; wait, or give another output") from err
-            rows = _read_rows([output, *_parts(output)])
-            _check_settings(output, settings, begun=bool(rows))
+            rows = _read_rows(output)
+
+            # the settings of a new job are kept, and others refused
+            path = output.with_name(f"{output.name}.job.json")
+            if not rows:
+                write_json(path, settings)
+            fix = f"remove it together with {output.name}, or give another output"
+            before, now = read_json(path, dict, what="the settings of a job", fix=fix), json.loads(json.dumps(settings))
+            other = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+            if other:
+                differences = ", ".join(f"{key} {before.get(key)!r}, now {now.get(key)!r}" for key in other)
+                raise DataError(f"{output}: begun with {differences}; go on with the same, or give another output")
+
             held = {source for source, row in rows.items() if row.error is None or not retry_errors}
             pending = [source for source in sources if source not in held]
             if held:
@@ -89,43 +101,24 @@ def _files_of(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: cannot be read or written: {err}; make room, or give another output") from err
 
 
-def _check_settings(output: Path, settings: Mapping[str, Any], *, begun: bool) -> None:
-    """Keep the settings of a new job; refuse to go on with others."""
-    path = output.with_name(f"{output.name}.job.json")
-    if not begun:
-        write_json(path, settings)
-        return
-    fix = f"remove it together with {output.name}, or give another output"
-    before = read_json(path, dict, what="the settings of a job", fix=fix)
-    now = json.loads(json.dumps(settings))
-    other = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if other:
-        differences = ", ".join(f"{key} {before.get(key)!r}, now {now.get(key)!r}" for key in other)
-        raise DataError(f"{output}: begun with {differences}; go on with the same, or give another output")
-
-
 def deal(sources: Sequence[str], shares: int) -> list[list[str]]:
     """Deal recordings out so that all shares take about as long: the largest first, each to the smallest share.
 
     Sizes are of files. A second of speech has ten times the bytes in one format than in another, so each format is
     dealt out by itself.
     """
+    sizes = {}
+    for source in sources:
+        with suppress(OSError, ValueError):  # decoding will report it
+            sizes[source] = Path(source).stat().st_size
     held: dict[str, list[int]] = defaultdict(lambda: [0] * shares)  # bytes by format
-    counts, share_of = Counter[int](), {}
-    for size, source in sorted(((_bytes(source), source) for source in sources), reverse=True):
+    dealt: list[set[str]] = [set() for _ in range(shares)]
+    for source in sorted(sources, key=lambda source: (sizes.get(source, 0), source), reverse=True):
         loads = held[Path(source).suffix.lower()]
-        share = min(range(shares), key=lambda i: (loads[i], counts[i]))
-        loads[share] += size
-        counts[share] += 1
-        share_of[source] = share
-    return [[source for source in sources if share_of[source] == share] for share in range(shares)]
-
-
-def _bytes(source: str) -> int:
-    try:
-        return Path(source).stat().st_size
-    except (OSError, ValueError):  # decoding will report it
-        return 0
+        share = min(range(shares), key=lambda i: (loads[i], len(dealt[i])))
+        loads[share] += sizes.get(source, 0)
+        dealt[share].add(source)
+    return [[source for source in sources if source in each] for each in dealt]
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -169,10 +162,10 @@ class _Row:
     error: str | None
 
 
-def _read_rows(paths: Iterable[Path]) -> dict[str, _Row]:
-    """Return the row of each source: the newest, but never an error where there is a text."""
+def _read_rows(output: Path) -> dict[str, _Row]:
+    """Return the row of each source, parts included: the newest, but never an error where there is a text."""
     rows: dict[str, _Row] = {}
-    for row in (row for path in paths for row in _scan(path)):
+    for row in itertools.chain.from_iterable(map(_scan, [output, *_parts(output)])):
         if row.error is None or row.source not in rows or rows[row.source].error is not None:
             rows[row.source] = row
     return rows
@@ -198,7 +191,7 @@ def _scan(path: Path) -> Iterator[_Row]:
 
 def _finish(output: Path, sources: Sequence[str]) -> JobReport:
     """Join all parts into the output, in the order of the sources; rows of other sources stay, after them."""
-    rows = _read_rows([output, *_parts(output)])
+    rows = _read_rows(output)
     missing = [source for source in sources if source not in rows]
     if missing:
         raise DataError(

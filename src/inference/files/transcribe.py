@@ -35,6 +35,7 @@ from src.utils.runtime import FittingSize
 logger = logging.getLogger(__name__)
 
 AudioSource = str | Path | Waveform
+Sources = Iterable[AudioSource]
 ROUND_SEC = 900.0  # of audio that is held at once: 58 MB
 ROUND_BATCHES = 8  # per worker: enough to sort by length
 
@@ -172,7 +173,7 @@ class BatchInference:
 
     def transcribe_iter(
         self,
-        sources: Iterable[AudioSource],
+        sources: Sources,
         *,
         word_timestamps: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
@@ -201,18 +202,14 @@ class BatchInference:
                 bar.update()
                 yield recording.joined(words=word_timestamps)
 
-    def _one_by_one(
-        self, sources: Iterable[AudioSource], options: DecodingOptions, on_error: str
-    ) -> Iterator[_Recording]:
+    def _one_by_one(self, sources: Sources, options: DecodingOptions, on_error: str) -> Iterator[_Recording]:
         for index, source in enumerate(sources):
             with _reading(source, index, on_error) as (recording, blocks):
                 found = decode_windows(self._engine, blocks, options, self._settings, vad=self._vad)
                 recording.decoded = dict(enumerate(found))
             yield recording
 
-    def _in_rounds(
-        self, sources: Iterable[AudioSource], options: DecodingOptions, on_error: str
-    ) -> Iterator[_Recording]:
+    def _in_rounds(self, sources: Sources, options: DecodingOptions, on_error: str) -> Iterator[_Recording]:
         """Gather segments until there are enough of them, or of audio; decode them, and yield what is complete."""
         max_segments = ROUND_BATCHES * self._settings.batch_size * self._engine.workers
         max_sec, pause_sec = self._settings.max_segment_sec, self._settings.join_pause_sec
