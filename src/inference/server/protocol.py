@@ -35,7 +35,6 @@ from src.inference.streaming.commit import Event
 from src.inference.words import Word
 from src.utils.errors import WhisperASRError
 
-VERSION: Literal[1] = 1
 MIN_WIRE_RATE, MAX_WIRE_RATE = 8_000, 96_000  # Hz: telephony, studio; bounds what a second of backlog may hold
 FULL_SCALE = 32_768  # of int16
 MAX_PROBLEMS = 5  # named in an error; a message may have thousands
@@ -83,7 +82,7 @@ class Hello(_Message):
     """What the audio is, and who sends it."""
 
     type: Literal["hello"] = "hello"
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     sample_rate: int = Field(SAMPLE_RATE, ge=MIN_WIRE_RATE, le=MAX_WIRE_RATE)
     format: SampleFormat = "f32le"
     language: str | None = None
@@ -100,7 +99,7 @@ class Ready(_Message):
     """The session has begun; audio may come."""
 
     kind: Literal["ready"] = "ready"
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     sample_rate: int
     format: SampleFormat
     max_message_bytes: int

@@ -70,10 +70,9 @@ class CaptionServer:
 
     @asynccontextmanager
     async def listen(self, host: str = LOOPBACK, port: int = DEFAULT_PORT) -> AsyncIterator[str]:
-        """Serve inside the block, once; at its end decode every session to its end, say done, and close.
+        """Serve inside the block, once, at the address that it gets; at its end every session is decoded to its end.
 
-        Port 0 takes a free one; the address that is given is one such as "ws://127.0.0.1:8765". A host or port that is
-        unavailable is a ConfigError.
+        Port 0 takes a free one; a host or port that is unavailable is a ConfigError.
         """
         try:
             server = await serve(
@@ -207,11 +206,7 @@ async def _read_audio(
 
 
 async def _close(websocket: ServerConnection, code: int) -> None:
-    """Close, and read on until the client has answered.
-
-    Otherwise a socket that is not read would never show the answer, and TCP would discard what was sent last when it is
-    cut off with audio unread.
-    """
+    """Close, and read on until the client has answered: with audio unread TCP would discard what was sent last."""
     try:
         async with asyncio.timeout(CLOSE_SEC), asyncio.TaskGroup() as tasks:
             tasks.create_task(websocket.close(code))

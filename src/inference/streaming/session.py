@@ -110,8 +110,8 @@ class StreamingASR:
         self._engine, self._vad, self._clock = engine, vad, clock
         self._settings = config.streaming
         self._options = replace(DecodingOptions.from_config(config), num_beams=1, word_timestamps=True)
-        default_sec = CONTEXT_SILENCE_SEC[engine.audio_context]
-        self._context_silence_sec = default_sec if context_silence_sec is None else context_silence_sec
+        silence_sec = CONTEXT_SILENCE_SEC[engine.audio_context] if context_silence_sec is None else context_silence_sec
+        self._context_silence_sec = silence_sec
         self._make_policy = policy or (lambda: make_policy(config.streaming))
         self._capacity = math.ceil(config.streaming.buffer_sec * SAMPLE_RATE)
         self._pad_sec = vad.config.pad_sec if vad is not None else 0.0

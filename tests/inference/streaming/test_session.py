@@ -195,6 +195,13 @@ def test_words_outside_speech_are_not_committed() -> None:
     assert "Thank" not in asr.transcript
 
 
+def test_a_partial_that_comes_to_nothing_is_withdrawn() -> None:
+    hypotheses = iter([[Word("um", 0.1, 0.5, 0.9)]])
+    asr = session(lambda *_: next(hypotheses, []), vad=ScriptedDetector((0.0, 1.5)), min_chunk_sec=1.2)
+    events = feed_in_pieces(asr, clock_audio(3.0))
+    assert [(event.kind, event.text) for event in events] == [("partial", "um"), ("partial", "")]
+
+
 def test_hypotheses_that_never_agree_are_forced_out_of_a_full_buffer() -> None:
     script = Script(talk((0.0, 30.0)))
 
