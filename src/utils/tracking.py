@@ -23,9 +23,9 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from src.utils.config import Config, flatten
 from src.utils.errors import MissingDependencyError, WhisperASRError
@@ -54,7 +54,7 @@ _WANDB_SETTINGS: dict[str, Any] = {
 Row = dict[str, Any]
 
 
-class ExperimentLogger:
+class ExperimentLogger(AbstractContextManager["ExperimentLogger"]):
     """Append-only record of one run, in its folder and in the trackers that `tracking.trackers` names.
 
     A full disk does not end a training: rows wait in memory until they can be written. A tracker that fails is switched
@@ -172,9 +172,6 @@ class ExperimentLogger:
         self._file.close()
         self._each_tracker(lambda tracker: tracker.close())
         self._trackers.clear()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

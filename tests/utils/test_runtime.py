@@ -15,49 +15,51 @@ import torch
 
 from src.utils import runtime
 from src.utils.errors import DeviceError, OutOfMemoryError, WhisperASRError
-from src.utils.runtime import (
-    FittingSize,
-    choose_precision,
-    get_device,
-    in_memory,
-    is_out_of_memory,
-    keep_cudnn_out_of_attention,
-    set_seed,
-)
-
-no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 
 
 def test_the_seed_reaches_every_library() -> None:
     drawn = []
     for _ in range(2):
-        set_seed(7)
+        runtime.set_seed(7)
         drawn.append((random.random(), float(np.random.rand()), float(torch.rand(1))))
     assert drawn[0] == drawn[1]
 
 
-@no_cuda
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 def test_only_auto_may_choose_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        assert get_device("auto").type in ("cpu", "mps")
+        assert runtime.get_device("auto").type in ("cpu", "mps")
     assert "no CUDA device" in caplog.text
-    with pytest.raises(DeviceError, match="Change runtime"):
-        get_device("cuda")
+    for name, problem in (("cuda", "Change runtime"), ("gpu", "'gpu'")):
+        with pytest.raises(DeviceError, match=problem):
+            runtime.get_device(name)
 
 
-def test_unknown_devices_and_precisions_are_refused() -> None:
-    with pytest.raises(DeviceError, match="'gpu'"):
-        get_device("gpu")
-    assert choose_precision("auto", torch.device("cpu")).precision == "float32"
-    with pytest.raises(DeviceError, match="needs a CUDA device"):
-        choose_precision("float16", torch.device("cpu"))
+@pytest.mark.parametrize(
+    ("asked", "device", "has_bfloat16", "chosen"),
+    [
+        ("auto", "cpu", False, "float32"), ("bfloat16", "cpu", False, "bfloat16"), ("float16", "cpu", False, None),
+        ("auto", "cuda", True, "bfloat16"), ("auto", "cuda", False, "float16"), ("bfloat16", "cuda", False, None),
+        ("float16", "cuda", True, "float16"), ("float32", "cuda", True, "float32"),
+    ],
+)  # fmt: skip
+def test_precision_is_what_the_device_computes(
+    asked: str, device: str, has_bfloat16: bool, chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    if chosen is None:
+        with pytest.raises(DeviceError, match="set precision: auto"):
+            runtime.choose_precision(asked, torch.device(device))
+    else:
+        assert runtime.choose_precision(asked, torch.device(device)).precision == chosen
 
 
 def test_cudnn_is_kept_out_of_attention_on_a_gpu_alone() -> None:
     try:
-        keep_cudnn_out_of_attention(torch.device("cpu"))
+        runtime.keep_cudnn_out_of_attention(torch.device("cpu"))
         assert torch.backends.cuda.cudnn_sdp_enabled()
-        keep_cudnn_out_of_attention(torch.device("cuda"))
+        runtime.keep_cudnn_out_of_attention(torch.device("cuda"))
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
@@ -75,7 +77,7 @@ def test_cudnn_is_kept_out_of_attention_on_a_gpu_alone() -> None:
     ],
 )
 def test_out_of_memory_is_told_from_other_errors(error: BaseException, is_it: bool) -> None:
-    assert is_out_of_memory(error) is is_it
+    assert runtime.is_out_of_memory(error) is is_it
 
 
 class Tensors:
@@ -91,11 +93,11 @@ def test_memory_that_ran_out_is_free_again_when_the_error_leaves() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     with pytest.raises(OutOfMemoryError, match=r"^out of memory: CUDA out of memory\.$"):
-        in_memory(work)
+        runtime.in_memory(work)
     assert held[0]() is None
-    assert in_memory(lambda: 3) == 3
+    assert runtime.in_memory(lambda: 3) == 3
     with pytest.raises(RuntimeError, match="shapes differ"):
-        in_memory(lambda: exec('raise RuntimeError("shapes differ")'))
+        runtime.in_memory(lambda: exec('raise RuntimeError("shapes differ")'))
 
 
 def test_work_is_halved_until_it_fits_and_no_item_is_lost_or_repeated() -> None:
@@ -107,7 +109,7 @@ def test_work_is_halved_until_it_fits_and_no_item_is_lost_or_repeated() -> None:
             raise MemoryError
         return list(range(first, last))
 
-    fitting, names = FittingSize(), [f"clip {number}" for number in range(7)]
+    fitting, names = runtime.FittingSize(), [f"clip {number}" for number in range(7)]
     room = 2
     assert [*chain(*fitting.run(work, names))] == list(range(7))
     assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
