@@ -36,8 +36,8 @@ from scripts.benchmarking import load_clips, number, show
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
 from src.data.sources.catalog import SAMPLE_CLIP
+from src.evaluation.metrics import error_rate, whisper_normalizer_for, word_counts
 from src.evaluation.streams import AlignedClip, join_clips
-from src.evaluation.text import error_rate, whisper_normalizer_for, word_counts
 from src.inference.ct2_engine import CTranslate2Engine, ct2_folder
 from src.inference.engines import load_engine, transcribe
 from src.inference.files.transcribe import BatchInference

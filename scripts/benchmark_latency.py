@@ -32,7 +32,7 @@ from scripts.benchmarking import load_clips, number, show
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
 from src.evaluation.latency import Engine, LatencyResult, check_clips, describe_engine, measure_engine
-from src.evaluation.text import error_rate, whisper_normalizer_for, word_counts
+from src.evaluation.metrics import error_rate, whisper_normalizer_for, word_counts
 from src.inference.decoding import TorchEngine
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import Config, load_config

@@ -33,10 +33,10 @@ from src.data.sources.folder import MANIFEST_SUFFIXES
 from src.data.utterance import SPLIT_NAMES, Utterance
 from src.evaluation import EvaluationResult, ModelEvaluator
 from src.evaluation.evaluator import compare_predictions
+from src.evaluation.metrics import get_normalizer, whisper_normalizer_for
 from src.evaluation.report.html import write_html_report
 from src.evaluation.report.run_files import DATA_VERSIONS_DIR, MEASURED_EVENT, STOCK, TUNED, bootstrap_of
 from src.evaluation.report.summary import format_comparison
-from src.evaluation.text import get_normalizer, whisper_normalizer_for
 from src.models import WhisperModelManager
 from src.utils import DataVersionManager, ExperimentLogger, load_config, setup_logging
 from src.utils.config import Config

@@ -19,8 +19,8 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from src.data.labels import IGNORE_INDEX
-from src.evaluation.metrics import Bootstrap, ErrorRates, MetricsCalculator, PairedComparison, compare_counts
-from src.evaluation.text import EditCounts, word_counts
+from src.evaluation import metrics
+from src.evaluation.metrics import Bootstrap, EditCounts, ErrorRates, MetricsCalculator, PairedComparison
 from src.inference.decoding import decode, encode
 from src.inference.options import DecodingOptions
 from src.models.dynamic_context import evaluation_mode, get_audio_context
@@ -214,7 +214,7 @@ class ModelEvaluator:
         compute_sec = time.perf_counter() - began
 
         loss_sum = sum_loss(self._model, encoded, batch["decoder_input_ids"], batch["labels"])
-        counts = word_counts(batch["texts"], [result.text for result in decoded], self._calculator.normalizer)
+        counts = metrics.word_counts(batch["texts"], [result.text for result in decoded], self._calculator.normalizer)
         columns = [batch[key] for key in ("ids", "speakers", "durations", "texts", "meta")]
         rows = [
             Prediction(
@@ -252,4 +252,4 @@ def compare_predictions(
         raise DataError(
             f"the references of {len(changed)} clips differ (first: {changed[0]}); evaluate both models on one loader"
         )
-    return compare_counts(first, matched, [row.speaker for row in first], bootstrap)
+    return metrics.compare_counts(first, matched, [row.speaker for row in first], bootstrap)

@@ -33,11 +33,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from src.data.audio import SAMPLE_RATE, Waveform
+from src.evaluation import metrics
 from src.evaluation.evaluator import EvaluationResult
 from src.evaluation.latency import MIN_CALLS
 from src.evaluation.metrics import Bootstrap, ErrorRates, MetricsCalculator
 from src.evaluation.streams import SpeechStream, SpokenWord
-from src.evaluation.text import PLAIN, WHISPER_ENGLISH, align_words, error_rate, normalize_plain
 from src.inference.streaming.commit import Event, word_key
 from src.inference.streaming.microphone import BLOCK_SEC
 from src.inference.streaming.session import StreamingASR, StreamingResult
@@ -131,9 +131,9 @@ def evaluate_stream(asr: StreamingASR, stream: SpeechStream, offline: Evaluation
     if missing:
         raise DataError(f"clips of the stream were not measured offline: {', '.join(missing[:5])}")
     result = asr.stream_audio(stream.audio)
-    language = "en" if offline.normalizer == WHISPER_ENGLISH else "other"
+    language = "en" if offline.normalizer == metrics.WHISPER_ENGLISH else "other"
     rates = MetricsCalculator(language).compute([stream.text], [result.text])
-    return StreamingEvaluation(stream, result, rates, error_rate([rows[clip] for clip in stream.ids]))
+    return StreamingEvaluation(stream, result, rates, metrics.error_rate([rows[clip] for clip in stream.ids]))
 
 
 def measure_stream(
@@ -358,13 +358,13 @@ class WordMatch:
 def match_words(reference: Sequence[str], hypothesis: Sequence[str]) -> WordMatch:
     """Align words under "plain-v1"; a word that the normaliser splits is right where all its parts are."""
     expected, found = (  # the index of the word to which each word of the normalised text belongs
-        (index for index, word in enumerate(words) for _ in normalize_plain(word).split())
+        (index for index, word in enumerate(words) for _ in metrics.normalize_plain(word).split())
         for words in (reference, hypothesis)
     )
     right: dict[int, int] = {}
     wrong: set[int] = set()
     stands_for: dict[int, int] = {}
-    for step in align_words(" ".join(reference), " ".join(hypothesis), PLAIN):
+    for step in metrics.align_words(" ".join(reference), " ".join(hypothesis), metrics.PLAIN):
         i = next(expected) if step.reference is not None else None
         j = next(found) if step.hypothesis is not None else None
         if i is not None and j is not None:

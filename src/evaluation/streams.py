@@ -28,7 +28,7 @@ from src.data.sources.catalog import SAMPLE_CLIP
 from src.data.utterance import Utterance
 from src.data.vad import SpeechSegment, VoiceActivityDetector
 from src.evaluation.guard import CLIP_TEXT
-from src.evaluation.text import normalize_plain
+from src.evaluation.metrics import normalize_plain
 from src.inference.alignment import align_words
 from src.inference.decoding import encode
 from src.inference.words import Word

@@ -6,13 +6,16 @@ import jiwer
 import numpy as np
 import pytest
 import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
 
-from src.evaluation.metrics import Bootstrap, MetricsCalculator, compare_counts, estimate_wer, is_loop
-from src.evaluation.text import PLAIN, EditCounts, error_rate, get_normalizer, sum_counts, word_counts
-from src.utils.errors import DataError
+from src.evaluation import metrics
+from src.evaluation.metrics import PLAIN, WHISPER_BASIC, WHISPER_ENGLISH, Bootstrap, EditCounts, MetricsCalculator
+from src.utils.errors import ConfigError, DataError
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "hat", "big", "red"]
 LOOP = "and the " * 8
+FEW_WORDS = st.lists(st.sampled_from(["the", "a", "cat", "dog", "sat"]), max_size=8).map(" ".join)
 
 
 def corpus(n: int, seed: int = 0, error: float = 0.3) -> tuple[list[str], list[str]]:
@@ -39,14 +42,14 @@ def scipy_interval(errors: Any, words: Any) -> tuple[float, float]:
 
 def test_rates_are_those_of_jiwer() -> None:
     references, hypotheses = corpus(200)
-    counts = word_counts(references, hypotheses, PLAIN)
+    counts = metrics.word_counts(references, hypotheses, PLAIN)
     output = jiwer.process_words(references, hypotheses)
-    total = sum_counts(counts)
-    found = (total.substitutions, total.deletions, total.insertions, error_rate(counts))
+    total = metrics.sum_counts(counts)
+    found = (total.substitutions, total.deletions, total.insertions, metrics.error_rate(counts))
     assert found == (output.substitutions, output.deletions, output.insertions, pytest.approx(output.wer))
     rates = MetricsCalculator().compute(references, hypotheses)
     assert (rates.wer_plain, rates.cer_plain) == pytest.approx((output.wer, jiwer.cer(references, hypotheses)))
-    normalize = get_normalizer(rates.normalizer)
+    normalize = metrics.get_normalizer(rates.normalizer)
     words = jiwer.process_words([normalize(text) for text in references], [normalize(text) for text in hypotheses])
     assert (rates.wer, rates.mer, rates.wil) == pytest.approx((words.wer, words.mer, words.wil))
 
@@ -89,24 +92,24 @@ def test_shares_of_rows_that_are_wrong_empty_or_loop() -> None:
 def test_loops_and_impossible_rates_are_recognised(
     reference: str, hypothesis: str, duration_sec: float | None, num_tokens: int | None, expected: bool
 ) -> None:
-    assert is_loop(reference, hypothesis, duration_sec=duration_sec, num_tokens=num_tokens) is expected
+    assert metrics.is_loop(reference, hypothesis, duration_sec=duration_sec, num_tokens=num_tokens) is expected
 
 
 def test_intervals_are_those_of_scipy() -> None:
     references, hypotheses = corpus(200)
-    counts = word_counts(references, hypotheses, PLAIN)
+    counts = metrics.word_counts(references, hypotheses, PLAIN)
     errors, words = np.array([c.errors for c in counts]), np.array([c.reference_words for c in counts])
-    by_clip = estimate_wer(counts, None, Bootstrap(9999))
+    by_clip = metrics.estimate_wer(counts, None, Bootstrap(9999))
     assert (by_clip.low, by_clip.high) == scipy_interval(errors, words)
     assert by_clip.low < by_clip.wer < by_clip.high
     speakers = np.arange(200) // 10
-    by_speaker = estimate_wer(counts, [f"s{i}" for i in speakers], Bootstrap(9999))
+    by_speaker = metrics.estimate_wer(counts, [f"s{i}" for i in speakers], Bootstrap(9999))
     assert (by_speaker.low, by_speaker.high) == scipy_interval(
         np.bincount(speakers, errors), np.bincount(speakers, words)
     )
     half = [EditCounts(c.substitutions // 2, c.deletions, c.insertions, c.reference_words) for c in counts]
-    paired = compare_counts(counts, half, bootstrap=Bootstrap(9999))
-    assert paired.difference == pytest.approx(error_rate(half) - error_rate(counts))
+    paired = metrics.compare_counts(counts, half, bootstrap=Bootstrap(9999))
+    assert paired.difference == pytest.approx(metrics.error_rate(half) - metrics.error_rate(counts))
     assert (paired.low, paired.high) == scipy_interval(np.array([c.errors for c in half]) - errors, words)
 
 
@@ -145,4 +148,61 @@ def test_what_cannot_be_measured_is_an_error() -> None:
         with pytest.raises(DataError, match=reason):
             MetricsCalculator().compute(references, hypotheses, groups)
     with pytest.raises(DataError, match="other references"):
-        compare_counts([EditCounts(0, 0, 0, 3)], [EditCounts(0, 0, 0, 4)])
+        metrics.compare_counts([EditCounts(0, 0, 0, 3)], [EditCounts(0, 0, 0, 4)])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        (PLAIN, "Well-known.", "well known"),
+        (PLAIN, "BOB'S dog, isn't it?", "bob's dog isn't it"),
+        (PLAIN, "the ‘quoted’ word’s", "the quoted word's"),
+        (PLAIN, "  spaces\n\tand  tabs ", "spaces and tabs"),
+        (PLAIN, "ÉTÉ, naïve — 5 €", "été naïve 5"),
+        (PLAIN, "你好，世界", "你好 世界"),
+        (PLAIN, "...", ""),
+        (WHISPER_ENGLISH, "The colour of Mr. Smith's centre", "the color of mister smith is center"),
+        (WHISPER_ENGLISH, "BOB'S one five nine", "bob is 159"),  # its published quirks
+        (WHISPER_ENGLISH, "uh [noise] well-known", "well known"),
+        (WHISPER_ENGLISH, "hello...", "hello ."),
+        (WHISPER_BASIC, "Grüße, Welt!", "grüße welt"),
+    ],
+)
+def test_texts_as_each_normaliser_reads_them(name: str, text: str, expected: str) -> None:
+    assert metrics.get_normalizer(name)(text) == expected
+
+
+def test_language_chooses_whispers_normaliser() -> None:
+    assert metrics.whisper_normalizer_for("en") == metrics.whisper_normalizer_for(None) == WHISPER_ENGLISH
+    assert metrics.whisper_normalizer_for("de") == WHISPER_BASIC
+    with pytest.raises(ConfigError, match="'plain-v1'"):
+        metrics.get_normalizer("plain")
+
+
+@given(text=st.text(max_size=20))
+@pytest.mark.parametrize("name", metrics.NORMALIZERS)
+def test_any_text_becomes_words_between_single_spaces(name: str, text: str) -> None:
+    normalized = metrics.get_normalizer(name)(text)
+    assert normalized == " ".join(normalized.split())
+    if name == PLAIN:
+        assert metrics.get_normalizer(name)(normalized) == normalized
+
+
+def test_an_alignment_done_by_hand() -> None:
+    steps = metrics.align_words("The cat sat on the big mat.", "a cat sat the big mat now", PLAIN)
+    assert [(step.edit[0], step.reference, step.hypothesis) for step in steps] == [
+        ("s", "the", "a"), ("e", "cat", "cat"), ("e", "sat", "sat"), ("d", "on", None), ("e", "the", "the"),
+        ("e", "big", "big"), ("e", "mat", "mat"), ("i", None, "now"),
+    ]  # fmt: skip
+
+
+@given(FEW_WORDS, FEW_WORDS)
+def test_an_alignment_has_the_counts_of_its_row_and_both_texts(reference: str, hypothesis: str) -> None:
+    steps = metrics.align_words(reference, hypothesis, PLAIN)
+    (counts,) = metrics.word_counts([reference], [hypothesis], PLAIN)
+    edits = [step.edit for step in steps]
+    found = (counts.substitutions, counts.deletions, counts.insertions, counts.hits)
+    assert tuple(edits.count(edit) for edit in ("substitute", "delete", "insert", "equal")) == found
+    assert " ".join(step.reference for step in steps if step.reference is not None) == reference
+    assert " ".join(step.hypothesis for step in steps if step.hypothesis is not None) == hypothesis
+    assert counts.hypothesis_words == len(hypothesis.split())

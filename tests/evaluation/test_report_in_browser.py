@@ -15,10 +15,10 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import Prediction
+from src.evaluation.metrics import WHISPER_ENGLISH, word_counts
 from src.evaluation.report.clips import clip_kinds
 from src.evaluation.report.html import write_html_report
 from src.evaluation.report.run_files import load_predictions
-from src.evaluation.text import WHISPER_ENGLISH, word_counts
 from tests.evaluation.run_files import epoch, evaluation, prediction, steps, write
 
 CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), "")

@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.evaluation import streaming
-from src.evaluation.metrics import Bootstrap, MetricsCalculator
+from src.evaluation.metrics import PLAIN, Bootstrap, MetricsCalculator, normalize_plain, sum_counts, word_counts
 from src.evaluation.streaming import ReplayClock, follow_words, match_words, measure_stream, replay, summarize_latency
 from src.evaluation.streams import SpeechStream, SpokenWord, StreamClip
-from src.evaluation.text import PLAIN, normalize_plain, sum_counts, word_counts
 from src.inference.streaming.commit import Event
 from src.inference.streaming.session import StreamingResult
 from src.inference.words import Word

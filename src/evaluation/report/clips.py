@@ -20,9 +20,8 @@ from src.data.audio import SAMPLE_RATE, load_audio
 from src.data.dataset import decode_audio
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import Prediction
-from src.evaluation.metrics import is_loop
+from src.evaluation.metrics import align_words, get_normalizer, is_loop
 from src.evaluation.report.summary import counted, render
-from src.evaluation.text import align_words, get_normalizer
 from src.utils.errors import DataError
 
 MAX_CLIPS = 5_000  # about 5 MB of text

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from src.evaluation.evaluator import compare_predictions
+from src.evaluation.metrics import align_words, sum_counts
 from src.evaluation.report import run_files
 from src.evaluation.report.run_files import STOCK, TUNED, Row
 from src.evaluation.report.summary import FEW_BLOCKS, NOT_MEASURED, counted, describe_difference, main_model, number
 from src.evaluation.slices import UNKNOWN, slice_rates
-from src.evaluation.text import align_words, sum_counts
 from src.evaluation.visualization.style import annotate, drawable, gap, mark_powers, new_figure, show_note, styles_of
 from src.utils.errors import DataError
 from src.utils.figures import BLUE, GREEN, GREY, ORANGE

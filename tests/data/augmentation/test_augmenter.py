@@ -21,7 +21,7 @@ from src.data.augmentation import effects as dsp
 from src.data.augmentation.augmenter import AudioAugmenter, Effects, SpecAugment
 from src.data.augmentation.effects import RT60_SEC, Effect, Gain, Noise, Pitch, Room, Speed, Telephone, pitch_ratios
 from src.data.features import LogMel
-from src.evaluation.text import normalize_plain
+from src.evaluation.metrics import normalize_plain
 from src.inference.decoding import decode
 from src.inference.options import DecodingOptions
 from src.utils.config import AugmentationConfig, SpecAugmentConfig

@@ -15,9 +15,9 @@ from scipy.signal import correlate
 from src.data.audio import load_audio
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import Prediction
+from src.evaluation.metrics import PLAIN, word_counts
 from src.evaluation.report import clips as view
 from src.evaluation.report.clips import AlignmentView, clip_kinds
-from src.evaluation.text import PLAIN, word_counts
 from src.utils.errors import AudioError, DataError
 from tests.evaluation.report.test_html import Page
 

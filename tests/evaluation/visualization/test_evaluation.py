@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
+from src.evaluation.metrics import word_counts
 from src.evaluation.report.run_files import load_predictions
 from src.evaluation.slices import slice_rates
-from src.evaluation.text import word_counts
 from src.evaluation.visualization import evaluation as visualization
 from src.evaluation.visualization.evaluation import MAX_SLICES, MAX_TIMINGS, EvaluationVisualizer
 from src.utils.errors import DataError

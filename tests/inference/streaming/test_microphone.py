@@ -23,7 +23,7 @@ from scipy.signal import correlate
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.vad import VoiceActivityDetector
-from src.evaluation.text import WHISPER_ENGLISH, get_normalizer
+from src.evaluation.metrics import WHISPER_ENGLISH, get_normalizer
 from src.inference.options import DecodingOptions
 from src.inference.streaming import microphone as streaming
 from src.inference.streaming import session as live
