@@ -61,9 +61,7 @@ class AdaptationResult:
     losses: tuple[float, ...]  # one per step: of the encoder + of the decoder, each 0 (equal) to 1 (a constant)
     steps: int
     clips: int  # different ones
-    cut_clips: int
     unfinished_clips: int  # not matched over a transcript, because the teacher did not end its own
-    audio_sec: float  # repeats count, pauses do not
     teacher_sec: float
     seconds: float  # of everything
 
@@ -75,7 +73,6 @@ class Clip:
     index: int  # in the caller's sequence
     name: str
     audio: Tensor  # (T,) float32, 16 kHz, at most 30 s
-    is_cut: bool
 
 
 class Target(NamedTuple):
@@ -141,7 +138,6 @@ def adapt_context(
         len(audio), steps, batch_size, rate, choice.precision, choice.reason,
     )  # fmt: skip
     losses: list[float] = []
-    audio_sec = 0.0
     embedding = model.model.decoder.embed_tokens.weight
     required = embedding.requires_grad
     model.audio_context = "dynamic"
@@ -174,18 +170,15 @@ def adapt_context(
             schedule.step()
             losses.append(loss.item())
             bar.set_postfix(loss=f"{losses[-1]:.4f}")
-            audio_sec += sum(len(clip.audio) for clip in batch) / SAMPLE_RATE
     except BaseException:
         model.audio_context = "full"
         raise
     finally:
         embedding.requires_grad_(required)
-    cut, finished = (sum(flags) for flags in zip(*teacher.seen.values(), strict=True))
-    clips, seconds = len(teacher.seen), time.perf_counter() - began
-    logger.info(
-        "adapted in %.0f s (teacher %.0f s): loss %.4f to %.4f", seconds, teacher.seconds, losses[0], losses[-1]
-    )
-    return AdaptationResult(tuple(losses), steps, clips, cut, clips - finished, audio_sec, teacher.seconds, seconds)
+    clips, seconds = len(teacher.finished), time.perf_counter() - began
+    logger.info("adapted in %.0f s (teacher %.0f s), loss %.4f", seconds, teacher.seconds, losses[-1])
+    unfinished = clips - sum(teacher.finished.values())
+    return AdaptationResult(tuple(losses), steps, clips, unfinished, teacher.seconds, seconds)
 
 
 def _batches(audio: Sequence[AudioItem], *, steps: int, batch_size: int, seed: int) -> Iterator[list[Clip]]:
@@ -218,10 +211,9 @@ def _load(item: AudioItem, index: int, seed: int) -> Clip:
         raise DataError(f"audio[{index}]: {type(item).__name__}; pass (T,) float32 arrays, files or utterances")
     samples = samples[:CONTEXT_SAMPLES]
     share, place = torch.rand(2, generator=batch_generator(seed, _CUT_STREAM, index)).tolist()
-    is_cut = share < CUT_SHARE and len(samples) > MIN_CUT_SAMPLES
-    if is_cut:
+    if share < CUT_SHARE and len(samples) > MIN_CUT_SAMPLES:
         samples = samples[: MIN_CUT_SAMPLES + math.floor(place * (len(samples) - MIN_CUT_SAMPLES))]
-    return Clip(index, name, samples, is_cut)
+    return Clip(index, name, samples)
 
 
 def _pad(batch: Sequence[Clip], draws: torch.Generator) -> Tensor:
@@ -244,7 +236,7 @@ class Teacher:
         self._vocabulary = Vocabulary.of(processor.tokenizer)
         self._room = TARGET_MEMORY_BYTES if keep else 0
         self._kept: dict[int, Target] = {}
-        self.seen: dict[int, tuple[bool, bool]] = {}  # by clip index: whether it is cut, whether its text is finished
+        self.finished: dict[int, bool] = {}  # by clip index: whether its text is
         self.seconds = 0.0  # of computing
 
     def targets(self, batch: Sequence[Clip]) -> list[Target]:
@@ -254,7 +246,7 @@ class Teacher:
         made = dict(zip(new, self._compute(list(new.values())), strict=True)) if new else {}
         self.seconds += time.perf_counter() - began
         for index, target in made.items():
-            self.seen[index] = (new[index].is_cut, target.is_finished)
+            self.finished[index] = target.is_finished
             num_bytes = target.encoder.nbytes + target.decoder.nbytes
             if num_bytes <= self._room:
                 self._kept[index] = target

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,7 @@ from src.utils.config import MAX_AUDIO_SEC, Config
 from src.utils.errors import DeviceError, OutOfMemoryError, first_line
 from src.utils.memory import free_memory_mb, run_disk_mb, run_memory_mb
 from src.utils.runtime import choose_precision, in_memory, release_memory, world_size
-from src.utils.validation import Check, CheckReport, EnvironmentReport, check_disk, environment_report
+from src.utils.validation import Check, CheckReport, EnvironmentReport, Status, check_disk, environment_report
 
 logger = logging.getLogger(__name__)
 
@@ -103,21 +104,32 @@ def preflight(
         except OutOfMemoryError as err:
             logger.warning("no batch could be timed: %s", err)
         trial.zero_grad(set_to_none=True)
-        # and whether that is a problem
+        # and whether that is a problem; the weights are there already, and their copy will be freed
+        room_mb = free_memory_mb(trial.device) + 2 * sum(p.nbytes for p in trial.parameters()) / 1e6
+        cost = "unknown until the first update: memory ran out with the batches tried here"
+        if seconds is not None:
+            total_time, each_sec = timedelta(seconds=round(seconds)), seconds / updates
+            cost = f"about {total_time} h:min:s on {trial.device}, {each_sec:.2f} s per update; validation comes on top"
         checks = (
             *(check for check in (environment or environment_report(config)).checks if check.status == "error"),
             _check_labels(splits),
-            Check(
+            _judge(
                 "updates",
-                "ok" if updates >= FEW_UPDATES else "warning",
+                updates >= FEW_UPDATES,
                 f"{updates} in {training.epochs} epoch(s), {warmup} of them warm-up; {len(loader.dataset)} clips in "
                 f"{batches[0]} batches",
-                "" if updates >= FEW_UPDATES else "few: raise training.epochs, or lower training.batch_size",
+                "raise training.epochs, or lower training.batch_size",
             ),
-            _check_memory(trial, memory_mb),
+            _judge(
+                "memory",
+                memory_mb <= room_mb,
+                f"weights, gradients and optimizer state take {memory_mb:,.0f} of {room_mb:,.0f} MB on {trial.device}",
+                "training.method: lora, or a smaller model.variant",
+                otherwise="error",
+            ),
             *_try_largest_batch(trial, loader, config),
             check_disk("disk", config.paths.checkpoints_dir, disk_mb),
-            _check_time(seconds, trial, updates),
+            _judge("time", seconds is not None, cost),
         )
         return Preflight(checks, updates, warmup, memory_mb, disk_mb, seconds)
     finally:
@@ -155,22 +167,20 @@ def _measure_batches(model: DynamicWhisper, loader: SpeechLoader, config: Config
     return config.training.epochs * audio_sec / world_size() * compute_sec / padded_sec
 
 
+def _judge(name: str, is_ok: bool, found: str, fix: str = "", *, otherwise: Status = "warning") -> Check:
+    return Check(name, "ok", found) if is_ok else Check(name, otherwise, found, fix)
+
+
 def _check_labels(splits: DatasetSplits) -> Check:
     texts = [utterance.text for utterance in splits.train]
-    found = f"label case {splits.label_case!r}, for example {texts[0][:60]!r}"
-    if splits.label_case == "keep" and resolve_case(texts, "auto") != "keep":
-        fix = "data.label_case: auto, or splits.with_label_case('sentence')"
-        return Check("labels", "warning", f"{found}; Whisper finds capitals unlikely, and would learn them first", fix)
-    return Check("labels", "ok", found)
-
-
-def _check_memory(trial: DynamicWhisper, needs_mb: float) -> Check:
-    # the weights are there already, and their copy will be freed
-    room_mb = free_memory_mb(trial.device) + 2 * sum(p.nbytes for p in trial.parameters()) / 1e6
-    found = f"weights, gradients and optimizer state take {needs_mb:,.0f} MB of {room_mb:,.0f} MB on {trial.device}"
-    if needs_mb <= room_mb:
-        return Check("memory", "ok", found)
-    return Check("memory", "error", found, "training.method: lora, or a smaller model.variant")
+    is_odd = splits.label_case == "keep" and resolve_case(texts, "auto") != "keep"
+    return _judge(
+        "labels",
+        not is_odd,
+        f"label case {splits.label_case!r}, for example {texts[0][:60]!r}",
+        "Whisper finds capitals unlikely, and would learn them first: data.label_case: auto, or "
+        "splits.with_label_case('sentence')",
+    )
 
 
 def _try_largest_batch(trial: DynamicWhisper, loader: SpeechLoader, config: Config) -> Iterator[Check]:
@@ -192,19 +202,8 @@ def _try_largest_batch(trial: DynamicWhisper, loader: SpeechLoader, config: Conf
         yield Check("largest batch", "error", first_line(err))
         return
     found = f"{proposal.fits_sec:.0f} s of audio fit at once, batches hold up to {largest_sec:.0f} s"
-    if proposal.limit == "max_seconds":
-        yield Check("largest batch", "ok", found)
-    else:
-        fix = f"training.batch_seconds: {proposal.batch_seconds:.0f}"
-        yield Check("largest batch", "warning", f"{found}: they would go in pieces, slower", fix)
-
-
-def _check_time(seconds: float | None, trial: DynamicWhisper, updates: int) -> Check:
-    if seconds is None:
-        return Check("time", "warning", "unknown until the first update: memory ran out with the batches tried here")
-    total = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
-    found = f"about {total} on {trial.device}, {seconds / updates:.2f} s per update"
-    return Check("time", "ok", f"{found}, measured; validation and saving come on top")
+    fix = f"they would go in pieces, slower: training.batch_seconds: {proposal.batch_seconds:.0f}"
+    yield _judge("largest batch", proposal.limit == "max_seconds", found, fix)
 
 
 @dataclass(frozen=True)

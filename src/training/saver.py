@@ -137,7 +137,17 @@ class RunSaver:
 
     def resume(self, checkpoint: str | Path | WholeCheckpoint) -> tuple[ResumeReport, Progress | None]:
         """Find, verify and take up a checkpoint: "auto", a folder, or one that is verified already."""
-        report = from_main(lambda: self._find(checkpoint))
+
+        def find() -> ResumeReport:
+            if isinstance(checkpoint, WholeCheckpoint):
+                return ResumeReport(checkpoint)
+            if checkpoint != "auto":
+                return ResumeReport(verify_checkpoint(Path(checkpoint)))
+            folders = (self._config.paths.checkpoints_dir, self._config.checkpoints.mirror_dir)
+            made_from = {"frozen_parameters": self._frozen, "data_version": self._loader.data_version}
+            return checkpoints.find_checkpoint([f for f in folders if f], self._config, made_from=made_from)
+
+        report = from_main(find)
         logger.info("%s", report)
         if report.whole is None:
             return report, None
@@ -173,16 +183,6 @@ class RunSaver:
             ) from err
         if self._mirror is not None:
             self._mirror.submit(self.best_model_dir)
-
-    def _find(self, checkpoint: str | Path | WholeCheckpoint) -> ResumeReport:
-        if isinstance(checkpoint, WholeCheckpoint):
-            return ResumeReport(checkpoint)
-        if checkpoint != "auto":
-            return ResumeReport(verify_checkpoint(Path(checkpoint)))
-        mirror = self._config.checkpoints.mirror_dir
-        roots = [self._config.paths.checkpoints_dir, *([mirror] if mirror is not None else [])]
-        made_from = {"frozen_parameters": self._frozen, "data_version": self._loader.data_version}
-        return checkpoints.find_checkpoint(roots, self._config, made_from=made_from)
 
     def _collect(self, progress: Progress) -> TrainingState:
         optimizer, optimizer_values = run_state.optimizer_tensors(self._optimizer.optimizer, self._model)

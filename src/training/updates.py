@@ -11,7 +11,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -234,8 +234,12 @@ class Updater:
                 pieces = fill_up(pieces)
             batch_loss = torch.zeros((), device=features.device)
             for piece, (part, inputs, labels) in enumerate(pieces):
+                # processes sum gradients in the last backward pass of an update, and keep them in the others
                 last = number == len(window) - 1 and piece == len(pieces) - 1
-                with self._exchange(last):
+                if isinstance(self._loss, FSDPModule):
+                    self._loss.set_requires_gradient_sync(last)
+                alone = last or self._is_sharded or world_size() == 1
+                with nullcontext() if alone else self._accelerator.no_sync(self._loss):
                     loss = self._loss(part, inputs, labels)
                     # gradients are averaged over processes: times their number gives the sum over all tokens
                     self._accelerator.backward(loss * (world_size() / tokens))
@@ -259,15 +263,6 @@ class Updater:
         if features.device.type == "cpu":
             size = min(size, CPU_FRAMES // frames)
         return math.ceil(rows / math.ceil(rows / max(1, size)))  # as many pieces, of equal size
-
-    def _exchange(self, last: bool) -> AbstractContextManager[Any]:
-        """Let the processes sum gradients in the last backward pass of an update, and keep them in the others."""
-        if isinstance(self._loss, FSDPModule):
-            self._loss.set_requires_gradient_sync(last)
-        elif not last and world_size() > 1:
-            context: AbstractContextManager[Any] = self._accelerator.no_sync(self._loss)
-            return context
-        return nullcontext()
 
     def _watch(self, norm: float, ids: Sequence[str]) -> None:
         """Log a spike of the gradient norm; its update is applied, clipped, like any other."""

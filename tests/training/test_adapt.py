@@ -48,7 +48,7 @@ def test_states_of_other_clips_come_nearer_to_those_at_30_s(
 ) -> None:
     model, processor = tiny_en
     monkeypatch.setattr(adapt, "CUT_SHARE", 0.0)
-    held_out = [Clip(i, u.id, decode_audio(u), is_cut=False) for i, u in enumerate(clips[8:])]
+    held_out = [Clip(i, u.id, decode_audio(u)) for i, u in enumerate(clips[8:])]
     targets = Teacher(model, processor, Config(), keep=False).targets(held_out)
     keys, embedding = set(model.state_dict()), model.proj_out.weight.clone()
     model.audio_context = "dynamic"
@@ -59,7 +59,7 @@ def test_states_of_other_clips_come_nearer_to_those_at_30_s(
 
     assert model.audio_context == "dynamic"
     assert (losses(model, held_out, targets) < 0.7 * before).all()
-    assert (result.steps, len(result.losses), result.clips, result.cut_clips) == (10, 10, 6, 0)
+    assert (result.steps, len(result.losses), result.clips) == (10, 10, 6)
     assert set(model.state_dict()) == keys
     assert torch.equal(model.proj_out.weight, embedding)
     assert model.proj_out.weight.requires_grad
@@ -70,7 +70,7 @@ def test_targets_are_over_the_real_audio_and_kept_while_there_is_room(
     tiny_en: tuple[Any, Any], jfk: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = tiny_en
-    clip = Clip(0, "jfk", torch.from_numpy(jfk[: 2 * SAMPLE_RATE]), is_cut=True)
+    clip = Clip(0, "jfk", torch.from_numpy(jfk[: 2 * SAMPLE_RATE]))
     teacher = Teacher(model, processor, Config(), keep=True)
     (target,) = teacher.targets([clip])
     assert target.encoder.shape == (150, 384)  # 2 s and 1 s of pause, 50 per second
@@ -84,12 +84,12 @@ def test_targets_are_over_the_real_audio_and_kept_while_there_is_room(
     monkeypatch.setattr(adapt, "TARGET_MEMORY_BYTES", 1000)
     capped = Config.model_validate({"inference": {"max_tokens_per_sec": 0.01}})  # 9 tokens: the transcript does not end
     teacher = Teacher(model, processor, capped, keep=True)
-    (first,), (second,) = (teacher.targets([Clip(0, "jfk", torch.from_numpy(jfk), is_cut=False)]) for _ in range(2))
+    (first,), (second,) = (teacher.targets([Clip(0, "jfk", torch.from_numpy(jfk))]) for _ in range(2))
     assert first is not second
     assert torch.equal(first.encoder, second.encoder)
     assert not first.is_finished
     assert processor.tokenizer.decode(first.tokens) == "<|startoftranscript|><|notimestamps|>"
-    assert teacher.seen == {0: (False, False)}
+    assert teacher.finished == {0: False}
 
 
 def test_the_same_seed_gives_the_same_weights(small: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,11 +124,11 @@ def test_every_clip_comes_once_a_pass_its_cut_stays_the_same_and_30_s_of_long_on
     drawn = [clip for batch in batches for clip in batch]
     assert sorted(clip.index for clip in drawn[:12]) == list(range(12))
     assert sorted(clip.index for clip in drawn[12:]) == list(range(12))
-    lengths = {(clip.index, len(clip.audio), clip.is_cut) for clip in drawn}
+    lengths = {(clip.index, len(clip.audio)) for clip in drawn}
     assert len(lengths) == 12
-    cut = [(index, samples) for index, samples, is_cut in lengths if is_cut]
+    cut = [samples for index, samples in lengths if samples < len(audio[index])]
     assert 0 < len(cut) < 12
-    assert all(SAMPLE_RATE <= samples < len(audio[index]) for index, samples in cut)
+    assert min(cut) >= SAMPLE_RATE
     monkeypatch.setattr(adapt, "CUT_SHARE", 0.0)
     ((clip,),) = _batches([tone(31.0)], steps=1, batch_size=1, seed=1)
     assert len(clip.audio) == CONTEXT_SAMPLES
