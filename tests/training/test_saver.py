@@ -136,16 +136,6 @@ def test_a_best_model_that_another_training_has_replaced_is_not_taken_for_ones_o
         mine.train(num_epochs=2)
 
 
-def test_what_a_killed_process_left_is_removed_at_the_start(make_trainer: TrainerFactory, tmp_path: Path) -> None:
-    dead = "4194305.0a0b"  # no process has this id
-    for name in (f"run/.checkpoint-00000001.{dead}.partial", f".best_model_hf.{dead}.partial"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    (tmp_path / "checkpoints" / f".best_model_hf.{dead}.replaced").mkdir()
-    make_trainer(run_id="run")
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best_model_hf", "run"]
-    assert not list((tmp_path / "checkpoints" / "run").iterdir())
-
-
 # a resumed run against a straight one
 
 WITHIN_AN_EPOCH, AT_ITS_END, IN_THE_NEXT = range(3)
