@@ -35,4 +35,4 @@ class ScriptedEngine:
     def align(self, *_: Any) -> Any:
         raise NotImplementedError
 
-    detect_languages = first_token = align
+    first_token = align

@@ -22,13 +22,13 @@ import soxr
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.vad import WINDOW_SAMPLES, SpeechTimeline, VADEvent, VoiceActivityDetector, check_waveform
-from src.inference.engines import Engine, transcribe
+from src.inference.engines import Engine, engine_of, transcribe
 from src.inference.options import DecodingOptions
 from src.inference.streaming.commit import CommitPolicy, Event, find_loop, join_words, make_policy
 from src.inference.streaming.microphone import BrowserMicrophone, Microphone, in_real_time
 from src.inference.words import Word, shifted
 from src.utils.config import Config
-from src.utils.errors import AudioError, ModelError
+from src.utils.errors import AudioError
 from src.utils.runtime import in_colab, in_notebook
 
 logger = logging.getLogger(__name__)
@@ -100,13 +100,7 @@ class StreamingASR:
         policy: Callable[[], CommitPolicy] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        if engine is None:
-            if model is None or processor is None:
-                raise ModelError("StreamingASR needs a model and its processor, or engine=load_engine(...)")
-            from src.inference.decoding import TorchEngine
-
-            engine = TorchEngine(model, processor)
-        config = config or Config()
+        engine, config = engine_of(model, processor, engine), config or Config()
         self._engine, self._vad, self._clock = engine, vad, clock
         self._settings = config.streaming
         self._options = replace(DecodingOptions.from_config(config), num_beams=1, word_timestamps=True)
