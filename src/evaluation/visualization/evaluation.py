@@ -31,7 +31,6 @@ UNITS = {"duration_sec": " s", "duration": " s", "age": " years", "snr_db": " dB
 EDITS = {"substitute": "substitutions", "delete": "deletions", "insert": "insertions"}
 HOW_TO_MEASURE = "measure with LatencyBenchmark (src/evaluation/latency.py) and save the results"
 _OUTSIDE: dict[str, Any] = {"frameon": False, "loc": "upper left", "bbox_to_anchor": (1, 1)}  # legend next to a panel
-_ROW_AXIS: dict[str, Any] = {"axis": "y", "visible": False}
 _Rate = tuple[float, float, float]  # value, low and high; nan for what was not measured
 
 
@@ -121,7 +120,7 @@ class EvaluationVisualizer:
             axes.set_yticks(range(len(labels)), ticks)
             axes.set(title=f"WER by {drawable(column.removesuffix('_sec'))}", xlabel="WER, test set")
             axes.set(xlim=(0, None), ylim=(len(labels) - 0.5, -0.5))
-            axes.grid(**_ROW_AXIS)
+            axes.grid(axis="y", visible=False)
             axes.legend(**_OUTSIDE)
         return figure
 
@@ -195,7 +194,7 @@ class EvaluationVisualizer:
                 axes.set_yticks(range(len(shown)), [drawable(words, max_chars=50) for words, _ in shown], fontsize=8)
                 axes.set(xlim=(0, 1.15 * max(counts)), ylim=(most - 0.4, -0.6))  # bars as thick as in the other panels
                 axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-                axes.grid(**_ROW_AXIS)
+                axes.grid(axis="y", visible=False)
                 axes.set_xlabel(f"times; {len(shown)} of {len(counter):,} different")
         return figure
 
@@ -226,7 +225,7 @@ class EvaluationVisualizer:
             right.set_yticks(range(len(timings)), labels, fontsize=8)
             right.set(xlabel="seconds", ylim=(len(timings) - 0.5, -0.5))
             right.margins(x=0.3)
-            right.grid(**_ROW_AXIS)
+            right.grid(axis="y", visible=False)
             for axes, measured in ((left, times), (right, timings)):
                 if measured:
                     axes.set_xlim(left=0)
@@ -286,7 +285,7 @@ class EvaluationVisualizer:
                     point = (width if measured else 0.0, place)
                     annotate(axes, number(value), point, (4, 0), va="center", color="black" if measured else GREY)
                 axes.set_xlim(0, 1.2 * np.nanmax([0.0, *map(gap, values)]) or 1)
-                axes.grid(**_ROW_AXIS)
+                axes.grid(axis="y", visible=False)
             left.set(title="Accuracy", xlabel="WER")
             right.set(title="Speed", xlabel="real-time factor, computing time / audio time")
             left.set_yticks(range(len(modes)), names)
