@@ -6,7 +6,6 @@ must be those that the training saw.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from dataclasses import dataclass
@@ -168,14 +167,13 @@ def stored_checkpoints(config: Config) -> list[StoredCheckpoint]:
     return [_inspect(path, config) for run in runs for path in checkpoints.list_checkpoints(run)]
 
 
-def spare_checkpoints(config: Config, *, keep: int = 1) -> list[Path]:
-    """Return the checkpoints that `clean_up` may remove: all except the newest `keep` whole ones of each run."""
-    spare: list[Path] = []
-    for _, stored in itertools.groupby(stored_checkpoints(config), key=lambda each: each.path.parent):
-        ordered = sorted(stored, key=lambda each: (not each.problem, each.saved_at or 0.0))  # damaged, old, new
-        kept = [each for each in ordered if not each.problem][-keep:]
-        spare += [each.path for each in ordered if each not in kept]
-    return spare
+def spare_checkpoints(config: Config) -> list[Path]:
+    """Return the checkpoints that `clean_up` may remove: all except the newest whole one of each run."""
+    newest: dict[Path, StoredCheckpoint] = {}
+    stored = stored_checkpoints(config)
+    for each in sorted((each for each in stored if not each.problem), key=lambda each: each.saved_at or 0.0):
+        newest[each.path.parent] = each
+    return [each.path for each in stored if each is not newest.get(each.path.parent)]
 
 
 def _inspect(path: Path, config: Config) -> StoredCheckpoint:

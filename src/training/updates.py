@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from src.data.features import FRAMES_PER_SEC, HOP_SAMPLES
 from src.data.labels import IGNORE_INDEX
 from src.training.inputs import TrainingInputs
-from src.training.methods import is_sharded, trainable
+from src.training.methods import trainable
 from src.utils.config import TrainingConfig
 from src.utils.errors import DataError, DeviceError, MissingDependencyError, OutOfMemoryError
 from src.utils.memory import return_freed_memory
@@ -128,7 +128,7 @@ class Updater:
     ) -> None:
         self._loss, self._optimizer, self._accelerator = loss, optimizer, accelerator
         self._inputs, self._config = inputs, config
-        self._is_sharded = is_sharded(loss)
+        self._is_sharded = isinstance(loss, FSDPModule)
         self.pieces = 1  # that each batch is cut into since memory last ran out
         self._largest = 0  # rows x frames that went through at once, of a batch at its own length
         self._norms: deque[float] = deque(maxlen=_RECENT_NORMS)
