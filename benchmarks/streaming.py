@@ -150,9 +150,9 @@ def measure(measured: Measured, engine: Engine, name: str, config: Config) -> No
     offline = [transcribe(engine, [clip], options)[0].text for clip in stream.clip_audios()]
     clock = ReplayClock()
     session = StreamingASR(engine=engine, vad=VoiceActivityDetector(config.vad), config=config, clock=clock)
-    heard = replay(session, stream.audio, clock)
-    measured.metrics[name] = measure_stream(stream, heard.result, ended_at=heard.ended_at, offline=offline)
-    measured.timings[name] = time_words(stream, heard.result.events, on_clock=True)
+    result, ended_at = replay(session, stream.audio, clock)
+    measured.metrics[name] = measure_stream(stream, result, ended_at=ended_at, offline=offline)
+    measured.timings[name] = time_words(stream, result.events, on_clock=True)
     row = table_row(name, measured.metrics[name])
     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 

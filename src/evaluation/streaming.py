@@ -72,18 +72,13 @@ class ReplayClock:
         self._origin -= max(0.0, sec - self())
 
 
-@dataclass(frozen=True)
-class Replay:
-    """A session that heard a whole recording live, and the clock when it was finished, in seconds."""
-
-    result: StreamingResult
-    ended_at: float
-
-
-def replay(session: StreamingASR, audio: Waveform, clock: ReplayClock, *, block_sec: float = BLOCK_SEC) -> Replay:
+def replay(
+    session: StreamingASR, audio: Waveform, clock: ReplayClock, *, block_sec: float = BLOCK_SEC
+) -> tuple[StreamingResult, float]:
     """Reset a session and let it hear a recording, (T,) at 16 kHz, as if it came live, without sleeping.
 
-    The session was made with `clock`, which is restarted here; `block_sec` of audio arrive at once.
+    The session was made with `clock`, which is restarted here; `block_sec` of audio arrive at once. Returns the clock
+    at the end, in seconds, with the result.
     """
     session.reset()
     clock.restart()
@@ -94,7 +89,7 @@ def replay(session: StreamingASR, audio: Waveform, clock: ReplayClock, *, block_
         clock.wait_until((at + len(heard)) / SAMPLE_RATE)
         events += session.feed(heard)
     events += session.flush()
-    return Replay(session.result(events), clock())
+    return session.result(events), clock()
 
 
 @dataclass(frozen=True)

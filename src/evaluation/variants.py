@@ -77,8 +77,7 @@ def compare_models(
     """Measure variants on the same clips, one after the other, so that one at a time is in memory.
 
     Args:
-        config: `inference`, `evaluation`, `device`, `model.language` and `model.task` hold for all variants.
-            CTranslate2 computes on the CPU in any case.
+        config: holds for all variants; CTranslate2 computes on the CPU in any case.
         utterances: checked test clips; without them only parameters and size are filled.
         variants: names, or folders of checkpoints; `model.variant` by default, since others may have to be downloaded.
         engines: of `ENGINES`. CTranslate2 exports are made in a temporary folder, and verified as every export.

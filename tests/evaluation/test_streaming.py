@@ -90,10 +90,11 @@ class Listener:
 )
 def test_the_clock_of_a_replay_is_a_listeners(compute_sec: tuple[float, ...], emitted_at: list[float]) -> None:
     listener: Any = Listener(*compute_sec)
-    heard = replay(listener, np.zeros(round(2.5 * SAMPLE_RATE), np.float32), listener.clock, block_sec=1.0)
-    assert [event.emitted_at for event in heard.result.events] == pytest.approx(emitted_at)
-    assert heard.ended_at == pytest.approx(emitted_at[-1])
-    assert heard.result.rtf == pytest.approx(sum(compute_sec) / 2.5)
+    audio = np.zeros(round(2.5 * SAMPLE_RATE), np.float32)
+    heard, ended_at = replay(listener, audio, listener.clock, block_sec=1.0)
+    assert [event.emitted_at for event in heard.events] == pytest.approx(emitted_at)
+    assert ended_at == pytest.approx(emitted_at[-1])
+    assert heard.rtf == pytest.approx(sum(compute_sec) / 2.5)
 
 
 STREAM = spoken("the cat sat", "big mat")  # said from 0 to 1.5 s and from 2.5 to 3.5 s; 4.5 s in all
