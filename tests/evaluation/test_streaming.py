@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,19 @@ def test_what_was_not_measured_is_none_and_the_row_is_json() -> None:
     assert (silent["wer"], silent["deletions"]) == (1.0, 5)
     for key in ("commit_unaware_n", "commit_aware_mean_sec", "normalized_erasure"):
         assert silent[key] is None
+
+
+def test_a_stream_is_compared_with_its_clips_decoded_one_by_one() -> None:
+    asr: Any = SimpleNamespace(stream_audio=lambda audio: result_of(*EVENTS))
+    counts = {"substitutions": 0, "insertions": 0}
+    rows = [SimpleNamespace(id="clip-0", deletions=1, reference_words=3, **counts),
+            SimpleNamespace(id="clip-1", deletions=0, reference_words=2, **counts)]  # fmt: skip
+    offline: Any = SimpleNamespace(rows=rows, normalizer="whisper-english-v1")
+    found = streaming.evaluate_stream(asr, STREAM, offline).summary()
+    assert (found["clips"], found["audio_sec"], found["wer"], found["offline_wer"]) == (2, 4.5, 1 / 5, 1 / 5)
+    rows.pop()
+    with pytest.raises(DataError, match="clip-1"):
+        streaming.evaluate_stream(asr, STREAM, offline)
 
 
 def test_words_invented_where_nothing_is_said_count_and_words_that_slipped_do_not() -> None:
