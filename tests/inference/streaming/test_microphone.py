@@ -14,7 +14,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
-import jiwer
 import numpy as np
 import pytest
 import soundfile as sf
@@ -22,18 +21,14 @@ import soxr
 from scipy.signal import correlate
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.vad import VoiceActivityDetector
-from src.evaluation.metrics import WHISPER_ENGLISH, get_normalizer
 from src.inference.options import DecodingOptions
 from src.inference.streaming import microphone as streaming
 from src.inference.streaming import session as live
 from src.inference.streaming.microphone import BrowserMicrophone, Microphone, eval_in_colab, in_real_time
 from src.inference.streaming.session import StreamingASR
 from src.inference.words import Word
-from src.utils.config import load_config
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError
 from tests.inference.scripted import ScriptedEngine
-from tests.inference.streaming.test_session import JFK_TEXT
 
 RATE = 48_000
 
@@ -318,18 +313,13 @@ class TestInABrowser:
         assert str(caught.value) == streaming._ENDINGS[ending]
 
     @pytest.mark.usefixtures("colab")
-    def test_in_colab_the_words_of_the_microphone_are_streamed(
-        self, page: Any, tiny_en: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_in_colab_the_browsers_microphone_is_streamed(self, page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         from google.colab import output
 
         monkeypatch.setattr(output, "page", lambda: page)
-        config = load_config(None, overrides={"streaming.min_chunk_sec": 2.0})  # few updates, to be quick
-        asr = StreamingASR(*tiny_en, vad=VoiceActivityDetector(config.vad), config=config)
-        result = asr.stream_from_microphone(11.0)
-        assert jiwer.wer(JFK_TEXT, get_normalizer(WHISPER_ENGLISH)(result.text)) <= 0.1
-        assert result.audio_sec == pytest.approx(11.0, abs=0.1)
-        assert result.overruns == 0
+        result = session().stream_from_microphone(2.0)
+        assert (result.text, result.overruns) == ("hello", 0)
+        assert result.audio_sec == pytest.approx(2.0, abs=0.1)
 
 
 def answer(state: str, samples: int = 0, **fields: Any) -> dict[str, Any]:

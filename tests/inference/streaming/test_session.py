@@ -21,8 +21,6 @@ from src.utils.config import VADConfig, load_config
 from src.utils.errors import AudioError, ModelError
 from tests.inference.scripted import ScriptedEngine
 
-JFK_TEXT = "and so my fellow americans ask not what your country can do for you ask what you can do for your country"
-
 
 def clock_audio(duration_sec: float) -> Waveform:
     """Audio whose samples are their own position, so that a scripted engine knows what it was given."""
@@ -311,4 +309,4 @@ class TestOnRealEngines:
         for silence_sec in (0.8, 2.5):  # kept as context, and dropped
             silence = np.zeros(round(silence_sec * SAMPLE_RATE), dtype=np.float32)
             heard = self.listen(engine, np.insert(jfk[: self.PHRASE], round(2.8 * SAMPLE_RATE), silence))
-            assert [word for word, _ in heard] == [word for word, _ in whole] == JFK_TEXT.split()[:7]
+            assert " ".join(word for word, _ in heard) == "and so my fellow americans ask not"
