@@ -11,7 +11,6 @@ less than loading the model, and a damaged file is converted again instead of be
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -31,6 +30,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from src.utils.config import VARIANTS
 from src.utils.errors import ModelError, did_you_mean, first_line
 from src.utils.files import atomic_folder, recover_folder, sha256_of
+from src.utils.runtime import installed_version
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +65,7 @@ class PackagedModel:
     def problem(self) -> str | None:
         """Say which package is absent or of another version, None if all are installed."""
         for name, version in self.distributions:
-            try:
-                installed = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
+            if (installed := installed_version(name)) is None:
                 return f"{name} is not installed"
             if installed != version:
                 return f"{name} {installed} is installed, only {version} is known"

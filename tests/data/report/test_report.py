@@ -24,7 +24,7 @@ from src.data.report.report import (
     build_data_report,
     find_rate_outliers,
     hashed_choice,
-)
+)  # fmt: skip
 from src.data.utterance import SPLITS, SkippedUtterance, Utterance
 from src.data.vad import VoiceActivityDetector
 from src.utils.config import Config
@@ -63,9 +63,9 @@ def topics(report: DataReport) -> dict[str, Finding]:
 
 def test_clean_data_has_nothing_to_warn_of_but_its_amount(clean: list[Utterance]) -> None:
     report = build(clean)
-    assert [(f.topic, f.level) for f in report.findings] == [
-        ("amount", "warning"), ("speech detection", "info"), ("tokens", "info"),
-    ]  # fmt: skip
+    assert {f.topic: f.level for f in report.findings} == {
+        "amount": "warning", "speech detection": "info", "tokens": "info",
+    }  # fmt: skip
     assert report.clips[["tokens", "speech_fraction"]].isna().all(axis=None)
 
 
@@ -83,27 +83,23 @@ def test_the_bundled_data_is_described_as_it_is(bundled_report: DataReport, bund
     assert (total + clips["trailing_silence_sec"] <= clips["duration_sec"] + 1e-6).all()
 
 
-def test_rates_of_the_files_are_told(clean: list[Utterance]) -> None:
-    telephone = [
-        clip(f"t{i}", soxr.resample(noise(2, i), SAMPLE_RATE, 8_000), f"Text {i}.", rate=8_000) for i in range(3)
-    ]
+def test_what_is_wrong_with_recordings_is_told(clean: list[Utterance]) -> None:
+    low = [clip(f"t{i}", soxr.resample(noise(2, i), SAMPLE_RATE, 8_000), f"Text {i}.", rate=8_000) for i in range(3)]
     upsampled = soxr.resample(soxr.resample(noise(2, 9), SAMPLE_RATE, 8_000), 8_000, 48_000)
-    found = topics(build(clean, test=[*telephone, clip("u", upsampled, "Text u.", rate=48_000)]))
-    assert found["sample rate"].ids == ("t0", "t1", "t2")
-    assert found["bandwidth"].ids == ("u",)
-    assert found["mixed rates"].level == "warning"  # only the test is narrowband
-    assert "8,000 Hz (3)" in found["mixed rates"].message
-
-
-def test_clipped_silent_quiet_short_and_skipped_clips_are_told(clean: list[Utterance]) -> None:
     padded = np.concatenate([noise(1, 2), np.zeros(9 * SAMPLE_RATE, np.float32)])
     waves = {"c": np.clip(noise(2, 1, 0.8), -1, 1), "p": padded, "q": noise(2, 3, 0.002), "s": noise(0.3, 1)}
-    splits = splits_of([*clean, *(clip(name, wave, f"Yes {name}.") for name, wave in waves.items())])
+    train = [*clean, *(clip(name, wave, f"Yes {name}.") for name, wave in waves.items())]
+    splits = splits_of(train, test=[*low, clip("u", upsampled, "Text u.", rate=48_000)])
     skipped = [SkippedUtterance("z", "31.00 s, allowed are 0.1 to 30 s (data.min_duration_sec, data.max_duration_sec)")]
     found = topics(build_data_report(replace(splits, skipped=skipped), Config()))
-    told = [found[topic].ids for topic in ("clipping", "silence", "level", "short")]
-    assert told == [("c",), ("p",), ("q",), ("s",)]
+    for topic, ids in {
+        "clipping": ("c",), "silence": ("p",), "level": ("q",), "short": ("s",), "sample rate": ("t0", "t1", "t2"),
+        "bandwidth": ("u",), "skipped": ("z",),
+    }.items():  # fmt: skip
+        assert found[topic].ids == ids
     assert "1 for the duration" in found["skipped"].message
+    assert found["mixed rates"].level == "warning"  # only the test is narrowband
+    assert "8,000 Hz (3)" in found["mixed rates"].message
 
 
 def test_clips_without_speech_and_with_long_silence_are_told(jfk: Waveform, detector: VoiceActivityDetector) -> None:
@@ -112,13 +108,11 @@ def test_clips_without_speech_and_with_long_silence_are_told(jfk: Waveform, dete
              clip("none", noise(3, 1, 0.003), "Hello there.")]  # fmt: skip
     report = build_data_report(splits_of(train, vad=detector), Config())
     found = topics(report)
-    assert found["no speech"].ids == ("none",)
-    assert found["no speech"].level == "error"  # one of three: the set is at fault
+    assert (found["no speech"].ids, found["no speech"].level) == (("none",), "error")  # one of three: the set's fault
     assert found["long silence"].ids == ("late",)
-    rows = report.clips.set_index("id")
-    alone = detector.speech_segments(jfk)
-    assert rows.loc["good", "leading_silence_sec"] == pytest.approx(alone[0].start_sec, abs=0.04)
-    assert rows.loc["late", "leading_silence_sec"] == pytest.approx(3 + alone[0].start_sec, abs=0.1)
+    rows, start_sec = report.clips.set_index("id"), detector.speech_segments(jfk)[0].start_sec
+    assert rows.loc["good", "leading_silence_sec"] == pytest.approx(start_sec, abs=0.04)
+    assert rows.loc["late", "leading_silence_sec"] == pytest.approx(3 + start_sec, abs=0.1)
     assert rows.loc["none", "speech_fraction"] == 0
     assert np.isnan(rows.loc["none", "leading_silence_sec"])
 
@@ -142,11 +136,9 @@ def test_pace_has_no_outlier_among_equals_or_a_few() -> None:
 
 
 def test_copies_are_found_through_containers_and_splits(clean: list[Utterance]) -> None:
-    audio = noise(2, 77)
-    pcm = np.round(audio * 32_768).astype(np.int16)
-    original = clip("o", pcm, "One text.")
+    pcm = np.round(noise(2, 77) * 32_768).astype(np.int16)
     report = build(
-        [*clean, original, clip("w", pcm, "one text", kind="FLAC"), clip("x", pcm, "Another text.")],
+        [*clean, clip("o", pcm, "One text."), clip("w", pcm, "one text", kind="FLAC"), clip("x", pcm, "Another text.")],
         test=[clip("t", pcm, "One text.", speaker="s9")],
     )
     found = topics(report)
@@ -174,25 +166,18 @@ def test_texts_too_long_for_the_decoder_are_an_error(clean: list[Utterance], _ti
     _, processor = _tiny_en
     long = clip("long", noise(29, 60), "Five, six, seven, eight. " * 60)
     report = build([*clean, long], tokenizer=processor.tokenizer)
-    assert topics(report)["tokens"].level == "error"
-    assert topics(report)["tokens"].ids == ("long",)
+    assert (topics(report)["tokens"].level, topics(report)["tokens"].ids) == ("error", ("long",))
     row = report.clips.set_index("id").loc["a0"]
     assert row["tokens"] == len(processor.tokenizer(" " + row["text"]).input_ids)  # the same specials, another order
 
 
-@pytest.mark.parametrize(
-    ("change", "topic"),
-    [
-        (str.upper, "capitals"),
-        (lambda text: text.lower().replace(".", ""), "punctuation"),
-        (lambda text: text.replace("a", "7"), "digits"),
-    ],
-)
-def test_the_style_of_the_transcripts_is_told(clean: list[Utterance], change: Any, topic: str) -> None:
-    assert topic in topics(build([replace(u, text=change(u.text)) for u in clean]))
-
-
-def test_mixed_styles_name_the_fewer(clean: list[Utterance]) -> None:
+def test_the_style_of_the_transcripts_is_told_and_of_mixed_ones_the_fewer(clean: list[Utterance]) -> None:
+    for topic, change in {
+        "capitals": str.upper,
+        "punctuation": lambda text: text.lower().replace(".", ""),
+        "digits": lambda text: text.replace("a", "7"),
+    }.items():
+        assert topic in topics(build([replace(u, text=change(u.text)) for u in clean]))
     mixed = [replace(u, text=u.text.upper().replace(".", "")) if i < 4 else u for i, u in enumerate(clean)]
     found = topics(build(mixed))
     assert found["capitals"].ids == tuple(u.id for u in clean[:4])
@@ -217,25 +202,22 @@ def test_a_report_comes_back_as_it_was_saved(bundled_report: DataReport, tmp_pat
     assert again.to_text() == report.to_text()
 
 
-def test_a_notebook_shows_levels_and_escapes_texts(clean: list[Utterance]) -> None:
+def test_a_notebook_shows_whole_and_escaped_texts(clean: list[Utterance]) -> None:
     report = build([*clean, clip("<b>", noise(2, 3, 0.002), "A text.", speaker=None)])
     hard = pd.DataFrame([{"id": "x", "reference": "A <script> text.", "hypothesis": "A long text. " * 9, "wer": 9.0}])
     page = replace(report, hard_clips=hard)._repr_html_()
-    assert "<script>" not in page
-    assert ("A long text. " * 9).strip() in page
-    assert "&lt;b&gt;" in page
-    assert "unknown speakers" in page
-    assert "NaN" not in page
+    assert "<script>" not in page and "NaN" not in page
+    for shown in (("A long text. " * 9).strip(), "&lt;b&gt;", "unknown speakers"):
+        assert shown in page
 
 
 def test_a_hashed_choice_is_the_same_in_any_order(clean: list[Utterance]) -> None:
     chosen = [u.id for u in hashed_choice(clean, 5, 0)]
-    assert [u.id for u in hashed_choice(clean[::-1], 5, 0)] == chosen
-    assert chosen != [u.id for u in hashed_choice(clean, 5, 1)]
+    assert [u.id for u in hashed_choice(clean[::-1], 5, 0)] == chosen != [u.id for u in hashed_choice(clean, 5, 1)]
     assert len(hashed_choice(clean, 1_000, 0)) == 20
 
 
-def test_a_saved_report_has_no_nan_and_an_absent_or_damaged_one_is_refused(
+def test_a_saved_report_has_no_nan_and_absent_damaged_or_unmeasured_ones_are_refused(
     clean: list[Utterance], tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=str(tmp_path)):
@@ -243,13 +225,9 @@ def test_a_saved_report_has_no_nan_and_an_absent_or_damaged_one_is_refused(
     path, _ = build(clean).save(tmp_path)  # no validation, no test, no speech detection
     content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
     assert [row["clips"] for row in content["summary"]] == [20, 0, 0]
-    assert content["summary"][1]["median_sec"] is None
-    assert content["summary"][0]["no_speech_share"] is None
+    assert content["summary"][1]["median_sec"] is content["summary"][0]["no_speech_share"] is None
     path.write_text(path.read_text()[:-40])
     with pytest.raises(DataError, match=str(tmp_path)):
         DataReport.load(tmp_path)
-
-
-def test_clips_that_were_not_measured_are_refused(clean: list[Utterance]) -> None:
     with pytest.raises(DataError, match="utterance a0"):
         build_data_report(replace(splits_of(clean), stats={}), Config())

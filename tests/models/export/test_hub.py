@@ -77,13 +77,13 @@ def test_a_given_token_comes_first_and_a_failed_upload_goes_on(hub: Mock, export
     assert hub.upload_folder.call_count == 2
 
 
-@pytest.mark.parametrize("kind", list(FILES))
-def test_each_absent_file_of_an_export_is_named_and_nothing_is_created(hub: Mock, tmp_path: Path, kind: str) -> None:
-    for number, name in enumerate(["config.json", "tokenizer.json", *FILES[kind]]):
-        folder = make_export(tmp_path / str(number), kind)
-        (folder / name).unlink()
-        with pytest.raises(ModelError, match=r"lacks|no exported model"):
-            push_to_hub(folder, "me/mine")
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in FILES for name in ["config.json", *FILES[kind]]])
+def test_an_absent_file_of_an_export_is_named_and_nothing_created(
+    hub: Mock, tmp_path: Path, kind: str, name: str
+) -> None:
+    (make_export(tmp_path, kind) / name).unlink()
+    with pytest.raises(ModelError, match=r"lacks|no exported model"):
+        push_to_hub(tmp_path, "me/mine")
     hub.assert_not_called()
 
 
