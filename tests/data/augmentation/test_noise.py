@@ -20,39 +20,13 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def measured_snr_db(speech: np.ndarray, mixture: np.ndarray) -> float:
-    noise = mixture.astype(np.float64) - speech.astype(np.float64)
-    return float(10 * np.log10(np.sum(speech.astype(np.float64) ** 2) / np.sum(noise**2)))
-
-
-@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
-def test_power_falls_with_the_exponent(exponent: float) -> None:
-    noise = coloured_noise((3, 160_000), torch.tensor([exponent] * 3), generator()).double()
-    hertz, density = scipy.signal.welch(noise.numpy(), SAMPLE_RATE, nperseg=4_096)
-    fit = (hertz > 50) & (hertz < 7_000)
-    for row in density:
-        assert np.polyfit(np.log10(hertz[fit]), np.log10(row[fit]), 1)[0] == pytest.approx(-exponent, abs=0.1)
-
-
-def test_rows_have_their_own_colour_and_the_same_power() -> None:
-    noise = coloured_noise((3, 64_000), torch.tensor(list(EXPONENTS.values())), generator())
+def test_each_row_has_its_own_colour_and_all_the_same_power() -> None:
+    noise = coloured_noise((3, 160_000), torch.tensor(list(EXPONENTS.values())), generator())
     torch.testing.assert_close(noise.square().mean(1), torch.ones(3))
-    above_1_khz = torch.fft.rfft(noise).abs().square()[:, 4_000:].sum(1)
-    assert above_1_khz[0] > 2 * above_1_khz[1] > 20 * above_1_khz[2]
-
-
-def test_each_clip_has_its_own_ratio_over_its_own_samples(jfk: np.ndarray) -> None:
-    lengths, ratios_db = [48_000, 20_000, 1_600], torch.tensor([5.0, 15.0, 25.0])
-    speech = torch.zeros(3, 60_000)
-    for row, length in enumerate(lengths):
-        speech[row, :length] = torch.from_numpy(jfk[30_000 : 30_000 + length])
-    noise = coloured_noise((3, 60_000), torch.full((3,), 2.0), generator())
-    mixture = mix_at_snr(speech, noise, snr_db=ratios_db, lengths=torch.tensor(lengths))
-    for row, length in enumerate(lengths):
-        measured = measured_snr_db(speech[row, :length].numpy(), mixture[row, :length].numpy())
-        assert measured == pytest.approx(float(ratios_db[row]), abs=0.05)
-        scale = mixture[row, length:] / noise[row, length:]  # it goes on behind the clip, at the same level
-        torch.testing.assert_close(scale, scale[:1].expand_as(scale), rtol=1e-3, atol=0)
+    hertz, density = scipy.signal.welch(noise.double().numpy(), SAMPLE_RATE, nperseg=4_096)
+    fit = (hertz > 50) & (hertz < 7_000)
+    for row, exponent in zip(density, EXPONENTS.values(), strict=True):
+        assert np.polyfit(np.log10(hertz[fit]), np.log10(row[fit]), 1)[0] == pytest.approx(-exponent, abs=0.1)
 
 
 def test_silence_has_no_ratio() -> None:
