@@ -1,18 +1,16 @@
 """Write docs/CONFIGURATION.md: every setting with its type, range, default and effect.
 
-    python scripts/configuration_reference.py [--check]
+    python scripts/configuration_reference.py
 
 Types, ranges and the defaults of keys that are left out come from the pydantic models, values and effects from
-config.yaml and its comments. With --check nothing is written, and the exit code is 1 if the file is out of date.
+config.yaml and its comments. A test fails while the file is out of date.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,34 +35,9 @@ _TYPES = {"integer": "integer", "number": "number", "string": "text", "boolean":
 _BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One key.
-
-    Attributes:
-        key: dotted.
-        allowed: type and range in words.
-        left_out: the default of the model.
-    """
-
-    key: str
-    allowed: str
-    left_out: Any
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the file is out of date")
-    arguments = parser.parse_args()
-    text, name = configuration_reference(), REFERENCE.relative_to(ROOT)
-    if not arguments.check:
-        REFERENCE.write_text(text, encoding="utf-8")
-        print(name)
-        return 0
-    if REFERENCE.is_file() and REFERENCE.read_text(encoding="utf-8") == text:
-        return 0
-    print(f"{name} is out of date; run: python scripts/configuration_reference.py", file=sys.stderr)
-    return 1
+def main() -> None:
+    REFERENCE.write_text(configuration_reference(), encoding="utf-8")
+    print(REFERENCE.relative_to(ROOT))
 
 
 def configuration_reference() -> str:
@@ -74,31 +47,33 @@ def configuration_reference() -> str:
     profiles = {name: flatten(preset or {}) for name, preset in tree.pop("profiles").items()}
     values, comments = flatten(tree), dict(read_comments(text))
     schema = Config.model_json_schema()
+    sections: dict[str, list[str]] = {}
+    for key, field in settings(schema, schema["$defs"]):
+        default = [_shown(values[key])]
+        default += [f"{name} {_shown(preset[key])}" for name, preset in profiles.items() if key in preset]
+        if field["default"] != values[key]:
+            default.append(f"left out {_shown(field['default'])}")
+        cells = [f"`{key}`", describe(field), "; ".join(default), comments.get(key, "")]
+        row = "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        sections.setdefault(key.rpartition(".")[0].partition(".")[0], []).append(row)
     parts = [INTRODUCTION]
-    sections: dict[str, list[Setting]] = {}
-    for setting in settings(schema, schema["$defs"]):
-        sections.setdefault(setting.key.partition(".")[0] if "." in setting.key else "", []).append(setting)
-    for name, held in sections.items():
-        what = f"{_sentence(comments[name])}\n\n" if comments.get(name) else ""
-        rows = "\n".join(_row(setting, values, profiles, comments) for setting in held)
+    for name, rows in sections.items():
+        comment = comments.get(name, "")
+        what = f"{comment[0].upper()}{comment[1:]}.\n\n" if comment else ""
         head = "| key | allowed | default | effect |\n|---|---|---|---|"
-        parts.append(f"## {name or 'Top level'}\n\n{what}{head}\n{rows}\n")
+        parts.append(f"## {name or 'Top level'}\n\n{what}{head}\n" + "\n".join(rows) + "\n")
     return "\n".join(parts)
 
 
-def settings(schema: Mapping[str, Any], sections: Mapping[str, Any], prefix: str = "") -> Iterator[Setting]:
-    """Yield the keys of a section and its subsections, in the order of the models.
-
-    Args:
-        schema: JSON schema of the section.
-        sections: the schemas that it refers to, by name.
-        prefix: dotted key of the section, with a dot at the end.
-    """
+def settings(
+    schema: Mapping[str, Any], sections: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the dotted keys of a section and its subsections with their JSON schemas, in the order of the models."""
     for name, field in schema["properties"].items():
         if "$ref" in field:
             yield from settings(sections[field["$ref"].rsplit("/", 1)[-1]], sections, f"{prefix}{name}.")
         else:
-            yield Setting(prefix + name, describe(field), field["default"])
+            yield prefix + name, field
 
 
 def describe(field: Mapping[str, Any]) -> str:
@@ -133,25 +108,9 @@ def read_comments(text: str) -> Iterator[tuple[str, str]]:
     return walk(root, "")
 
 
-def _row(
-    setting: Setting, values: Mapping[str, Any], profiles: Mapping[str, Mapping[str, Any]], comments: Mapping[str, str]
-) -> str:
-    key = setting.key
-    default = [_shown(values[key])]
-    default += [f"{name} {_shown(preset[key])}" for name, preset in profiles.items() if key in preset]
-    if setting.left_out != values[key]:
-        default.append(f"left out {_shown(setting.left_out)}")
-    cells = [f"`{key}`", setting.allowed, "; ".join(default), comments.get(key, "")]
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
 def _shown(value: Any) -> str:
     return f"`{value}`" if isinstance(value, str) and value else f"`{json.dumps(value)}`"
 
 
-def _sentence(comment: str) -> str:
-    return f"{comment[0].upper()}{comment[1:]}."
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
