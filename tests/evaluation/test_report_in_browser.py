@@ -123,14 +123,7 @@ def test_a_report_is_quiet_fits_and_reads_well(browser: Browser, run: Path, sche
         assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
 
 
-def test_players_play(browser: Browser, run: Path) -> None:
-    with quiet(browser, run) as page:
-        assert page.locator("audio").count() == 8
-        heard, seconds = page.evaluate(PLAY)
-        assert 0.3 < heard <= seconds
-
-
-def test_filter_and_search_find_as_many_clips_as_there_are(browser: Browser, run: Path) -> None:
+def test_players_play_and_filter_and_search_find_all(browser: Browser, run: Path) -> None:
     models = load_predictions(run)
     rows, stock = models["tuned"], {row.id: row for row in models["stock"]}
 
@@ -138,6 +131,9 @@ def test_filter_and_search_find_as_many_clips_as_there_are(browser: Browser, run
         return sum(kind in clip_kinds(row, WHISPER_ENGLISH) for row in rows)
 
     with quiet(browser, run) as page:
+        assert page.locator("audio").count() == 8
+        heard, seconds = page.evaluate(PLAY)
+        assert 0.3 < heard <= seconds
         assert found_of(page) == (CLIPS, CLIPS)
         for kind in ("error", "substitution", "deletion", "insertion", "loop", "empty", "invented", "perfect"):
             page.locator(".av-filter").select_option(kind)
@@ -157,18 +153,13 @@ def test_filter_and_search_find_as_many_clips_as_there_are(browser: Browser, run
         assert found_of(page)[0] == 0
 
 
-def test_clips_are_drawn_a_page_at_a_time(browser: Browser, run: Path) -> None:
+def test_clips_are_drawn_a_page_at_a_time_and_markup_as_text(browser: Browser, run: Path) -> None:
     with quiet(browser, run) as page:
         assert page.locator(".av-clip").count() == 25
-        page.get_by_role("button", name="next").click()
-        assert "26 to 50" in page.locator(".av-count").inner_text()
-        page.get_by_role("button", name="previous").click()
-        assert "1 to 25" in page.locator(".av-count").inner_text()
+        for button, place in (("next", "26 to 50"), ("previous", "1 to 25")):
+            page.get_by_role("button", name=button).click()
+            assert place in page.locator(".av-count").inner_text()
         assert page.get_by_role("button", name="previous").is_disabled()
-
-
-def test_markup_in_a_transcript_is_shown_as_text(browser: Browser, run: Path) -> None:
-    with quiet(browser, run) as page:
         page.locator(".av-search").fill("attacked")
         assert found_of(page)[0] == 1
         page.locator("summary", has_text="as written").click()

@@ -10,7 +10,6 @@ from huggingface_hub import ModelCard
 from src.data.report.report import DataReport
 from src.data.utterance import Utterance
 from src.evaluation.report.model_card import write_model_card
-from src.utils.config import Config
 from src.utils.errors import DataError, ModelError
 from src.utils.versioning import DataVersionManager
 from tests.evaluation.run_files import append, epoch, evaluation, guard_rows, prediction, write
@@ -25,28 +24,22 @@ def model_dir(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def trained(run_dir: Path, config: Config, sample: list[Utterance], data_report: DataReport) -> Path:
-    """A run that trained, with its configuration, a guard set, a version of the data and a data report."""
-    english = config.model_copy(update={"model": config.model.model_copy(update={"language": "en"})})
-    (run_dir / "config.yaml").write_text(english.to_yaml())
-    metrics, predictions = guard_rows(0, 2)
-    append(run_dir, "metrics", *metrics)
-    append(run_dir, "predictions", *predictions)
-    DataVersionManager(run_dir / "data_versions").log_dataset_version(
-        dataset_name="speech", version="v1", metadata={}, utterances=sample[:2]
-    )
-    data_report.save(run_dir)
-    return run_dir
-
-
 def section(text: str, heading: str) -> str:
     return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
-def test_the_card_reads_back_with_the_measured_rates(model_dir: Path, trained: Path) -> None:
+def test_the_card_reads_back_with_the_measured_rates(
+    model_dir: Path, run_dir: Path, sample: list[Utterance], data_report: DataReport
+) -> None:
+    (run_dir / "config.yaml").write_text("model: {variant: tiny.en}\ndata: {source: sample}\ntraining: {epochs: 2}\n")
+    metrics, predictions = guard_rows(0, 2)
+    append(run_dir, "metrics", *metrics)
+    append(run_dir, "predictions", *predictions)
+    versions = DataVersionManager(run_dir / "data_versions")
+    versions.log_dataset_version(dataset_name="speech", version="v1", metadata={}, utterances=sample[:2])
+    data_report.save(run_dir)
     (model_dir / "README.md").write_text("old")
-    path = write_model_card(model_dir, trained, name="my-whisper", license_id="mit")
+    path = write_model_card(model_dir, run_dir, name="my-whisper", license_id="mit")
     data, text = ModelCard.load(path).data, path.read_text()
     assert (data.model_name, data.language, data.base_model) == ("my-whisper", "en", "openai/whisper-tiny.en")
     assert (data.library_name, data.pipeline_tag) == ("transformers", "automatic-speech-recognition")
@@ -58,7 +51,7 @@ def test_the_card_reads_back_with_the_measured_rates(model_dir: Path, trained: P
     for heading, parts in {
         "Result": ("0.370 [0.320, 0.420]", "WER -37.5 points", "worse on general speech", "40 clips of 8 speakers"),
         "Data": ("Version v1 of speech", "| train "),
-        "How it was trained": ("- run: r7", "epoch 2 was kept", "training.batch_size"),
+        "How it was trained": ("- run: r7", "epoch 2 was kept", "training.epochs"),
         "Limits": ("Measured on 8 speakers",),
         "How to load it": ("pipeline(", str(model_dir), "WhisperModelManager(config)"),
         "How to reproduce it": ("scripts/train.py",),
