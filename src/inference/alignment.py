@@ -47,9 +47,8 @@ def alignment_heads(model: Any) -> list[Head]:
 def record_cross_attention(model: Any, heads: Sequence[Head]) -> Iterator[list[Tensor]]:
     """Record the cross-attention of some heads during decoder calls.
 
-    Yields:
-        A list that receives, for each decoder call and each layer with a head in `heads`, in layer order, a tensor
-        (B, heads of that layer, new tokens, positions) of attention probabilities.
+    The list receives, for each decoder call and each layer with a head in `heads`, in layer order, a tensor
+    (B, heads of that layer, new tokens, positions) of attention probabilities.
     """
     recorded: list[Tensor] = []
     with ExitStack() as stack:
@@ -133,12 +132,9 @@ def time_tokens(attention: Tensor, count: int, *, first: int, audio_sec: float) 
 
 
 def dtw_path(cost: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Find the cheapest monotone path through a cost matrix (N, M), by anti-diagonals.
+    """Find rows and columns of the cheapest monotone path through a cost matrix (N, M), by anti-diagonals.
 
     Source: Sakoe & Chiba 1978; steps (1,1), (1,0), (0,1) of equal weight.
-
-    Returns:
-        Row and column indices of the path from (0, 0) to (N-1, M-1).
     """
     n, m = cost.shape
     total = np.full((n + 1, m + 1), np.inf)

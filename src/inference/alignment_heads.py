@@ -74,10 +74,6 @@ def find_alignment_heads(
         texts: what is said in each; the model's own transcripts by default. Clips without text are left out.
         count: maximum number of heads; fewer where fewer score at least 0.3 of the best.
         language: of the clips; detected by default (multilingual models).
-
-    Raises:
-        DataError: numbers of clips and texts differ, or no clip has a text of three tokens.
-        ModelError: no head follows the audio; a clip of more than 30 s, or a text that does not fit into the decoder.
     """
     if texts is not None and len(texts) != len(audios):
         raise DataError(f"alignment heads: {len(audios)} clips, but {len(texts)} texts; pass one for each")
@@ -100,10 +96,7 @@ def find_alignment_heads(
             if len(tokens) >= MIN_TOKENS:
                 clips.append({**clip, "audio_sec": len(audio) / SAMPLE_RATE})
         if not clips:
-            raise DataError(
-                f"alignment heads: none of {len(audios)} clips has a text of {MIN_TOKENS} tokens or more; pass clips "
-                "with speech, and their transcripts"
-            )
+            raise DataError(f"none of {len(audios)} clips has a text of {MIN_TOKENS} tokens; pass clips with speech")
 
         # score every head by all tokens of all clips
         layers, heads_of_layer = model.config.decoder_layers, model.config.decoder_attention_heads
@@ -114,9 +107,8 @@ def find_alignment_heads(
         best = max(scores.values())
         if best < MIN_SCORE:
             raise ModelError(
-                f"no cross-attention head follows the audio: the best of {len(scores)} scores {best:.2f}, "
-                f"needed is {MIN_SCORE}. The weights are untrained or damaged, or the texts are not what is said in "
-                "the clips: check them, and the language"
+                f"no cross-attention head follows the audio: the best of {len(scores)} scores {best:.2f}, needed is "
+                f"{MIN_SCORE}; check the weights, the language, and that the texts are what is said in the clips"
             )
         chosen = sorted(head for head in list(scores)[:count] if scores[head] >= MIN_SHARE * best)
 
@@ -174,9 +166,6 @@ def write_alignment_heads(folder: Path, heads: Sequence[Head]) -> Path:
     """Write heads into a checkpoint's `generation_config.json`, which is replaced as a whole; all else in it stays.
 
     torch, transformers and every later export to CTranslate2 then use them.
-
-    Raises:
-        ModelError: the folder has no such file, or it is not JSON.
     """
     path = folder / "generation_config.json"
     fix = "give the Hugging Face folder of the checkpoint, or copy the file of the same openai/whisper-* variant there"

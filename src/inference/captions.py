@@ -233,13 +233,11 @@ def _divide(word: Word, max_word_sec: float) -> list[Word]:
     texts = [text for chunk in word.text.split() for text in _PIECE.findall(chunk)]
     if not texts:
         return []
-    start_sec, end_sec = word.start_sec, word.end_sec
-    longest_sec = max_word_sec * len(texts)
-    if end_sec - start_sec > longest_sec:
-        if _mark(texts[-1]) in _SENTENCE_END | _CLAUSE_END:
-            end_sec = start_sec + longest_sec
-        else:
-            start_sec = end_sec - longest_sec
+    start_sec, end_sec, longest_sec = word.start_sec, word.end_sec, max_word_sec * len(texts)
+    if _mark(texts[-1]) in _SENTENCE_END | _CLAUSE_END:
+        end_sec = min(end_sec, start_sec + longest_sec)
+    else:
+        start_sec = max(start_sec, end_sec - longest_sec)
     ends = list(itertools.accumulate(map(len, texts)))
     inner_sec = [start_sec + (end_sec - start_sec) * end / ends[-1] for end in ends[:-1]]
     times = itertools.pairwise([start_sec, *inner_sec, end_sec])
@@ -291,8 +289,10 @@ def to_vtt(cues: Sequence[Cue]) -> str:
 
 def to_tsv(cues: Sequence[Cue]) -> str:
     """Return rows of start and end in ms and the text on one line, as openai/whisper writes them."""
-    rows = [f"{_ms(cue.start_sec)}\t{_ms(cue.end_sec)}\t{''.join(spaced(_clean_lines(cue)))}\n" for cue in cues]
-    return "start\tend\ttext\n" + "".join(rows)
+    rows = [
+        (round(cue.start_sec * 1000), round(cue.end_sec * 1000), "".join(spaced(_clean_lines(cue)))) for cue in cues
+    ]
+    return "".join(f"{start}\t{end}\t{text}\n" for start, end, text in [("start", "end", "text"), *rows])
 
 
 def to_json(cues: Sequence[Cue], *, language: str | None = None) -> str:
@@ -305,16 +305,13 @@ def to_json(cues: Sequence[Cue], *, language: str | None = None) -> str:
     segments: list[dict[str, Any]] = []
     for number, (cue, text) in enumerate(zip(cues, texts, strict=True)):
         segments.append({"id": number, "start": cue.start_sec, "end": cue.end_sec, "text": text})
-        if cue.words:
-            segments[-1]["words"] = [
-                {
-                    "word": next(spelt),
-                    "start": round(word.start_sec, 3),
-                    "end": round(word.end_sec, 3),
-                    "probability": None if math.isnan(word.probability) else word.probability,
-                }
-                for word in cue.words
-            ]
+        words = []
+        for word in cue.words:
+            probability = None if math.isnan(word.probability) else word.probability
+            times = {"start": round(word.start_sec, 3), "end": round(word.end_sec, 3)}
+            words.append({"word": next(spelt), **times, "probability": probability})
+        if words:
+            segments[-1]["words"] = words
     content = {"text": "".join(texts), "language": language, "segments": segments}
     return json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
 
@@ -327,12 +324,12 @@ class LiveCaptionWriter:
     """
 
     def __init__(self, path: str | Path, options: CaptionOptions = DEFAULT_OPTIONS) -> None:
-        self._path, self._builder, self._written = Path(path), CueBuilder(options), 0
-        self._suffix = _known_suffix(self._path, list(_HEADERS))
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("w", encoding="utf-8", newline="\n")
+        path, self._builder, self._written = Path(path), CueBuilder(options), 0
+        self._suffix = _known_suffix(path, list(_HEADERS))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8", newline="\n")
         self._file.write(_HEADERS[self._suffix])
-        self._file.flush()
+        self._show(())
 
     def __enter__(self) -> Self:
         return self
@@ -343,7 +340,7 @@ class LiveCaptionWriter:
     def write(self, event: Event) -> None:
         """Take an event; partial ones change nothing."""
         if self._file.closed:
-            raise DataError(f"{self._path}: these captions are closed; open another LiveCaptionWriter")
+            raise DataError(f"{self._file.name}: these captions are closed; open another LiveCaptionWriter")
         if event.kind == "commit":
             self._show(self._builder.add(event.words))
         elif event.kind == "final":
@@ -377,12 +374,8 @@ def _clean_lines(cue: Cue) -> list[str]:
 
 
 def _clock(sec: float, mark: str) -> str:
-    minutes, ms = divmod(_ms(sec), 60_000)
+    minutes, ms = divmod(round(sec * 1000), 60_000)
     return f"{minutes // 60:02}:{minutes % 60:02}:{ms // 1000:02}{mark}{ms % 1000:03}"
-
-
-def _ms(sec: float) -> int:
-    return round(sec * 1000)
 
 
 def _known_suffix(path: Path, known: Sequence[str]) -> str:

@@ -27,16 +27,11 @@ POSITION_SEC = 2 * HOP_SAMPLES / SAMPLE_RATE  # 0.02 s
 
 
 class CTranslate2Engine(Engine):
-    """Decodes with a CTranslate2 model.
+    """Decodes with the model in a folder that `export_ctranslate2` wrote, on a device as `find_device` takes it.
 
-    Args:
-        folder: with model.bin, config.json and tokenizer.json, as `export_ctranslate2` writes it.
-        device: as `find_device` takes it.
-        compute_type: "auto" keeps the type of the stored weights where the device can compute with it; or int8,
-            int8_float16, float16, float32, ... as CTranslate2 names them.
-        workers: batches computed at once on a CPU, if as many threads call: on two cores, two workers of one thread
-            decode nearly twice the clips of one with two (2026-11-28).
-        threads: CPU threads per worker; 0 shares the cores out.
+    Compute type "auto" keeps the type of the stored weights where the device can compute with it. `workers` batches are
+    computed at once on a CPU, if as many threads call: on two cores, two workers of one thread decode nearly twice the
+    clips of one with two (2026-11-28). `threads` are per worker; 0 shares the cores out.
     """
 
     name = "ctranslate2"

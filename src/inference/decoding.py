@@ -31,13 +31,10 @@ Clips = Sequence[Waveform | Tensor] | Tensor
 def encode(
     model: Any, audios: Clips, trailing_silence_sec: float, *, lengths: Sequence[int] | None = None
 ) -> BaseModelOutput:
-    """Compute log-mel and run the encoder of a `DynamicWhisper` on a batch.
+    """Compute log-mel and run the encoder of a `DynamicWhisper`, in the context that its config says.
 
-    Args:
-        model: in the context that its config says.
-        audios: (T,) float32 each, 16 kHz, at most 30 s; or one batch (B, T), zero after the end of each clip.
-        trailing_silence_sec: silence after the longest clip, where 30 s leave room; unused at full context.
-        lengths: samples of each clip, for one batch.
+    `audios` are (T,) float32 each, 16 kHz, at most 30 s; or one batch (B, T), zero after the samples of each clip that
+    `lengths` gives. The silence follows the longest clip, where 30 s leave room; at full context it is unused.
 
     Returns:
         `last_hidden_state` (B, positions, d_model): 50 positions per second, 1,500 at full context.
@@ -65,21 +62,9 @@ def decode(
     lengths: Sequence[int] | None = None,
     encoder_outputs: BaseModelOutput | None = None,
 ) -> list[DecodingResult]:
-    """Transcribe clips of at most 30 s as one batch.
+    """Transcribe clips of at most 30 s as one batch with a `DynamicWhisper`: one result per clip, in order.
 
-    Args:
-        model: a `DynamicWhisper`, in the context that its config says.
-        processor: its `WhisperProcessor`.
-        audios: as for `encode`.
-        options: how to decode.
-        lengths: as for `encode`.
-        encoder_outputs: from `encode` on the same clips, to save encoding them twice.
-
-    Returns:
-        One result per clip, in order.
-
-    Raises:
-        ModelError: clip too long, or a language or task that the model does not know.
+    Audios and lengths are those of `encode`; `encoder_outputs`, what it gave for them, saves encoding them twice.
     """
     encoded = encoder_outputs or encode(model, audios, options.trailing_silence_sec, lengths=lengths)
     clips: Any = audios if lengths is None else [audio[:n] for audio, n in zip(audios, lengths, strict=True)]

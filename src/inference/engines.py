@@ -54,11 +54,6 @@ def load_engine(
         compute_type: "auto" is float16 on a GPU; on a CPU int8 for CTranslate2, float32 for torch; by default that of
             `inference.compute_type`.
         workers: see `Engine`; of CTranslate2 on a CPU. None takes one per core: more clips per second, each later.
-
-    Raises:
-        ConfigError: an unknown engine.
-        ModelError: no such model, or a damaged one.
-        DeviceError: the device or type is unavailable.
     """
     config = config or Config()
     asked, compute_type = engine or config.inference.engine, compute_type or config.inference.compute_type

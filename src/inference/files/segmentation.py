@@ -67,10 +67,8 @@ def cut_at_silences(
     """Cut a recording that arrives in blocks of (n,) float32 at 16 kHz.
 
     At least `PAD_SEC` or the detector's `pad_sec` stays on both sides of speech. Stretches of speech with at most
-    `join_pause_sec` between them share a segment, where they fit into `max_sec`.
-
-    Yields:
-        Segments in order, without overlap, that hold all speech; the whole recording, where one is enough.
+    `join_pause_sec` between them share a segment, where they fit into `max_sec`. Segments come in order, without
+    overlap, and hold all speech; the whole recording, where one is enough.
     """
     coming = iter(blocks)
     max_samples, join_samples = round(max_sec * SAMPLE_RATE), round(join_pause_sec * SAMPLE_RATE)
@@ -214,9 +212,7 @@ def split_at_timestamps(
 ) -> tuple[list[TimedTokens], float]:
     """Split a window's tokens at the pairs of times that the model wrote between segments.
 
-    Returns:
-        Segments with text; and where the next window begins, in seconds of this one: at its end, unless a segment was
-        begun there whose end lies beyond.
+    The next window begins, in seconds of this one, at its end, unless a segment was begun there that ends beyond.
     """
     begin = vocabulary.timestamp_begin
     is_time = [token >= begin for token in tokens]

@@ -126,14 +126,9 @@ _Item = tuple[_Recording, int, Segment]  # a segment with its index in the recor
 
 
 class BatchInference:
-    """Transcribes files and arrays.
+    """Transcribes files and arrays with a `DynamicWhisper` and its processor, or an engine from `load_engine`.
 
-    Args:
-        model: a `DynamicWhisper`; not needed with `engine`.
-        processor: its processor.
-        config: `inference`, `model` and `vad` sections; defaults without.
-        engine: from `load_engine`, instead of a model.
-        vad: cuts recordings and detects silence; made from the configuration by default.
+    The `inference`, `model` and `vad` sections of `config` apply; `vad` cuts recordings and detects silence.
     """
 
     def __init__(
@@ -154,14 +149,9 @@ class BatchInference:
         )
 
     def transcribe_batch(self, sources: Sequence[AudioSource], **options: Any) -> Transcriptions:
-        """Transcribe recordings of any length.
+        """Transcribe recordings of any length, paths or (T,) float32 arrays at 16 kHz; options: see `transcribe_iter`.
 
-        Args:
-            sources: paths, or (T,) float32 arrays at 16 kHz.
-            options: as of `transcribe_iter`.
-
-        Returns:
-            One `Transcription` per source, in order. Silence gives an empty text.
+        One `Transcription` per source, in order. Silence gives an empty text.
         """
         if isinstance(sources, str | Path):
             raise DataError(f"transcribe_batch takes a list; write transcribe_batch([{str(sources)!r}])")
@@ -184,15 +174,9 @@ class BatchInference:
         Args:
             sources: as in `transcribe_batch`; may be a generator.
             word_timestamps: fill `words`.
-            on_error: "skip" reports a bad recording in its `Transcription.error` and goes on.
+            on_error: "raise" an AudioError of a bad recording, or "skip": report it in its `Transcription.error`.
             mode: "segments" cuts at silences and decodes in batches; "sequential" goes through a recording in windows
                 of 30 s, each with the text before it as context, for models that write timestamps.
-
-        Yields:
-            One `Transcription` per source, in order.
-
-        Raises:
-            AudioError: a bad recording with "raise".
         """
         options = replace(self._options, word_timestamps=word_timestamps)
         total = len(sources) if isinstance(sources, Sequence) else None
