@@ -65,7 +65,7 @@ class WhisperDataset(Dataset[dict[str, Any]]):
         self._encoder = encoder
         self._load = load
         for utterance in utterances:
-            if not (utterance.duration_sec or 0.0) > 0:
+            if not (utterance.duration_sec or 0.0) > 0:  # None, 0 or NaN
                 raise DataError(f"utterance {utterance.id}: its duration is unknown; check_utterance measures it")
             tokens = encoder.tokenize(utterance.text)
             try:

@@ -78,14 +78,6 @@ class LabelEncoder:
         """Encode one transcript; as `label`."""
         return self.label(self.tokenize(text))
 
-    def label(self, tokens: Sequence[int], *, previous: Sequence[int] = ()) -> EncodedLabel:
-        """Make the label of a text without timestamps; raise `DataError` for more than 448 tokens in all.
-
-        `previous` are tokens of the text before, as a prompt without loss. The last 223 are taken, fewer where the
-        label leaves less room in the 448 positions, none where it leaves no room.
-        """
-        return self._label(self.prefix, tokens, previous)
-
     def timed_label(self, parts: Sequence[TimedTokens], *, previous: Sequence[int] = ()) -> EncodedLabel:
         """Make the label of a text with times, to 0.02 s, as `<|0.00|> one<|3.20|><|3.60|> two<|7.80|>`."""
         tokens: list[int] = []
@@ -95,9 +87,17 @@ class LabelEncoder:
                 span = f"{part.start_sec:.2f} to {part.end_sec:.2f} s"
                 raise DataError(f"no timestamp tokens for {span}: Whisper's go from 0 to 30 s; cut the recording")
             tokens += [self._first_timestamp + begin, *part.tokens, self._first_timestamp + end]
-        return self._label(self.timestamp_prefix, tokens, previous)
+        return self.label(tokens, previous=previous, prefix=self.timestamp_prefix)
 
-    def _label(self, prefix: Sequence[int], tokens: Sequence[int], previous: Sequence[int]) -> EncodedLabel:
+    def label(
+        self, tokens: Sequence[int], *, previous: Sequence[int] = (), prefix: Sequence[int] | None = None
+    ) -> EncodedLabel:
+        """Make the label of a text, by default without times; raise `DataError` for more than 448 tokens in all.
+
+        `previous` are tokens of the text before, as a prompt without loss. The last 223 are taken, fewer where the
+        label leaves less room in the 448 positions, none where it leaves no room.
+        """
+        prefix = self.prefix if prefix is None else prefix
         room = MAX_LABEL_TOKENS - len(prefix) - len(tokens) - 1  # 1: the end token
         if room < 0:
             text = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()[:60]

@@ -53,15 +53,12 @@ class DatasetSplits:
 
     def summary(self) -> list[dict[str, object]]:
         """Return one row per split: clips, minutes, speakers."""
-        return [
-            {
-                "split": name,
-                "clips": len(part),
-                "minutes": round(sum(u.duration_sec or 0.0 for u in part) / 60, 1),
-                "speakers": len({u.speaker for u in part if u.speaker}) or None,
-            }
-            for name, part in self.parts.items()
-        ]
+        rows: list[dict[str, object]] = []
+        for name, part in self.parts.items():
+            minutes = round(sum(u.duration_sec or 0.0 for u in part) / 60, 1)
+            speakers = len({u.speaker for u in part if u.speaker}) or None
+            rows.append({"split": name, "clips": len(part), "minutes": minutes, "speakers": speakers})
+        return rows
 
     @property
     def parts(self) -> Parts:
@@ -137,20 +134,17 @@ def _prepare(source: SourceName, config: Config, vad: VoiceActivityDetector | No
     label_case = resolve_case([u.text for u in parts["train"]], data.label_case)
     recased = _recased(parts, label_case)
     train_texts = {u.text.lower() for u in recased["train"]}
-    speakers, texts = (
-        find_shared_speakers(recased.values()),
-        sum(u.text.lower() in train_texts for u in recased["test"]),
-    )
+    shared_texts = sum(u.text.lower() in train_texts for u in recased["test"])
     splits = DatasetSplits(
-        **recased, label_case=label_case, skipped=skipped, shared_speakers=speakers, shared_texts=texts, source=source,
-        stats=checker.stats,
+        **recased, label_case=label_case, skipped=skipped, shared_speakers=find_shared_speakers(recased.values()),
+        shared_texts=shared_texts, source=source, stats=checker.stats,
     )  # fmt: skip
     for row in splits.summary():
         logger.info("%(split)s: %(clips)d clips, %(minutes).1f min, %(speakers)s speakers", row)
     if shared := len(splits.shared_speakers):
         logger.warning("%d speaker(s) are in more than one split: results flatter the model", shared)
-    if splits.shared_texts:
-        logger.info("%d of %d test transcripts also occur in training", splits.shared_texts, len(splits.test))
+    if shared_texts:
+        logger.info("%d of %d test transcripts also occur in training", shared_texts, len(splits.test))
     if label_case != "keep":
         logger.info("transcripts recased to %r", label_case)
     return splits
@@ -219,12 +213,10 @@ class RecordingChecker:
         free_bytes = MAX_MEMORY_SHARE * psutil.virtual_memory().available
         passed: list[Utterance] = []
         skipped: list[SkippedUtterance] = []
-        held_bytes = 0
-        waiting = iter(queue)
+        held_bytes, waiting = 0, iter(queue)
         total = cap if is_stream else min(len(position), len(position) if cap is None else cap)
         with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=total, desc=f"checking {name}", leave=False) as bar:
             while chunk := list(islice(waiting, chunk_size if cap is None else min(chunk_size, cap - len(passed)))):
-                before = len(skipped)
                 for outcome in pool.map(self._inspect_or_skip, chunk, [self._detector_for(u) for u in chunk]):
                     if isinstance(outcome, SkippedUtterance):
                         skipped.append(outcome)
@@ -236,7 +228,6 @@ class RecordingChecker:
                 if skipped and data.on_error == "raise":
                     more = f"\n({len(skipped) - 1} more like it)" if len(skipped) > 1 else ""
                     raise DataError(f'{skipped[0].reason}; or set data.on_error to "skip"{more}')
-                self.skipped += skipped[before:]
                 if held_bytes > free_bytes:
                     what = f"{name}: {len(passed)} clips hold {held_bytes / 1e9:.1f} GB, half of the free memory"
                     fix = f"set data.max_{name} to {len(passed) // 2}, or download files for data.source: parquet"
@@ -244,6 +235,7 @@ class RecordingChecker:
                 seen = len(passed) + len(skipped)
                 if is_stream and seen >= _ENOUGH_TO_JUDGE and len(skipped) > data.max_skip_fraction * seen:
                     enforce_skip_policy(skipped, seen, data.max_skip_fraction)
+        self.skipped += skipped
         if cap is not None and len(passed) < cap:
             logger.info("%s: %d asked for, %d exist; taking all of them", name, cap, len(passed))
         return passed if is_stream else sorted(passed, key=lambda u: position[u.id])
