@@ -54,14 +54,12 @@ class Engine:
 def describe_engine(engine: Transcriber, config: Config) -> Engine:
     """Return an engine of `src.inference` to be measured; `inference` and `model` say how it decodes."""
     options = DecodingOptions.from_config(config)
-    return Engine(
-        name=engine.name,
-        transcribe=lambda audios: [result.text for result in transcribe(engine, audios, options)],
-        device=engine.device,
-        precision=engine.precision,
-        audio_context=engine.audio_context,
-        first_token=(lambda audio: engine.first_token(audio, options)) if options.num_beams == 1 else None,
-    )
+
+    def texts_of(audios: Sequence[Waveform]) -> list[str]:
+        return [result.text for result in transcribe(engine, audios, options)]
+
+    first_token = (lambda audio: engine.first_token(audio, options)) if options.num_beams == 1 else None
+    return Engine(engine.name, texts_of, engine.device, engine.precision, engine.audio_context, first_token)
 
 
 @dataclass(frozen=True)
@@ -185,9 +183,7 @@ def check_clips(audios: Sequence[Any], sr: int = SAMPLE_RATE) -> list[Waveform]:
     for i, audio in enumerate(audios):
         name, samples = f"clip {i}", np.asarray(audio)
         if samples.dtype.kind != "f" or samples.ndim not in (1, 2):
-            raise AudioError(
-                f"{name}: {samples.dtype} {samples.shape}; give (T,) floats in [-1, 1], as load_audio does"
-            )
+            raise AudioError(f"{name}: {samples.dtype} {samples.shape}; give (T,) floats in [-1, 1], as of load_audio")
         clips.append(to_mono_16k(samples, int(sr), name=name, allow_silence=True))
         if len(clips[-1]) > CONTEXT_SAMPLES:
             raise AudioError(f"{name}: {len(clips[-1]) / SAMPLE_RATE:.1f} s; the encoder takes 30 s, cut it at a pause")
@@ -262,7 +258,7 @@ def _peak_memory(device: str) -> Iterator[list[float]]:
 
     def watch() -> None:
         ended = False
-        while not ended:
+        while not ended:  # the last reading is after the end: it has the peak of a GPU
             ended = done.wait(SAMPLING_SEC)
             use = measure_memory(Path(), device)
             readings_mb.append(next(mb for mb in (use.gpu_peak_mb, use.gpu_mb, use.process_mb) if mb is not None))
