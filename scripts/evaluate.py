@@ -137,11 +137,7 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def source_of(data: Path) -> str:
-    """Return which adapter reads a path.
-
-    Raises:
-        DataError: nothing is there.
-    """
+    """Return which adapter reads a path."""
     if not data.exists():
         raise DataError(f"--data {data}: no such file or folder; give a Parquet file, or a folder with metadata.csv")
     if data.is_file():
@@ -161,11 +157,7 @@ def load_models(arguments: argparse.Namespace, config: Config) -> dict[str, Load
 
 
 def stock_variant(model_config: Any) -> str:
-    """Return the stock model of a checkpoint's shape.
-
-    Raises:
-        ModelError: no published Whisper has it.
-    """
+    """Return the stock model of a checkpoint's shape."""
     shape = model_config.d_model, model_config.decoder_layers
     if shape not in STOCK_BY_SHAPE:
         raise ModelError(
@@ -176,11 +168,7 @@ def stock_variant(model_config: Any) -> str:
 
 
 def read_clips(config: Config) -> list[Utterance]:
-    """List, check and recase the clips to measure on.
-
-    Raises:
-        DataError: no clip, no word in any transcript, or clips that cannot be used, as `data.on_error` says.
-    """
+    """List, check and recase the clips to measure on."""
     listed = load_utterances(config.data)
     tested = [clip for clip in listed if SPLIT_NAMES.get(str(clip.meta.get("split")).lower()) == "test"]
     if not tested:

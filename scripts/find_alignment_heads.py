@@ -64,10 +64,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> HeadSearch:
-    """Find, print, and write if asked.
-
-    Raises: WhisperASRError: no such checkpoint or data, or a model that follows no speech.
-    """
+    """Find, print, and write if asked."""
     check_model_path(arguments.model)
     overrides = {"device": arguments.device, "data.source": "sample", "data.sources": []}
     if arguments.data is not None:

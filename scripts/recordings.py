@@ -32,9 +32,6 @@ def find_recordings(inputs: Sequence[str]) -> list[Recording]:
     """List files, folders (recursively), globs and manifests; each file once, in order.
 
     In folders and globs only files with an audio suffix count, unless hidden; a file named itself always does.
-
-    Raises:
-        DataError: nothing is there, or nothing to transcribe.
     """
     found = {recording.path: recording for given in inputs for recording in _find(given)}
     if not found:
@@ -52,9 +49,6 @@ def caption_paths(
 
     Returns:
         Paths by format, by the recording's path.
-
-    Raises:
-        DataError: captions of two recordings would be one file.
     """
     stems = _count_stems(recordings)
     paths: dict[str, dict[str, Path]] = {}

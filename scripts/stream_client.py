@@ -72,10 +72,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def read_token(name: str | None) -> str | None:
-    """Return the token in an environment variable; None where none is named.
-
-    Raises: ConfigError: it is not set, or empty.
-    """
+    """Return the token in an environment variable; None where none is named."""
     if name is None:
         return None
     token = os.environ.get(name)

@@ -250,11 +250,7 @@ def run_captions(recordings: Sequence[Recording], arguments: argparse.Namespace,
 def wanted_captions(
     recordings: Sequence[Recording], asked: Sequence[str], arguments: argparse.Namespace
 ) -> dict[str, dict[str, Path]]:
-    """Return the captions to write of each recording, by format.
-
-    Raises:
-        DataError: two would be one file, or a folder cannot be written.
-    """
+    """Return the captions to write of each recording, by format."""
     wanted = {
         source: {name: path for name, path in paths.items() if arguments.overwrite or not path.exists()}
         for source, paths in caption_paths(recordings, asked, arguments.output).items()
