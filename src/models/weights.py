@@ -228,11 +228,15 @@ def _incomplete(folder: Path) -> str | None:
         ("preprocessor_config.json", "processor_config.json"),
     ]
     missing = [" or ".join(names) for names in wanted if not any((folder / name).is_file() for name in names)]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing += sorted(shard for shard in shards if not (folder / shard).is_file())
+    missing += absent_shards(folder)
     return f"no {', no '.join(missing)}" if missing else None
+
+
+def absent_shards(folder: Path) -> list[str]:
+    """Return the files of weights that a checkpoint's index lists and its folder lacks."""
+    index = folder / "model.safetensors.index.json"
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
+    return sorted(shard for shard in set(shards) if not (folder / shard).is_file())
 
 
 def _model_type(folder: Path) -> str | None:
@@ -270,14 +274,10 @@ def assemble_packaged_model(model: PackagedModel, folder: Path) -> None:
 def convert_once(
     name: str, source_sha256: str, source: str, *, cache_dir: Path, convert: Callable[[Path], Any]
 ) -> Path:
-    """Return the folder of a conversion, which is made if it is absent or damaged.
+    """Return the folder of a conversion in `cache_dir/weights`, which is made if it is absent or damaged.
 
-    Args:
-        name: the folder's name begins with it.
-        source_sha256: identifies the source.
-        source: what is converted, for the log and the manifest.
-        cache_dir: conversions are kept in `cache_dir/weights`; several processes may share it.
-        convert: writes the conversion into the empty folder that it is given; its errors pass through.
+    `source_sha256` identifies the source, `source` says in words what is converted. `convert` writes into the empty
+    folder that it is given; its errors pass through. Several processes may share the cache.
     """
     folder = cache_dir / "weights" / f"{name}-{source_sha256[:12]}-v{CONVERSION_VERSION}"
     try:

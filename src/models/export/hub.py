@@ -6,7 +6,6 @@ It is in no log and no error: network errors are not chained, since their texts 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -15,11 +14,11 @@ import httpx
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
+from src.models.weights import absent_shards
 from src.utils.errors import ModelError, WhisperASRError
 
 logger = logging.getLogger(__name__)
 
-INDEX_FILE = "model.safetensors.index.json"
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 _ALWAYS = ("config.json", "tokenizer.json", "preprocessor_config.json")
 # Files of each kind of export, as patterns; the key is the file that the kind is recognised by.
@@ -82,10 +81,7 @@ def _check_export(folder: Path) -> None:
         raise ModelError(
             f"{folder}: no exported model; export_huggingface, export_ctranslate2 and export_onnx write one"
         )
-    missing = [pattern for pattern in wanted if not any(folder.glob(pattern))]
-    if (folder / INDEX_FILE).is_file():
-        shards = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()
-        missing += sorted(shard for shard in set(shards) if not (folder / shard).is_file())
+    missing = [pattern for pattern in wanted if not any(folder.glob(pattern))] + absent_shards(folder)
     if missing:
         raise ModelError(f"{folder}: not a complete export, it lacks {', '.join(missing)}; export the model again")
     card = folder / "README.md"

@@ -40,10 +40,8 @@ _BATCH, _FRAMES, _TOKENS, _PAST = 2, 400, 4, 5
 def write_onnx(model: Any, folder: Path, *, int8: bool) -> None:
     """Write `encoder_model.onnx` and `decoder_model_merged.onnx`, or the same with `_quantized` in the name.
 
-    Args:
-        model: a `DynamicWhisper` in float32, on the CPU, in evaluation mode.
-        folder: exists; it needs room for three copies of the decoder's weights.
-        int8: quantise the weights.
+    The model is a `DynamicWhisper` in float32, on the CPU, in evaluation mode. The folder exists; it needs room for
+    three copies of the decoder's weights.
     """
     suffix = "_quantized" if int8 else ""
     with quiet_tools(), tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -62,16 +62,8 @@ def verify_transcripts(
 ) -> float:
     """Transcribe clips with a model and with its export, and refuse the export where more words differ than allowed.
 
-    Args:
-        model: the source, `WhisperForConditionalGeneration` or a subclass.
-        processor: of the source.
-        transcribe: the export, greedy: tokens of each clip, with or without special tokens.
-        name: of the export, for the message.
-        allowed: `word_mismatch` at most.
-        clips: (T,) float32 each, 16 kHz, up to 30 s; by default `bundled_clips`.
-
-    Returns:
-        `word_mismatch` of the transcripts.
+    `transcribe` is the export, greedy: tokens of each clip, with or without special tokens; `name` is for the message.
+    The clips are (T,) float32, 16 kHz, up to 30 s; by default `bundled_clips`. Returns the `word_mismatch`.
     """
     audios = bundled_clips() if clips is None else clips
     if not len(audios) or max(map(len, audios)) > CONTEXT_SAMPLES:
