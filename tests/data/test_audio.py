@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -260,25 +259,3 @@ def test_unusable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("x")
     with pytest.raises(WhisperASRError, match="taken: "):
         AudioCache(tmp_path / "taken").load_audio(SAMPLE_CLIP)
-
-
-def load_all(folder: Path, contents: list[bytes]) -> None:
-    cache = AudioCache(folder)
-    for content in contents * 5:
-        expected = cache.load_audio(content)
-        for path in sorted(folder.glob("*/*.flac"))[:3]:
-            path.unlink(missing_ok=True)
-        assert np.array_equal(cache.load_audio(content), expected)
-
-
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="a fresh process imports for seconds")
-def test_two_processes_share_a_folder(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    contents = [encoded(rng.normal(0, 0.1, 4_000), SAMPLE_RATE, "WAV") for _ in range(8)]
-    fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=load_all, args=(tmp_path, contents)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0]

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
-from typing import Any
 
 import numpy as np
 import pytest
-import soundfile as sf
 import soxr
 import torch
-from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from src.data.audio import SAMPLE_RATE, DecodedAudio, Waveform, decode
@@ -20,6 +16,7 @@ from src.data.preprocessing import MAX_SNR_DB, AudioPreprocessor, ClipStats, mea
 from src.data.utterance import Utterance
 from src.data.vad import VoiceActivityDetector
 from src.utils.errors import AudioError
+from tests.data.recordings import encoded
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +35,6 @@ def measure(samples: Waveform) -> ClipStats:
 
 def as_pcm(samples: Waveform) -> Waveform:
     return (np.clip(np.round(samples * 32768), -32768, 32767) / 32768).astype(np.float32)
-
-
-def encode(samples: NDArray[Any], rate: int = SAMPLE_RATE, *, kind: str = "WAV") -> bytes:
-    file = io.BytesIO()
-    sf.write(file, samples, rate, format=kind, subtype="PCM_16")
-    return file.getvalue()
 
 
 def test_stereo_at_44_1_khz_becomes_mono_at_16_khz_and_nothing_asked_changes_nothing(jfk: Waveform) -> None:
@@ -123,7 +114,7 @@ def test_speech_that_was_too_loud_is_found_at_any_rate_and_clean_speech_is_not(s
         truth = float((np.abs(loud) >= 1).mean())
         assert 0.6 * truth < measure(as_pcm(np.clip(loud, -1, 1))).clipped_fraction < 1.05 * truth  # runs of 3 and more
         at_44k = as_pcm(np.clip(soxr.resample(loud, SAMPLE_RATE, 44_100), -1, 1))
-        assert measure(decode(encode(at_44k, 44_100)).samples).clipped_fraction > 0.2 * truth
+        assert measure(decode(encoded(at_44k, 44_100, "WAV")).samples).clipped_fraction > 0.2 * truth
 
 
 def test_bandwidth_tells_telephone_speech_in_a_file_of_any_rate(sample_speech: list[Waveform]) -> None:
@@ -132,16 +123,16 @@ def test_bandwidth_tells_telephone_speech_in_a_file_of_any_rate(sample_speech: l
     for audio in sample_speech:
         telephone = soxr.resample(audio, SAMPLE_RATE, 8_000)
         for samples, rate in ((telephone, 8_000), (soxr.resample(telephone, 8_000, 48_000), 48_000)):
-            assert measure_clip(decode(encode(samples, rate))).bandwidth_hz < 4_000
+            assert measure_clip(decode(encoded(samples, rate, "WAV"))).bandwidth_hz < 4_000
 
 
 def test_a_file_is_described_by_its_own_rate_and_its_samples(jfk: Waveform) -> None:
     stereo = np.stack([soxr.resample(jfk, SAMPLE_RATE, 44_100)] * 2, axis=1)
-    stats = measure_clip(decode(encode(stereo, 44_100)))
+    stats = measure_clip(decode(encoded(stereo, 44_100, "WAV")))
     assert (stats.sample_rate, stats.channels) == (44_100, 2)
     assert stats.duration_sec == pytest.approx(len(jfk) / SAMPLE_RATE, abs=1e-3)
     pcm = np.round(jfk * 32_000).astype("<i2")
-    hashes = {measure_clip(decode(encode(pcm, kind=kind))).audio_sha256 for kind in ("WAV", "FLAC")}
+    hashes = {measure_clip(decode(encoded(pcm, SAMPLE_RATE, kind))).audio_sha256 for kind in ("WAV", "FLAC")}
     assert hashes == {hashlib.sha256(pcm.tobytes()).hexdigest()}
 
 
