@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
@@ -220,10 +221,8 @@ def _pad(batch: Sequence[Clip], draws: torch.Generator) -> Tensor:
     """Return (B, T): clips with random pauses, in whole encoder positions."""
     pauses = torch.rand(len(batch), generator=draws) * PAUSE_SAMPLES
     longest = max(len(clip.audio) + int(pause) for clip, pause in zip(batch, pauses, strict=True))
-    audio = torch.zeros(len(batch), padded_samples(longest))
-    for row, clip in enumerate(batch):
-        audio[row, : len(clip.audio)] = clip.audio
-    return audio
+    audio = pad_sequence([clip.audio for clip in batch], batch_first=True)
+    return functional.pad(audio, (0, padded_samples(longest) - audio.shape[1]))
 
 
 class Teacher:

@@ -189,11 +189,6 @@ def check_shardable(model: DynamicWhisper, config: TrainingConfig, mixed_precisi
         raise ModelError("training.shard_model: set the model's encoder_layerdrop and decoder_layerdrop to 0")
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether a module's parameters are sharded."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
-
-
 def _copy_with(model: DynamicWhisper, parameters: Sequence[nn.Parameter]) -> DynamicWhisper:
     """Copy a model's modules with other parameters in place of its own; ties hold, and the configs are shared."""
     memo: dict[int, Any] = {id(config): config for config in (model.config, model.generation_config)}

@@ -86,12 +86,8 @@ def choose_mix(
     stock, current = stock_model.state_dict(), model.state_dict()
     copies = {tensor.data_ptr(): tensor.to("cpu", copy=True) for tensor in current.values()}  # tied weights once
     tuned = {name: copies[tensor.data_ptr()] for name, tensor in current.items()}
-    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (stock, tuned)]
-    odd = [
-        f"{name} ({', '.join(str(shape.get(name, 'absent')) for shape in shapes)})"
-        for name in sorted({**stock, **tuned})
-        if shapes[0].get(name) != shapes[1].get(name)
-    ]
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (stock, tuned)]
+    odd = sorted(name for name in {**stock, **tuned} if shapes[0].get(name) != shapes[1].get(name))
     if odd:
         raise ModelError(
             f"{len(odd)} weights of the stock and the tuned model do not fit, the first is {odd[0]}. Pass the stock "

@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from src.data.loader import SpeechLoader
 from src.models.dynamic_context import DynamicWhisper
@@ -19,7 +20,7 @@ from src.models.export.huggingface import ADAPTERS_FILE, export_huggingface, rea
 from src.training import checkpoint as checkpoints
 from src.training import state as run_state
 from src.training.checkpoint import CheckpointStore, ResumeReport, TrainingState, WholeCheckpoint, verify_checkpoint
-from src.training.methods import has_adapters, is_sharded, merged_model
+from src.training.methods import has_adapters, merged_model
 from src.training.state import Progress
 from src.training.updates import Updater
 from src.utils.config import Config
@@ -88,7 +89,8 @@ class RunSaver:
     def save(self, progress: Progress) -> None:
         """Save the whole state. If that fails, training continues: older checkpoints are whole, and it tries again."""
         self.start_clock()
-        if self._store is not None or is_sharded(self._model):  # the main process needs the shards of all
+        is_sharded = any(isinstance(parameter, DTensor) for parameter in self._model.parameters())
+        if self._store is not None or is_sharded:  # the main process needs the shards of all
             state = self._collect(progress)
         if self._store is not None:
             try:
