@@ -75,7 +75,7 @@ class DriveMirror:
 
     The caller never waits and never sees an error of the drive: a folder that cannot be copied is a warning and an
     entry in `failures`, and the last good copy stays. Only folders whose own .mirror.json has their name are ever
-    replaced or removed, and only if they contain nothing but what was copied.
+    replaced or removed, and of these only the files that were copied.
 
     The target is made now if absent, never later: `WhisperASRError` if it cannot be written, or is on a Google Drive
     that is not mounted. `max_mb_per_sec` counts 10^6 bytes, written and read back.
@@ -306,21 +306,28 @@ class DriveMirror:
         return marker if marker.name == (final or folder).relative_to(self.target).as_posix() else None
 
     def _remove_copy(self, folder: Path, final: Path) -> None:
-        """Delete a copy; one with other content than was copied stays under a visible name, without its marker."""
+        """Delete the files that were copied; other content stays under a visible name, without the marker."""
         marker, token = self._read_marker(folder, final), secrets.token_hex(8)
         doomed = _hidden(final, token, "removed")
         folder.rename(doomed)  # no half of it is ever seen under its name
-        expected = {} if marker is None else marker.files
-        for path in doomed.rglob("*"):
+        expected, is_ours = {} if marker is None else marker.files, True
+        for path in sorted(doomed.rglob("*"), reverse=True):  # a folder after its content
             status, name = path.lstat(), path.relative_to(doomed).as_posix()
-            is_copied = stat.S_ISREG(status.st_mode) and status.st_size in (0, expected.get(name))  # 0: half deleted
-            if name != MARKER and not is_copied and not stat.S_ISDIR(status.st_mode):
-                kept = final.with_name(f"{final.name}.kept-{token}")
-                doomed.rename(kept)
-                (kept / MARKER).unlink()
-                logger.warning("%s has what this mirror did not write; delete it yourself if you do not need it", kept)
-                return
-        _delete(doomed)
+            is_file, is_copied = stat.S_ISREG(status.st_mode), status.st_size in (0, expected.get(name))
+            if stat.S_ISDIR(status.st_mode):
+                with contextlib.suppress(OSError):  # not empty
+                    path.rmdir()
+            elif is_file and is_copied and name in expected:  # 0 bytes: a crash came before its end
+                _unlink(path)
+            elif name != MARKER:
+                is_ours = False
+        if is_ours:
+            _delete(doomed)
+            return
+        kept = final.with_name(f"{final.name}.kept-{token}")
+        doomed.rename(kept)
+        (kept / MARKER).unlink()
+        logger.warning("%s has what this mirror did not write; delete it yourself if you do not need it", kept)
 
     def _fail(self, job: _Job, reason: str) -> None:
         with self._changed:
@@ -411,15 +418,20 @@ def _check_manifest(source: Path, copied: dict[str, tuple[int, str]]) -> None:
 def _delete(folder: Path) -> None:
     """Delete a hidden folder; the marker is last, so that a crash meanwhile leaves the folder recognisable."""
     for path in folder.rglob("*"):
-        status = path.lstat()
-        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and path != folder / MARKER:
-            os.truncate(path, 0)  # Drive's trash counts towards the quota (gpt-2-simple issue 155)
+        if stat.S_ISREG(path.lstat().st_mode) and path != folder / MARKER:
+            _unlink(path)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == MARKER):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
     folder.rmdir()
+
+
+def _unlink(file: Path) -> None:
+    if file.lstat().st_nlink == 1:
+        os.truncate(file, 0)  # Drive's trash counts towards the quota (gpt-2-simple issue 155)
+    file.unlink()
 
 
 def _hidden(final: Path, token: str, kind: str) -> Path:

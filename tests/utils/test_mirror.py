@@ -355,8 +355,8 @@ def test_a_crash_at_any_step_of_pruning_ends_in_whole_copies(drive: Drive, monke
         assert drive.names() == ["c-3"]
 
 
-@pytest.mark.parametrize("change", ["notes.txt", "link", "config"])
-def test_what_the_mirror_did_not_write_is_never_deleted(
+@pytest.mark.parametrize("change", ["notes.txt", "empty", "link", "config"])
+def test_what_the_mirror_did_not_write_is_never_deleted_and_its_own_files_are(
     drive: Drive, caplog: pytest.LogCaptureFixture, change: str
 ) -> None:
     target, foreign = drive.target, [".c-1.0123456789abcdef.partial", "c-1 (copy)", "c-7"]
@@ -367,15 +367,14 @@ def test_what_the_mirror_did_not_write_is_never_deleted(
     shutil.copytree(drive.save("c-7", "7"), target / foreign[2])
     os.link(target / "c-1" / "model", drive.home / "kept_model")
     if change == "link":
-        (target / "c-0" / "link").symlink_to(target / "c-7" / "model")
+        (target / "c-0" / "sub" / "link").symlink_to(target / "c-7" / "model")
     else:
-        (target / "c-0" / "sub" / change).write_text("mine, by hand")
-    before = sorted(path.name for path in (target / "c-0").rglob("*") if path.name != MARKER)
+        (target / "c-0" / "sub" / change).write_text("" if change == "empty" else "mine, by hand")
     put(drive.mirror(), drive.save("c-2", "2"), keep=1)
     (kept,) = target.glob("c-0.kept-*")
     assert drive.names() == sorted([*foreign, kept.name, "c-2"])
     assert [drive.content(name) for name in foreign] == ["8", "1", "7"]
-    assert sorted(path.name for path in kept.rglob("*")) == before
+    assert sorted(path.name for path in kept.rglob("*")) == sorted(["sub", change])
     assert (drive.home / "kept_model").read_text() == "1" * 100
     assert kept.name in caplog.text
 
