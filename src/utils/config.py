@@ -358,11 +358,10 @@ def load_config(
     if not isinstance(profiles, dict) or not all(isinstance(preset, dict | None) for preset in profiles.values()):
         problems.append("profiles: expected a mapping of name to settings")
     else:
-        shared = _problems(tree)
+        shared, chosen = _problems(tree), profile or tree.get("profile")
         for name, preset in profiles.items():  # a typo in a profile that is not chosen is still a typo
-            found = _problems(_merge(tree, preset or {}))
+            found = _problems(_merge(tree, preset or {})) if name != chosen else []
             problems += [f"profiles.{name}.{problem}" for problem in found if problem not in shared]
-        chosen = profile or tree.get("profile")
         if chosen in profiles:
             tree = _merge(tree, {**(profiles[chosen] or {}), "profile": chosen})
         elif chosen is not None:

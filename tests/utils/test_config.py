@@ -49,6 +49,8 @@ def test_every_problem_is_listed_at_once_with_the_nearest_key(tmp_path: Path) ->
     ):
         assert part in message
     assert message.count("did you mean 'seed'") == 1
+    with pytest.raises(ConfigError, match=r"^6 problem"):  # those of the chosen profile once, too
+        load_config(path, profile="fast", overrides={"seed": 1})
 
 
 @pytest.mark.parametrize(
