@@ -157,7 +157,8 @@ class ExperimentLogger(AbstractContextManager["ExperimentLogger"]):
             WhisperASRError: if metrics.jsonl cannot be rewritten; it stays as it was.
         """
         try:
-            lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
+            with self.metrics_path.open(encoding="utf-8") as file:  # not splitlines: a text may hold U+2028
+                lines = [line.rstrip("\n") for line in file]
             restored = [] if _training_rows(lines) else _training_rows(metrics.splitlines())
             kept = _without_later([*restored, *lines], step, epoch)
             if kept != lines:

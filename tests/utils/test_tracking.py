@@ -118,10 +118,10 @@ def shown(experiment: ExperimentLogger, *events: str) -> list[tuple[str, Any]]:
 
 def test_a_resumed_run_holds_the_rows_of_one_that_ran_through(config: Config) -> None:
     with ExperimentLogger(config, run_id="straight") as straight:
-        straight.log("evaluation", name="stock")
+        straight.log("evaluation", name="stock", text="a line\u2028separator")
         log_training(straight, range(1, 9))
     with ExperimentLogger(config, run_id="resumed") as experiment:
-        experiment.log("evaluation", name="stock")
+        experiment.log("evaluation", name="stock", text="a line\u2028separator")
         log_training(experiment, range(1, 7))
     with ExperimentLogger(config, run_id="resumed") as experiment:
         experiment.resume_at(step=3, epoch=1)
