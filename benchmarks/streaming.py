@@ -29,7 +29,8 @@ from src.data.vad import VoiceActivityDetector
 from src.evaluation.streaming import ReplayClock, WordTiming, measure_stream, replay, time_words
 from src.evaluation.streams import PUBLIC_CLIP, SpeechStream, WordAligner, add_noise, join_clips
 from src.evaluation.visualization.speed import draw_emission, draw_tradeoff
-from src.inference.engines import Engine, load_engine, transcribe
+from src.inference.engine_base import Engine
+from src.inference.engines import load_engine, transcribe
 from src.inference.options import DecodingOptions
 from src.inference.streaming.session import StreamingASR
 from src.models.whisper_model import WhisperModelManager

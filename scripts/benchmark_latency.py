@@ -31,9 +31,9 @@ from transformers import logging as transformers_logging
 from scripts.benchmarking import load_clips, number, show
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
-from src.evaluation.latency import Engine, LatencyResult, check_clips, describe_engine, measure_engine
+from src.evaluation.latency import LatencyResult, MeasuredEngine, check_clips, describe_engine, measure_engine
 from src.evaluation.metrics import error_rate, whisper_normalizer_for, word_counts
-from src.inference.decoding import TorchEngine
+from src.inference.torch_engine import TorchEngine
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import Config, load_config
 
@@ -128,7 +128,7 @@ def measure_model(
     return measured
 
 
-def peer_engine(model: Any, processor: Any) -> Engine:
+def peer_engine(model: Any, processor: Any) -> MeasuredEngine:
     """Make an engine of stock transformers: features padded to 30 s, then `generate`."""
     spoken = {"language": "en", "task": "transcribe"} if model.generation_config.is_multilingual else {}
 
@@ -141,7 +141,7 @@ def peer_engine(model: Any, processor: Any) -> Engine:
     def transcribe(clips: Sequence[Waveform]) -> list[str]:
         return [text.strip() for text in processor.batch_decode(generate(clips), skip_special_tokens=True)]
 
-    return Engine(
+    return MeasuredEngine(
         name=PEER,
         transcribe=transcribe,
         device=str(model.device),

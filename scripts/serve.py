@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 from scripts.command_line import check_model_path, parse_setting
 from scripts.stream_client import read_token
 from src.data.vad import VoiceActivityDetector
-from src.inference.engines import Engine, load_engine
+from src.inference.engine_base import Engine
+from src.inference.engines import load_engine
 from src.inference.server.host import LOOPBACK, ServerLimits
 from src.inference.server.server import DEFAULT_PORT, CaptionServer, SessionFactory
 from src.inference.streaming.session import StreamingASR

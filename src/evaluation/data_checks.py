@@ -23,7 +23,7 @@ from src.data.report.report import DataReport, hashed_choice
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator, sum_loss
 from src.evaluation.metrics import PLAIN, word_counts
-from src.inference.decoding import encode
+from src.inference.torch_engine import encode
 from src.utils.config import Config
 from src.utils.errors import DataError, ModelError
 

@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from src.data.labels import IGNORE_INDEX
 from src.evaluation import metrics
 from src.evaluation.metrics import Bootstrap, EditCounts, ErrorRates, MetricsCalculator, PairedComparison
-from src.inference.decoding import decode, encode
 from src.inference.options import DecodingOptions
+from src.inference.torch_engine import decode, encode
 from src.models.dynamic_context import evaluation_mode, get_audio_context
 from src.utils.config import Config
 from src.utils.errors import DataError
@@ -107,14 +107,14 @@ class ModelComparison:
 
 
 @dataclass(frozen=True)
-class _Decoded:
+class _Measured:
     rows: list[Prediction]
     loss_sum: float  # over `tokens`, in nats
     tokens: int
     compute_sec: float
 
     @classmethod
-    def joined(cls, parts: Sequence[_Decoded]) -> _Decoded:
+    def joined(cls, parts: Sequence[_Measured]) -> _Measured:
         rows = [row for part in parts for row in part.rows]
         return cls(
             rows, *(sum(getattr(part, name) for part in parts) for name in ("loss_sum", "tokens", "compute_sec"))
@@ -144,7 +144,7 @@ class ModelEvaluator:
         decoded = self._decode_batches(loader, desc=f"evaluating {name}")
         sampler = getattr(loader, "batch_sampler", None)
         if shared := world_size() > 1 and getattr(sampler, "world_size", 1) > 1:
-            decoded = _Decoded.joined(gather_objects(decoded))
+            decoded = _Measured.joined(gather_objects(decoded))
         rows = decoded.rows
         measured = len({row.id for row in rows}) if shared else len(rows)  # each clip must be there exactly once
         expected = len(loader.dataset) if hasattr(loader, "dataset") else measured
@@ -192,14 +192,14 @@ class ModelEvaluator:
         )
         return ModelComparison(first, second, compare_predictions(first.rows, second.rows, self._calculator.bootstrap))
 
-    def _decode_batches(self, batches: Iterable[Any], *, desc: str, total: int | None = None) -> _Decoded:
-        parts: list[_Decoded] = []
+    def _decode_batches(self, batches: Iterable[Any], *, desc: str, total: int | None = None) -> _Measured:
+        parts: list[_Measured] = []
         with evaluation_mode(self._model), torch.inference_mode():
             for batch in tqdm(batches, desc=desc, total=total, leave=False, disable=not is_main_process()):
                 parts += self._fitting.run(partial(self._decode_rows, batch), batch["ids"])
-        return _Decoded.joined(parts)
+        return _Measured.joined(parts)
 
-    def _decode_rows(self, whole: Mapping[str, Any], first: int, last: int) -> _Decoded:
+    def _decode_rows(self, whole: Mapping[str, Any], first: int, last: int) -> _Measured:
         batch = {key: values[first:last] for key, values in whole.items()}
         audios, lengths = batch["audio"], batch["audio_lengths"].tolist()
         options = DecodingOptions.from_config(self._config)
@@ -224,7 +224,7 @@ class ModelEvaluator:
             )
             for result, count, clip, speaker, duration_sec, text, meta in zip(decoded, counts, *columns, strict=True)
         ]  # fmt: skip
-        return _Decoded(rows, loss_sum, int((batch["labels"] != IGNORE_INDEX).sum()), compute_sec)
+        return _Measured(rows, loss_sum, int((batch["labels"] != IGNORE_INDEX).sum()), compute_sec)
 
 
 def sum_loss(model: Any, encoded: Any, decoder_input_ids: Tensor, labels: Tensor) -> float:

@@ -22,10 +22,10 @@ import torch
 
 from src.data.audio import SAMPLE_RATE, Waveform, to_mono_16k
 from src.data.features import CONTEXT_SAMPLES
-from src.inference.decoding import TorchEngine
-from src.inference.engines import Engine as Transcriber
+from src.inference.engine_base import Engine
 from src.inference.engines import transcribe
 from src.inference.options import DecodingOptions
+from src.inference.torch_engine import TorchEngine
 from src.utils.config import Config
 from src.utils.errors import AudioError, DataError, OutOfMemoryError
 from src.utils.memory import measure_memory
@@ -40,7 +40,7 @@ SAMPLING_SEC = 0.01  # between readings of memory, during the warm-up only
 
 
 @dataclass(frozen=True)
-class Engine:
+class MeasuredEngine:
     """Something that turns audio into text, with what it computes on."""
 
     name: str
@@ -51,7 +51,7 @@ class Engine:
     first_token: Callable[[Waveform], object] | None = None  # features, encoder and first decoder step; None: none
 
 
-def describe_engine(engine: Transcriber, config: Config) -> Engine:
+def describe_engine(engine: Engine, config: Config) -> MeasuredEngine:
     """Return an engine of `src.inference` to be measured; `inference` and `model` say how it decodes."""
     options = DecodingOptions.from_config(config)
 
@@ -59,7 +59,7 @@ def describe_engine(engine: Transcriber, config: Config) -> Engine:
         return [result.text for result in transcribe(engine, audios, options)]
 
     first_token = (lambda audio: engine.first_token(audio, options)) if options.num_beams == 1 else None
-    return Engine(engine.name, texts_of, engine.device, engine.precision, engine.audio_context, first_token)
+    return MeasuredEngine(engine.name, texts_of, engine.device, engine.precision, engine.audio_context, first_token)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def check_clips(audios: Sequence[Any], sr: int = SAMPLE_RATE) -> list[Waveform]:
 
 
 def measure_engine(
-    engine: Engine,
+    engine: MeasuredEngine,
     clips: Sequence[Waveform],
     *,
     batch_size: int = 1,

@@ -30,7 +30,7 @@ from src.data.vad import SpeechSegment, VoiceActivityDetector
 from src.evaluation.guard import CLIP_TEXT
 from src.evaluation.metrics import normalize_plain
 from src.inference.alignment import align_words
-from src.inference.decoding import encode
+from src.inference.torch_engine import encode
 from src.inference.words import Word
 from src.utils.config import VADConfig
 from src.utils.errors import DataError, ModelError

@@ -15,10 +15,10 @@ import torch
 from src.data.audio import Waveform
 from src.data.dataset import decode_audio
 from src.data.utterance import Utterance
-from src.evaluation.latency import Engine, check_clips, describe_engine, measure_engine, readable_table
+from src.evaluation.latency import MeasuredEngine, check_clips, describe_engine, measure_engine, readable_table
 from src.evaluation.metrics import Bootstrap, MetricsCalculator
 from src.inference.ct2_engine import CTranslate2Engine
-from src.inference.decoding import TorchEngine
+from src.inference.torch_engine import TorchEngine
 from src.models.export.ctranslate2 import export_ctranslate2
 from src.models.weights import HUB_REPOSITORIES
 from src.models.whisper_model import WhisperModelManager
@@ -155,7 +155,11 @@ def _measure_variant(
 
 
 def _measure(
-    row: VariantFigures, engine: Engine, clips: Sequence[Waveform], utterances: Sequence[Utterance], config: Config
+    row: VariantFigures,
+    engine: MeasuredEngine,
+    clips: Sequence[Waveform],
+    utterances: Sequence[Utterance],
+    config: Config,
 ) -> VariantFigures:
     if not clips:
         return replace(row, device=engine.device, reason=NO_CLIPS)

@@ -1,6 +1,5 @@
 from .alignment_heads import HeadSearch, find_alignment_heads, write_alignment_heads
 from .captions import CaptionOptions, LiveCaptionWriter, cues_of_segments, make_cues, write_captions
-from .decoding import decode
 from .engines import load_engine
 from .files.transcribe import BatchInference, Transcription
 from .options import DecodingOptions
@@ -10,6 +9,7 @@ from .server.page import launch_demo
 from .server.server import CaptionServer
 from .streaming.session import StreamingASR
 from .streaming.view import LiveCaptions
+from .torch_engine import decode
 
 __all__ = [
     "BatchInference",

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.inference.alignment import POSITION_SEC, align_words, record_cross_attention, time_tokens
-from src.inference.decoding import TorchEngine
 from src.inference.options import DecodingOptions
+from src.inference.torch_engine import TorchEngine
 from src.models.dynamic_context import Head, evaluation_mode, listed_heads, upper_half_heads
 from src.utils.errors import DataError, ModelError
 from src.utils.files import read_json, write_text_atomic

@@ -16,7 +16,8 @@ import numpy as np
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import HOP_SAMPLES, log_mel
-from src.inference.options import Decoded, DecodingOptions, Engine, batch_samples
+from src.inference.engine_base import Decoded, Engine, batch_samples
+from src.inference.options import DecodingOptions
 from src.inference.words import Vocabulary, Word, place_words
 from src.utils.errors import DataError, DeviceError, ModelError
 from src.utils.files import read_json, recover_folder

@@ -1,4 +1,4 @@
-"""Transcription engines: torch on any device, CTranslate2 in 8 and 16 bits; and decoding again where a text fails.
+"""Choice of an engine, torch or CTranslate2, and transcription with it; texts that fail are decoded again.
 
 Both engines give the same text and word times in float32 (tested); 8 bits flip a word here and there.
 """
@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from src.data.audio import Waveform
-from src.inference.options import DecodingOptions, DecodingResult, Engine
+from src.inference.engine_base import DecodingResult, Engine
+from src.inference.options import DecodingOptions
 from src.utils.config import Config, InferenceConfig
 from src.utils.errors import ConfigError, ModelError
 from src.utils.runtime import get_device, usable_cores
 
 if TYPE_CHECKING:
     from src.data.vad import VoiceActivityDetector
-
-__all__ = ["Engine", "decode_with_fallback", "engine_of", "load_engine", "transcribe"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ def load_engine(
     if chosen == "torch":
         import torch
 
-        from src.inference.decoding import TorchEngine
+        from src.inference.torch_engine import TorchEngine
         from src.models.whisper_model import WhisperModelManager
 
         automatic = "float16" if get_device(config.device).type == "cuda" else "float32"
@@ -101,7 +100,7 @@ def engine_of(model: Any, processor: Any, engine: Engine | None) -> Engine:
         return engine
     if model is None or processor is None:
         raise ModelError("nothing to decode with: pass a model and its processor, or engine=load_engine(...)")
-    from src.inference.decoding import TorchEngine  # CTranslate2 does without torch
+    from src.inference.torch_engine import TorchEngine  # CTranslate2 does without torch
 
     return TorchEngine(model, processor)
 

@@ -33,8 +33,8 @@ from src.data.dataset import decode_audio
 from src.data.features import CONTEXT_SAMPLES, SAMPLES_PER_POSITION, LogMel, padded_samples
 from src.data.loader import batch_generator
 from src.data.utterance import Utterance
-from src.inference.decoding import decode, encode
 from src.inference.options import DecodingOptions
+from src.inference.torch_engine import decode, encode
 from src.inference.words import Vocabulary
 from src.models.dynamic_context import DynamicWhisper
 from src.training.updates import build_optimizer, build_schedule, default_learning_rate

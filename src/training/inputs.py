@@ -26,7 +26,7 @@ from src.data.dataset import WhisperDataset
 from src.data.features import CONTEXT_SAMPLES, HOP_SAMPLES, LogMel, padded_samples
 from src.data.labels import IGNORE_INDEX
 from src.inference.alignment import align_words
-from src.inference.decoding import encode
+from src.inference.torch_engine import encode
 from src.inference.words import Word
 from src.models.dynamic_context import DynamicWhisper, evaluation_mode
 from src.training.state import tensors_digest

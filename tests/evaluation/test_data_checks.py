@@ -16,7 +16,7 @@ from src.data.report.report import DataReport, build_data_report
 from src.data.sources.catalog import SAMPLE_CLIP
 from src.data.utterance import Utterance
 from src.evaluation.data_checks import add_model_checks, choose_label_case, find_hard_clips, measure_label_styles
-from src.inference.decoding import encode
+from src.inference.torch_engine import encode
 from src.utils.config import Config, load_config
 from src.utils.errors import DataError, ModelError
 from tests.data.report_data import splits_of

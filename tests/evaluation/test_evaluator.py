@@ -18,7 +18,7 @@ from src.data.preparation import check_utterance
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import EvaluationResult, ModelEvaluator, compare_predictions
 from src.evaluation.report.run_files import load_predictions
-from src.inference import decoding
+from src.inference import torch_engine
 from src.utils.config import Config, load_config
 from src.utils.errors import DataError, OutOfMemoryError
 from src.utils.tracking import ExperimentLogger
@@ -69,7 +69,7 @@ def test_loss_is_the_token_weighted_mean_of_single_clips(
     total, tokens = 0.0, 0
     for batch in create_loader(clips, processor, single):
         with torch.no_grad():
-            encoded = decoding.encode(model, [batch["audio"][0]], 0.5)
+            encoded = torch_engine.encode(model, [batch["audio"][0]], 0.5)
             logits = model(encoder_outputs=encoded, decoder_input_ids=batch["decoder_input_ids"]).logits
         total += float(torch.nn.functional.cross_entropy(logits[0], batch["labels"][0], reduction="sum"))
         tokens += int((batch["labels"] != -100).sum())
@@ -127,7 +127,7 @@ def test_clips_that_did_not_come_give_no_rate(evaluator: ModelEvaluator, loader:
 def test_out_of_memory_halves_the_batches_from_then_on_and_loses_no_clip(
     evaluator: ModelEvaluator, loader: Any, result: EvaluationResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, sizes = decoding.encode, []
+    real, sizes = torch_engine.encode, []
 
     def encode(model: Any, audios: Any, *rest: Any, **options: Any) -> Any:
         sizes.append(len(audios))

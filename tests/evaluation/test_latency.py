@@ -11,10 +11,17 @@ import pytest
 import torch
 
 from src.evaluation.latency import WARMUP_CALLS as WARM
-from src.evaluation.latency import Engine, LatencyBenchmark, LatencyResult, check_clips, latency_table, measure_engine
+from src.evaluation.latency import (
+    LatencyBenchmark,
+    LatencyResult,
+    MeasuredEngine,
+    check_clips,
+    latency_table,
+    measure_engine,
+)
 from src.evaluation.report.run_files import load_metrics
 from src.evaluation.visualization.evaluation import latest_latencies
-from src.inference import decoding
+from src.inference import torch_engine
 from src.inference.options import DecodingOptions
 from src.utils.config import Config, load_config
 from src.utils.errors import AudioError, DataError
@@ -50,7 +57,7 @@ class FakeEngine:
 
     def measure(self, clips: Sequence[np.ndarray], **options: Any) -> LatencyResult:
         first = self.first_token if self._first_sec else None
-        engine = Engine("fake", self.transcribe, "cpu", "float32", "full", first)
+        engine = MeasuredEngine("fake", self.transcribe, "cpu", "float32", "full", first)
         return measure_engine(engine, clips, clock=lambda: self.now, **options)
 
 
@@ -96,7 +103,7 @@ def test_peak_memory_holds_what_a_call_frees_before_it_ends(monkeypatch: pytest.
         return [""]
 
     monkeypatch.setattr("src.evaluation.latency.measure_memory", measure)
-    result = measure_engine(Engine("fake", transcribe, "cpu", "float32", "full"), [clip(1.0)])
+    result = measure_engine(MeasuredEngine("fake", transcribe, "cpu", "float32", "full"), [clip(1.0)])
     assert result.peak_memory_mb == 900.0
 
 
@@ -106,7 +113,7 @@ def test_running_out_of_memory_leaves_blanks_and_a_reason_and_other_errors_pass_
     measured = ("rtf", "rtfx", "clips_per_sec", "audio_sec", "compute_sec", "mean_sec", "p50_sec", "peak_memory_mb")
     assert [getattr(result, name) for name in measured] == [None] * len(measured)
     with pytest.raises(ZeroDivisionError):
-        measure_engine(Engine("fake", lambda audios: [str(1 // 0)], "cpu", "float32", "full"), [clip(1.0)])
+        measure_engine(MeasuredEngine("fake", lambda audios: [str(1 // 0)], "cpu", "float32", "full"), [clip(1.0)])
     for options in ({"batch_size": 0}, {"batch_size": 3}, {"passes": 0}):
         with pytest.raises(DataError, match="batch size"):
             FakeEngine([]).measure([clip(1.0), clip(1.0)], **options)
@@ -159,7 +166,7 @@ def test_model_is_measured_with_the_decoder_of_files_and_left_as_it_was(
     short = jfk[: 3 * RATE]
     single = LatencyBenchmark(model, processor, CONFIG, name="stock").benchmark_single(short, repeats=2)
     assert [module.training for module in model.modules()] == modes
-    (expected,) = decoding.decode(model.eval(), processor, [short], DecodingOptions.from_config(CONFIG))
+    (expected,) = torch_engine.decode(model.eval(), processor, [short], DecodingOptions.from_config(CONFIG))
     assert single.texts == (expected.text,)
     assert (single.calls, single.audio_sec, single.batch_size, single.p95_sec) == (2, 6.0, 1, None)
     described = (single.name, single.engine, single.device, single.precision, single.audio_context)
@@ -167,7 +174,7 @@ def test_model_is_measured_with_the_decoder_of_files_and_left_as_it_was(
     assert single.peak_memory_mb is not None and single.peak_memory_mb > 100  # of the whole process
     assert single.first_token_sec is not None
     options = DecodingOptions.from_config(CONFIG)
-    assert decoding.TorchEngine(model, processor).first_token(short, options) == expected.tokens[0]
+    assert torch_engine.TorchEngine(model, processor).first_token(short, options) == expected.tokens[0]
     beams = load_config(None, overrides={"device": "cpu", "inference": {"num_beams": 2, "max_tokens_per_sec": 1.0}})
     found = LatencyBenchmark(model, processor, beams).benchmark_single(short, repeats=1)
     assert found.first_token_sec is None  # no token is final before the end
@@ -176,14 +183,14 @@ def test_model_is_measured_with_the_decoder_of_files_and_left_as_it_was(
 def test_batch_sizes_that_do_not_fit_are_reported_or_left_out(
     small: tuple[Any, Any], jfk: np.ndarray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real: Any = decoding.encode
+    real: Any = torch_engine.encode
 
     def encode(model: Any, audios: Any, *rest: Any) -> Any:
         if len(audios) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, audios, *rest)
 
-    monkeypatch.setattr("src.inference.decoding.encode", encode)
+    monkeypatch.setattr("src.inference.torch_engine.encode", encode)
     benchmark = LatencyBenchmark(*small, CONFIG)
     fits, too_large = benchmark.throughput([jfk[:RATE], jfk[: 2 * RATE]], batch_sizes=(1, 2, 16))
     assert "[16]" in caplog.text

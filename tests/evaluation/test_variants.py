@@ -11,7 +11,7 @@ from src.data.preparation import check_utterance
 from src.data.utterance import Utterance
 from src.evaluation import variants
 from src.evaluation.evaluator import ModelEvaluator
-from src.evaluation.latency import Engine
+from src.evaluation.latency import MeasuredEngine
 from src.evaluation.variants import ENGINES, NO_CLIPS, VariantFigures, compare_models
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import Config, load_config
@@ -94,7 +94,7 @@ def test_a_model_that_does_not_fit_into_memory_is_a_reason(config: Config, monke
 
 
 def test_one_clip_has_no_interval(config: Config) -> None:
-    engine = Engine("torch", lambda audios: ["red house"] * len(audios), "cpu", "float32", "full")
+    engine = MeasuredEngine("torch", lambda audios: ["red house"] * len(audios), "cpu", "float32", "full")
     utterance = Utterance("a", b"", "red mouse", duration_sec=1.0)
     blank = VariantFigures("tiny.en", "torch")
     row = variants._measure(blank, engine, [np.zeros(16_000, dtype=np.float32)], [utterance], config)

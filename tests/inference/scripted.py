@@ -7,7 +7,8 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from src.data.audio import Waveform
-from src.inference.options import DecodingOptions, DecodingResult
+from src.inference.engine_base import DecodingResult
+from src.inference.options import DecodingOptions
 from src.inference.words import Word
 
 Hear = Callable[[Waveform, DecodingOptions], Sequence[Word]]

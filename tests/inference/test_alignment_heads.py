@@ -16,8 +16,8 @@ from src.data.audio import load_audio
 from src.data.utterance import Utterance
 from src.inference.alignment import POSITION_SEC
 from src.inference.alignment_heads import HeadSearch, find_alignment_heads, score_heads, write_alignment_heads
-from src.inference.decoding import TorchEngine
 from src.inference.options import DecodingOptions
+from src.inference.torch_engine import TorchEngine
 from src.inference.words import Vocabulary
 from src.models.dynamic_context import DynamicWhisper, upper_half_heads
 from src.models.processor import save_processor

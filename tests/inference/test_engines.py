@@ -17,9 +17,10 @@ import pytest
 
 from src.data.audio import Waveform, load_audio
 from src.inference.ct2_engine import CTranslate2Engine, find_device
-from src.inference.decoding import TorchEngine
-from src.inference.engines import Engine, decode_with_fallback, load_engine, transcribe
-from src.inference.options import DecodingOptions, DecodingResult
+from src.inference.engine_base import DecodingResult, Engine
+from src.inference.engines import decode_with_fallback, load_engine, transcribe
+from src.inference.options import DecodingOptions
+from src.inference.torch_engine import TorchEngine
 from src.models.export.ctranslate2 import export_ctranslate2
 from src.utils.config import Config, InferenceConfig, load_config
 from src.utils.errors import ConfigError, DeviceError, ModelError

@@ -11,8 +11,8 @@ from src.data.features import LogMel
 from src.data.labels import IGNORE_INDEX
 from src.data.loader import SpeechLoader, batch_generator, create_loader
 from src.data.utterance import Utterance
-from src.inference.decoding import decode
 from src.inference.options import DecodingOptions
+from src.inference.torch_engine import decode
 from src.inference.words import Word
 from src.training import inputs as module
 from src.training.inputs import TrainingInputs, cut_at_words, load_or_time_words, time_words

@@ -14,8 +14,8 @@ from src.data.labels import LabelEncoder
 from src.data.loader import create_loader
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator
-from src.inference.decoding import decode
 from src.inference.options import DecodingOptions
+from src.inference.torch_engine import decode
 from src.models.export.huggingface import read_provenance
 from src.training import saver as saving
 from src.training.trainer import WhisperTrainer

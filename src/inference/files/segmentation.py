@@ -18,8 +18,9 @@ from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import CONTEXT_SAMPLES
 from src.data.labels import TIMESTAMP_STEP_SEC, TimedTokens
 from src.data.vad import VADEvent, VoiceActivityDetector
-from src.inference.engines import Engine, decode_with_fallback
-from src.inference.options import DecodingOptions, DecodingResult
+from src.inference.engine_base import DecodingResult, Engine
+from src.inference.engines import decode_with_fallback
+from src.inference.options import DecodingOptions
 from src.inference.words import Vocabulary, Word, shifted, split_words
 from src.utils.config import InferenceConfig
 

@@ -24,9 +24,10 @@ from tqdm.auto import tqdm
 
 from src.data.audio import SAMPLE_RATE, Waveform, stream_audio, to_mono_16k
 from src.data.vad import VoiceActivityDetector
-from src.inference.engines import Engine, decode_with_fallback, engine_of
+from src.inference.engine_base import DecodingResult, Engine
+from src.inference.engines import decode_with_fallback, engine_of
 from src.inference.files.segmentation import Segment, TranscribedSegment, cut_at_silences, decode_windows
-from src.inference.options import DecodingOptions, DecodingResult
+from src.inference.options import DecodingOptions
 from src.inference.words import Word
 from src.utils.config import Config
 from src.utils.errors import AudioError, DataError

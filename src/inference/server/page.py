@@ -28,7 +28,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from src.data.audio import SAMPLE_RATE, Waveform, stream_audio
 from src.data.vad import VoiceActivityDetector
 from src.inference.captions import make_cues, spaced, to_srt, to_vtt
-from src.inference.engines import Engine, load_engine, transcribe
+from src.inference.engine_base import Engine
+from src.inference.engines import load_engine, transcribe
 from src.inference.files.transcribe import BatchInference, Transcriptions
 from src.inference.options import DecodingOptions
 from src.inference.server.host import LOOPBACK, LiveHost, LiveSession, ServerLimits, complaint
@@ -101,7 +102,7 @@ def launch_demo(
     config, host = config or Config(), LiveHost(limits)
     sources: dict[str, ModelSource] = {**(models or {}), **({} if stock is None else {"stock": stock})}
     if model is not None:
-        from src.inference.decoding import TorchEngine
+        from src.inference.torch_engine import TorchEngine
 
         sources = {"tuned": TorchEngine(model, processor)} | sources
     engines = {n: load_engine(each, config) if isinstance(each, str | Path) else each for n, each in sources.items()}

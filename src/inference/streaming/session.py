@@ -22,7 +22,8 @@ import soxr
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.vad import WINDOW_SAMPLES, SpeechTimeline, VADEvent, VoiceActivityDetector, check_waveform
-from src.inference.engines import Engine, engine_of, transcribe
+from src.inference.engine_base import Engine
+from src.inference.engines import engine_of, transcribe
 from src.inference.options import DecodingOptions
 from src.inference.streaming.commit import CommitPolicy, Event, find_loop, join_words, make_policy
 from src.inference.streaming.microphone import BrowserMicrophone, Microphone, in_real_time

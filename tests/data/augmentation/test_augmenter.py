@@ -22,8 +22,8 @@ from src.data.augmentation.augmenter import AudioAugmenter, Effects, SpecAugment
 from src.data.augmentation.effects import RT60_SEC, Effect, Gain, Noise, Pitch, Room, Speed, Telephone, pitch_ratios
 from src.data.features import LogMel
 from src.evaluation.metrics import normalize_plain
-from src.inference.decoding import decode
 from src.inference.options import DecodingOptions
+from src.inference.torch_engine import decode
 from src.utils.config import AugmentationConfig, SpecAugmentConfig
 from src.utils.errors import AudioError, ConfigError, DataError
 

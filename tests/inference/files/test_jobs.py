@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from src.inference.engine_base import DecodingResult
 from src.inference.files.jobs import JobReport, append_rows, deal, part_path, run_job
 from src.inference.files.segmentation import TranscribedSegment
 from src.inference.files.transcribe import Transcription
-from src.inference.options import DecodingResult
 from src.utils.errors import DataError
 
 SETTINGS = {"model": "tiny.en", "words": False, "temperatures": (0.0, 0.2)}

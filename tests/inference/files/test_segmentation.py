@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.vad import VADEvent
+from src.inference.engine_base import DecodingResult
 from src.inference.files.segmentation import Segment, cut_at_silences, decode_windows, split_at_timestamps
-from src.inference.options import DecodingOptions, DecodingResult
+from src.inference.options import DecodingOptions
 from src.inference.words import Word
 from src.utils.config import InferenceConfig, VADConfig
 

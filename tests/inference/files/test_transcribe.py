@@ -10,8 +10,9 @@ import pytest
 import soundfile as sf
 
 from src.data.audio import SAMPLE_RATE, Waveform
+from src.inference.engine_base import DecodingResult
 from src.inference.files.transcribe import BatchInference
-from src.inference.options import DecodingOptions, DecodingResult
+from src.inference.options import DecodingOptions
 from src.utils.config import load_config
 from src.utils.errors import AudioError, DataError, ModelError, OutOfMemoryError
 from tests.inference.files.test_segmentation import LoudDetector

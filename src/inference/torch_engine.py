@@ -1,4 +1,4 @@
-"""Decoding with torch: log-mel, encoder, greedy or beam search and word times for a batch of clips.
+"""Torch engine: log-mel, encoder, greedy or beam search and word times for a batch of clips.
 
 Greedy decoding is a plain loop over the decoder with its cache, so that a forced prefix, a token cap per clip,
 log-probabilities and word times cost nothing extra; it gives the tokens that `generate` gives (tested). Beams go to
@@ -20,7 +20,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import LogMel
 from src.inference.alignment import align_words, alignment_heads, record_cross_attention, time_tokens
-from src.inference.options import Decoded, DecodingOptions, DecodingResult, Engine, batch_samples
+from src.inference.engine_base import Decoded, DecodingResult, Engine, batch_samples
+from src.inference.options import DecodingOptions
 from src.inference.words import Vocabulary, Word, place_words
 from src.models.dynamic_context import evaluation_mode, get_audio_context
 

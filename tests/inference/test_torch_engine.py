@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from src.data.audio import load_audio
 from src.data.features import CONTEXT_SAMPLES, LogMel
-from src.inference.decoding import decode, encode
-from src.inference.options import DecodingOptions, DecodingResult
+from src.inference.engine_base import DecodingResult
+from src.inference.options import DecodingOptions
+from src.inference.torch_engine import decode, encode
 from src.utils.errors import ModelError
 
 pytestmark = pytest.mark.slow
