@@ -102,6 +102,7 @@ def measure_model(
     """Measure both sides at each batch size, in turns."""
     manager = WhisperModelManager(config)
     model, processor = manager.initialize_model()
+    assert manager.weights is not None  # a model was loaded
     peer = WhisperForConditionalGeneration.from_pretrained(manager.weights.path, dtype=torch.float32)
     engines = [
         describe_engine(TorchEngine(model, processor), config),

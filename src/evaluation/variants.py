@@ -151,6 +151,7 @@ def _measure_variant(
             loaded = CTranslate2Engine(export, device="cpu", compute_type=quantization, threads=torch.get_num_threads())
             row = replace(row, disk_mb=_weights_mb(export))
             rows[engine] = _measure(row, describe_engine(loaded, config), clips, utterances, config)
+            del loaded  # else the memory of the next engine would include it
     return [rows[engine] for engine in engines]
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -64,6 +65,21 @@ def test_without_clips_parameters_and_size_are_filled_and_a_failed_export_is_a_r
     (large,) = compare_models(config, engines=["ctranslate2-int8"]).rows
     assert large.reason is not None and "1 M parameters" in large.reason
     assert (large.parameters, large.disk_mb) == (37_760_256, None)
+
+
+def test_one_export_at_a_time_is_in_memory(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = WeakSet[Any]()
+
+    class FakeCTranslate2:
+        name, device, precision, audio_context = "ctranslate2", "cpu", "int8", "full"
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            assert not alive
+            alive.add(self)
+
+    monkeypatch.setattr(variants, "export_ctranslate2", lambda *args, **options: tmp_path)
+    monkeypatch.setattr(variants, "CTranslate2Engine", FakeCTranslate2)
+    assert len(compare_models(config, engines=ENGINES[1:]).rows) == 2
 
 
 def test_wrong_names_are_errors_before_anything_is_loaded(
