@@ -172,7 +172,7 @@ def write_alignment_heads(folder: Path, heads: Sequence[Head]) -> Path:
     try:
         known: dict[str, Any] = read_json(path, dict, what="a generation config", fix=fix)
     except DataError as err:
-        raise ModelError(f"{err}; {fix}" if not path.exists() else str(err)) from err
+        raise ModelError(str(err)) from err
     known["alignment_heads"] = [list(head) for head in heads]
     write_text_atomic(path, json.dumps(known, indent=2, sort_keys=True) + "\n", durable=True)
     return path

@@ -85,7 +85,7 @@ def read_json(path: Path, parse: Callable[[Any], T], *, what: str, fix: str) -> 
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
     except OSError as err:
-        raise DataError(f"{path}: cannot be read: {err.strerror}") from err
+        raise DataError(f"{path}: cannot be read: {err.strerror}; {fix}") from err
     except (ValueError, TypeError, KeyError, AttributeError) as err:
         problem = first_line(err)
         if callable(errors := getattr(err, "errors", None)):  # pydantic's first line only counts them
