@@ -399,7 +399,9 @@ class AudioCache:
         """Return what `decode` does, and keep it for `load_audio`."""
         encoded, path = self._find(source, name)
         decoded = decode(encoded, name=_label(source, name), max_sec=max_sec)
-        if not path.exists():
+        with self._naming_the_folder():
+            is_kept = path.exists()
+        if not is_kept:
             self._keep(decoded.samples, path)
         return decoded
 

@@ -257,5 +257,7 @@ def test_full_disk_names_the_folder_and_the_fix_and_leaves_no_part(
 
 def test_unusable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("x")
-    with pytest.raises(WhisperASRError, match="taken: "):
-        AudioCache(tmp_path / "taken").load_audio(SAMPLE_CLIP)
+    for folder in (tmp_path / "taken", tmp_path / ("long" * 100)):
+        for use in (AudioCache(folder).load_audio, AudioCache(folder).decode):
+            with pytest.raises(WhisperASRError, match=f"{folder}: "):
+                use(SAMPLE_CLIP)
