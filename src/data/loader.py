@@ -125,6 +125,7 @@ class SpeechLoader:
             _Batches(dataset, collate_fn),
             batch_size=None,  # batches come ready
             sampler=self._remaining,
+            collate_fn=_as_it_is,  # torch's own would make tensors of NumPy's numbers in `meta`
             worker_init_fn=_leave_interrupts_to_the_parent,
             generator=torch.Generator(),  # otherwise each epoch would take a number from the global one
             **workers,
@@ -207,6 +208,10 @@ class _Batches(Dataset[Batch | WhisperASRError]):
             return self.collate_fn([self.dataset[example] for example in examples])
         except WhisperASRError as err:
             return err
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:

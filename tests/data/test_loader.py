@@ -73,6 +73,12 @@ def test_training_batches_are_composed_of_every_clip_once(clips: list[Utterance]
     assert len(loader) == loader.batches_in(1)
 
 
+def test_other_columns_come_as_they_are(clips: list[Utterance]) -> None:
+    row = {"age": np.float64(31), "words": np.int64(3)}  # of a table of pandas
+    [batch] = create_loader([replace(clips[0], meta=row)], word_processor(), settings())
+    assert [type(value) for value in batch["meta"][0].values()] == [np.float64, np.int64]
+
+
 def test_evaluation_batches_are_never_composed(clips: list[Utterance]) -> None:
     loader = create_loader(clips, word_processor(), settings(composition=COMPOSED))
     first = list(loader)
