@@ -90,11 +90,11 @@ def convert_ct2_to_hf(source_dir: Path, output_dir: Path) -> Path:
         generation_config = _generation_config(ct2_config, config, processor)
     if "audio_context" in ct2_config:  # written by this library's own export
         config.audio_context = ct2_config["audio_context"]
-    with torch.device("meta"):
-        model = WhisperForConditionalGeneration(config)
     try:  # names and shapes must be those of the model that will load them
+        with torch.device("meta"):
+            model = WhisperForConditionalGeneration(config)
         model.load_state_dict(state | {"proj_out.weight": state["model.decoder.embed_tokens.weight"]}, assign=True)
-    except RuntimeError as err:
+    except (RuntimeError, ValueError, ArithmeticError) as err:  # the last two: a number of heads that cannot be
         problems = " ".join(str(err).split())[:300]
         raise ModelError(f"{source_dir / 'model.bin'}: the weights do not fit Whisper: {problems}") from err
     with atomic_folder(output_dir) as folder:
@@ -144,7 +144,10 @@ def _read_variables(path: Path) -> Variables:
         name = take_name()
         shape = [take("I") for _ in range(take("B"))]
         dtype, num_bytes = DTYPES[take("B")], take("I")
-        stored = np.frombuffer(data, "uint16" if dtype == "bfloat16" else dtype, prod(shape), at).reshape(shape)
+        on_disk = np.dtype("uint16" if dtype == "bfloat16" else dtype)
+        if num_bytes != prod(shape) * on_disk.itemsize:
+            raise ValueError(f"{name}, {shape} of {dtype}, cannot take {num_bytes} bytes")
+        stored = np.frombuffer(data, on_disk, prod(shape), at).reshape(shape)
         at += num_bytes
         # numpy has no bfloat16: it is the upper half of a float32
         variables[name] = (stored.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else stored
@@ -153,6 +156,8 @@ def _read_variables(path: Path) -> Variables:
         for suffix in ("", "_scale", "_zero"):  # the file says it of the weight alone
             if target + suffix in variables:
                 variables[alias + suffix] = variables[target + suffix]
+    if at < len(data):
+        raise ValueError(f"{len(data) - at} bytes after the end of the model")
     return variables
 
 

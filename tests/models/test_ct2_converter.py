@@ -215,6 +215,23 @@ def test_truncated_model_is_refused_by_name(tiny_copy: Path, tmp_path: Path, kep
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.parametrize(
+    ("field", "damaged"),
+    [
+        (struct.pack("<BIBI", 1, 384, 4, 768), struct.pack("<BIBI", 1, 384, 0, 768)),  # float16 read as float32
+        (struct.pack("<BIBI", 1, 384, 4, 768), struct.pack("<BIBI", 129, 384, 4, 768)),  # 129 dimensions
+    ],
+)
+def test_header_that_contradicts_its_bytes_is_refused(
+    tiny_copy: Path, tmp_path: Path, field: bytes, damaged: bytes
+) -> None:
+    content = (tiny_copy / "model.bin").read_bytes()
+    assert field in content
+    (tiny_copy / "model.bin").write_bytes(content.replace(field, damaged, 1))
+    with pytest.raises(ModelError, match=r"model\.bin"):
+        convert_ct2_to_hf(tiny_copy, tmp_path / "hf")
+
+
 @pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n" * 100, struct.pack("<IH", 6, 4) + b"\xff\xfe\xfd\0" * 50])
 def test_file_that_is_no_model_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.bin").write_bytes(content)
