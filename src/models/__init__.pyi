@@ -1,4 +1,4 @@
-from .ct2_converter import convert_ct2_to_hf
+from .ct2_to_hf import convert_ct2_to_hf
 from .dynamic_context import DynamicWhisper
 from .export.ctranslate2 import export_ctranslate2
 from .export.hub import push_to_hub

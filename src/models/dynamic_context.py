@@ -2,7 +2,7 @@
 
 The position table is sliced, nothing else changes: state-dict keys are those of stock Whisper, and at 3,000 frames the
 outputs are the stock ones. A model must be trained for short context, else its decoder does not know when to stop
-(measured 2026-11-24 on two CPU cores, tiny.en, 100 SpeechOcean762 clips: stock weights at own length give WER 6.3).
+(measured 2026-11-24 on two CPU cores, tiny.en, 100 SpeechOcean762 clips: stock weights at own length give WER 630 %).
 So a checkpoint says in its config which it can do, `audio_context: "full" | "dynamic"`, and the encoder enforces it.
 """
 

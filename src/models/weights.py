@@ -213,7 +213,7 @@ def _from_package(name: str, model: PackagedModel, cache_dir: Path, attempts: li
 
 
 def _convert(ct2_dir: Path, target: Path) -> None:
-    from src.models.ct2_converter import convert_ct2_to_hf  # torch and transformers: not where it was done before
+    from src.models.ct2_to_hf import convert_ct2_to_hf  # torch and transformers: not where it was done before
 
     convert_ct2_to_hf(ct2_dir, target)
 

@@ -15,7 +15,7 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from scripts import export as export_script
 from scripts import export_onnx as export_onnx_script
-from src.models.ct2_converter import convert_ct2_to_hf
+from src.models.ct2_to_hf import convert_ct2_to_hf
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export import ctranslate2 as ct2_export
 from src.models.export import huggingface as export

@@ -21,7 +21,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration, Whisper
 
 from src.data.audio import load_audio
 from src.data.utterance import Utterance
-from src.models.ct2_converter import convert_ct2_to_hf
+from src.models.ct2_to_hf import convert_ct2_to_hf
 from src.models.processor import build_processor, save_processor
 from src.models.weights import PACKAGED_MODELS, assemble_packaged_model
 from src.utils.errors import ModelError
