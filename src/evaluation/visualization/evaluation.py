@@ -102,7 +102,8 @@ class EvaluationVisualizer:
         ]
         measured = [part for parts in found.values() for part in parts if math.isfinite(part.low)]
         notes = [f"{len(shown)} of {len(values)} slices are drawn"] if len(values) > len(shown) else []
-        notes += ["bootstrap intervals over " + " or ".join(sorted({f"{part.blocks}s" for part in measured}))]
+        over = " or ".join(sorted({f"{part.blocks}s" for part in measured}))
+        notes += [f"bootstrap intervals over {over}"] if over else []
         if any(part.num_blocks < FEW_BLOCKS for part in measured):
             notes.append(f"too narrow where there are fewer than {FEW_BLOCKS}")
         with new_figure(8, min(4.0, 1.5 + 0.4 * len(labels)), "; ".join(notes)) as figure:
@@ -202,10 +203,11 @@ class EvaluationVisualizer:
         """Draw how long clips take: each one's share of its batch, and median to 95th percentile of each engine."""
         times = {name: np.array([gap(row.latency_sec) for row in rows]) for name, rows in self._predictions.items()}
         times = {name: values[np.isfinite(values)] for name, values in times.items() if np.isfinite(values).any()}
-        timings = [row for row in self._latencies if math.isfinite(gap(row.get("p50_sec")))][:MAX_TIMINGS]
+        measured = [row for row in self._latencies if math.isfinite(gap(row.get("p50_sec")))]
+        timings, omitted = measured[:MAX_TIMINGS], len(measured) > MAX_TIMINGS
         if not times and not timings:
             raise DataError(f"{self._run_dir}: no latency to draw; evaluate a model, or {HOW_TO_MEASURE}")
-        with new_figure(10, 4) as figure:
+        with new_figure(10, 4, f"{MAX_TIMINGS} of {len(measured)} timings are drawn" if omitted else "") as figure:
             left, right = figure.subplots(1, 2)
             left.set_title("In the evaluation's batches")
             for name, values in times.items():
@@ -226,8 +228,8 @@ class EvaluationVisualizer:
             right.set(xlabel="seconds", ylim=(len(timings) - 0.5, -0.5))
             right.margins(x=0.3)
             right.grid(axis="y", visible=False)
-            for axes, measured in ((left, times), (right, timings)):
-                if measured:
+            for axes, drawn in ((left, times), (right, timings)):
+                if drawn:
                     axes.set_xlim(left=0)
                 else:
                     show_note(axes, NOT_MEASURED)
