@@ -70,6 +70,8 @@ def test_slices_come_worst_first_and_the_worse_ones_are_limits(model_dir: Path, 
         ("car", "10", "1.000"), ("hall", "30", "0.000"),
     ]  # fmt: skip
     assert "room is car: WER 1.000" in section(text, "Limits")
+    write(tmp_path / "rooms", [evaluation("tuned", 0.25) | {"wer": None}], rows)  # the whole set has no rate
+    assert "room is" not in section(write_model_card(model_dir, tmp_path / "rooms").read_text(), "Limits")
 
 
 def test_texts_of_the_data_cannot_break_the_card(model_dir: Path, tmp_path: Path) -> None:
