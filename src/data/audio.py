@@ -37,6 +37,7 @@ MIN_RATE, MAX_RATE = 4_000, 768_000  # Hz: half of telephony, the fastest conver
 BLOCK_VALUES = 1 << 20  # samples of all channels decoded at once (4 MB); a file within one is resampled in one go
 CACHE_VERSION = 1  # raise it when decoding or the format of cached files changes: they are made again
 
+# first bytes of the files that libsndfile reads; FFmpeg gets the others
 _SOUNDFILE = frozenset({b"RIFF", b"RIFX", b"RF64", b"riff", b"FORM", b".snd", b"dns.", b"caff", b"OggS"})
 # FFmpeg may open these and nothing else: no playlists, which name other files and addresses, and no
 # containers that hide their losses (avi, flv, mpegts). What libsndfile refuses, it would decode in part.
@@ -44,8 +45,8 @@ _FFMPEG_FORMATS = "aac,ac3,amr,asf,flac,matroska,mov,mp3,nistsphere,wav,webm"
 _STRICT = {"err_detect": "crccheck+explode"}
 _TOLERANCE_SEC = 0.05  # times in a container are rounded, and begin before or after the codec's own delay
 _EXACT_SEC = 0.001  # where the header counts samples
-_SURPLUS_BYTES = 32  # a phone's recorder says 22 bytes too much, and everything plays it
-_UNKNOWN_BYTES = 0x7FFFF000  # a size from here on is what writers put that could not seek back
+_SURPLUS_BYTES = 32  # some phones state 22 bytes too many, and every player accepts it
+_UNKNOWN_BYTES = 0x7FFFF000  # from here on: the placeholder of a writer that could not seek back
 _UNKNOWN_FRAMES = 1 << 62  # libsndfile says 2**63 - 1 where a header is silent
 _PCM_STEPS = 1 << 15  # of a 16-bit sample, on either side of 0
 _CONVERT = "convert it: ffmpeg -i IN -ar 16000 -ac 1 OUT.wav"
@@ -66,19 +67,19 @@ class DecodedAudio:
 def load_audio(
     source: AudioSource, *, name: str | None = None, max_sec: float | None = None, allow_silence: bool = False
 ) -> Waveform:
-    """Decode a recording, mix it to mono and resample it, in memory that the result bounds.
+    """Decode a recording, mix it to mono and resample it, in little more memory than the result takes.
 
     Args:
-        source: a path, the bytes of an encoded file, or something that reads them.
+        source: a path, the bytes of an encoded file, or an object whose `read` returns them.
         name: what to call it in errors; the path by default.
-        max_sec: refuse what is longer, at the header or as soon as so much has been decoded.
+        max_sec: refuse a longer recording, by its header or as soon as this much has been decoded.
         allow_silence: return a silent signal instead of raising; silence may be transcribed, not trained on.
 
     Returns:
         (T,) float32 in about [-1, 1], 16 kHz.
 
     Raises:
-        AudioError: absent, empty, truncated, damaged, not audio, NaN or infinite samples, longer than `max_sec`,
+        AudioError: absent, empty, truncated, damaged or not audio; NaN or infinite samples; longer than `max_sec`,
             shorter than 0.1 s, or silent.
     """
     return decode(source, name=name, max_sec=max_sec, allow_silence=allow_silence).samples
@@ -185,7 +186,7 @@ def _open_file(source: AudioSource, label: str) -> Iterator[BinaryIO]:
 
 
 class _Sequential(sf.SoundFile):  # type: ignore[misc]
-    """soundfile seeks to where it is after each read, and a decoder with a state loses it by that."""
+    """soundfile seeks to its own position after each read, which resets decoders that keep a state."""
 
     def seekable(self) -> bool:
         return False
@@ -259,7 +260,7 @@ def _open_with_ffmpeg(file: BinaryIO, label: str, stack: ExitStack) -> _Recordin
     whole_sec = None if container.duration is None else container.duration / av.time_base
     begin_sec = None if stream.start_time is None else float(stream.start_time * stream.time_base)
     promised_sec, lead_samples = None, 0
-    if kind in ("aac", "ac3", "amr") or (kind == "mp3" and not stream.start_time):  # no delay: without LAME's header
+    if kind in ("aac", "ac3", "amr") or (kind == "mp3" and not stream.start_time):  # an mp3 without LAME's header
         pass  # FFmpeg guesses the duration from the bit rate
     elif stream.duration is not None:
         promised_sec = float(stream.duration * stream.time_base)

@@ -1,7 +1,7 @@
 """Batches of similar length in an order that a stopped run can continue, decoded ahead of time by worker processes.
 
 The order of an epoch is a pure function of the seed and the epoch. So the state of a loader is two numbers, resuming
-decodes nothing twice, and several processes take their shares of one plan without sending anything.
+decodes nothing twice, and several processes take their shares of one plan without communicating.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def create_loader(
     """
     encoder = LabelEncoder(processor.tokenizer, language=config.model.language, task=config.model.task)
     composition = config.composition if shuffle else CompositionConfig()
-    made = make_no_speech(utterances, fraction=composition.no_speech_fraction, seed=config.seed)
+    no_speech = make_no_speech(utterances, fraction=composition.no_speech_fraction, seed=config.seed)
     load = cache.load_audio if (cache := audio_cache(config)) else load_audio
-    dataset = WhisperDataset([*utterances, *made], encoder, on_error=config.data.on_error, load=load)
+    dataset = WhisperDataset([*utterances, *no_speech], encoder, on_error=config.data.on_error, load=load)
     enforce_skip_policy(dataset.skipped, len(utterances), config.data.max_skip_fraction)
     counts = [len(tokens) for tokens in dataset.tokens]
     planner = ExamplePlanner(
@@ -96,7 +96,7 @@ def create_loader(
 
 
 def choose_workers(setting: int | Literal["auto"], *, on_cuda: bool) -> tuple[int, str]:
-    """Resolve `data.num_workers` to the number of processes that decode audio; return why, too."""
+    """Resolve `data.num_workers` to the number of processes that decode audio; return the reason, too."""
     if setting != "auto":
         return setting, "asked for"
     if not on_cuda:
@@ -215,7 +215,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:
-    # a notebook's interrupt reaches the whole process group: the parent stops its workers, they need not say so too
+    # a notebook's interrupt reaches the whole process group: the parent stops its workers, they need not report it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

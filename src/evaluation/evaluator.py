@@ -131,7 +131,7 @@ class ModelEvaluator:
         self._model = model
         self._processor = processor
         self._config = config or Config()
-        self._fitting = FittingSize()
+        self._fitting = FittingSize()  # of batches: halved where memory runs out
         self._calculator = MetricsCalculator(self._config.model.language, bootstrap=Bootstrap.from_config(self._config))
 
     def evaluate_dataset(self, loader: Any, *, name: str = "model") -> EvaluationResult:

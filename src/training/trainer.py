@@ -224,6 +224,7 @@ class WhisperTrainer:
         epoch_began, waited_sec = time.perf_counter(), 0.0
         for window, window_waited_sec in with_waits(iter(lambda: list(itertools.islice(batches, steps)), [])):
             began = time.perf_counter()
+            # a window has the batches of one update; each is numbered over all processes for its random generator
             first, world = progress.next_batch * runtime.world_size() + runtime.rank(), runtime.world_size()
             numbers = range(first, first + len(window) * world, world)
             draws = [batch_generator(self.config.seed, progress.epochs_done, number) for number in numbers]

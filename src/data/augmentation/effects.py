@@ -6,7 +6,7 @@ as the microphone hears it, and the codec quantises whatever level arrives. Ever
 whatever the padding after it (tested).
 
 This is the only module that imports torchaudio, and only when an effect needs it: its wheels fit few versions of torch,
-and whatever needs none of this must not fail with it.
+and code that needs no effect must not fail with it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 class Clip(NamedTuple):
-    """What the draw of an effect may depend on."""
+    """What the draw of an effect for a clip may depend on."""
 
     samples: int
     keep_speed: bool  # its label holds times
@@ -321,8 +321,8 @@ def stretch_spectrum(spectrum: Tensor, rate: Fraction) -> Tensor:
     """Change the tempo of a (B, bins, F) complex64 STFT and keep its frequencies: (B, bins, ceil(F / rate)).
 
     It gives what `torchaudio.functional.phase_vocoder` gives (tested) with half of its trigonometry: the turn of a bin
-    from frame to frame is the angle of one complex product. Whole turns make no difference; left out, they do not eat
-    the digits of a sum over 30 s.
+    from frame to frame is the angle of one complex product. Whole turns change nothing: they are left out,
+    since they would cost a sum over 30 s its last digits.
     """
     frames = functional.pad(spectrum.transpose(1, 2), (0, 0, 0, 2))  # (B, F + 2, bins): a frame lies in one piece
     size = frames.abs()
@@ -367,7 +367,7 @@ def room_impulses(rt60_sec: Tensor, direct_db: Tensor, generator: torch.Generato
 
 
 def reverberate(audio: Tensor, lengths: Tensor, *, impulses: Tensor) -> Tensor:
-    """Let (B, T) clips sound in rooms (B, S); words keep their times, clips their lengths (B,) and energies."""
+    """Convolve (B, T) clips with rooms (B, S); words keep their times, clips their lengths (B,) and energies."""
     samples = audio.shape[1]
     full = samples + impulses.shape[1] - 1
     padded = functional.pad(audio, (0, -full % FFT_STEP))
@@ -403,7 +403,7 @@ def _keep_energy(before: Tensor, after: Tensor, lengths: Tensor) -> Tensor:
 
 @cache
 def torchaudio_functional() -> Any:
-    """Import torchaudio, once; where it is absent or does not fit torch, the error has the line that installs it."""
+    """Import torchaudio, once; where it is absent or does not fit torch, the error says how to install it."""
     try:
         from torchaudio import functional as torchaudio_functional
     except ModuleNotFoundError as err:

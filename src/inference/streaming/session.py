@@ -81,7 +81,7 @@ class StreamingASR:
         model: a `DynamicWhisper`, in the context that its config says; not needed with `engine`.
         processor: its `WhisperProcessor`.
         engine: from `load_engine`, instead of a model: CTranslate2 is the fastest on a CPU.
-        vad: speech detector, may be shared; None decodes silence like speech, and is final only at the end.
+        vad: speech detector, may be shared; None decodes silence like speech, and only the end of the stream is final.
         config: sections `streaming`, `model` and `inference`.
         context_silence_sec: silence after which the audio before it is dropped; by default `CONTEXT_SILENCE_SEC` of the
             engine's audio context.
@@ -123,7 +123,7 @@ class StreamingASR:
         self._resampler: soxr.ResampleStream | None = None
         self._rate: int | None = None
         self._state: Literal["idle", "speech", "ending", "pause"] = "idle"
-        self._adaptive = True
+        self._adaptive = True  # update less often on a slow machine
         self._transcript: list[Word] = []
         self._finals = 0  # words of the transcript that a final has covered
         self._left = 0  # words of the transcript whose audio left the buffer
@@ -157,7 +157,7 @@ class StreamingASR:
         """As `iter_file`, for (T,) float32 at 16 kHz."""
         chunk = round(self._settings.min_chunk_sec * SAMPLE_RATE)
         chunks = ((audio[at : at + chunk], SAMPLE_RATE) for at in range(0, len(audio), chunk))
-        return self._listen(chunks, adaptive=False)  # nobody waits: the chunks of real time, whatever the speed
+        return self._listen(chunks, adaptive=False)  # nobody waits: update as often as a fast machine would live
 
     def stream_from_file(
         self, path: str | Path, *, real_time: bool = False, on_event: OnEvent | None = None
@@ -259,7 +259,7 @@ class StreamingASR:
         return samples
 
     def _hear(self, size: int) -> None:
-        """Hear the next samples, a window or the end of the stream, once nothing before them can fail any more."""
+        """Hear a window, or what is left at the end; where making room fails, the next call hears it."""
         if self._heard + size - self._start > self._capacity:
             self._make_room()
         at = self._heard - self._start
