@@ -213,7 +213,7 @@ def _open_with_soundfile(file: BinaryIO, label: str, stack: ExitStack) -> _Recor
 
 
 def _check_ogg_pages(file: BinaryIO, label: str) -> None:
-    """Refuse an Ogg file that is cut, or goes on after its end: decoders stop there without a word (RFC 3533)."""
+    """Refuse an Ogg file that is cut, or goes on after its end: decoders stop there without an error (RFC 3533)."""
     at, size = file.tell(), file.seek(0, io.SEEK_END)
     is_whole, end = False, file.seek(0)
     while (head := file.read(27)).startswith(b"OggS") and len(head) == 27:

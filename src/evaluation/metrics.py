@@ -315,7 +315,7 @@ class ErrorRates(EditCounts):
     sentence_error_rate: float  # share of rows with any error
     loop_rate: float  # share of rows that `is_loop` finds
     empty_rate: float  # share of the rows with a spoken reference whose hypothesis is empty
-    empty_references: int  # rows without a word to say
+    empty_references: int  # rows whose reference has no word
     hallucinated_words: int  # put out on them; these count in `insertions` too
     blocks: Blocks  # what was resampled
     num_blocks: int  # under about ten the interval is too narrow

@@ -274,7 +274,7 @@ class WordTiming:
     end_sec: float
     commit_audio_sec: float
     commit_clock_sec: float | None
-    display_audio_sec: float  # when it was shown for good
+    display_audio_sec: float  # since when it was shown without a change
     display_clock_sec: float | None
     shown_audio_sec: float  # when it was first shown at its place
     shown_clock_sec: float | None
@@ -295,7 +295,7 @@ def time_words(stream: SpeechStream, events: Sequence[Event], *, on_clock: bool)
 
 @dataclass(frozen=True)
 class CommittedWord:
-    """A committed word, and the events that committed it, showed it for good, and first showed it at its place."""
+    """A committed word, and the events that committed it, showed it in its final form, and first showed it at its place."""
 
     word: Word
     committed: Event

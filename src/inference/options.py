@@ -46,5 +46,5 @@ class DecodingOptions:
         return cls(language=config.model.language, task=config.model.task, **decoding)
 
     def token_cap(self, samples: int) -> int:
-        """Return the maximum number of new tokens for a clip of so many samples."""
+        """Return the maximum number of new tokens for a clip with this number of samples."""
         return MIN_NEW_TOKENS + math.ceil(self.max_tokens_per_sec * samples / SAMPLE_RATE)
