@@ -295,7 +295,7 @@ def time_words(stream: SpeechStream, events: Sequence[Event], *, on_clock: bool)
 
 @dataclass(frozen=True)
 class CommittedWord:
-    """A committed word, and the events that committed it, showed it in its final form, and first showed it at its place."""
+    """A committed word, and the events that committed it, showed it unchanged from then on, and first showed it."""
 
     word: Word
     committed: Event
