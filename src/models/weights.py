@@ -235,7 +235,10 @@ def _incomplete(folder: Path) -> str | None:
 def absent_shards(folder: Path) -> list[str]:
     """Return the files of weights that a checkpoint's index lists and its folder lacks."""
     index = folder / "model.safetensors.index.json"
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return [f"{index.name} that is whole"]
     return sorted(shard for shard in set(shards) if not (folder / shard).is_file())
 
 
@@ -312,7 +315,7 @@ def _damage(folder: Path, source_sha256: str) -> str | None:
             return f"made from another source ({manifest['source']})"
         damaged = [name for name, sha256 in manifest["files"].items() if sha256_of(folder / name) != sha256]
         return f"{', '.join(damaged)} damaged" if damaged else None
-    except (OSError, ValueError, LookupError) as err:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as err:
         return f"incomplete ({err})"
 
 

@@ -90,6 +90,14 @@ def test_incomplete_folder_is_refused_by_what_is_absent(tiny_en_folder: Path, tm
         resolve_weights(str(folder), cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize("content", ['{"weight_map": {"a":', "[]", '{"weight_map": 1}'])
+def test_a_damaged_index_of_weights_is_named(tiny_en_folder: Path, tmp_path: Path, content: str) -> None:
+    folder = Path(shutil.copytree(tiny_en_folder, tmp_path / "copy"))
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match=r"copy: .*index\.json"):
+        resolve_weights(str(folder), cache_dir=tmp_path)
+
+
 def test_a_whole_local_copy_from_the_hub_comes_before_packages_and_needs_no_network(
     empty_hub_cache: Path, tiny_en_folder: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -174,8 +182,9 @@ def test_a_package_of_another_version_or_content_leaves_nothing(
         ("model.safetensors", lambda whole: whole[:-1] + bytes([whole[-1] ^ 1])),
         ("tokenizer.json", None),
         (MANIFEST_FILE, lambda whole: b'{"source":'),
+        (MANIFEST_FILE, lambda whole: b"null"),
     ],
-    ids=["cut", "flipped", "removed", "manifest"],
+    ids=["cut", "flipped", "removed", "manifest", "null"],
 )
 def test_damaged_conversion_is_made_again(
     tiny_en_folder: Path, cache_dir: Path, name: str, damage: Any, caplog: pytest.LogCaptureFixture
