@@ -176,6 +176,8 @@ class RegisteredModel:
     run: str | None = None  # path or name
     data_version: str | None = None  # as `DataVersionManager` knows it
     checkpoint: str | None = None  # path or name
+    base_model: str | None = None  # what was fine-tuned
+    notes: str = ""
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,8 @@ class ModelRegistry:
         run: str | Path | None = None,
         data_version: str | None = None,
         checkpoint: str | Path | None = None,
+        base_model: str | None = None,
+        notes: str = "",
     ) -> RegisteredModel:
         """Add a model; it is on the disk when this returns. A known model_id gets a new version, older ones stay.
 
@@ -225,7 +229,7 @@ class ModelRegistry:
                 version = 1 + max((m.version for m in models if m.model_id == model_id), default=0)
                 model = RegisteredModel(
                     model_id, version, _now(), checked, git_revision, None if run is None else str(run), data_version,
-                    None if checkpoint is None else str(checkpoint),
+                    None if checkpoint is None else str(checkpoint), base_model, notes,
                 )  # fmt: skip
                 write_json(self.file, asdict(_Registry(1, [*models, model])), durable=True)
         except (OSError, NotImplementedError) as err:

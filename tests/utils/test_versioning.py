@@ -184,6 +184,7 @@ def test_registered_models_are_read_again_and_are_rows_of_a_table(tmp_path: Path
     model = registry.register_model(
         model_id="tiny-naïve", metrics={"wer": np.float32(0.25), "version": np.int64(7)},
         git_revision=get_git_revision(), run=Path("runs/1"), data_version="calls", checkpoint="runs/1/checkpoints/4",
+        base_model="tiny.en", notes="first",
     )  # fmt: skip
     register(registry, "b", cer=0.1)
     assert ModelRegistry(str(registry.file)).list_models()[0] == model
