@@ -14,7 +14,7 @@ from src.utils.errors import DataError
 
 MAX_LABEL_TOKENS = 448  # the decoder's position table
 IGNORE_INDEX = -100
-MULTILINGUAL_END_TOKEN = 50257
+MULTILINGUAL_END_TOKEN = 50257  # English-only vocabularies end one token earlier
 MAX_PROMPT_TOKENS = MAX_LABEL_TOKENS // 2 - 1  # 223 of previous text, after the token that starts it
 TIMESTAMP_STEP_SEC = 0.02  # one encoder position
 NUM_TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>

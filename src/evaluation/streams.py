@@ -29,7 +29,7 @@ from src.data.utterance import Utterance
 from src.data.vad import SpeechSegment, VoiceActivityDetector
 from src.evaluation.guard import CLIP_TEXT
 from src.evaluation.metrics import normalize_plain
-from src.inference.alignment import align_words
+from src.inference.alignment import force_align
 from src.inference.torch_engine import encode
 from src.inference.words import Word
 from src.utils.config import VADConfig
@@ -213,7 +213,7 @@ class WordAligner:
             hidden = encode(self._model, [audio], _TRAILING_SILENCE_SEC).last_hidden_state
         except ModelError as err:
             raise ModelError(f"utterance {utterance.id}: {err}") from err
-        aligned = align_words(
+        aligned = force_align(
             self._model, self._tokenizer, hidden,
             sot_sequence=self._labels.prefix, tokens=tokens, audio_sec=len(audio) / SAMPLE_RATE,
         )  # fmt: skip

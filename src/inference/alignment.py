@@ -81,7 +81,7 @@ class _AttentionHook:
 
 
 @torch.inference_mode()
-def align_words(
+def force_align(
     model: Any,
     tokenizer: Any,
     hidden: Tensor,

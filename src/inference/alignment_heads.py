@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.inference.alignment import POSITION_SEC, align_words, record_cross_attention, time_tokens
+from src.inference.alignment import POSITION_SEC, force_align, record_cross_attention, time_tokens
 from src.inference.options import DecodingOptions
 from src.inference.torch_engine import TorchEngine
 from src.models.dynamic_context import Head, evaluation_mode, listed_heads, upper_half_heads
@@ -79,7 +79,7 @@ def find_alignment_heads(
         raise DataError(f"alignment heads: {len(audios)} clips, but {len(texts)} texts; pass one for each")
     engine, options = TorchEngine(model, processor), DecodingOptions(language=language)
     with evaluation_mode(model), torch.inference_mode():
-        # each clip by itself, so that it keeps its own length: the arguments of `align_words`
+        # each clip by itself, so that it keeps its own length: the arguments of `force_align`
         clips: list[dict[str, Any]] = []
         for index, audio in enumerate(audios):
             encoded = engine.encode([audio], options.trailing_silence_sec)
@@ -114,7 +114,7 @@ def find_alignment_heads(
 
         # compare with the word ends that the model gives without them
         def word_ends(heads: Sequence[Head]) -> list[float]:
-            words = [align_words(model, processor.tokenizer, heads=heads, **clip) for clip in clips]
+            words = [force_align(model, processor.tokenizer, heads=heads, **clip) for clip in clips]
             return [word.end_sec for words_of_clip in words for word in words_of_clip]
 
         def distance_sec(others: Sequence[Head]) -> float:

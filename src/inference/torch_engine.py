@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import LogMel
-from src.inference.alignment import align_words, alignment_heads, record_cross_attention, time_tokens
+from src.inference.alignment import alignment_heads, force_align, record_cross_attention, time_tokens
 from src.inference.engine_base import Decoded, DecodingResult, Engine, batch_samples
 from src.inference.options import DecodingOptions
 from src.inference.words import Vocabulary, Word, place_words
@@ -207,7 +207,7 @@ class TorchEngine(Engine):
             else:  # known texts, beams and timestamps: in a second pass
                 known: Any = {"sot_sequence": start, "tokens": tokens, "audio_sec": audio_sec}
                 with evaluation_mode(self._model):
-                    words.append(align_words(self._model, tokenizer, encoded.last_hidden_state[i : i + 1], **known))
+                    words.append(force_align(self._model, tokenizer, encoded.last_hidden_state[i : i + 1], **known))
         return words
 
     def _detect(self, encoded: BaseModelOutput) -> list[str | None]:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 
-from src.data.labels import MAX_LABEL_TOKENS
+from src.data.labels import MAX_LABEL_TOKENS, MULTILINGUAL_END_TOKEN
 from src.models.dynamic_context import upper_half_heads
 from src.models.processor import NO_TIMESTAMPS_TOKEN, START_TOKEN, build_processor, save_processor
 from src.utils.errors import ModelError, first_line
@@ -36,7 +36,6 @@ BINARY_VERSIONS = range(4, 7)  # since 4 each variable says its type
 DTYPES = ("float32", "int8", "int16", "int32", "float16", "bfloat16")  # indices of CTranslate2's DataType
 SPEC_NAME = "WhisperSpec"
 HEAD_DIM = 64  # of every Whisper; revisions 1 and 2 of the format do not store the number of heads
-MULTILINGUAL_END_TOKEN = 50257  # English-only vocabularies end one token earlier
 MAX_INITIAL_TIMESTAMP_INDEX = 50  # 1 s: the latest beginning of a first segment
 
 # CTranslate2's modules in the encoder, the decoder or a layer; those of Hugging Face, in the order of fused rows.

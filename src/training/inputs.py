@@ -25,7 +25,7 @@ from src.data.augmentation.augmenter import AudioAugmenter, SpecAugment
 from src.data.dataset import WhisperDataset
 from src.data.features import CONTEXT_SAMPLES, HOP_SAMPLES, LogMel, padded_samples
 from src.data.labels import IGNORE_INDEX
-from src.inference.alignment import align_words
+from src.inference.alignment import force_align
 from src.inference.torch_engine import encode
 from src.inference.words import Word
 from src.models.dynamic_context import DynamicWhisper, evaluation_mode
@@ -144,13 +144,13 @@ def load_or_time_words(
         logger.info("word times of %d clips: from %s", len(dataset), path)
         saved = json.loads(path.read_text(encoding="utf-8"))
         return {name: tuple(Word(**{"text": "", **word}) for word in words) for name, words in saved.items()}
-    words = time_words(model, tokenizer, dataset)
+    words = time_dataset_words(model, tokenizer, dataset)
     write_text_atomic(path, json.dumps({name: [asdict(word) for word in timed] for name, timed in words.items()}))
     return words
 
 
 @torch.inference_mode()
-def time_words(model: DynamicWhisper, tokenizer: Any, dataset: WhisperDataset) -> dict[str, tuple[Word, ...]]:
+def time_dataset_words(model: DynamicWhisper, tokenizer: Any, dataset: WhisperDataset) -> dict[str, tuple[Word, ...]]:
     """Align the text of every clip with its audio, from the cross-attention of the alignment heads."""
     order = sorted(range(len(dataset)), key=lambda index: dataset.utterances[index].duration_sec or 0.0)
     times: dict[str, tuple[Word, ...]] = {}
@@ -161,7 +161,7 @@ def time_words(model: DynamicWhisper, tokenizer: Any, dataset: WhisperDataset) -
             hidden = encode(model, audios, _TRAILING_SILENCE_SEC).last_hidden_state if audios else torch.empty(0)
             for row, index in enumerate(indices):
                 tokens = dataset.tokens[index]
-                words = align_words(
+                words = force_align(
                     model, tokenizer, hidden[row : row + 1], sot_sequence=dataset.prefix, tokens=tokens,
                     audio_sec=len(audios[row]) / SAMPLE_RATE,
                 )  # fmt: skip

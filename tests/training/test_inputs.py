@@ -15,7 +15,7 @@ from src.inference.options import DecodingOptions
 from src.inference.torch_engine import decode
 from src.inference.words import Word
 from src.training import inputs as module
-from src.training.inputs import TrainingInputs, cut_at_words, load_or_time_words, time_words
+from src.training.inputs import TrainingInputs, cut_at_words, load_or_time_words, time_dataset_words
 from src.utils.config import Config, load_config
 
 QUIET = {"enabled": False}
@@ -169,7 +169,7 @@ def test_words_are_timed_once_and_a_cut_clip_says_its_words(
         assert sum(word.tokens for word in timed) == len(tokens)
         ends = [word.end_sec for word in timed]
         assert ends == sorted(ends) and ends[-1] <= (utterance.duration_sec or 0) + 1e-6
-    monkeypatch.setattr(module, "time_words", lambda *a, **k: pytest.fail("timed again"))
+    monkeypatch.setattr(module, "time_dataset_words", lambda *a, **k: pytest.fail("timed again"))
     assert load_or_time_words(model, processor.tokenizer, dataset, tmp_path) == words
     assert len(json.loads(next((tmp_path / "word_times").iterdir()).read_text())) == 4
 
@@ -185,7 +185,7 @@ def test_cuts_are_where_the_model_hears_the_words_end(tiny_en: tuple[Any, Any], 
     dataset = create_loader([utterance], processor, config, shuffle=True).dataset
     dataset._load = lambda audio, **_: audio
     model.audio_context = "dynamic"
-    (timed,) = time_words(model, processor.tokenizer, dataset).values()
+    (timed,) = time_dataset_words(model, processor.tokenizer, dataset).values()
     end_sec = timed[4].end_sec  # Americans
     model.audio_context = "full"
     heard = decode(model, processor, [jfk[: round(16_000 * end_sec)]], DecodingOptions())[0].text

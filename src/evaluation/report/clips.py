@@ -26,7 +26,7 @@ from src.utils.errors import DataError
 
 MAX_CLIPS = 5_000  # about 5 MB of text
 MAX_AUDIO_CLIPS = 50
-MAX_AUDIO_SEC = 600.0  # of all players: 2.4 MB of text
+MAX_PLAYERS_SEC = 600.0  # of all players: 2.4 MB of text
 PAGE_CLIPS = 25
 _TAGS = {"loop": "loop", "empty": "empty output", "invented": "words on silence"}
 _EDITS = {edit: edit for edit in ("substitution", "deletion", "insertion")}
@@ -130,7 +130,7 @@ def _encode_worst(rows: Sequence[Prediction], recordings: dict[str, Utterance]) 
     given = [row for row in rows if row.id in recordings][:MAX_AUDIO_CLIPS]
     encoded = {}
     for row, total_sec in zip(given, itertools.accumulate(row.duration_sec for row in given), strict=True):
-        if total_sec > MAX_AUDIO_SEC:
+        if total_sec > MAX_PLAYERS_SEC:
             break
         samples = decode_audio(recordings[row.id], load=partial(load_audio, allow_silence=True)).numpy()  # (T,)
         buffer = io.BytesIO()

@@ -35,8 +35,8 @@ from src.utils.runtime import FittingSize
 
 logger = logging.getLogger(__name__)
 
-AudioSource = str | Path | Waveform
-Sources = Iterable[AudioSource]
+Source = str | Path | Waveform
+Sources = Iterable[Source]
 ROUND_SEC = 900.0  # of audio that is held at once: 58 MB
 ROUND_BATCHES = 8  # per worker: enough to sort by length
 
@@ -149,7 +149,7 @@ class BatchInference:
             DecodingOptions.from_config(config), prompt=self._settings.initial_prompt, hotwords=self._settings.hotwords
         )
 
-    def transcribe_batch(self, sources: Sequence[AudioSource], **options: Any) -> Transcriptions:
+    def transcribe_batch(self, sources: Sequence[Source], **options: Any) -> Transcriptions:
         """Transcribe recordings of any length, paths or (T,) float32 arrays at 16 kHz; options: see `transcribe_iter`.
 
         One `Transcription` per source, in order. Silence gives an empty text.
@@ -253,7 +253,7 @@ class BatchInference:
 
 
 @contextmanager
-def _reading(source: AudioSource, index: int, on_error: str) -> Iterator[tuple[_Recording, Iterator[Waveform]]]:
+def _reading(source: Source, index: int, on_error: str) -> Iterator[tuple[_Recording, Iterator[Waveform]]]:
     """Give a recording and its audio in blocks; with "skip", keep a bad recording's fault instead of raising it."""
     recording = _Recording(str(source) if isinstance(source, str | Path) else f"array {index}")
 

@@ -116,7 +116,7 @@ def test_a_player_holds_the_recording(sample: list[Utterance]) -> None:
     assert len(data) < 4_500 * len(spoken) / 16_000
 
 
-@pytest.mark.parametrize(("limit", "value"), [("MAX_AUDIO_CLIPS", 2), ("MAX_AUDIO_SEC", 5.0)])
+@pytest.mark.parametrize(("limit", "value"), [("MAX_AUDIO_CLIPS", 2), ("MAX_PLAYERS_SEC", 5.0)])
 def test_only_the_worst_carry_sound(
     sample: list[Utterance], monkeypatch: pytest.MonkeyPatch, limit: str, value: float
 ) -> None:
