@@ -134,7 +134,7 @@ def _read_jsonl(manifest: Path, text: str) -> Iterator[tuple[int, Row]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as err:
+        except (json.JSONDecodeError, RecursionError) as err:
             raise DataError(f"{manifest}, line {number}: not JSON: {err}") from err
         if not isinstance(row, dict):
             raise DataError(f"{manifest}, line {number}: expected an object with a file and a text")

@@ -57,6 +57,7 @@ def test_folder_reads_each_kind_of_manifest(tmp_path: Path, name: str, content: 
         ({"metadata.csv": "file_name,text\na.wav,x,y\n"}, "line 2: the row has 3 cells, not the 2 columns"),
         ({"metadata.csv": "id,file,text\n1,a.wav,x\n1,b.wav,y\n"}, "line 3: the id '1' occurs twice, first in line 2"),
         ({"rows.jsonl": '{"file": "a.wav", "text": "x"}\n{oops}\n'}, "line 2: not JSON"),
+        ({"rows.jsonl": "[" * 100_000}, "line 1: not JSON"),
         ({"one.csv": "file,text\n", "two.csv": "file,text\n"}, "several manifests"),
         ({"metadata.csv": "file,text,text\na.wav,x,y\n"}, "line 1: the column 'text' occurs twice"),
         ({"metadata.csv": 'file,text\na.wav,"x\n'}, "line 2: unexpected end of data"),
