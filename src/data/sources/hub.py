@@ -62,7 +62,7 @@ def stream_hub(source: str, options: HubConfig) -> dict[str, Iterator[Utterance]
     base = CORPORA.get(source) or HubCorpus(str(options.id))
     if options.id is not None and not Path(options.id).is_dir():  # another data set: its main branch
         base = replace(base, revision=None)
-    spec = replace(base, **options.model_dump(exclude_none=True))
+    spec = replace(base, **{name: value for name, value in options.model_dump().items() if value})
     streams = _guarded(spec.id, lambda: _open(spec))
     # our names of the splits, and the data set's
     first = {SPLIT_NAMES[name.lower()]: name for name in reversed(list(streams)) if name.lower() in SPLIT_NAMES}
