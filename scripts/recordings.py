@@ -17,15 +17,10 @@ LIST_SUFFIX = ".txt"  # one path per line
 
 @dataclass(frozen=True)
 class Recording:
-    """A file to transcribe.
+    """A file to transcribe."""
 
-    Attributes:
-        path: as it was given or found.
-        relative: where it lies under the folder, glob or manifest that named it; its name, if it was named itself.
-    """
-
-    path: str
-    relative: Path
+    path: str  # as it was given or found
+    relative: Path  # where it lies under the folder, glob or manifest that named it; its name, if it was named itself
 
 
 def find_recordings(inputs: Sequence[str]) -> list[Recording]:
