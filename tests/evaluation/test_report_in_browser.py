@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,9 +18,9 @@ from src.evaluation.metrics import WHISPER_ENGLISH, word_counts
 from src.evaluation.report.clips import clip_kinds
 from src.evaluation.report.html import write_html_report
 from src.evaluation.report.run_files import load_predictions
+from tests.browser import CHROMIUM, CONTRASTS, READABLE
 from tests.evaluation.run_files import epoch, evaluation, prediction, steps, write
 
-CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), "")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not CHROMIUM, reason="no chromium on the PATH: apt-get install chromium"),
@@ -29,27 +28,10 @@ pytestmark = [
 CLIPS = 2_000
 ATTACK = "</script><script>document.title = 'attacked'</script><img src=x onerror=\"document.title = 'attacked'\">"
 SENTENCE = "the cat sat by a quiet river and listens to every window in the mountain"
-READABLE = 4.5  # contrast of text, WCAG 2 AA
 TEXTS = (
-    "h1, h2, h3, p, td, th, a, pre, summary, label, button, select, .figure, .av-pair > span, .av-head > *, .av-name"
+    "h1, h2, h3, p, td, th, a, pre, summary, label, button:enabled, select:enabled, .figure, .av-pair > span, "
+    ".av-head > :not(:disabled), .av-name"
 )
-CONTRASTS = """selectors => {
-  const paint = (...colors) => {
-    const context = new OffscreenCanvas(1, 1).getContext("2d");
-    for (const color of colors) { context.fillStyle = color; context.fillRect(0, 0, 1, 1); }
-    return [...context.getImageData(0, 0, 1, 1).data.slice(0, 3)];
-  };
-  const light = rgb => rgb.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  return [...document.querySelectorAll(selectors)]
-    .filter(e => e.textContent.trim() && e.checkVisibility() && !e.disabled).map(element => {
-      const grounds = [];
-      for (let e = element; e; e = e.parentElement) grounds.unshift(getComputedStyle(e).backgroundColor);
-      const ground = paint(...grounds), text = paint(...grounds, getComputedStyle(element).color);
-      const [a, b] = [light(ground), light(text)].sort((x, y) => y - x);
-      return [(a + 0.05) / (b + 0.05), `${element.tagName}.${element.className}: ${element.textContent.slice(0, 40)}`];
-    });
-}"""
 PLAY = """async () => {
   const player = document.querySelector("audio");
   const moved = new Promise(done =>

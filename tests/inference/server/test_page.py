@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
-import shutil
 import sys
 import threading
 import time
@@ -32,10 +31,10 @@ from src.inference.streaming.commit import Event, join_words
 from src.inference.words import Word
 from src.utils.config import load_config
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError, ModelError
+from tests.browser import CHROMIUM, CONTRASTS, READABLE
 from tests.inference.test_captions import parsed
 
 MICROPHONE = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 NO_BROWSER = pytest.mark.skipif(not CHROMIUM, reason="no chromium on the PATH: apt-get install chromium")
 PATIENCE_SEC = 120.0  # a test must not fail because the machine is busy
 MAX_UPLOAD_SEC = 20.0
@@ -277,21 +276,6 @@ def opened(browser: Browser, demo: Demo, *, width: int = 1280, scheme: Any = "li
     page.close()
 
 
-CONTRASTS = """selectors => {
-  const paint = (...colors) => {
-    const context = new OffscreenCanvas(1, 1).getContext("2d");
-    for (const color of colors) { context.fillStyle = color; context.fillRect(0, 0, 1, 1); }
-    return [...context.getImageData(0, 0, 1, 1).data.slice(0, 3)];
-  };
-  const light = rgb => rgb.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  return [...document.querySelectorAll(selectors)].filter(e => e.textContent.trim() && e.checkVisibility()).map(e => {
-    const grounds = [];
-    for (let at = e; at; at = at.parentElement) grounds.unshift(getComputedStyle(at).backgroundColor);
-    const [a, b] = [paint(...grounds), paint(...grounds, getComputedStyle(e).color)].map(light).sort((x, y) => y - x);
-    return [(a + 0.05) / (b + 0.05), `${e.tagName}.${e.className}: ${e.textContent.slice(0, 40)}`];
-  });
-}"""
 TEXTS = "h1, h3, p, dt, dd, time, a, button:enabled, .word, .partial, mark, [data-start], .legend span"
 
 
@@ -343,7 +327,7 @@ class TestInABrowser:
                 page.evaluate("state => { document.querySelector('.live').dataset.state = state; }", state)
                 contrasts = page.evaluate(CONTRASTS, TEXTS)
                 assert len(contrasts) > 30
-                assert [text for ratio, text in contrasts if ratio < 4.5] == []
+                assert [text for ratio, text in contrasts if ratio < READABLE] == []
 
     def test_a_tab_that_is_closed_frees_its_session(self, browsers: list[Browser], demo: Demo) -> None:
         with opened(browsers[0], demo) as page:
