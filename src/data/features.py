@@ -24,6 +24,7 @@ N_FFT = 400  # samples: a 25 ms window
 HOP_SAMPLES = 160  # 10 ms
 FRAMES_PER_SEC = SAMPLE_RATE // HOP_SAMPLES  # 100
 SAMPLES_PER_POSITION = 2 * HOP_SAMPLES  # 320: the encoder's second convolution halves the frames
+POSITION_SEC = SAMPLES_PER_POSITION / SAMPLE_RATE  # 0.02
 CONTEXT_SAMPLES = 30 * SAMPLE_RATE  # 480_000
 BREAK_HZ, BREAK_MEL = 1000.0, 15.0  # Slaney's scale: linear to here, logarithmic above
 LOG_STEP = math.log(6.4) / 27  # above the break: 27 mels from 1 to 6.4 kHz

@@ -18,13 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from src.data.features import FRAMES_PER_SEC
+from src.data.features import POSITION_SEC
 from src.inference.words import Vocabulary, Word, place_words
 from src.models.dynamic_context import FIND_HEADS, Head, existing_heads, upper_half_heads
 
 logger = logging.getLogger(__name__)
 
-POSITION_SEC = 2 / FRAMES_PER_SEC  # 0.02 s per encoder position
 MEDIAN_WIDTH = 7  # positions
 
 _warned: WeakSet[Any] = WeakSet()  # models without a list

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.inference.alignment import POSITION_SEC, force_align, record_cross_attention, time_tokens
+from src.data.features import POSITION_SEC
+from src.inference.alignment import force_align, record_cross_attention, time_tokens
 from src.inference.options import DecodingOptions
 from src.inference.torch_engine import TorchEngine
 from src.models.dynamic_context import Head, evaluation_mode, listed_heads, upper_half_heads

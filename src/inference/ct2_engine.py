@@ -15,7 +15,7 @@ import ctranslate2
 import numpy as np
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.features import HOP_SAMPLES, log_mel
+from src.data.features import HOP_SAMPLES, POSITION_SEC, log_mel
 from src.inference.engine_base import Decoded, Engine, batch_samples
 from src.inference.options import DecodingOptions
 from src.inference.words import Vocabulary, Word, place_words
@@ -24,7 +24,6 @@ from src.utils.files import read_json, recover_folder
 from src.utils.runtime import cpu_threads
 
 MAX_POSITIONS = 448  # of the decoder
-POSITION_SEC = 2 * HOP_SAMPLES / SAMPLE_RATE  # 0.02 s
 
 
 class CTranslate2Engine(Engine):

@@ -13,8 +13,8 @@ from transformers import WhisperForConditionalGeneration
 
 from scripts import find_alignment_heads as script
 from src.data.audio import load_audio
+from src.data.features import POSITION_SEC
 from src.data.utterance import Utterance
-from src.inference.alignment import POSITION_SEC
 from src.inference.alignment_heads import HeadSearch, find_alignment_heads, score_heads, write_alignment_heads
 from src.inference.options import DecodingOptions
 from src.inference.torch_engine import TorchEngine

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.features import FRAMES_PER_SEC, N_FFT, LogMel
+from src.data.features import FRAMES_PER_SEC, N_FFT, POSITION_SEC, LogMel
 from src.evaluation.visualization.style import drawable, new_figure
-from src.inference.alignment import POSITION_SEC
 from src.inference.words import Word
 from src.utils.errors import AudioError, DataError
 from src.utils.figures import BLUE, GREY, ORANGE, NotebookFigure
