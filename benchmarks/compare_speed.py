@@ -69,7 +69,7 @@ def main() -> int:
                 }
             )
         for side in sides.values():
-            side.stdin.close()  # type: ignore[union-attr]
+            _pipe(side.stdin).close()
             side.wait()
     show(f"Speed compared with {arguments.old}", rows, f"Medians of {rounds} pairs.", record=not arguments.quick)
     print(json.dumps(ratios))
