@@ -1,0 +1,145 @@
+"""Languages: Whisper's codes, other marks of a language, and what depends on the language or its script."""
+
+from __future__ import annotations
+
+import logging
+import unicodedata
+from collections.abc import Collection, Iterable
+from functools import cache, lru_cache
+
+import langcodes
+import regex
+
+from src.utils.errors import DataError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+# Codes of Whisper's language tokens, in their order; `yue` exists since large-v3.
+WHISPER_LANGUAGES = tuple(
+    "en zh de es ru ko fr ja pt tr pl ca nl ar sv it id hi fi vi he uk el ms cs ro da hu ta no th ur hr bg lt la mi ml "
+    "cy sk te fa lv bn sr az sl kn et mk br eu is hy ne mn bs kk sq sw gl mr pa si km sn yo so af oc ka be tg sd gu am "
+    "yi lo uz fo ht ps tk nn mt sa lb my bo tl mg as tt haw ln ha ba jw su yue".split()
+)
+UNSPACED = frozenset({"zh", "yue", "ja", "th", "lo", "km", "my", "bo"})  # written without spaces between words
+_OWN_CODES = {"nb": "no", "fil": "tl", "jv": "jw"}  # BCP 47 to Whisper's
+_UNSPACED_SCRIPTS = "".join(
+    rf"\p{{scx={name}}}" for name in ("Hani", "Hira", "Kana", "Thai", "Laoo", "Khmr", "Mymr", "Tibt")
+)
+_UNSPACED_CHARACTER = regex.compile(rf"[{_UNSPACED_SCRIPTS}\uFF00-\uFFEF--\p{{Hangul}}]", regex.VERSION1)
+
+# Tokens per second of ordinary speech above the 4 of English, with the multilingual tokenizer: espeak-ng at 175 words
+# per minute, 2026-11-30; languages without a voice as others of their script.
+_TOKENS_PER_SEC = {
+    **dict.fromkeys("el ja ru uk be bg mk sr kk ky mn tg tt ba ar fa ur ps sd he yi vi fi tr az uz tk".split(), 8.0),
+    **dict.fromkeys("hi mr ne sa ta th hy".split(), 17.0),
+    **dict.fromkeys("am kn te si bn as km".split(), 30.0),
+    **dict.fromkeys("pa ml gu ka lo".split(), 39.0),
+    **dict.fromkeys("my bo".split(), 46.0),
+}
+DEFAULT_TOKENS_PER_SEC = 4.0
+CAP_FACTOR = (
+    2.5  # of the ordinary rate: the fastest speech, and what keeps loops short; 10 tokens per second in English
+)
+
+
+def parse_language(mark: str) -> str:
+    """Return Whisper's code for a mark of a language.
+
+    Args:
+        mark: a code of ISO 639-1, 639-2 or 639-3, a tag such as `zh-TW` or `de_AT`, or an English name, in any case.
+            Deprecated codes and members of a macrolanguage are followed: `iw` is `he`, `cmn` is `zh`, `nb` is `no`.
+
+    Raises:
+        DataError: no language, or one without a token in Whisper.
+    """
+    code = _find_code(mark.strip())
+    if code is None:
+        near = did_you_mean(mark.strip().lower(), [*_names(), *WHISPER_LANGUAGES])
+        raise DataError(f"language {mark!r} is unknown to Whisper{near}; write a code such as 'de', or auto")
+    return code
+
+
+@lru_cache(maxsize=4096)
+def _find_code(mark: str) -> str | None:
+    if mark.lower() in WHISPER_LANGUAGES:
+        return mark.lower()
+    tag = mark.partition(".")[0].replace("_", "-")  # `de_DE.UTF-8` of a locale
+    try:
+        code = langcodes.Language.get(langcodes.standardize_tag(tag, macro=True)).language or ""
+    except (langcodes.LanguageTagError, ValueError):
+        code = ""
+    if len(tag) > 3 and (code not in WHISPER_LANGUAGES and code not in _OWN_CODES):
+        name = mark.partition("(")[0].strip().lower()  # `Chinese (China)`
+        try:
+            found = langcodes.find(name, language="en").to_tag()
+            code = langcodes.Language.get(langcodes.standardize_tag(found, macro=True)).language or ""
+        except LookupError:
+            return None
+    code = _OWN_CODES.get(code, code)
+    return code if code in WHISPER_LANGUAGES else None
+
+
+@cache
+def _names() -> dict[str, str]:
+    return {language_name(code).lower(): code for code in WHISPER_LANGUAGES}
+
+
+def language_name(code: str) -> str:
+    """Return the English name of a code of Whisper, such as `Chinese`."""
+    return langcodes.Language.get(code).display_name()
+
+
+def known_language(code: str, known: Collection[str]) -> str:
+    """Return the code that a model uses for a language: vocabularies before large-v3 have `zh` for `yue`.
+
+    Raises:
+        DataError: the model does not know the language.
+    """
+    if code == "yue" and code not in known and "zh" in known:
+        return "zh"
+    if code not in known:
+        raise DataError(f"language {code!r} is unknown to this model; it knows {', '.join(sorted(known))}")
+    return code
+
+
+def tokens_per_sec(language: str | None) -> float:
+    """Return the tokens per second of ordinary speech in a language; None is taken for English."""
+    return _TOKENS_PER_SEC.get(language or "en", DEFAULT_TOKENS_PER_SEC)
+
+
+def text_language(language: str | None, task: str) -> str | None:
+    """Return the language of the transcripts: translations are English."""
+    return "en" if task == "translate" else language
+
+
+def is_unspaced_text(text: str) -> bool:
+    """Whether most letters of a text belong to scripts that have no spaces between words."""
+    letters = [c for c in text if unicodedata.category(c)[0] == "L"]
+    return 2 * sum(is_unspaced_character(c) for c in letters) > len(letters)
+
+
+@lru_cache(maxsize=8192)
+def is_unspaced_character(character: str) -> bool:
+    """Whether a character, or a grapheme cluster, belongs to a script that has no spaces between words."""
+    return _UNSPACED_CHARACTER.match(character) is not None
+
+
+def graphemes(text: str) -> list[str]:
+    """Cut a text into grapheme clusters: characters with their combining marks."""
+    return regex.findall(r"\X", text)
+
+
+def join_texts(texts: Iterable[str]) -> str:
+    """Join stripped texts: with a space, but nothing where a script without spaces meets the seam."""
+    joined = ""
+    for text in texts:
+        touching = joined and text and not (is_unspaced_character(joined[-1]) or is_unspaced_character(text[0]))
+        joined += f" {text}" if touching else text
+    return joined
+
+
+def lower(text: str, language: str | None = None) -> str:
+    """Return a text in lower case: Turkish and Azerbaijani keep the dotless i apart, no stray U+0307 is left."""
+    if language in ("tr", "az"):
+        text = text.replace("İ", "i").replace("I", "ı")
+    return unicodedata.normalize("NFC", text.replace("İ", "i").lower())
