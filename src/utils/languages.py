@@ -14,11 +14,16 @@ from src.utils.errors import DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
+
+def _codes(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 # Codes of Whisper's language tokens, in their order; `yue` exists since large-v3.
-WHISPER_LANGUAGES = tuple(
+WHISPER_LANGUAGES = _codes(
     "en zh de es ru ko fr ja pt tr pl ca nl ar sv it id hi fi vi he uk el ms cs ro da hu ta no th ur hr bg lt la mi ml "
     "cy sk te fa lv bn sr az sl kn et mk br eu is hy ne mn bs kk sq sw gl mr pa si km sn yo so af oc ka be tg sd gu am "
-    "yi lo uz fo ht ps tk nn mt sa lb my bo tl mg as tt haw ln ha ba jw su yue".split()
+    "yi lo uz fo ht ps tk nn mt sa lb my bo tl mg as tt haw ln ha ba jw su yue"
 )
 UNSPACED = frozenset({"zh", "yue", "ja", "th", "lo", "km", "my", "bo"})  # written without spaces between words
 _OWN_CODES = {"nb": "no", "fil": "tl", "jv": "jw"}  # BCP 47 to Whisper's
@@ -27,19 +32,18 @@ _UNSPACED_SCRIPTS = "".join(
 )
 _UNSPACED_CHARACTER = regex.compile(rf"[{_UNSPACED_SCRIPTS}\uFF00-\uFFEF--\p{{Hangul}}]", regex.VERSION1)
 
-# Tokens per second of ordinary speech above the 4 of English, with the multilingual tokenizer: espeak-ng at 175 words
-# per minute, 2026-11-30; languages without a voice as others of their script.
+# Tokens per second of ordinary speech, with the multilingual tokenizer: espeak-ng at 175 words per minute, 2026-11-30;
+# a language without a voice as others of its script.
 _TOKENS_PER_SEC = {
-    **dict.fromkeys("el ja ru uk be bg mk sr kk ky mn tg tt ba ar fa ur ps sd he yi vi fi tr az uz tk".split(), 8.0),
-    **dict.fromkeys("hi mr ne sa ta th hy".split(), 17.0),
-    **dict.fromkeys("am kn te si bn as km".split(), 30.0),
-    **dict.fromkeys("pa ml gu ka lo".split(), 39.0),
-    **dict.fromkeys("my bo".split(), 46.0),
+    "en": 4.0,
+    **dict.fromkeys(_codes("ar az ba be bg el fa fi he ja kk mk mn ps ru sd sr tg tk tr tt uk ur uz vi yi"), 8.0),
+    **dict.fromkeys(_codes("hi hy mr ne sa ta th"), 17.0),
+    **dict.fromkeys(_codes("am as bn km kn si te"), 30.0),
+    **dict.fromkeys(_codes("gu ka lo ml pa"), 39.0),
+    **dict.fromkeys(_codes("bo my"), 46.0),
 }
-DEFAULT_TOKENS_PER_SEC = 4.0
-CAP_FACTOR = (
-    2.5  # of the ordinary rate: the fastest speech, and what keeps loops short; 10 tokens per second in English
-)
+_OTHER_TOKENS_PER_SEC = 6.0
+CAP_FACTOR = 2.5  # times the ordinary rate ends a text: the fastest speech is below, a loop is soon above
 
 
 def parse_language(mark: str) -> str:
@@ -104,7 +108,7 @@ def known_language(code: str, known: Collection[str]) -> str:
 
 def tokens_per_sec(language: str | None) -> float:
     """Return the tokens per second of ordinary speech in a language; None is taken for English."""
-    return _TOKENS_PER_SEC.get(language or "en", DEFAULT_TOKENS_PER_SEC)
+    return _TOKENS_PER_SEC.get(language or "en", _OTHER_TOKENS_PER_SEC)
 
 
 def text_language(language: str | None, task: str) -> str | None:
