@@ -90,7 +90,7 @@ def _names() -> dict[str, str]:
 
 def language_name(code: str) -> str:
     """Return the English name of a code of Whisper, such as `Chinese`."""
-    return langcodes.Language.get(code).display_name()
+    return str(langcodes.Language.get(code).display_name())
 
 
 def known_language(code: str, known: Collection[str]) -> str:
@@ -130,7 +130,7 @@ def is_unspaced_character(character: str) -> bool:
 
 def graphemes(text: str) -> list[str]:
     """Cut a text into grapheme clusters: characters with their combining marks."""
-    return regex.findall(r"\X", text)
+    return list(regex.findall(r"\X", text))
 
 
 def join_texts(texts: Iterable[str]) -> str:
