@@ -8,7 +8,6 @@ twice.
 
 from __future__ import annotations
 
-import itertools
 import math
 import unicodedata
 from collections.abc import Sequence
@@ -17,16 +16,28 @@ from typing import Literal
 
 from src.inference.words import Word
 from src.utils.config import StreamingConfig
+from src.utils.languages import is_unspaced_character
 
 TIME_SLACK_SEC = 0.2  # how far word times move between hypotheses
 EDIT_COST = 2  # compared with 1 for a word at the wrong time: text is the better evidence
 UNCONFIRMED_SEC = 2.0  # audio after a word that makes it final although the last hypothesis had another
 CHUNK_SEC = 2.0
 CHUNK_OVERLAP_SEC = 0.5
-LOOP_MAX_NGRAM = 4  # words
 LOOP_MIN_COPIES = 3
-LOOP_MIN_WORDS = 12  # people say "no, no, no, no"; nobody says twelve words of it
-MAX_WORDS_PER_SEC = 8.0  # of a repetition; fast speech has 4 to 5
+
+
+@dataclass(frozen=True)
+class LoopLimits:
+    """Which repetitions no speaker makes, in words or in characters of a script without spaces."""
+
+    ngram: int  # longest phrase
+    span: int  # of all copies together: people say "no, no, no, no"; nobody says twelve words of it
+    fast_span: int  # likewise, if they pass faster than `per_sec`
+    per_sec: float  # beyond fast speech, which has 4 to 5 words, 8 Chinese or 18 Thai characters
+
+
+WORD_LOOPS = LoopLimits(ngram=4, span=12, fast_span=LOOP_MIN_COPIES, per_sec=8.0)
+CHARACTER_LOOPS = LoopLimits(ngram=24, span=30, fast_span=8, per_sec=24.0)
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,7 @@ class CommitPolicy:
         """Note that audio before `sec` is gone: coming hypotheses begin after it."""
         self._held_from_sec = max(self._held_from_sec, sec)
         held = sum(word.end_sec > self._held_from_sec for word in self._committed)
-        self._committed = self._committed[-max(held, LOOP_MIN_WORDS) :]  # a few before the cut: loops cross it
+        self._committed = self._committed[-max(held, CHARACTER_LOOPS.span) :]  # a few before the cut: loops cross it
 
     def _new_words(self, words: Sequence[Word]) -> tuple[Word, ...]:
         """Return the words after the committed ones, without loops.
@@ -98,7 +109,7 @@ class CommitPolicy:
         by_time = sum(middle < self._last_end_sec for middle in middles)
         distances = _prefix_distances(expected, [word_key(word) for word in words])
         costs = [(EDIT_COST * d + sum(late[:k]) + sum(early[k:]), abs(k - by_time)) for k, d in enumerate(distances)]
-        return _without_loops(self._committed[-LOOP_MIN_WORDS:], words[costs.index(min(costs)) :])
+        return _without_loops(self._committed[-CHARACTER_LOOPS.span :], words[costs.index(min(costs)) :])
 
     def _commit(self, words: Sequence[Word], audio_end_sec: float = math.inf) -> tuple[Word, ...]:
         committed = []
@@ -161,7 +172,7 @@ class ChunkMerge(CommitPolicy):
 
     def _new_words(self, words: Sequence[Word]) -> tuple[Word, ...]:
         late = [word for word in words if _middle_sec(word) > self._last_end_sec]
-        return _without_loops(self._committed[-LOOP_MIN_WORDS:], late)
+        return _without_loops(self._committed[-CHARACTER_LOOPS.span :], late)
 
 
 def make_policy(settings: StreamingConfig) -> CommitPolicy:
@@ -185,22 +196,25 @@ def word_key(word: Word) -> str:
 def find_loop(words: Sequence[Word], *, beyond: int = 0) -> range | None:
     """Find a repetition that no speaker makes: the decoder runs on while the audio does not.
 
-    It is an n-gram (n from 1 to 4 words) at least three times in a row that spans at least 12 words, or passes at more
-    than 8 words per second, and that reaches past index `beyond`. Returns the indices of the second and later copies of
-    the earliest one, including a copy cut off at the end.
+    It is a phrase at least three times in a row that is as long as `WORD_LOOPS` or `CHARACTER_LOOPS` says, whichever
+    its first word belongs to, and that reaches past index `beyond`. Returns the indices of the second and later copies
+    of the earliest one, including a copy cut off at the end.
     """
     keys = [word_key(word) for word in words]
-    for start, n in itertools.product(range(len(keys)), range(1, LOOP_MAX_NGRAM + 1)):
-        gram = keys[start : start + n]
-        stop = start + n
-        while keys[stop : stop + n] == gram:
-            stop += n
-        if stop - start < LOOP_MIN_COPIES * n or stop <= beyond:
-            continue
-        duration_sec = words[stop - 1].end_sec - words[start].start_sec
-        if stop - start >= LOOP_MIN_WORDS or stop - start > MAX_WORDS_PER_SEC * duration_sec:
-            cut_off = len(keys) - stop < n and keys[stop:] == gram[: len(keys) - stop]
-            return range(start + n, len(keys) if cut_off else stop)
+    for start, key in enumerate(keys):
+        limits = CHARACTER_LOOPS if is_unspaced_character(key[:1]) else WORD_LOOPS
+        for n in range(1, limits.ngram + 1):
+            gram = keys[start : start + n]
+            stop = start + n
+            while keys[stop : stop + n] == gram:
+                stop += n
+            span = stop - start
+            if span < LOOP_MIN_COPIES * n or stop <= beyond:
+                continue
+            fastest = limits.per_sec * (words[stop - 1].end_sec - words[start].start_sec)
+            if span >= limits.span or (span >= limits.fast_span and span > fastest):
+                cut_off = len(keys) - stop < n and keys[stop:] == gram[: len(keys) - stop]
+                return range(start + n, len(keys) if cut_off else stop)
     return None
 
 

@@ -18,6 +18,7 @@ from src.inference.streaming.commit import (
     word_key,
 )
 from src.inference.words import Word
+from src.utils.languages import graphemes
 
 
 def said(text: str, *, start_sec: float = 0.0, word_sec: float = 0.3) -> list[Word]:
@@ -25,6 +26,11 @@ def said(text: str, *, start_sec: float = 0.0, word_sec: float = 0.3) -> list[Wo
     return [
         Word(word, start_sec + i * word_sec, start_sec + (i + 1) * word_sec, 0.9) for i, word in enumerate(text.split())
     ]
+
+
+def spelled(text: str, *, second: float = 6.0) -> list[Word]:
+    """Characters of a script without spaces, so many in a second."""
+    return [Word(c, i / second, (i + 1) / second, 0.9) for i, c in enumerate(graphemes(text))]
 
 
 def run(policy: CommitPolicy, *hypotheses: Sequence[Word], audio_end_sec: float = 100.0) -> list[tuple[str, str]]:
@@ -84,6 +90,15 @@ def test_a_loop_is_never_committed_and_what_follows_it_is(gram: str) -> None:
         (said("ha ha ha ha", word_sec=0.15), None),
         (said("we know") + said("you you you you", start_sec=0.6, word_sec=0.02), range(3, 6)),  # faster than speech
         (said("well " + "that is " * 7 + "that"), range(3, 16)),  # with the copy that the token cap cut off
+        (spelled("谢谢观看" * 20), range(4, 80)),
+        (spelled("今天" + "请不吝点赞订阅转发打赏支持明镜栏目" * 3), range(19, 53)),
+        (spelled("ご視聴ありがとうございました" * 3 + "ご視聴"), range(14, 45)),
+        (spelled("ขอบคุณที่รับชม" * 4, second=12), range(10, 40)),
+        (spelled("谢" * 12, second=40), range(1, 12)),
+        (spelled("不不不不不，对对对对对对"), None),  # emphasis
+        (spelled("哈哈哈哈哈哈哈哈哈哈"), None),
+        (spelled("頑張れ頑張れ頑張れ頑張れ"), None),
+        (spelled("ขอบคุณครับ" * 3, second=15), None),
     ],
 )
 def test_a_loop_is_many_copies_or_fast_ones(words: list[Word], loop: range | None) -> None:
