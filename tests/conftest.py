@@ -108,3 +108,12 @@ def small(_small: tuple[Any, Any]) -> tuple[Any, Any]:
 def base() -> tuple[Any, Any]:
     """Stock multilingual whisper-base; do not change it."""
     return load_stock("base")
+
+
+@pytest.fixture(scope="session")
+def base_vocabulary() -> Any:
+    """The multilingual vocabulary."""
+    from src.inference.words import Vocabulary
+    from src.models.weights import resolve_weights
+
+    return Vocabulary.from_folder(resolve_weights("base", cache_dir=Config().paths.cache_dir).path)

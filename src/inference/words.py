@@ -6,10 +6,11 @@ would delay the first transcript of a process.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-import string
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,9 +20,7 @@ from tokenizers import Tokenizer
 
 from src.data.labels import MAX_PROMPT_TOKENS, MULTILINGUAL_END_TOKEN
 from src.utils.errors import ModelError
-
-_CLOSING = string.punctuation.replace("'", "") + "。、，！？：”’)]}"  # joins the word before it
-_OPENING = "\"'“¿([{-"  # joins the word after it
+from src.utils.languages import graphemes, is_unspaced_character
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,19 @@ class Word:
     start_sec: float  # from the start of the clip, recording or stream
     end_sec: float  # likewise, at least `start_sec`
     probability: float = math.nan  # mean of its tokens among all text tokens, as in openai/whisper; nan if unknown
-    tokens: int = field(default=0, compare=False, repr=False)  # number that spell it; 0 if unknown
+    # that end with it, those of words before it in the same token included; 0 if unknown, or if its end is in a token
+    tokens: int = field(default=0, compare=False, repr=False)
+    space: bool = field(default=True, compare=False, repr=False)  # whether a space precedes it
 
 
 def shifted(words: Sequence[Word], by_sec: float) -> tuple[Word, ...]:
     """Return the words later by some seconds."""
     return tuple(replace(w, start_sec=w.start_sec + by_sec, end_sec=w.end_sec + by_sec) for w in words)
+
+
+def join_words(words: Iterable[Word]) -> str:
+    """Return the words as text, with spaces where they belong."""
+    return "".join(" " * word.space + word.text for word in words).strip()
 
 
 class Vocabulary:
@@ -110,40 +116,92 @@ class Vocabulary:
 
 
 def split_words(vocabulary: Vocabulary, tokens: Sequence[int]) -> list[tuple[str, int]]:
-    """Return the text and the number of tokens of each word: a token with a leading space starts one."""
-    words: list[tuple[str, int]] = []
-    pending: list[int] = []
-    for token in tokens:
-        pending.append(token)
-        piece = vocabulary.decode(pending)
-        if "\ufffd" in piece:  # half of a multi-byte character
-            continue
-        stripped = piece.strip()
-        opens = piece.startswith(" ") or not words
-        closes = bool(stripped) and all(c in _CLOSING for c in stripped) and not piece.startswith(" ")
-        joins_opening = bool(words) and words[-1][0] != "" and all(c in _OPENING for c in words[-1][0])
-        if words and (not opens or closes or (joins_opening and not piece.startswith(" "))):
-            words[-1] = (words[-1][0] + piece.rstrip(), words[-1][1] + len(pending))
-        else:
-            words.append((stripped, len(pending)))
-        pending = []
-    if pending and words:
-        words[-1] = (words[-1][0], words[-1][1] + len(pending))
-    return words
+    """Return the text and the number of tokens of each word, as `Word` has them.
+
+    A word is what stands between spaces; in scripts without spaces it is a grapheme cluster with the punctuation after
+    it, as in openai/whisper, but where a token has several of them, too.
+    """
+    return [(word.text, word.tokens) for word in place_words(vocabulary, tokens)]
 
 
 def place_words(
-    vocabulary: Vocabulary, tokens: Sequence[int], *, entered_sec: Sequence[float], probabilities: Sequence[float]
+    vocabulary: Vocabulary,
+    tokens: Sequence[int],
+    *,
+    entered_sec: Sequence[float] | None = None,
+    probabilities: Sequence[float] | None = None,
 ) -> tuple[Word, ...]:
-    """Give words the probabilities of their tokens, and times, which never decrease.
+    """Cut tokens into words with the probabilities of their tokens, and times, which never decrease.
 
-    `entered_sec` says when each token begins, and then the end token: one more than `tokens`, ascending.
+    `entered_sec` says when each token begins, and then the end token: one more than `tokens`, ascending. Words that
+    share a token share its time by their numbers of characters.
     """
-    words, at = [], 0
-    for text, size in split_words(vocabulary, tokens):
-        start, end = float(entered_sec[at]), float(entered_sec[at + size])
-        probability = float(sum(probabilities[at : at + size]) / size)
-        if text:
-            words.append(Word(text, start, max(start, end), probability, size))
-        at += size
+    # pieces of text: tokens that are whole characters together
+    pieces: list[tuple[str, int, int]] = []  # text, first token, token after the last
+    first = 0
+    for at in range(1, len(tokens) + 1):
+        piece = vocabulary.decode(tokens[first:at])
+        if "\ufffd" not in piece:  # half of a multi-byte character
+            pieces.append((piece, first, at))
+            first = at
+    if first < len(tokens):
+        pieces.append(("", first, len(tokens)))
+    text = "".join(piece for piece, _, _ in pieces)
+    ends = list(itertools.accumulate(len(piece) for piece, _, _ in pieces))  # of the pieces, in characters
+    owners = [i for i, (piece, _, _) in enumerate(pieces) for _ in piece]  # piece of each character
+
+    def moment(index: int, *, after: bool) -> float:
+        """Return when a character begins, or ends; a space before others takes no time."""
+        if entered_sec is None:
+            return math.nan
+        piece, first, until = pieces[owners[index]]
+        before = text[ends[owners[index]] - len(piece) : index + after]
+        share = len(before.lstrip()) / max(1, len(piece.strip()))
+        begin_sec, end_sec = float(entered_sec[first]), float(entered_sec[until])
+        return begin_sec + share * (end_sec - begin_sec) if 0 < share < 1 else end_sec if share else begin_sec
+
+    words: list[Word] = []
+    counted = 0  # tokens given to words
+    ranges = _word_ranges(text)
+    for i, (start, stop, space) in enumerate(ranges):
+        last = owners[stop - 1] if i + 1 < len(ranges) else len(pieces) - 1
+        _, _, until = pieces[last]
+        size = 0 if text[stop : ends[last]].strip() else until - counted
+        counted += size
+        begin = start  # a space with a token of its own is the beginning of the word after it
+        while begin and text[begin - 1].isspace() and owners[begin - 1] != owners[begin]:
+            begin -= 1
+        spelling = slice(pieces[owners[begin]][1], until)
+        certainty = sum(probabilities[spelling]) / len(probabilities[spelling]) if probabilities else math.nan
+        begin_sec, end_sec = moment(begin, after=False), moment(stop - 1, after=True)
+        words.append(Word(text[start:stop], begin_sec, max(begin_sec, end_sec), float(certainty), size, space))
     return tuple(words)
+
+
+def _word_ranges(text: str) -> list[tuple[int, int, bool]]:
+    """Return where each word of a text begins and ends, and whether a space precedes it."""
+    ranges: list[tuple[int, int, bool]] = []
+    space, unspaced, opening, at = True, False, False, 0
+    for grapheme in graphemes(text):
+        if grapheme.isspace():
+            space = True
+        else:
+            category = unicodedata.category(grapheme[0])
+            begins = (
+                not ranges
+                or space
+                or (
+                    not opening
+                    and category not in ("Pe", "Pf", "Po", "Pd")
+                    and (unspaced or is_unspaced_character(grapheme))
+                )
+            )
+            if begins:
+                ranges.append((at, at, bool(space and (ranges or not is_unspaced_character(grapheme)))))
+                unspaced = False
+            start, _, spaced = ranges[-1]
+            ranges[-1] = (start, at + len(grapheme), spaced)
+            unspaced |= is_unspaced_character(grapheme)
+            opening, space = (begins or opening) and category in ("Ps", "Pi"), False
+        at += len(grapheme)
+    return ranges

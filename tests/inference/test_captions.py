@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from src.inference import captions
 from src.inference.captions import CaptionOptions, Cue, LiveCaptionWriter, make_cues, to_json, to_srt, to_vtt
-from src.inference.streaming.commit import Event, join_words
-from src.inference.words import Word
+from src.inference.streaming.commit import Event
+from src.inference.words import Word, join_words
 from src.utils.errors import ConfigError, DataError
 
 # Words of the bundled clip and their ends, as stock tiny.en gives them: no gap anywhere, pauses are inside words.

@@ -182,11 +182,6 @@ def make_policy(settings: StreamingConfig) -> CommitPolicy:
     return LocalAgreement() if settings.policy == "local_agreement" else ChunkMerge()
 
 
-def join_words(words: Sequence[Word]) -> str:
-    """Return the words as text, with spaces between them."""
-    return " ".join(word.text for word in words)
-
-
 def word_key(word: Word) -> str:
     """Return a word without case and punctuation; the text itself if nothing else is in it."""
     key = "".join(c for c in word.text.casefold() if not unicodedata.category(c).startswith(("P", "S")))

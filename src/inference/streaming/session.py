@@ -25,9 +25,9 @@ from src.data.vad import WINDOW_SAMPLES, SpeechTimeline, VADEvent, VoiceActivity
 from src.inference.engine_base import Engine
 from src.inference.engines import engine_of, transcribe
 from src.inference.options import DecodingOptions
-from src.inference.streaming.commit import CommitPolicy, Event, find_loop, join_words, make_policy
+from src.inference.streaming.commit import CommitPolicy, Event, find_loop, make_policy
 from src.inference.streaming.microphone import BrowserMicrophone, Microphone, in_real_time
-from src.inference.words import Word, shifted
+from src.inference.words import Word, join_words, shifted
 from src.utils.config import Config
 from src.utils.errors import AudioError
 from src.utils.runtime import in_colab, in_notebook

@@ -27,8 +27,8 @@ from src.inference.files.transcribe import Transcription, Transcriptions
 from src.inference.server.host import LiveHost, ServerLimits
 from src.inference.server.page import Demo, LiveTabs, _InTurns, launch_demo, read_upload
 from src.inference.server.protocol import write_samples
-from src.inference.streaming.commit import Event, join_words
-from src.inference.words import Word
+from src.inference.streaming.commit import Event
+from src.inference.words import Word, join_words
 from src.utils.config import load_config
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError, ModelError
 from tests.browser import CHROMIUM, CONTRASTS, READABLE

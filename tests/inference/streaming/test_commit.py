@@ -14,10 +14,9 @@ from src.inference.streaming.commit import (
     CommitPolicy,
     LocalAgreement,
     find_loop,
-    join_words,
     word_key,
 )
-from src.inference.words import Word
+from src.inference.words import Word, join_words
 from src.utils.languages import graphemes
 
 

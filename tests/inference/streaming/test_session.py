@@ -13,10 +13,10 @@ from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.vad import VADEvent, VoiceActivityDetector
 from src.inference.engines import load_engine
 from src.inference.options import DecodingOptions
-from src.inference.streaming.commit import AlignAtt, Event, join_words, word_key
+from src.inference.streaming.commit import AlignAtt, Event, word_key
 from src.inference.streaming.session import StreamingASR
 from src.inference.torch_engine import TorchEngine
-from src.inference.words import Word
+from src.inference.words import Word, join_words
 from src.utils.config import VADConfig, load_config
 from src.utils.errors import AudioError, ModelError
 from tests.inference.scripted import ScriptedEngine
