@@ -87,8 +87,9 @@ def convert_ct2_to_hf(source_dir: Path, output_dir: Path) -> Path:
     with _reading(source_dir / "config.json"):
         ct2_config = json.loads((source_dir / "config.json").read_text(encoding="utf-8"))
         generation_config = _generation_config(ct2_config, config, processor)
-    if "audio_context" in ct2_config:  # written by this library's own export
-        config.audio_context = ct2_config["audio_context"]
+    # written by this library's own export
+    for key in ct2_config.keys() & {"audio_context", "tokens_per_sec"}:
+        setattr(config, key, ct2_config[key])
     try:  # names and shapes must be those of the model that will load them
         with torch.device("meta"):
             model = WhisperForConditionalGeneration(config)
@@ -242,5 +243,6 @@ def _generation_config(
         # every token between the start and the tasks is a language: 99, or 100 since large-v3
         languages = range(token_id(START_TOKEN) + 1, token_id("<|translate|>"))
         values["lang_to_id"] = {tokenizer.convert_ids_to_tokens(i): i for i in languages}
+        values["language"] = ct2_config.get("language")
         values["task_to_id"] = {task: token_id(f"<|{task}|>") for task in ("transcribe", "translate")}
     return GenerationConfig(**values)

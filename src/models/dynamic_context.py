@@ -21,7 +21,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from src.utils.errors import ModelError
+from src.utils.errors import DataError, ModelError
+from src.utils.languages import known_language, parse_language
 
 AudioContext = Literal["full", "dynamic"]
 Head = tuple[int, int]  # layer, head of the decoder
@@ -105,6 +106,33 @@ class DynamicWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
 def get_audio_context(config: WhisperConfig) -> AudioContext:
     """Read a checkpoint's context; stock checkpoints do not have the key and are "full"."""
     return cast("AudioContext", getattr(config, "audio_context", "full"))
+
+
+def get_language(model: Any) -> str | None:
+    """Return the language that a checkpoint's generation config names, as a code that the model knows.
+
+    Other tools write names (`hindi`) and tokens (`<|hi|>`) there too. None if it names none, or if the model is
+    English-only.
+
+    Raises:
+        ModelError: the model does not know the language.
+    """
+    generation = model.generation_config
+    mark = getattr(generation, "language", None)
+    if mark is None or not getattr(generation, "is_multilingual", False):
+        return None
+    known = [name.strip("<|>") for name in getattr(generation, "lang_to_id", None) or ()]
+    try:
+        return known_language(parse_language(str(mark).strip("<|>")), known)
+    except DataError as err:
+        raise ModelError(
+            f"the checkpoint's generation_config.json has language {mark!r}: {err}; correct it there, or remove it"
+        ) from err
+
+
+def get_cap_rates(config: Any) -> dict[str, float]:
+    """Return the tokens per second at most of each language that a checkpoint was trained on; empty if it says none."""
+    return dict(getattr(config, "tokens_per_sec", None) or {})
 
 
 def listed_heads(model: Any) -> list[Head]:

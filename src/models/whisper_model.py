@@ -9,7 +9,7 @@ import torch
 from transformers import WhisperProcessor
 from transformers import logging as transformers_logging
 
-from src.models.dynamic_context import DynamicWhisper
+from src.models.dynamic_context import DynamicWhisper, get_language
 from src.models.weights import ResolvedWeights, resolve_weights
 from src.utils.config import Config
 from src.utils.runtime import get_device, keep_cudnn_out_of_attention
@@ -32,7 +32,7 @@ class WhisperModelManager:
 
         Returns:
             The model in float32 on the configured device, in evaluation mode, and its `WhisperProcessor`. Its
-            generation config has the configured language and task, so that a saved checkpoint carries them.
+            generation config has the configured language and task; with `auto` those of the checkpoint stay.
 
         Raises:
             ModelError: no weights are available; the message lists what was tried.
@@ -48,8 +48,10 @@ class WhisperModelManager:
         generation = model.generation_config
         model.config.forced_decoder_ids = None  # of old checkpoints; contradicts language and task
         generation.forced_decoder_ids = None
-        if getattr(generation, "is_multilingual", False) and settings.language is not None:
-            generation.language, generation.task = settings.language, settings.task
+        if getattr(generation, "is_multilingual", False):
+            if settings.language is not None:
+                generation.language, generation.task = settings.language, settings.task
+            generation.language = get_language(model)
         size, context = sum(p.numel() for p in model.parameters()) / 1e6, model.audio_context
         logger.info("model %s: %.1f M parameters, audio context %r, on %s", variant, size, context, device)
         return model.to(device).eval(), processor

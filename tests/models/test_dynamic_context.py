@@ -9,7 +9,7 @@ import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from src.data.features import CONTEXT_SAMPLES, LogMel
-from src.models.dynamic_context import DynamicWhisper
+from src.models.dynamic_context import DynamicWhisper, get_cap_rates
 from src.utils.errors import ModelError
 
 
@@ -49,10 +49,14 @@ def test_unfit_frames_and_contexts_are_refused(small: DynamicWhisper, context: A
 
 
 @pytest.mark.parametrize("context", ["full", "dynamic"])
-def test_context_is_saved_and_loaded(small: DynamicWhisper, tmp_path: Path, context: Any) -> None:
+def test_context_and_rates_are_saved_and_loaded(small: DynamicWhisper, tmp_path: Path, context: Any) -> None:
     small.audio_context = context
+    assert get_cap_rates(small.config) == {}
+    small.config.tokens_per_sec = {"hi": 43.5}
     small.save_pretrained(tmp_path)
-    assert DynamicWhisper.from_pretrained(tmp_path).audio_context == context
+    loaded = DynamicWhisper.from_pretrained(tmp_path)
+    assert loaded.audio_context == context
+    assert get_cap_rates(loaded.config) == {"hi": 43.5}
     assert WhisperForConditionalGeneration.from_pretrained(tmp_path).config.architectures == [
         "WhisperForConditionalGeneration"
     ]

@@ -16,7 +16,7 @@ from ctranslate2.specs.model_spec import ACCEPTED_MODEL_TYPES
 from transformers import WhisperProcessor
 
 from src.data.audio import Waveform
-from src.models.dynamic_context import existing_heads
+from src.models.dynamic_context import existing_heads, get_cap_rates, get_language
 from src.models.export.huggingface import loaded_source, new_export
 from src.models.export.verify import MAX_WORD_MISMATCH_QUANTISED, ClipBatch, verify_transcripts
 from src.utils.errors import ModelError
@@ -44,7 +44,7 @@ def export_ctranslate2(
         verify_clips: (T,) float32 each, 16 kHz, up to 30 s, transcribed by both; five bundled ones by default.
 
     Returns:
-        output_dir; its config.json keeps `audio_context`, which CTranslate2 ignores.
+        output_dir; its config.json keeps `audio_context`, `language` and `tokens_per_sec`, which CTranslate2 ignores.
 
     Raises:
         ModelError: unknown quantization, alignment heads that the model does not have, or more than 20% of the words
@@ -59,7 +59,7 @@ def export_ctranslate2(
         converter = TransformersConverter(str(hf_dir), copy_files=FASTER_WHISPER_FILES)
         converter.convert(str(folder), quantization=quantization, force=True)
         config_file = folder / "config.json"
-        config = {**json.loads(config_file.read_text(encoding="utf-8")), "audio_context": model.audio_context}
+        config = {**json.loads(config_file.read_text(encoding="utf-8")), **_own_settings(model)}
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         engine = ctranslate2.models.Whisper(
             str(folder), device="cpu", intra_threads=torch.get_num_threads(),
@@ -77,3 +77,9 @@ def export_ctranslate2(
         mismatch = verify_transcripts(model, own, transcribe, name=name, allowed=allowed, clips=verify_clips)
     logger.info("saved %s (CTranslate2 %s, %.0f%% of words differ)", output_dir, quantization, 100 * mismatch)
     return output_dir
+
+
+def _own_settings(model: Any) -> dict[str, Any]:
+    """Return what this library reads from config.json in addition; what the checkpoint does not say is left out."""
+    settings = {"language": get_language(model), "tokens_per_sec": get_cap_rates(model.config)}
+    return {"audio_context": model.audio_context, **{key: value for key, value in settings.items() if value}}

@@ -16,7 +16,7 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from scripts import export as export_script
 from scripts import export_onnx as export_onnx_script
 from src.models.ct2_to_hf import convert_ct2_to_hf
-from src.models.dynamic_context import DynamicWhisper
+from src.models.dynamic_context import DynamicWhisper, get_cap_rates
 from src.models.export import ctranslate2 as ct2_export
 from src.models.export import huggingface as export
 from src.models.export import verify as export_check
@@ -118,12 +118,12 @@ def test_ctranslate2_export_is_complete(tiny_en: Any, tmp_path: Path, quantizati
 
 
 @pytest.mark.slow
-def test_dynamic_context_survives_export_and_conversion_back(tiny_en: Any, tmp_path: Path) -> None:
+def test_own_settings_survive_export_and_conversion_back(tiny_en: Any, tmp_path: Path) -> None:
     model, processor = tiny_en
-    model.audio_context = "dynamic"
+    model.audio_context, model.config.tokens_per_sec = "dynamic", {"en": 12.5}
     export_ctranslate2(model, tmp_path / "ct2", processor=processor, quantization="float32")
     back = DynamicWhisper.from_pretrained(convert_ct2_to_hf(tmp_path / "ct2", tmp_path / "hf"))
-    assert back.audio_context == "dynamic"
+    assert (back.audio_context, get_cap_rates(back.config)) == ("dynamic", {"en": 12.5})
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in back.state_dict().items())
 
 
