@@ -27,11 +27,12 @@ def noise(seconds: float, seed: int, amplitude: float = 0.1) -> Waveform:
 
 
 def clip(
-    name: str, audio: Waveform, text: str, *, speaker: str | None = "s1", rate: int = SAMPLE_RATE, kind: str = "WAV"
-) -> Utterance:
+    name: str, audio: Waveform, text: str, *, speaker: str | None = "s1", rate: int = SAMPLE_RATE, kind: str = "WAV",
+    language: str | None = "en",
+) -> Utterance:  # fmt: skip
     file = io.BytesIO()
     sf.write(file, audio, rate, format=kind, subtype="PCM_16")
-    return Utterance(id=name, audio=file.getvalue(), text=text, speaker=speaker)
+    return Utterance(id=name, audio=file.getvalue(), text=text, speaker=speaker, language=language)
 
 
 def plain_clips(prefix: str, n: int, *, speakers: int = 4) -> list[Utterance]:

@@ -14,6 +14,7 @@ from src.data.utterance import SPLITS
 from src.utils.figures import BLUE, FIGURE_STYLE, GREEN, GREY, ORANGE, NotebookFigure
 
 SPLIT_COLORS = dict(zip(SPLITS, (BLUE, GREEN, ORANGE), strict=True))
+MAX_LANGUAGES = 6  # with a median of their own
 MAX_POINTS = 4_000  # more overlap anyway, and make a slow figure
 _BINS = 30
 
@@ -33,8 +34,13 @@ def draw_data_report(report: DataReport) -> NotebookFigure:
         durations.legend(fontsize=8)
         odd, clipped = clips["chars_per_sec_outlier"], clips["clipped_fraction"] > CLIPPED_FRACTION
         _scatter(pace, clips, "duration_sec", "chars_per_sec", odd, f"{count_clips(odd.sum())} far off")
-        median = float(clips["chars_per_sec"].median())
-        pace.axhline(median, color=GREY, linestyle=":", label=f"median {median:.1f}")
+        languages = clips["language"].fillna("")
+        medians = clips.groupby(languages)["chars_per_sec"].median()[languages.value_counts().index[:MAX_LANGUAGES]]
+        for index, median in enumerate(medians):
+            label = f"median {median:.1f}" if len(medians) == 1 else "medians" if index == 0 else None
+            pace.axhline(median, color=GREY, linestyle=":", label=label)
+        if len(medians) > 1:
+            pace.secondary_yaxis("right").set_yticks(medians, [code or "?" for code in medians.index], fontsize=8)
         pace.set(title="Pace", xlabel="seconds", ylabel="characters per second")
         _scatter(levels, clips, "loudness_dbfs", "peak_dbfs", clipped, f"{count_clips(clipped.sum())} cut off")
         levels.axhline(0, color=GREY, linestyle=":", label="full scale")

@@ -6,16 +6,20 @@ A rule reads columns and decodes nothing. "error" means that training or measuri
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
+import langcodes
 import pandas as pd
+import regex
 
 from src.data.audio import SAMPLE_RATE
 from src.data.labels import MAX_LABEL_TOKENS
 from src.data.utterance import SkippedUtterance
+from src.utils.languages import UNSPACED, language_name, lower
 
 Level = Literal["error", "warning", "info"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "info")
@@ -32,8 +36,15 @@ FEW_TEST_SPEAKERS = 10  # below it a bootstrap interval over speakers is clearly
 MANY = 0.05  # of the clips: a fault of the set, not of a few recordings
 FLATTERING_SHARE = 0.2  # of the test's texts that are in training too
 CAPITALS_SHARE = 0.9  # of a text's cased letters
-_PUNCTUATION = re.compile("[.,;:?!…。、，；：？！।¿¡]")
-_WORD = re.compile(r"[\w'’]+")
+_PUNCTUATION = regex.compile(r"[\p{Terminal_Punctuation}…¿¡]")
+_UNPUNCTUATED = frozenset({"th", "lo"})  # written without full stops and commas
+_WORD = regex.compile(r"[\p{L}\p{M}\p{N}_'’]+")  # with combining marks: many vowels are such
+_SCRIPTS = {"Hans": ("Hani",), "Hant": ("Hani",), "Jpan": ("Hani", "Hira", "Kana"), "Kore": ("Hang", "Hani")}
+_OTHER_SCRIPTS = {  # in use besides the usual one
+    **dict.fromkeys(("az", "bs", "kk", "sr", "tg", "tk", "tt", "uz"), ("Latn", "Cyrl", "Arab")),
+    **dict.fromkeys(("ha", "jw", "ms", "pa", "sd", "so", "su"), ("Arab", "Deva")),
+    "mn": ("Mong",),
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,12 @@ def find_all(clips: pd.DataFrame, skipped: Sequence[SkippedUtterance]) -> tuple[
         f"left out while checking, {of_duration} for the duration",
         "read the reasons in the list of skipped clips; cut long recordings at pauses",
     )  # fmt: skip
-    return sort_findings([*left_out, *_in_recordings(clips), *_in_texts(clips), *_between_splits(clips)])
+    by_language = list(clips.groupby(clips["language"].fillna(""), sort=False))
+    alone = len(by_language) == 1
+    texts = [found for code, part in by_language for found in _in_texts(part, str(code) or None, alone=alone)]
+    return sort_findings(
+        [*left_out, *_in_recordings(clips), *_in_languages(clips), *texts, *_of_tokens(clips), *_between_splits(clips)]
+    )
 
 
 def sort_findings(findings: Sequence[Finding]) -> tuple[Finding, ...]:
@@ -68,9 +84,29 @@ def count_clips(n: int) -> str:
     return f"{n:,} clip{'' if n == 1 else 's'}"
 
 
-def text_key(text: str) -> str:
+def text_key(text: str, language: str | None = None) -> str:
     """Return what two transcripts have in common that differ in case and punctuation only."""
-    return " ".join(_WORD.findall(text.casefold()))
+    words = _WORD.findall(lower(unicodedata.normalize("NFKC", text), language))
+    return ("" if language in UNSPACED else " ").join(words)
+
+
+def text_keys(clips: pd.DataFrame) -> pd.Series[str]:
+    """Return the `text_key` of each row."""
+    keys = [text_key(text, language) for text, language in zip(clips["text"], clips["language"], strict=True)]
+    return pd.Series(keys, clips.index)
+
+
+def fits_script(text: str, language: str) -> bool:
+    """Whether a quarter of a text's letters are of a script of its language: names and terms may be of others."""
+    letters = [char for char in text if char.isalpha()]
+    return 4 * len(_letters_of(language).findall("".join(letters))) >= len(letters)
+
+
+@cache
+def _letters_of(language: str) -> regex.Pattern[str]:
+    usual = str(langcodes.Language.get(language).maximize().script)
+    scripts = (*_SCRIPTS.get(usual, (usual,)), *_OTHER_SCRIPTS.get(language, ()))
+    return regex.compile("[" + "".join(rf"\p{{scx={name}}}" for name in scripts) + "]")
 
 
 def _of(clips: pd.DataFrame, level: Level, topic: str, message: str, advice: str) -> list[Finding]:
@@ -149,18 +185,34 @@ def _in_recordings(clips: pd.DataFrame) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _in_texts(clips: pd.DataFrame) -> Iterator[Finding]:
-    total, texts = len(clips), clips["text"]
-    median = float(clips["chars_per_sec"].median())
-    odd = clips[clips["chars_per_sec_outlier"]]
-    ratio = odd["chars_per_sec"] / median
-    farthest = ratio.where(ratio >= 1, 1 / ratio.clip(lower=1e-9)).sort_values(ascending=False).index
+def _in_languages(clips: pd.DataFrame) -> Iterator[Finding]:
+    languages, total = clips["language"], len(clips)
+    sizes = languages.value_counts()
+    if len(sizes) > 1:
+        listed = ", ".join(f"{language_name(str(code))} {count_clips(n)}" for code, n in sizes.items())
+        yield Finding("info", "languages", listed)
     yield from _of(
-        odd.loc[farthest], "warning", "pace",
-        f"of {total:,} far from the median of {median:.1f} characters per second: "
-        f"{int((ratio >= 1).sum())} too fast, {int((ratio < 1).sum())} too slow",
-        "listen: too fast is another clip's transcript or cut audio, too slow is missing words or long silence",
+        clips[languages.isna()], "info", "language", f"of {total:,} without a mark of their language",
+        "add a column language, or set model.language; else they get the language that the model hears in most of them",
     )  # fmt: skip
+    trained = set(languages[clips["split"] == "train"])
+    unseen = clips[(clips["split"] == "test") & languages.notna() & ~languages.isin(trained)]
+    named = ", ".join(map(language_name, unseen["language"].unique()))
+    yield from _of(
+        unseen, "warning", "languages", f"of the test in languages without training clips: {named}",
+        "their rates tell what was forgotten, not what was learned: add such clips to the training, or measure apart",
+    )  # fmt: skip
+    fits = [
+        language is None or fits_script(text, language) for text, language in zip(clips["text"], languages, strict=True)
+    ]
+    yield from _of(
+        clips[[not each for each in fits]], "warning", "script",
+        f"of {total:,} with a text that is not in the script of its language",
+        "correct the mark or the transcript: the model is told the language, and writes it in its own script",
+    )  # fmt: skip
+
+
+def _of_tokens(clips: pd.DataFrame) -> Iterator[Finding]:
     if clips["tokens"].isna().all():
         yield Finding("info", "tokens", f"length of the transcripts in tokens: {NOT_MEASURED}, no tokenizer was given")
     yield from _of(
@@ -169,39 +221,56 @@ def _in_texts(clips: pd.DataFrame) -> Iterator[Finding]:
         "cut the recordings at pauses, or remove them",
     )  # fmt: skip
 
-    upper, lower = texts.map(lambda t: sum(map(str.isupper, t))), texts.map(lambda t: sum(map(str.islower, t)))
-    in_capitals, punctuated = upper > CAPITALS_SHARE * (upper + lower), texts.str.contains(_PUNCTUATION)
+
+def _in_texts(clips: pd.DataFrame, language: str | None, *, alone: bool) -> Iterator[Finding]:
+    """Find what is odd among the texts of one language; the messages name it unless it is alone."""
+    total, texts = len(clips), clips["text"]
+    within = "" if alone else f" in {language_name(language)}" if language else " without a mark"
+    median = float(clips["chars_per_sec"].median())
+    odd = clips[clips["chars_per_sec_outlier"]]
+    ratio = odd["chars_per_sec"] / median
+    farthest = ratio.where(ratio >= 1, 1 / ratio.clip(lower=1e-9)).sort_values(ascending=False).index
+    yield from _of(
+        odd.loc[farthest], "warning", "pace",
+        f"of {total:,}{within} far from the median of {median:.1f} characters per second: "
+        f"{int((ratio >= 1).sum())} too fast, {int((ratio < 1).sum())} too slow",
+        "listen: too fast is another clip's transcript or cut audio, too slow is missing words or long silence",
+    )  # fmt: skip
+
+    capital, small = texts.map(lambda t: sum(map(str.isupper, t))), texts.map(lambda t: sum(map(str.islower, t)))
+    in_capitals = capital > CAPITALS_SHARE * (capital + small)
+    punctuated = texts.map(lambda t: _PUNCTUATION.search(t) is not None)
     for topic, what, has in (("capitals", "in capitals", in_capitals), ("punctuation", "with punctuation", punctuated)):
         share = float(has.mean())
         if MANY < share < 1 - MANY:
             fewer = clips[has if share < 0.5 else ~has]
             yield Finding(
-                "warning", topic, f"styles are mixed: {share:.0%} of the transcripts are {what}",
+                "warning", topic, f"styles are mixed: {share:.0%} of the transcripts{within} are {what}",
                 "write all in one style (data.label_case: sentence or lower): the model cannot guess which is wanted",
                 tuple(fewer["id"].head(MAX_EXAMPLES)),
             )  # fmt: skip
     if in_capitals.mean() >= 1 - MANY:
         yield Finding(
-            "warning", "capitals", "the transcripts are in capitals, which the stock model does not write",
+            "warning", "capitals", f"the transcripts{within} are in capitals, which the stock model does not write",
             "set data.label_case to auto or sentence: fewer updates are needed",
         )  # fmt: skip
-    if punctuated.mean() <= MANY:
+    if punctuated.mean() <= MANY and language not in _UNPUNCTUATED:
         yield Finding(
-            "info", "punctuation", "the transcripts have no punctuation: the model will stop writing it",
+            "info", "punctuation", f"the transcripts{within} have no punctuation: the model will stop writing it",
             "set data.label_case to sentence for a full stop at least, if punctuation is wanted",
         )  # fmt: skip
     yield from _of(
-        clips[texts.map(lambda t: any(map(str.isdigit, t)))], "info", "digits", f"of {total:,} with digits",
+        clips[texts.map(lambda t: any(map(str.isdigit, t)))], "info", "digits", f"of {total:,}{within} with digits",
         "fine where every number is written so; mixed with number words, rates suffer",
     )  # fmt: skip
 
 
 def _between_splits(clips: pd.DataFrame) -> Iterator[Finding]:
-    keys = clips["text"].map(text_key)
+    keys = text_keys(clips)
     copies = clips[clips["duplicate_audio_of"].notna()]
     originals = clips.set_index("id").loc[copies["duplicate_audio_of"].tolist()]
     across = copies["split"].to_numpy() != originals["split"].to_numpy()
-    unlike = keys[copies.index].to_numpy() != originals["text"].map(text_key).to_numpy()
+    unlike = keys[copies.index].to_numpy() != text_keys(originals).to_numpy()
     yield from _of(
         copies[across], "error", "same audio across splits",
         "also in another split: the test repeats what was trained on", "remove them from training, or from the test",

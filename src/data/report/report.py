@@ -18,19 +18,20 @@ from numpy.typing import NDArray
 
 from src.data.labels import LabelEncoder
 from src.data.preparation import DatasetSplits
-from src.data.report.findings import CLIPPED_FRACTION, LEVELS, Finding, find_all, text_key
+from src.data.report.findings import CLIPPED_FRACTION, LEVELS, Finding, find_all, text_keys
 from src.data.utterance import SPLITS, SkippedUtterance, Utterance, stable_hash
 from src.utils.config import Config
 from src.utils.errors import DataError
 from src.utils.files import read_json, write_json, write_text_atomic
+from src.utils.languages import UNSPACED, language_name
 
 CLIP_TYPES = {
-    "id": "str", "split": "str", "speaker": "object", "duration_sec": "float64", "text": "str", "characters": "int64",
-    "chars_per_sec": "float64", "chars_per_sec_outlier": "bool", "sample_rate": "int64", "channels": "int64",
-    "peak_dbfs": "float64", "clipped_fraction": "float64", "loudness_dbfs": "float64", "silent_fraction": "float64",
-    "bandwidth_hz": "float64", "leading_silence_sec": "float64", "trailing_silence_sec": "float64",
-    "speech_fraction": "float64", "tokens": "Int64", "duplicate_audio_of": "object", "duplicate_text_count": "int64",
-    "audio_sha256": "str",
+    "id": "str", "split": "str", "speaker": "object", "language": "object", "duration_sec": "float64", "text": "str",
+    "characters": "int64", "chars_per_sec": "float64", "chars_per_sec_outlier": "bool", "sample_rate": "int64",
+    "channels": "int64", "peak_dbfs": "float64", "clipped_fraction": "float64", "loudness_dbfs": "float64",
+    "silent_fraction": "float64", "bandwidth_hz": "float64", "leading_silence_sec": "float64",
+    "trailing_silence_sec": "float64", "speech_fraction": "float64", "tokens": "Int64", "duplicate_audio_of": "object",
+    "duplicate_text_count": "int64", "audio_sha256": "str",
 }  # fmt: skip
 OUTLIER_SCORE = 3.5
 MIN_CLIPS_FOR_OUTLIERS = 10
@@ -79,6 +80,24 @@ class DataReport:
             })  # fmt: skip
         return pd.DataFrame(rows).astype({"max_tokens": "Int64"})
 
+    def languages(self) -> pd.DataFrame:
+        """Return one row per language, the largest first; words are NA where none are parted by spaces."""
+        rows = []
+        for code, clips in self.clips.groupby(self.clips["language"].fillna(""), sort=False):
+            texts = clips["text"]
+            rows.append({
+                "language": language_name(str(code)) if code else "not marked",
+                "code": code or None,
+                **{name: int((clips["split"] == name).sum()) for name in SPLITS},
+                "hours": clips["duration_sec"].sum() / 3600,
+                "words": pd.NA if code in UNSPACED else texts.str.split().str.len().sum(),
+                "characters": texts.map(lambda text: len("".join(text.split()))).sum(),  # without spaces
+                "chars_per_sec": clips["chars_per_sec"].median(),
+                "max_tokens": clips["tokens"].max(),
+            })  # fmt: skip
+        table = pd.DataFrame(rows).astype({"words": "Int64", "max_tokens": "Int64"})
+        return table.sort_values(list(SPLITS), ascending=False, ignore_index=True)
+
     def findings_table(self) -> pd.DataFrame:
         """Return one row per finding, errors first."""
         rows = [{**asdict(finding), "ids": ", ".join(finding.ids)} for finding in self.findings]
@@ -87,6 +106,7 @@ class DataReport:
     def to_text(self) -> str:
         """Return the summary and the findings as plain text."""
         lines = [f"data: {self.source}, label case {self.label_case}", "", self._shown_summary().to_string()]
+        lines += ["", self._shown_languages().to_string(index=False)]
         for finding in self.findings:
             lines += ["", f"{finding.level}: {finding.topic}: {finding.message}"]
             lines += [f"    {finding.advice}"] if finding.advice else []
@@ -99,6 +119,7 @@ class DataReport:
         tables = (
             (f"Data report: {self.source}, label case {self.label_case}; findings: {counts}",
              self._shown_summary().rename_axis(None, axis=1).reset_index(names="")),
+            ("Languages", self._shown_languages()),
             ("Findings", self.findings_table()),
             ("Label styles", self.label_styles),
             ("Hard clips", self.hard_clips),
@@ -118,10 +139,20 @@ class DataReport:
         rounded = self.summary().round({**digits, "hours": 2, "clipped_share": 3, "no_speech_share": 3})
         return rounded.astype(object).where(rounded.notna(), "-").set_index("split").T
 
+    def _shown_languages(self) -> pd.DataFrame:
+        """Return the languages rounded for reading, with a dash where something has no value."""
+        rounded = self.languages().round({"hours": 2, "chars_per_sec": 1})
+        return rounded.astype(object).where(rounded.notna(), "-")
+
     def save(self, run_dir: str | Path) -> tuple[Path, Path]:
         """Write data_report.json and data_report_clips.csv, each whole or not at all; return both paths."""
         report, clips = Path(run_dir) / REPORT_FILE, Path(run_dir) / CLIPS_FILE
-        tables = {"summary": self.summary(), "label_styles": self.label_styles, "hard_clips": self.hard_clips}
+        tables = {
+            "summary": self.summary(),
+            "languages": self.languages(),
+            "label_styles": self.label_styles,
+            "hard_clips": self.hard_clips,
+        }
         content = {
             "source": self.source,
             "label_case": self.label_case,
@@ -174,13 +205,15 @@ def build_data_report(splits: DatasetSplits, config: Config, *, tokenizer: Any |
     clips["id"] = [u.id for u in utterances]
     clips["split"] = [name for name, part in splits.parts.items() for _ in part]
     clips["speaker"] = [u.speaker for u in utterances]
+    clips["language"] = pd.Series([u.language for u in utterances], dtype=object)
     clips["text"] = [u.text for u in utterances]
     clips["characters"] = clips["text"].str.strip().str.len()
     clips["chars_per_sec"] = clips["characters"] / clips["duration_sec"]
-    clips["chars_per_sec_outlier"] = find_rate_outliers(clips["chars_per_sec"].to_numpy(dtype=float))
+    paces = clips.groupby(clips["language"].fillna(""))["chars_per_sec"]
+    clips["chars_per_sec_outlier"] = paces.transform(find_rate_outliers).astype(bool)
     first = clips.groupby("audio_sha256")["id"].transform("first")
     clips["duplicate_audio_of"] = first.astype(object).where(first != clips["id"], None)
-    keys = clips["text"].map(text_key)
+    keys = text_keys(clips)
     clips["duplicate_text_count"] = keys.groupby(keys).transform("size")
     clips["tokens"] = pd.array([None] * len(clips), dtype="Int64")
     if tokenizer is not None:  # the decoder's positions, prefix and end token included
@@ -220,7 +253,8 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _read_clips(path: Path) -> pd.DataFrame:
     """Read the table of clips; an empty cell is NA, but a transcript may well read "NA" or "None"."""
-    cells = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")[list(CLIP_TYPES)]
+    cells = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+    cells = cells.assign(language=cells.get("language", ""))[list(CLIP_TYPES)]  # older reports have none
     others = [name for name in CLIP_TYPES if name not in ("id", "split", "text")]
     cells[others] = cells[others].where(cells[others] != "", None)
     cells["chars_per_sec_outlier"] = cells["chars_per_sec_outlier"] == "True"

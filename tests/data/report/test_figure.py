@@ -36,6 +36,9 @@ def test_bars_and_marks_say_what_the_table_says(report: DataReport, monkeypatch:
     assert durations.patches and silence.patches and len(rates.patches) == 1
     for axes in (pace, levels):  # "No." in 2 s; cut off
         assert len(axes.lines[1].get_xdata()) == 1 < len(axes.lines[0].get_xdata()) <= 10  # type: ignore[arg-type]
+    languages = pd.Series(["en", "zh", None]).sample(len(report.clips), replace=True, random_state=0).tolist()
+    mixed = replace(report, clips=report.clips.assign(language=languages))
+    assert len(draw_data_report(mixed).axes[2].lines) == len(pace.lines) + 2  # a median per language
     nats = [29.1, 7.0, 12.0]
     styles = pd.DataFrame({"style": ["keep", "lower", "sentence"], "space": True, "nats": nats, "clips": 16})
     panel = draw_data_report(replace(report, label_styles=styles)).axes[5]

@@ -15,7 +15,7 @@ import soxr
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.preparation import DatasetSplits
-from src.data.report.findings import Finding
+from src.data.report.findings import Finding, fits_script, text_key
 from src.data.report.report import (
     CLIP_TYPES,
     CLIPS_FILE,
@@ -160,6 +160,72 @@ def test_speakers_that_are_shared_few_or_unknown_are_told(clean: list[Utterance]
     assert found["unknown speakers"].ids == ("n",)
     assert "3 clips of 1 speaker" in found["shared speakers"].message
     assert "2 speakers" in found["few test speakers"].message
+
+
+def mixed_languages() -> list[Utterance]:
+    """Ten clips per language, at paces that would be far off in another language."""
+    texts = {
+        "en": ("We walked home in the rain {}.", "abcdefghij"), "zh": ("我们冒雨走回家{}。", "甲乙丙丁戊己庚辛壬癸"),
+        "hi": ("हम बारिश में घर लौटे {}।", "कखगघचछजझटठ"),
+    }  # fmt: skip
+    return [
+        clip(f"{language}{i}", noise(2.0 + 0.05 * i, 100 * n + i), text.format(letters[i]), speaker=f"s{i}",
+             language=language)
+        for n, (language, (text, letters)) in enumerate(texts.items()) for i in range(10)
+    ]  # fmt: skip
+
+
+def test_each_language_is_judged_by_its_own_rows(clean: list[Utterance]) -> None:
+    clips = mixed_languages()
+    assert not {"pace", "capitals", "punctuation", "script", "language"} & set(topics(build(clips)))
+    assert "Hindi 10 clips" in topics(build(clips))["languages"].message
+    capitals = [replace(u, text=u.text.upper()) for u in clips]  # two of the three have no capitals
+    assert "transcripts in English are in capitals" in topics(build(capitals))["capitals"].message
+    slow = [replace(u, text=u.text[:5]) if u.id == "hi3" else u for u in clips]
+    assert (topics(build(slow))["pace"].ids, "of 10 in Hindi" in topics(build(slow))["pace"].message) == (
+        ("hi3",),
+        True,
+    )
+    assert "punctuation" not in topics(build([replace(u, text="เราเดินกลับบ้านกลางสายฝน", language="th") for u in clips]))
+
+
+def test_marks_that_are_absent_or_do_not_fit_the_text_are_told() -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "en0": {"language": None}, "hi1": {"text": "hum baarish mein ghar laute"}, "zh2": {"language": "ja"},
+        "zh3": {"language": "ko"}, "zh4": {"text": "NBA 比赛结束了"}, "zh5": {"text": "2026"},
+    }  # fmt: skip
+    found = topics(build([replace(u, **changes.get(u.id, {})) for u in mixed_languages()]))
+    assert (found["language"].ids, found["language"].level) == (("en0",), "info")
+    assert (found["script"].ids, found["script"].level) == (("hi1",), "warning")  # Korean and Japanese have Chinese too
+    alone = build(mixed_languages()[:10], test=mixed_languages()[10:])
+    assert any("without training clips: Chinese, Hindi" in finding.message for finding in alone.findings)
+
+
+@pytest.mark.parametrize(("language", "text"), [
+    ("sr", "Ходали смо кући"), ("sr", "Hodali smo kući"), ("yue", "我哋行返屋企"), ("ja", "カタカナ"), ("ko", "우리는"),
+    ("am", "እኛ ወደ ቤት"), ("my", "ကျွန်တော်တို့"), ("bo", "ང་ཚོ"), ("yi", "מיר זענען"), ("ur", "ہم گھر"), ("el", "Πήγαμε"),
+    ("pa", "ਅਸੀਂ ਘਰ"), ("pa", "اسیں گھر"), ("hi", "मैंने WhatsApp पर message भेजा"), ("ms", "Kami"), ("ka", "ჩვენ"),
+])  # fmt: skip
+def test_a_language_has_each_of_its_scripts(language: str, text: str) -> None:
+    assert fits_script(text, language)
+
+
+def test_only_case_and_punctuation_make_no_other_text() -> None:
+    pairs = [("कि", "की"), ("हम गए", "हम गये"), ("ਕਿ", "ਕੀ"), ("ไหม", "ใหม่"), ("मां", "माँ"), ("كَتَبَ", "كُتُب")]
+    assert all(text_key(a) != text_key(b) for a, b in pairs)
+    assert text_key("İSTANBUL!", "tr") == text_key("istanbul", "tr") != text_key("ıstanbul", "tr")
+    assert text_key("今天，天气好。", "zh") == text_key("今天 天气好", "zh")
+    assert text_key("Don’t walk -- now!") == text_key("don’t walk now")
+
+
+def test_languages_are_listed_with_words_only_where_spaces_part_them(tmp_path: Path) -> None:
+    report = build(mixed_languages()[:21], test=[clip("x", noise(2, 1), "Ja.", language=None)])
+    table = report.languages().set_index("code")
+    assert table["train"].tolist() == [10, 10, 1, 0] and table.loc[None, "test"] == 1
+    assert table.loc["hi", "words"] == 6 and pd.isna(table.loc["zh", "words"])
+    assert table.loc["zh", "characters"] == 90 and table.loc["hi", "language"] == "Hindi"
+    report.save(tmp_path)
+    pd.testing.assert_frame_equal(DataReport.load(tmp_path).languages(), report.languages())
 
 
 def test_texts_too_long_for_the_decoder_are_an_error(clean: list[Utterance], _tiny_en: tuple[Any, Any]) -> None:
