@@ -16,14 +16,12 @@ import numpy as np
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import HOP_SAMPLES, POSITION_SEC, log_mel
-from src.inference.engine_base import Decoded, Engine, batch_samples
+from src.inference.engine_base import Decoded, Engine, batch_samples, own_language
 from src.inference.options import DecodingOptions
 from src.inference.words import Vocabulary, Word, place_words
 from src.utils.errors import DataError, DeviceError, ModelError
 from src.utils.files import read_json, recover_folder
 from src.utils.runtime import cpu_threads
-
-MAX_POSITIONS = 448  # of the decoder
 
 
 class CTranslate2Engine(Engine):
@@ -42,6 +40,7 @@ class CTranslate2Engine(Engine):
         config = _read_config(folder)
         self.vocabulary = Vocabulary.from_folder(folder)
         self.audio_context = config.get("audio_context", "full")
+        self.language, self.cap_rates = own_language(config.get("language")), config.get("tokens_per_sec") or {}
         kind, index = find_device(device)
         try:
             self._model = ctranslate2.models.Whisper(
@@ -70,7 +69,7 @@ class CTranslate2Engine(Engine):
     def _generate(
         self, encoded: Any, given: list[list[int]], prefix: list[int], caps: list[int], options: DecodingOptions
     ) -> list[Decoded]:
-        forced, new = len(prefix), max(caps)
+        forced, new = len(prefix), len(prefix) + max(caps)  # CTranslate2 counts the forced tokens, too
         sampling = {}
         if options.temperature:
             ctranslate2.set_random_seed(0)
@@ -79,8 +78,8 @@ class CTranslate2Engine(Engine):
             encoded,
             given,
             beam_size=options.num_beams,
-            # CTranslate2 stops after half of max_length, or where context and text fill it
-            max_length=min(max(2 * new, len(given[0]) + new), MAX_POSITIONS),
+            # CTranslate2 stops after half of max_length, or where context and text fill it; it may exceed 448
+            max_length=max(2 * new, len(given[0]) - forced + new),
             suppress_blank=not prefix,
             return_scores=True,
             return_no_speech_prob=options.no_speech,
@@ -111,8 +110,8 @@ class CTranslate2Engine(Engine):
             words.append(place_words(self.vocabulary, tokens, entered_sec=entered_sec, probabilities=probabilities))
         return words
 
-    def _detect(self, encoded: Any) -> list[str | None]:
-        return [found[0][0].strip("<|>") for found in self._model.detect_language(encoded)]
+    def _detect(self, encoded: Any) -> list[tuple[str, float]]:
+        return [(found[0][0].strip("<|>"), found[0][1]) for found in self._model.detect_language(encoded)]
 
 
 def ct2_folder(source: str, *, quantization: str, cache_dir: Path) -> Path:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Literal
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import CONTEXT_SAMPLES, padded_samples
-from src.inference.options import DecodingOptions
+from src.data.labels import MAX_LABEL_TOKENS
+from src.inference.options import MIN_NEW_TOKENS, DecodingOptions
 from src.inference.words import Vocabulary, Word
-from src.utils.errors import ModelError
+from src.utils.errors import DataError, ModelError
+from src.utils.languages import CAP_FACTOR, parse_language, text_language, tokens_per_sec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class DecodingResult:
     language: str | None = None  # given or detected; None where none was given for an English-only model
     no_speech_prob: float | None = None  # of the token for silence; None with torch's beams
     temperature: float = 0.0
+    truncated: bool = False  # the text ended at the token cap or at the decoder's 448 positions, not by the end token
 
     @property
     def compression_ratio(self) -> float:
@@ -55,45 +63,93 @@ class Engine(ABC):
     audio_context: Literal["full", "dynamic"]
     vocabulary: Vocabulary
     workers: int = 1  # threads that may call it at once and gain speed
+    language: str | None = None  # the checkpoint's own
+    cap_rates: Mapping[str, float] = MappingProxyType({})  # tokens per second at most, by language: the checkpoint's
 
     @abstractmethod
     def encode(self, audios: Sequence[Waveform], trailing_silence_sec: float) -> Any:
         """Encode clips of at most 30 s, (T,) float32 each at 16 kHz, as one batch, for `decode` and `align`."""
 
     def decode(
-        self, encoded: Any, audios: Sequence[Waveform], options: DecodingOptions, *, max_tokens: int | None = None
+        self,
+        encoded: Any,
+        audios: Sequence[Waveform],
+        options: DecodingOptions,
+        *,
+        languages: Sequence[str | None] | None = None,
+        max_tokens: int | None = None,
     ) -> list[DecodingResult]:
-        """Decode what `encode` returned for these clips: one result per clip, in order."""
-        vocabulary, languages = self.vocabulary, self.languages(encoded, len(audios), options)
+        """Decode what `encode` returned for these clips: one result per clip, in order.
+
+        `languages` has the language of each clip where it is known, as `languages` takes it.
+        """
+        vocabulary, codes = self.vocabulary, self.languages(encoded, len(audios), options, given=languages)
 
         # what the decoder is given: previous text and hotwords, special tokens, the forced beginning of the text
         prompt = vocabulary.prompt_tokens(options.prompt, options.hotwords)
-        starts = [vocabulary.start_sequence(code, options.task, timestamps=options.timestamps) for code in languages]
+        starts = [vocabulary.start_sequence(code, options.task, timestamps=options.timestamps) for code in codes]
         prefix = vocabulary.encode(options.prefix)
 
-        caps = [max_tokens or options.token_cap(len(audio)) for audio in audios]
         given = [[*prompt, *start, *prefix] for start in starts]
+        caps = [
+            min(max_tokens or self._token_cap(len(audio), code, options), MAX_LABEL_TOKENS - len(row))
+            for audio, code, row in zip(audios, codes, given, strict=True)
+        ]
         rows = self._generate(encoded, given, prefix, caps, options)
         words = self._place(encoded, audios, starts, rows) if options.word_timestamps else [None] * len(rows)
         texts = [vocabulary.decode(row.tokens).strip() for row in rows]
         return [
             DecodingResult(
-                text, tuple(row.tokens), row.avg_logprob, placed, code, row.no_speech_prob, options.temperature
+                text, tuple(row.tokens), row.avg_logprob, placed, code, row.no_speech_prob, options.temperature,
+                truncated=len(row.tokens) >= len(prefix) + cap,
             )
-            for text, row, placed, code in zip(texts, rows, words, languages, strict=True)
-        ]
+            for text, row, placed, code, cap in zip(texts, rows, words, codes, caps, strict=True)
+        ]  # fmt: skip
 
     def align(
-        self, encoded: Any, audios: Sequence[Waveform], texts: Sequence[Sequence[int]], options: DecodingOptions
+        self,
+        encoded: Any,
+        audios: Sequence[Waveform],
+        texts: Sequence[Sequence[int]],
+        options: DecodingOptions,
+        *,
+        languages: Sequence[str | None] | None = None,
     ) -> list[tuple[Word, ...]]:
         """Return the words of known texts (their tokens) with their times in the clips."""
-        start = self.vocabulary.start_sequence(options.language, options.task, timestamps=False)
-        return self._place(encoded, audios, [start] * len(texts), [Decoded(tokens) for tokens in texts])
+        codes = self.languages(encoded, len(audios), options, given=languages)
+        starts = [self.vocabulary.start_sequence(code, options.task, timestamps=False) for code in codes]
+        return self._place(encoded, audios, starts, [Decoded(tokens) for tokens in texts])
 
-    def languages(self, encoded: Any, rows: int, options: DecodingOptions) -> list[str | None]:
-        """Return the language of each clip: that of the options, else detected; None for an English-only model."""
-        known = options.language is not None or not self.vocabulary.multilingual
-        return [options.language] * rows if known else self._detect(encoded)
+    def languages(
+        self, encoded: Any, rows: int, options: DecodingOptions, *, given: Sequence[str | None] | None = None
+    ) -> list[str | None]:
+        """Return the language of each clip: given, else that of the options, the checkpoint's own, or detected.
+
+        None for an English-only model for which none is given.
+        """
+        default = options.language or self.language
+        codes = [code or default for code in given or [None] * rows]
+        if self.vocabulary.multilingual and None in codes:
+            codes = [code or heard for code, (heard, _) in zip(codes, self.detect(encoded), strict=True)]
+        return [self.vocabulary.language_code(code) if code else None for code in codes]
+
+    def detect(self, encoded: Any) -> list[tuple[str, float]]:
+        """Return the likeliest language of each row and its probability among all, by one step of the decoder."""
+        if not self.vocabulary.multilingual:
+            raise ModelError("this is an English-only model: it detects no language; use a multilingual variant")
+        return self._detect(encoded)
+
+    def max_tokens_per_sec(self, language: str | None) -> float:
+        """Return the rate that ends a text in a language: 2.5 times the ordinary one, or that of the checkpoint.
+
+        None is taken for English. The checkpoint has the rate of its training transcripts, where these are denser.
+        """
+        return max(CAP_FACTOR * tokens_per_sec(language), self.cap_rates.get(language or "en", 0.0))
+
+    def _token_cap(self, samples: int, language: str | None, options: DecodingOptions) -> int:
+        """Return the maximum number of new tokens for a clip with this number of samples."""
+        rate = options.max_tokens_per_sec or self.max_tokens_per_sec(text_language(language, options.task))
+        return MIN_NEW_TOKENS + math.ceil(rate * samples / SAMPLE_RATE)
 
     def first_token(self, audio: Waveform, options: DecodingOptions) -> int:
         """Encode a clip and take the decoder's first step, to measure its latency."""
@@ -114,8 +170,8 @@ class Engine(ABC):
         """Return the words of each row with their times in its clip."""
 
     @abstractmethod
-    def _detect(self, encoded: Any) -> list[str | None]:
-        """Return the likeliest language of each row, for a multilingual model."""
+    def _detect(self, encoded: Any) -> list[tuple[str, float]]:
+        """Return the likeliest language of each row with its probability, for a multilingual model."""
 
 
 def batch_samples(lengths: Sequence[int], trailing_silence_sec: float, audio_context: str) -> int:
@@ -128,3 +184,13 @@ def batch_samples(lengths: Sequence[int], trailing_silence_sec: float, audio_con
         raise ModelError(f"a clip of {sec:.1f} s: the encoder takes 30 s; BatchInference cuts longer audio")
     own = padded_samples(longest + round(trailing_silence_sec * SAMPLE_RATE))
     return CONTEXT_SAMPLES if audio_context == "full" else own
+
+
+@lru_cache  # torch's engine is made for each batch
+def own_language(mark: str | None) -> str | None:
+    """Return the code of the language that a checkpoint names, such as `<|hi|>` or `hindi`; None if there is none."""
+    try:
+        return parse_language(mark.strip("<|>")) if mark else None
+    except DataError as err:
+        logger.warning("the checkpoint's own language is not used: %s", err)
+        return None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from src.data.audio import SAMPLE_RATE
 from src.utils.config import Config, InferenceConfig
 from src.utils.errors import ModelError
 
@@ -21,12 +19,12 @@ class DecodingOptions:
         ModelError: beams together with a temperature.
     """
 
-    language: str | None = None  # code such as "en"; None detects it per clip (multilingual models)
+    language: str | None = None  # of all clips; None: the checkpoint's own, else detected per clip
     task: str = "transcribe"  # or "translate"
     num_beams: int = _DEFAULTS.num_beams  # 1 is greedy
     temperature: float = 0.0  # 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature)
     trailing_silence_sec: float = _DEFAULTS.trailing_silence_sec  # at dynamic context: tells the decoder to stop
-    max_tokens_per_sec: float = _DEFAULTS.max_tokens_per_sec  # ends loops early; fast speech has about 6
+    max_tokens_per_sec: float | None = None  # ends loops early; None: `Engine.max_tokens_per_sec` of the language
     word_timestamps: bool = False  # fill `DecodingResult.words`
     timestamps: bool = False  # let the model write segment times into its tokens
     no_speech: bool = False  # fill `DecodingResult.no_speech_prob`
@@ -41,10 +39,11 @@ class DecodingOptions:
     @classmethod
     def from_config(cls, config: Config) -> DecodingOptions:
         """Take language and task from the model section, the rest from the inference section."""
-        names = "num_beams", "trailing_silence_sec", "max_tokens_per_sec"
-        decoding = {name: getattr(config.inference, name) for name in names}
-        return cls(language=config.model.language, task=config.model.task, **decoding)
-
-    def token_cap(self, samples: int) -> int:
-        """Return the maximum number of new tokens for a clip with this number of samples."""
-        return MIN_NEW_TOKENS + math.ceil(self.max_tokens_per_sec * samples / SAMPLE_RATE)
+        rate = config.inference.max_tokens_per_sec
+        return cls(
+            language=config.model.language,
+            task=config.model.task,
+            num_beams=config.inference.num_beams,
+            trailing_silence_sec=config.inference.trailing_silence_sec,
+            max_tokens_per_sec=None if rate == "auto" else rate,
+        )

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import LogMel
 from src.inference.alignment import alignment_heads, force_align, record_cross_attention, time_tokens
-from src.inference.engine_base import Decoded, DecodingResult, Engine, batch_samples
+from src.inference.engine_base import Decoded, DecodingResult, Engine, batch_samples, own_language
 from src.inference.options import DecodingOptions
 from src.inference.words import Vocabulary, Word, place_words
 from src.models.dynamic_context import evaluation_mode, get_audio_context
@@ -60,16 +60,18 @@ def decode(
     audios: Clips,
     options: DecodingOptions,
     *,
+    languages: Sequence[str | None] | None = None,
     lengths: Sequence[int] | None = None,
     encoder_outputs: BaseModelOutput | None = None,
 ) -> list[DecodingResult]:
     """Transcribe clips of at most 30 s as one batch with a `DynamicWhisper`: one result per clip, in order.
 
-    Audios and lengths are those of `encode`; `encoder_outputs`, what it gave for them, saves encoding them twice.
+    Audios and lengths are those of `encode`; `encoder_outputs`, what it gave for them, saves encoding them twice. A
+    clip's entry in `languages` comes before the language of the options.
     """
     encoded = encoder_outputs or encode(model, audios, options.trailing_silence_sec, lengths=lengths)
     clips: Any = audios if lengths is None else [audio[:n] for audio, n in zip(audios, lengths, strict=True)]
-    return TorchEngine(model, processor).decode(encoded, clips, options)
+    return TorchEngine(model, processor).decode(encoded, clips, options, languages=languages)
 
 
 class TorchEngine(Engine):
@@ -83,6 +85,8 @@ class TorchEngine(Engine):
         self.device = str(model.device)
         self.precision = str(model.dtype).removeprefix("torch.")
         self.audio_context = get_audio_context(model.config)
+        self.language = own_language(getattr(model.generation_config, "language", None))
+        self.cap_rates = getattr(model.config, "tokens_per_sec", None) or {}
 
     def encode(self, audios: Sequence[Waveform], trailing_silence_sec: float) -> BaseModelOutput:
         """Return the encoder's output, (B, positions, d_model) in `last_hidden_state`."""
@@ -99,9 +103,7 @@ class TorchEngine(Engine):
         if options.num_beams > 1:
             return self._beam_search(hidden, ids, prefix, caps, options)
         rules, forced, end = model.generation_config, len(prefix), self.vocabulary.end
-        begin, room = given[0].index(self.vocabulary.start), model.config.max_target_positions - ids.shape[1]
-        limits = [min(cap, room) for cap in caps]
-        limit_of_row = torch.tensor(limits, device=device)
+        begin, limit_of_row = given[0].index(self.vocabulary.start), torch.tensor(caps, device=device)
         suppressed = torch.tensor(rules.suppress_tokens or [], dtype=torch.long, device=device)
         timestamps = WhisperTimeStampLogitsProcessor(rules, begin_index=ids.shape[1]) if options.timestamps else None
         generator = torch.Generator(device).manual_seed(0)
@@ -113,7 +115,7 @@ class TorchEngine(Engine):
         logprobs: list[Tensor] = []
         probabilities: list[Tensor] = []  # among text tokens alone
         with evaluation_mode(model), record_cross_attention(model, heads) as recorded:
-            for step in range(max(limits)):
+            for step in range(max(caps)):
                 output = model.model.decoder(
                     input_ids=tokens, encoder_hidden_states=hidden, past_key_values=cache, use_cache=True
                 )
@@ -164,8 +166,8 @@ class TorchEngine(Engine):
             certainty_of_row = certainty.tolist()
         rows = []
         for i, row in enumerate(torch.stack(chosen, dim=1).tolist()):
-            text = row[: row.index(end)] if end in row else row[: limits[i]]
-            scored = min(len(text) + 1, limits[i])
+            text = row[: row.index(end)] if end in row else row[: caps[i]]
+            scored = min(len(text) + 1, caps[i])
             until = ids.shape[1] - begin + len(text)  # a shorter text than its neighbours' was fed end tokens
             timing = (certainty_of_row[i][: forced + len(text)], attention[i, :, :until]) if heads else ()
             rows.append(Decoded([*prefix, *text], float(scores[i, :scored].sum()) / scored, no_speech[i], *timing))
@@ -176,7 +178,7 @@ class TorchEngine(Engine):
     ) -> list[Decoded]:
         """Search by the plain `generate` of transformers: Whisper's own takes no forced beginning."""
         model, rules, end = self._model, copy.deepcopy(self._model.generation_config), self.vocabulary.end
-        rules.max_length = min(ids.shape[1] + max(caps), model.config.max_target_positions)
+        rules.max_length = ids.shape[1] + max(caps)
         rules.num_beams, rules.return_dict_in_generate, rules.output_scores = options.num_beams, True, True
         if prefix:
             rules.begin_suppress_tokens = None
@@ -210,9 +212,13 @@ class TorchEngine(Engine):
                     words.append(force_align(self._model, tokenizer, encoded.last_hidden_state[i : i + 1], **known))
         return words
 
-    def _detect(self, encoded: BaseModelOutput) -> list[str | None]:
-        with evaluation_mode(self._model), torch.inference_mode():
-            rules = self._model.generation_config
-            tokens = self._model.detect_language(encoder_outputs=encoded, generation_config=rules).tolist()
-        code_of = {token: code for code, token in self.vocabulary.languages.items()}
-        return [code_of[token] for token in tokens]
+    @torch.inference_mode()
+    def _detect(self, encoded: BaseModelOutput) -> list[tuple[str, float]]:
+        hidden, codes = encoded.last_hidden_state, list(self.vocabulary.languages)
+        start = torch.full((len(hidden), 1), self.vocabulary.start, device=hidden.device)
+        with evaluation_mode(self._model):
+            states = self._model.model.decoder(input_ids=start, encoder_hidden_states=hidden, use_cache=False)
+            logits = self._model.proj_out(states.last_hidden_state[:, -1]).float()
+        tokens = torch.tensor(list(self.vocabulary.languages.values()), device=hidden.device)
+        best = logits[:, tokens].softmax(dim=-1).max(dim=-1)
+        return [(codes[at], probability) for probability, at in zip(*(part.tolist() for part in best), strict=True)]

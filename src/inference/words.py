@@ -7,6 +7,7 @@ would delay the first transcript of a process.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import re
 import unicodedata
@@ -19,8 +20,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from src.data.labels import MAX_PROMPT_TOKENS, MULTILINGUAL_END_TOKEN
-from src.utils.errors import ModelError
-from src.utils.languages import graphemes, is_unspaced_character
+from src.utils.errors import DataError, ModelError
+from src.utils.languages import graphemes, is_unspaced_character, known_language, parse_language
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Vocabulary:
         names = tokenizer.get_vocab().items() if self.multilingual else ()
         codes = {name[2:-2]: token for name, token in names if re.fullmatch(r"<\|[a-z]{2,3}\|>", name)}
         self.languages = dict(sorted(codes.items()))  # code to token; none for English-only models
+        self._replaced: set[str] = set()  # codes that were said to have no token
 
     @classmethod
     def from_folder(cls, folder: Path) -> Vocabulary:
@@ -76,6 +80,20 @@ class Vocabulary:
         """Return the vocabulary of a tokenizer of transformers, made once."""
         return cls(tokenizer.backend_tokenizer)
 
+    def language_code(self, mark: str) -> str:
+        """Return the code that this model uses for a mark of a language, as `parse_language` takes it."""
+        if not self.multilingual and mark == "en":
+            return mark
+        try:
+            code = parse_language(mark)
+            known = known_language(code, self.languages) if self.multilingual else code
+        except DataError as err:
+            raise ModelError(str(err)) from err
+        if known != code and code not in self._replaced:
+            self._replaced.add(code)
+            logger.info("language %r: this model has no token for it, %r is used", code, known)
+        return known
+
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, with the leading space that Whisper writes; none for an empty one."""
         return list(self._tokenizer.encode(" " + text.strip(), add_special_tokens=False).ids) if text.strip() else []
@@ -93,11 +111,12 @@ class Vocabulary:
                 asked = f"language {language!r} and task {task!r}"
                 raise ModelError(f"this is an English-only model, not for {asked}; use a multilingual variant")
             return [self.start, *ending]
-        if language not in self.languages:
-            raise ModelError(f"unknown language {language!r}; this model knows: {', '.join(self.languages)}")
+        if language is None:
+            raise ModelError("a multilingual model needs a language; detect it, or set one such as 'en'")
+        code = self.language_code(language)
         if task not in ("transcribe", "translate"):
             raise ModelError(f"unknown task {task!r}; known: transcribe, translate")
-        return [self.start, self.languages[language], self._id(f"<|{task}|>"), *ending]
+        return [self.start, self.languages[code], self._id(f"<|{task}|>"), *ending]
 
     def prompt_tokens(self, prompt: str, hotwords: str = "") -> list[int]:
         """Return the tokens before the start of transcript: hotwords, then the newest of the text before.

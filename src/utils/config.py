@@ -278,7 +278,7 @@ class InferenceConfig(Section):
     batch_size: int = Field(16, ge=1)
     num_beams: int = Field(1, ge=1)
     trailing_silence_sec: float = Field(0.5, ge=0, le=5)
-    max_tokens_per_sec: float = Field(10.0, gt=0)
+    max_tokens_per_sec: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     temperatures: tuple[Annotated[float, Field(ge=0, le=2)], ...] = Field((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), min_length=1)
     compression_ratio_threshold: float | None = Field(2.4, gt=1)
     logprob_threshold: float | None = Field(None, lt=0)

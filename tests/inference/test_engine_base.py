@@ -1,0 +1,107 @@
+"""What every engine shares: the language of each clip, its token cap, and texts that end at a limit."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from src.data.audio import Waveform
+from src.inference.engine_base import Decoded, DecodingResult, Engine, own_language
+from src.inference.options import DecodingOptions
+from src.inference.words import Vocabulary, Word
+from src.utils.errors import ModelError
+
+SECOND = np.zeros(16_000, dtype=np.float32)
+
+
+class Endless(Engine):
+    """Hears German, and writes one token without end."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary, self.given, self.caps = vocabulary, list[list[int]](), list[int]()
+
+    def encode(self, audios: Sequence[Waveform], trailing_silence_sec: float) -> Any:
+        return audios
+
+    def _generate(
+        self, encoded: Any, given: list[list[int]], prefix: list[int], caps: list[int], options: DecodingOptions
+    ) -> list[Decoded]:
+        self.given, self.caps = given, caps
+        return [Decoded([*prefix, *[400] * cap]) for cap in caps]
+
+    def _place(self, *_: Any) -> list[tuple[Word, ...]]:
+        raise NotImplementedError
+
+    def _detect(self, encoded: Any) -> list[tuple[str, float]]:
+        return [("de", 0.9)] * len(encoded)
+
+    def transcribe(self, *languages: str | None, samples: int = 16_000, **options: Any) -> list[DecodingResult]:
+        audios = [np.zeros(samples, dtype=np.float32)] * len(languages)
+        return self.decode(audios, audios, DecodingOptions(**options), languages=languages)
+
+
+@pytest.fixture
+def engine(base_vocabulary: Vocabulary) -> Endless:
+    return Endless(base_vocabulary)
+
+
+def test_a_row_s_language_comes_before_that_of_the_options_the_checkpoint_and_detection(engine: Endless) -> None:
+    def spoken(**options: Any) -> list[str | None]:
+        results = engine.transcribe("hi", None, **options)
+        assert [given[1] for given in engine.given] == [engine.vocabulary.languages[r.language or ""] for r in results]
+        return [result.language for result in results]
+
+    assert spoken() == ["hi", "de"]
+    engine.language = "ta"
+    assert spoken() == ["hi", "ta"]
+    assert spoken(language="Thai") == ["hi", "th"]
+    with pytest.raises(ModelError, match="'xx'"):
+        spoken(language="xx")
+
+
+def test_cantonese_is_chinese_to_a_vocabulary_without_it(engine: Endless, caplog: pytest.LogCaptureFixture) -> None:
+    engine.vocabulary._replaced.clear()
+    with caplog.at_level(logging.INFO):
+        assert [result.language for result in engine.transcribe("yue", "yue")] == ["zh", "zh"]
+    assert len([record for record in caplog.records if "yue" in record.message]) == 1
+
+
+@pytest.mark.parametrize(
+    ("mark", "code"), [("hindi", "hi"), ("<|hi|>", "hi"), ("HIN", "hi"), (None, None), ("klingon", None)]
+)
+def test_a_checkpoint_names_its_language_in_any_way(mark: str | None, code: str | None) -> None:
+    assert own_language(mark) == code
+
+
+def test_caps_follow_language_task_checkpoint_and_options(engine: Endless) -> None:
+    def caps(*languages: str | None, **options: Any) -> list[int]:
+        assert all(result.truncated for result in engine.transcribe(*languages, samples=32_000, **options))
+        return engine.caps
+
+    assert caps("en", "hi", "my") == [8 + 20, 8 + 85, 8 + 230]
+    assert caps("hi", task="translate") == [8 + 20]
+    assert caps("en", "my", max_tokens_per_sec=1.5) == [11, 11]
+    engine.cap_rates = {"en": 15.0, "my": 20.0}
+    assert caps("en", "my") == [8 + 30, 8 + 230]
+
+
+def test_the_decoder_s_positions_are_a_limit_too(engine: Endless) -> None:
+    (result,) = engine.transcribe("ka", samples=30 * 16_000)
+    assert result.truncated
+    assert len(result.tokens) == 448 - 4
+    (forced,) = engine.transcribe("ka", samples=30 * 16_000, prefix="one two")
+    assert len(forced.tokens) == 448 - 4
+
+
+def test_english_has_ten_tokens_per_second(tiny_en: Any) -> None:
+    engine = Endless(Vocabulary.of(tiny_en[1].tokenizer))
+    assert engine.max_tokens_per_sec(None) == engine.max_tokens_per_sec("en") == 10
+    engine.transcribe(None, samples=11_111)
+    assert engine.caps == [8 + math.ceil(10 * 11_111 / 16_000)]
+    with pytest.raises(ModelError, match="multilingual"):
+        engine.detect([SECOND])
