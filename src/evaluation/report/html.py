@@ -69,12 +69,11 @@ def write_html_report(run_dir: str | Path, path: str | Path, *, audio: Iterable[
     for title, draw in drawings.items():
         buffer = io.BytesIO()
         try:
-            figure = draw()
+            with matplotlib.rc_context({**FIGURE_STYLE, "svg.fonttype": "none"}):  # the browser has more fonts
+                draw().savefig(buffer, format="svg", metadata={"Date": None})
         except DataError as err:  # a run that did not train has no curves
             figures.append((title, "", str(err)))
             continue
-        with matplotlib.rc_context(FIGURE_STYLE):
-            figure.savefig(buffer, format="svg", metadata={"Date": None})
         figures.append((title, base64.b64encode(buffer.getvalue()).decode(), ""))
 
     # clips of the main model, compared with the stock model

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jinja2
 import pandas as pd
+import regex
 from markupsafe import Markup
 
 from src.evaluation.evaluator import compare_predictions
@@ -22,6 +23,7 @@ from src.utils.figures import BLUE, GREEN, ORANGE
 
 NOT_MEASURED = "not measured"
 FEW_BLOCKS = 10  # below it a percentile interval is clearly too narrow
+_BARE_MARK = regex.compile(r"(?<!\S)(?=\p{M})")
 _RATES = {"WER": "wer", "WER plain": "wer_plain", "CER": "cer", "CER plain": "cer_plain", "loss": "loss", "RTF": "rtf"}
 _MORE_RATES = {
     "match error rate (MER)": "mer",
@@ -273,6 +275,11 @@ def relative_change(before: float | None, after: float | None) -> str:
 def counted(count: int, noun: str) -> str:
     """Return "1 clip" or "2 clips"."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def on_circle(text: str) -> str:
+    """Return a text for reading: a combining mark that nothing carries stands on a dotted circle."""
+    return str(_BARE_MARK.sub("\u25cc", text))
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
