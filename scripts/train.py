@@ -23,6 +23,7 @@ from accelerate import PartialState
 
 from scripts.command_line import parse_setting
 from src.data import create_dataloaders, prepare_datasets
+from src.evaluation import fill_languages
 from src.models import WhisperModelManager
 from src.training import WhisperTrainer
 from src.utils import load_config, setup_logging
@@ -70,6 +71,7 @@ def train(config: Config, *, fresh: bool) -> dict[str, Any]:
     """Run one training in this process and the others of the launcher."""
     splits = prepare_datasets(config)
     model, processor = WhisperModelManager(config).initialize_model()
+    splits = fill_languages(splits, model, processor, config)
     loaders = create_dataloaders(splits, processor, config)
     trainer = WhisperTrainer(model, processor, loaders.train, loaders.validation, config)
     if not fresh:

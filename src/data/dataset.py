@@ -23,6 +23,7 @@ from src.data.labels import IGNORE_INDEX, MAX_LABEL_TOKENS, LabelEncoder, TimedT
 from src.data.utterance import SkippedUtterance, Utterance, stable_hash
 from src.utils.config import MAX_AUDIO_SEC, CompositionConfig
 from src.utils.errors import AudioError, DataError
+from src.utils.languages import join_texts
 
 MIN_GAP_SEC, MAX_GAP_SEC = 0.2, 0.8  # pauses between sentences that are read aloud
 TIMESTAMPS_PER_CLIP = 2
@@ -61,15 +62,16 @@ class WhisperDataset(Dataset[dict[str, Any]]):
         self.utterances: list[Utterance] = []
         self.skipped: list[SkippedUtterance] = []
         self.tokens: list[tuple[int, ...]] = []  # made once, since a tokenizer's threads do not survive a worker's fork
-        self.prefix = tuple(encoder.prefix)  # special tokens before a text without timestamps
         self._encoder = encoder
         self._load = load
         for utterance in utterances:
             if not (utterance.duration_sec or 0.0) > 0:  # None, 0 or NaN
                 raise DataError(f"utterance {utterance.id}: its duration is unknown; check_utterance measures it")
-            tokens = encoder.tokenize(utterance.text)
+            if utterance.language is None and encoder.language is not None:
+                utterance = replace(utterance, language=encoder.language)
+            tokens = encoder.tokenize(utterance.text, utterance.language)
             try:
-                encoder.label(tokens)
+                encoder.label(tokens, language=utterance.language)
             except DataError as err:
                 if on_error == "raise":
                     raise DataError(f"utterance {utterance.id}: {err}") from err
@@ -81,15 +83,19 @@ class WhisperDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.utterances)
 
+    def prefix_of(self, index: int) -> tuple[int, ...]:
+        """Return the special tokens before an utterance's text without timestamps."""
+        return self._encoder.prefix_for(self.utterances[index].language)
+
     def __getitem__(self, key: int | Example) -> dict[str, Any]:
         """Return one utterance, or one composed example.
 
-        A dict: `utterance` (of several clips: ids joined by "+", texts by spaces), `audio` (T,) float32 at 16 kHz with
-        zeros in the pauses, `label`, and `timed`: the label holds times.
+        A dict: `utterance` (of several clips: ids joined by "+", texts by `join_texts`), `audio` (T,) float32 at 16 kHz
+        with zeros in the pauses, `label`, and `timed`: the label holds times.
         """
         example = key if isinstance(key, Example) else Example((key,))
         clips = [self.utterances[index] for index in example.indices]
-        tokens = [self.tokens[index] for index in example.indices]
+        tokens = [self.tokens[example.indices[0]], *itertools.starmap(self._following, itertools.pairwise(clips))]
         previous = () if example.previous is None else self.tokens[example.previous]
         # join the recordings, with zeros in the pauses, and note when each is heard
         pieces: list[Tensor] = []
@@ -102,15 +108,22 @@ class WhisperDataset(Dataset[dict[str, Any]]):
             timed.append(TimedTokens(part, start_sec, start_sec + duration_sec))
             start_sec += duration_sec + gap_sec
         if example.timestamps:
-            label = self._encoder.timed_label(timed, previous=previous)
+            label = self._encoder.timed_label(timed, previous=previous, language=clips[0].language)
         else:
-            label = self._encoder.label(list(itertools.chain.from_iterable(tokens)), previous=previous)
+            joined = list(itertools.chain.from_iterable(tokens))
+            label = self._encoder.label(joined, previous=previous, language=clips[0].language)
         utterance = clips[0]
         if len(clips) > 1:
-            name, text = "+".join(clip.id for clip in clips), " ".join(clip.text.strip() for clip in clips)
+            name, text = "+".join(clip.id for clip in clips), join_texts(clip.text.strip() for clip in clips)
             utterance = replace(utterance, id=name, text=text, duration_sec=example.duration_sec)
             audio = torch.cat(pieces)
         return {"utterance": utterance, "audio": audio, "label": label, "timed": example.timestamps}
+
+    def _following(self, before: Utterance, clip: Utterance) -> tuple[int, ...]:
+        """Return the tokens of a text that follows another one, with a space where `join_texts` puts one."""
+        texts = before.text.strip(), clip.text.strip()
+        space = len(join_texts(texts)) > sum(map(len, texts))
+        return self._encoder.tokenize(clip.text, clip.language, space=space, first=False)
 
 
 def decode_audio(utterance: Utterance, *, load: AudioLoader = load_audio) -> Tensor:
@@ -133,7 +146,7 @@ class DataCollator:
 
     Returns a dict: `audio` (B, T) float32, `audio_lengths` (B,) int64 samples, `decoder_input_ids` and `labels` (B, L)
     int64 (-100 where no loss is due), `timed` (B,) bool (the label holds times, so the speed must stay), and lists
-    `ids`, `texts`, `speakers`, `durations` (s), `meta` (other columns of the source; a dict each).
+    `ids`, `texts`, `languages`, `speakers`, `durations` (s), `meta` (other columns of the source; a dict each).
     """
 
     end_token: int
@@ -153,6 +166,7 @@ class DataCollator:
             "timed": torch.tensor([item["timed"] for item in items]),
             "ids": [utterance.id for utterance in utterances],
             "texts": [utterance.text for utterance in utterances],
+            "languages": [utterance.language for utterance in utterances],
             "speakers": [utterance.speaker for utterance in utterances],
             "durations": [len(audio) / SAMPLE_RATE for audio in audios],
             "meta": [dict(utterance.meta) for utterance in utterances],
@@ -166,9 +180,9 @@ class ExamplePlanner:
     takes that away from it; joining sentences of one speaker gives some of it back. What is made of which clip is a
     pure function of the seed and the epoch.
 
-    Clips of one speaker are neighbours in the order of the data set; clips without a speaker count as one group. A clip
-    without text stands alone. The shares of `config` are of clips (`concatenate_prob`) or of examples, where there is
-    room. `token_counts` are without special tokens, `prefix_tokens` those before a text.
+    Clips of one speaker and language are neighbours in the order of the data set; clips without a speaker count as one.
+    A clip without text stands alone. The shares of `config` are of clips (`concatenate_prob`) or of examples, where
+    there is room. `token_counts` are without special tokens, `prefix_tokens` those before a text.
     """
 
     def __init__(
@@ -180,10 +194,10 @@ class ExamplePlanner:
         self._counts = token_counts
         self._room = MAX_LABEL_TOKENS - prefix_tokens - 1  # 1: the end token
         self._seed = seed
-        groups: dict[str | None, list[int]] = {}
+        groups: dict[tuple[str | None, str | None], list[int]] = {}
         for index, utterance in enumerate(utterances):
             if token_counts[index]:
-                groups.setdefault(utterance.speaker, []).append(index)
+                groups.setdefault((utterance.speaker, utterance.language), []).append(index)
         self._groups = list(groups.values())
         self._before = {b: a for group in self._groups for a, b in itertools.pairwise(group)}
         self._planned: tuple[int, list[Example]] | None = None  # the last epoch asked for
@@ -279,9 +293,10 @@ def make_no_speech(utterances: Sequence[Utterance], *, fraction: float, seed: in
     made = []
     for number in range(1, round(fraction * len(utterances)) + 1):
         name = f"no-speech-{number:04d}"
-        pick = int(_generator(seed, f"{name}:duration").integers(len(utterances)))
-        duration_sec = utterances[pick].duration_sec or 0.0  # unknown: `WhisperDataset` refuses it
-        made.append(Utterance(name, NoSpeechAudio(seed, name, duration_sec), text="", duration_sec=duration_sec))
+        model = utterances[int(_generator(seed, f"{name}:duration").integers(len(utterances)))]
+        duration_sec = model.duration_sec or 0.0  # unknown: `WhisperDataset` refuses it
+        audio = NoSpeechAudio(seed, name, duration_sec)
+        made.append(Utterance(name, audio, text="", language=model.language, duration_sec=duration_sec))
     return made
 
 

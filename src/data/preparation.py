@@ -22,10 +22,12 @@ from src.data.audio import AudioCache, decode
 from src.data.labels import LabelCase, apply_case, resolve_case
 from src.data.preprocessing import ClipStats, measure_clip
 from src.data.sources.catalog import open_source
+from src.data.sources.folder import code_of_language
 from src.data.utterance import SPLIT_NAMES, SPLITS, SkippedUtterance, Utterance, stable_hash
 from src.data.vad import VoiceActivityDetector
-from src.utils.config import Config, DataConfig, SourceName
+from src.utils.config import Config, DataConfig, ModelConfig, SourceName
 from src.utils.errors import AudioError, DataError, SourceUnavailableError
+from src.utils.languages import language_name
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +87,8 @@ def prepare_datasets(config: Config, *, vad: VoiceActivityDetector | None = None
 
     Raises:
         SourceUnavailableError: the source, or every one of `data.sources`, is unavailable.
-        DataError: nothing usable, too few speakers to split, more than `max_skip_fraction` skipped, another language
-            than `model.language`; with `on_error="raise"` the first unusable recording, with a count of the others.
+        DataError: nothing usable, too few speakers to split, more than `max_skip_fraction` skipped; with
+            `on_error="raise"` the first unusable recording, with a count of the others.
     """
     *others, last = config.data.chosen_sources
     for source in others:
@@ -130,7 +132,9 @@ def _prepare(source: SourceName, config: Config, vad: VoiceActivityDetector | No
     for name, part in parts.items():
         if not part:
             raise DataError(f"the {name} split is empty after checking; {len(skipped)} recording(s) were skipped")
-    _refuse_other_language(parts["train"], config)
+    for mark, count in checker.tokenless.items():
+        what = "%d utterance(s) in %r, which has no token in Whisper: taken as model.language (%s)"
+        logger.warning(what, count, mark, config.model.language)
     label_case = resolve_case([u.text for u in parts["train"]], data.label_case)
     recased = _recased(parts, label_case)
     train_texts = {u.text.lower() for u in recased["train"]}
@@ -166,8 +170,7 @@ def inspect_utterance(
     vad: VoiceActivityDetector | None = None,
 ) -> tuple[Utterance, ClipStats]:
     """Decode one recording, check it and measure it; return the utterance with its duration, and what was measured."""
-    line = f" (line {utterance.meta['line']} of the manifest)" if "line" in utterance.meta else ""
-    where = f"utterance {utterance.id}{line}"
+    where = f"utterance {utterance.id}{_line(utterance)}"
     if not utterance.text.strip():
         raise DataError(f"{where}: the transcript is empty; fill it in or remove the row")
     try:
@@ -183,6 +186,30 @@ def inspect_utterance(
     return replace(utterance, duration_sec=stats.duration_sec, meta=meta), stats
 
 
+def with_language(utterance: Utterance, config: ModelConfig) -> Utterance:
+    """Return the utterance with Whisper's code of its own language, else of `model.language`; None where both are.
+
+    A language without a token in Whisper takes that of `model.language`.
+
+    Raises:
+        DataError: there is no such setting, or the variant knows English only.
+    """
+    own = utterance.language
+    language = config.language if own is None else code_of_language(own) or config.language
+    where = f"utterance {utterance.id}{_line(utterance)}"
+    if own is not None and language is None:
+        fix = "set model.language to the language whose token shall stand for it"
+        raise DataError(f"{where}: its language {own!r} has no token in Whisper; {fix}")
+    if language not in (None, "en") and config.variant.endswith(".en"):
+        what = f"its language is {language_name(str(language))} ({own}), {config.variant!r} knows English only"
+        raise DataError(f"{where}: {what}; set model.variant: {config.variant.removesuffix('.en')}")
+    return utterance if language == own else replace(utterance, language=language)
+
+
+def _line(utterance: Utterance) -> str:
+    return f" (line {utterance.meta['line']} of the manifest)" if "line" in utterance.meta else ""
+
+
 class RecordingChecker:
     """Checks recordings until enough have passed, and keeps what was measured (`stats`) and left out (`skipped`).
 
@@ -194,6 +221,7 @@ class RecordingChecker:
     ) -> None:
         self.stats: dict[str, ClipStats] = {}
         self.skipped: list[SkippedUtterance] = []
+        self.tokenless: Counter[str] = Counter()  # utterances by a mark of a language without a token in Whisper
         self._config = config
         self._cache = audio_cache(config)
         self._vad = vad
@@ -217,12 +245,15 @@ class RecordingChecker:
         total = cap if is_stream else min(len(position), len(position) if cap is None else cap)
         with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=total, desc=f"checking {name}", leave=False) as bar:
             while chunk := list(islice(waiting, chunk_size if cap is None else min(chunk_size, cap - len(passed)))):
-                for outcome in pool.map(self._inspect_or_skip, chunk, [self._detector_for(u) for u in chunk]):
+                outcomes = pool.map(self._inspect_or_skip, chunk, [self._detector_for(u) for u in chunk])
+                for given, outcome in zip(chunk, outcomes, strict=True):
                     if isinstance(outcome, SkippedUtterance):
                         skipped.append(outcome)
                     else:
                         utterance, self.stats[outcome[0].id] = outcome
                         passed.append(utterance)
+                        if given.language is not None and code_of_language(given.language) is None:
+                            self.tokenless[given.language] += 1
                         held_bytes += len(utterance.audio) if isinstance(utterance.audio, bytes) else 0
                         bar.update()
                 if skipped and data.on_error == "raise":
@@ -251,6 +282,7 @@ class RecordingChecker:
         self, utterance: Utterance, vad: VoiceActivityDetector | None
     ) -> tuple[Utterance, ClipStats] | SkippedUtterance:
         try:
+            utterance = with_language(utterance, self._config.model)
             return inspect_utterance(utterance, self._config.data, cache=self._cache, vad=vad)
         except DataError as err:
             return SkippedUtterance(utterance.id, str(err))
@@ -306,18 +338,6 @@ def find_shared_speakers(parts: Iterable[Sequence[Utterance]]) -> tuple[str, ...
     """Return the speakers that occur in more than one part, sorted."""
     counts = Counter(speaker for part in parts for speaker in {u.speaker for u in part if u.speaker is not None})
     return tuple(sorted(speaker for speaker, count in counts.items() if count > 1))
-
-
-def _refuse_other_language(train: Sequence[Utterance], config: Config) -> None:
-    wanted = config.model.language  # labels begin with it: training them on another would teach it wrongly
-    if wanted is None or config.model.task == "translate":
-        return
-    for utterance in train:
-        spoken = (utterance.language or wanted).replace("_", "-").split("-")[0].lower()
-        if len(spoken) == 2 and spoken != wanted:
-            what = f"its language is {utterance.language!r}, model.language is {wanted!r}"
-            fix = f"set model.language: {spoken} and a multilingual variant, or choose other data"
-            raise DataError(f"utterance {utterance.id}: {what}; {fix}")
 
 
 def _recased(parts: Parts, label_case: LabelCase) -> Parts:

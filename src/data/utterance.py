@@ -29,7 +29,7 @@ class Utterance:
     audio: Path | bytes | EncodedAudio  # a path, the bytes of an encoded file, or something that reads them when asked
     text: str  # as the source has it until `prepare_datasets` recases it
     speaker: str | None = None  # None where the source does not say
-    language: str | None = None  # code
+    language: str | None = None  # Whisper's code of what is spoken; of a source also a mark without a token in Whisper
     duration_sec: float | None = None  # after decoding; None until the recording has been checked
     meta: Mapping[str, Any] = field(default_factory=dict)  # other columns of the source (split, age, gender, ...)
 

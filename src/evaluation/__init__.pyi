@@ -1,4 +1,4 @@
-from .data_checks import add_model_checks, choose_label_case
+from .data_checks import add_model_checks, choose_label_case, fill_languages
 from .evaluator import EvaluationResult, ModelComparison, ModelEvaluator
 from .guard import GuardSet, evaluate_guard, prepare_guard_set
 from .latency import LatencyBenchmark, latency_table
@@ -41,6 +41,7 @@ __all__ = [
     "draw_words",
     "evaluate_guard",
     "evaluate_stream",
+    "fill_languages",
     "join_clips",
     "latency_table",
     "make_stream",

@@ -5,6 +5,7 @@ A model of full context encodes 30 s for each clip, so both look at a few clips,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,19 +19,72 @@ from tqdm.auto import tqdm
 from src.data.dataset import decode_audio
 from src.data.labels import IGNORE_INDEX, LabelCase, LabelEncoder, apply_case, resolve_case
 from src.data.loader import create_loader
+from src.data.preparation import DatasetSplits
 from src.data.report.findings import Finding, count_clips, sort_findings
 from src.data.report.report import DataReport, hashed_choice
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator, sum_loss
 from src.evaluation.metrics import PLAIN, word_counts
 from src.inference.torch_engine import encode
+from src.inference.words import Vocabulary
+from src.models.dynamic_context import evaluation_mode
 from src.utils.config import Config
 from src.utils.errors import DataError, ModelError
+from src.utils.languages import language_name
+
+logger = logging.getLogger(__name__)
 
 STYLES: tuple[LabelCase, ...] = ("keep", "lower", "sentence")
 MIN_GAP_NATS = 1.0  # per transcript; below it the choice of style makes no difference that a few clips could show
 HARD_WER = 1.0
+HEARD_CLIPS = 20
+MIN_AGREEMENT = 0.8  # of the clips on their language
 _STYLE_TOPIC, _HARD_TOPIC = "label style", "hard clips"
+
+
+def fill_languages(splits: DatasetSplits, model: Any, processor: Any, config: Config) -> DatasetSplits:
+    """Give rows that do not say their language the one that a model hears in them; all others stay as they are.
+
+    It hears at most `HEARD_CLIPS` of those rows, chosen by hash, and one language is chosen for all of them in every
+    split: by the sum of its log-probabilities. English-only models hear nothing but English.
+    """
+    unmarked = [u for u in splits.utterances if u.language is None]
+    if not unmarked:
+        return splits
+    spoken = "en"
+    if Vocabulary.of(processor.tokenizer).multilingual:
+        chosen = hashed_choice(unmarked, HEARD_CLIPS, config.seed)
+        heard = measure_languages(model, processor, chosen, config)
+        total = heard.sum()
+        spoken = str(total.idxmax())
+        agreeing = int((heard.idxmax(axis=1) == spoken).sum())
+        found = f"{count_clips(len(unmarked))} without a language: taken as {language_name(spoken)} ({spoken})"
+        found += f", which the model hears in {agreeing} of {len(chosen)}"
+        if agreeing < MIN_AGREEMENT * len(chosen):
+            logger.warning("%s; set model.language if that is wrong, or add a column `language`", found)
+        else:
+            logger.info("%s", found)
+    filled: dict[str, Any] = {
+        name: [u if u.language is not None else replace(u, language=spoken) for u in part]
+        for name, part in splits.parts.items()
+    }
+    return replace(splits, **filled)
+
+
+@torch.inference_mode()
+def measure_languages(model: Any, processor: Any, utterances: Sequence[Utterance], config: Config) -> pd.DataFrame:
+    """Return the natural-log probability of each language, a column, in each utterance, a row."""
+    vocabulary = Vocabulary.of(processor.tokenizer)
+    rows: list[list[float]] = []
+    size = config.inference.batch_size
+    with evaluation_mode(model):
+        for at in tqdm(range(0, len(utterances), size), desc="languages", leave=False):
+            audios = [decode_audio(u) for u in utterances[at : at + size]]
+            encoded = encode(model, audios, config.inference.trailing_silence_sec)
+            start = torch.full((len(audios), 1), vocabulary.start, device=model.device)
+            logits = model(encoder_outputs=encoded, decoder_input_ids=start, use_cache=False).logits[:, 0]
+            rows += logits[:, list(vocabulary.languages.values())].float().log_softmax(dim=-1).tolist()
+    return pd.DataFrame(rows, columns=list(vocabulary.languages), index=[u.id for u in utterances])
 
 
 def add_model_checks(
@@ -118,7 +172,7 @@ def measure_label_styles(
         for style, space in ways:
             texts = [apply_case(_source_text(u), style).strip() for u in batch]
             tokens = [tokenize(" " * space + text, add_special_tokens=False) if text else () for text in texts]
-            labels = [encoder.label(each) for each in tokens]
+            labels = [encoder.label(each, language=u.language) for each, u in zip(tokens, batch, strict=True)]
             inputs = pad([torch.tensor(label.decoder_input_ids) for label in labels])  # (B, L)
             targets = pad([torch.tensor(label.labels) for label in labels], padding_value=IGNORE_INDEX)  # (B, L)
             sums[style, space] += sum_loss(model, encoded, inputs, targets)

@@ -162,7 +162,7 @@ def time_dataset_words(model: DynamicWhisper, tokenizer: Any, dataset: WhisperDa
             for row, index in enumerate(indices):
                 tokens = dataset.tokens[index]
                 words = force_align(
-                    model, tokenizer, hidden[row : row + 1], sot_sequence=dataset.prefix, tokens=tokens,
+                    model, tokenizer, hidden[row : row + 1], sot_sequence=dataset.prefix_of(index), tokens=tokens,
                     audio_sec=len(audios[row]) / SAMPLE_RATE,
                 )  # fmt: skip
                 if sum(word.tokens for word in words) == len(tokens):  # else a word is empty, and the rest would shift

@@ -2,7 +2,7 @@
 
 A YAML file, a profile merged into it, and overrides merged into that are checked as a whole: all problems are reported
 at once, each with the nearest valid key. `config.yaml` says the unit and effect of every setting; its values are the
-defaults below, except for `profile` and for the language of its data.
+defaults below, except for `profile`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from src.utils.errors import ConfigError, did_you_mean
+from src.utils.errors import ConfigError, DataError, did_you_mean
+from src.utils.languages import parse_language
 
 DEFAULT_CONFIG_PATH = Path("config.yaml")
 MAX_AUDIO_SEC = 30.0  # the length of Whisper's position table
@@ -49,7 +50,7 @@ class ModelConfig(Section):
     """Which weights, for which language, and how much audio the encoder sees."""
 
     variant: str = "base"
-    language: str | None = None  # config.yaml sets it: without a file, nothing is assumed about the speech
+    language: str | None = None  # Whisper's code; None ("auto") is what rows say, else what the model hears
     task: Literal["transcribe", "translate"] = "transcribe"
     audio_context: Literal["dynamic", "full"] = "dynamic"
 
@@ -60,6 +61,17 @@ class ModelConfig(Section):
             known = f"known: {', '.join(VARIANTS)}, or the path of a folder with a checkpoint"
             raise ValueError(f"unknown variant {value!r}{did_you_mean(value, VARIANTS)}; {known}")
         return value
+
+    @field_validator("language", mode="before")
+    @classmethod
+    def _code_of_language(cls, value: Any) -> Any:
+        value = "no" if value is False else value  # as YAML reads Norwegian's code
+        if not isinstance(value, str):
+            return value
+        try:
+            return None if value.strip().lower() == "auto" else parse_language(value)
+        except DataError as err:
+            raise ValueError(str(err)) from err
 
     @model_validator(mode="after")
     def _language_fits_variant(self) -> Self:

@@ -7,15 +7,20 @@ from types import SimpleNamespace
 
 class WordTokenizer:
     eos_token_id = 50256
-    unk_token_id = 50256
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    @property
+    def backend_tokenizer(self) -> WordTokenizer:
+        return self
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> SimpleNamespace:
         assert not add_special_tokens
-        return [len(word) for word in text.split()]
+        return SimpleNamespace(ids=[1000 + len(word) * word.isalnum() for word in text.split() or [""]])
 
-    def convert_tokens_to_ids(self, name: str) -> int:
+    def token_to_id(self, name: str) -> int | None:
         known = {"<|startoftranscript|>": 50257, "<|startofprev|>": 50360, "<|notimestamps|>": 50362}
-        return known[name] if name in known else 50363 + round(float(name.strip("<|>")) * 50)
+        time = name.strip("<|>")
+        is_time = time.replace(".", "").isdigit()
+        return known.get(name, 50363 + round(float(time) * 50) if is_time else 50358)
 
 
 def word_processor() -> SimpleNamespace:

@@ -13,12 +13,26 @@ from src.utils.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_shipped_file_states_the_defaults_except_for_what_only_a_file_can_know() -> None:
+def test_the_shipped_file_states_the_defaults_except_for_its_profile() -> None:
     shipped, default = (flatten(config.model_dump()) for config in (load_config(ROOT / "config.yaml"), Config()))
     differing = {key: value for key, value in shipped.items() if value != default[key]}
-    # profiles are in the file alone, and it names the language of its data; without a file, speech may be in any
-    assert differing == {"profile": "balanced", "model.language": "en"}
+    assert differing == {"profile": "balanced"}  # profiles are in the file alone
     assert set(load_profiles(ROOT / "config.yaml")) == {"demo", "balanced", "production"}  # each is valid
+
+
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [("auto", None), (None, None), ("German", "de"), ("cmn", "zh"), (False, "no")],  # YAML reads `no` as false
+)
+def test_a_language_is_a_code_of_whisper_or_none(given: Any, code: str | None) -> None:
+    config = load_config(None, overrides={"model.language": given})
+    assert config.model.language == code
+    assert yaml.safe_load(config.to_yaml())["model"]["language"] == code
+
+
+def test_a_language_without_a_token_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.language: language 'rw' is unknown to Whisper"):
+        load_config(None, overrides={"model.language": "rw"})
 
 
 def test_profile_overrides_the_file_and_overrides_override_the_profile() -> None:

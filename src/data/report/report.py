@@ -217,9 +217,9 @@ def build_data_report(splits: DatasetSplits, config: Config, *, tokenizer: Any |
     clips["duplicate_text_count"] = keys.groupby(keys).transform("size")
     clips["tokens"] = pd.array([None] * len(clips), dtype="Int64")
     if tokenizer is not None:  # the decoder's positions, prefix and end token included
-        prefix = LabelEncoder(tokenizer, language=config.model.language, task=config.model.task).prefix
-        encoded = tokenizer([" " + u.text.strip() for u in utterances], add_special_tokens=False)["input_ids"]
-        clips["tokens"] = [len(ids) + len(prefix) + 1 for ids in encoded]
+        encoder = LabelEncoder(tokenizer, language=config.model.language, task=config.model.task)
+        special = 1 + len(encoder.prefix_for(config.model.language or "en"))  # as many in each language
+        clips["tokens"] = [len(encoder.tokenize(u.text, u.language)) + special for u in utterances]
     clips = clips[list(CLIP_TYPES)].astype(CLIP_TYPES)
     skipped = tuple(splits.skipped)
     return DataReport(splits.source, splits.label_case, clips, find_all(clips, skipped), skipped)

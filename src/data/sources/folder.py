@@ -17,12 +17,14 @@ from typing import Any
 
 from src.data.utterance import EncodedAudio, Utterance
 from src.utils.errors import DataError, SourceUnavailableError, did_you_mean
+from src.utils.languages import parse_language
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm", ".aac", ".wma", ".mkv"})
 AUDIO_COLUMNS = ("file", "file_name", "path", "audio", "audio_path", "filename", "wav")
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")
 SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
-LANGUAGE_COLUMNS = ("language", "lang", "locale")
+LANGUAGE_COLUMNS = ("language", "lang", "locale", "language_code", "lang_id")
+NO_LANGUAGE = frozenset({"auto", "und", "mul", "mis", "zxx", "nan", "none", "null", "n/a", "unknown", "other"})
 MANIFEST_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.tsv")
 MANIFEST_SUFFIXES = frozenset({".csv", ".tsv", ".jsonl"})
 
@@ -90,7 +92,9 @@ def utterance_from_row(
 ) -> Utterance:  # fmt: skip
     """Build an utterance from a row's plain columns; `fallback_id` and `language` are for rows without their own."""
     speaker = next((row[c] for c in SPEAKER_COLUMNS if row.get(c) not in (None, "")), None)
-    spoken = next((row[c] for c in LANGUAGE_COLUMNS if isinstance(row.get(c), str) and row[c]), language)
+    marks = [str(row[c]).strip() for c in LANGUAGE_COLUMNS if isinstance(row.get(c), str)]
+    marks = [mark for mark in marks if mark.lower() not in NO_LANGUAGE and any(map(str.isalpha, mark))]
+    spoken = next(filter(None, map(code_of_language, marks)), marks[0] if marks else language)
     taken = {text_column, "id", "path", "file", *SPEAKER_COLUMNS, *LANGUAGE_COLUMNS}
     plain = (str, int, float, bool, type(None))
     return Utterance(
@@ -101,6 +105,14 @@ def utterance_from_row(
         language=spoken,
         meta={key: value for key, value in row.items() if key not in taken and isinstance(value, plain)},
     )
+
+
+def code_of_language(mark: str) -> str | None:
+    """Return Whisper's code for a mark of a language, None where it has no token."""
+    try:
+        return parse_language(mark)
+    except DataError:
+        return None
 
 
 def pick_column(columns: Sequence[str], known: Sequence[str], meaning: str, where: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import httpx
 from huggingface_hub.errors import HfHubHTTPError
 
-from src.data.sources.folder import AUDIO_COLUMNS, TEXT_COLUMNS, pick_column, utterance_from_row
+from src.data.sources.folder import AUDIO_COLUMNS, TEXT_COLUMNS, code_of_language, pick_column, utterance_from_row
 from src.data.sources.parquet import with_unique_ids
 from src.data.utterance import SPLIT_NAMES, Utterance
 from src.utils.config import HubConfig
@@ -41,7 +41,7 @@ class HubCorpus:
     train_split: str | None = None
     validation_split: str | None = None  # where there is none, it is cut from train
     test_split: str | None = None
-    language: str | None = None  # None takes it from the subset's name (en-US)
+    language: str | None = None  # of rows that do not say theirs; None takes it from the subset's name (en-US)
     revision: str | None = None  # `PARQUET_REVISION` where main holds a script, which datasets 4 refuses
     audio_column: str | None = None  # found by type and name
     text_column: str | None = None  # found by name
@@ -110,8 +110,7 @@ def _rows(stream: Any, split: str, spec: HubCorpus) -> Iterator[Utterance]:
         if column not in features:
             raise DataError(f"{spec.id}: no column {column!r}; it has {', '.join(features)}")
     labels = {name: feature for name, feature in features.items() if isinstance(feature, ClassLabel)}
-    code = (spec.config or "").split("-")[0].split("_")[0]  # of a subset's name such as en-US or fr
-    language = spec.language or (code if len(code) == 2 and code.isalpha() and code.islower() else None)
+    language = spec.language or code_of_language(spec.config or "")  # of a subset's name such as en-US or hindi
     iterator = iter(stream.cast_column(audio_column, Audio(decode=False)))
     for index in itertools.count():
         if (row := _guarded(spec.id, lambda: next(iterator, None))) is None:

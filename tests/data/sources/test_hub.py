@@ -125,11 +125,19 @@ def test_wrong_names_are_refused_with_those_that_exist(librispeech: Path, hub: d
         prepare_datasets(hub_config("hub", librispeech, hub=hub, max_train=3))
 
 
-def test_another_language_than_the_models_is_refused(tmp_path: Path, train: list[Utterance]) -> None:
+def test_a_subsets_language_is_that_of_its_rows_and_not_for_an_english_model(
+    tmp_path: Path, train: list[Utterance]
+) -> None:
     root = write_minds14(tmp_path, train, config="fr-FR")
-    model, hub = {"variant": "base", "language": "en"}, {"id": str(root), "config": "fr-FR"}
-    overrides = {"model": model, "data": {"source": "minds14", "hub": hub, "max_train": 8}}
-    with pytest.raises(DataError, match=r"its language is 'fr'.*model\.language: fr"):
+    hub = {"id": str(root), "config": "fr-FR"}
+    overrides: dict[str, Any] = {
+        "model": {"variant": "base", "language": "en"},
+        "data": {"source": "minds14", "hub": hub, "max_train": 8},
+    }
+    splits = prepare_datasets(load_config(None, overrides=overrides))
+    assert {u.language for u in splits.utterances} == {"fr"}
+    overrides["model"] = {"variant": "tiny.en"}
+    with pytest.raises(DataError, match=r"utterance \S+: its language is French.*model\.variant: tiny"):
         prepare_datasets(load_config(None, overrides=overrides))
 
 
