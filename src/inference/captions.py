@@ -5,10 +5,9 @@ and conjunctions are short in most languages and belong to what follows, so that
 share of a line or cue that stays empty is added and balances them (Knuth & Plass 1981, Breaking Paragraphs into Lines).
 Lines are the cheapest of all; a cue is the cheaper beginning of two, since a live file cannot wait for more.
 
-Scripts without spaces: Han, kana and their punctuation get no space between them, even where there was one. A text of
-them is one long word in `words.split_words`: it is cut between its characters (never before closing punctuation or a
-small kana), and its time is shared out by character. Thai, Lao, Khmer and Burmese put spaces between phrases, and a
-word begins only there: those spaces stay.
+Scripts without spaces are cut between grapheme clusters: Han and kana as if each were a word (never before closing
+punctuation or a small kana), Thai, Lao, Khmer and Burmese rather at the spaces between their phrases, and never inside
+a syllable. `Word.space` says where spaces are. Texts stay in logical order: the player lays out Arabic and Hebrew.
 """
 
 from __future__ import annotations
@@ -20,14 +19,15 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from src.inference.words import Word
+from src.inference.words import Word, join_words
 from src.utils.errors import ConfigError, DataError, did_you_mean
 from src.utils.files import write_text_atomic
+from src.utils.languages import graphemes, is_unspaced_character, join_texts, space_between
 
 if TYPE_CHECKING:
     from src.inference.files.segmentation import TranscribedSegment
@@ -36,19 +36,31 @@ if TYPE_CHECKING:
 SHORT_WORD_COLUMNS = 3
 CLAUSE_PAUSE_SEC = 0.3  # as good as a comma, for text without punctuation
 _CLAUSE_COST, _PLAIN_COST, _SHORT_WORD_COST = 0.25, 1.0, 1.5  # of a cut after it; an empty line would cost 1
+_INSIDE_COST = 4.0  # in Thai, Lao, Khmer or Burmese without a space, most likely inside a word
 _FLASH_COST = 2.0  # a cue that the next one replaces before `min_cue_sec`
 _LINE_COST = 100.0  # above all others: no more lines than needed
-_SENTENCE_END = frozenset(".!?…。！？｡؟۔।։።។")
-_CLAUSE_END = frozenset(",;:—–、，；：،؛")
+_SENTENCE_END = frozenset(".!?…。！？｡؟۔।॥։።။།")
+_CLAUSE_END = frozenset(",;:—–、，；：،؛၊፣፤")
 _TITLES = frozenset({"Mr.", "Mrs.", "Ms.", "Dr.", "St.", "Sr.", "Sra."})
 _CLOSING = "\"'”’»›)]}」』）】》〉"  # may follow either
-_UNSPACED = r"\u2e80-\u312f\u31a0-\u4dbf\u4e00-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff01-\uff9f\U00020000-\U0003ffff"
-_OPENS = r"「『（《〈【〔“‘(\[{"  # joins the character after it
-_JOINS = r"。、，！？；：」』）》〉】〕”’…・ー々ゝゞヽヾぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮヵヶ％,.!?;:)\]}\"'—%"
-_UNSPACED_START = re.compile(rf"[{_OPENS}]*[{_UNSPACED}]")
-_UNSPACED_END = re.compile(rf"[{_UNSPACED}][{_JOINS}]*$")
+_OPENS = "「『（《〈【〔“‘([{"  # stays with the character after it, as vowels that Thai and Lao write first
+_FIRST_VOWELS = "เแโใไເແໂໃໄ"
+_JOINS = (  # stays with the character before it, as all combining marks
+    "。、，！？；：」』）》〉】〕”’…・ー々ゝゞヽヾぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮヵヶ％,.!?;:)]}\"'—%"
+    "ะาำๅๆฯະາຳໆຯ།་"
+)
+_JOINS_AFTER_SPACE = "ๆໆ!?;:»"  # repetition in Thai and Lao; French
+_SUBJOINERS = "\u17d2\u1039"  # Khmer and Burmese: the next consonant is written below
+_BURMESE_FINAL = re.compile(r"[\u1000-\u1021]\u103a")  # a consonant that ends a syllable
+_TIBETAN = re.compile(r"[\u0f00-\u0fff]")
+_TIBETAN_LETTER = re.compile(r"[\u0f40-\u0fbc]$")  # a syllable of several ends with a sign
+_KANA_WORD = re.compile(r".[\u3041-\u309f]|[\u30a1-\u30fc]{2}")  # Japanese words end in hiragana
 _HEADERS = {".srt": "", ".vtt": "WEBVTT\n\n"}  # of live files
-_PIECE = re.compile(rf".*?(?![{_OPENS}])[{_UNSPACED}][{_JOINS}]*(?=[{_OPENS}]*(?![{_JOINS}])[{_UNSPACED}]|$)|.+")
+# Columns of a line and per second, of Netflix' guides for Chinese (16 characters, 9 per second), Japanese (13, 4) and
+# Korean (16, 12), whose characters have two columns; other languages are read at 17.
+_LINE_COLUMNS = {"zh": 32, "yue": 32, "ja": 26, "ko": 32}
+_COLUMNS_PER_SEC = {"en": 20.0, "zh": 18.0, "yue": 18.0, "ja": 8.0, "ko": 24.0}
+_OTHER_COLUMNS_PER_SEC = 17.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,15 @@ class CaptionOptions:
         if wrong:
             raise ConfigError("caption options: " + "; ".join(wrong))
 
+    @classmethod
+    def of(cls, language: str | None) -> CaptionOptions:
+        """Return the options for text in a language, a code of Whisper; the default ones where it is unknown."""
+        if language is None:
+            return DEFAULT_OPTIONS
+        speed = _COLUMNS_PER_SEC.get(language, _OTHER_COLUMNS_PER_SEC)
+        columns = _LINE_COLUMNS.get(language, DEFAULT_OPTIONS.max_line_chars)
+        return replace(DEFAULT_OPTIONS, max_line_chars=columns, max_chars_per_sec=speed)
+
 
 DEFAULT_OPTIONS = CaptionOptions()
 
@@ -89,7 +110,8 @@ class Cue:
     start_sec: float  # whole milliseconds, as the end
     end_sec: float
     lines: tuple[str, ...]
-    words: tuple[Word, ...] = ()  # characters of a script without spaces; empty where only segment times are known
+    words: tuple[Word, ...] = ()  # empty where only segment times are known
+    text: str = field(default="", compare=False, repr=False)  # on one line, with the space before it, if known
 
 
 def make_cues(words: Sequence[Word], options: CaptionOptions = DEFAULT_OPTIONS) -> tuple[Cue, ...]:
@@ -102,18 +124,25 @@ def cues_of_segments(
     segments: Sequence[TranscribedSegment], options: CaptionOptions = DEFAULT_OPTIONS
 ) -> tuple[Cue, ...]:
     """Lay out text without word times: each segment opens a cue; a long one is cut, its time shared by character."""
-    builder = CueBuilder(options, segments=True)
-    found = builder.add([Word(segment.text, segment.start_sec, segment.end_sec) for segment in segments])
+    builder, words = CueBuilder(options, segments=True), []
+    for before, segment in zip(["", *(segment.text for segment in segments)], segments, strict=False):
+        space = bool(space_between(before, segment.text))
+        words.append(Word(segment.text, segment.start_sec, segment.end_sec, space=space))
+    found = builder.add(words)
     return tuple(replace(cue, words=()) for cue in found + builder.finish())
 
 
 class _Piece(NamedTuple):
-    """An indivisible word, its columns if all text stood on one line, and whether a cue must begin with it."""
+    """Words that no cut may separate, their columns if all text stood on one line, and whether they must open a cue."""
 
-    word: Word
+    words: tuple[Word, ...]
     start_column: int
     end_column: int
     opens_cue: bool
+
+    @property
+    def text(self) -> str:
+        return join_words(self.words)
 
 
 class CueBuilder:
@@ -125,6 +154,7 @@ class CueBuilder:
         limits = (-math.inf, math.inf) if segments else (options.max_gap_sec, options.max_word_sec)
         self._max_gap_sec, self._max_word_sec = limits
         self._pieces: list[_Piece] = []
+        self._before, self._knows_spaces = "", False  # the last word; whether words say where there is no space
         self._shown_sec = 0.0  # end of the last cue
 
     def add(self, words: Iterable[Word]) -> tuple[Cue, ...]:
@@ -137,14 +167,27 @@ class CueBuilder:
                     "captions need times in order; sort the words, and drop those without times"
                 )
             earliest_sec = word.start_sec
+            self._knows_spaces |= not word.space
+            if not self._knows_spaces and _columns(word.text[:1]) == 2 and _touch(self._before, word.text):
+                word = replace(word, space=False)
+            self._before = word.text or self._before
             for index, part in enumerate(_divide(word, self._max_word_sec)):
-                column, opens_cue = 0, False
-                if self._pieces:
-                    last = self._pieces[-1]
-                    column = last.end_column + len(_space(last.word.text, part.text))
-                    opens_cue = index == 0 and part.start_sec - last.word.end_sec >= self._max_gap_sec
-                self._pieces.append(_Piece(part, column, column + _columns(part.text), opens_cue))
+                self._append(part, begins_word=index == 0)
         return self._take(complete=False)
+
+    def _append(self, part: Word, *, begins_word: bool) -> None:
+        """Take a part of a word, as a new piece if there may be a cut before it."""
+        column, opens_cue = 0, False
+        if self._pieces:
+            last = self._pieces[-1]
+            column = last.end_column + part.space
+            opens_cue = begins_word and part.start_sec - last.words[-1].end_sec >= self._max_gap_sec
+            may_part = part.text[0] not in _JOINS_AFTER_SPACE if part.space else _may_part(last.text, part.text)
+            if not (opens_cue or may_part):
+                end_column = column + _columns(part.text)
+                self._pieces[-1] = last._replace(words=(*last.words, part), end_column=end_column)
+                return
+        self._pieces.append(_Piece((part,), column, column + _columns(part.text), opens_cue))
 
     def finish(self, until_sec: float = math.inf) -> tuple[Cue, ...]:
         """Return all that is left; the last cue stays at most until `until_sec`, and coming ones begin no earlier."""
@@ -174,7 +217,9 @@ class CueBuilder:
         """Return the furthest end of a cue that begins at `start`, as lines, time and pauses allow."""
         line_start, lines = start, 1
         for at in range(start + 1, len(self._pieces)):
-            too_long = self._pieces[at].word.end_sec - self._pieces[start].word.start_sec > self._options.max_cue_sec
+            too_long = (
+                self._pieces[at].words[-1].end_sec - self._pieces[start].words[0].start_sec > self._options.max_cue_sec
+            )
             if self._width(line_start, at + 1) > self._options.max_line_chars:
                 line_start, lines = at, lines + 1
             if self._is_closed(at) or too_long or lines > self._options.max_lines:
@@ -189,32 +234,48 @@ class CueBuilder:
         return cost + min(self._cue_cost(stop, end) for end in range(stop + 1, self._cue_end(stop) + 1))
 
     def _cue_cost(self, start: int, stop: int) -> float:
-        next_sec = self._pieces[stop].word.start_sec if stop < len(self._pieces) else math.inf
-        flashes = next_sec - self._pieces[start].word.start_sec < self._options.min_cue_sec
+        next_sec = self._pieces[stop].words[0].start_sec if stop < len(self._pieces) else math.inf
+        flashes = next_sec - self._pieces[start].words[0].start_sec < self._options.min_cue_sec
         columns = self._options.max_lines * self._options.max_line_chars
         return self._part_cost(start, stop, columns) + flashes * _FLASH_COST
 
     def _part_cost(self, start: int, stop: int, columns: int) -> float:
         """Return the cost of a part with room for `columns`: what stays empty, and the cut at its end."""
         empty = max(0.0, 1 - self._width(start, stop) / columns) ** 2
-        last = self._pieces[stop - 1].word
-        mark = _mark(last.text)
-        if self._is_closed(stop) or (mark in _SENTENCE_END and last.text not in _TITLES):
+        last = self._pieces[stop - 1]
+        text, mark = last.text, _mark(last.text)
+        if self._is_closed(stop) or (mark in _SENTENCE_END and text not in _TITLES):
             return empty
-        if mark in _CLAUSE_END or self._pieces[stop].word.start_sec - last.end_sec >= CLAUSE_PAUSE_SEC:
+        following = self._pieces[stop].words[0]
+        touch = _touch(text, following.text)
+        if (
+            mark in _CLAUSE_END
+            or following.start_sec - last.words[-1].end_sec >= CLAUSE_PAUSE_SEC
+            or (touch and following.space)  # between phrases
+        ):
             return empty + _CLAUSE_COST
-        is_short = self._width(stop - 1, stop) <= SHORT_WORD_COLUMNS and not _UNSPACED_END.search(last.text)
+        if touch:
+            is_narrow = _columns(following.text[:1]) < 2 and not _TIBETAN.match(following.text)
+            is_inside = is_narrow or _KANA_WORD.match(text[-1] + following.text)
+            return empty + (_INSIDE_COST if is_inside else _PLAIN_COST)
+        is_short = self._width(stop - 1, stop) <= SHORT_WORD_COLUMNS and not _ends_unspaced(text)
         return empty + (_SHORT_WORD_COST if is_short else _PLAIN_COST)
 
     def _cue(self, start: int, stop: int, until_sec: float) -> Cue:
         """Time a cue: not before the last one ends, and the last of all text at most to `until_sec`."""
-        options, words = self._options, tuple(piece.word for piece in self._pieces[start:stop])
-        next_sec = self._pieces[stop].word.start_sec if stop < len(self._pieces) else until_sec
+        options, words = self._options, tuple(word for piece in self._pieces[start:stop] for word in piece.words)
+        next_sec = self._pieces[stop].words[0].start_sec if stop < len(self._pieces) else until_sec
         start_sec = round(max(self._shown_sec, words[0].start_sec), 3)
         reading_sec = max(options.min_cue_sec, self._width(start, stop) / options.max_chars_per_sec)
         end_sec = max(words[-1].end_sec, start_sec + min(reading_sec, options.max_cue_sec))
         end_sec = end_sec if next_sec - end_sec >= options.min_gap_sec else next_sec
-        return Cue(start_sec, round(max(end_sec, start_sec + 0.001), 3), self._lines(start, stop), words)
+        return Cue(
+            start_sec,
+            round(max(end_sec, start_sec + 0.001), 3),
+            self._lines(start, stop),
+            words,
+            "".join(map(_spelt, words)),
+        )
 
     def _lines(self, start: int, stop: int) -> tuple[str, ...]:
         """Break a cue into as few lines as it needs, at the least cost."""
@@ -224,13 +285,25 @@ class CueBuilder:
             fitting = [at for at in range(start, end) if at == end - 1 or self._width(at, end) <= columns]
             cost, at = min((best[at][0] + _LINE_COST + self._part_cost(at, end, columns), at) for at in fitting)
             best[end] = cost, [*best[at][1], end]
-        cuts = itertools.pairwise(best[stop][1])
-        return tuple("".join(spaced([piece.word.text for piece in self._pieces[a:b]])) for a, b in cuts)
+        return tuple(
+            join_words(word for piece in self._pieces[a:b] for word in piece.words)
+            for a, b in itertools.pairwise(best[stop][1])
+        )
 
 
 def _divide(word: Word, max_word_sec: float) -> list[Word]:
     """Cut a word where a line may end, and share out its time, less a pause inside it, by character."""
-    texts = [text for chunk in word.text.split() for text in _PIECE.findall(chunk)]
+    texts: list[str] = []
+    spaces: list[bool] = []
+    for chunk in word.text.split():
+        at = 0
+        for grapheme in graphemes(chunk):
+            if at and not _may_part(texts[-1], chunk[at:]):
+                texts[-1] += grapheme
+            else:
+                texts.append(grapheme)
+                spaces.append(at == 0 and (bool(spaces) or word.space))
+            at += len(grapheme)
     if not texts:
         return []
     start_sec, end_sec, longest_sec = word.start_sec, word.end_sec, max_word_sec * len(texts)
@@ -241,11 +314,33 @@ def _divide(word: Word, max_word_sec: float) -> list[Word]:
     ends = list(itertools.accumulate(map(len, texts)))
     inner_sec = [start_sec + (end_sec - start_sec) * end / ends[-1] for end in ends[:-1]]
     times = itertools.pairwise([start_sec, *inner_sec, end_sec])
-    return [replace(word, text=text, start_sec=a, end_sec=b) for text, (a, b) in zip(texts, times, strict=True)]
+    parts = zip(texts, spaces, times, strict=True)
+    return [replace(word, text=text, space=space, start_sec=a, end_sec=b) for text, space, (a, b) in parts]
+
+
+def _ends_unspaced(text: str) -> bool:
+    return is_unspaced_character((text.rstrip(_JOINS) or text)[-1:])
+
+
+def _touch(left: str, right: str) -> bool:
+    """Whether two texts meet within a script without spaces."""
+    return _ends_unspaced(left) and is_unspaced_character((right.lstrip(_OPENS) or right)[:1])
+
+
+def _may_part(left: str, right: str) -> bool:
+    """Whether a line may end between two texts without a space between them."""
+    return _touch(left, right) and not (
+        left[-1] in _OPENS + _FIRST_VOWELS + _SUBJOINERS
+        or right[0] in _JOINS
+        or unicodedata.category(right[0])[0] == "M"
+        or _BURMESE_FINAL.match(right)
+        or _TIBETAN_LETTER.search(left)
+    )
 
 
 def _columns(text: str) -> int:
     """Return the width of a text: 2 for a wide character, 0 for a mark on another (UAX #11)."""
+    text = unicodedata.normalize("NFC", text)
     wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
     return len(text) + wide - sum(unicodedata.category(char) in ("Mn", "Me", "Cf") for char in text)
 
@@ -255,13 +350,13 @@ def _mark(text: str) -> str:
     return text.rstrip(_CLOSING)[-1:]
 
 
-def _space(left: str, right: str) -> str:
-    return "" if _UNSPACED_END.search(left) and _UNSPACED_START.match(right) else " "
+def _spelt(word: Word) -> str:
+    return " " * word.space + word.text
 
 
 def spaced(texts: Sequence[str]) -> list[str]:
     """Begin each text but the first with its separator from the one before: a space, or nothing."""
-    return [*texts[:1], *(_space(left, right) + right for left, right in itertools.pairwise(texts))]
+    return [*texts[:1], *(space_between(left, right) + right for left, right in itertools.pairwise(texts))]
 
 
 def write_captions(path: str | Path, cues: Sequence[Cue], *, language: str | None = None) -> Path:
@@ -289,9 +384,7 @@ def to_vtt(cues: Sequence[Cue]) -> str:
 
 def to_tsv(cues: Sequence[Cue]) -> str:
     """Return rows of start and end in ms and the text on one line, as openai/whisper writes them."""
-    rows = [
-        (round(cue.start_sec * 1000), round(cue.end_sec * 1000), "".join(spaced(_clean_lines(cue)))) for cue in cues
-    ]
+    rows = [(round(cue.start_sec * 1000), round(cue.end_sec * 1000), _text(cue).strip()) for cue in cues]
     return "".join(f"{start}\t{end}\t{text}\n" for start, end, text in [("start", "end", "text"), *rows])
 
 
@@ -300,19 +393,21 @@ def to_json(cues: Sequence[Cue], *, language: str | None = None) -> str:
 
     Each text and word begins with the space before it, if any: segments, and words, concatenated give the text.
     """
-    texts = spaced(["".join(spaced(_clean_lines(cue))) for cue in cues])
-    spelt = iter(spaced([word.text for cue in cues for word in cue.words]))
     segments: list[dict[str, Any]] = []
-    for number, (cue, text) in enumerate(zip(cues, texts, strict=True)):
-        segments.append({"id": number, "start": cue.start_sec, "end": cue.end_sec, "text": text})
-        words = []
+    for number, cue in enumerate(cues):
+        text = _text(cue)
+        segments.append(
+            {"id": number, "start": cue.start_sec, "end": cue.end_sec, "text": text if number else text.lstrip()}
+        )
+        words: list[dict[str, Any]] = []
         for word in cue.words:
             probability = None if math.isnan(word.probability) else word.probability
             times = {"start": round(word.start_sec, 3), "end": round(word.end_sec, 3)}
-            words.append({"word": next(spelt), **times, "probability": probability})
+            spelt = _spelt(word) if number or words else word.text
+            words.append({"word": spelt, **times, "probability": probability})
         if words:
             segments[-1]["words"] = words
-    content = {"text": "".join(texts), "language": language, "segments": segments}
+    content = {"text": "".join(segment["text"] for segment in segments), "language": language, "segments": segments}
     return json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
 
 
@@ -366,6 +461,11 @@ def _block(suffix: str, number: int, cue: Cue) -> str:
         text = re.sub("--+>", "->", text)
         return f"{number}\n{_clock(cue.start_sec, ',')} --> {_clock(cue.end_sec, ',')}\n{text}\n\n"
     return f"{_clock(cue.start_sec, '.')} --> {_clock(cue.end_sec, '.')}\n{html.escape(text, quote=False)}\n\n"
+
+
+def _text(cue: Cue) -> str:
+    """Return a cue on one line, with the space before it."""
+    return cue.text or f" {join_texts(_clean_lines(cue))}"
 
 
 def _clean_lines(cue: Cue) -> list[str]:

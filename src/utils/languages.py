@@ -137,9 +137,14 @@ def join_texts(texts: Iterable[str]) -> str:
     """Join stripped texts: with a space, but nothing where a script without spaces meets the seam."""
     joined = ""
     for text in texts:
-        touching = joined and text and not (is_unspaced_character(joined[-1]) or is_unspaced_character(text[0]))
-        joined += f" {text}" if touching else text
+        joined += space_between(joined, text) + text
     return joined
+
+
+def space_between(left: str, right: str) -> str:
+    """Return what separates two stripped texts, either of which may be empty: a space, or nothing."""
+    apart = left and right and not (is_unspaced_character(left[-1]) or is_unspaced_character(right[0]))
+    return " " if apart else ""
 
 
 def lower(text: str, language: str | None = None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from src.inference.captions import CaptionOptions, Cue, LiveCaptionWriter, make_
 from src.inference.streaming.commit import Event
 from src.inference.words import Word, join_words
 from src.utils.errors import ConfigError, DataError
+from src.utils.languages import graphemes, is_unspaced_character
 
 # Words of the bundled clip and their ends, as stock tiny.en gives them: no gap anywhere, pauses are inside words.
 JFK = (
@@ -166,6 +168,71 @@ def test_scripts_without_spaces_are_cut_by_character_and_others_keep_their_words
     assert [word.text for word in cue.words] == ["「ちょっ", "と,", "待っ", "てー」", "とiPhoneで", "言っ", "た。"]
     mixed = "我用 iPhone 手机 你好, 世界 네 그래요 สวัสดี ครับ"
     assert shown(said(mixed)) == ["我用 iPhone 手机你好, / 世界 네 그래요 สวัสดี ครับ"]
+
+
+def heard(text: str, *, word_sec: float = 0.2) -> list[Word]:
+    """Words as an engine gives them: graphemes in scripts without spaces, and where a space is."""
+    pieces, words = re.findall(r"\s*\S+", text), []
+    for piece in pieces:
+        space = piece[0] == " "
+        chunk = piece.strip()
+        for part in graphemes(chunk) if is_unspaced_character(chunk[0]) else [chunk]:
+            words.append(Word(part, len(words) * word_sec, (len(words) + 1) * word_sec, 0.5, space=space))
+            space = False
+    return words
+
+
+SPOKEN = {
+    "th": "วันนี้อากาศดีมาก เราไปเที่ยวสวนสาธารณะกันเถอะ แล้วก็กินข้าวเย็นที่ร้านอาหารใกล้ ๆ บ้านของเพื่อน เก้าอี้ตัวนี้กำลังจะพัง",
+    "zh": "今天天气很好 我们去公园吧，然后在 iPhone 商店买东西。你说好不好？对 对 对",
+    "ja": "今日はとても良い天気ですね。公園に行きましょう、そして、チョコレートケーキを食べたいと思っているんです。",
+    "hi": "भारत सरकार ने कहा है कि इस साल किसानों को फसल के नुकसान का पूरा मुआवजा दिया जाएगा। इसके लिए नई योजना शुरू की जाएगी।",
+    "ar": "ذهبتُ إلى المدرسةِ صباحَ اليومِ، وكانَ الطقسُ جميلاً جدّاً. ثم عدتُ إلى البيتِ؟",
+    "ko": "오늘은 날씨가 아주 좋습니다. 공원에 가서 산책을 하고, 맛있는 점심을 먹읍시다.",
+    "my": "မြန်မာနိုင်ငံသည် အရှေ့တောင်အာရှတွင် တည်ရှိသည်။ ရန်ကုန်မြို့သည် အကြီးဆုံးမြို့ဖြစ်သည်။",
+    "km": "ប្រទេសកម្ពុជាជាប្រទេសមួយនៅអាស៊ីអាគ្នេយ៍។ រាជធានីគឺភ្នំពេញដែលជាទីក្រុងធំជាងគេ។",
+    "lo": "ປະເທດລາວຕັ້ງຢູ່ໃນອາຊີຕາເວັນອອກສຽງໃຕ້ ນະຄອນຫຼວງແມ່ນວຽງຈັນ ເປັນເມືອງທີ່ໃຫຍ່ທີ່ສຸດ",
+    "bo": "བོད་ནི་ཨེ་ཤེ་ཡའི་ནང་གི་ས་ཁུལ་ཞིག་ཡིན། ལྷ་ས་ནི་རྒྱལ་ས་ཡིན། མི་མང་པོ་ཞིག་འདིར་སྡོད་ཀྱི་ཡོད་པ་རེད།",
+}
+
+
+@pytest.mark.parametrize("language", SPOKEN)
+@pytest.mark.parametrize("columns", [42, 12])
+def test_in_every_script_the_text_stays_exact_and_no_line_begins_inside_a_character(
+    language: str, columns: int
+) -> None:
+    text, options = SPOKEN[language], CaptionOptions(max_line_chars=columns)
+    for words in (heard(text), [Word(text, 0.0, 12.0, 0.5)]):
+        cues = make_cues(words, options)
+        lines = [line for cue in cues for line in cue.lines]
+        assert "".join("".join(lines).split()) == "".join(text.split())
+        assert not [line for line in lines if unicodedata.category(line[0])[0] == "M" or line[0] in "ๆำา。、，っー"]
+        assert not [line for line in lines if line[-1] in "เแโใไ\u17d2\u1039"]
+        whole = json.loads(to_json(cues, language=language))
+        spelt = "".join(word["word"] for segment in whole["segments"] for word in segment["words"])
+        assert whole["text"] == text == spelt == "".join(segment["text"] for segment in whole["segments"])
+        rows = [row.split("\t")[2] for row in captions.to_tsv(cues).splitlines()[1:]]
+        assert rows == [segment["text"].strip() for segment in whole["segments"]]
+
+
+def test_lines_end_at_phrases_of_scripts_without_spaces_and_have_the_width_of_the_language() -> None:
+    def lines(language: str) -> list[str]:
+        options = CaptionOptions.of(language)
+        return [line for cue in make_cues(heard(SPOKEN[language]), options) for line in cue.lines]
+
+    assert lines("th")[:3] == ["วันนี้อากาศดีมาก", "เราไปเที่ยวสวนสาธารณะกันเถอะ", "แล้วก็กินข้าวเย็นที่ร้านอาหารใกล้ ๆ"]
+    assert lines("ja")[:2] == ["今日はとても", "良い天気ですね。"]  # 13 characters at most
+    assert lines("zh")[:2] == ["今天天气很好 我们去公园吧，", "然后在 iPhone 商店买东西。"]
+    assert lines("ko")[:2] == ["오늘은 날씨가 아주 좋습니다.", "공원에 가서 산책을 하고,"]
+    assert [captions._columns(text) for text in ("ที่", "กำ", "한국", "\u1112\u1161\u11ab", "日本", "ﾊﾝ")] == [
+        1,
+        2,
+        4,
+        2,
+        4,
+        2,
+    ]
+    assert CaptionOptions.of(None) == CaptionOptions.of("en") == CaptionOptions()
 
 
 def test_segments_open_cues_and_share_their_time_by_characters() -> None:
