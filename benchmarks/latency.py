@@ -36,7 +36,7 @@ from scripts.benchmarking import load_clips, number, show
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
 from src.data.sources.catalog import SAMPLE_CLIP
-from src.evaluation.metrics import error_rate, whisper_normalizer_for, word_counts
+from src.evaluation.metrics import WHISPER_ENGLISH, error_rate, word_counts
 from src.evaluation.streams import AlignedClip, join_clips
 from src.inference.ct2_engine import CTranslate2Engine, ct2_folder
 from src.inference.engines import load_engine, transcribe
@@ -110,7 +110,7 @@ class System:
     @property
     def wer(self) -> float | None:
         """Word error rate of the last round's texts."""
-        return error_rate(word_counts(self.references, self.texts, whisper_normalizer_for("en")))
+        return error_rate(word_counts(self.references, self.texts, WHISPER_ENGLISH))
 
     def row(self) -> dict[str, str]:
         """Lay it out."""

@@ -32,7 +32,7 @@ from scripts.benchmarking import load_clips, number, show
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
 from src.evaluation.latency import LatencyResult, MeasuredEngine, check_clips, describe_engine, measure_engine
-from src.evaluation.metrics import error_rate, whisper_normalizer_for, word_counts
+from src.evaluation.metrics import WHISPER_ENGLISH, error_rate, word_counts
 from src.inference.torch_engine import TorchEngine
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import Config, load_config
@@ -117,7 +117,7 @@ def measure_model(
         rates = {
             name: None
             if found[-1].reason is not None
-            else error_rate(word_counts(references, found[-1].texts, whisper_normalizer_for("en")))
+            else error_rate(word_counts(references, found[-1].texts, WHISPER_ENGLISH))
             for name, found in results.items()
         }
         measured += [

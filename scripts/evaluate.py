@@ -33,7 +33,7 @@ from src.data.sources.folder import MANIFEST_SUFFIXES
 from src.data.utterance import SPLIT_NAMES, Utterance
 from src.evaluation import EvaluationResult, ModelEvaluator
 from src.evaluation.evaluator import compare_predictions
-from src.evaluation.metrics import get_normalizer, whisper_normalizer_for
+from src.evaluation.metrics import get_normalizer, headline_normalizer
 from src.evaluation.report.html import write_html_report
 from src.evaluation.report.run_files import DATA_VERSIONS_DIR, MEASURED_EVENT, STOCK, TUNED, bootstrap_of
 from src.evaluation.report.summary import format_comparison
@@ -174,7 +174,7 @@ def read_clips(config: Config) -> list[Utterance]:
     if not tested:
         logger.info("no test split in the data: all %d rows are measured", len(listed))
         tested = listed
-    normalize = get_normalizer(whisper_normalizer_for(config.model.language))
+    normalize = get_normalizer(headline_normalizer(config.model.language))
     if not any(normalize(clip.text) for clip in tested):
         raise DataError(
             f"none of the {len(tested)} references has a word, so there is nothing to measure against; give data with "

@@ -81,7 +81,7 @@ def train(config: Config, *, fresh: bool) -> dict[str, Any]:
         "processes": world_size(),
         "epochs": len(history["epoch"]),
         "best_epoch": trainer.best_epoch,
-        "best_val_wer": min(history["val_wer"]),
+        "best_val_rate": min(history["val_rate"]),
         "best_model": str(trainer.best_model_dir),
     }
 

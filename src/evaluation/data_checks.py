@@ -205,7 +205,7 @@ def find_hard_clips(
     decoded = ModelEvaluator(model, processor, config).evaluate_dataset(loader, name="hard clips").rows
     plain = word_counts([row.reference for row in decoded], [row.hypothesis for row in decoded], PLAIN)
     rows = [
-        (row.id, row.duration_sec, row.reference, row.hypothesis, min(row.wer, count.errors / count.reference_words))
+        (row.id, row.duration_sec, row.reference, row.hypothesis, min(row.rate, count.errors / count.reference_words))
         for row, count in zip(decoded, plain, strict=True)
         if row.reference_words and count.reference_words
     ]

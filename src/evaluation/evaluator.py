@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from src.data.labels import IGNORE_INDEX
 from src.evaluation import metrics
-from src.evaluation.metrics import Bootstrap, EditCounts, ErrorRates, MetricsCalculator, PairedComparison
+from src.evaluation.metrics import Bootstrap, EditCounts, ErrorRates, Kind, MetricsCalculator, PairedComparison
 from src.inference.options import DecodingOptions
 from src.inference.torch_engine import decode, encode
 from src.models.dynamic_context import evaluation_mode, get_audio_context
@@ -33,7 +33,7 @@ from src.utils.tracking import ExperimentLogger
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction(EditCounts):
-    """One decoded clip, with its word edits under the result's normaliser."""
+    """One decoded clip, with its edits in units of its normaliser."""
 
     id: str
     speaker: str | None
@@ -42,18 +42,26 @@ class Prediction(EditCounts):
     hypothesis: str
     avg_logprob: float  # mean of its tokens, natural; nan with beams
     latency_sec: float  # of its batch, divided by the batch's clips
-    num_tokens: int | None = None  # text tokens of the hypothesis; None in rows of older runs
+    num_tokens: int | None = None  # text tokens of the hypothesis; None in rows of older runs, like the next two
+    language: str | None = None  # of the speech, Whisper's code; None: nothing said which
+    normalizer: str | None = None  # of its counts
+    truncated: bool = False  # the text ended at a limit
     meta: Mapping[str, Any] = field(default_factory=dict)  # of the source (age, gender, ...), and `snr_db`
 
     @property
-    def wer(self) -> float:
-        """Word error rate of this clip; nan if its reference is empty."""
+    def rate(self) -> float:
+        """Error rate of this clip in units of its normaliser; nan if its reference is empty."""
         return self.errors / self.reference_words if self.reference_words else math.nan
+
+    @property
+    def kind(self) -> Kind:
+        """What decides how it is counted."""
+        return Kind(self.language or metrics.UNKNOWN, self.normalizer or metrics.PLAIN)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult(ErrorRates, Mapping[str, Any]):
-    """Rates of one model on one set, as attributes and as a read-only mapping (`results["wer"]`, `results.wer`)."""
+    """Rates of one model on one set, as attributes and as a read-only mapping (`results["rate"]`, `results.rate`)."""
 
     name: str  # of the model
     loss: float  # token-weighted mean cross-entropy in nats, teacher-forced
@@ -108,7 +116,7 @@ class ModelComparison:
 
 @dataclass(frozen=True)
 class _Measured:
-    rows: list[Prediction]
+    rows: list[dict[str, Any]]  # of `Prediction`, before its text is counted
     loss_sum: float  # over `tokens`, in nats
     tokens: int
     compute_sec: float
@@ -132,7 +140,7 @@ class ModelEvaluator:
         self._processor = processor
         self._config = config or Config()
         self._fitting = FittingSize()  # of batches: halved where memory runs out
-        self._calculator = MetricsCalculator(self._config.model.language, bootstrap=Bootstrap.from_config(self._config))
+        self._calculator = MetricsCalculator.from_config(self._config)
 
     def evaluate_dataset(self, loader: Any, *, name: str = "model") -> EvaluationResult:
         """Decode every clip of a loader and measure; processes that run together share the clips.
@@ -145,7 +153,7 @@ class ModelEvaluator:
         sampler = getattr(loader, "batch_sampler", None)
         if shared := world_size() > 1 and getattr(sampler, "world_size", 1) > 1:
             decoded = _Measured.joined(gather_objects(decoded))
-        rows = decoded.rows
+        rows = self._count(decoded.rows)
         measured = len({row.id for row in rows}) if shared else len(rows)  # each clip must be there exactly once
         expected = len(loader.dataset) if hasattr(loader, "dataset") else measured
         if not measured == len(rows) == expected:
@@ -158,7 +166,8 @@ class ModelEvaluator:
         durations_sec = [row.duration_sec for row in rows]
         rates = self._calculator.compute(
             [row.reference for row in rows], [row.hypothesis for row in rows], [row.speaker for row in rows],
-            durations_sec=durations_sec, num_tokens=[row.num_tokens for row in rows],
+            languages=[row.language for row in rows], durations_sec=durations_sec,
+            num_tokens=[row.num_tokens for row in rows], truncated=sum(row.truncated for row in rows),
         )  # fmt: skip
         return EvaluationResult(
             **vars(rates), name=name, loss=decoded.loss_sum / decoded.tokens, audio_sec=sum(durations_sec),
@@ -169,7 +178,7 @@ class ModelEvaluator:
         """Decode some clips, at a stride over the whole loader (all, if it has fewer), and return them worst first.
 
         Returns:
-            One row per clip: id, speaker, duration_sec, reference, hypothesis, wer, avg_logprob.
+            One row per clip: id, speaker, duration_sec, reference, hypothesis, rate, avg_logprob.
         """
         dataset = loader.dataset
         if num_samples < 1 or not len(dataset):
@@ -180,9 +189,10 @@ class ModelEvaluator:
         decoded = self._decode_batches(
             (loader.collate_fn([dataset[i] for i in batch]) for batch in batches), desc="samples", total=len(batches)
         )
-        columns = ["id", "speaker", "duration_sec", "reference", "hypothesis", "wer", "avg_logprob"]
-        table = pd.DataFrame([[getattr(row, column) for column in columns] for row in decoded.rows], columns=columns)
-        return table.sort_values("wer", ascending=False, ignore_index=True, kind="stable")
+        columns = ["id", "speaker", "duration_sec", "reference", "hypothesis", "rate", "avg_logprob"]
+        rows = self._count(decoded.rows)
+        table = pd.DataFrame([[getattr(row, column) for column in columns] for row in rows], columns=columns)
+        return table.sort_values("rate", ascending=False, ignore_index=True, kind="stable")
 
     def compare(self, stock: Any, tuned: Any, loader: Any) -> ModelComparison:
         """Measure two models of this processor on the same clips, and test whether they differ."""
@@ -191,6 +201,15 @@ class ModelEvaluator:
             for name, model in (("stock", stock), ("tuned", tuned))
         )
         return ModelComparison(first, second, compare_predictions(first.rows, second.rows, self._calculator.bootstrap))
+
+    def _count(self, rows: Sequence[Mapping[str, Any]]) -> list[Prediction]:
+        references, hypotheses = ([row[key] for row in rows] for key in ("reference", "hypothesis"))
+        kinds = self._calculator.kinds_of(references, [row["language"] for row in rows])
+        counts = self._calculator.count(references, hypotheses, kinds) if rows else []
+        return [
+            Prediction(**vars(count), **row, normalizer=kind.normalizer)
+            for count, row, kind in zip(counts, rows, kinds, strict=True)
+        ]
 
     def _decode_batches(self, batches: Iterable[Any], *, desc: str, total: int | None = None) -> _Measured:
         parts: list[_Measured] = []
@@ -203,6 +222,7 @@ class ModelEvaluator:
         batch = {key: values[first:last] for key, values in whole.items()}
         audios, lengths = batch["audio"], batch["audio_lengths"].tolist()
         options = DecodingOptions.from_config(self._config)
+        languages = batch.get("languages") or [None] * len(audios)
 
         device = self._model.device
         wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
@@ -214,16 +234,19 @@ class ModelEvaluator:
         compute_sec = time.perf_counter() - began
 
         loss_sum = sum_loss(self._model, encoded, batch["decoder_input_ids"], batch["labels"])
-        counts = metrics.word_counts(batch["texts"], [result.text for result in decoded], self._calculator.normalizer)
-        columns = [batch[key] for key in ("ids", "speakers", "durations", "texts", "meta")]
+        names = {"id": "ids", "speaker": "speakers", "duration_sec": "durations", "reference": "texts", "meta": "meta"}
         rows = [
-            Prediction(
-                **vars(count), id=clip, speaker=speaker, duration_sec=duration_sec, reference=text,
-                hypothesis=result.text, avg_logprob=result.avg_logprob, latency_sec=compute_sec / len(audios),
-                num_tokens=len(result.tokens), meta=meta,
-            )
-            for result, count, clip, speaker, duration_sec, text, meta in zip(decoded, counts, *columns, strict=True)
-        ]  # fmt: skip
+            {name: batch[key][i] for name, key in names.items()}
+            | {
+                "hypothesis": result.text,
+                "avg_logprob": result.avg_logprob,
+                "latency_sec": compute_sec / len(audios),
+                "num_tokens": len(result.tokens),
+                "language": languages[i] or self._config.model.language,
+                "truncated": getattr(result, "truncated", False),
+            }
+            for i, result in enumerate(decoded)
+        ]
         return _Measured(rows, loss_sum, int((batch["labels"] != IGNORE_INDEX).sum()), compute_sec)
 
 
@@ -252,4 +275,5 @@ def compare_predictions(
         raise DataError(
             f"the references of {len(changed)} clips differ (first: {changed[0]}); evaluate both models on one loader"
         )
-    return metrics.compare_counts(first, matched, [row.speaker for row in first], bootstrap)
+    speakers, kinds = [row.speaker for row in first], [row.kind for row in first]
+    return metrics.compare_counts(first, matched, speakers, bootstrap, kinds=kinds)

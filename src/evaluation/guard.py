@@ -180,7 +180,8 @@ def evaluate_guard(
     for model_name, model in models.items():
         name = guard_name(model_name)
         results[name] = ModelEvaluator(model, processor, config).evaluate_dataset(loader, name=name)
-        logger.info("%s: WER %.3f on %d clip(s) of %s", name, results[name].wer, results[name].n, guard.name)
+        found = results[name]
+        logger.info("%s: %s %.3f on %d clip(s) of %s", name, found.metric, found.rate, found.n, guard.name)
         if experiment is not None:
             results[name].save(experiment)
     return results

@@ -4,87 +4,161 @@
     MER = sum(S + D + I) / sum(H + S + D + I), WIL = 1 - sum(H)^2 / (sum(N) sum(P)), with H hits and P words put out
     (Morris, Maier & Green, Interspeech 2004)
 
-An empty reference has N = 0 and its insertions count: a hallucination on silence is an error. Clips of one speaker are
-not independent, so intervals resample speakers (Bisani & Ney, ICASSP 2004, with speakers as blocks). Without two known
-speakers, clips are resampled: the interval then speaks of this voice's next clips, not of other voices.
+The headline is the WER; for languages written without spaces the CER, since a sentence would be one word; for rows in
+several languages the mean of their headlines, each language counting alike. An empty reference has N = 0 and its
+insertions count: a hallucination on silence is an error. Clips of one speaker are not independent, so intervals
+resample speakers (Bisani & Ney, ICASSP 2004, with speakers as blocks). Without two known speakers, clips are resampled:
+the interval then speaks of this voice's next clips, not of other voices.
 
-Reports show rates under two normalisers, because they disagree: the plain one changes case and punctuation only;
-Whisper's own, kept as published, joins digit words (`one five` is `15`), reads `BOB'S` as `bob is` and drops `uh`.
-Neither cuts text that is written without spaces (Chinese, Japanese, Thai) into words: read the CER there.
+Rates are measured under two normalisers, because they disagree: the plain one changes case and punctuation only, and
+keeps combining marks, which are vowels in many scripts; Whisper's own, kept as published, joins English digit words
+(`one five` is `15`), reads `BOB'S` as `bob is`, and drops combining marks. The headline of English is Whisper's, that
+of all other languages is plain. A normaliser's name says what its units are, words or characters.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
 from itertools import zip_longest
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jiwer
 import numpy as np
+import regex
 from numpy.typing import NDArray
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from src.inference.options import MIN_NEW_TOKENS
 from src.inference.streaming.commit import find_loop
-from src.inference.words import Word
+from src.inference.words import Word, word_ranges
 from src.utils.config import Config
 from src.utils.errors import ConfigError, DataError, did_you_mean
 from src.utils.files import load_english_spelling
+from src.utils.languages import (
+    CAP_FACTOR,
+    UNSPACED,
+    is_unspaced_text,
+    lower,
+    text_language,
+    tokens_per_sec,
+)
 
-PLAIN = "plain-v1"
+PLAIN = "plain-v2"
+PLAIN_TURKIC = "plain-v2-tr"  # of Turkish and Azerbaijani: the dotless i is a letter of its own
+PLAIN_UNSPACED = "plain-v2-unspaced"  # units are characters
+PLAIN_CHINESE = "plain-v2-zh"  # likewise, in simplified characters
 WHISPER_ENGLISH = "whisper-english-v1"
 WHISPER_BASIC = "whisper-basic-v1"
-NORMALIZERS = (PLAIN, WHISPER_ENGLISH, WHISPER_BASIC)
+WHISPER_UNSPACED = "whisper-basic-v1-unspaced"
+NORMALIZERS = (
+    PLAIN, PLAIN_TURKIC, PLAIN_UNSPACED, PLAIN_CHINESE, WHISPER_ENGLISH, WHISPER_BASIC, WHISPER_UNSPACED
+)  # fmt: skip
+_SECOND = {
+    WHISPER_ENGLISH: PLAIN,
+    **dict.fromkeys((PLAIN, PLAIN_TURKIC), WHISPER_BASIC),
+    **dict.fromkeys((PLAIN_UNSPACED, PLAIN_CHINESE), WHISPER_UNSPACED),
+}
+_OF_CHARACTERS = frozenset({PLAIN_UNSPACED, PLAIN_CHINESE, WHISPER_UNSPACED})
+_OLD_NAMES = {"plain-v1": PLAIN}  # in the files of older runs
+UNKNOWN = "unknown"  # name of the language of rows that say none
 _KEPT_TEXTS = 16_384  # per normaliser: words, characters, loops and alignments of a test set use the same texts
-_APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'"})
-_LOOSE_APOSTROPHE = re.compile(r"(?<!\w)'|'(?!\w)")
-MAX_TOKENS_PER_SEC = 8.0  # text tokens; fast speech has about 6
-_UNKNOWN_WORD_SEC = 1.0  # if the duration is unknown: then only repetitions of many words count as a loop
+_SPACING_ACCENTS = regex.compile(r"[\p{Sk}\u2017\u203E]")  # NFKC would leave a space and a combining mark
+_INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}--[\u200C\u200D]]", regex.VERSION1)
+_LOOSE_JOINERS = regex.compile(r"(?<![\p{L}\p{M}])[\u200C\u200D]|\u200C(?![\p{L}\p{M}])")
+_APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ´`＇", "'"))
+_LOOSE_APOSTROPHE = regex.compile(r"(?<![\p{L}\p{M}\p{N}])'|'(?![\p{L}\p{M}\p{N}])")
+_UNKNOWN_WORD_SEC = 1.0  # if the duration is unknown: then only long repetitions count as a loop
 _CHUNK_CELLS = 5_000_000  # resampled cells held at once: 40 MB
 FloatArray = NDArray[np.float64]
 Blocks = Literal["speaker", "clip"]
+Metric = Literal["WER", "CER", "mean"]
 Verdict = Literal["better", "no difference shown", "worse"]
+
+
+def headline_normalizer(language: str | None, texts: Iterable[str] = ()) -> str:
+    """Return the name of the normaliser of the headline metric.
+
+    Args:
+        language: Whisper's code of the texts. None: the plain normaliser for the script of `texts`.
+        texts: references.
+    """
+    if language == "en":
+        return WHISPER_ENGLISH
+    if language in ("zh", "yue"):
+        return PLAIN_CHINESE
+    if language in UNSPACED or (language is None and is_unspaced_text(" ".join(texts))):
+        return PLAIN_UNSPACED
+    return PLAIN_TURKIC if language in ("tr", "az") else PLAIN
+
+
+def second_normalizer(language: str | None, texts: Iterable[str] = ()) -> str:
+    """Return the name of the normaliser of the second column: plain for English, else Whisper's basic one."""
+    return _SECOND[headline_normalizer(language, texts)]
+
+
+def counts_characters(normalizer: str) -> bool:
+    """Whether the units of a normaliser are characters, not words."""
+    return normalizer in _OF_CHARACTERS
 
 
 @cache
 def get_normalizer(name: str) -> Callable[[str], str]:
     """Return a normaliser by name; it remembers the texts of a test set."""
-    if name == PLAIN:
-        return lru_cache(maxsize=_KEPT_TEXTS)(normalize_plain)
+    name = _OLD_NAMES.get(name, name)
     if name not in NORMALIZERS:
         known = ", ".join(NORMALIZERS)
         raise ConfigError(f"unknown normaliser {name!r}{did_you_mean(name, NORMALIZERS)}; known: {known}")
-    english = name == WHISPER_ENGLISH
-    whisper = EnglishTextNormalizer(dict(load_english_spelling())) if english else BasicTextNormalizer()
-    return lru_cache(maxsize=_KEPT_TEXTS)(lambda text: " ".join(whisper(text).split()))
+    normalize: Callable[[str], str]
+    if name in (PLAIN, PLAIN_TURKIC):
+        normalize = partial(normalize_plain, language="tr" if name == PLAIN_TURKIC else None)
+    elif name in (PLAIN_UNSPACED, PLAIN_CHINESE):
+        normalize = partial(_normalize_unspaced, simplify=name == PLAIN_CHINESE)
+    else:
+        english = name == WHISPER_ENGLISH
+        whisper = EnglishTextNormalizer(dict(load_english_spelling())) if english else BasicTextNormalizer()
+        space = "" if name == WHISPER_UNSPACED else " "
+        normalize = lambda text: space.join(whisper(text).split())  # noqa: E731
+    return lru_cache(maxsize=_KEPT_TEXTS)(normalize)
 
 
-def whisper_normalizer_for(language: str | None) -> str:
-    """Return the name of Whisper's normaliser for a language; None means English."""
-    return WHISPER_ENGLISH if language in (None, "en") else WHISPER_BASIC
+def normalize_plain(text: str, language: str | None = None) -> str:
+    """Lower case, punctuation and symbols to spaces, apostrophes inside words and combining marks kept.
 
-
-def normalize_plain(text: str) -> str:
-    """Lower case, punctuation and symbols to spaces ("well-known" has two words), apostrophes inside words kept."""
-    text = unicodedata.normalize("NFKC", text).lower().translate(_APOSTROPHES)
+    "well-known" has two words. Characters without a glyph are dropped (soft hyphens, marks of direction), but joiners
+    between letters, which are spelling in Persian, Malayalam and Sinhala, are kept. The result is in NFKC.
+    """
+    text = _SPACING_ACCENTS.sub(" ", text.translate(_APOSTROPHES))
+    text = lower(unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)), language).translate(_APOSTROPHES)
     spaced = "".join(c if c == "'" or unicodedata.category(c)[0] not in "PS" else " " for c in text)
-    return " ".join(_LOOSE_APOSTROPHE.sub(" ", spaced).split())
+    spaced = _LOOSE_APOSTROPHE.sub(" ", _LOOSE_JOINERS.sub("", spaced))
+    return unicodedata.normalize("NFC", " ".join(spaced.split()))
+
+
+def _normalize_unspaced(text: str, *, simplify: bool) -> str:
+    text = unicodedata.normalize("NFC", "".join(normalize_plain(text).split()))
+    return _simplifier().convert(text) if simplify else text
+
+
+@cache
+def _simplifier() -> Any:
+    from opencc import OpenCC  # loads dictionaries
+
+    return OpenCC("t2s")
 
 
 @dataclass(frozen=True)
 class EditCounts:
-    """Word edits of one row, or of a sum of rows."""
+    """Edits of one row, or of a sum of rows, in units of its normaliser: words, or characters."""
 
     substitutions: int
     deletions: int
     insertions: int
-    reference_words: int
+    reference_words: int  # units of the reference
 
     @property
     def errors(self) -> int:
@@ -93,41 +167,37 @@ class EditCounts:
 
     @property
     def hits(self) -> int:
-        """Words that are right, N - S - D."""
+        """Units that are right, N - S - D."""
         return self.reference_words - self.substitutions - self.deletions
 
     @property
     def hypothesis_words(self) -> int:
-        """Words of the hypothesis, N - D + I."""
+        """Units of the hypothesis, N - D + I."""
         return self.reference_words - self.deletions + self.insertions
 
 
-def word_counts(references: Sequence[str], hypotheses: Sequence[str], normalizer: str) -> list[EditCounts]:
-    """Count the word edits of each row; words on an empty reference are insertions."""
+def word_counts(
+    references: Sequence[str], hypotheses: Sequence[str], normalizer: str, *, characters: bool = False
+) -> list[EditCounts]:
+    """Count the edits of each row; units on an empty reference are insertions.
+
+    `characters` counts characters under a normaliser of words too, with single spaces between the words.
+    """
     pairs = _normalized(references, hypotheses, normalizer)
-    counts = [EditCounts(0, 0, len(hypothesis.split()), 0) for _, hypothesis in pairs]
+    characters = characters or counts_characters(normalizer)
+    units: Callable[[str], Sequence[str]] = list if characters else str.split
+    counts = [EditCounts(0, 0, len(units(hypothesis)), 0) for _, hypothesis in pairs]
     spoken = [i for i, (reference, _) in enumerate(pairs) if reference]
     if not spoken:
         return counts
-    output = jiwer.process_words([pairs[i][0] for i in spoken], [pairs[i][1] for i in spoken])
-    for i, words, alignment in zip(spoken, output.references, output.alignments, strict=True):
+    align: Callable[..., Any] = jiwer.process_characters if characters else jiwer.process_words
+    output = align([pairs[i][0] for i in spoken], [pairs[i][1] for i in spoken])
+    for i, expected, alignment in zip(spoken, output.references, output.alignments, strict=True):
         edits: Counter[str] = Counter()
         for chunk in alignment:
             edits[chunk.type] += max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
-        counts[i] = EditCounts(edits["substitute"], edits["delete"], edits["insert"], len(words))
+        counts[i] = EditCounts(edits["substitute"], edits["delete"], edits["insert"], len(expected))
     return counts
-
-
-def character_error_rate(references: Sequence[str], hypotheses: Sequence[str], normalizer: str) -> float:
-    """Return the corpus CER, spaces included; characters on an empty reference are insertions."""
-    pairs = _normalized(references, hypotheses, normalizer)
-    spoken = [pair for pair in pairs if pair[0]]
-    if not spoken:
-        raise _no_rate(len(pairs))
-    output = jiwer.process_characters([reference for reference, _ in spoken], [hypothesis for _, hypothesis in spoken])
-    invented = sum(len(hypothesis) for reference, hypothesis in pairs if not reference)
-    errors: int = output.substitutions + output.deletions + output.insertions + invented
-    return errors / sum(len(reference) for reference, _ in spoken)
 
 
 def _normalized(references: Sequence[str], hypotheses: Sequence[str], normalizer: str) -> list[tuple[str, str]]:
@@ -162,7 +232,7 @@ def _no_rate(rows: int) -> DataError:
 
 @dataclass(frozen=True)
 class AlignedWord:
-    """One step of an alignment; the side that lacks a word is None."""
+    """One step of an alignment, a word or a character; the side that lacks one is None."""
 
     edit: Literal["equal", "substitute", "delete", "insert"]
     reference: str | None
@@ -170,16 +240,18 @@ class AlignedWord:
 
 
 def align_words(reference: str, hypothesis: str, normalizer: str) -> tuple[AlignedWord, ...]:
-    """Align two texts word by word, as `word_counts` counts them; the words are those of the normalised texts."""
+    """Align two texts unit by unit, as `word_counts` counts them; the units are those of the normalised texts."""
     ((reference, hypothesis),) = _normalized([reference], [hypothesis], normalizer)
-    expected, found = reference.split(), hypothesis.split()
+    units: Callable[[str], Sequence[str]] = list if counts_characters(normalizer) else str.split
+    expected, found = units(reference), units(hypothesis)
     if not expected:
-        return tuple(AlignedWord("insert", None, word) for word in found)
-    (chunks,) = jiwer.process_words(reference, hypothesis).alignments
+        return tuple(AlignedWord("insert", None, unit) for unit in found)
+    align: Callable[..., Any] = jiwer.process_characters if counts_characters(normalizer) else jiwer.process_words
+    (chunks,) = align(reference, hypothesis).alignments
     return tuple(
-        AlignedWord(chunk.type, *words)
+        AlignedWord(chunk.type, *units)
         for chunk in chunks
-        for words in zip_longest(
+        for units in zip_longest(
             expected[chunk.ref_start_idx : chunk.ref_end_idx], found[chunk.hyp_start_idx : chunk.hyp_end_idx]
         )
     )
@@ -198,30 +270,47 @@ class Bootstrap:
         """Return the settings of a configuration."""
         return cls(config.evaluation.bootstrap_samples, config.evaluation.confidence, config.seed)
 
-    def interval(self, errors: FloatArray, words: FloatArray, block_ids: NDArray[np.int64]) -> tuple[float, float]:
-        """Return the interval of sum(errors) / sum(words) when blocks are drawn with replacement.
+    def interval(
+        self,
+        errors: FloatArray,
+        words: FloatArray,
+        block_ids: NDArray[np.int64],
+        strata: NDArray[np.int64] | None = None,
+    ) -> tuple[float, float]:
+        """Return the interval of the mean over strata of sum(errors) / sum(words), drawing blocks with replacement.
 
         Args:
             errors: (n,) of each row; may be differences of two systems.
             words: (n,) of each row.
             block_ids: (n,) in 0..blocks - 1.
+            strata: (n,) in 0..strata - 1, such as languages; one by default.
 
         Returns:
-            Low and high; nan with fewer than two blocks. A draw without a word has no rate and is left out.
+            Low and high; nan with fewer than two blocks. A draw in which a stratum has no word is left out.
         """
         count = int(block_ids.max()) + 1
         if count < 2:
             return math.nan, math.nan
-        block_errors = np.bincount(block_ids, errors, minlength=count)
-        block_words = np.bincount(block_ids, words, minlength=count)
+        strata = np.zeros_like(block_ids) if strata is None else strata
+        sums = [
+            tuple(
+                np.bincount(block_ids, np.where(strata == each, values, 0), minlength=count)
+                for values in (errors, words)
+            )
+            for each in range(int(strata.max()) + 1)
+        ]
         rng = np.random.default_rng(self.seed)
         step = max(1, _CHUNK_CELLS // count)
         rates = []
         for at in range(0, self.samples, step):
             drawn = rng.integers(0, count, size=(min(step, self.samples - at), count))
-            denominator = block_words[drawn].sum(axis=1)
-            spoken = denominator > 0
-            rates.append(block_errors[drawn].sum(axis=1)[spoken] / denominator[spoken])
+            denominators = [block_words[drawn].sum(axis=1) for _, block_words in sums]
+            spoken = np.all([each > 0 for each in denominators], axis=0)
+            parts = [
+                block_errors[drawn].sum(axis=1)[spoken] / denominator[spoken]
+                for (block_errors, _), denominator in zip(sums, denominators, strict=True)
+            ]
+            rates.append(np.mean(parts, axis=0))
         return self.percentiles(np.concatenate(rates))
 
     def percentiles(self, drawn: Sequence[float] | FloatArray) -> tuple[float, float]:
@@ -231,31 +320,60 @@ class Bootstrap:
         return float(low), float(high)
 
 
-@dataclass(frozen=True)
-class WerEstimate:
-    """A corpus WER with its bootstrap interval, which is nan with one block and too narrow under about ten."""
+class Kind(NamedTuple):
+    """What decides how a row is counted."""
 
-    wer: float
+    language: str  # `UNKNOWN` for rows that say none
+    normalizer: str
+
+
+_POOLED = Kind(UNKNOWN, PLAIN)  # of rows that are counted together whatever their language
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateEstimate:
+    """A headline with its bootstrap interval, which is nan with one block and too narrow under about ten."""
+
+    metric: Metric  # "mean": of the headlines of several languages, each counting alike
+    rate: float
     low: float
     high: float
     blocks: Blocks  # what was resampled
     num_blocks: int
 
 
-def estimate_wer(
-    counts: Sequence[EditCounts], groups: Sequence[str | None] | None, bootstrap: Bootstrap
-) -> WerEstimate:
-    """Return `error_rate` with its interval; `groups` has the speaker of each row, or None."""
+def estimate_rate(
+    counts: Sequence[EditCounts],
+    groups: Sequence[str | None] | None = None,
+    bootstrap: Bootstrap | None = None,
+    *,
+    kinds: Sequence[Kind] | None = None,
+) -> RateEstimate:
+    """Return the headline of rows with its interval.
+
+    `groups` has the speaker of each row, or None; without `kinds` all rows count words in one language.
+    Rows in a language without any unit in its references count with the largest language: what a model invents on
+    silence is an error, whatever it takes the silence for. Without a unit in any reference the rate is nan.
+    """
     block_ids, blocks = _find_blocks(groups, len(counts))
-    wer = error_rate(counts)  # first: without words there is no interval either
+    strata, _, metric = _find_strata(counts, kinds)
     errors, words = _columns(counts)
-    low, high = bootstrap.interval(errors, words, block_ids)
-    return WerEstimate(wer, low, high, blocks, int(block_ids.max()) + 1)
+    rate = low = high = math.nan
+    if words.any():
+        rate = _mean_rate(errors, words, strata)
+        low, high = (bootstrap or Bootstrap()).interval(errors, words, block_ids, strata)
+    return RateEstimate(
+        metric=metric, rate=rate, low=low, high=high, blocks=blocks, num_blocks=int(block_ids.max()) + 1
+    )
+
+
+def _mean_rate(errors: FloatArray, words: FloatArray, strata: NDArray[np.int64]) -> float:
+    return float(np.mean(np.bincount(strata, errors) / np.bincount(strata, words)))
 
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Difference in WER, second minus first, on the same rows, with its paired bootstrap interval."""
+    """Difference in the headline, second minus first, on the same rows, with its paired bootstrap interval."""
 
     difference: float  # negative is better
     low: float
@@ -263,6 +381,7 @@ class PairedComparison:
     verdict: Verdict  # "better" or "worse" only if zero is outside the interval
     blocks: Blocks
     num_blocks: int
+    metric: Metric = "WER"
 
 
 def compare_counts(
@@ -270,16 +389,36 @@ def compare_counts(
     second: Sequence[EditCounts],
     groups: Sequence[str | None] | None = None,
     bootstrap: Bootstrap | None = None,
+    *,
+    kinds: Sequence[Kind] | None = None,
 ) -> PairedComparison:
     """Compare two systems by the counts of their rows, which must be of the same references in the same order."""
     if [a.reference_words for a in first] != [b.reference_words for b in second]:
         raise DataError("the two systems have other references; compare them on the same rows, in the same order")
-    difference = error_rate(second) - error_rate(first)
+    if not any(count.reference_words for count in first):
+        raise _no_rate(len(first))
     block_ids, blocks = _find_blocks(groups, len(first))
+    strata, _, metric = _find_strata(first, kinds)
     (errors, words), (second_errors, _) = _columns(first), _columns(second)
-    low, high = (bootstrap or Bootstrap()).interval(second_errors - errors, words, block_ids)
+    difference = _mean_rate(second_errors, words, strata) - _mean_rate(errors, words, strata)
+    low, high = (bootstrap or Bootstrap()).interval(second_errors - errors, words, block_ids, strata)
     verdict: Verdict = "better" if high < 0 else "worse" if low > 0 else "no difference shown"  # nan: neither
-    return PairedComparison(difference, low, high, verdict, blocks, int(block_ids.max()) + 1)
+    return PairedComparison(difference, low, high, verdict, blocks, int(block_ids.max()) + 1, metric)
+
+
+def _find_strata(
+    counts: Sequence[EditCounts], kinds: Sequence[Kind] | None
+) -> tuple[NDArray[np.int64], list[Kind], Metric]:
+    """Number the rows by language; those in a language without a unit join the largest."""
+    kinds = [_POOLED] * len(counts) if kinds is None else kinds
+    sizes: Counter[Kind] = Counter()
+    for count, kind in zip(counts, kinds, strict=True):
+        sizes[kind] += count.reference_words
+    largest = max(sizes, key=lambda kind: sizes[kind])
+    ordered = sorted(kind for kind in sizes if sizes[kind] or kind == largest)
+    strata = [ordered.index(kind if sizes[kind] else largest) for kind in kinds]
+    metric: Metric = "mean" if len(ordered) > 1 else "CER" if counts_characters(largest.normalizer) else "WER"
+    return np.array(strata, dtype=np.int64), ordered, metric
 
 
 def _find_blocks(groups: Sequence[str | None] | None, n: int) -> tuple[NDArray[np.int64], Blocks]:
@@ -297,16 +436,39 @@ def _columns(counts: Sequence[EditCounts]) -> FloatArray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ErrorRates(EditCounts):
-    """Corpus rates of one set of rows; rates are fractions, and a WER may exceed 1."""
+class LanguageRate(RateEstimate):
+    """The headline of the rows in one language."""
 
     n: int  # rows
-    normalizer: str  # of `wer`, `cer` and the counts; the `_plain` rates use "plain-v1"
-    wer: float
-    wer_low: float  # ends of the bootstrap interval: nan with one block
+    reference_words: int  # units
+    normalizer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorRates(EditCounts):
+    """Corpus rates of one set of rows; rates are fractions, and a WER may exceed 1.
+
+    The counts are those of the headline: in several languages, the sums of words and characters.
+    """
+
+    n: int  # rows
+    metric: Metric  # of the headline
+    rate: float  # the headline
+    low: float  # ends of the bootstrap interval: nan with one block
+    high: float
+    rates_by_language: Mapping[str, LanguageRate]  # `UNKNOWN` for rows that say none
+    normalizer: str  # of the headline, the counts, `wer` and `cer`; of several languages all, joined by " + "
+    second_normalizer: str  # likewise, of the headline's metric in the `second_` rates
+    second_rate: float
+    second_low: float
+    second_high: float
+    wer: float  # of the rows in languages with spaces, nan without any
+    wer_low: float
     wer_high: float
-    cer: float
-    wer_plain: float
+    cer: float  # with the spaces between words, but of characters alone in languages without spaces
+    cer_low: float
+    cer_high: float
+    wer_plain: float  # under the plain normaliser of each language
     wer_plain_low: float
     wer_plain_high: float
     cer_plain: float
@@ -317,6 +479,7 @@ class ErrorRates(EditCounts):
     empty_rate: float  # share of the rows with a spoken reference whose hypothesis is empty
     empty_references: int  # rows whose reference has no word
     hallucinated_words: int  # put out on them; these count in `insertions` too
+    truncated: int  # rows whose text ended at a limit
     blocks: Blocks  # what was resampled
     num_blocks: int  # under about ten the interval is too narrow
     confidence: float  # of the `Bootstrap`, like the next two: the interval can be drawn again
@@ -325,11 +488,49 @@ class ErrorRates(EditCounts):
 
 
 class MetricsCalculator:
-    """Rates with intervals; `language` chooses Whisper's normaliser, and None means English."""
+    """Rates with intervals.
 
-    def __init__(self, language: str | None = "en", *, bootstrap: Bootstrap | None = None) -> None:
-        self.normalizer = whisper_normalizer_for(language)
+    Args:
+        language: Whisper's code, of rows without one of their own. None: their headline follows their script, under the
+            plain normaliser.
+        task: the texts of "translate" are English, whatever is spoken.
+        bootstrap: how intervals are drawn.
+    """
+
+    def __init__(
+        self, language: str | None = None, *, task: str = "transcribe", bootstrap: Bootstrap | None = None
+    ) -> None:
+        self.language, self.task = language, task
         self.bootstrap = bootstrap or Bootstrap()
+
+    @classmethod
+    def from_config(cls, config: Config) -> MetricsCalculator:
+        """Take language and task from the model section, and the settings of intervals."""
+        return cls(config.model.language, task=config.model.task, bootstrap=Bootstrap.from_config(config))
+
+    def kinds_of(self, references: Sequence[str], languages: Sequence[str | None] | None = None) -> list[Kind]:
+        """Return the language and the headline's normaliser of each row."""
+        codes = [code or self.language for code in languages or [None] * len(references)]
+        if len(codes) != len(references):
+            raise DataError(f"{len(references)} references but {len(codes)} languages; every row needs one, or None")
+        texts = [text for text, code in zip(references, codes, strict=True) if code is None]
+        names = {code: headline_normalizer(text_language(code, self.task), texts) for code in set(codes)}
+        return [Kind(code or UNKNOWN, names[code]) for code in codes]
+
+    def count(
+        self, references: Sequence[str], hypotheses: Sequence[str], kinds: Sequence[Kind], *, characters: bool = False
+    ) -> list[EditCounts]:
+        """Return `word_counts` of each row under its own normaliser."""
+        rows: dict[str, list[int]] = {}
+        for i, kind in enumerate(kinds):
+            rows.setdefault(kind.normalizer, []).append(i)
+        if len(rows) < 2:  # or none, which is an error there
+            return word_counts(references, hypotheses, next(iter(rows), PLAIN), characters=characters)
+        found: dict[int, EditCounts] = {}
+        for name, own in rows.items():
+            texts = [references[i] for i in own], [hypotheses[i] for i in own]
+            found |= zip(own, word_counts(*texts, name, characters=characters), strict=True)
+        return [found[i] for i in range(len(kinds))]
 
     def compute(
         self,
@@ -337,39 +538,89 @@ class MetricsCalculator:
         hypotheses: Sequence[str],
         groups: Sequence[str | None] | None = None,
         *,
+        languages: Sequence[str | None] | None = None,
         durations_sec: Sequence[float] | None = None,
         num_tokens: Sequence[int | None] | None = None,
+        truncated: int = 0,
     ) -> ErrorRates:
         """Compute rates over rows of raw texts, which are normalised here.
 
         `groups` has the speaker of each row; rows without one are blocks of their own. With durations and numbers of
         tokens, `loop_rate` counts impossible rates of tokens too. Without any word in the references there is no rate.
         """
-        words = word_counts(references, hypotheses, self.normalizer)
-        wer = estimate_wer(words, groups, self.bootstrap)
-        plain = estimate_wer(word_counts(references, hypotheses, PLAIN), groups, self.bootstrap)
-        total = sum_counts(words)
-        spoken = [count for count in words if count.reference_words]
-        silent = [count for count in words if not count.reference_words]
-        normalize, unknown = get_normalizer(self.normalizer), [None] * len(references)
-        rows = zip(references, hypotheses, durations_sec or unknown, num_tokens or unknown, strict=True)
-        loops = [is_loop(normalize(a), normalize(b), duration_sec=sec, num_tokens=tokens) for a, b, sec, tokens in rows]
+        kinds = self.kinds_of(references, languages)
+        units = self.count(references, hypotheses, kinds)
+        if not any(count.reference_words for count in units):
+            raise _no_rate(len(units))
+        seconds = [kind._replace(normalizer=_SECOND[kind.normalizer]) for kind in kinds]
+        plains = [b if a.normalizer == WHISPER_ENGLISH else a for a, b in zip(kinds, seconds, strict=True)]
+        headline = estimate_rate(units, groups, self.bootstrap, kinds=kinds)
+        second = estimate_rate(self.count(references, hypotheses, seconds), groups, self.bootstrap, kinds=seconds)
+
+        def wer_under(those: Sequence[Kind]) -> RateEstimate:
+            for known, estimate in ((kinds, headline), (seconds, second)):
+                if those == known and estimate.metric == "WER":
+                    return estimate
+            counts = self.count(references, hypotheses, those)
+            spaced = [i for i, kind in enumerate(those) if not counts_characters(kind.normalizer)]
+            if not spaced:
+                return replace(headline, rate=math.nan, low=math.nan, high=math.nan)
+            speakers = None if groups is None else [groups[i] for i in spaced]
+            return estimate_rate([counts[i] for i in spaced], speakers, self.bootstrap)
+
+        wer, plain = wer_under(kinds), wer_under(plains)
+        cer = estimate_rate(self.count(references, hypotheses, kinds, characters=True), groups, self.bootstrap)
+        total = sum_counts(units)
+        spoken = [count for count in units if count.reference_words]
+        silent = [count for count in units if not count.reference_words]
+        unknown = [None] * len(kinds)
+        rows = zip(references, hypotheses, kinds, durations_sec or unknown, num_tokens or unknown, strict=True)
+        loops = [
+            is_loop(*map(get_normalizer(kind.normalizer), texts), duration_sec=sec, num_tokens=tokens,
+                    language=None if kind.language == UNKNOWN else text_language(kind.language, self.task))
+            for *texts, kind, sec, tokens in rows
+        ]  # fmt: skip
         return ErrorRates(
-            **vars(total), n=len(words), normalizer=self.normalizer,
-            wer=wer.wer, wer_low=wer.low, wer_high=wer.high,
-            cer=character_error_rate(references, hypotheses, self.normalizer),
-            wer_plain=plain.wer, wer_plain_low=plain.low, wer_plain_high=plain.high,
-            cer_plain=character_error_rate(references, hypotheses, PLAIN),
+            **vars(total), n=len(units), metric=headline.metric, rate=headline.rate, low=headline.low,
+            high=headline.high, rates_by_language=self._by_language(units, kinds, groups, headline),
+            normalizer=_join_names(kinds), second_normalizer=_join_names(seconds),
+            second_rate=second.rate, second_low=second.low, second_high=second.high,
+            wer=wer.rate, wer_low=wer.low, wer_high=wer.high,
+            cer=cer.rate, cer_low=cer.low, cer_high=cer.high,
+            wer_plain=plain.rate, wer_plain_low=plain.low, wer_plain_high=plain.high,
+            cer_plain=error_rate(self.count(references, hypotheses, plains, characters=True)),
             mer=total.errors / (total.hits + total.errors),
             wil=1 - (total.hits / total.reference_words) * (total.hits / max(1, total.hypothesis_words)),
-            sentence_error_rate=sum(count.errors > 0 for count in words) / len(words),
-            loop_rate=sum(loops) / len(words),
+            sentence_error_rate=sum(count.errors > 0 for count in units) / len(units),
+            loop_rate=sum(loops) / len(units),
             empty_rate=sum(count.hypothesis_words == 0 for count in spoken) / len(spoken),
             empty_references=len(silent),
-            hallucinated_words=sum(count.insertions for count in silent),
-            blocks=wer.blocks, num_blocks=wer.num_blocks, confidence=self.bootstrap.confidence,
+            hallucinated_words=sum(count.insertions for count in silent), truncated=truncated,
+            blocks=headline.blocks, num_blocks=headline.num_blocks, confidence=self.bootstrap.confidence,
             bootstrap_samples=self.bootstrap.samples, bootstrap_seed=self.bootstrap.seed,
         )  # fmt: skip
+
+    def _by_language(
+        self,
+        units: Sequence[EditCounts],
+        kinds: Sequence[Kind],
+        groups: Sequence[str | None] | None,
+        headline: RateEstimate,
+    ) -> dict[str, LanguageRate]:
+        strata, names, _ = _find_strata(units, kinds)
+        found = {}
+        for number, kind in enumerate(names):
+            own = [i for i, stratum in enumerate(strata) if stratum == number]
+            counts = [units[i] for i in own]
+            speakers = None if groups is None else [groups[i] for i in own]
+            rate = headline
+            if len(names) > 1:
+                rate = estimate_rate(counts, speakers, self.bootstrap, kinds=[kind] * len(own))
+            words = sum(count.reference_words for count in counts)
+            found[kind.language] = LanguageRate(
+                **vars(rate), n=len(own), reference_words=words, normalizer=kind.normalizer
+            )
+        return found
 
     def compare(
         self,
@@ -377,27 +628,43 @@ class MetricsCalculator:
         first: Sequence[str],
         second: Sequence[str],
         groups: Sequence[str | None] | None = None,
+        *,
+        languages: Sequence[str | None] | None = None,
     ) -> PairedComparison:
         """Compare two systems on the same rows by a paired bootstrap; errors are those of `compute`."""
-        before, after = (word_counts(references, texts, self.normalizer) for texts in (first, second))
-        return compare_counts(before, after, groups, self.bootstrap)
+        kinds = self.kinds_of(references, languages)
+        before, after = (self.count(references, texts, kinds) for texts in (first, second))
+        return compare_counts(before, after, groups, self.bootstrap, kinds=kinds)
+
+
+def _join_names(kinds: Sequence[Kind]) -> str:
+    return " + ".join(dict.fromkeys(kind.normalizer for kind in kinds))
 
 
 def is_loop(
-    reference: str, hypothesis: str, *, duration_sec: float | None = None, num_tokens: int | None = None
+    reference: str,
+    hypothesis: str,
+    *,
+    duration_sec: float | None = None,
+    num_tokens: int | None = None,
+    language: str | None = None,
 ) -> bool:
     """Whether a hypothesis repeats itself as no speaker does, or has more tokens than fit into its audio.
 
     A repetition is what `find_loop` calls one, with the words spread evenly over the clip, unless the reference has one
-    too: some people are recorded counting. A corpus rate hides loops: one such clip adds as many errors as a hundred
-    that are slightly wrong. Both texts are normalised alike; the duration is that of the clip without padding.
+    too: some people are recorded counting. More tokens than the fastest speech in `language` has are a loop too; where
+    it is None, ASCII is taken for English, and other texts have their repetitions only. A corpus rate hides loops: one
+    such clip adds as many errors as a hundred that are slightly wrong. Both texts are normalised alike; the duration is
+    that of the clip without padding.
     """
-    most_tokens = math.inf if duration_sec is None else MIN_NEW_TOKENS + MAX_TOKENS_PER_SEC * duration_sec
-    if num_tokens is not None and num_tokens > most_tokens:
-        return True
+    is_known = language is not None or hypothesis.isascii()
+    if duration_sec is not None and num_tokens is not None and is_known:
+        fastest = MIN_NEW_TOKENS + CAP_FACTOR * tokens_per_sec(language) * duration_sec
+        if num_tokens >= fastest:
+            return True
 
     def repeats(said: str) -> bool:
-        words = said.split()
+        words = [said[start:stop] for start, stop, _ in word_ranges(said)]
         step_sec = _UNKNOWN_WORD_SEC if duration_sec is None else duration_sec / max(1, len(words))
         timed = [Word(word, i * step_sec, (i + 1) * step_sec, 1.0) for i, word in enumerate(words)]
         return find_loop(timed) is not None

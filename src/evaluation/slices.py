@@ -1,9 +1,8 @@
-"""Error rates of parts of a test set: by age, gender, speaker, length, noise, or any other column of the source."""
+"""Error rates of parts of a test set: by language, age, gender, speaker, length, noise, or another column."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,10 +10,9 @@ import numpy as np
 import pandas as pd
 
 from src.evaluation.evaluator import Prediction
-from src.evaluation.metrics import Bootstrap, WerEstimate, estimate_wer
+from src.evaluation.metrics import UNKNOWN, Bootstrap, RateEstimate, estimate_rate
 from src.utils.errors import DataError, did_you_mean
 
-UNKNOWN = "unknown"
 DURATION_EDGES_SEC = (0.0, 2.0, 4.0, 6.0, 8.0, 12.0, 30.0)
 EDGES: Mapping[str, tuple[float, ...]] = {  # customary ranges of numbers; the unit is the column's
     **dict.fromkeys(("duration_sec", "duration"), DURATION_EDGES_SEC),
@@ -22,13 +20,13 @@ EDGES: Mapping[str, tuple[float, ...]] = {  # customary ranges of numbers; the u
     "snr_db": (0.0, 10.0, 20.0, 30.0, 40.0, 60.0),
 }
 NO_COLUMNS = frozenset({"source_text", "line", "split", "duration"})  # of the source's rows, not of its speech
-_OWN = ("speaker", "duration_sec")  # fields of a row, not of its `meta`
+_OWN = ("language", "speaker", "duration_sec")  # fields of a row, not of its `meta`
 MAX_VALUES = 8  # distinct numbers that are shown one by one; more are cut into quarters
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slice(WerEstimate):
-    """The WER of the rows that share a value of a column; nan if no reference of theirs has a word."""
+class Slice(RateEstimate):
+    """The headline of the rows that share a value of a column; nan if no reference of theirs has a word."""
 
     column: str
     value: str  # for reading: the value itself, a range of numbers, or "unknown"
@@ -39,7 +37,7 @@ class Slice(WerEstimate):
 def slice_columns(rows: Sequence[Prediction], *, max_slices: int = 12) -> list[str]:
     """Return the columns that split rows into at least two slices and at most `max_slices`: those worth a figure."""
     names = dict.fromkeys(key for row in rows for key in row.meta if key not in NO_COLUMNS)
-    return [column for column in (*_OWN, *names) if 2 <= len(_group(rows, column, None)) <= max_slices]
+    return [column for column in dict.fromkeys((*_OWN, *names)) if 2 <= len(_group(rows, column, None)) <= max_slices]
 
 
 def slice_rates(
@@ -53,7 +51,7 @@ def slice_rates(
 
     Args:
         rows: of one evaluation.
-        column: "speaker", "duration_sec", or a key of the rows' `meta`.
+        column: "language", "speaker", "duration_sec", or a key of the rows' `meta`.
         edges: ascending, for a column of numbers: a value at an edge belongs to the lower range, and values outside of
             all ranges count as unknown. Known columns have their own, see `EDGES`; others are cut into quarters.
         bootstrap: how intervals are drawn.
@@ -68,10 +66,8 @@ def slice_rates(
         raise DataError(f"no column {column!r} in the rows{did_you_mean(column, known)}; there are {', '.join(known)}")
     slices = []
     for value, part in _group(rows, column, edges).items():
+        found = estimate_rate(part, [row.speaker for row in part], bootstrap, kinds=[row.kind for row in part])
         words = sum(row.reference_words for row in part)
-        found = WerEstimate(math.nan, math.nan, math.nan, "clip", len(part))
-        if words:
-            found = estimate_wer(part, [row.speaker for row in part], bootstrap or Bootstrap())
         slices.append(Slice(**vars(found), column=column, value=value, n=len(part), reference_words=words))
     return slices
 

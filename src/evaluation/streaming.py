@@ -4,7 +4,7 @@ A replay's clock is that of a listener. Block k of the audio is complete at a_k;
 the block before is finished, computes for c_k, and is finished at e_k = max(e_(k-1), a_k) + c_k. So computing hides
 behind the audio that arrives meanwhile; SimulEval (Ma et al. 2020) counts the hidden part too.
 
-A word counts where the committed text has it right, under "plain-v1". For an event that shows it:
+A word counts where the committed text has it right, under "plain-v2". For an event that shows it:
 
     unaware of computing:  audio heard at the event - true end of the word      what the policy costs
     aware of computing:    clock at the event - true end of the word            what a listener waits
@@ -351,7 +351,7 @@ class WordMatch:
 
 
 def match_words(reference: Sequence[str], hypothesis: Sequence[str]) -> WordMatch:
-    """Align words under "plain-v1"; a word that the normaliser splits is right where all its parts are."""
+    """Align words under "plain-v2"; a word that the normaliser splits is right where all its parts are."""
     expected, found = (  # the index of the word to which each word of the normalised text belongs
         (index for index, word in enumerate(words) for _ in metrics.normalize_plain(word).split())
         for words in (reference, hypothesis)

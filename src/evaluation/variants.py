@@ -16,7 +16,7 @@ from src.data.audio import Waveform
 from src.data.dataset import decode_audio
 from src.data.utterance import Utterance
 from src.evaluation.latency import MeasuredEngine, check_clips, describe_engine, measure_engine, readable_table
-from src.evaluation.metrics import Bootstrap, MetricsCalculator
+from src.evaluation.metrics import MetricsCalculator
 from src.inference.ct2_engine import CTranslate2Engine
 from src.inference.torch_engine import TorchEngine
 from src.models.export.ctranslate2 import export_ctranslate2
@@ -48,6 +48,10 @@ class VariantFigures:
     peak_memory_mb: float | None = None  # as in `LatencyResult`, like the next two
     rtf: float | None = None
     rtfx: float | None = None
+    metric: str | None = None  # the headline, as in `ErrorRates`, like the next seven
+    rate: float | None = None
+    low: float | None = None
+    high: float | None = None
     wer: float | None = None
     wer_low: float | None = None
     wer_high: float | None = None
@@ -167,8 +171,10 @@ def _measure(
     result = measure_engine(engine, clips, batch_size=min(config.inference.batch_size, len(clips)), name=row.variant)
     measured = {**vars(result), "engine": row.engine, "n": len(clips)}
     if result.reason is None:
-        calculator = MetricsCalculator(config.model.language, bootstrap=Bootstrap.from_config(config))
-        rates = calculator.compute([u.text for u in utterances], result.texts, [u.speaker for u in utterances])
+        rates = MetricsCalculator.from_config(config).compute(
+            [u.text for u in utterances], result.texts, [u.speaker for u in utterances],
+            languages=[u.language for u in utterances],
+        )  # fmt: skip
         measured |= vars(rates)
     names = {f.name for f in fields(VariantFigures)}
     found: dict[str, Any] = {key: None if v != v else v for key, v in measured.items() if key in names}  # no nan

@@ -181,7 +181,7 @@ def place_words(
 
     words: list[Word] = []
     counted = 0  # tokens given to words
-    ranges = _word_ranges(text)
+    ranges = word_ranges(text)
     for i, (start, stop, space) in enumerate(ranges):
         last = owners[stop - 1] if i + 1 < len(ranges) else len(pieces) - 1
         _, _, until = pieces[last]
@@ -197,7 +197,7 @@ def place_words(
     return tuple(words)
 
 
-def _word_ranges(text: str) -> list[tuple[int, int, bool]]:
+def word_ranges(text: str) -> list[tuple[int, int, bool]]:
     """Return where each word of a text begins and ends, and whether a space precedes it."""
     ranges: list[tuple[int, int, bool]] = []
     space, unspaced, opening, at = True, False, False, 0

@@ -30,15 +30,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MixResult:
-    """Word error rates of all mixes on the validation set, and the best of them."""
+    """Error rates of all mixes on the validation set, and the best of them."""
 
-    rows: tuple[dict[str, Any], ...]  # per share of the tuned weights, 0 to 1: share, wer, audio_context, clips, chosen
-    best_share: float  # with the lowest WER; 0 is the stock model
+    rows: tuple[dict[str, Any], ...]  # by share of the tuned weights: share, metric, rate, audio_context, clips, chosen
+    best_share: float  # with the lowest rate; 0 is the stock model
     saved_to: Path | None = None  # folder of the saved mix; None if none won, or no folder was given
 
     @property
     def keep_stock(self) -> bool:
-        """Whether no share has a lower WER than the stock model."""
+        """Whether no share has a lower rate than the stock model."""
         return self.best_share == 0
 
     def to_frame(self) -> pd.DataFrame:
@@ -62,7 +62,7 @@ def choose_mix(
 ) -> MixResult:
     """Measure mixes of stock and tuned weights on the validation set, and put the best one into the model.
 
-    The lowest WER wins; of equal ones, the one with more of the stock weights, since what was changed less has
+    The lowest headline wins; of equal ones, the one with more of the stock weights, since what was changed less has
     forgotten less. If the stock model itself wins, the model stays as it was tuned.
 
     Args:
@@ -96,12 +96,12 @@ def choose_mix(
     final_share = 1.0
     try:
         first = ModelEvaluator(stock_model, processor, config).evaluate_dataset(val_loader, name="stock")
-        wers = {0.0: first.wer}
+        rates = {0.0: first.rate}
         evaluator = ModelEvaluator(model, processor, config)
         for share in (*sorted({*config.training.mix_shares}), 1.0):
             load_mix(model, stock, tuned, share)
-            wers[share] = evaluator.evaluate_dataset(val_loader, name=f"mix {share:g}").wer
-        best_share = broadcast_object(min(wers, key=lambda share: (wers[share], share)))
+            rates[share] = evaluator.evaluate_dataset(val_loader, name=f"mix {share:g}").rate
+        best_share = broadcast_object(min(rates, key=lambda share: (rates[share], share)))
         final_share = best_share or 1.0
     finally:  # an interrupt leaves the model as it was tuned
         load_mix(model, stock, tuned, final_share)
@@ -109,12 +109,13 @@ def choose_mix(
     rows = tuple(
         {
             "share": share,
-            "wer": wer,
+            "metric": first.metric,
+            "rate": rate,
             "audio_context": tuned_context if share else first.audio_context,
             "clips": first.n,
             "chosen": share == best_share,
         }
-        for share, wer in wers.items()
+        for share, rate in rates.items()
     )
     result = MixResult(rows, best_share)
     if experiment is not None:

@@ -155,8 +155,10 @@ def stored_report(config: Config) -> StoredReport:
     best = config.paths.checkpoints_dir / BEST_MODEL_NAME
     if best.is_dir():
         made = read_provenance(best)
-        wer, found = made.get("validation_wer", math.nan), f"run {made.get('run')}, epoch {made.get('epoch')}"
-        checks.append(Check("best model", "ok", f"{found}, {size_mb(best):,.0f} MB, validation WER {wer:.3f}"))
+        rate = made.get("validation_rate", made.get("validation_wer", math.nan))
+        measured = f"validation {made.get('validation_metric', 'WER')} {rate:.3f}"
+        found = f"run {made.get('run')}, epoch {made.get('epoch')}"
+        checks.append(Check("best model", "ok", f"{found}, {size_mb(best):,.0f} MB, {measured}"))
     return StoredReport(tuple(checks))
 
 

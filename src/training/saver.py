@@ -172,8 +172,8 @@ class RunSaver:
     def _export(self, whole: DynamicWhisper, progress: Progress, run: str) -> None:
         made = {
             "training": progress.training_id, "run": run, "epoch": progress.best_epoch, "step": progress.step,
-            "validation_wer": progress.best_wer, "git_revision": get_git_revision(),
-            "data_version": self._loader.data_version,
+            "validation_rate": progress.best_rate, "validation_metric": progress.metric,
+            "git_revision": get_git_revision(), "data_version": self._loader.data_version,
         }  # fmt: skip
         adapters = run_state.model_tensors(whole) if has_adapters(whole) else None
         try:
@@ -253,7 +253,7 @@ class RunSaver:
                 "%s: the model of epoch %d, the best until now, is not there; the best of the coming epochs is kept",
                 self.best_model_dir, progress.best_epoch,
             )  # fmt: skip
-            progress.best_epoch, progress.best_wer = None, math.inf
+            progress.best_epoch, progress.best_rate = None, math.inf
 
 
 def _is_best(folder: Path, progress: Progress) -> bool:

@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from src.evaluation.evaluator import EvaluationResult
 from src.utils.errors import CheckpointError
 
-HISTORY_KEYS = ("epoch", "train_loss", "val_loss", "val_wer", "val_cer", "learning_rate")
+HISTORY_KEYS = ("epoch", "train_loss", "val_loss", "val_wer", "val_cer", "learning_rate", "val_rate")
 _SAVE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _LOAD = StateDictOptions(full_state_dict=True, strict=False)
 
@@ -46,7 +46,8 @@ class Progress:
     epochs_done: int = 0  # validation included
     next_batch: int = 0  # of the current epoch, in this process
     best_epoch: int | None = None  # of the model on disk
-    best_wer: float = math.inf  # on the validation set
+    best_rate: float = math.inf  # its headline on the validation set
+    metric: str = "WER"  # of the headline
     last_rate: float = math.nan  # learning rate of the last update
     totals: dict[str, float] = field(default_factory=lambda: {"loss_sum": 0.0, "tokens": 0})  # of the epoch, applied
     history: dict[str, list[float]] = field(default_factory=lambda: {key: [] for key in HISTORY_KEYS})
@@ -57,24 +58,29 @@ class Progress:
         return self.best_epoch is not None and self.best_epoch == self.epochs_done and not self.next_batch
 
     def finish_epoch(self, result: EvaluationResult) -> bool:
-        """Add an epoch's results; return whether its WER is the lowest."""
+        """Add an epoch's results; return whether its headline is the lowest."""
         self.epochs_done += 1
         self.next_batch = 0
         loss_sum, tokens = self.totals.values()
         train_loss = loss_sum / tokens if tokens else math.nan  # every update was skipped
         self.totals = {"loss_sum": 0.0, "tokens": 0}
-        row = (self.epochs_done, train_loss, result.loss, result.wer, result.cer, self.last_rate)
+        row = (self.epochs_done, train_loss, result.loss, result.wer, result.cer, self.last_rate, result.rate)
         for key, value in zip(HISTORY_KEYS, row, strict=True):
             self.history[key].append(value)
-        is_best = result.wer < self.best_wer
+        self.metric = result.metric
+        is_best = result.rate < self.best_rate
         if is_best:
-            self.best_epoch, self.best_wer = self.epochs_done, result.wer
+            self.best_epoch, self.best_rate = self.epochs_done, result.rate
         return is_best
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
         """Return the progress that `state_dict` was taken from; `state` does not change when it continues."""
-        return cls(**copy.deepcopy(dict(state)))
+        values = copy.deepcopy(dict(state))
+        if "best_wer" in values:  # before 2026-12 the WER was the headline of every language
+            values["best_rate"] = values.pop("best_wer")
+        values["history"].setdefault("val_rate", list(values["history"]["val_wer"]))
+        return cls(**values)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as JSON."""

@@ -1,4 +1,4 @@
-"""The training loop: own-length batches, token-weighted loss, validation by generation, the best model by WER.
+"""The training loop: own-length batches, token-weighted loss, validation by generation, the best model by error rate.
 
 The loop is written out, on Accelerate, because the library trainers get Whisper wrong where it matters: they scale its
 loss by the accumulation count, pad to 30 s, and choose a checkpoint by loss.
@@ -114,17 +114,20 @@ class WhisperTrainer:
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """Lists with one entry per epoch: epoch, train_loss, val_loss, val_wer, val_cer, learning_rate."""
+        """Lists with one entry per epoch: epoch, train_loss, val_loss, val_wer, val_cer, learning_rate, val_rate.
+
+        `val_rate` is the headline, by which the best epoch is chosen.
+        """
         return self._progress.history
 
     @property
     def best_epoch(self) -> int | None:
-        """The epoch with the lowest validation WER."""
+        """The epoch with the lowest validation error rate, the headline."""
         return self._progress.best_epoch
 
     @property
     def best_model_dir(self) -> Path:
-        """`checkpoints/best_model_hf`, in Hugging Face format; written after each epoch with a new lowest WER."""
+        """`checkpoints/best_model_hf`, in Hugging Face format; written after each best epoch."""
         return self._saver.best_model_dir
 
     @property
@@ -189,7 +192,7 @@ class WhisperTrainer:
                 self._finish_epoch(self._validate(), waiting)
         if progress.epochs_done < epochs:
             patience, best = training.patience, progress.best_epoch
-            logger.info("stopped early: no lower WER in the %d epoch(s) since epoch %d", patience, best)
+            logger.info("stopped early: no lower error rate in the %d epoch(s) since epoch %d", patience, best)
         self.restore_best()
         self._report_full_context()
         self._saver.flush()
@@ -263,10 +266,10 @@ class WhisperTrainer:
         is_best = self._progress.finish_epoch(result)
         row = {key: values[-1] for key, values in self.history.items()}
         if self.experiment is not None:
-            self.experiment.log("epoch", **row, data_wait_share=data_wait_share, is_best=is_best)
+            self.experiment.log("epoch", **row, metric=result.metric, data_wait_share=data_wait_share, is_best=is_best)
         logger.info(
-            "epoch %d: train loss %.3f, val loss %.3f, WER %.3f, CER %.3f, waited for data %.1f%% of the time%s",
-            row["epoch"], row["train_loss"], result.loss, result.wer, result.cer, 100 * data_wait_share,
+            "epoch %d: train loss %.3f, val loss %.3f, %s %.3f, CER %.3f, waited for data %.1f%% of the time%s",
+            row["epoch"], row["train_loss"], result.loss, result.metric, result.rate, result.cer, 100 * data_wait_share,
             " (best)" if is_best else "",
         )  # fmt: skip
         self._saver.save(self._progress)  # before the export: a crash in between finds the best weights in there
@@ -278,7 +281,7 @@ class WhisperTrainer:
         return done >= epochs or (patience is not None and best is not None and done - best >= patience)
 
     def _report_full_context(self) -> None:
-        """Measure the validation WER at 30 s too if the model was trained for both lengths."""
+        """Measure the validation set at 30 s too if the model was trained for both lengths."""
         if not self.config.training.full_context_prob or self.model.audio_context == "full":
             return
         self.model.audio_context = "full"
@@ -286,10 +289,13 @@ class WhisperTrainer:
             result = self._validate()
         finally:
             self.model.audio_context = "dynamic"
-        own = min(self.history["val_wer"], default=math.nan)
-        logger.info("validation WER padded to 30 s: %.3f (at own length: %.3f)", result.wer, own)
+        own = min(self.history["val_rate"], default=math.nan)
+        logger.info("validation %s padded to 30 s: %.3f (at own length: %.3f)", result.metric, result.rate, own)
         if self.experiment is not None:
-            self.experiment.log("full_context", val_wer=result.wer, val_cer=result.cer, own_length_wer=own)
+            self.experiment.log(
+                "full_context", metric=result.metric, val_rate=result.rate, val_wer=result.wer, val_cer=result.cer,
+                own_length_rate=own,
+            )  # fmt: skip
 
 
 def _make_accelerator(model: DynamicWhisper, config: Config) -> Accelerator:

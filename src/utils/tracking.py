@@ -24,6 +24,7 @@ import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -298,6 +299,10 @@ def _parse(line: str | bytes) -> Row:
 def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, Mapping):
+        return {key: _jsonable(each) for key, each in value.items()}
+    if is_dataclass(value):
+        return _jsonable(vars(value))
     return str(value) if isinstance(value, Path) else value
 
 

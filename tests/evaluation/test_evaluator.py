@@ -104,12 +104,12 @@ def test_samples_are_spread_over_the_set_and_worst_first(
 ) -> None:
     table = evaluator.evaluate_with_samples(loader, num_samples=3)
     assert set(table["id"]) == {clips[0].id, clips[len(clips) // 2].id, clips[-1].id}
-    assert list(table["wer"]) == sorted(table["wer"], reverse=True)
+    assert list(table["rate"]) == sorted(table["rate"], reverse=True)
     for given, samples in ((loader, 0), (SimpleNamespace(dataset=[]), 5)):
         with pytest.raises(DataError, match=f"num_samples is {samples}"):
             evaluator.evaluate_with_samples(given, num_samples=samples)
     silent = create_loader([dataclasses.replace(clips[0], text="")], small[1], CONFIG)
-    assert math.isnan(evaluator.evaluate_with_samples(silent)["wer"][0])
+    assert math.isnan(evaluator.evaluate_with_samples(silent)["rate"][0])
     with pytest.raises(DataError, match="none of the 1"):
         evaluator.evaluate_dataset(silent)
 

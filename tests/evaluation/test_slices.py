@@ -23,12 +23,12 @@ def test_the_rate_of_a_slice_is_that_of_its_rows() -> None:
     rows = [row(0, 1, gender="f"), row(1, 3, gender="f"), row(2, 0, gender="m"), row(3, 2, 0, gender="x"), row(4)]
     slices = {found.value: found for found in slice_rates(rows, "gender")}
     assert list(slices) == ["f", "m", "x", "unknown"]
-    assert (slices["f"].wer, slices["f"].n, slices["f"].reference_words) == (0.5, 2, 8)
+    assert (slices["f"].rate, slices["f"].n, slices["f"].reference_words) == (0.5, 2, 8)
     assert (slices["f"].blocks, slices["f"].num_blocks) == ("speaker", 2)
     assert slices["f"].low <= 0.5 <= slices["f"].high
-    assert slices["m"].wer == 0.0
+    assert slices["m"].rate == 0.0
     assert math.isnan(slices["m"].low)
-    assert math.isnan(slices["x"].wer)  # no word to be right about: no rate, neither 0 nor 1
+    assert math.isnan(slices["x"].rate)  # no word to be right about: no rate, neither 0 nor 1
     assert sum(found.n for found in slices.values()) == len(rows)
 
 

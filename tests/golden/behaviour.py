@@ -390,7 +390,7 @@ def rates(subject: Subject) -> Section:
             column: [asdict(part) for part in evaluation.slice_rates(result.rows, column)]
             for column in ("duration_sec", "age", "gender", "snr_db")
         },
-        "samples": samples[["id", "wer"]].to_dict("records"),
+        "samples": samples[["id", "rate"]].to_dict("records"),
     }
 
 

@@ -101,7 +101,9 @@ def with_rates(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(
             ModelEvaluator,
             "evaluate_dataset",
-            lambda *args, **options: SimpleNamespace(loss=next(losses), wer=next(rates), cer=0.1),
+            lambda *args, **options: SimpleNamespace(
+                loss=next(losses), metric="WER", rate=(rate := next(rates)), wer=rate, cer=0.1
+            ),
         )
 
     return use

@@ -80,7 +80,7 @@ def fake_rates(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             measured.append(f"{name}, {context}")
             if name not in rates:
                 raise KeyboardInterrupt
-            return SimpleNamespace(wer=rates[name], n=40, audio_context=context)
+            return SimpleNamespace(metric="WER", rate=rates[name], n=40, audio_context=context)
 
         monkeypatch.setattr(ModelEvaluator, "evaluate_dataset", evaluate)
         return measured
@@ -123,9 +123,9 @@ def test_the_stock_model_has_its_own_context(
     assert measured == ["stock, full", "mix 0.25, dynamic", "mix 0.75, dynamic", "mix 1, dynamic"]
     frame = result.to_frame()
     assert frame["share"].tolist() == [0.0, 0.25, 0.75, 1.0]
-    assert frame["wer"].tolist() == [0.4, 0.3, 0.35, 0.32]
+    assert frame["rate"].tolist() == [0.4, 0.3, 0.35, 0.32]
     assert frame["audio_context"].tolist() == ["full", "dynamic", "dynamic", "dynamic"]
-    assert list(frame.columns) == ["share", "wer", "audio_context", "clips", "chosen"]
+    assert list(frame.columns) == ["share", "metric", "rate", "audio_context", "clips", "chosen"]
     assert frame[frame["chosen"]]["share"].tolist() == [result.best_share] == [0.25]
     assert result.saved_to is None
     expected = copy.deepcopy(stock)
@@ -178,7 +178,7 @@ def test_a_mix_that_wins_is_loaded_and_saved(
             experiment=experiment,
         )
     assert describe_mix(summarize_run(experiment.dir).mix) == result.describe()
-    stock_wer, mix_wer, tuned_wer = result.to_frame()["wer"]
+    stock_wer, mix_wer, tuned_wer = result.to_frame()["rate"]
     assert mix_wer < min(stock_wer, tuned_wer)
     assert (result.best_share, result.keep_stock, result.saved_to) == (0.5, False, tmp_path / "mix")
     assert_same_weights(above, stock.state_dict(), rtol=0.0, atol=1e-5)

@@ -110,9 +110,18 @@ def test_of_adapters_the_merged_model_is_saved_with_the_adapters_and_its_origin(
     trainer = make_trainer(run_id="mine", **lora)
     trainer.train(num_epochs=1)
     made = read_provenance(trainer.best_model_dir)
-    assert set(made) == {"training", "run", "epoch", "step", "validation_wer", "git_revision", "data_version"}
+    assert set(made) == {
+        "training",
+        "run",
+        "epoch",
+        "step",
+        "validation_metric",
+        "validation_rate",
+        "git_revision",
+        "data_version",
+    }
     assert (made["run"], made["epoch"], made["step"]) == ("mine", 1, 3)
-    assert made["validation_wer"] == trainer.history["val_wer"][0]
+    assert made["validation_rate"] == trainer.history["val_wer"][0]
     assert made["data_version"].startswith("6 (")
     saved = DynamicWhisper.from_pretrained(trainer.best_model_dir).state_dict()
     merged = trainer.merged_model().state_dict()

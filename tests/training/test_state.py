@@ -122,7 +122,7 @@ def test_only_trained_parameters_are_saved_once_and_the_others_have_a_checksum(s
 def test_progress_survives_json_with_its_infinities() -> None:
     fresh = Progress()
     again = Progress.from_state(through_json(fresh.state_dict()))
-    assert again.best_wer == float("inf")
+    assert again.best_rate == float("inf")
     assert str(again) == str(fresh)
     state = fresh.state_dict()
     for values in Progress.from_state(state).history.values():

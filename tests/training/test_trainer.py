@@ -68,7 +68,7 @@ def test_fine_tuning_learns_saves_the_best_and_reloads_the_same(
         inference__max_tokens_per_sec=4.0,
     )  # fmt: skip
     history = trainer.train(num_epochs=2)
-    assert list(history) == ["epoch", "train_loss", "val_loss", "val_wer", "val_cer", "learning_rate"]
+    assert list(history) == ["epoch", "train_loss", "val_loss", "val_wer", "val_cer", "learning_rate", "val_rate"]
     assert history["epoch"] == [1, 2]
     assert history["train_loss"][1] < history["train_loss"][0]
     assert trainer.best_epoch == 1 + history["val_wer"].index(min(history["val_wer"]))
@@ -175,7 +175,7 @@ def test_a_model_trained_for_both_is_measured_at_30_s_too(make_trainer: TrainerF
     loader = create_loader(clips[:1], trainer.processor, trainer.config)
     expected = ModelEvaluator(trainer.model, trainer.processor, trainer.config).evaluate_dataset(loader)
     (row,) = rows_of(trainer, "full_context")
-    assert (row["val_wer"], row["own_length_wer"]) == (expected.wer, trainer.history["val_wer"][0])
+    assert (row["val_wer"], row["own_length_rate"]) == (expected.wer, trainer.history["val_wer"][0])
 
 
 def test_loaders_without_clips_or_of_other_processes_are_refused(

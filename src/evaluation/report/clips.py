@@ -38,7 +38,7 @@ class AlignmentView:
 
     Args:
         rows: of the model, from `load_predictions` or an `EvaluationResult`.
-        normalizer: of the evaluation, so that the words are those that were counted.
+        normalizer: of the evaluation, for rows of older runs, which do not name theirs.
         recordings: of the clips; those without one have no player.
         beside: rows of another model on the same clips, shown below; usually the stock model.
         names: of the two models.
@@ -63,7 +63,7 @@ class AlignmentView:
 
         def badness(row: Prediction) -> tuple[bool, int, float]:
             made_up = not {"loop", "invented"}.isdisjoint(kinds[row.id])
-            return made_up, row.errors, 0.0 if math.isnan(row.wer) else row.wer
+            return made_up, row.errors, 0.0 if math.isnan(row.rate) else row.rate
 
         shown = sorted(rows, key=badness, reverse=True)[:MAX_CLIPS]
         audio = _encode_worst(shown, {clip.id: clip for clip in recordings})
@@ -98,26 +98,26 @@ class AlignmentView:
 def _said(row: Prediction, normalizer: str) -> dict[str, Any]:
     """Return what a model wrote: a run of equal words is one step, an edit is one with its letter and its words."""
     steps: list[list[str | None]] = []
-    words = align_words(row.reference, row.hypothesis, normalizer)
+    words = align_words(row.reference, row.hypothesis, row.normalizer or normalizer)
     for edit, group in itertools.groupby(words, lambda word: word.edit):
         if edit == "equal":
             steps.append(["=", " ".join(str(word.reference) for word in group)])
         else:
             steps += [[edit[0], *(text for text in (w.reference, w.hypothesis) if text is not None)] for w in group]
     counts = {"errors": row.errors, "words": row.reference_words}
-    return {"hypothesis": row.hypothesis, "wer": None if math.isnan(row.wer) else row.wer, **counts, "steps": steps}
+    return {"hypothesis": row.hypothesis, "wer": None if math.isnan(row.rate) else row.rate, **counts, "steps": steps}
 
 
 def clip_kinds(row: Prediction, normalizer: str) -> tuple[str, ...]:
     """Return what a clip counts as: "error", "substitution", ..., "loop", "empty", "invented", "perfect"."""
-    normalize = get_normalizer(normalizer)
+    normalize = get_normalizer(row.normalizer or normalizer)
     texts = normalize(row.reference), normalize(row.hypothesis)
     kinds = {
         "error": row.errors > 0,
         "substitution": row.substitutions > 0,
         "deletion": row.deletions > 0,
         "insertion": row.insertions > 0,
-        "loop": is_loop(*texts, duration_sec=row.duration_sec, num_tokens=row.num_tokens),
+        "loop": is_loop(*texts, duration_sec=row.duration_sec, num_tokens=row.num_tokens, language=row.language),
         "empty": row.reference_words > 0 and row.hypothesis_words == 0,
         "invented": row.reference_words == 0 and row.insertions > 0,
         "perfect": row.errors == 0,

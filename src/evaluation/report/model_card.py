@@ -23,7 +23,16 @@ from src.utils.errors import DataError, ModelError
 from src.utils.files import write_text_atomic
 
 CARD_FILE = "README.md"
-_PROVENANCE = ("run", "epoch", "step", "validation_wer", "git_revision", "data_version")
+_PROVENANCE = (
+    "run",
+    "epoch",
+    "step",
+    "validation_metric",
+    "validation_rate",
+    "validation_wer",
+    "git_revision",
+    "data_version",
+)
 _SECTIONS = ("model", "data", "composition", "augmentation", "training")  # of the configuration
 
 
@@ -76,7 +85,7 @@ def write_model_card(
     rows = summary.predictions.get(main, [])
     columns = slice_columns(rows) if rows else []
     slices = [part for column in columns for part in slice_rates(rows, column, bootstrap=bootstrap_of(result))]
-    slices = sorted((part for part in slices if not math.isnan(part.wer)), key=lambda part: part.wer, reverse=True)
+    slices = sorted((part for part in slices if not math.isnan(part.rate)), key=lambda part: part.rate, reverse=True)
 
     splits = []
     if (run / REPORT_FILE).exists():

@@ -197,9 +197,9 @@ def describe_comparison(comparison: PairedComparison, *, tuned: str = TUNED, sto
 
 
 def describe_difference(comparison: PairedComparison) -> str:
-    """Return a difference in WER with its interval, what was resampled, and whether there was too little of it."""
+    """Return a difference in the headline with its interval, what was resampled, and whether that was too little."""
     blocks = counted(comparison.num_blocks, comparison.blocks)
-    points = f"WER {100 * comparison.difference:+.1f} points"
+    points = f"{comparison.metric} {100 * comparison.difference:+.1f} points"
     if math.isnan(comparison.low):
         return f"{points} (no interval from {blocks})"
     few = "; so few that the interval is too narrow" if comparison.num_blocks < FEW_BLOCKS else ""
@@ -216,12 +216,13 @@ def describe_mix(rows: Sequence[Row]) -> str:
     """Return the result of a sweep over mixes, from share 0 to 1, in one sentence; empty without one."""
     if not rows:
         return ""
-    wers = ", ".join(f"{row['share']:g}: {row['wer']:.3f}" for row in rows)
+    rates = ", ".join(f"{row['share']:g}: {row.get('rate', row.get('wer')):.3f}" for row in rows)
+    metric = rows[0].get("metric", "WER")  # before 2026-12 the WER, in every language
     chosen = next(row["share"] for row in rows if row["chosen"])
     ends = {0: "none is below the stock weights: keep the stock model", 1: "the tuned weights: no mix was taken"}
     mix = f"the mix of share {chosen:g} was taken; these clips chose it, which flatters it: the test set judges"
     clips, meaning = counted(rows[0]["clips"], "validation clip"), ends.get(chosen, mix)
-    return f"mix: WER on {clips} by share of tuned weights {wers}; {meaning}"
+    return f"mix: {metric} on {clips} by share of tuned weights {rates}; {meaning}"
 
 
 def more_rates(evaluations: Mapping[str, Row]) -> pd.DataFrame:
@@ -246,7 +247,7 @@ def slice_table(column: str, predictions: PredictionsByModel, evaluations: Mappi
     parts = slices[main]
     table = pd.DataFrame({column: part.value, "clips": part.n, "words": part.reference_words} for part in parts)
     for name, own in slices.items():
-        rates = {part.value: with_interval(part.wer, part.low, part.high) for part in own}
+        rates = {part.value: with_interval(part.rate, part.low, part.high) for part in own}
         table[f"{name}: WER"] = table[column].map(rates).fillna(NOT_MEASURED)
     table["interval over"] = [counted(part.num_blocks, part.blocks) for part in parts]
     return table

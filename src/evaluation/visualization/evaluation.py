@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from src.evaluation.evaluator import compare_predictions
-from src.evaluation.metrics import align_words, sum_counts
+from src.evaluation.metrics import PLAIN, UNKNOWN, align_words, sum_counts
 from src.evaluation.report import run_files
 from src.evaluation.report.run_files import STOCK, TUNED, Row
 from src.evaluation.report.summary import FEW_BLOCKS, NOT_MEASURED, counted, describe_difference, main_model, number
-from src.evaluation.slices import UNKNOWN, slice_rates
+from src.evaluation.slices import slice_rates
 from src.evaluation.visualization.style import annotate, drawable, gap, mark_powers, new_figure, show_note, styles_of
 from src.utils.errors import DataError
 from src.utils.figures import BLUE, GREEN, GREY, ORANGE
@@ -61,7 +61,7 @@ class EvaluationVisualizer:
         rates = {name: [_rate_of(row, "wer"), _rate_of(row, "wer_plain")] for name, row in self._evaluations.items()}
         with new_figure(8, 3.6, caption) as figure:
             axes = figure.subplots()
-            self._draw_bars(axes, [first["normalizer"], "plain-v1"], rates)
+            self._draw_bars(axes, [first["normalizer"], PLAIN], rates)
             axes.set(title="Word error rate by normaliser", ylabel="WER, test set")
             axes.legend(**_OUTSIDE)
         return figure
@@ -91,7 +91,7 @@ class EvaluationVisualizer:
         models = {}  # (rows, 4): clips, WER and its interval
         for name, parts in found.items():
             overall = self._evaluations.get(name, {})
-            by_value = {part.value: (part.n, part.wer, part.low, part.high) for part in parts}
+            by_value = {part.value: (part.n, part.rate, part.low, part.high) for part in parts}
             rows = [by_value.get(value, (0, math.nan, math.nan, math.nan)) for value in shown]
             models[name] = np.array([(overall.get("n", 0), *_rate_of(overall, "wer")), *rows])
         labels = ["all"] + [drawable(value) + UNITS.get(column, "") * (value != UNKNOWN) for value in shown]
@@ -173,7 +173,9 @@ class EvaluationVisualizer:
         model = main_model(self._evaluations)
         found: dict[str, Counter[str]] = {kind: Counter() for kind in EDITS.values()}
         for row in self._predictions.get(model, ()):
-            for step in align_words(row.reference, row.hypothesis, self._evaluations[model]["normalizer"]):
+            for step in align_words(
+                row.reference, row.hypothesis, row.normalizer or self._evaluations[model]["normalizer"]
+            ):
                 if step.edit != "equal":
                     words = filter(None, (step.reference, step.hypothesis))
                     found[EDITS[step.edit]][" → ".join(words)] += 1

@@ -106,7 +106,7 @@ def test_what_is_missing_is_said_to_be_not_measured(model_dir: Path, tmp_path: P
 
 
 def test_limits_follow_from_what_was_measured(model_dir: Path, tmp_path: Path) -> None:
-    padded = {"event": "full_context", "val_wer": 0.41, "val_cer": 0.2, "own_length_wer": 0.33}
+    padded = {"event": "full_context", "val_wer": 0.41, "val_cer": 0.2, "own_length_rate": 0.33}
     row = evaluation("tuned", 0.5) | {"loop_rate": 0.125, "empty_rate": 0.0, "empty_references": 4}
     row |= {"hallucinated_words": 17, "blocks": "clip"}
     rows = [prediction("stock", i, 0) for i in range(20)] + [prediction("tuned", i, 2) for i in range(20)]

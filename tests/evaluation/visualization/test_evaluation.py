@@ -97,7 +97,7 @@ def test_a_slice_is_drawn_with_its_rate_its_interval_and_its_size(run_dir: Path)
     for index, (name, wer) in enumerate((("stock", 0.37), ("tuned", 0.27))):
         assert axes.lines[index].get_label() == name
         drawn = np.asarray(axes.lines[index].get_xdata()).tolist()
-        assert drawn == pytest.approx([wer, *[each.wer for each in expected[name]]])
+        assert drawn == pytest.approx([wer, *[each.rate for each in expected[name]]])
         segments = axes.collections[index].get_segments()  # type: ignore[attr-defined]
         assert segments[0][:, 0].tolist() == pytest.approx([wer - 0.05, wer + 0.05])
         assert len(segments) == 9
