@@ -49,7 +49,7 @@ _JOINS = (  # stays with the character before it, as all combining marks
     "。、，！？；：」』）》〉】〕”’…・ー々ゝゞヽヾぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮヵヶ％,.!?;:)]}\"'—%"
     "ะาำๅๆฯະາຳໆຯ།་"
 )
-_JOINS_AFTER_SPACE = "ๆໆ!?;:»"  # repetition in Thai and Lao; French
+_JOINS_AFTER_SPACE = "ๆໆ"  # repetition in Thai and Lao
 _SUBJOINERS = "\u17d2\u1039"  # Khmer and Burmese: the next consonant is written below
 _BURMESE_FINAL = re.compile(r"[\u1000-\u1021]\u103a")  # a consonant that ends a syllable
 _TIBETAN = re.compile(r"[\u0f00-\u0fff]")
