@@ -23,6 +23,7 @@ from src.evaluation import metrics
 from src.evaluation.metrics import Bootstrap, EditCounts, ErrorRates, Kind, MetricsCalculator, PairedComparison
 from src.inference.options import DecodingOptions
 from src.inference.torch_engine import decode, encode
+from src.inference.words import Vocabulary
 from src.models.dynamic_context import evaluation_mode, get_audio_context
 from src.utils.config import Config
 from src.utils.errors import DataError
@@ -141,6 +142,8 @@ class ModelEvaluator:
         self._config = config or Config()
         self._fitting = FittingSize()  # of batches: halved where memory runs out
         self._calculator = MetricsCalculator.from_config(self._config)
+        multilingual = Vocabulary.of(processor.tokenizer).multilingual
+        self._language = self._config.model.language or (None if multilingual else "en")  # of rows that say none
 
     def evaluate_dataset(self, loader: Any, *, name: str = "model") -> EvaluationResult:
         """Decode every clip of a loader and measure; processes that run together share the clips.
@@ -220,30 +223,32 @@ class ModelEvaluator:
 
     def _decode_rows(self, whole: Mapping[str, Any], first: int, last: int) -> _Measured:
         batch = {key: values[first:last] for key, values in whole.items()}
-        audios, lengths = batch["audio"], batch["audio_lengths"].tolist()
+        audios, lengths, languages = batch["audio"], batch["audio_lengths"].tolist(), batch["languages"]
         options = DecodingOptions.from_config(self._config)
-        languages = batch.get("languages") or [None] * len(audios)
 
         device = self._model.device
         wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
         wait()
         began = time.perf_counter()
         encoded = encode(self._model, audios, options.trailing_silence_sec, lengths=lengths)
-        decoded = decode(self._model, self._processor, audios, options, lengths=lengths, encoder_outputs=encoded)
+        decoded = decode(
+            self._model, self._processor, audios, options,
+            languages=languages, lengths=lengths, encoder_outputs=encoded,
+        )  # fmt: skip
         wait()
         compute_sec = time.perf_counter() - began
 
         loss_sum = sum_loss(self._model, encoded, batch["decoder_input_ids"], batch["labels"])
-        names = {"id": "ids", "speaker": "speakers", "duration_sec": "durations", "reference": "texts", "meta": "meta"}
+        keys = {"id": "ids", "speaker": "speakers", "duration_sec": "durations", "reference": "texts", "meta": "meta"}
         rows = [
-            {name: batch[key][i] for name, key in names.items()}
+            {name: batch[key][i] for name, key in keys.items()}
             | {
                 "hypothesis": result.text,
                 "avg_logprob": result.avg_logprob,
                 "latency_sec": compute_sec / len(audios),
                 "num_tokens": len(result.tokens),
-                "language": languages[i] or self._config.model.language,
-                "truncated": getattr(result, "truncated", False),
+                "language": languages[i] or self._language,
+                "truncated": result.truncated,
             }
             for i, result in enumerate(decoded)
         ]
@@ -270,6 +275,11 @@ def compare_predictions(
             "evaluate both on the same loader, whose ids are unique"
         )
     matched = [other[row.id] for row in first]
+    names = [{a.normalizer, b.normalizer} - {None} for a, b in zip(first, matched, strict=True)]
+    if other_names := next((each for each in names if len(each) > 1), None):
+        raise DataError(
+            f"the models were counted by {' and '.join(sorted(map(str, other_names)))}; evaluate both again"
+        )
     changed = [a.id for a, b in zip(first, matched, strict=True) if a.reference != b.reference]
     if changed:
         raise DataError(

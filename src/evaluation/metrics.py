@@ -68,9 +68,11 @@ _OLD_NAMES = {"plain-v1": PLAIN}  # in the files of older runs
 UNKNOWN = "unknown"  # name of the language of rows that say none
 _KEPT_TEXTS = 16_384  # per normaliser: words, characters, loops and alignments of a test set use the same texts
 _SPACING_ACCENTS = regex.compile(r"[\p{Sk}\u2017\u203E]")  # NFKC would leave a space and a combining mark
-_INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}--[\u200C\u200D]]", regex.VERSION1)
+_DROPPED = regex.compile(  # characters without a glyph; Armenian writes the marks of a question inside the word
+    r"[\p{Default_Ignorable_Code_Point}\u055B\u055C\u055E--[\u200C\u200D]]", regex.VERSION1
+)
 _LOOSE_JOINERS = regex.compile(r"(?<![\p{L}\p{M}])[\u200C\u200D]|\u200C(?![\p{L}\p{M}])")
-_APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ´`＇", "'"))
+_APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ´`＇՚", "'"))
 _LOOSE_APOSTROPHE = regex.compile(r"(?<![\p{L}\p{M}\p{N}])'|'(?![\p{L}\p{M}\p{N}])")
 _UNKNOWN_WORD_SEC = 1.0  # if the duration is unknown: then only long repetitions count as a loop
 _CHUNK_CELLS = 5_000_000  # resampled cells held at once: 40 MB
@@ -133,7 +135,7 @@ def normalize_plain(text: str, language: str | None = None) -> str:
     between letters, which are spelling in Persian, Malayalam and Sinhala, are kept. The result is in NFKC.
     """
     text = _SPACING_ACCENTS.sub(" ", text.translate(_APOSTROPHES))
-    text = lower(unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)), language).translate(_APOSTROPHES)
+    text = lower(unicodedata.normalize("NFKC", _DROPPED.sub("", text)), language).translate(_APOSTROPHES)
     spaced = "".join(c if c == "'" or unicodedata.category(c)[0] not in "PS" else " " for c in text)
     spaced = _LOOSE_APOSTROPHE.sub(" ", _LOOSE_JOINERS.sub("", spaced))
     return unicodedata.normalize("NFC", " ".join(spaced.split()))
@@ -141,7 +143,9 @@ def normalize_plain(text: str, language: str | None = None) -> str:
 
 def _normalize_unspaced(text: str, *, simplify: bool) -> str:
     text = unicodedata.normalize("NFC", "".join(normalize_plain(text).split()))
-    return _simplifier().convert(text) if simplify else text
+    if simplify:  # twice: the first time leaves characters of phrases (乾清宮) that simplified texts do not have
+        text = _simplifier().convert(_simplifier().convert(text)).replace("著", "着")  # one character in Taiwan
+    return text
 
 
 @cache
@@ -282,28 +286,30 @@ class Bootstrap:
         Args:
             errors: (n,) of each row; may be differences of two systems.
             words: (n,) of each row.
-            block_ids: (n,) in 0..blocks - 1.
+            block_ids: (n,) in 0..blocks - 1. A block is drawn among those of the stratum of its first row.
             strata: (n,) in 0..strata - 1, such as languages; one by default.
 
         Returns:
-            Low and high; nan with fewer than two blocks. A draw in which a stratum has no word is left out.
+            Low and high; nan with fewer than two blocks in a stratum. A draw in which a stratum has no word is left
+            out.
         """
-        count = int(block_ids.max()) + 1
-        if count < 2:
-            return math.nan, math.nan
         strata = np.zeros_like(block_ids) if strata is None else strata
+        each_stratum = range(int(strata.max()) + 1)
+        if min(len(np.unique(block_ids[strata == each])) for each in each_stratum) < 2:
+            return math.nan, math.nan
+        count = int(block_ids.max()) + 1
+        homes = strata[np.unique(block_ids, return_index=True)[1]]  # (blocks,)
+        members = [np.flatnonzero(homes == home) for home in np.unique(homes)]
         sums = [
-            tuple(
-                np.bincount(block_ids, np.where(strata == each, values, 0), minlength=count)
-                for values in (errors, words)
-            )
-            for each in range(int(strata.max()) + 1)
+            [np.bincount(block_ids, np.where(strata == each, values, 0), minlength=count) for values in (errors, words)]
+            for each in each_stratum
         ]
         rng = np.random.default_rng(self.seed)
         step = max(1, _CHUNK_CELLS // count)
         rates = []
         for at in range(0, self.samples, step):
-            drawn = rng.integers(0, count, size=(min(step, self.samples - at), count))
+            size = min(step, self.samples - at)
+            drawn = np.hstack([own[rng.integers(0, len(own), size=(size, len(own)))] for own in members])
             denominators = [block_words[drawn].sum(axis=1) for _, block_words in sums]
             spoken = np.all([each > 0 for each in denominators], axis=0)
             parts = [
@@ -314,7 +320,9 @@ class Bootstrap:
         return self.percentiles(np.concatenate(rates))
 
     def percentiles(self, drawn: Sequence[float] | FloatArray) -> tuple[float, float]:
-        """Return the ends of the interval, given resampled values."""
+        """Return the ends of the interval, given resampled values; nan without any."""
+        if not len(drawn):
+            return math.nan, math.nan
         tail = 100 * (1 - self.confidence) / 2
         low, high = np.percentile(drawn, [tail, 100 - tail])
         return float(low), float(high)
@@ -355,8 +363,8 @@ def estimate_rate(
     Rows in a language without any unit in its references count with the largest language: what a model invents on
     silence is an error, whatever it takes the silence for. Without a unit in any reference the rate is nan.
     """
-    block_ids, blocks = _find_blocks(groups, len(counts))
     strata, _, metric = _find_strata(counts, kinds)
+    block_ids, blocks = _find_blocks(groups, strata)
     errors, words = _columns(counts)
     rate = low = high = math.nan
     if words.any():
@@ -397,8 +405,8 @@ def compare_counts(
         raise DataError("the two systems have other references; compare them on the same rows, in the same order")
     if not any(count.reference_words for count in first):
         raise _no_rate(len(first))
-    block_ids, blocks = _find_blocks(groups, len(first))
     strata, _, metric = _find_strata(first, kinds)
+    block_ids, blocks = _find_blocks(groups, strata)
     (errors, words), (second_errors, _) = _columns(first), _columns(second)
     difference = _mean_rate(second_errors, words, strata) - _mean_rate(errors, words, strata)
     low, high = (bootstrap or Bootstrap()).interval(second_errors - errors, words, block_ids, strata)
@@ -421,14 +429,21 @@ def _find_strata(
     return np.array(strata, dtype=np.int64), ordered, metric
 
 
-def _find_blocks(groups: Sequence[str | None] | None, n: int) -> tuple[NDArray[np.int64], Blocks]:
-    """Number the rows by what is resampled: speakers if two are known, otherwise clips."""
-    if groups is not None and len(groups) != n:
-        raise DataError(f"{n} rows but {len(groups)} groups; every row needs one, or None")
-    if groups is None or len(set(groups) - {None}) < 2:
-        return np.arange(n), "clip"
-    names = [f"row {i}" if group is None else f"group {group}" for i, group in enumerate(groups)]
-    return np.unique(names, return_inverse=True)[1].astype(np.int64), "speaker"
+def _find_blocks(groups: Sequence[str | None] | None, strata: NDArray[np.int64]) -> tuple[NDArray[np.int64], Blocks]:
+    """Number the rows by what is resampled: a language's speakers if two are known, otherwise its clips."""
+    if groups is not None and len(groups) != len(strata):
+        raise DataError(f"{len(strata)} rows but {len(groups)} groups; every row needs one, or None")
+    speakers: dict[int, set[str]] = {int(stratum): set() for stratum in strata}
+    for group, stratum in zip(groups or (), strata, strict=groups is not None):
+        speakers[int(stratum)] |= set() if group is None else {group}
+    few = {stratum for stratum, known in speakers.items() if len(known) < 2}
+    if groups is None or len(few) == len(speakers):
+        return np.arange(len(strata)), "clip"
+    names = [
+        f"row {i}" if group is None or int(stratum) in few else f"group {group}"
+        for i, (group, stratum) in enumerate(zip(groups, strata, strict=True))
+    ]
+    return np.unique(names, return_inverse=True)[1].astype(np.int64), "clip" if few else "speaker"
 
 
 def _columns(counts: Sequence[EditCounts]) -> FloatArray:

@@ -98,6 +98,47 @@ def test_loops_and_impossible_rates_are_recognised(
     )
 
 
+SPOKEN = {  # tokens of base; seconds of espeak-ng at 175 words per minute, Japanese and Thai as people speak
+    "hi": ("मौसम विभाग का कहना है कि कल सुबह देश के उत्तरी भाग में भारी बारिश होगी।", 72, 4.9),
+    "ta": ("என் சகோதரர் நேற்று சந்தையில் மூன்று கிலோ ஆப்பிள்களையும் ஒரு பாட்டில் பாலையும் வாங்கினார்.", 76, 5.2),
+    "ka": ("ჩემმა ძმამ გუშინ ბაზარში სამი კილო ვაშლი და ერთი ბოთლი რძე იყიდა.", 152, 4.6),
+    "my": ("ကျွန်တော့်အစ်ကိုက မနေ့က ဈေးမှာ ပန်းသီးသုံးကီလိုနဲ့ နို့တစ်ပုလင်း ဝယ်ခဲ့တယ်။", 210, 4.9),
+    "zh": ("我哥哥昨天在市场上买了三公斤苹果和一瓶牛奶。", 27, 7.2),
+    "ja": ("天気予報によると、明日の朝、北部では大雨が降るそうです。", 31, 5.1),
+    "th": ("พี่ชายของฉันซื้อแอปเปิลสามกิโลกรัมและนมหนึ่งขวดที่ตลาดเมื่อวานนี้", 55, 3.2),
+    "en": ("My brother bought three kilos of apples and a bottle of milk at the market yesterday.", 17, 4.5),
+}
+
+
+@pytest.mark.parametrize("language", SPOKEN)
+def test_ordinary_speech_is_no_loop_in_any_language(language: str) -> None:
+    text, tokens, sec = SPOKEN[language]
+    rates = MetricsCalculator(language).compute([text], [text], durations_sec=[sec], num_tokens=[tokens])
+    assert rates.loop_rate == 0
+    assert MetricsCalculator().compute([text], [text], durations_sec=[sec], num_tokens=[tokens]).loop_rate == 0
+    wrong = text[: len(text) // 2]  # however wrong: the loop must not be found in the reference only
+    assert MetricsCalculator(language).compute([wrong], [text], durations_sec=[sec]).loop_rate == 0
+
+
+@pytest.mark.parametrize(
+    ("language", "phrase", "copies"),
+    [
+        ("zh", "谢谢观看", 8),
+        ("zh", "请不吝点赞 订阅 转发 打赏支持明镜与点点栏目", 3),
+        ("ja", "ありがとうございました。", 3),
+        ("ja", "ご視聴ありがとうございました", 4),
+        ("th", "ขอบคุณที่รับชม ", 4),
+        ("hi", "धन्यवाद ", 12),
+        ("ko", "시청해 주셔서 감사합니다 ", 4),
+    ],
+)
+def test_loops_are_found_in_every_script(language: str, phrase: str, copies: int) -> None:
+    rates = MetricsCalculator(language).compute([phrase], [phrase * copies], durations_sec=[20.0])
+    assert rates.loop_rate == 1
+    many = MetricsCalculator(language).compute([phrase], [phrase], durations_sec=[1.0], num_tokens=[140])
+    assert many.loop_rate == 1  # more tokens than the fastest speech has
+
+
 def test_intervals_are_those_of_scipy() -> None:
     references, hypotheses = corpus(200)
     counts = metrics.word_counts(references, hypotheses, PLAIN)
@@ -141,6 +182,159 @@ def test_paired_comparison_names_better_worse_and_no_difference() -> None:
     assert first == again != other  # the seed decides
 
 
+HINDI = ["राम की किताब।", "वह काम करती है"], ["रेम का कुतेब", "वह कोम करते है"]
+
+
+@pytest.mark.parametrize(
+    ("language", "references", "hypotheses", "prepared"),
+    [  # "prepared": the same texts as a person writes them for jiwer
+        ("hi", *HINDI, (["राम की किताब", "वह काम करती है"], ["रेम का कुतेब", "वह कोम करते है"])),
+        ("ta", ["என் பெயர், குமார்!"], ["எனி பெயர் குமார்"], (["என் பெயர் குமார்"], ["எனி பெயர் குமார்"])),
+        ("ar", ["السَّلامُ عَلَيْكُمْ؟"], ["السلام عَلَيْكُمْ"], (["السَّلامُ عَلَيْكُمْ"], ["السلام عَلَيْكُمْ"])),
+        ("fa", ["می‌خواهم، بروم"], ["می خواهم بروم"], (["می‌خواهم بروم"], ["می خواهم بروم"])),
+        (
+            "de",
+            ["Grüße aus Köln – groß!"],
+            ["grüsse aus köln Groß"],
+            (["grüße aus köln groß"], ["grüsse aus köln groß"]),
+        ),
+        ("tr", ["İstanbul’da IŞIK"], ["istanbul'da isik"], (["istanbul'da ışık"], ["istanbul'da isik"])),
+        ("el", ["Ο ΔΡΟΜΟΣ ΕΙΝΑΙ"], ["ο δρομος ήταν"], (["ο δρομος ειναι"], ["ο δρομος ήταν"])),
+        ("hy", ["Ինչո՞ւ եկար։"], ["ինչու եկավ"], (["ինչու եկար"], ["ինչու եկավ"])),
+        ("ka", ["ჩემმა ძმამ, გუშინ"], ["ჩემმა ძმა გუშინ"], (["ჩემმა ძმამ გუშინ"], ["ჩემმა ძმა გუშინ"])),
+        ("vi", ["Tôi đi."], ["toi đi"], (["tôi đi"], ["toi đi"])),
+        ("ko", ["우리 형은, 어제"], ["우리 형은 오제"], (["우리 형은 어제"], ["우리 형은 오제"])),
+        (
+            "zh",
+            ["今天天氣很好，我們去公園。"],
+            ["今天天气很好 我们去公元"],
+            (["今天天气很好我们去公园"], ["今天天气很好我们去公元"]),
+        ),
+        ("yue", ["佢喺邊度呀？", "好"], ["佢係邊度", "好"], (["佢喺边度呀", "好"], ["佢系边度", "好"])),
+        ("ja", ["明日の朝、ＮＨＫ"], ["明日 の 麻 nhk"], (["明日の朝nhk"], ["明日の麻nhk"])),
+        ("th", ["ที่ นี่ ดี"], ["ทา นา ดู"], (["ที่นี่ดี"], ["ทานาดู"])),
+        ("my", ["နို့ တစ်ပုလင်း၊ ဝယ်ခဲ့တယ်။"], ["နို့ တစ်ပုလင် ဝယ်ခဲ့တယ်"], (["နို့တစ်ပုလင်းဝယ်ခဲ့တယ်"], ["နို့တစ်ပုလင်ဝယ်ခဲ့တယ်"])),
+    ],
+)
+def test_the_headline_is_that_of_jiwer_on_texts_prepared_by_hand(
+    language: str, references: list[str], hypotheses: list[str], prepared: tuple[list[str], list[str]]
+) -> None:
+    rates = MetricsCalculator(language).compute(references, hypotheses)
+    unspaced = language in ("zh", "yue", "ja", "th", "my")
+    assert rates.metric == ("CER" if unspaced else "WER")
+    assert rates.rate == pytest.approx((jiwer.cer if unspaced else jiwer.wer)(*prepared))
+    assert rates.cer == pytest.approx(jiwer.cer(*prepared))
+    assert np.isnan(rates.wer) if unspaced else rates.wer == rates.rate == rates.wer_plain
+    assert rates.cer_plain == rates.cer
+    if language != "el":
+        by_script = MetricsCalculator().compute(references, hypotheses)
+        assert by_script.metric == rates.metric
+
+
+def test_other_vowel_signs_are_other_words_and_decide_a_comparison() -> None:
+    right, wrong = HINDI
+    calculator = MetricsCalculator("hi")
+    assert calculator.compute(right, wrong).errors == 5
+    assert calculator.compare(right * 20, wrong * 20, right * 20).verdict == "better"
+
+
+def test_traditional_against_simplified_characters_decides_nothing() -> None:
+    simplified, traditional = ["我们看着乾清宫的后面", "他说什么"] * 10, ["我們看著乾清宮的後面", "他說什麼"] * 10
+    for language in ("zh", "yue"):
+        calculator = MetricsCalculator(language)
+        assert calculator.compute(simplified, traditional).rate == 0
+        assert calculator.compare(traditional, simplified, traditional).difference == 0
+
+
+def test_the_second_column_is_named_and_has_its_own_rate() -> None:
+    for language, second in (
+        ("en", PLAIN),
+        ("hi", WHISPER_BASIC),
+        ("zh", metrics.WHISPER_UNSPACED),
+        (None, WHISPER_BASIC),
+    ):
+        assert metrics.second_normalizer(language) == second
+    rates = MetricsCalculator("hi").compute(*HINDI)
+    normalize = metrics.get_normalizer(WHISPER_BASIC)
+    texts = [[normalize(text) for text in side] for side in HINDI]
+    assert (rates.second_normalizer, rates.second_rate) == (WHISPER_BASIC, pytest.approx(jiwer.wer(*texts)))
+    english = MetricsCalculator("en").compute(*corpus(40))
+    assert (english.second_rate, english.second_low) == (english.wer_plain, english.wer_plain_low)
+
+
+def test_translations_are_english_whatever_is_spoken() -> None:
+    rates = MetricsCalculator("zh", task="translate").compute(["The colour of it"], ["the color, of it"])
+    assert (rates.metric, rates.rate, rates.normalizer) == ("WER", 0.0, WHISPER_ENGLISH)
+    assert list(rates.rates_by_language) == ["zh"]
+
+
+def test_several_languages_count_alike_each_with_its_own_metric() -> None:
+    english = corpus(60, error=0.1)
+    chinese = ["今天天气很好", "他昨天买了三本书"] * 10, ["今天天汽很好", "他昨天买了三本书"] * 10
+    german = ["guten Morgen"] * 4, ["guten Morgen", "gute Morgen"] * 2
+    sides = [english[i] + chinese[i] + german[i] for i in (0, 1)]
+    languages = ["en"] * 60 + ["zh"] * 20 + ["de"] * 4
+    speakers = [f"s{i % 9}" for i in range(84)]
+    rates = MetricsCalculator("fr").compute(*sides, speakers, languages=languages)
+    own = {
+        language: MetricsCalculator(language).compute(*texts, speakers[start : start + len(texts[0])])
+        for language, texts, start in (("de", german, 80), ("en", english, 0), ("zh", chinese, 60))
+    }
+    assert rates.metric == "mean"
+    assert rates.rate == pytest.approx(np.mean([each.rate for each in own.values()]))
+    assert rates.low < rates.rate < rates.high
+    for language, each in own.items():
+        found = rates.rates_by_language[language]
+        assert (found.metric, found.rate, found.low, found.high) == (each.metric, each.rate, each.low, each.high)
+        assert (found.n, found.reference_words) == (each.n, each.reference_words)
+    spaced = [english[i] + german[i] for i in (0, 1)]
+    normalize = metrics.get_normalizer(WHISPER_ENGLISH)
+    assert rates.wer == pytest.approx(jiwer.wer(*[[normalize(text) for text in side] for side in spaced]))
+    assert rates.normalizer == f"{WHISPER_ENGLISH} + {metrics.PLAIN_CHINESE} + {PLAIN}"
+    better = MetricsCalculator().compare(sides[0], sides[1], sides[0], speakers, languages=languages)
+    assert (better.metric, better.verdict, better.difference) == ("mean", "better", pytest.approx(-rates.rate))
+
+
+def test_the_interval_of_a_mean_is_that_of_each_language_drawn_by_itself() -> None:
+    rng = np.random.default_rng(0)
+    words = rng.integers(4, 20, 120).astype(float)
+    errors = rng.binomial(words.astype(int), np.where(np.arange(120) < 80, 0.1, 0.4)).astype(float)
+    strata = (np.arange(120) >= 80).astype(np.int64)
+    found = scipy.stats.bootstrap(
+        (np.arange(80), np.arange(80, 120)),
+        lambda a, b, axis: (
+            errors[a].sum(axis) / words[a].sum(axis) + errors[b].sum(axis) / words[b].sum(axis)
+        ) / 2,
+        vectorized=True, n_resamples=9999, method="percentile", rng=np.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    low, high = Bootstrap(9999).interval(errors, words, np.arange(120), strata)
+    assert (low, high) == pytest.approx((found.low, found.high), abs=0.005)
+    alone = strata.copy()
+    alone[:] = 0
+    alone[7] = 1  # one clip in its language: nothing to draw
+    assert np.isnan(Bootstrap(50).interval(errors, words, np.arange(120), alone)).all()
+
+
+def test_speakers_of_each_language_are_resampled_where_two_are_known() -> None:
+    references = ["the cat"] * 6
+    languages = ["en"] * 3 + ["de"] * 3
+    for speakers, blocks, number in (
+        (["a", "b", "c", "d", "e", "d"], "speaker", 5),
+        (["a", "a", "a", "d", "e", "d"], "clip", 5),  # one voice in English: its clips
+        (["a", "a", "a", "d", "d", "d"], "clip", 6),
+        (["a", "b", "a", "a", "b", "b"], "speaker", 2),  # bilingual
+    ):
+        rates = MetricsCalculator().compute(references, references, speakers, languages=languages)
+        assert (rates.blocks, rates.num_blocks) == (blocks, number)
+
+
+def test_words_invented_on_silence_count_whatever_language_it_is_taken_for() -> None:
+    references, hypotheses = ["मेरा नाम", "", ""], ["मेरा नाम", "thanks for watching", ""]
+    rates = MetricsCalculator().compute(references, hypotheses, languages=["hi", "nn", None])
+    assert (rates.metric, rates.rate, rates.hallucinated_words) == ("WER", 1.5, 3)
+    assert list(rates.rates_by_language) == ["hi"]
+
+
 def test_what_cannot_be_measured_is_an_error() -> None:
     for references, hypotheses, groups, reason in (
         ([], [], None, "no rows"),
@@ -163,6 +357,16 @@ def test_what_cannot_be_measured_is_an_error() -> None:
         (PLAIN, "  spaces\n\tand  tabs ", "spaces and tabs"),
         (PLAIN, "ÉTÉ, naïve — 5 €", "été naïve 5"),
         (PLAIN, "你好，世界", "你好 世界"),
+        (PLAIN, "don´t ｄｏ＇ｓ ok` ´a", "don't do's ok a"),
+        (PLAIN, "a\u00adb \ufeffc\u200f d\u200d e\u200c", "ab c d\u200d e"),
+        (PLAIN, "می‌خواهم رسم‌", "می‌خواهم رسم"),
+        (PLAIN, "Straße STRAẞE strasse", "straße straße strasse"),
+        (PLAIN, "❤️ 👩‍💻 5℃", "5 c"),
+        (metrics.PLAIN_TURKIC, "IĞDIR İl", "ığdır il"),
+        (metrics.PLAIN_UNSPACED, "今日は、 OK です！", "今日はokです"),
+        (metrics.PLAIN_CHINESE, "頭髮 乾燥", "头发干燥"),
+        (metrics.WHISPER_UNSPACED, "ที่ นี่", "ทน"),
+        ("plain-v1", "Old, runs", "old runs"),
         (PLAIN, "...", ""),
         (WHISPER_ENGLISH, "The colour of Mr. Smith's centre", "the color of mister smith is center"),
         (WHISPER_ENGLISH, "BOB'S one five nine", "bob is 159"),  # its published quirks
@@ -187,8 +391,15 @@ def test_language_chooses_whispers_normaliser() -> None:
 def test_any_text_becomes_words_between_single_spaces(name: str, text: str) -> None:
     normalized = metrics.get_normalizer(name)(text)
     assert normalized == " ".join(normalized.split())
-    if name == PLAIN:
+    if name.startswith("plain"):
         assert metrics.get_normalizer(name)(normalized) == normalized
+
+
+def test_an_alignment_of_characters_joins_to_the_normalised_texts() -> None:
+    steps = metrics.align_words("今天 很好。", "今天气好", metrics.PLAIN_CHINESE)
+    assert [(step.edit[0], step.reference, step.hypothesis) for step in steps] == [
+        ("e", "今", "今"), ("e", "天", "天"), ("s", "很", "气"), ("e", "好", "好"),
+    ]  # fmt: skip
 
 
 def test_an_alignment_done_by_hand() -> None:
