@@ -1,16 +1,19 @@
 """A guard set: speech of another kind, measured with the stock and the tuned model, to show what training forgot.
 
-LibriSpeech is sorted by speaker, so that its beginning would be two voices: rows are skipped until ten speakers were
-heard, at the cost of downloading the rows in between.
+It is in the languages of the training data: LibriSpeech for English, FLEURS (Conneau et al. 2022, arXiv:2205.12446) for
+others. LibriSpeech is sorted by speaker, so that its beginning would be two voices: rows are skipped until ten speakers
+were heard, at the cost of downloading the rows in between.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import unicodedata
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,49 +22,65 @@ from huggingface_hub import HfApi
 from src.data.labels import apply_case, resolve_case
 from src.data.loader import create_loader
 from src.data.preparation import RecordingChecker, enforce_skip_policy
-from src.data.sources.catalog import SAMPLE_CLIP, load_utterances, open_source
-from src.data.sources.hub import CORPORA
+from src.data.sources.catalog import SAMPLE_CLIP, load_utterances
+from src.data.sources.hub import CORPORA, stream_hub
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
 from src.evaluation.report.run_files import guard_name
 from src.models.weights import HUB_ERRORS, HUB_TIMEOUT_SEC
-from src.utils.config import Config, DataConfig
+from src.utils.config import Config, DataConfig, HubConfig
 from src.utils.errors import DataError, SourceUnavailableError, first_line
+from src.utils.languages import language_name, parse_language
 from src.utils.tracking import ExperimentLogger
 
 logger = logging.getLogger(__name__)
 
 CLIP_TEXT = "And so my fellow Americans ask not what your country can do for you, ask what you can do for your country."
 MIN_SPEAKERS = 10  # of a streamed guard set: an interval over fewer is clearly too narrow
+# Subsets of FLEURS in languages of Whisper.
+_FLEURS = (
+    "af_za am_et ar_eg as_in az_az be_by bg_bg bn_in bs_ba ca_es cmn_hans_cn cs_cz cy_gb da_dk de_de el_gr en_us "
+    "es_419 et_ee fa_ir fi_fi fil_ph fr_fr gl_es gu_in ha_ng he_il hi_in hr_hr hu_hu hy_am id_id is_is it_it "
+    "ja_jp jv_id ka_ge kk_kz km_kh kn_in ko_kr lb_lu ln_cd lo_la lt_lt lv_lv mi_nz mk_mk ml_in mn_mn mr_in ms_my "
+    "mt_mt my_mm nb_no ne_np nl_nl oc_fr pa_in pl_pl ps_af pt_br ro_ro ru_ru sd_in sk_sk sl_si sn_zw so_so sr_rs "
+    "sv_se sw_ke ta_in te_in tg_tj th_th tr_tr uk_ua ur_pk uz_uz vi_vn yo_ng yue_hant_hk"
+)
 
 
 @dataclass(frozen=True)
 class GuardSet:
-    """Checked speech that no training saw, in one language (None if the source has none)."""
+    """Checked speech that no training saw; each clip says its language."""
 
     name: str
     utterances: tuple[Utterance, ...]
-    language: str | None
+    not_measured: Mapping[str, str] = field(default_factory=dict)  # why, by language of the training data
+
+    @property
+    def language(self) -> str | None:
+        """The language of all clips; None if they have several, or say none."""
+        languages = {u.language for u in self.utterances}
+        return languages.pop() if len(languages) == 1 else None
 
 
 def prepare_guard_set(config: Config, *, exclude: Sequence[Utterance] = ()) -> GuardSet | None:
     """Fetch and check the configured guard set.
 
     Args:
-        config: `guard`; `data` says what to do with unusable recordings of a folder or of Parquet files.
-        exclude: the training data; clips that are part of it too (same id, same words) are left out.
+        config: `guard`; `data` says what to do with unusable recordings of a folder or of Parquet files;
+            `model.language` is the language where `exclude` has none.
+        exclude: the training data, whose languages the set is in; clips that are part of it too (same id, same words)
+            are left out.
 
     Returns:
-        None with `guard.source: none`, and if the set is in another language than the model's.
+        None with `guard.source: none`, and if there is no such speech in the languages of the training data.
 
     Raises:
-        SourceUnavailableError: the chosen source is unavailable; "auto" takes the bundled clip instead.
+        SourceUnavailableError: the chosen source is unavailable. "auto" takes the bundled clip instead of LibriSpeech,
+            and leaves other languages out.
     """
     guard, data = config.guard, config.data
     if guard.source == "none":
         logger.info("no guard set (guard.source: none): what training forgets is not measured")
-        return None
-    if guard.source not in ("folder", "parquet") and _is_other_language("en", config):
         return None
     same_path = guard.path is not None and data.path is not None and guard.path.resolve() == data.path.resolve()
     if same_path or (guard.source in ("auto", "librispeech") and "librispeech" in data.chosen_sources):
@@ -69,67 +88,103 @@ def prepare_guard_set(config: Config, *, exclude: Sequence[Utterance] = ()) -> G
             "guard set: %s is among the sources of the training data too; speech from there is not speech of "
             "another kind", guard.path if same_path else "LibriSpeech",
         )  # fmt: skip
-    known = {_identity(u) for u in exclude}
+    wanted = Counter(u.language for u in exclude if u.language) or Counter(filter(None, [config.model.language]))
+    known, missing = {_identity(u) for u in exclude}, dict[str, str]()
+    parts: list[tuple[str, list[Utterance]]] = []
     if guard.source == "auto":
-        corpus = CORPORA["librispeech"].id
-        try:
-            if not Path(corpus).is_dir():  # without a network `datasets` itself asks for half a minute
-                HfApi().dataset_info(corpus, timeout=HUB_TIMEOUT_SEC)
-            name, utterances, left_out = _take("librispeech", config, known)
-        except (*HUB_ERRORS, SourceUnavailableError) as err:
-            reason = str(err) if isinstance(err, DataError) else f"{type(err).__name__}: {first_line(err)}"
-            logger.warning(
-                "guard set: the bundled public clip, which shows only a model that has lost everything; LibriSpeech is "
-                "unavailable (%s). guard.source: folder or parquet takes speech of yours", reason,
-            )  # fmt: skip
-            name, utterances, left_out = _take("clip", config, known)
+        cap = math.ceil(guard.max_clips / max(1, len(wanted)))
+        for language, _ in wanted.most_common() or [("en", 0)]:
+            try:
+                parts.append(_in_language(language, config, known, cap))
+            except SourceUnavailableError as err:
+                missing[language] = str(err)
     else:
-        name, utterances, left_out = _take(guard.source, config, known)
-    if not utterances:
-        reason = f"each of its {left_out} clips is in the training data too" if left_out else "no usable clip"
-        raise DataError(f"guard set {name}: {reason}; set guard.source to other speech, or to none")
-    if left_out:
-        logger.warning("guard set %s: %d clip(s) of the training data left out", name, left_out)
-    languages = {u.language.replace("_", "-").split("-")[0].lower() for u in utterances if u.language}
-    if len(languages) > 1:
-        raise DataError(f"guard set {name}: it is in {', '.join(sorted(languages))}; keep the clips of one language")
-    language = next(iter(languages), None)
-    if _is_other_language(language, config):
+        name, utterances = _take(guard.source, config, known, guard.max_clips)
+        if len(wanted) == 1:
+            utterances = [replace(u, language=u.language or next(iter(wanted))) for u in utterances]
+        other = {str(u.language) for u in utterances if wanted and u.language not in (None, *wanted)}
+        if other:
+            what = "guard set %s: its clips in %s are left out: the training data, or model.language, are in %s"
+            logger.warning(what, name, ", ".join(sorted(other)), ", ".join(sorted(wanted)))
+        parts.append((name, [u for u in utterances if u.language not in other]))
+    for language, reason in missing.items():
+        logger.warning(
+            "guard set: what training forgets of %s (the language of the training data, or model.language) is not "
+            "measured: %s. guard.source: folder or parquet takes speech of yours", language_name(language), reason,
+        )  # fmt: skip
+    parts = [part for part in parts if part[1]]
+    if not parts:
         return None
-    case = resolve_case([u.text for u in utterances], "auto")
-    logger.info("guard set: %s, %d clip(s)", name, len(utterances))
-    return GuardSet(name, tuple(replace(u, text=apply_case(u.text, case)) for u in utterances), language)
+    name = " + ".join(name for name, _ in parts)
+    recased = [u for _, utterances in parts for u in _recase(utterances)]
+    logger.info("guard set: %s, %d clip(s)", name, len(recased))
+    return GuardSet(name, tuple(recased), missing)
 
 
-def _is_other_language(language: str | None, config: Config) -> bool:
-    wanted = config.model.language
-    if language is None or wanted is None or language == wanted:
-        return False
-    logger.warning("no guard set: it is in %r, the model transcribes %r (model.language)", language, wanted)
-    return True
+def _recase(utterances: Sequence[Utterance]) -> list[Utterance]:
+    """Recase the clips of each language by themselves."""
+    cases = {
+        language: resolve_case([u.text for u in utterances if u.language == language], "auto")
+        for language in {u.language for u in utterances}
+    }
+    return [replace(u, text=apply_case(u.text, cases[u.language])) for u in utterances]
 
 
 def _identity(utterance: Utterance) -> tuple[str, str]:
     """The id and the letters of the text: recasing keeps both, and two corpora may both have a clip 0001."""
-    return utterance.id, "".join(filter(str.isalnum, utterance.text.lower()))
+    letters = [c for c in utterance.text.lower() if unicodedata.category(c)[0] in "LMN"]  # vowel signs are marks
+    return utterance.id, "".join(letters)
 
 
-def _take(source: str, config: Config, known: Container[tuple[str, str]]) -> tuple[str, list[Utterance], int]:
-    """Return a source's name, its checked clips, and how many were left out because they are known."""
-    name, data, cap = str(config.guard.path), DataConfig(), config.guard.max_clips
-    listed: Iterable[Utterance]
+def _in_language(
+    language: str, config: Config, known: Container[tuple[str, str]], cap: int
+) -> tuple[str, list[Utterance]]:
+    """Take speech of one language from the Hub; if that does not answer, the bundled clip for English."""
+    source = "librispeech" if language == "en" else "fleurs"
+    try:
+        if source == "fleurs" and config.model.task == "translate":
+            raise SourceUnavailableError("FLEURS has transcripts, not translations")
+        if source == "fleurs" and language not in _fleurs():
+            raise SourceUnavailableError(f"FLEURS has no {language_name(language)}")
+        corpus = CORPORA[source].id
+        if not Path(corpus).is_dir():  # without a network `datasets` itself asks for half a minute
+            HfApi().dataset_info(corpus, timeout=HUB_TIMEOUT_SEC)
+        return _take(source, config, known, cap, language=language)
+    except (*HUB_ERRORS, SourceUnavailableError) as err:
+        reason = str(err) if isinstance(err, DataError) else f"{type(err).__name__}: {first_line(err)}"
+        if source == "fleurs":
+            raise SourceUnavailableError(reason) from err
+        logger.warning(
+            "guard set: the bundled public clip, which shows only a model that has lost everything; LibriSpeech is "
+            "unavailable (%s). guard.source: folder or parquet takes speech of yours", reason,
+        )  # fmt: skip
+        return _take("clip", config, known, cap)
+
+
+@cache
+def _fleurs() -> dict[str, str]:
+    return {parse_language(subset.split("_")[0]): subset for subset in _FLEURS.split()}
+
+
+def _take(
+    source: str, config: Config, known: Container[tuple[str, str]], cap: int, *, language: str | None = None
+) -> tuple[str, list[Utterance]]:
+    """Return a source's name and its checked clips, without those that are known."""
+    name, data = str(config.guard.path), DataConfig(on_error="skip")  # corpora have clips beyond 30 s
+    listed: Iterator[Utterance]
     if source == "clip":
-        name, listed = "bundled public clip", [Utterance("jfk", SAMPLE_CLIP, CLIP_TEXT, language="en")]
+        name, listed = "bundled public clip", iter([Utterance("jfk", SAMPLE_CLIP, CLIP_TEXT, language="en")])
     elif source == "librispeech":
-        data = DataConfig(source="librispeech", on_error="skip")  # it has clips beyond 30 s
-        streams = open_source(data, "librispeech")
-        assert isinstance(streams, dict)  # as every source of the Hub
-        name, listed = "LibriSpeech test-clean", streams["test"]
+        name, listed = "LibriSpeech test-clean", stream_hub(source, HubConfig())["test"]
+    elif source == "fleurs":
+        subset = _fleurs()[str(language)]
+        streamed = stream_hub(source, HubConfig(config=subset))["test"]
+        name, listed = f"FLEURS {subset}", (replace(u, language=language) for u in streamed)
     else:
         keys = ("min_duration_sec", "max_duration_sec", "on_error", "max_skip_fraction")
         policy = {key: getattr(config.data, key) for key in keys}
         data = DataConfig.model_validate({"source": source, "path": config.guard.path, **policy})
-        listed = load_utterances(data)
+        listed = iter(load_utterances(data))
     left_out = 0
 
     def fresh() -> Iterator[Utterance]:
@@ -141,14 +196,19 @@ def _take(source: str, config: Config, known: Container[tuple[str, str]]) -> tup
                 yield utterance
 
     checker = RecordingChecker(config.model_copy(update={"data": data}))
-    clips: list[Utterance] | Iterator[Utterance]
+    clips: Iterator[Utterance] | list[Utterance] = fresh()
     if source == "librispeech":
         clips = _spread(fresh(), max_per_speaker=math.ceil(cap / MIN_SPEAKERS))
-    else:
+    elif source != "fleurs":
         clips = list(fresh())
     checked = checker.take("guard", clips, None if source == "clip" else cap)
     enforce_skip_policy(checker.skipped, len(checked) + len(checker.skipped), data.max_skip_fraction)
-    return name, checked, left_out
+    if not checked:
+        reason = f"each of its {left_out} clips is in the training data too" if left_out else "no usable clip"
+        raise DataError(f"guard set {name}: {reason}; set guard.source to other speech, or to none")
+    if left_out:
+        logger.warning("guard set %s: %d clip(s) of the training data left out", name, left_out)
+    return name, checked
 
 
 def _spread(stream: Iterator[Utterance], *, max_per_speaker: int) -> Iterator[Utterance]:
@@ -174,7 +234,8 @@ def evaluate_guard(
     """
     if experiment is not None:
         speakers = len({u.speaker for u in guard.utterances if u.speaker is not None})
-        experiment.log("guard", set=guard.name, clips=len(guard.utterances), speakers=speakers)
+        missing = dict(guard.not_measured)
+        experiment.log("guard", set=guard.name, clips=len(guard.utterances), speakers=speakers, not_measured=missing)
     loader = create_loader(guard.utterances, processor, config)
     results: dict[str, EvaluationResult] = {}
     for model_name, model in models.items():

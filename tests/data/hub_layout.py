@@ -55,6 +55,23 @@ def write_librispeech(root: Path, splits: Splits) -> Path:
     return root
 
 
+def write_fleurs(root: Path, clips: Sequence[Utterance], config: str) -> Path:
+    """As the Parquet branch of google/fleurs: <config>/<split>/0000.parquet, 16 kHz WAV, no speakers, no card."""
+    types = {
+        "id": INTEGER, "path": TEXT, "audio": Audio(sampling_rate=16_000), "transcription": TEXT,
+        "raw_transcription": TEXT, "language": TEXT,
+    }  # fmt: skip
+
+    def row(clip: Utterance) -> dict[str, Any]:
+        audio = {"bytes": encoded(clip, 16_000, "WAV"), "path": f"{clip.id}.wav"}
+        return {"id": int(clip.id), "path": f"{clip.id}.wav", "audio": audio, "transcription": clip.text.lower(),
+                "raw_transcription": clip.text, "language": "Hindi"}  # fmt: skip
+
+    return _write(
+        root, f"{config}/{{}}/0000.parquet", dict.fromkeys(("train", "validation", "test"), clips), row, types
+    )
+
+
 def write_speechocean762(root: Path, splits: Splits) -> Path:
     """As mispeech/speechocean762: data/<split>-00000-of-00001.parquet, with columns of scores."""
     words = [{"text": TEXT, "accuracy": INTEGER}]

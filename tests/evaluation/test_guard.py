@@ -19,8 +19,9 @@ from src.evaluation.report.run_files import latest_evaluations, load_metrics, lo
 from src.evaluation.report.summary import summarize_run
 from src.utils.config import Config, load_config
 from src.utils.errors import DataError, SourceUnavailableError
+from src.utils.languages import WHISPER_LANGUAGES
 from src.utils.tracking import ExperimentLogger
-from tests.data.hub_layout import write_librispeech
+from tests.data.hub_layout import write_fleurs, write_librispeech
 
 
 def guarded(guard: dict[str, Any], **other: Any) -> Config:
@@ -115,19 +116,51 @@ def test_clips_of_the_training_data_are_left_out(
     assert len(prepare(config, other_words).utterances) == 6
 
 
-def test_speech_of_another_language_is_no_guard(
+def test_the_guard_is_in_the_languages_of_the_training_data(
     tmp_path: Path, by_speaker: list[Utterance], caplog: pytest.LogCaptureFixture
 ) -> None:
     french = {"variant": "tiny", "language": "fr"}
     assert guard_module.prepare_guard_set(guarded({}, model=french)) is None
-    assert "model.language" in caplog.text
+    assert "French" in caplog.text
+    assert "OfflineModeIsEnabled" in caplog.text
     own = write_folder(tmp_path / "fr", by_speaker[:2], language="fr-FR")
     assert guard_module.prepare_guard_set(guarded(own, model={"variant": "tiny", "language": "en"})) is None
     assert prepare(own, model=french).language == "fr"
     table = tmp_path / "fr" / "metadata.csv"
-    table.write_text(table.read_text().replace("fr-FR", "de", 1))
-    with pytest.raises(DataError, match="de, fr"):
-        prepare(own, model=french)
+    table.write_text(table.read_text().replace("fr-FR", "deu", 1))
+    assert [u.language for u in prepare(own).utterances] == ["de", "fr"]  # nothing says which is wanted
+    assert [u.language for u in prepare(own, model=french).utterances] == ["fr"]
+    assert "clips in de are left out" in caplog.text
+    train = [replace(by_speaker[9], language="de"), replace(by_speaker[10], language="fr")]
+    assert prepare(own, train, model=french).language is None
+    table.write_text(table.read_text().replace("fr-FR", "").replace("deu", ""))
+    assert prepare(own, train[:1]).language == "de"
+
+
+def test_each_language_has_its_corpus_and_what_has_none_is_said(
+    tmp_path: Path, by_speaker: list[Utterance], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_fleurs(tmp_path / "fleurs", by_speaker, "hi_in")
+    monkeypatch.setitem(hub.CORPORA, "fleurs", replace(hub.CORPORA["fleurs"], id=str(root)))
+    codes = ["hi", "hi", "hi", "en", "en", "la"]
+    train = [replace(u, id=f"train-{u.id}", language=code) for u, code in zip(by_speaker, codes, strict=False)]
+    guard = prepare({"max_clips": 30}, train)
+    assert guard.name == "FLEURS hi_in + bundled public clip"
+    assert [u.language for u in guard.utterances] == ["hi"] * 10 + ["en"]
+    assert list(guard.not_measured) == ["la"]
+    assert "FLEURS has no Latin" in caplog.text
+    assert prepare({"max_clips": 30}, model={"language": "hi"}).language == "hi"
+    translating = guarded({}, model={"language": "hi", "task": "translate"})
+    assert guard_module.prepare_guard_set(translating) is None
+
+
+def test_every_subset_of_fleurs_belongs_to_one_language() -> None:
+    subsets = guard_module._fleurs()
+    assert len(subsets) == 83
+    assert set(subsets) <= set(WHISPER_LANGUAGES)
+    assert [subsets[code] for code in ("zh", "yue", "no", "tl", "jw", "es")] == [
+        "cmn_hans_cn", "yue_hant_hk", "nb_no", "fil_ph", "jv_id", "es_419",
+    ]  # fmt: skip
 
 
 def test_results_are_kept_apart_from_the_test_set(small: tuple[Any, Any], config: Config) -> None:

@@ -50,6 +50,9 @@ class HubCorpus:
 CORPORA: dict[str, HubCorpus] = {
     "minds14": HubCorpus("PolyAI/minds14", "en-US", "train", revision=PARQUET_REVISION),
     "librispeech": HubCorpus("openslr/librispeech_asr", "clean", "train.100", "validation", "test", "en"),
+    "fleurs": HubCorpus(
+        "google/fleurs", None, "train", "validation", "test", revision=PARQUET_REVISION, text_column="raw_transcription"
+    ),
     "speechocean762": HubCorpus("mispeech/speechocean762", None, "train", None, "test", "en"),
 }
 
