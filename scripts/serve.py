@@ -30,7 +30,8 @@ from src.inference.server.server import DEFAULT_PORT, CaptionServer, SessionFact
 from src.inference.streaming.session import StreamingASR
 from src.utils import load_config, setup_logging
 from src.utils.config import Config
-from src.utils.errors import ConfigError, WhisperASRError
+from src.utils.errors import ConfigError, DataError, WhisperASRError
+from src.utils.languages import known_language, parse_language
 
 
 def main() -> int:
@@ -82,15 +83,17 @@ def make_server(arguments: argparse.Namespace) -> CaptionServer:
 
 
 def session_factory(engine: Engine, vad: VoiceActivityDetector, config: Config) -> SessionFactory:
-    """Return what makes a session for a language."""
+    """Return what makes a session for a mark of a language, "auto" to detect it, None for that of `config`."""
     languages = engine.vocabulary.languages or {"en"}
 
     def make_session(language: str | None) -> StreamingASR:
         if language is None:
             return StreamingASR(engine=engine, vad=vad, config=config)
-        if language not in languages:
-            raise ConfigError(f"language {language!r} is not known to this model; known: {', '.join(languages)}")
-        spoken = config.model.model_copy(update={"language": language})
+        try:
+            code = None if language == "auto" else known_language(parse_language(language), languages)
+        except DataError as err:
+            raise ConfigError(str(err)) from err
+        spoken = config.model.model_copy(update={"language": code})
         return StreamingASR(engine=engine, vad=vad, config=config.model_copy(update={"model": spoken}))
 
     return make_session

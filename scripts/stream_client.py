@@ -64,7 +64,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     source.add_argument("--microphone", type=float, metavar="SEC", help="record for so long")
     parser.add_argument("--fast", action="store_true", help="send the recording as fast as the server takes it")
     parser.add_argument("--url", default="ws://127.0.0.1:8765", help="of the server; default: %(default)s")
-    parser.add_argument("--language", help="code such as en; default: as the server is set")
+    parser.add_argument("--language", help="code or name such as de, German; auto detects it; default: the server's")
     parser.add_argument("--token-env", metavar="NAME", help="environment variable with the server's token")
     parser.add_argument("--format", choices=list(DTYPES), default="s16le", help="on the wire; default: %(default)s")
     parser.add_argument("--captions", type=Path, metavar="FILE", help="write them too, as .srt or .vtt")
@@ -92,12 +92,14 @@ async def run(arguments: argparse.Namespace, interrupted: threading.Event) -> st
         language=arguments.language,
         token=read_token(arguments.token_env),
     )
+    follows = False  # a commit on this line, at its end a final
     with ExitStack() as stack:
         writer = None if arguments.captions is None else stack.enter_context(LiveCaptionWriter(arguments.captions))
         async with aclosing(stream) as messages:
             async for message in messages:
                 if isinstance(message, LiveEvent):
-                    print(render(message.event, terminal=sys.stdout.isatty()), end="", flush=True)
+                    print(render(message.event, follows=follows, terminal=sys.stdout.isatty()), end="", flush=True)
+                    follows = message.kind == "commit" or (follows and message.kind == "partial")
                     if writer is not None:
                         writer.write(message.event)
     assert isinstance(message, Done)  # else it has raised
@@ -121,12 +123,15 @@ def until(interrupted: threading.Event, blocks: Iterable[Waveform]) -> Iterator[
             return
 
 
-def render(event: Event, *, terminal: bool) -> str:
-    """Return what to print: commits as they come, a line end at each final; in a terminal, the partial dim below."""
+def render(event: Event, *, terminal: bool, follows: bool = False) -> str:
+    """Return what to print: commits as they come, a line end at each final; in a terminal, the partial dim below.
+
+    `follows` says that a commit stands before it on the line.
+    """
     text = "".join(filter(str.isprintable, event.text))  # a server may be anybody's
     clear = CLEAR_BELOW if terminal else ""
     if event.kind == "commit":
-        return f"{clear}{text} "
+        return clear + " " * (follows and event.space) + text
     if event.kind == "final":
         return f"{clear}\n"
     return clear + ROW_BELOW + DIM_BELOW.format(text) if terminal else ""

@@ -354,11 +354,6 @@ def _spelt(word: Word) -> str:
     return " " * word.space + word.text
 
 
-def spaced(texts: Sequence[str]) -> list[str]:
-    """Begin each text but the first with its separator from the one before: a space, or nothing."""
-    return [*texts[:1], *(space_between(left, right) + right for left, right in itertools.pairwise(texts))]
-
-
 def write_captions(path: str | Path, cues: Sequence[Cue], *, language: str | None = None) -> Path:
     """Write cues in the format of the suffix: .json (with the language), .srt, .tsv or .vtt, all or nothing."""
     path = Path(path)

@@ -49,6 +49,25 @@ def join_words(words: Iterable[Word]) -> str:
     return "".join(" " * word.space + word.text for word in words).strip()
 
 
+def cut_words(words: Iterable[Word]) -> tuple[Word, ...]:
+    """Cut words at the characters of scripts without spaces, where a recogniser gave a run of them as one word.
+
+    The parts share the word's time by their numbers of characters; the last one has its tokens.
+    """
+    parts: list[Word] = []
+    for word in words:
+        ranges = word_ranges(word.text) if any(map(is_unspaced_character, word.text)) else []
+        if len(ranges) < 2:
+            parts.append(word)
+            continue
+        sec = (word.end_sec - word.start_sec) / len(word.text)  # per character
+        for start, stop, space in ranges:
+            times = (word.start_sec + start * sec, word.start_sec + stop * sec)
+            parts.append(Word(word.text[start:stop], *times, word.probability, space=space if start else word.space))
+        parts[-1] = replace(parts[-1], end_sec=word.end_sec, tokens=word.tokens)
+    return tuple(parts)
+
+
 class Vocabulary:
     """Tokens of one model, from its `tokenizers.Tokenizer`."""
 

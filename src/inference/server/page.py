@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from src.data.audio import SAMPLE_RATE, Waveform, stream_audio
 from src.data.vad import VoiceActivityDetector
-from src.inference.captions import make_cues, spaced, to_srt, to_vtt
+from src.inference.captions import make_cues, to_srt, to_vtt
 from src.inference.engine_base import Engine
 from src.inference.engines import load_engine, transcribe
 from src.inference.files.transcribe import BatchInference, Transcriptions
@@ -38,6 +38,7 @@ from src.inference.streaming.commit import Event
 from src.inference.streaming.session import StreamingASR
 from src.utils.config import Config
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError, ModelError
+from src.utils.languages import language_name
 
 MAX_UPLOAD_SEC = 3600.0  # 230 MB of samples
 MAX_CHARS = 1 << 18  # of a message's audio: 1 s of int16 at the highest rate, in base64
@@ -205,7 +206,8 @@ class LiveTabs:
         """Hear a message.
 
         Returns:
-            `events` and `audio_sec` heard; at the end of the recording `srt`, `vtt`, and a `note` if a limit ended it.
+            `events`, `audio_sec` heard, and the name of the `language` of the events if it is known; at the end of the
+            recording `srt`, `vtt`, and a `note` if a limit ended it.
             Or `error` alone, and the recording is over.
         """
         try:
@@ -234,7 +236,6 @@ class LiveTabs:
         if message.rate != live.sample_rate:
             mixed = f"{message.rate} Hz in a recording of {live.sample_rate} Hz"
             raise StreamError("bad_audio", mixed, fix="press Start again")
-        before = "".join(word.text for word in live.session.words[-1:])
         events = await live.hear(samples)
         if message.last:
             live.end("end")
@@ -247,7 +248,9 @@ class LiveTabs:
             reply = {"srt": to_srt(cues), "vtt": to_vtt(cues)}
         if isinstance(live.ending, StreamError):
             reply["note"] = f"This recording has ended: {live.ending.message}; press Start for another."
-        return {"events": _on_page(events, before), "audio_sec": live.session.audio_sec, **reply}
+        codes = [event.language for event in events if event.language is not None]
+        language = {"language": language_name(codes[-1])} if codes else {}
+        return {"events": _on_page(events), "audio_sec": live.session.audio_sec, **language, **reply}
 
     async def _begin(self, message: LiveMessage) -> None:
         for tab, live in list(self._tabs.items()):
@@ -258,13 +261,15 @@ class LiveTabs:
         self._tabs[message.tab] = live
 
 
-def _on_page(events: Sequence[Event], before: str) -> list[dict[str, Any]]:
-    """Return events as they travel, words with the space before them; `before` is the last word committed earlier."""
-    found = []
-    for event in events:
-        texts = spaced([before, *(word.text for word in event.words)])[1:]
-        times = [{"start": word.start_sec, "end": word.end_sec} for word in event.words]
-        words = [{"text": text, **each} for text, each in zip(texts, times, strict=True)]
-        found.append({"kind": event.kind, "words": words})
-        before = event.words[-1].text if event.kind == "commit" else before
-    return found
+def _on_page(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """Return events as they travel, words with the space before them."""
+    return [
+        {
+            "kind": event.kind,
+            "words": [
+                {"text": " " * word.space + word.text, "start": word.start_sec, "end": word.end_sec}
+                for word in event.words
+            ],
+        }
+        for event in events
+    ]

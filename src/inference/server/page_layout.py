@@ -15,7 +15,7 @@ from typing import Any
 import gradio as gr
 import jinja2
 
-from src.inference.captions import make_cues, spaced, to_srt, to_vtt
+from src.inference.captions import make_cues, to_srt, to_vtt
 from src.inference.files.transcribe import Transcriptions
 from src.inference.server.host import complaint
 from src.inference.words import Word
@@ -161,7 +161,7 @@ def results_html(models: Sequence[str], done: Sequence[Transcriptions], stem: st
     words = [each[0].words or () for each in done]
     cues = make_cues(words[0])
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"spaced": spaced, "clock": clock}
+    environment.filters["clock"] = clock
     return environment.from_string(_template("demo_results.html")).render(
         models=models,
         done=done,

@@ -2,8 +2,9 @@
 
 The client sends
 1. optionally, as its first message, text: `{"type": "hello", "version": 1, "sample_rate": 16000, "format": "f32le",
-   "language": "en", "token": "..."}`. All but `type` may be left out; without `language` the server's own setting
-   holds. `token` is for browsers, which cannot send the header `Authorization: Bearer TOKEN`.
+   "language": "en", "token": "..."}`. All but `type` may be left out. `language` is a mark that `parse_language`
+   takes, or "auto" to detect it; without it the server's own setting holds, which may be to detect it. `token` is for
+   browsers, which cannot send the header `Authorization: Bearer TOKEN`.
 2. binary messages: any number of samples of one channel, in the format that hello named: "f32le" in [-1, 1], or
    "s16le".
 3. text: `{"type": "end"}`. What was sent is then decoded to its end; closing the connection instead discards it.
@@ -11,11 +12,13 @@ The client sends
 The server sends text, JSON objects with a `kind`:
 - "ready", after hello or the first audio: `version`, `sample_rate`, `format`, and its limits `max_message_bytes`,
   `queue_sec`, `idle_sec`, `max_session_sec`.
-- "partial", "commit", "final": an `Event`, words as `{text, start, end, probability}`, times in seconds since the first
-  sample. `emitted_at` is a monotone clock of the server, in seconds: only differences mean something.
+- "partial", "commit", "final": an `Event`, words as `{text, start, end, probability, space}`, times in seconds since
+  the first sample. `space` of a word, and of the event, says whether a space separates it from the text before it,
+  across events too: commits joined by it are the transcript. `language` is what the words were decoded in; left out for
+  an English-only model. `emitted_at` is a monotone clock of the server, in seconds: only differences mean something.
   `lag_sec` is audio that the server has received and not heard yet.
-- "done", the last message: `reason` ("end", or "shutdown" of the server), `text`: all commits, and the `audio_sec`
-  heard.
+- "done", the last message: `reason` ("end", or "shutdown" of the server), `text`: all commits, their `language`, and
+  the `audio_sec` heard.
 - "error", the last message instead: `code`, `message`, `fix`, and `audio_sec` heard where a session had begun. The
   connection closes with `CLOSE_CODES[code]`.
 
@@ -115,6 +118,7 @@ class WireWord(_Message):
     start: float
     end: float
     probability: float
+    space: bool = True
 
 
 class LiveEvent(_Message):
@@ -123,24 +127,27 @@ class LiveEvent(_Message):
     kind: Literal["partial", "commit", "final"]
     sequence: int
     text: str
+    space: bool = True
     words: tuple[WireWord, ...]
     audio_sec: float
     emitted_at: float
     lag_sec: float
+    language: str | None = None
 
     @classmethod
     def of(cls, event: Event, *, lag_sec: float) -> Self:
         """Wrap an event for the wire."""
         words = tuple(
-            WireWord(text=w.text, start=w.start_sec, end=w.end_sec, probability=w.probability) for w in event.words
+            WireWord(text=w.text, start=w.start_sec, end=w.end_sec, probability=w.probability, space=w.space)
+            for w in event.words
         )
-        return cls(**{**vars(event), "words": words}, lag_sec=lag_sec)
+        return cls(**{**vars(event), "words": words}, space=event.space, lag_sec=lag_sec)
 
     @property
     def event(self) -> Event:
         """The event as the session emitted it."""
-        words = tuple(Word(word.text, word.start, word.end, word.probability) for word in self.words)
-        return Event(self.kind, words, self.text, self.audio_sec, self.emitted_at, self.sequence)
+        words = tuple(Word(w.text, w.start, w.end, w.probability, space=w.space) for w in self.words)
+        return Event(self.kind, words, self.text, self.audio_sec, self.emitted_at, self.sequence, self.language)
 
 
 class Done(_Message):
@@ -150,6 +157,7 @@ class Done(_Message):
     reason: Literal["end", "shutdown"]
     text: str
     audio_sec: float
+    language: str | None = None
 
 
 class Failure(_Message):

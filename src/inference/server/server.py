@@ -169,8 +169,13 @@ class CaptionServer:
                         await self._send(websocket, protocol.LiveEvent.of(event, lag_sec=live.waiting_sec))
                 if isinstance(live.ending, StreamError):
                     raise live.ending
-                text, audio_sec = live.session.transcript, live.session.audio_sec
-                return protocol.Done(reason=live.ending or "end", text=text, audio_sec=audio_sec)
+                heard = live.session
+                return protocol.Done(
+                    reason=live.ending or "end",
+                    text=heard.transcript,
+                    audio_sec=heard.audio_sec,
+                    language=heard.language,
+                )
             except StreamError as err:
                 err.audio_sec = live.session.audio_sec
                 raise

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from src.inference.words import Word
+from src.inference.words import Word, cut_words
 from src.utils.config import StreamingConfig
 from src.utils.languages import is_unspaced_character
 
@@ -31,13 +31,15 @@ class LoopLimits:
     """Which repetitions no speaker makes, in words or in characters of a script without spaces."""
 
     ngram: int  # longest phrase
+    calm_ngram: int  # likewise, below `CALM_PER_SEC`: a long one may be a verse
     span: int  # of all copies together: people say "no, no, no, no"; nobody says twelve words of it
     fast_span: int  # likewise, if they pass faster than `per_sec`
     per_sec: float  # beyond fast speech, which has 4 to 5 words, 8 Chinese or 18 Thai characters
 
 
-WORD_LOOPS = LoopLimits(ngram=4, span=12, fast_span=LOOP_MIN_COPIES, per_sec=8.0)
-CHARACTER_LOOPS = LoopLimits(ngram=24, span=30, fast_span=8, per_sec=24.0)
+WORD_LOOPS = LoopLimits(ngram=4, calm_ngram=4, span=12, fast_span=LOOP_MIN_COPIES, per_sec=8.0)
+CHARACTER_LOOPS = LoopLimits(ngram=24, calm_ngram=12, span=30, fast_span=8, per_sec=24.0)
+CALM_PER_SEC = 5.0  # characters; slower is an ordinary pace
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,19 @@ class Event:
     audio_sec: float  # heard when it was emitted
     emitted_at: float  # by the session's clock, seconds
     sequence: int  # 0, 1, 2, ... over the session
+    language: str | None = None  # that the words were decoded in; None for an English-only model
+
+    @property
+    def space(self) -> bool:
+        """Whether a space separates the text from the commits before it; at the beginning there is nothing before."""
+        return bool(self.words) and self.words[0].space
 
 
 class CommitPolicy:
     """Decides which words of a hypothesis are final. Nothing committed is ever retracted, and times never decrease.
 
-    Words are compared without case and punctuation; the newer spelling and times are kept.
+    In scripts without spaces a word is a character, also where a hypothesis has a run of them as one. Words are
+    compared without case and punctuation; the newer spelling and times are kept.
     """
 
     forces_prefix = False  # hypotheses must begin with the committed words whose audio is still held
@@ -74,7 +83,7 @@ class CommitPolicy:
 
     def update(self, words: Sequence[Word], *, audio_end_sec: float) -> tuple[tuple[Word, ...], tuple[Word, ...]]:
         """Take a hypothesis for all audio held, in absolute time; return the words that became final, and the tail."""
-        new = self._new_words(words)
+        new = self._new_words(cut_words(words))
         keys = tuple(map(word_key, new))
         settled = self._settled(new, keys, audio_end_sec)
         self._previous = keys[settled:]
@@ -87,7 +96,7 @@ class CommitPolicy:
     def flush(self, words: Sequence[Word]) -> tuple[Word, ...]:
         """Commit every new word of a hypothesis; loops are dropped."""
         self._previous = ()
-        return self._commit(self._new_words(words))
+        return self._commit(self._new_words(cut_words(words)))
 
     def discard_before(self, sec: float) -> None:
         """Note that audio before `sec` is gone: coming hypotheses begin after it."""
@@ -99,7 +108,9 @@ class CommitPolicy:
         """Return the words after the committed ones, without loops.
 
         The cut k minimises 2 x edit distance(committed words held, words[:k]) + words whose middle lies on the wrong
-        side of the last committed time by more than `TIME_SLACK_SEC`; of equals, the cut nearest to that time wins.
+        side of the last committed time by more than `TIME_SLACK_SEC`. Of equals, the cut before the character that the
+        last hypothesis had there wins (in scripts without spaces: times are off by a character), then the nearest to
+        that time.
         """
         words = _without_loops((), words)  # committed words have none: a loop would shift the cut
         expected = [word_key(word) for word in self._committed if word.end_sec > self._held_from_sec]
@@ -107,8 +118,12 @@ class CommitPolicy:
         late = [middle > self._last_end_sec + TIME_SLACK_SEC for middle in middles]
         early = [middle < self._last_end_sec - TIME_SLACK_SEC for middle in middles]
         by_time = sum(middle < self._last_end_sec for middle in middles)
-        distances = _prefix_distances(expected, [word_key(word) for word in words])
-        costs = [(EDIT_COST * d + sum(late[:k]) + sum(early[k:]), abs(k - by_time)) for k, d in enumerate(distances)]
+        keys = [word_key(word) for word in words]
+        follows = [bool(key and is_unspaced_character(key[0])) and key in self._previous[:1] for key in keys]
+        costs = [
+            (EDIT_COST * d + sum(late[:k]) + sum(early[k:]), not any(follows[k : k + 1]), abs(k - by_time))
+            for k, d in enumerate(_prefix_distances(expected, keys))
+        ]
         return _without_loops(self._committed[-CHARACTER_LOOPS.span :], words[costs.index(min(costs)) :])
 
     def _commit(self, words: Sequence[Word], audio_end_sec: float = math.inf) -> tuple[Word, ...]:
@@ -158,19 +173,25 @@ class AlignAtt(CommitPolicy):
 class ChunkMerge(CommitPolicy):
     """Independent chunks of 2 s that overlap by 0.5 s, merged at a word's middle: how live captions are often made.
 
-    Kept for comparison: a word that a chunk's edge cuts is wrong in both chunks.
+    Kept for comparison: a word that a chunk's edge cuts is wrong in both chunks. In scripts without spaces the overlap
+    is aligned by text, too: a character is no longer than times are wrong.
     """
 
     window_sec, interval_sec = CHUNK_SEC, CHUNK_SEC - CHUNK_OVERLAP_SEC
 
     def update(self, words: Sequence[Word], *, audio_end_sec: float) -> tuple[tuple[Word, ...], tuple[Word, ...]]:
         """Commit the words of a chunk whose middle lies between the middles of its overlaps."""
-        until_sec = audio_end_sec - CHUNK_OVERLAP_SEC / 2
+        words, until_sec = cut_words(words), audio_end_sec - CHUNK_OVERLAP_SEC / 2
         committed = self._commit([word for word in self._new_words(words) if _middle_sec(word) <= until_sec])
         self._last_end_sec = max(self._last_end_sec, until_sec)
-        return committed, tuple(word for word in words if _middle_sec(word) > until_sec)
+        tail = tuple(word for word in words if _middle_sec(word) > until_sec)
+        self._previous = tuple(map(word_key, tail))
+        return committed, tail
 
     def _new_words(self, words: Sequence[Word]) -> tuple[Word, ...]:
+        if words and is_unspaced_character(words[0].text[0]):
+            self._held_from_sec = max(self._held_from_sec, words[0].start_sec)
+            return super()._new_words(words)
         late = [word for word in words if _middle_sec(word) > self._last_end_sec]
         return _without_loops(self._committed[-CHARACTER_LOOPS.span :], late)
 
@@ -206,8 +227,9 @@ def find_loop(words: Sequence[Word], *, beyond: int = 0) -> range | None:
             span = stop - start
             if span < LOOP_MIN_COPIES * n or stop <= beyond:
                 continue
-            fastest = limits.per_sec * (words[stop - 1].end_sec - words[start].start_sec)
-            if span >= limits.span or (span >= limits.fast_span and span > fastest):
+            duration_sec = words[stop - 1].end_sec - words[start].start_sec
+            is_long = span >= limits.span and (n <= limits.calm_ngram or span > CALM_PER_SEC * duration_sec)
+            if is_long or (span >= limits.fast_span and span > limits.per_sec * duration_sec):
                 cut_off = len(keys) - stop < n and keys[stop:] == gram[: len(keys) - stop]
                 return range(start + n, len(keys) if cut_off else stop)
     return None

@@ -2,16 +2,19 @@
 
 A session holds the newest audio, decodes it when enough of it is new, and lets a commit policy decide which words are
 final. Speech detection decides when to compute: a pause makes the words so far final, decoded to their end. State
-advances in steps of one VAD window, so that any chunking of the same audio gives the same transcript.
+advances in steps of one VAD window, so that any chunking of the same audio gives the same transcript. A language that
+is neither given nor the checkpoint's own is detected once, on enough speech, and kept until `reset`.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import itertools
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,15 +24,17 @@ import numpy as np
 import soxr
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
+from src.data.labels import MAX_LABEL_TOKENS
 from src.data.vad import WINDOW_SAMPLES, SpeechTimeline, VADEvent, VoiceActivityDetector, check_waveform
 from src.inference.engine_base import Engine
-from src.inference.engines import engine_of, transcribe
+from src.inference.engines import engine_of
 from src.inference.options import DecodingOptions
-from src.inference.streaming.commit import CommitPolicy, Event, find_loop, make_policy
+from src.inference.streaming.commit import CHUNK_OVERLAP_SEC, CommitPolicy, Event, find_loop, make_policy
 from src.inference.streaming.microphone import BrowserMicrophone, Microphone, in_real_time
-from src.inference.words import Word, join_words, shifted
+from src.inference.words import Word, cut_words, join_words, shifted
 from src.utils.config import Config
 from src.utils.errors import AudioError
+from src.utils.languages import CAP_FACTOR, space_between, text_language
 from src.utils.runtime import in_colab, in_notebook
 
 logger = logging.getLogger(__name__)
@@ -49,6 +54,16 @@ ALIGN_SLACK_SEC = 0.2  # how far a word's time may lie outside padded speech
 BUSY_FACTOR = 1.2  # an update is worth starting after this many times its own duration
 EMA_WEIGHT = 0.3  # of the newest update time in the running mean
 
+# When a session's language is settled. Of base's guesses on 1, 2 and 3 s (espeak-ng in 16 languages, English of 20
+# speakers; 2026-11-30) none of at least 0.9 was wrong, but a quarter of those from 0.7 to 0.9.
+FIRST_GUESS_SEC = 1.0  # of speech, before which nothing is decoded unless it ends
+ENOUGH_SPEECH_SEC = 3.0  # settles it
+CERTAIN = 0.9  # probability that settles it earlier
+
+MIN_REST_SEC = 0.2  # of audio after a text that ended at a limit; less has no word
+START_TOKENS = 5  # before the text: previous text, start, language, task, no timestamps
+FAST_SPEECH = 1.5  # times the ordinary tokens per second: a full buffer of it must fit into the decoder
+
 
 @dataclass(frozen=True)
 class StreamingResult:
@@ -60,11 +75,13 @@ class StreamingResult:
     longest_update_sec: float  # of the model calls
     updates: int  # model calls
     overruns: int = 0  # blocks that the microphone lost
+    language: str | None = None  # of the newest words: given, the checkpoint's own, or detected
+    truncated: int = 0  # updates whose text ended at a limit of the decoder, with audio left that it could not write
 
     @property
     def text(self) -> str:
         """The transcript: exactly the commits, joined."""
-        return " ".join(event.text for event in self.events if event.kind == "commit")
+        return join_words(word for event in self.events if event.kind == "commit" for word in event.words)
 
     @property
     def rtf(self) -> float:
@@ -75,7 +92,7 @@ class StreamingResult:
 class StreamingASR:
     """One live session: `feed` it, or give it a file, an array or the microphone.
 
-    Several sessions may share an engine; each is used from one thread at a time.
+    Several sessions may share an engine, or a model, also in several threads; a session is used from one at a time.
 
     Args:
         model: a `DynamicWhisper`, in the context that its config says; not needed with `engine`.
@@ -108,7 +125,6 @@ class StreamingASR:
         silence_sec = CONTEXT_SILENCE_SEC[engine.audio_context] if context_silence_sec is None else context_silence_sec
         self._context_silence_sec = silence_sec
         self._make_policy = policy or (lambda: make_policy(config.streaming))
-        self._capacity = math.ceil(config.streaming.buffer_sec * SAMPLE_RATE)
         self._pad_sec = vad.config.pad_sec if vad is not None else 0.0
         self._lead_in_sec = ONSET_SEC + self._pad_sec + (vad.config.min_speech_sec if vad is not None else 0.0)
         self.sharers = 1  # sessions that take turns on this machine: updates become that much rarer
@@ -124,12 +140,17 @@ class StreamingASR:
         self._rate: int | None = None
         self._state: Literal["idle", "speech", "ending", "pause"] = "idle"
         self._adaptive = True  # update less often on a slow machine
+        self._language = self._options.language or self._engine.language
+        self._guesses: dict[float, tuple[str, float, float]] = {}  # by utterance: code, probability, seconds of speech
+        self._settle_language(self._language is not None or len(self._engine.vocabulary.languages) < 2)
         self._transcript: list[Word] = []
         self._finals = 0  # words of the transcript that a final has covered
         self._left = 0  # words of the transcript whose audio left the buffer
         self._hypothesis: tuple[Word, ...] = ()
+        self._tail: tuple[Word, ...] = ()  # of the hypothesis, not committed
         self._partial: tuple[Word, ...] = ()
-        self._updated_sec = 0.0
+        self._updated_sec = self._guessed_sec = self._speech_from_sec = 0.0
+        self._truncated = 0
         self._outbox: list[Event] = []  # survives an exception, so that no event is lost
         self._sequence = 0
         self.updates, self.compute_sec, self.longest_update_sec, self._mean_update_sec = 0, 0.0, 0.0, 0.0
@@ -143,6 +164,11 @@ class StreamingASR:
     def words(self) -> tuple[Word, ...]:
         """All committed words, in absolute time."""
         return tuple(self._transcript)
+
+    @property
+    def language(self) -> str | None:
+        """That the audio is decoded in: given, the checkpoint's own, or detected; None until then."""
+        return self._language
 
     @property
     def audio_sec(self) -> float:
@@ -207,7 +233,10 @@ class StreamingASR:
 
     def result(self, events: Sequence[Event]) -> StreamingResult:
         """Summarise the session; `events` are all that it has given since the last `reset`."""
-        return StreamingResult(tuple(events), self.audio_sec, self.compute_sec, self.longest_update_sec, self.updates)
+        return StreamingResult(
+            tuple(events), self.audio_sec, self.compute_sec, self.longest_update_sec, self.updates,
+            language=self._language, truncated=self._truncated,
+        )  # fmt: skip
 
     def feed(self, samples: Waveform, sample_rate: int = SAMPLE_RATE) -> list[Event]:
         """Hear more audio, and return the events that it caused, in order.
@@ -260,7 +289,7 @@ class StreamingASR:
 
     def _hear(self, size: int) -> None:
         """Hear a window, or what is left at the end; where making room fails, the next call hears it."""
-        if self._heard + size - self._start > self._capacity:
+        if self._heard + size - self._start > math.ceil(self._buffer_sec * SAMPLE_RATE):
             self._make_room()
         at = self._heard - self._start
         self._heard += size
@@ -271,7 +300,8 @@ class StreamingASR:
             # more audio than an update takes, so that a slow machine never falls behind for good
             busy_sec = BUSY_FACTOR * self.sharers * self._mean_update_sec if self._adaptive else 0.0
             chunk_sec = self._policy.interval_sec or self._settings.min_chunk_sec
-            if self.audio_sec - self._updated_sec >= max(chunk_sec, busy_sec):
+            too_early = not self._language_settled and self._speech_sec() < FIRST_GUESS_SEC
+            if self.audio_sec - self._updated_sec >= max(chunk_sec, busy_sec) and not too_early:
                 self._update()
         elif self._state == "idle" or self.audio_sec - self._timeline.end_sec > self._context_silence_sec:
             self._state = "idle"
@@ -281,14 +311,17 @@ class StreamingASR:
         for event in events:
             if event.kind == "start" and self._state in ("idle", "pause"):
                 self._updated_sec = event.time_sec  # the first update waits for a chunk of speech
+                self._speech_from_sec = event.time_sec
             self._state = "speech" if event.kind == "start" else "ending"
 
     def _update(self) -> None:
         self._hypothesis = self._decode()
-        committed, tail = self._policy.update(self._hypothesis, audio_end_sec=self.audio_sec)
-        self._commit(committed)
+        self._tail = self._hypothesis
+        if self._language_settled:  # nothing is final in a language that is a guess
+            committed, self._tail = self._policy.update(self._hypothesis, audio_end_sec=self.audio_sec)
+            self._commit(committed)
         shown_until_sec = self.audio_sec - self._settings.display_guard_sec
-        shown = tuple(itertools.takewhile(lambda word: word.end_sec <= shown_until_sec, tail))
+        shown = tuple(itertools.takewhile(lambda word: word.end_sec <= shown_until_sec, self._tail))
         if join_words(shown) != join_words(self._partial):
             self._partial = shown
             self._emit("partial", shown)
@@ -298,6 +331,7 @@ class StreamingASR:
         if self._updated_sec < min(self._timeline.end_sec + SETTLED_SEC, self.audio_sec):
             self._hypothesis = self._decode()
         self._commit(self._policy.flush(self._hypothesis))
+        self._tail = ()
         if self._partial:  # nothing of it was committed, but listeners still show it
             self._partial = ()
             self._emit("partial", ())
@@ -309,31 +343,52 @@ class StreamingASR:
     def _decode(self) -> tuple[Word, ...]:
         """Transcribe the audio held; return the words that lie in speech, in absolute time."""
         held_from_sec = self._start / SAMPLE_RATE
-        start_sec = max(held_from_sec, self.audio_sec - self._policy.window_sec)
+        # a window of the newest audio, and what came since the last update, where updates are late
+        window_sec = max(self._policy.window_sec, self.audio_sec - self._updated_sec + CHUNK_OVERLAP_SEC)
+        start_sec = max(held_from_sec, self.audio_sec - window_sec)
         samples = self._audio[round((start_sec - held_from_sec) * SAMPLE_RATE) : self._heard - self._start]
         prompt = self._prompt()
         prefix = join_words(self._transcript[self._left :]) if self._policy.forces_prefix else ""
-        words = self._call_model(samples, start_sec, prompt, prefix)
+        before = self._transcript[-1:]
+        words, is_cut = self._call_model(samples, start_sec, before, prompt, prefix)
         if (prompt or prefix) and find_loop(words) is not None:
-            words = self._call_model(samples, start_sec)  # the given text may have begun the loop, and would feed it
-        # where the decoder stopped early, decode the rest by itself
-        while words and self._vad is not None:
-            at_sec = words[-1].end_sec
-            if self._timeline.speech_sec(at_sec + ALIGN_SLACK_SEC, self.audio_sec) < UNCOVERED_SEC:
+            words, is_cut = self._call_model(samples, start_sec, before)  # the given text may have begun the loop
+        # where the decoder stopped early, decode the rest by itself: at a pause, or at its limit, perhaps within a word
+        while words:
+            is_cut = is_cut and find_loop(words) is None
+            kept = words[:-1] if is_cut else words
+            at_sec = words[-1].start_sec if is_cut else words[-1].end_sec
+            unread_sec = self._timeline.speech_sec(at_sec + ALIGN_SLACK_SEC, self.audio_sec) if self._vad else 0.0
+            if not is_cut and unread_sec < UNCOVERED_SEC:
                 break
-            rest = self._call_model(samples[round((at_sec - start_sec) * SAMPLE_RATE) :], at_sec)
-            if not rest or rest[-1].end_sec <= at_sec:
+            rest_samples = samples[round((at_sec - start_sec) * SAMPLE_RATE) :]
+            rest: tuple[Word, ...] = ()
+            if at_sec > start_sec and len(rest_samples) >= MIN_REST_SEC * SAMPLE_RATE:
+                rest, rest_is_cut = self._call_model(rest_samples, at_sec, kept[-1:])
+            if not rest or rest[-1].end_sec <= at_sec or (rest_is_cut and rest[-1].start_sec <= at_sec):
+                self._note_truncated(is_cut, at_sec)
                 break
-            words += rest
+            words, is_cut = kept + rest, rest_is_cut
         self._updated_sec = self.audio_sec
         slack_sec = self._pad_sec + ALIGN_SLACK_SEC
         return tuple(w for w in words if self._timeline.touches(w.start_sec, w.end_sec, slack_sec=slack_sec))
 
-    def _call_model(self, samples: Waveform, start_sec: float, prompt: str = "", prefix: str = "") -> tuple[Word, ...]:
-        """Decode audio that begins at `start_sec`; return its words in absolute time, and measure the call."""
+    def _call_model(
+        self, samples: Waveform, start_sec: float, before: Sequence[Word], prompt: str = "", prefix: str = ""
+    ) -> tuple[tuple[Word, ...], bool]:
+        """Decode audio that begins at `start_sec`, and measure the call.
+
+        Returns:
+            The words in absolute time, and whether the text ended at a limit. The first word follows `before`: a
+            decoder does not know whether a space belongs there.
+        """
         began = self._clock()
         try:
-            (result,) = transcribe(self._engine, [samples], replace(self._options, prompt=prompt, prefix=prefix))
+            encoded = self._engine.encode([samples], self._options.trailing_silence_sec)
+            if not self._language_settled and self._guessed_sec < self.audio_sec:
+                self._guess_language(encoded)
+            options = replace(self._options, language=self._language, prompt=prompt, prefix=prefix)
+            (result,) = self._engine.decode(encoded, [samples], options)
         except Exception as err:
             err.add_note(f"while streaming {self._start / SAMPLE_RATE:.2f} to {self.audio_sec:.2f} s")
             raise
@@ -341,44 +396,99 @@ class StreamingASR:
         self._mean_update_sec += (EMA_WEIGHT if self.updates else 1.0) * (spent_sec - self._mean_update_sec)
         self.longest_update_sec = max(self.longest_update_sec, spent_sec)
         self.updates += 1
-        return shifted(result.words or (), start_sec)
+        words = cut_words(shifted(result.words or (), start_sec))
+        if words:
+            space = bool(before and space_between(before[-1].text, words[0].text))
+            words = replace(words[0], space=space), *words[1:]
+        return words, result.truncated
+
+    def _guess_language(self, encoded: Any) -> None:
+        """Detect the language of the audio held; enough speech, or a high probability, settles it.
+
+        Utterances that were too short to settle it count together: their guesses are weighted by probability and
+        length.
+        """
+        ((code, probability),) = self._engine.detect(encoded)
+        self._guessed_sec, speech_sec = self.audio_sec, self._speech_sec()
+        self._guesses[self._speech_from_sec] = code, probability, speech_sec
+        weights: Counter[str] = Counter()
+        for said, certainty, sec in self._guesses.values():
+            weights[said] += certainty * sec  # type: ignore[assignment]
+        ((self._language, _),) = weights.most_common(1)
+        is_certain = probability >= CERTAIN and speech_sec >= FIRST_GUESS_SEC
+        self._settle_language(is_certain or sum(sec for _, _, sec in self._guesses.values()) >= ENOUGH_SPEECH_SEC)
+        if self._language_settled:
+            logger.info("the stream's language: %s, after %.1f s", self._language, self.audio_sec)
+
+    def _settle_language(self, settled: bool) -> None:
+        """Note whether the language is decided; the buffer holds no more fast speech in it than the decoder writes."""
+        self._language_settled = settled
+        rate = self._engine.max_tokens_per_sec(text_language(self._language, self._options.task))
+        room = MAX_LABEL_TOKENS - START_TOKENS - self._settings.max_prompt_tokens
+        self._buffer_sec = min(self._settings.buffer_sec, room / (rate / CAP_FACTOR * FAST_SPEECH))
+
+    def _speech_sec(self) -> float:
+        """Return how much speech the utterance has so far."""
+        return self._timeline.speech_sec(self._speech_from_sec, self.audio_sec)
+
+    def _note_truncated(self, is_cut: bool, at_sec: float) -> None:
+        if is_cut:
+            self._truncated += 1
+            if self._truncated == 1:
+                logger.warning(
+                    "a text ended at the decoder's limit at %.2f s, and the rest could not be decoded; lower "
+                    "streaming.buffer_sec",
+                    at_sec,
+                )
 
     def _prompt(self) -> str:
         """Return the newest text whose audio has left the buffer, at most `max_prompt_tokens` of it."""
         budget = self._settings.max_prompt_tokens
         words = self._transcript[max(0, self._left - budget) : self._left]
-        tokens = itertools.accumulate(len(self._engine.vocabulary.encode(" " + word.text)) for word in reversed(words))
-        fitting = sum(total <= budget for total in tokens)
+
+        def tokens(count: int) -> int:
+            return len(self._engine.vocabulary.encode(join_words(words[len(words) - count :])))
+
+        fitting = bisect.bisect_right(range(len(words) + 1), budget, key=tokens) - 1
         return join_words(words[len(words) - fitting :])
 
     def _make_room(self) -> None:
-        """Cut a full buffer after a committed word; commit the settled words first where there is none."""
+        """Cut a full buffer after a committed word; nothing that the newest hypothesis has and no commit is cut off.
+
+        Where there is no such word, those that are settled are committed first, and then one after the other.
+        """
         end_sec = self.audio_sec
         if self._state in ("idle", "pause"):
             self._drop_audio_before(end_sec - self._lead_in_sec)
             return
         if self._updated_sec < end_sec:
             self._update()
+        settled_sec = end_sec - min(UNSETTLED_SEC, self._buffer_sec / 4)
+        for until_sec in (settled_sec, *(word.end_sec for word in self._tail if word.end_sec > settled_sec)):
+            if self._cut_sec() is None:
+                self._commit(self._policy.flush([word for word in self._hypothesis if word.end_sec <= until_sec]))
+                self._tail = tuple(word for word in self._tail if word.end_sec > until_sec)
         cut_sec = self._cut_sec()
-        if cut_sec is None:
-            unsettled_sec = min(UNSETTLED_SEC, self._settings.buffer_sec / 4)
-            settled = [word for word in self._hypothesis if word.end_sec <= end_sec - unsettled_sec]
-            self._commit(self._policy.flush(settled))
-            cut_sec = self._cut_sec()
         if cut_sec is None:  # no words there: nothing is lost
-            cut_sec = end_sec - min(KEEP_SEC, self._settings.buffer_sec / 2)
+            cut_sec = end_sec - min(KEEP_SEC, self._buffer_sec / 2)
         self._drop_audio_before(cut_sec)
 
     def _cut_sec(self) -> float | None:
         """Return the end of a committed word to cut after: the last one that leaves `KEEP_SEC`, else the first."""
-        free_at_least_sec = min(1.0, self._settings.buffer_sec / 4)  # otherwise the next cut follows at once
+        free_at_least_sec = min(1.0, self._buffer_sec / 4)  # otherwise the next cut follows at once
         earliest_sec = self._start / SAMPLE_RATE + free_at_least_sec
         ends = [word.end_sec for word in self._transcript[self._left :] if word.end_sec >= earliest_sec]
         old = [end for end in ends if end <= self.audio_sec - KEEP_SEC]
-        return old[-1] if old else min(ends, default=None)
+        cut_sec = old[-1] if old else min(ends, default=None)
+        return cut_sec if cut_sec is None or self._free_before(cut_sec) >= earliest_sec else None
+
+    def _free_before(self, sec: float) -> float:
+        """Return how far audio before a time may be dropped: to the first word that is not committed."""
+        return min([sec, *(word.start_sec for word in self._tail)])
 
     def _drop_audio_before(self, sec: float) -> None:
-        dropped = min(max(round(sec * SAMPLE_RATE) - self._start, 0), self._heard - self._start)
+        """Drop the audio and the words before a time; a word that is not committed keeps its audio."""
+        dropped = min(max(round(self._free_before(sec) * SAMPLE_RATE) - self._start, 0), self._heard - self._start)
         self._audio, self._start = self._audio[dropped:], self._start + dropped
         self._policy.discard_before(sec)
         self._timeline.discard_before(sec)
@@ -393,5 +503,6 @@ class StreamingASR:
             self._emit("commit", words)
 
     def _emit(self, kind: Literal["partial", "commit", "final"], words: tuple[Word, ...]) -> None:
-        self._outbox.append(Event(kind, words, join_words(words), self.audio_sec, self._clock(), self._sequence))
+        text, now = join_words(words), self._clock()
+        self._outbox.append(Event(kind, words, text, self.audio_sec, now, self._sequence, self._language))
         self._sequence += 1

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from src.inference.captions import spaced
 from src.inference.streaming.commit import Event
 from src.utils.runtime import in_notebook
 
@@ -36,7 +35,7 @@ class LiveCaptions:
         self._clock, self._terminal = clock, sys.stdout
         self._in_notebook, self._display_id = in_notebook(), ""
         self._drawn_sec: deque[float] = deque(maxlen=MAX_UPDATES_PER_SEC)  # the newest updates
-        self._committed, self._partial = "", ""  # text that stays, its newest `MAX_CHARS`; text that may change
+        self._committed, self._partial = "", ""  # text that stays, its newest `MAX_CHARS`; what may change, after it
         self._heard_sec, self._late = 0.0, ""
 
     def __enter__(self) -> Self:
@@ -49,11 +48,11 @@ class LiveCaptions:
     def show(self, event: Event) -> None:
         """Take an event, and show its effect unless there were too many updates."""
         self._heard_sec = event.audio_sec
-        text = "".join(spaced([word.text for word in event.words]))
+        text = " " * (event.space and bool(self._committed)) + event.text
         if event.kind == "partial":
             self._partial = text
         elif event.kind == "commit":
-            self._committed, self._partial = _join(self._committed, text), ""
+            self._committed, self._partial = self._committed + text, ""
             if len(self._committed) > MAX_CHARS:  # from the beginning of a word where the script has spaces
                 tail = self._committed[-MAX_CHARS:]
                 self._committed = f"… {tail.partition(' ')[2] or tail}"
@@ -66,18 +65,17 @@ class LiveCaptions:
 
     def to_html(self, *, over: bool = False) -> str:
         """Return the captions for a notebook; text is escaped."""
-        rest = _join(self._committed, self._partial)[len(self._committed) :]
         status = f"{'finished' if over else 'listening'}: {self._heard_sec:.1f} s heard{self._late}"
         return (
             '<div style="max-width: 60em; line-height: 1.5">'
             f'<div dir="auto" style="min-height: 1.5em">{html.escape(self._committed)}'
-            f'<span style="opacity: {FAINT}; font-style: italic">{html.escape(rest)}</span></div>'
+            f'<span style="opacity: {FAINT}; font-style: italic">{html.escape(self._partial)}</span></div>'
             f'<small style="opacity: {FAINT}">{status}</small></div>'
         )
 
     def to_text(self) -> str:
         """Return the captions for a terminal, on one line, without control characters."""
-        return "".join(filter(str.isprintable, _join(self._committed, self._partial)))
+        return "".join(filter(str.isprintable, self._committed + self._partial))
 
     def _draw(self, *, over: bool = False) -> None:
         text, in_place = self.to_text(), self._terminal.isatty()
@@ -93,8 +91,3 @@ class LiveCaptions:
             columns = shutil.get_terminal_size().columns - 1  # the last one may wrap
             self._terminal.write(CLEAR_LINE + text[-columns:])
             self._terminal.flush()
-
-
-def _join(left: str, right: str) -> str:
-    """Join two texts as their script does; either may be empty."""
-    return "".join(spaced([text for text in (left, right) if text]))

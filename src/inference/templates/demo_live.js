@@ -88,6 +88,7 @@ async function run() {
     if (!reply || reply.error) throw new Error(reply?.error ?? UNREACHABLE);
     reply.events.forEach(show);
     find(".heard").textContent = clock(reply.audio_sec);
+    if (reply.language) find(".language").textContent = reply.language;
     if (reply.note) say(reply.note);
     if ("srt" in reply) {
       offer(reply);
@@ -118,7 +119,8 @@ function commit(word) {
   shown.className = "word";
   shown.textContent = word.text.trimStart();
   shown.title = `${word.start.toFixed(2)} to ${word.end.toFixed(2)} s`;
-  tail.before(word.text.startsWith(" ") ? " " : "", shown);
+  const begins = !page.lastElementChild.querySelector(".word");
+  tail.before(word.text.startsWith(" ") && !begins ? " " : "", shown);
   words += 1;
   lastEnd = word.end;
 }
@@ -160,7 +162,7 @@ function wipe() {
   [words, lastEnd, files.hidden] = [0, 0, true];
   find(".count").textContent = "0";
   find(".heard").textContent = "0:00";
-  find(".delay").textContent = "–";
+  for (const figure of [".delay", ".language"]) find(figure).textContent = "–";
   say("");
 }
 

@@ -20,7 +20,7 @@ from src.inference.server.protocol import (
     write_samples,
 )  # fmt: skip
 from src.inference.streaming.commit import Event
-from src.inference.words import Word
+from src.inference.words import Word, join_words
 
 
 def test_float_samples_arrive_unchanged_and_integers_clipped_and_to_half_a_step() -> None:
@@ -72,8 +72,10 @@ def test_no_text_breaks_the_readers_and_only_end_ends(text: str) -> None:
 
 
 def test_an_event_arrives_as_it_was() -> None:
-    words = (Word("Grüße,", 0.1, 1 / 3, 0.9), Word("世界", 1 / 3, 2.0, 1.0))
-    event = Event("commit", words, "Grüße, 世界", 2.5, 12_345.678_901, 7)
+    words = (Word("Grüße,", 0.1, 1 / 3, 0.9), Word("世", 1 / 3, 1.0, 1.0), Word("界", 1.0, 2.0, 1.0, space=False))
+    event = Event("commit", words, "Grüße, 世界", 2.5, 12_345.678_901, 7, "zh")
     received = read_server(LiveEvent.of(event, lag_sec=0.5).to_text())
     assert isinstance(received, LiveEvent)
     assert (received.event, received.lag_sec) == (event, 0.5)
+    assert [word.space for word in received.event.words] == [True, True, False]
+    assert join_words(received.event.words) == event.text

@@ -487,7 +487,10 @@ def test_the_scripts_stream_a_file_until_the_server_is_told_to_stop(
 def test_a_terminal_shows_what_may_change_dim_and_clears_it() -> None:
     kinds = ("commit", "partial", "final")
     events = [Event(kind, (Word("so", 0.0, 0.4, 0.9),), "s\x1bo", 1.0, 0.0, 0) for kind in kinds]
-    assert [stream_client.render(event, terminal=False) for event in events] == ["so ", "", "\n"]
+    assert [stream_client.render(event, terminal=False) for event in events] == ["so", "", "\n"]
+    assert stream_client.render(events[0], terminal=False, follows=True) == " so"
+    unspaced = Event("commit", (Word("天", 0.0, 0.4, space=False),), "天", 1.0, 0.0, 0)
+    assert stream_client.render(unspaced, terminal=False, follows=True) == "天"
     commit, partial, final = (stream_client.render(event, terminal=True) for event in events)
-    assert (commit, final) == ("\x1b[Jso ", "\x1b[J\n")
+    assert (commit, final) == ("\x1b[Jso", "\x1b[J\n")
     assert "\x1b[2mso\x1b[0m" in partial

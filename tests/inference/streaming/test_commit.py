@@ -95,6 +95,7 @@ def test_a_loop_is_never_committed_and_what_follows_it_is(gram: str) -> None:
         (spelled("ขอบคุณที่รับชม" * 4, second=12), range(10, 40)),
         (spelled("谢" * 12, second=40), range(1, 12)),
         (spelled("不不不不不，对对对对对对"), None),  # emphasis
+        (spelled("请不吝点赞订阅转发打赏支持明镜栏目" * 5, second=4), None),  # a verse, at the pace of one
         (spelled("哈哈哈哈哈哈哈哈哈哈"), None),
         (spelled("頑張れ頑張れ頑張れ頑張れ"), None),
         (spelled("ขอบคุณครับ" * 3, second=15), None),
@@ -102,6 +103,20 @@ def test_a_loop_is_never_committed_and_what_follows_it_is(gram: str) -> None:
 )
 def test_a_loop_is_many_copies_or_fast_ones(words: list[Word], loop: range | None) -> None:
     assert find_loop(words) == loop
+
+
+@pytest.mark.parametrize("last_sec", [2.8, 3.2])
+@pytest.mark.parametrize("make", [LocalAgreement, lambda: AlignAtt(0.55)])
+def test_a_run_without_spaces_is_not_one_word(make: Callable[[], CommitPolicy], last_sec: float) -> None:
+    policy = make()
+    first, both = "今天天气很好", "今天天气很好我们去公园"
+    heard = [(first, 1.5, 2.3), (first, 1.5, 2.6), (both, last_sec, last_sec + 0.3)]
+    committed: list[Word] = []
+    for text, end_sec, audio_end_sec in heard:
+        committed += policy.update([Word(text, 0.0, end_sec, 1.0)], audio_end_sec=audio_end_sec)[0]
+    assert join_words(committed) == first
+    committed += policy.flush([Word(both, 0.0, last_sec, 1.0)])
+    assert join_words(committed) == both
 
 
 def test_a_word_of_punctuation_keeps_its_text() -> None:

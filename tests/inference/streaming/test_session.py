@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.vad import VADEvent, VoiceActivityDetector
+from src.inference.engine_base import DecodingResult
 from src.inference.engines import load_engine
 from src.inference.options import DecodingOptions
-from src.inference.streaming.commit import AlignAtt, Event, word_key
+from src.inference.streaming.commit import AlignAtt, ChunkMerge, CommitPolicy, Event, LocalAgreement, word_key
 from src.inference.streaming.session import StreamingASR
 from src.inference.torch_engine import TorchEngine
 from src.inference.words import Word, join_words
@@ -82,16 +87,26 @@ class ScriptedDetector:
 
 
 def session(
-    hear: Callable[..., Any], *, vad: Any = None, context: Any = "full", given: Any = None, **streaming: Any
-) -> StreamingASR:
-    settings = {"policy": "local_agreement", "min_chunk_sec": 0.8, "display_guard_sec": 0.0, **streaming}
-    engine, config = ScriptedEngine(hear, audio_context=context), load_config(None, overrides={"streaming": settings})
+    hear: Callable[..., Any], *, vad: Any = None, context: Any = "full", given: Any = None, engine: Any = None,
+    **streaming: Any,
+) -> StreamingASR:  # fmt: skip
+    chosen = {"policy": "local_agreement", "min_chunk_sec": 0.8, "display_guard_sec": 0.0, **streaming}
+    engine = ScriptedEngine(hear, audio_context=context, **(engine or {}))
+    config = load_config(None, overrides={"streaming": chosen})
     return StreamingASR(engine=engine, vad=vad, config=config, **({"clock": lambda: 0.0} | (given or {})))
 
 
 def feed_in_pieces(asr: StreamingASR, audio: Waveform, cuts: Sequence[int] = ()) -> list[Event]:
     events = [event for piece in np.split(audio, cuts) for event in asr.feed(piece)]
     return events + asr.flush()
+
+
+def joined(events: Iterable[Event]) -> str:
+    """Join texts as a client does."""
+    text = ""
+    for event in events:
+        text += " " * event.space + event.text
+    return text
 
 
 def test_every_word_is_committed_once_over_many_buffers() -> None:
@@ -111,7 +126,7 @@ def test_any_chunking_gives_the_same_events_whose_commits_are_the_transcript(vad
     asr = session(script, vad=vad, buffer_sec=5)
     events = feed_in_pieces(asr, audio)
     for kind in ("commit", "final"):
-        assert " ".join(event.text for event in events if event.kind == kind) == asr.transcript
+        assert joined(event for event in events if event.kind == kind) == asr.transcript
     assert asr.result(events).text == asr.transcript
     assert [event.sequence for event in events] == list(range(len(events)))
     times = [event.audio_sec for event in events]
@@ -121,6 +136,89 @@ def test_any_chunking_gives_the_same_events_whose_commits_are_the_transcript(vad
     asr.reset()
     assert (asr.transcript, asr.audio_sec, asr.updates) == ("", 0.0, 0)
     assert feed_in_pieces(asr, audio, cuts) == events
+
+
+VERSE = "一二三四五六七八九十百千万亿" * 18  # four characters a second
+
+
+class Reader:
+    """Hears `VERSE` right; a character that has begun when the audio ends is not heard yet."""
+
+    def __init__(self, *, runs: bool) -> None:
+        self.runs = runs
+        self.prefixes: list[str] = []
+
+    def __call__(self, audio: Waveform, options: DecodingOptions) -> list[Word]:
+        begin, end = float(audio[0]) / SAMPLE_RATE, float(audio[-1] + 1) / SAMPLE_RATE
+        self.prefixes.append(options.prefix)
+        heard = VERSE[int(begin * 4) : int(end * 4)]
+        if self.runs:  # as one word, whose end is that of the audio
+            return [Word(heard, 0.0, end - begin, 0.9)] if heard else []
+        return [Word(char, i / 4, (i + 1) / 4, 0.9, space=False) for i, char in enumerate(heard)]
+
+
+@pytest.mark.parametrize("runs", [False, True])
+@pytest.mark.parametrize("policy", ["alignatt", "local_agreement", "chunk_merge"])
+def test_a_script_without_spaces_is_committed_whole_and_once(policy: str, runs: bool) -> None:
+    for pieces in (4_800, 12_345):
+        asr = session(reader := Reader(runs=runs), policy=policy, min_chunk_sec=0.3)
+        events = feed_in_pieces(asr, clock_audio(60.0), range(0, 60 * SAMPLE_RATE, pieces))
+        assert asr.transcript == VERSE[:240]
+        assert asr.result(events).text == joined(e for e in events if e.kind == "commit") == asr.transcript
+        assert " " not in "".join(reader.prefixes)
+        assert all(prefix in VERSE for prefix in reader.prefixes)
+        assert any(reader.prefixes) == (policy == "alignatt")
+        late_sec = [e.audio_sec - word.end_sec for e in events if e.kind == "commit" for word in e.words]
+        assert max(late_sec) < 2.5
+
+
+def unsteady(rng: np.random.Generator, script: Sequence[Word], steady: float) -> Callable[..., list[Word]]:
+    """Hear the words of a script, each time spelt and timed otherwise, and some not at all; 1.0 hears them right."""
+
+    def hear(audio: Waveform, options: DecodingOptions) -> list[Word]:
+        begin, end = float(audio[0]) / SAMPLE_RATE, float(audio[-1] + 1) / SAMPLE_RATE
+        words, last, shake = [], 0.0, 0.2 * (1.0 - steady)
+        for word in script:
+            if not begin - 0.05 <= word.start_sec < end - 0.05 or rng.random() > 0.9 + steady:
+                continue
+            start = max(last, word.start_sec - begin + rng.normal(0, shake))
+            last = min(max(start + 0.02, word.end_sec - begin + rng.normal(0, shake)), end - begin)
+            variant = f"v{rng.integers(3)}" if rng.random() >= steady else ""
+            text = f"{word.text}{variant}" if word.end_sec <= end + 0.05 else f"half{rng.random()}"
+            words.append(Word(text, min(start, last), last, 0.9))
+        return words
+
+    return hear
+
+
+@pytest.mark.parametrize("policy", [lambda: AlignAtt(0.55), LocalAgreement, ChunkMerge])
+@given(seed=st.integers(0, 10_000), steady=st.sampled_from([0.0, 0.5, 1.0]), buffer_sec=st.sampled_from([2.0, 4.0]))
+@settings(max_examples=15, deadline=None)
+def test_no_audio_is_dropped_while_it_has_an_uncommitted_hypothesis(
+    policy: Callable[[], CommitPolicy], seed: int, steady: float, buffer_sec: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    script = talk((0.0, 20.0), word_sec=float(rng.choice([0.1, 0.3, 1.1, 3.0])))
+    made = policy()
+    update, flush, tail = made.update, made.flush, []
+
+    def watched_update(words: Sequence[Word], *, audio_end_sec: float) -> Any:
+        committed, tail[:] = update(words, audio_end_sec=audio_end_sec)
+        return committed, tuple(tail)
+
+    def watched_flush(words: Sequence[Word]) -> Any:
+        tail[:] = [word for word in tail if word not in words]
+        return flush(words)
+
+    made.update, made.flush = watched_update, watched_flush  # type: ignore[method-assign]
+    asr = session(unsteady(rng, script, steady), buffer_sec=buffer_sec, given={"policy": lambda: made})
+    for piece in np.split(clock_audio(20.0), range(0, 20 * SAMPLE_RATE, 512)):
+        asr.feed(piece)
+        assert all(word.start_sec >= asr._start / SAMPLE_RATE - 1e-3 for word in tail)
+        assert len(asr._audio) / SAMPLE_RATE <= buffer_sec + 0.04
+    asr.flush()
+    if steady == 1.0 and not isinstance(made, ChunkMerge) and script[0].end_sec < buffer_sec / 2:
+        assert asr.transcript == join_words(script)
 
 
 def test_a_policy_of_the_caller_replaces_the_configured_one() -> None:
@@ -273,6 +371,115 @@ def test_unfit_samples_and_no_model_are_refused() -> None:
             session(Script([])).feed(samples)
     with pytest.raises(ModelError):
         StreamingASR()
+
+
+LANGUAGES = ("de", "en", "zh")
+
+
+class Ear:
+    """Detects by how much audio it is given, and says in which language it was asked to decode."""
+
+    def __init__(self, *guesses: tuple[float, str, float]) -> None:
+        self.guesses = guesses  # from so many seconds on: code, probability
+        self.asked: list[float] = []
+
+    def detect(self, audio: Waveform) -> tuple[str, float]:
+        sec = len(audio) / SAMPLE_RATE
+        self.asked.append(sec)
+        return next((code, p) for since, code, p in reversed(self.guesses) if sec >= since)
+
+    def hear(self, audio: Waveform, options: DecodingOptions) -> list[Word]:
+        begin, end = float(audio[0]) / SAMPLE_RATE, float(audio[-1] + 1) / SAMPLE_RATE
+        times = np.arange(np.ceil(begin * 2) / 2, end - 0.5 + 1e-6, 0.5)
+        return [Word(f"{options.language}{t:g}", t - begin, t - begin + 0.5, 0.9) for t in times]
+
+    def session(self, **given: Any) -> StreamingASR:
+        return session(self.hear, min_chunk_sec=0.3, engine={"languages": LANGUAGES, "detect": self.detect}, **given)
+
+
+def spoken(events: Iterable[Event]) -> set[str]:
+    return {word.text[:2] for event in events for word in event.words}
+
+
+def test_the_language_is_detected_once_on_enough_speech_and_then_kept() -> None:
+    ear = Ear((0.0, "en", 0.5), (2.5, "de", 0.6), (5.0, "zh", 0.99))
+    asr = ear.session(vad=ScriptedDetector((0.0, 8.0), (12.0, 20.0)))
+    events = asr.feed(clock_audio(2.9))
+    assert {event.kind for event in events} == {"partial"}  # a guess is shown, and not committed
+    assert "en" in spoken(events)
+    events += asr.feed(clock_audio(22.0)[round(2.9 * SAMPLE_RATE) :]) + asr.flush()
+    assert spoken(event for event in events if event.kind == "commit") == {"de"}
+    assert min(ear.asked) >= 1.0
+    assert max(ear.asked) < 3.5
+    assert (asr.language, asr.result(events).language) == ("de", "de")
+    assert {event.language for event in events if event.kind != "partial"} == {"de"}
+    asr.reset()
+    assert asr.language is None
+
+
+def test_a_probable_language_is_kept_earlier_and_short_utterances_count_together() -> None:
+    sure = Ear((0.0, "zh", 0.5), (1.2, "de", 0.95), (2.0, "en", 0.95))
+    events = feed_in_pieces(sure.session(vad=None), clock_audio(6.0))
+    assert spoken(event for event in events if event.kind == "commit") == {"de"}
+    assert max(sure.asked) < 2.0
+    # 0.45 s is too short to show a guess; what is committed where it ends is decoded in the best one
+    short = Ear((0.0, "zh", 0.5))
+    asr = short.session(vad=ScriptedDetector(*[(t, t + 0.45) for t in range(0, 40, 4)]))
+    events = feed_in_pieces(asr, clock_audio(40.0))
+    assert len([event for event in events if event.kind == "final"]) == 10
+    assert len(short.asked) == 7  # of 0.45 s each
+    assert asr.language == "zh"
+
+
+@pytest.mark.parametrize(("given", "own", "used"), [("zh", "de", "zh"), (None, "de", "de")])
+def test_a_given_language_and_the_checkpoints_own_need_no_detection(given: str | None, own: str, used: str) -> None:
+    engine = ScriptedEngine(Ear().hear, languages=LANGUAGES)
+    engine.language = own
+    asr = StreamingASR(engine=engine, config=load_config(None, overrides={"model.language": given}))
+    assert spoken(feed_in_pieces(asr, clock_audio(3.0))) == {used}
+    assert asr.language == used
+
+
+def test_a_buffer_holds_no_more_than_the_decoder_can_write() -> None:
+    lengths = {}
+    for rate in (10.0, 100.0):  # English; Georgian
+        script = Script(talk((0.0, 40.0)))
+        asr = session(script, engine={"tokens_per_sec": rate})
+        feed_in_pieces(asr, clock_audio(40.0))
+        assert asr.transcript == script.text
+        lengths[rate] = max(end - begin for begin, end in script.calls)
+    assert lengths[10.0] == pytest.approx(12.0, abs=0.1)
+    assert lengths[100.0] == pytest.approx(443 / 60, abs=0.1)  # at 1.5 times the ordinary rate, 100 / 2.5
+
+
+def test_a_text_that_ends_at_a_limit_is_continued_and_else_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    script = Script(talk((0.0, 10.0)))
+
+    class Limited(ScriptedEngine):
+        limit = 7  # words
+
+        def decode(self, encoded: Any, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
+            (result,) = super().decode(encoded, audios, options)
+            words = result.words or ()
+            if len(words) <= self.limit:
+                return [result]
+            last = replace(words[self.limit - 1], text="w")  # within a word
+            return [replace(result, words=(*words[: self.limit - 1], last), truncated=True)]
+
+    engine = Limited(script)
+    result = StreamingASR(engine=engine, config=load_config(None)).stream_audio(clock_audio(10.0))
+    assert (result.text, result.truncated) == (script.text, 0)
+    assert not caplog.text
+    engine.limit = 1
+    assert StreamingASR(engine=engine, config=load_config(None)).stream_audio(clock_audio(10.0)).truncated > 0
+    assert "streaming.buffer_sec" in caplog.text
+
+
+def test_two_sessions_on_one_engine_in_two_threads_are_apart() -> None:
+    engine, audio = ScriptedEngine(Script(script := talk((0.0, 20.0)))), clock_audio(20.0)
+    with ThreadPoolExecutor(2) as pool:
+        texts = list(pool.map(lambda _: StreamingASR(engine=engine).stream_audio(audio).text, range(2)))
+    assert texts == [join_words(script)] * 2
 
 
 def test_memory_is_bounded_over_ten_minutes() -> None:

@@ -15,11 +15,12 @@ from src.inference.streaming import view as live_view
 from src.inference.streaming.commit import Event
 from src.inference.streaming.view import FAINT, MAX_CHARS, LiveCaptions
 from src.inference.words import Word
+from src.utils.languages import is_unspaced_text
 
 
 def event(kind: Any, text: str, audio_sec: float, *, end_sec: float | None = None) -> Event:
     end_sec = audio_sec if end_sec is None else end_sec
-    words = tuple(Word(word, end_sec - 0.1, end_sec, 0.9) for word in text.split())
+    words = tuple(Word(w, end_sec - 0.1, end_sec, 0.9, space=not is_unspaced_text(w)) for w in text.split())
     return Event(kind, words, text, audio_sec, audio_sec, 0)
 
 
