@@ -264,9 +264,10 @@ def transcribe(
     found = BatchInference(engine=load_engine(exported, config), config=config).transcribe_batch([path])
     (text,) = found
     rates = MetricsCalculator(figures.language).compute([spoken.text], [text.text])
+    ended = sum(getattr(segment, "truncated", False) for segment in text.segments)
     return replace(
         figures, file=rates.rate, file_language=text.language, file_sec=text.duration_sec,
-        compute_sec=found.compute_sec, truncated=figures.truncated + sum(getattr(s, "truncated", False) for s in text.segments),
+        compute_sec=found.compute_sec, truncated=figures.truncated + ended,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Folder data sets in nine languages, spoken by espeak-ng (Debian: apt-get install espeak-ng).
 
-A sentence is one choice of each part in sentences.yaml: no two clips have the same text, but every word may occur in each
-split. It shows what depends on the script and the tokens of a language; it is no measure of recognition.
+A sentence is one choice of each part in sentences.yaml: no two clips have the same text, but every word may occur in
+each split. It shows what depends on the script and the tokens of a language; it is no measure of recognition.
 """
 
 from __future__ import annotations

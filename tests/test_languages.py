@@ -1,0 +1,140 @@
+"""Properties of text in the scripts of Whisper's languages, from labels to words and rates."""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+from functools import cache
+
+import langcodes
+import pytest
+import regex
+
+from src.data.labels import IGNORE_INDEX, LabelEncoder, text_tokens
+from src.evaluation.metrics import (
+    PLAIN,
+    PLAIN_CHINESE,
+    PLAIN_TURKIC,
+    PLAIN_UNSPACED,
+    get_normalizer,
+    headline_normalizer,
+)
+from src.inference.words import Vocabulary, join_words, place_words
+from src.utils.languages import UNSPACED, WHISPER_LANGUAGES, join_texts, language_name, parse_language
+
+SCRIPTS = {  # by the language whose rules they are tried with; points of some are of the script Inherited
+    "en": "Latin", "ru": "Cyrillic", "el": "Greek", "ar": "Arabic", "he": "Hebrew", "hi": "Devanagari", "bn": "Bengali",
+    "pa": "Gurmukhi", "gu": "Gujarati", "ta": "Tamil", "te": "Telugu", "kn": "Kannada", "ml": "Malayalam",
+    "si": "Sinhala", "th": "Thai", "lo": "Lao", "my": "Myanmar", "km": "Khmer", "ka": "Georgian", "hy": "Armenian",
+    "am": "Ethiopic", "zh": "Han", "ja": "Hiragana", "ko": "Hangul", "bo": "Tibetan",
+}  # fmt: skip
+TEXTS = 40  # per script
+_MARKS = {"Arabic": "\u064b\u064c\u064d\u064e\u064f\u0650\u0651\u0652", "Latin": "\u0301\u0308\u0323"}
+
+
+@cache
+def characters(script: str) -> tuple[str, str]:
+    """Return the letters and the combining marks of a script that have a glyph and that NFKC leaves as they are."""
+    visible = regex.compile(rf"[\p{{Script={script}}}--\p{{Default_Ignorable_Code_Point}}]", regex.VERSION1)
+    found = [chr(code) for code in range(0x20000) if visible.match(chr(code))]
+    if script == "Hiragana":
+        found += [chr(code) for code in range(0x30A1, 0x30FB)]  # Katakana
+    stable = [c for c in found if unicodedata.normalize("NFKC", c) == c]
+    letters = [c for c in stable if unicodedata.category(c) in ("Ll", "Lu", "Lo")]
+    marks = [c for c in stable if unicodedata.category(c)[0] == "M"]
+    return "".join(letters), "".join(marks) + _MARKS.get(script, "")
+
+
+def random_word(script: str, rng: random.Random) -> str:
+    letters, marks = characters(script)
+    clusters = [
+        rng.choice(letters) + "".join(rng.choices(marks or [""], k=rng.choice((0, 0, 1, 2))))
+        for _ in range(rng.randint(1, 6))
+    ]
+    return unicodedata.normalize("NFKC", "".join(clusters))
+
+
+def random_text(script: str, rng: random.Random) -> str:
+    """Return words with punctuation after some, which no rule of joining moves."""
+    words = [random_word(script, rng) + rng.choice(("", "", "", ",", "?")) for _ in range(rng.randint(1, 8))]
+    return " ".join(words)
+
+
+def texts_of(language: str) -> list[str]:
+    rng = random.Random(language)
+    return [random_text(SCRIPTS[language], rng) for _ in range(TEXTS)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base: tuple[object, object]) -> object:
+    return base[1].tokenizer
+
+
+@pytest.mark.parametrize("language", SCRIPTS)
+def test_labels_decode_to_the_text(language: str, tokenizer: object) -> None:
+    encoder = LabelEncoder(tokenizer)
+    for text in texts_of(language):
+        labels = [token for token in encoder.encode(text, language).labels if token != IGNORE_INDEX]
+        assert labels[-1] == encoder.end_token
+        assert tokenizer.decode(labels[:-1]).strip() == text
+
+
+@pytest.mark.parametrize("language", SCRIPTS)
+def test_labels_never_begin_with_a_token_that_decoding_suppresses(language: str, base: tuple[object, object]) -> None:
+    model, processor = base
+    never = {*model.generation_config.suppress_tokens, *model.generation_config.begin_suppress_tokens}
+    encoder = LabelEncoder(processor.tokenizer)
+    first = {encoder.tokenize(text, language)[0] for text in texts_of(language)}
+    assert not first & never
+
+
+@pytest.mark.parametrize("language", SCRIPTS)
+def test_words_joined_give_the_text(language: str, tokenizer: object) -> None:
+    vocabulary = Vocabulary.of(tokenizer)
+    for text in texts_of(language):
+        tokens = text_tokens(tokenizer.backend_tokenizer, text)
+        words = place_words(vocabulary, tokens)
+        assert join_words(words) == text
+        assert sum(word.tokens for word in words) == len(tokens)
+
+
+@pytest.mark.parametrize("name", [PLAIN, PLAIN_TURKIC, PLAIN_UNSPACED, PLAIN_CHINESE])
+@pytest.mark.parametrize("language", SCRIPTS)
+def test_normalising_twice_is_normalising_once(name: str, language: str) -> None:
+    normalize = get_normalizer(name)
+    for text in texts_of(language):
+        assert normalize(normalize(text)) == normalize(text)
+
+
+@pytest.mark.parametrize("language", SCRIPTS)
+def test_distinct_words_stay_distinct(language: str) -> None:
+    """But for case; a word with one letter or mark replaced, left out or added is another word."""
+    normalize = get_normalizer(PLAIN if language not in UNSPACED else PLAIN_UNSPACED)
+    assert language in ("en", "zh") or normalize is get_normalizer(headline_normalizer(language))
+    rng = random.Random(language)
+    alphabet = "".join(characters(SCRIPTS[language]))
+    for _ in range(TEXTS * 5):
+        word = random_word(SCRIPTS[language], rng)
+        at = rng.randrange(len(word))
+        other = word[:at] + rng.choice(("", rng.choice(alphabet), word[at] + rng.choice(alphabet))) + word[at + 1 :]
+        if fold(word) != fold(other):
+            assert normalize(word) != normalize(other), (word, other)
+
+
+def fold(word: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word).lower())
+
+
+def test_joining_texts_is_associative() -> None:
+    rng = random.Random(0)
+    for _ in range(500):
+        a, b, c = (rng.choice(("", random_text(rng.choice(list(SCRIPTS.values())), rng))) for _ in range(3))
+        assert join_texts([join_texts([a, b]), c]) == join_texts([a, join_texts([b, c])]) == join_texts([a, b, c])
+
+
+@pytest.mark.parametrize("code", WHISPER_LANGUAGES)
+def test_every_language_is_known_by_its_codes_and_its_name(code: str) -> None:
+    language = langcodes.Language.get({"jw": "jv"}.get(code, code))
+    marks = {code, code.upper(), language_name(code), language.display_name(), language.to_alpha3()}
+    marks.add(language.to_alpha3(variant="B"))
+    assert {mark: parse_language(mark) for mark in marks} == dict.fromkeys(marks, code)
