@@ -38,8 +38,14 @@ class DecodingResult:
 
     @property
     def compression_ratio(self) -> float:
-        """Bytes of the text over its bytes compressed by zlib: loops have more than 2.4 (openai/whisper)."""
-        data = self.text.encode("utf-8")
+        """Bytes of the text over its bytes compressed by zlib: loops have more than 2.4 (openai/whisper).
+
+        A character is one byte. In UTF-8, the letters of most scripts begin alike, so that ordinary text compresses as
+        a loop does: two Tamil sentences 2.4, here 1.4. Characters beyond ASCII and 127 others have three bytes.
+        """
+        others = {c: i for i, c in enumerate(dict.fromkeys(c for c in self.text if not c.isascii()))}
+        codes = {c: bytes([128 + i]) if i < 127 else b"\xff" + (i - 127).to_bytes(2) for c, i in others.items()}
+        data = b"".join(codes.get(c) or c.encode() for c in self.text)
         return len(data) / len(zlib.compress(data)) if data else 0.0
 
 

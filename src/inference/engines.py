@@ -117,8 +117,9 @@ def decode_with_fallback(
 
     The rules are those of openai/whisper (Radford et al. 2022, section 4.5): a text that compresses too well is a loop,
     one of low log-probability a guess; a guess on what the model takes for silence has no text. The temperatures of
-    `rules` are tried until a text passes its thresholds; None switches one off. Where the model doubts that there is
-    speech, and where it loops, the VAD is asked: without speech there is no text.
+    `rules` are tried until a text passes its thresholds; None switches one off. If none does, the likeliest is taken,
+    of those that are no loops if there are any. Where the model doubts that there is speech, and where it loops, the
+    VAD is asked: without speech there is no text.
     """
 
     def is_loop(result: DecodingResult) -> bool:
@@ -130,11 +131,14 @@ def decode_with_fallback(
     def is_silence(result: DecodingResult) -> bool:
         return _exceeds(result.no_speech_prob, rules.no_speech_threshold) and is_guess(result)
 
+    def fails(result: DecodingResult) -> bool:
+        return not is_silence(result) and (is_loop(result) or is_guess(result))
+
     asked = replace(options, no_speech=True, temperature=rules.temperatures[0])
-    results = transcribe(engine, audios, asked)
+    tried = [[result] for result in transcribe(engine, audios, asked)]
     doubtful = [
         i
-        for i, result in enumerate(results)
+        for i, (result,) in enumerate(tried)
         if result.text and (_exceeds(result.no_speech_prob, DOUBTFUL_NO_SPEECH_PROB) or is_loop(result))
     ]
     silent: set[int] = set()
@@ -142,22 +146,23 @@ def decode_with_fallback(
         heard = vad.speech_segments_batch([audios[i] for i in doubtful])
         silent = {i for i, speech in zip(doubtful, heard, strict=True) if not speech}
     for temperature in rules.temperatures[1:]:
-        failed = [
-            i
-            for i, result in enumerate(results)
-            if i not in silent and not is_silence(result) and (is_loop(result) or is_guess(result))
-        ]
+        failed = [i for i, results in enumerate(tried) if i not in silent and fails(results[-1])]
         if not failed:
             break
         logger.debug("%d of %d clips are decoded again at temperature %g", len(failed), len(audios), temperature)
         again = replace(asked, temperature=temperature, num_beams=1)
         for i, result in zip(failed, transcribe(engine, [audios[i] for i in failed], again), strict=True):
-            results[i] = result
+            tried[i].append(result)
+
+    def likelier(result: DecodingResult) -> tuple[bool, float]:
+        return not is_loop(result), result.avg_logprob
+
+    chosen = [max(results, key=likelier) if fails(results[-1]) else results[-1] for results in tried]
     return [
-        replace(result, text="", tokens=(), words=None if result.words is None else ())
+        replace(result, text="", tokens=(), words=None if result.words is None else (), truncated=False)
         if i in silent or is_silence(result)
         else result
-        for i, result in enumerate(results)
+        for i, result in enumerate(chosen)
     ]
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import shutil
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -176,12 +177,45 @@ def decoded(engine: Scripted, *sizes: int, rules: InferenceConfig = RULES, vad: 
     return decode_with_fallback(engine, clips, DecodingOptions(num_beams=3), rules, vad=vad)  # type: ignore[arg-type]
 
 
-def test_only_what_fails_is_decoded_again_without_beams_and_the_last_text_is_taken_as_it_is() -> None:
-    engine = Scripted({1: [GOOD], 2: [LOOP, GOOD], 3: [GUESS, LOOP, GOOD], 4: [LOOP, LOOP, LOOP]})
-    results = decoded(engine, 1, 2, 3, 4)
-    assert engine.asked == [(0.0, 3, [1, 2, 3, 4]), (0.4, 1, [2, 3, 4]), (0.8, 1, [3, 4])]
-    assert [result.temperature for result in results] == [0.0, 0.4, 0.8, 0.8]
-    assert [result.text for result in results] == [GOOD.text] * 3 + [LOOP.text]
+def test_only_what_fails_is_decoded_again_without_beams_and_the_likeliest_is_taken_where_all_fail() -> None:
+    loops = [replace(LOOP, avg_logprob=value) for value in (-0.6, -0.1, -0.5)]
+    guesses = [replace(GUESS, avg_logprob=value) for value in (-1.5, -1.1)]
+    engine = Scripted({1: [GOOD], 2: [LOOP, GOOD], 3: [GUESS, LOOP, GOOD], 4: loops, 5: [loops[1], *guesses]})
+    results = decoded(engine, 1, 2, 3, 4, 5)
+    assert engine.asked == [(0.0, 3, [1, 2, 3, 4, 5]), (0.4, 1, [2, 3, 4, 5]), (0.8, 1, [3, 4, 5])]
+    assert [result.temperature for result in results] == [0.0, 0.4, 0.8, 0.4, 0.8]
+    assert [result.text for result in results] == [GOOD.text] * 3 + [LOOP.text, GUESS.text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The weather forecast says it will rain heavily tomorrow morning in the north of the country.",
+        "Die Wettervorhersage sagt, dass es morgen früh im Norden des Landes stark regnen wird.",
+        "मौसम विभाग का कहना है कि कल सुबह देश के उत्तरी भाग में भारी बारिश होगी।",
+        "আবহাওয়া অধিদপ্তর জানিয়েছে যে আগামীকাল সকালে দেশের উত্তরাঞ্চলে ভারী বৃষ্টি হবে।",
+        "நாளை காலை நாட்டின் வடக்குப் பகுதியில் கனமழை பெய்யும் என்று வானிலை ஆய்வு மையம் தெரிவித்துள்ளது.",
+        "ამინდის პროგნოზის მიხედვით ხვალ დილით ქვეყნის ჩრდილოეთით ძლიერი წვიმა იქნება.",
+        "မနက်ဖြန် မနက်ပိုင်းတွင် နိုင်ငံမြောက်ပိုင်း၌ မိုးသည်းထန်စွာ ရွာသွန်းမည်ဟု မိုးလေဝသဌာနက ပြောသည်။",
+        "กรมอุตุนิยมวิทยาบอกว่าพรุ่งนี้เช้าทางภาคเหนือของประเทศจะมีฝนตกหนัก",
+        "天气预报说明天早上北方地区会下大雨，请大家出门记得带伞。",
+        "天気予報によると、明日の朝、北部では大雨が降るそうです。",
+        "일기예보에 따르면 내일 아침 북부 지방에 많은 비가 내릴 것이라고 합니다.",
+    ],
+)
+def test_ordinary_text_is_no_loop_and_a_loop_is_one_in_every_script(text: str) -> None:
+    limit = InferenceConfig().compression_ratio_threshold or 0
+    assert replace(GOOD, text=text).compression_ratio < 1.6 < limit
+    assert replace(GOOD, text=text + text[-6:] * 30).compression_ratio > limit
+    assert replace(GOOD, text=text[:8] * 10).compression_ratio > limit
+    if text.isascii():  # as openai/whisper
+        assert replace(GOOD, text=text).compression_ratio == len(text) / len(zlib.compress(text.encode()))
+
+
+def test_more_characters_than_bytes_are_no_loop_either() -> None:
+    many = "".join(chr(0x4E00 + 37 * i % 5000) for i in range(400))
+    assert replace(GOOD, text=many).compression_ratio < 1.6
+    assert replace(GOOD, text=many[:150] + many[:10] * 60).compression_ratio > 2.4
 
 
 def test_a_guess_on_likely_silence_has_no_text_and_nothing_is_decoded_twice_without_thresholds() -> None:
