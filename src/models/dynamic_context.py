@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock, RLock
 from typing import Any, Literal, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,8 @@ AudioContext = Literal["full", "dynamic"]
 Head = tuple[int, int]  # layer, head of the decoder
 MIN_FRAMES = 10  # 0.1 s
 FIND_HEADS = "python scripts/find_alignment_heads.py --model FOLDER --write"
+_locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # an `RLock` for each model
+_making_lock = Lock()
 
 
 class DynamicWhisperEncoder(WhisperEncoder):  # type: ignore[misc]
@@ -161,12 +165,18 @@ def upper_half_heads(config: Any) -> list[Head]:
 
 @contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
-    """Put a model into evaluation mode, and give it back in the mode it came in."""
-    # module by module: part of a model may be frozen in evaluation mode while the rest trains
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    """Put a model into evaluation mode, and give it back in the mode it came in.
+
+    One thread at a time is in here with a model: others wait, so that sessions in several threads may share it.
+    """
+    with _making_lock:
+        lock = _locks.setdefault(model, RLock())
+    with lock:
+        # module by module: part of a model may be frozen in evaluation mode while the rest trains
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True

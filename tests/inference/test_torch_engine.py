@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from src.data.features import CONTEXT_SAMPLES, LogMel
 from src.inference.engine_base import DecodingResult
 from src.inference.options import DecodingOptions
 from src.inference.torch_engine import decode, encode
+from src.models.dynamic_context import DynamicWhisper
 from src.utils.errors import ModelError
 
 pytestmark = pytest.mark.slow
@@ -125,3 +127,20 @@ def test_bad_requests_are_refused(tiny_en: Any) -> None:
     for samples, language, named in (([31 * 16_000], None, r"31\.0 s"), ([], None, "empty"), ([16_000], "de", "'de'")):
         with pytest.raises(ModelError, match=named):
             decode(*tiny_en, [np.zeros(n, np.float32) for n in samples], DecodingOptions(language=language))
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_threads_may_share_a_model(untrained: DynamicWhisper, tiny_en: Any, num_beams: int) -> None:
+    processor, options = tiny_en[1], DecodingOptions(word_timestamps=True, num_beams=num_beams)
+    noise = np.random.default_rng(0).standard_normal((4, 16_000)).astype(np.float32) / 10
+    batches = [[noise[0]], [noise[1], noise[2]], [noise[3], noise[0]]]
+    untrained.train()
+
+    def heard(batch: list[np.ndarray]) -> list[DecodingResult]:
+        return decode(untrained, processor, batch, options)
+
+    alone = [heard(batch) for batch in batches]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(heard, batches * 4))
+    assert together == alone * 4
+    assert all(module.training for module in untrained.modules())
