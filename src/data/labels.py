@@ -44,7 +44,9 @@ _NOTES = "♩♪♫♬♭♮♯"
 _WORD_PARTS = "-'"  # allowed within words, not with a space before
 
 
-def text_tokens(tokenizer: Tokenizer, text: str, *, space: bool | None = None, first: bool = True) -> tuple[int, ...]:
+def text_tokens(
+    tokenizer: Tokenizer, text: str, *, space: bool | None = None, first: bool = True, whole: bool = False
+) -> tuple[int, ...]:
     """Return the tokens of a text; special tokens that are spelled in it are text.
 
     Args:
@@ -53,6 +55,7 @@ def text_tokens(tokenizer: Tokenizer, text: str, *, space: bool | None = None, f
         space: whether it begins with a space; by default where its first letter belongs to a script with spaces.
         first: it begins what the decoder writes, so that its first token must be one that decoding may choose: with
             the space, without it, or else without the symbols that it begins with. Otherwise it continues a text.
+        whole: keep these symbols: for a text that is given to the decoder.
     """
     text = text.strip()
     never = _suppressed(tokenizer)
@@ -62,7 +65,8 @@ def text_tokens(tokenizer: Tokenizer, text: str, *, space: bool | None = None, f
             # cut inside `<|`: as a whole, the name of a special token would become that token
             pieces = re.split(r"(?<=<)(?=\|)", " " * begins + text)
             tokens = [t for piece in pieces for t in tokenizer.encode(piece, add_special_tokens=False).ids]
-            if tokens[0] not in never or (not first and tokenizer.id_to_token(tokens[0]) == _SPACE):
+            lone_space = tokenizer.id_to_token(tokens[0]) == _SPACE
+            if tokens[0] not in never or (not first if lone_space else whole):
                 return tuple(tokens)
         text = text[1:].lstrip()
     return ()

@@ -88,7 +88,8 @@ def find_alignment_heads(
                 (heard,) = engine.decode(encoded, [audio], options)
                 tokens, spoken = list(heard.tokens), heard.language
             else:
-                tokens, (spoken,) = engine.vocabulary.encode(texts[index]), engine.languages(encoded, 1, options)
+                (spoken,) = engine.languages(encoded, 1, options)
+                tokens = engine.vocabulary.encode(texts[index], language=spoken)
             start = engine.vocabulary.start_sequence(spoken, options.task, timestamps=False)
             room = model.config.max_target_positions - len(start)
             if len(tokens) > room:

@@ -88,8 +88,8 @@ class CTranslate2Engine(Engine):
         rows = []
         for row, cap in zip(generated, caps, strict=True):
             tokens = row.sequences_ids[0]  # the forced ones too
-            # CTranslate2 divides the sum by all of them, and leaves the end token out
-            logprob = row.scores[0] * len(tokens) / (len(tokens) - forced + 1)
+            # the score is divided by all of these; the end token is in the sum, but not in the number
+            logprob = row.scores[0] * len(tokens) / (len(tokens) - forced + (len(tokens) < new))
             rows.append(Decoded(tokens[: forced + cap], logprob, row.no_speech_prob if options.no_speech else None))
         return rows
 

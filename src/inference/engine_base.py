@@ -87,20 +87,24 @@ class Engine(ABC):
     ) -> list[DecodingResult]:
         """Decode what `encode` returned for these clips: one result per clip, in order.
 
-        `languages` has the language of each clip where it is known, as `languages` takes it.
+        `languages` has the language of each clip where it is known, as `languages` takes it. The text before gives way
+        to the text that is expected: the decoder has 448 positions for both.
         """
         vocabulary, codes = self.vocabulary, self.languages(encoded, len(audios), options, given=languages)
 
         # what the decoder is given: previous text and hotwords, special tokens, the forced beginning of the text
-        prompt = vocabulary.prompt_tokens(options.prompt, options.hotwords)
         starts = [vocabulary.start_sequence(code, options.task, timestamps=options.timestamps) for code in codes]
-        prefix = vocabulary.encode(options.prefix)
+        written = {text_language(code, options.task) for code in codes}
+        style = written.pop() if len(written) == 1 else None  # rows get the same tokens, whatever their languages
+        room = MAX_LABEL_TOKENS - len(starts[0])
+        prefix = vocabulary.encode(options.prefix, language=style)[: room - 1]
+        pairs = zip(audios, codes, strict=True)
+        caps = [max_tokens or self._token_cap(len(audio), code, options) for audio, code in pairs]
+        room -= len(prefix) + math.ceil(max(caps) / CAP_FACTOR)
+        prompt = vocabulary.prompt_tokens(options.prompt, options.hotwords, language=style, room=room - 1)
 
         given = [[*prompt, *start, *prefix] for start in starts]
-        caps = [
-            min(max_tokens or self._token_cap(len(audio), code, options), MAX_LABEL_TOKENS - len(row))
-            for audio, code, row in zip(audios, codes, given, strict=True)
-        ]
+        caps = [min(cap, MAX_LABEL_TOKENS - len(given[0])) for cap in caps]
         rows = self._generate(encoded, given, prefix, caps, options)
         words = self._place(encoded, audios, starts, rows) if options.word_timestamps else [None] * len(rows)
         texts = [vocabulary.decode(row.tokens).strip() for row in rows]

@@ -19,9 +19,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from src.data.labels import MAX_PROMPT_TOKENS, MULTILINGUAL_END_TOKEN
+from src.data.labels import MAX_PROMPT_TOKENS, MULTILINGUAL_END_TOKEN, text_tokens
 from src.utils.errors import DataError, ModelError
-from src.utils.languages import graphemes, is_unspaced_character, known_language, parse_language
+from src.utils.languages import UNSPACED, graphemes, is_unspaced_character, known_language, parse_language
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +113,10 @@ class Vocabulary:
             logger.info("language %r: this model has no token for it, %r is used", code, known)
         return known
 
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of a text, with the leading space that Whisper writes; none for an empty one."""
-        return list(self._tokenizer.encode(" " + text.strip(), add_special_tokens=False).ids) if text.strip() else []
+    def encode(self, text: str, *, language: str | None = None, first: bool = True) -> list[int]:
+        """Return the tokens of a text as `text_tokens`, with the space that the language has and with all symbols."""
+        space = None if language is None else language not in UNSPACED
+        return list(text_tokens(self._tokenizer, text, space=space if first else True, first=first, whole=True))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, leading space included; special tokens and timestamps have none."""
@@ -137,13 +138,18 @@ class Vocabulary:
             raise ModelError(f"unknown task {task!r}; known: transcribe, translate")
         return [self.start, self.languages[code], self._id(f"<|{task}|>"), *ending]
 
-    def prompt_tokens(self, prompt: str, hotwords: str = "") -> list[int]:
+    def prompt_tokens(
+        self, prompt: str, hotwords: str = "", *, language: str | None = None, room: int = MAX_PROMPT_TOKENS
+    ) -> list[int]:
         """Return the tokens before the start of transcript: hotwords, then the newest of the text before.
 
-        Hotwords come first, as in faster-whisper, and take at most half of the room.
+        Hotwords come first, as in faster-whisper, and take at most half of the room, which the token that starts the
+        prompt does not count in.
         """
-        expected = self.encode(hotwords)[: MAX_PROMPT_TOKENS // 2]
-        tokens = [*expected, *self.encode(prompt)[len(expected) - MAX_PROMPT_TOKENS :]]
+        room = max(0, min(room, MAX_PROMPT_TOKENS))
+        expected = self.encode(hotwords, language=language)[: room // 2]
+        before = self.encode(prompt, language=language, first=not expected)
+        tokens = [*expected, *before[max(0, len(before) + len(expected) - room) :]]
         return [self.previous, *tokens] if tokens else []
 
     def _id(self, name: str) -> int:

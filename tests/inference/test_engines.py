@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import WhisperConfig
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.inference.ct2_engine import CTranslate2Engine, find_device
@@ -23,6 +25,8 @@ from src.inference.engine_base import DecodingResult, Engine
 from src.inference.engines import decode_with_fallback, load_engine, transcribe
 from src.inference.options import DecodingOptions
 from src.inference.torch_engine import TorchEngine
+from src.inference.words import Vocabulary, join_words
+from src.models.dynamic_context import DynamicWhisper
 from src.models.export.ctranslate2 import export_ctranslate2
 from src.utils.config import Config, InferenceConfig, load_config
 from src.utils.errors import ConfigError, DeviceError, ModelError
@@ -113,6 +117,76 @@ def test_multilingual_clips_are_detected_and_aligned_row_by_row(base: Any, tmp_p
     speech, _ = transcribe(CTranslate2Engine(folder), [jfk, silence], DecodingOptions(word_timestamps=True))
     assert speech.language == "en"
     assert (speech.words or ())[-1].text.strip(".") == "country"
+
+
+GEORGIAN = (
+    "ამინდის პროგნოზის მიხედვით ხვალ დილით ქვეყნის ჩრდილოეთით ძლიერი წვიმა იქნება. "
+    "ჩემმა ძმამ გუშინ ბაზარში სამი კილო ვაშლი და ერთი ბოთლი რძე იყიდა. "
+    "მატარებელი დილის რვა საათზე გადის."
+)
+
+
+@pytest.fixture(scope="module")
+def reciters(base: Any, tmp_path_factory: pytest.TempPathFactory, jfk: Waveform) -> tuple[Engine, Engine]:
+    """A model that says GEORGIAN whatever it hears: each position asks for the next token of it, and nothing else."""
+    processor, torch_of = base[1], torch.Generator().manual_seed(0)
+    tokens = Vocabulary.of(processor.tokenizer).encode(GEORGIAN, language="ka")
+    assert 400 < len(tokens) < 444
+    small = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 64)
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    config = WhisperConfig(vocab_size=51_865, encoder_layers=1, decoder_layers=1, **small, **heads)
+    model = DynamicWhisper(config).eval()
+    for name, weight in model.named_parameters():
+        if "decoder.layers" in name:
+            weight.data.zero_()
+    directions = torch.nn.functional.normalize(torch.randn(51_865, 64, generator=torch_of), dim=1)
+    model.model.decoder.embed_tokens.weight.data = directions
+    ending = [50257] * (448 - 3 - len(tokens))
+    model.model.decoder.embed_positions.weight.data = 10 * directions[[50258] * 3 + tokens + ending]
+    model.generation_config = copy.deepcopy(base[0].generation_config)
+    model.generation_config.alignment_heads = [[0, 0]]
+    folder = tmp_path_factory.mktemp("reciter") / "ct2"
+    export_ctranslate2(model, folder, processor=processor, quantization="float32", verify_clips=[jfk])
+    return TorchEngine(model, processor), CTranslate2Engine(folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        DecodingOptions(word_timestamps=True),
+        DecodingOptions(num_beams=3),
+        DecodingOptions(temperature=0.01),
+        DecodingOptions(prefix=GEORGIAN.partition(".")[0] + "."),
+    ],
+    ids=["greedy", "beams", "temperature", "prefix"],
+)
+def test_a_long_text_is_whole_in_both_engines_and_ends_at_the_cap_of_its_clip(
+    reciters: tuple[Engine, Engine], options: DecodingOptions
+) -> None:
+    clips = [np.zeros(round(16_000 * sec), dtype=np.float32) for sec in (15.0, 2.0)]
+    options = replace(options, language="ka")
+    for engine in reciters:
+        long, short = transcribe(engine, clips, options)
+        assert (long.text, long.truncated) == (GEORGIAN, False)
+        assert GEORGIAN.startswith(short.text.rstrip("\ufffd"))
+        assert short.truncated
+        assert len(short.tokens) - len(engine.vocabulary.encode(options.prefix)) == 8 + 195
+        assert long.avg_logprob == pytest.approx(short.avg_logprob, abs=0.5)
+        if options.word_timestamps:
+            assert join_words(long.words or ()) == GEORGIAN
+    ours, theirs = (transcribe(engine, clips[:1], options)[0].avg_logprob for engine in reciters)
+    if options.num_beams == 1:
+        assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+def test_the_text_before_gives_way_to_the_text_that_is_expected(reciters: tuple[Engine, Engine]) -> None:
+    clip, prompt = np.zeros(480_000, dtype=np.float32), "one two three " * 100
+    for engine in reciters:
+        tokens = engine.vocabulary.encode(GEORGIAN, language="ka")
+        (whole,) = transcribe(engine, [clip], DecodingOptions(language="ka", prompt=prompt))
+        assert list(whole.tokens) == tokens  # nothing came before it
+        (rest,) = transcribe(engine, [clip], DecodingOptions(language="ka", prompt=prompt, max_tokens_per_sec=15))
+        assert list(rest.tokens) == tokens[224:]
 
 
 @slow
