@@ -26,7 +26,7 @@ from src.utils.errors import AudioError, DataError
 from src.utils.languages import join_texts
 
 MIN_GAP_SEC, MAX_GAP_SEC = 0.2, 0.8  # pauses between sentences that are read aloud
-TIMESTAMPS_PER_CLIP = 2
+TIMESTAMPS_PER_PART = 2
 MIN_PROMPT_TOKENS = 2  # the token that starts the previous text, and one of its own
 SILENCE_SHARE = 0.25  # of the recordings without speech; the others are noise
 NOISE_DBFS = (-70.0, -30.0)  # RMS: from a quiet microphone's own noise to a loud street behind a closed window
@@ -62,6 +62,7 @@ class WhisperDataset(Dataset[dict[str, Any]]):
         self.utterances: list[Utterance] = []
         self.skipped: list[SkippedUtterance] = []
         self.tokens: list[tuple[int, ...]] = []  # made once, since a tokenizer's threads do not survive a worker's fork
+        self.token_counts: list[int] = []  # of the text in any label: also after another one, or timed
         self._encoder = encoder
         self._load = load
         for utterance in utterances:
@@ -69,7 +70,9 @@ class WhisperDataset(Dataset[dict[str, Any]]):
                 raise DataError(f"utterance {utterance.id}: its duration is unknown; check_utterance measures it")
             if utterance.language is None and encoder.language is not None:
                 utterance = replace(utterance, language=encoder.language)
-            tokens = encoder.tokenize(utterance.text, utterance.language)
+            tokens = encoder.tokenize(utterance.text, utterance.language, space=utterance.label_space)
+            timed = sum(len(part.tokens) for part in self._timed("a", utterance))
+            longest = max(len(tokens), len(self._tokens_after("a", utterance, tokens)), timed)
             try:
                 encoder.label(tokens, language=utterance.language)
             except DataError as err:
@@ -79,9 +82,29 @@ class WhisperDataset(Dataset[dict[str, Any]]):
             else:
                 self.utterances.append(utterance)
                 self.tokens.append(tokens)
+                self.token_counts.append(longest)
 
     def __len__(self) -> int:
         return len(self.utterances)
+
+    def _tokens_after(self, before: str, clip: Utterance, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """Return a clip's tokens as they follow a text, with a space where `join_texts` puts one; `tokens` first."""
+        if not before:
+            return tokens
+        space = len(join_texts([before, clip.text.strip()])) > len(before + clip.text.strip())
+        if space and self._encoder.begins_with_space(tokens):
+            return tokens
+        return self._encoder.tokenize(clip.text, clip.language, space=space, first=False)
+
+    def _timed(self, before: str, clip: Utterance) -> list[TimedTokens]:
+        """Return the parts that a clip's source gives with times, as they follow a text."""
+        timed = []
+        for part in clip.parts:
+            said = replace(clip, text=part.text)
+            first = self._encoder.tokenize(part.text, clip.language, space=clip.label_space)
+            timed.append(TimedTokens(self._tokens_after(before, said, first), part.start_sec, part.end_sec))
+            before = part.text
+        return timed
 
     def prefix_of(self, index: int) -> tuple[int, ...]:
         """Return the special tokens before an utterance's text without timestamps."""
@@ -95,35 +118,31 @@ class WhisperDataset(Dataset[dict[str, Any]]):
         """
         example = key if isinstance(key, Example) else Example((key,))
         clips = [self.utterances[index] for index in example.indices]
-        tokens = [self.tokens[example.indices[0]], *itertools.starmap(self._following, itertools.pairwise(clips))]
         previous = () if example.previous is None else self.tokens[example.previous]
         # join the recordings, with zeros in the pauses, and note when each is heard
         pieces: list[Tensor] = []
         timed: list[TimedTokens] = []
-        start_sec = 0.0
-        for clip, part, gap_sec in zip(clips, tokens, (*example.gaps_sec, 0.0), strict=True):
+        tokens: list[int] = []
+        start_sec, before = 0.0, ""
+        for index, clip, gap_sec in zip(example.indices, clips, (*example.gaps_sec, 0.0), strict=True):
             audio = decode_audio(clip, load=self._load)
             duration_sec = len(audio) / SAMPLE_RATE
             pieces += [audio, torch.zeros(round(gap_sec * SAMPLE_RATE))]
-            timed.append(TimedTokens(part, start_sec, start_sec + duration_sec))
-            start_sec += duration_sec + gap_sec
+            said = self._tokens_after(before, clip, self.tokens[index])
+            tokens += said
+            parts = self._timed(before, clip) if example.timestamps else []
+            timed += [part.shifted(start_sec) for part in parts or [TimedTokens(said, 0.0, duration_sec)]]
+            start_sec, before = start_sec + duration_sec + gap_sec, clip.text.strip()
         if example.timestamps:
             label = self._encoder.timed_label(timed, previous=previous, language=clips[0].language)
         else:
-            joined = list(itertools.chain.from_iterable(tokens))
-            label = self._encoder.label(joined, previous=previous, language=clips[0].language)
+            label = self._encoder.label(tokens, previous=previous, language=clips[0].language)
         utterance = clips[0]
         if len(clips) > 1:
             name, text = "+".join(clip.id for clip in clips), join_texts(clip.text.strip() for clip in clips)
             utterance = replace(utterance, id=name, text=text, duration_sec=example.duration_sec)
             audio = torch.cat(pieces)
         return {"utterance": utterance, "audio": audio, "label": label, "timed": example.timestamps}
-
-    def _following(self, before: Utterance, clip: Utterance) -> tuple[int, ...]:
-        """Return the tokens of a text that follows another one, with a space where `join_texts` puts one."""
-        texts = before.text.strip(), clip.text.strip()
-        space = len(join_texts(texts)) > sum(map(len, texts))
-        return self._encoder.tokenize(clip.text, clip.language, space=space, first=False)
 
 
 def decode_audio(utterance: Utterance, *, load: AudioLoader = load_audio) -> Tensor:
@@ -192,6 +211,7 @@ class ExamplePlanner:
         self.config = config
         self._durations = [utterance.duration_sec or 0.0 for utterance in utterances]
         self._counts = token_counts
+        self._times = [TIMESTAMPS_PER_PART * max(1, len(utterance.parts)) for utterance in utterances]
         self._room = MAX_LABEL_TOKENS - prefix_tokens - 1  # 1: the end token
         self._seed = seed
         groups: dict[tuple[str | None, str | None], list[int]] = {}
@@ -233,12 +253,12 @@ class ExamplePlanner:
         """Return the clip at a place and its following neighbours up to a drawn length, at least two where two fit."""
         longest_sec = min(self.config.max_concatenated_sec, MAX_AUDIO_SEC)
         seconds = self._durations[group[at]]
-        tokens = self._counts[group[at]] + TIMESTAMPS_PER_CLIP
+        tokens = self._counts[group[at]] + self._times[group[at]]
         limit_sec = 0.0
         end = at + 1
         while end < len(group):
             seconds += gaps[group[end]] + self._durations[group[end]]
-            tokens += self._counts[group[end]] + TIMESTAMPS_PER_CLIP
+            tokens += self._counts[group[end]] + self._times[group[end]]
             if end == at + 1:  # between two clips and the longest allowed
                 limit_sec = min(seconds + target * (longest_sec - seconds), longest_sec)
             if seconds > limit_sec or tokens > self._room:
@@ -249,7 +269,7 @@ class ExamplePlanner:
     def _example(self, run: list[int], gaps: list[float], timed: float, prompted: float) -> Example:
         pauses = tuple(gaps[index] for index in run[1:])
         tokens = sum(self._counts[index] for index in run)
-        with_times = tokens + TIMESTAMPS_PER_CLIP * len(run)
+        with_times = tokens + sum(self._times[index] for index in run)
         timestamps = timed < self.config.timestamp_prob and with_times <= self._room
         fits = (with_times if timestamps else tokens) + MIN_PROMPT_TOKENS <= self._room
         previous = self._before.get(run[0]) if fits and prompted < self.config.previous_text_prob else None

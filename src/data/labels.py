@@ -7,19 +7,25 @@ Whisper writes no space before Chinese (base: 28.1 nats with it, 21.9 without), 
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from src.data.utterance import TimedText, Utterance
 from src.utils.errors import DataError
 from src.utils.languages import (
     UNSPACED,
     WHISPER_LANGUAGES,
     is_unspaced_character,
+    join_texts,
     known_language,
     language_name,
+    lower,
     text_language,
 )  # fmt: skip
 
@@ -33,6 +39,15 @@ MAX_PROMPT_TOKENS = MAX_LABEL_TOKENS // 2 - 1  # 223 of previous text, after the
 TIMESTAMP_STEP_SEC = 0.02  # one encoder position
 NUM_TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>
 LabelCase = Literal["auto", "keep", "lower", "sentence"]
+
+
+MAX_LATE_SEC = 0.5  # of a time after the end of its recording: many tools write whole seconds
+_TIME = re.compile(r"<\|(\d+(?:\.\d+)?)\|>")
+_OTHER_TOKENS = (
+    "endoftext startoftranscript startofprev startoflm transcribe translate nospeech nocaptions notimestamps"
+)
+_SPECIAL = re.compile(rf"<\|(?:{'|'.join([*_OTHER_TOKENS.split(), *WHISPER_LANGUAGES])})\|>")
+CAPITAL_NOUNS = frozenset({"de", "lb"})  # written with capitals, which recasing cannot give back
 _CAPS_SHARE = 0.9  # of the cased letters; above it a corpus is written in capitals
 
 # openai/whisper's `non_speech_tokens`: symbols that stand for no speech, which decoding never writes
@@ -58,7 +73,7 @@ def text_tokens(
         whole: keep these symbols: for a text that is given to the decoder.
     """
     text = text.strip()
-    never = _suppressed(tokenizer)
+    never = suppressed_first(tokenizer)
     while text:
         spaced = not is_unspaced_character(text[0]) if space is None else space
         for begins in (spaced, not spaced) if first else (spaced,):
@@ -76,7 +91,7 @@ _SPACE = "Ġ"  # in a vocabulary
 
 
 @lru_cache(maxsize=8)
-def _suppressed(tokenizer: Tokenizer) -> frozenset[int]:
+def suppressed_first(tokenizer: Tokenizer) -> frozenset[int]:
     """Return the tokens that decoding never writes first: a space alone and, nowhere, symbols of no speech."""
 
     def encode(text: str) -> list[int]:
@@ -86,6 +101,13 @@ def _suppressed(tokenizer: Tokenizer) -> frozenset[int]:
     single = [tokens[0] for tokens in spelled if len(tokens) == 1]
     notes = [encode(space + note)[0] for note in _NOTES for space in ("", " ")]
     return frozenset([*single, *notes, *(encode(f" {mark}")[0] for mark in _WORD_PARTS), encode(" ")[0]])
+
+
+class LabelStyle(NamedTuple):
+    """How the transcripts of a language are written in labels."""
+
+    case: LabelCase
+    space: bool | None = None  # whether they begin with a space; None is by language
 
 
 @dataclass(frozen=True)
@@ -103,6 +125,10 @@ class TimedTokens:
     tokens: tuple[int, ...]
     start_sec: float
     end_sec: float
+
+    def shifted(self, by_sec: float) -> TimedTokens:
+        """Return the same tokens, spoken later by some seconds."""
+        return TimedTokens(self.tokens, self.start_sec + by_sec, self.end_sec + by_sec)
 
 
 class LabelEncoder:
@@ -171,6 +197,10 @@ class LabelEncoder:
             space = written not in UNSPACED
         return text_tokens(self._tokenizer, text, space=space, first=first)
 
+    def begins_with_space(self, tokens: Sequence[int]) -> bool:
+        """Whether the text of tokens begins with a space."""
+        return bool(tokens) and self._tokenizer.id_to_token(tokens[0]).startswith(_SPACE)
+
     def encode(self, text: str, language: str | None = None) -> EncodedLabel:
         """Encode one transcript; as `label`."""
         return self.label(self.tokenize(text, language), language=language)
@@ -212,20 +242,137 @@ class LabelEncoder:
 
 
 def resolve_case(texts: Sequence[str], label_case: LabelCase) -> LabelCase:
-    """Choose the case for a corpus: "auto" gives "sentence" where the corpus is all capitals, else "keep"."""
+    """Choose the case for the texts of one language: "auto" gives "sentence" where all are in capitals, else "keep".
+
+    Only scripts that have capitals can be all in capitals: not Chinese with some Latin letters.
+    """
     if label_case != "auto":
         return label_case
-    cased = [c for text in texts for c in text if c.isupper() or c.islower()]
-    return "sentence" if cased and sum(c.isupper() for c in cased) / len(cased) > _CAPS_SHARE else "keep"
+    letters = [c for text in texts for c in text if c.isalpha()]
+    cased = [c for c in letters if c.isupper() or c.islower()]
+    capitals = sum(c.isupper() for c in cased)
+    return "sentence" if 2 * len(cased) > len(letters) and capitals > _CAPS_SHARE * len(cased) else "keep"
 
 
-def apply_case(text: str, label_case: LabelCase) -> str:
-    """Recase one transcript; "sentence" is what the stock model writes, and costs the fewest updates to learn."""
+def apply_case(text: str, label_case: LabelCase, language: str | None = None) -> str:
+    """Recase one transcript; "sentence" is what the stock model writes, and costs the fewest updates to learn.
+
+    Letters, the pronoun I and the full stop are those of the `language`, by default of English and of the script.
+    """
+    return recase_parts([text], label_case, language)[0]
+
+
+def recase_parts(texts: Sequence[str], label_case: LabelCase, language: str | None = None) -> list[str]:
+    """Recase the successive parts of one transcript."""
+    if label_case not in ("lower", "sentence"):
+        return list(texts)
+    parts = [lower(text, language) for text in texts]
     if label_case == "lower":
-        return text.lower()
-    if label_case != "sentence":
-        return text
-    words = ["I" + word[1:] if word == "i" or word.startswith(("i'", "i’")) else word for word in text.lower().split()]
-    sentence = " ".join(words)
-    sentence = sentence[:1].upper() + sentence[1:]
-    return sentence + "." if sentence[-1:].isalnum() else sentence
+        return parts
+    for at, part in enumerate(parts):
+        words = part.split()
+        if language in (None, "en"):
+            words = ["I" + w[1:] if w == "i" or w.startswith(("i'", "i’")) else w for w in words]
+        parts[at] = " ".join(words)
+    written = [at for at, part in enumerate(parts) if part]
+    if written:
+        parts[written[0]] = _capitalise(parts[written[0]], language)
+        last = parts[written[-1]]
+        if unicodedata.category(last[-1])[0] in "LMN":  # no punctuation
+            parts[written[-1]] = last + _full_stop("".join(parts), language)
+    return parts
+
+
+def _capitalise(text: str, language: str | None) -> str:
+    at = len(text) - len(text.lstrip("¿¡«„"))
+    first, rest = text[at : at + 1], text[at + 1 :]
+    if language in ("tr", "az") and first == "i":
+        return f"{text[:at]}İ{rest}"
+    if language == "nl" and first + rest[:1] == "ij":
+        return f"{text[:at]}IJ{rest[1:]}"
+    return text[:at] + first.title() + rest  # not upper: Georgian has capitals, but no sentence begins with one
+
+
+# what ends a sentence, by the script of its last letter; others have a full stop, and Urdu its own
+_FULL_STOPS = {
+    "。": "CJK HIRAGANA KATAKANA",
+    "।": "DEVANAGARI BENGALI GURMUKHI ORIYA",
+    "։": "ARMENIAN",
+    "።": "ETHIOPIC",
+    "": "THAI LAO KHMER MYANMAR TIBETAN",
+}
+
+
+def _full_stop(text: str, language: str | None) -> str:
+    letter = next((c for c in reversed(text) if c.isalpha()), "")
+    script = unicodedata.name(letter, "").split(" ")[0]
+    if language == "ur" and script == "ARABIC":
+        return "۔"
+    return next((stop for stop, scripts in _FULL_STOPS.items() if script in scripts.split()), ".")
+
+
+def special_token(text: str) -> str | None:
+    """Return the first name of a special token, other than a time, that a transcript spells; None without one."""
+    found = _SPECIAL.search(text)
+    return found and found[0]
+
+
+def timed_parts(text: str, duration_sec: float) -> list[TimedText]:
+    """Return the parts of a transcript with times, such as `<|0.00|> one<|3.20|><|3.60|> two<|7.80|>`; else none.
+
+    A last part without its end lasts to the end of the recording.
+
+    Raises:
+        DataError: text before the first time, or times that go back or beyond the recording.
+    """
+    before, *rest = _TIME.split(text)
+    if not rest:
+        return []
+    if before.strip():
+        raise DataError(f"the transcript begins before its first time: {before.strip()[:40]!r}; add <|0.00|> before it")
+    times = [float(time) for time in rest[::2]]
+    falling = next((pair for pair in itertools.pairwise(times) if pair[1] < pair[0]), None)
+    if falling:
+        raise DataError(f"the transcript's times go back, from {falling[0]:.2f} to {falling[1]:.2f} s; sort its parts")
+    if times[-1] > duration_sec + MAX_LATE_SEC:
+        what = f"the transcript's last time is {times[-1]:.2f} s, the recording ends at {duration_sec:.2f} s"
+        raise DataError(f"{what}; times begin at 0 in each recording")
+    spans = itertools.pairwise([min(time, duration_sec) for time in (*times, duration_sec)])
+    return [TimedText(part.strip(), *span) for part, span in zip(rest[1::2], spans, strict=True) if part.strip()]
+
+
+def without_times(text: str) -> str:
+    """Return a transcript without its times."""
+    return join_texts(part.strip() for part in _TIME.split(text)[::2]) if _TIME.search(text) else text
+
+
+def source_text(utterance: Utterance) -> str:
+    """Return the transcript in its source's case, without its times."""
+    return without_times(str(utterance.meta.get("source_text", utterance.text)))
+
+
+def group_texts(utterances: Iterable[Utterance]) -> dict[str | None, list[str]]:
+    """Return the transcripts of each language in their source's case."""
+    texts: dict[str | None, list[str]] = {}
+    for utterance in utterances:
+        texts.setdefault(utterance.language, []).append(source_text(utterance))
+    return texts
+
+
+def restyle(utterance: Utterance, style: LabelStyle, task: str = "transcribe") -> Utterance:
+    """Return the utterance with its source's transcript in a style; times in it are in `parts`.
+
+    Raises:
+        DataError: as `timed_parts`.
+    """
+    source = str(utterance.meta.get("source_text", utterance.text))
+    parts = timed_parts(source, utterance.duration_sec or math.inf)
+    texts = recase_parts([part.text for part in parts] or [source], style.case, text_language(utterance.language, task))
+    text = join_texts(texts) if parts else texts[0]
+    restyled = replace(
+        utterance, text=text, label_space=style.space,
+        parts=tuple(replace(part, text=text) for part, text in zip(parts, texts, strict=False)),
+    )  # fmt: skip
+    if text != source:
+        restyled = replace(restyled, meta={**utterance.meta, "source_text": source})
+    return restyled if restyled != utterance else utterance

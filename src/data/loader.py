@@ -68,10 +68,9 @@ def create_loader(
     load = cache.load_audio if (cache := audio_cache(config)) else load_audio
     dataset = WhisperDataset([*utterances, *no_speech], encoder, on_error=config.data.on_error, load=load)
     enforce_skip_policy(dataset.skipped, len(utterances), config.data.max_skip_fraction)
-    counts = [len(tokens) for tokens in dataset.tokens]
     prefix_tokens = len(dataset.prefix_of(0)) if len(dataset) else 0  # as many in each language
     planner = ExamplePlanner(
-        dataset.utterances, counts, prefix_tokens=prefix_tokens, config=composition, seed=config.seed
+        dataset.utterances, dataset.token_counts, prefix_tokens=prefix_tokens, config=composition, seed=config.seed
     )
     size = config.training.batch_size if shuffle else config.inference.batch_size
     seconds = config.training.batch_seconds if shuffle else None

@@ -12,14 +12,23 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import psutil
 from tqdm.auto import tqdm
 
 from src.data.audio import AudioCache, decode
-from src.data.labels import LabelCase, apply_case, resolve_case
+from src.data.labels import (
+    CAPITAL_NOUNS,
+    LabelCase,
+    LabelStyle,
+    group_texts,
+    resolve_case,
+    restyle,
+    source_text,
+    special_token,
+)
 from src.data.preprocessing import ClipStats, measure_clip
 from src.data.sources.catalog import open_source
 from src.data.sources.folder import code_of_language
@@ -46,7 +55,8 @@ class DatasetSplits:
     train: list[Utterance]
     validation: list[Utterance]  # to choose the best epoch by
     test: list[Utterance]  # to measure the result on, once
-    label_case: LabelCase  # how transcripts were recased; `with_label_case` changes it
+    label_case: LabelCase  # how transcripts were recased, "auto" if languages differ; `with_label_case` changes it
+    task: str = "transcribe"  # "translate": transcripts are English, whatever is spoken
     skipped: list[SkippedUtterance] = field(default_factory=list)  # what `on_error="skip"` left out
     shared_speakers: tuple[str, ...] = ()  # in more than one split (the source's own splits may)
     shared_texts: int = 0  # test transcripts that also occur in training
@@ -72,10 +82,22 @@ class DatasetSplits:
         """Of all splits."""
         return [*self.train, *self.validation, *self.test]
 
-    def with_label_case(self, label_case: LabelCase) -> DatasetSplits:
-        """Return the same utterances with their source's transcripts in another case."""
-        recased: dict[str, Any] = dict(_recased(self.parts, label_case))
-        return replace(self, **recased, label_case=label_case)
+    def with_label_case(self, chosen: LabelCase | Mapping[str | None, LabelStyle]) -> DatasetSplits:
+        """Return the same utterances with their source's transcripts in another case, or a style for each language."""
+        resolved = resolve_styles(self.parts, "auto" if isinstance(chosen, Mapping) else chosen)
+        styles = {**resolved, **(chosen if isinstance(chosen, Mapping) else {})}
+        cases = {styles[u.language].case for u in self.train}
+        styled: dict[str, Any] = {
+            name: [restyle(u, styles[u.language], self.task) for u in part] for name, part in self.parts.items()
+        }
+        return replace(self, **styled, label_case=cases.pop() if len(cases) == 1 else "auto")
+
+
+def resolve_styles(parts: Parts, label_case: LabelCase) -> dict[str | None, LabelStyle]:
+    """Choose the case of each language as `resolve_case` does, by its training transcripts if there are any."""
+    everything = group_texts(chain(*parts.values()))
+    texts = {**everything, **group_texts(parts["train"])}
+    return {language: LabelStyle(resolve_case(texts[language], label_case)) for language in everything}
 
 
 def prepare_datasets(config: Config, *, vad: VoiceActivityDetector | None = None) -> DatasetSplits:
@@ -135,22 +157,23 @@ def _prepare(source: SourceName, config: Config, vad: VoiceActivityDetector | No
     for mark, count in checker.tokenless.items():
         what = "%d utterance(s) in %r, which has no token in Whisper: taken as model.language (%s)"
         logger.warning(what, count, mark, config.model.language)
-    label_case = resolve_case([u.text for u in parts["train"]], data.label_case)
-    recased = _recased(parts, label_case)
-    train_texts = {u.text.lower() for u in recased["train"]}
-    shared_texts = sum(u.text.lower() in train_texts for u in recased["test"])
     splits = DatasetSplits(
-        **recased, label_case=label_case, skipped=skipped, shared_speakers=find_shared_speakers(recased.values()),
-        shared_texts=shared_texts, source=source, stats=checker.stats,
-    )  # fmt: skip
+        parts["train"], parts["validation"], parts["test"], label_case="keep", task=config.model.task,
+        skipped=skipped, source=source, stats=checker.stats, shared_speakers=find_shared_speakers(parts.values()),
+    ).with_label_case(data.label_case)  # fmt: skip
+    train_texts = {u.text.lower() for u in splits.train}
+    splits = replace(splits, shared_texts=sum(u.text.lower() in train_texts for u in splits.test))
     for row in splits.summary():
         logger.info("%(split)s: %(clips)d clips, %(minutes).1f min, %(speakers)s speakers", row)
     if shared := len(splits.shared_speakers):
         logger.warning("%d speaker(s) are in more than one split: results flatter the model", shared)
-    if shared_texts:
-        logger.info("%d of %d test transcripts also occur in training", shared_texts, len(splits.test))
-    if label_case != "keep":
-        logger.info("transcripts recased to %r", label_case)
+    if splits.shared_texts:
+        logger.info("%d of %d test transcripts also occur in training", splits.shared_texts, len(splits.test))
+    for language, style in resolve_styles(parts, data.label_case).items():
+        if style.case != "keep":
+            named = "transcripts" if language is None else f"{language_name(language)} transcripts"
+            small = "; nouns stay in lower case" if language in CAPITAL_NOUNS and style.case == "sentence" else ""
+            logger.info("%s recased to %r%s", named, style.case, small)
     return splits
 
 
@@ -171,7 +194,10 @@ def inspect_utterance(
 ) -> tuple[Utterance, ClipStats]:
     """Decode one recording, check it and measure it; return the utterance with its duration, and what was measured."""
     where = f"utterance {utterance.id}{_line(utterance)}"
-    if not utterance.text.strip():
+    if special := special_token(utterance.text):
+        what = f"the transcript spells the special token {special}, which is no text"
+        raise DataError(f"{where}: {what}; remove it, or give the language in a column language")
+    if not source_text(utterance).strip():
         raise DataError(f"{where}: the transcript is empty; fill it in or remove the row")
     try:
         load = decode if cache is None else cache.decode
@@ -183,7 +209,11 @@ def inspect_utterance(
         allowed = f"{config.min_duration_sec} to {config.max_duration_sec} s (data.min_duration_sec, max_duration_sec)"
         raise DataError(f"{where}: {stats.duration_sec:.2f} s, allowed are {allowed}; cut it at a pause")
     meta = {"snr_db": round(stats.snr_db, 1), **utterance.meta}  # what the source knows is better than an estimate
-    return replace(utterance, duration_sec=stats.duration_sec, meta=meta), stats
+    checked = replace(utterance, duration_sec=stats.duration_sec, meta=meta)
+    try:
+        return restyle(checked, LabelStyle("keep")), stats  # takes the times out of its transcript
+    except DataError as err:
+        raise DataError(f"{where}: {err}") from err
 
 
 def with_language(utterance: Utterance, config: ModelConfig) -> Utterance:
@@ -338,14 +368,3 @@ def find_shared_speakers(parts: Iterable[Sequence[Utterance]]) -> tuple[str, ...
     """Return the speakers that occur in more than one part, sorted."""
     counts = Counter(speaker for part in parts for speaker in {u.speaker for u in part if u.speaker is not None})
     return tuple(sorted(speaker for speaker, count in counts.items() if count > 1))
-
-
-def _recased(parts: Parts, label_case: LabelCase) -> Parts:
-    def recase(utterance: Utterance) -> Utterance:
-        source_text = str(utterance.meta.get("source_text", utterance.text))
-        text = apply_case(source_text, label_case)
-        if text == utterance.text:
-            return utterance
-        return replace(utterance, text=text, meta={**utterance.meta, "source_text": source_text})
-
-    return {name: [recase(utterance) for utterance in part] for name, part in parts.items()}

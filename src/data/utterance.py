@@ -22,6 +22,15 @@ class EncodedAudio(Protocol):
 
 
 @dataclass(frozen=True)
+class TimedText:
+    """A part of a transcript, and when it is spoken, in seconds from the start of its recording."""
+
+    text: str  # without surrounding spaces
+    start_sec: float
+    end_sec: float
+
+
+@dataclass(frozen=True)
 class Utterance:
     """One recording with its transcript."""
 
@@ -31,6 +40,8 @@ class Utterance:
     speaker: str | None = None  # None where the source does not say
     language: str | None = None  # Whisper's code of what is spoken; of a source also a mark without a token in Whisper
     duration_sec: float | None = None  # after decoding; None until the recording has been checked
+    parts: tuple[TimedText, ...] = ()  # of a transcript that its source gives with times; their texts joined are `text`
+    label_space: bool | None = None  # whether labels begin with a space; None is by language
     meta: Mapping[str, Any] = field(default_factory=dict)  # other columns of the source (split, age, gender, ...)
 
     @property

@@ -17,7 +17,16 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from src.data.dataset import decode_audio
-from src.data.labels import IGNORE_INDEX, LabelCase, LabelEncoder, apply_case, resolve_case
+from src.data.labels import (
+    CAPITAL_NOUNS,
+    IGNORE_INDEX,
+    LabelCase,
+    LabelEncoder,
+    LabelStyle,
+    apply_case,
+    resolve_case,
+    source_text,
+)
 from src.data.loader import create_loader
 from src.data.preparation import DatasetSplits
 from src.data.report.findings import Finding, count_clips, sort_findings
@@ -30,7 +39,7 @@ from src.inference.words import Vocabulary
 from src.models.dynamic_context import evaluation_mode
 from src.utils.config import Config
 from src.utils.errors import DataError, ModelError
-from src.utils.languages import language_name
+from src.utils.languages import UNSPACED, language_name, text_language
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +77,7 @@ def fill_languages(splits: DatasetSplits, model: Any, processor: Any, config: Co
         name: [u if u.language is not None else replace(u, language=spoken) for u in part]
         for name, part in splits.parts.items()
     }
-    return replace(splits, **filled)
+    return replace(splits, **filled).with_label_case(config.data.label_case)  # capitals depend on the language
 
 
 @torch.inference_mode()
@@ -104,18 +113,24 @@ def add_model_checks(
     styles = measure_label_styles(model, processor, utterances, config)
     hard = find_hard_clips(model, processor, utterances, config, max_clips=max_hard_clips)
 
-    configured = resolve_case([_source_text(u) for u in utterances], config.data.label_case)
-    costs, (best, gap_nats) = _costs(styles), _likeliest(styles, configured)
     findings = [finding for finding in report.findings if finding.topic not in (_STYLE_TOPIC, _HARD_TOPIC)]
-
-    listed = ", ".join(f"{style} {costs[style]:.1f}" for style in STYLES)
-    clips = count_clips(len(utterances))
-    message = f"nats per transcript on {styles['clips'][0]} of {clips}: {listed}; configured: {configured}"
-    advice = f"set data.label_case: {best}, unless the results must be written in another style"
-    likelier = gap_nats >= MIN_GAP_NATS
-    findings.append(Finding("warning" if likelier else "info", _STYLE_TOPIC, message, advice if likelier else ""))
+    for language, table in styles.groupby("language", sort=False, dropna=False):
+        current, best, gap_nats = _likeliest(table, config.data.label_case)
+        name = "" if styles["language"].nunique() < 2 else f"{language_name(str(language))}: "
+        costs = {_named(style): nats for style, nats in _costs(table).items()}
+        listed = ", ".join(f"{style} {nats:.1f}" for style, nats in costs.items())
+        message = f"{name}nats per transcript on {table['clips'].iloc[0]} of {count_clips(len(utterances))}: {listed}"
+        message += f"; configured: {_named(current)}"
+        if language in CAPITAL_NOUNS and "sentence" in (current.case, best.case):
+            message += "; in sentence case nouns stay small"
+        advice = f"set data.label_case: {best.case}, unless the results must be written in another style"
+        if best.case == current.case:
+            advice = "with_label_case(choose_label_case(report, config)) takes the likelier one"
+        likelier = gap_nats >= MIN_GAP_NATS
+        findings.append(Finding("warning" if likelier else "info", _STYLE_TOPIC, message, advice if likelier else ""))
 
     decoded = min(max_hard_clips, len(utterances))
+    clips = count_clips(len(utterances))
     message = f"{len(hard):,} decoded with more errors than words, of {decoded:,} of {clips}"
     advice = "listen to them: the transcript may be of another clip or language, or there is no clear speech"
     ids = tuple(hard["id"].head(5))
@@ -123,26 +138,46 @@ def add_model_checks(
     return replace(report, findings=sort_findings(findings), label_styles=styles, hard_clips=hard)
 
 
-def choose_label_case(report: DataReport, config: Config) -> LabelCase:
-    """Return the case to train with: the configured one, or with "auto" the likeliest by `add_model_checks`."""
-    if config.data.label_case != "auto":
-        return config.data.label_case
+def choose_label_case(report: DataReport, config: Config) -> LabelCase | dict[str | None, LabelStyle]:
+    """Return how to write the transcripts in training, for `DatasetSplits.with_label_case`.
+
+    With "auto" it is the likeliest case by `add_model_checks`, else the configured one; and the space that labels begin
+    with is the likelier one. Where languages differ in that, it is one style for each.
+
+    Raises:
+        DataError: the report has no label styles.
+    """
     if report.label_styles is None:
+        if config.data.label_case != "auto":
+            return config.data.label_case
         raise DataError("the report has no label styles; pass it through add_model_checks first")
-    current = next(style for style in STYLES if style == report.label_case)
-    best, gap_nats = _likeliest(report.label_styles, current)
-    return best if gap_nats >= MIN_GAP_NATS else current
+    chosen: dict[str | None, LabelStyle] = {}
+    for language, table in report.label_styles.groupby("language", sort=False, dropna=False):
+        current, best, gap_nats = _likeliest(table, config.data.label_case)
+        chosen[language if isinstance(language, str) else None] = best if gap_nats >= MIN_GAP_NATS else current
+    first, *others = set(chosen.values())
+    return first.case if not others and first.space is None else chosen
 
 
-def _costs(styles: pd.DataFrame) -> dict[LabelCase, float]:
-    return {row["style"]: row["nats"] for row in styles.to_dict("records") if row["space"]}
+def _costs(table: pd.DataFrame) -> dict[LabelStyle, float]:
+    """Return the nats of each style of one language; the space that it has by default is None."""
+    default = bool(table.loc[table["configured"], "space"].iloc[0])
+    rows = table.to_dict("records")
+    return {LabelStyle(r["style"], None if r["space"] == default else r["space"]): r["nats"] for r in rows}
 
 
-def _likeliest(styles: pd.DataFrame, configured: LabelCase) -> tuple[LabelCase, float]:
-    """Return the cheapest style, and how many nats per transcript the configured one costs more; 0 if they tie."""
-    costs = _costs(styles)
-    best = min(STYLES, key=lambda style: (round(costs[style], 6), style != configured))
-    return best, costs[configured] - costs[best]
+def _likeliest(table: pd.DataFrame, label_case: LabelCase) -> tuple[LabelStyle, LabelStyle, float]:
+    """Return the configured style, the cheapest allowed, and how many nats per transcript it saves; 0 if they tie."""
+    costs = _costs(table)
+    current = LabelStyle(table.loc[table["configured"], "style"].iloc[0])
+    allowed = [style for style in costs if label_case == "auto" or style.case == current.case]
+    best = min(allowed, key=lambda style: (round(costs[style], 6), style != current, style.space is not None))
+    return current, best, costs[current] - costs[best]
+
+
+def _named(style: LabelStyle) -> str:
+    space = {None: "", True: " with a space", False: " without a space"}[style.space]
+    return f"{style.case}{space}"
 
 
 @torch.inference_mode()
@@ -152,37 +187,54 @@ def measure_label_styles(
     """Measure how likely the transcripts of clips chosen by hash are to a model in each style of writing.
 
     Returns:
-        One row per style and space: style ("keep" is the source's own), space (whether the text begins with the space
-        that Whisper always writes; labels always have it), nats (teacher-forced negative log-likelihood of text and end
-        token, summed over a transcript, mean of the clips), clips, example (the first clip's transcript).
+        One row per language, style and space: language, style ("keep" is the source's own), space (whether the text
+        begins with one), nats (teacher-forced negative log-likelihood of text and end token, summed over a transcript,
+        mean of the clips), clips, example (the first clip's transcript), configured (by `data.label_case`, with the
+        space that is usual in the language).
     """
     if model.training:
         raise ModelError("the model is in training mode, whose dropout blurs the result; call model.eval() first")
     if not utterances:
         raise DataError("no utterance: there is nothing to measure")
-    chosen = hashed_choice(utterances, num_clips, config.seed)
-    encoder = LabelEncoder(processor.tokenizer, language=config.model.language, task=config.model.task)
-    tokenize, pad = processor.tokenizer.encode, partial(pad_sequence, batch_first=True)
-    ways = [(style, space) for space in (True, False) for style in STYLES]
-    sums = dict.fromkeys(ways, 0.0)
+    by_language: dict[str | None, list[Utterance]] = {}
+    for utterance in utterances:
+        by_language.setdefault(utterance.language or config.model.language, []).append(utterance)
+    each = max(num_clips // 4, num_clips // len(by_language))
+    rows = []
+    for language, spoken in by_language.items():
+        written = text_language(language, config.model.task)
+        usual = written not in UNSPACED
+        configured = resolve_case([source_text(u) for u in spoken], config.data.label_case)
+        chosen = hashed_choice(spoken, each, config.seed)
+        nats = _measure_styles(model, processor, chosen, language, config)
+        first = source_text(chosen[0])
+        rows += [
+            (language, case, space, total / len(chosen), len(chosen), apply_case(first, case, written),
+             (case, space) == (configured, usual))
+            for (case, space), total in nats.items()
+        ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["language", "style", "space", "nats", "clips", "example", "configured"])
+
+
+def _measure_styles(
+    model: Any, processor: Any, utterances: Sequence[Utterance], language: str | None, config: Config
+) -> dict[tuple[LabelCase, bool], float]:
+    """Return the nats of all utterances, which are in one language, by case and space."""
+    encoder = LabelEncoder(processor.tokenizer, language=language, task=config.model.task)
+    written = text_language(language, config.model.task)
+    pad = partial(pad_sequence, batch_first=True)
+    sums = {(case, space): 0.0 for space in (True, False) for case in STYLES}
     size = config.inference.batch_size
-    for at in tqdm(range(0, len(chosen), size), desc="label styles", leave=False):
-        batch = chosen[at : at + size]
+    for at in tqdm(range(0, len(utterances), size), desc="label styles", leave=False):
+        batch = utterances[at : at + size]
         encoded = encode(model, [decode_audio(u) for u in batch], config.inference.trailing_silence_sec)
-        for style, space in ways:
-            texts = [apply_case(_source_text(u), style).strip() for u in batch]
-            tokens = [tokenize(" " * space + text, add_special_tokens=False) if text else () for text in texts]
-            labels = [encoder.label(each, language=u.language) for each, u in zip(tokens, batch, strict=True)]
+        for case, space in sums:
+            texts = [apply_case(source_text(u), case, written) for u in batch]
+            labels = [encoder.label(encoder.tokenize(text, space=space)) for text in texts]
             inputs = pad([torch.tensor(label.decoder_input_ids) for label in labels])  # (B, L)
             targets = pad([torch.tensor(label.labels) for label in labels], padding_value=IGNORE_INDEX)  # (B, L)
-            sums[style, space] += sum_loss(model, encoded, inputs, targets)
-    first = _source_text(chosen[0])
-    rows = [(s, space, sums[s, space] / len(chosen), len(chosen), apply_case(first, s)) for s, space in ways]
-    return pd.DataFrame(rows, columns=["style", "space", "nats", "clips", "example"])
-
-
-def _source_text(utterance: Utterance) -> str:
-    return str(utterance.meta.get("source_text", utterance.text))
+            sums[case, space] += sum_loss(model, encoded, inputs, targets)
+    return sums
 
 
 def find_hard_clips(

@@ -23,7 +23,6 @@ import torch
 from src.data.audio import SAMPLE_RATE, Waveform, to_mono_16k
 from src.data.features import CONTEXT_SAMPLES
 from src.inference.engine_base import Engine
-from src.inference.engines import transcribe
 from src.inference.options import DecodingOptions
 from src.inference.torch_engine import TorchEngine
 from src.utils.config import Config
@@ -44,7 +43,8 @@ class MeasuredEngine:
     """Something that turns audio into text, with what it computes on."""
 
     name: str
-    transcribe: Callable[[Sequence[Waveform]], list[str]]  # clips up to 30 s, (T,) float32 each, to texts in order
+    # clips up to 30 s, (T,) float32 each, to texts in order; `languages` is passed if the measurement has some
+    transcribe: Callable[..., list[str]]
     device: str  # as torch names it; a GPU is waited for
     precision: str  # of its weights: "float32", "int8", ...
     audio_context: str  # "full" (each clip padded to 30 s) or "dynamic"
@@ -55,8 +55,9 @@ def describe_engine(engine: Engine, config: Config) -> MeasuredEngine:
     """Return an engine of `src.inference` to be measured; `inference` and `model` say how it decodes."""
     options = DecodingOptions.from_config(config)
 
-    def texts_of(audios: Sequence[Waveform]) -> list[str]:
-        return [result.text for result in transcribe(engine, audios, options)]
+    def texts_of(audios: Sequence[Waveform], languages: Sequence[str | None] | None = None) -> list[str]:
+        encoded = engine.encode(audios, options.trailing_silence_sec)
+        return [result.text for result in engine.decode(encoded, audios, options, languages=languages)]
 
     first_token = (lambda audio: engine.first_token(audio, options)) if options.num_beams == 1 else None
     return MeasuredEngine(engine.name, texts_of, engine.device, engine.precision, engine.audio_context, first_token)
@@ -197,9 +198,13 @@ def measure_engine(
     batch_size: int = 1,
     passes: int = 1,
     name: str = "model",
+    languages: Sequence[str | None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> LatencyResult:
-    """Measure an engine on clips from `check_clips`; where memory runs out, the result has a `reason` alone."""
+    """Measure an engine on clips from `check_clips`, each in its own language where `languages` has one.
+
+    Where memory runs out, the result has a `reason` alone.
+    """
     if not 1 <= batch_size <= len(clips) or passes < 1:
         raise DataError(f"batch size {batch_size} (1 to the {len(clips)} clips given), repeats {passes} (at least 1)")
     described = engine.name, engine.device, engine.precision, engine.audio_context
@@ -215,14 +220,18 @@ def measure_engine(
         wait(engine.device)
         return result, clock() - began
 
+    def transcribe(batch: Sequence[int]) -> list[str]:
+        spoken = {} if languages is None else {"languages": [languages[i] for i in batch]}
+        return engine.transcribe([clips[i] for i in batch], **spoken)
+
     def measure() -> LatencyResult:
         with _peak_memory(engine.device) as readings_mb:
             for _ in range(WARMUP_CALLS):
-                engine.transcribe([clips[i] for i in batches[0]])
+                transcribe(batches[0])
         latencies: list[float] = []
         texts: dict[int, str] = {}
         for batch in batches * passes:
-            found, elapsed_sec = timed(engine.transcribe, [clips[i] for i in batch])
+            found, elapsed_sec = timed(transcribe, batch)
             latencies.append(elapsed_sec)
             texts.update(zip(batch, found, strict=True))
         first_token_sec = None

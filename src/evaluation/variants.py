@@ -168,12 +168,14 @@ def _measure(
 ) -> VariantFigures:
     if not clips:
         return replace(row, device=engine.device, reason=NO_CLIPS)
-    result = measure_engine(engine, clips, batch_size=min(config.inference.batch_size, len(clips)), name=row.variant)
+    languages = [utterance.language for utterance in utterances]
+    size = min(config.inference.batch_size, len(clips))
+    result = measure_engine(engine, clips, batch_size=size, name=row.variant, languages=languages)
     measured = {**vars(result), "engine": row.engine, "n": len(clips)}
     if result.reason is None:
         rates = MetricsCalculator.from_config(config).compute(
             [u.text for u in utterances], result.texts, [u.speaker for u in utterances],
-            languages=[u.language for u in utterances],
+            languages=languages,
         )  # fmt: skip
         measured |= vars(rates)
     names = {f.name for f in fields(VariantFigures)}

@@ -123,7 +123,7 @@ class RunSaver:
         name = ADAPTERS_FILE if has_adapters(self._model) else "model.safetensors"
         run_state.load_weights(self._model, load_file(self.best_model_dir / name))
         self._holds_best = True
-        logger.info("the model now holds the weights of epoch %d, the best by WER", progress.best_epoch)
+        logger.info("the model now holds the weights of epoch %d, the best by error rate", progress.best_epoch)
 
     def restore_last(self, progress: Progress) -> None:
         """Put the last epoch's weights back if training continues after `restore_best`."""

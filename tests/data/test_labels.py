@@ -1,16 +1,29 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from src.data.audio import load_audio
-from src.data.labels import IGNORE_INDEX, MAX_LABEL_TOKENS, LabelEncoder, TimedTokens, apply_case, resolve_case
+from src.data.labels import (
+    IGNORE_INDEX,
+    MAX_LABEL_TOKENS,
+    LabelEncoder,
+    LabelStyle,
+    TimedTokens,
+    apply_case,
+    resolve_case,
+    restyle,
+    suppressed_first,
+)
 from src.data.sources.catalog import SAMPLE_CLIP
-from src.data.utterance import Utterance
+from src.data.utterance import TimedText, Utterance
 from src.utils.errors import DataError
 
 
@@ -113,3 +126,140 @@ def test_a_corpus_in_capitals_is_recased_and_others_are_kept(texts: list[str], a
 )
 def test_sentence_case(text: str, expected: str) -> None:
     assert apply_case(text, "sentence") == expected
+
+
+def test_chinese_with_some_latin_capitals_and_georgian_are_no_corpus_in_capitals() -> None:
+    assert resolve_case(["他在ABC公司工作"], "auto") == "keep"
+    assert resolve_case(["ძმამ იყიდა ვაშლი"], "auto") == "keep"
+    assert resolve_case(["ПРИВЕТ ВСЕМ"], "auto") == "sentence"
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "expected"),
+    [
+        ("IŞIK VE İZMİR", "tr", "Işık ve izmir."),
+        ("İYİ IŞIK", "az", "İyi ışık."),
+        ("İSTANBUL", "en", "Istanbul."),  # no stray U+0307
+        ("I DZIECI I JA", "pl", "I dzieci i ja."),
+        ("TU ED I MIEI AMICI", "it", "Tu ed i miei amici."),
+        ("DER HUND BELLT", "de", "Der hund bellt."),  # nouns cannot be known
+        ("IJS IS KOUD", "nl", "IJs is koud."),
+        ("¿QUÉ HORA ES?", "es", "¿Qué hora es?"),
+        ("ΚΑΛΗΜΕΡΑ ΣΑΣ", "el", "Καλημερα σας."),
+        ("ძმამ იყიდა", "ka", "ძმამ იყიდა."),  # no sentence begins with a capital
+        ("天气很好", "zh", "天气很好。"),
+        ("天气很好", "yue", "天气很好。"),
+        ("今日は", "ja", "今日は。"),
+        ("आज मौसम अच्छा है", "hi", "आज मौसम अच्छा है।"),
+        ("আজ ভালো", "bn", "আজ ভালো।"),
+        ("ਮੀਂਹ ਪਵੇਗਾ", "pa", "ਮੀਂਹ ਪਵੇਗਾ।"),
+        ("بارش ہوگی", "ur", "بارش ہوگی۔"),
+        ("سيهطل المطر", "ar", "سيهطل المطر."),
+        ("Եղբայրս գնեց", "hy", "Եղբայրս գնեց։"),
+        ("ወንድሜ ገዛ", "am", "ወንድሜ ገዛ።"),
+        ("ฝนตกหนัก", "th", "ฝนตกหนัก"),
+        ("ຝົນຕົກໜັກ", "lo", "ຝົນຕົກໜັກ"),
+        ("និយាយថា", "km", "និយាយថា"),
+        ("ဝယ်ခဲ့တယ်", "my", "ဝယ်ခဲ့တယ်"),
+        ("비가 내린다", "ko", "비가 내린다."),
+    ],
+)  # fmt: skip
+def test_sentences_are_written_as_their_language_does(text: str, language: str, expected: str) -> None:
+    assert apply_case(text, "sentence", language) == expected
+
+
+# letters of 20 scripts, with a language that is written in each
+SCRIPTS = [
+    ("de", "aäbcßZÖ"), ("ru", "абвгЖя"), ("el", "αβγςΩά"), ("hy", "աբգԵւ"), ("ka", "აბგდეყ"), ("he", "אבגדשת"),
+    ("ar", "ابتثجحَُّ"), ("hi", "कखगािीुेैं्"), ("bn", "কখগািীেৈ্"), ("pa", "ਕਖਗਾਿੀੰ"), ("gu", "કખગાિીે્"),
+    ("ta", "கஙசாிீெொ்"), ("te", "కఖగాిీ్"), ("kn", "ಕಖಗಾಿೀ್"), ("ml", "കഖഗാിീ്"), ("si", "කඛගාිී්"),
+    ("th", "กขคงาิีุ้่"), ("lo", "ກຂຄງາິີ"), ("km", "កខគាិី្"), ("my", "ကခဂာိီ်"), ("bo", "ཀཁགངིུ"), ("am", "ሀሁሂሃለሉ"),
+    ("ko", "가나다라힣"), ("ja", "あいうアイウ漢"), ("zh", "我你他很好们"), ("yue", "佢哋喺嘅"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(SCRIPTS), st.data())
+def test_labels_decode_to_the_text_in_every_script_and_begin_as_decoding_may(
+    base: tuple[Any, Any], spoken: tuple[str, str], data: st.DataObject
+) -> None:
+    language, alphabet = spoken
+    text = data.draw(st.text(alphabet + "  ", min_size=1, max_size=30).map(str.strip).filter(bool))
+    rules, tokenizer = base[0].generation_config, base[1].tokenizer
+    for space in (None, True, False):
+        tokens = LabelEncoder(tokenizer, language=language).tokenize(text, space=space)
+        assert tokenizer.decode(tokens).strip() == text
+        assert tokens[0] not in {*rules.suppress_tokens, *rules.begin_suppress_tokens}
+        following = LabelEncoder(tokenizer, language=language).tokenize(text, space=space, first=False)
+        assert tokenizer.decode(following).strip() == text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["base", "_tiny_en"])
+def test_the_tokens_that_no_label_begins_with_are_those_that_decoding_suppresses(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    model, processor = request.getfixturevalue(name)
+    rules = model.generation_config
+    suppressed = {t for t in (*rules.suppress_tokens, *rules.begin_suppress_tokens) if t < rules.eos_token_id}
+    assert suppressed_first(processor.tokenizer.backend_tokenizer) == suppressed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("language", "text", "written"),
+    [("zh", "你好", "你好"), ("de", "Hallo", " Hallo"), ("bn", "আমার", "আমার"),
+     ("en", '"Hello" he said', ' Hello" he said'),
+     ("en", "-Hello", "-Hello"), ("en", "(x) y", " x) y"), ("ja", "「はい」と", "はい」と"), ("en", "♪♪", "")],
+)  # fmt: skip
+def test_the_space_is_that_of_the_language_and_no_label_begins_with_a_suppressed_token(
+    base: tuple[Any, Any], language: str, text: str, written: str
+) -> None:
+    encoder = LabelEncoder(base[1].tokenizer, language=language)
+    assert base[1].tokenizer.decode(encoder.tokenize(text)) == written
+
+
+@pytest.mark.slow
+def test_names_of_special_tokens_in_a_text_stay_text(base: tuple[Any, Any]) -> None:
+    tokenizer = base[1].tokenizer
+    tokens = LabelEncoder(tokenizer, language="en").tokenize("a <|endoftext|> b <|0.00|> <|en|>")
+    assert max(tokens) < tokenizer.eos_token_id
+    assert tokenizer.backend_tokenizer.decode(tokens) == " a <|endoftext|> b <|0.00|> <|en|>"
+
+
+@pytest.mark.slow
+def test_each_text_has_the_prefix_of_its_language_and_translations_are_english(base: tuple[Any, Any]) -> None:
+    encoder = LabelEncoder(base[1].tokenizer, language="de")
+    assert encoder.prefix_for("hi") == (50258, 50276, 50359, 50363)
+    assert encoder.prefix_for("yue") == encoder.prefix_for("zh")  # before large-v3
+    assert encoder.encode("नमस्ते", "hi").decoder_input_ids[:4] == encoder.prefix_for("hi")
+    translated = LabelEncoder(base[1].tokenizer, language="zh", task="translate")
+    assert base[1].tokenizer.decode(translated.tokenize("Hello")) == " Hello"
+    assert translated.prefix == [50258, 50260, 50358, 50363]
+
+
+@pytest.mark.slow
+def test_an_english_model_takes_no_other_language(_tiny_en: tuple[Any, Any]) -> None:
+    with pytest.raises(DataError, match=r"English only, the speech is Hindi \(hi\).*multilingual"):
+        LabelEncoder(_tiny_en[1].tokenizer).encode("नमस्ते", "hi")
+
+
+def test_times_in_a_transcript_are_parts_and_no_text() -> None:
+    timed = "<|0.00|> HELLO THERE<|2.00|><|2.50|> I AM<|4.00|>"
+    clip = Utterance("a", b"", timed, language="en", duration_sec=3.8)
+    kept, sentence = (restyle(clip, LabelStyle(case)) for case in ("keep", "sentence"))  # type: ignore[arg-type]
+    assert kept.text == "HELLO THERE I AM"
+    assert kept.parts == (TimedText("HELLO THERE", 0.0, 2.0), TimedText("I AM", 2.5, 3.8))
+    assert sentence.text == "Hello there I am."
+    assert [part.text for part in sentence.parts] == ["Hello there", "I am."]
+    assert restyle(sentence, LabelStyle("keep")) == kept
+    unspaced = restyle(replace(clip, text="<|0.00|>你好<|1.00|><|1.00|>再见", language="zh"), LabelStyle("keep"))
+    assert (unspaced.text, unspaced.parts[1]) == ("你好再见", TimedText("再见", 1.0, 3.8))
+    for wrong, message in (
+        ("hello <|0.00|> there<|2.00|>", "begins before its first time"),
+        ("<|2.00|> hello<|1.00|>", "go back, from 2.00 to 1.00 s"),
+        ("<|0.00|> hello<|9.00|>", "last time is 9.00 s, the recording ends at 3.80 s"),
+    ):
+        with pytest.raises(DataError, match=message):
+            restyle(replace(clip, text=wrong), LabelStyle("keep"))

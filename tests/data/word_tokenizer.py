@@ -16,6 +16,9 @@ class WordTokenizer:
         assert not add_special_tokens
         return SimpleNamespace(ids=[1000 + len(word) * word.isalnum() for word in text.split() or [""]])
 
+    def id_to_token(self, token: int) -> str:
+        return f"Ġ{token}"
+
     def token_to_id(self, name: str) -> int | None:
         known = {"<|startoftranscript|>": 50257, "<|startofprev|>": 50360, "<|notimestamps|>": 50362}
         time = name.strip("<|>")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from src.data.dataset import decode_audio
-from src.data.labels import apply_case
+from src.data.labels import LabelStyle, apply_case
+from src.data.preparation import DatasetSplits
 from src.data.report.report import DataReport, build_data_report
 from src.data.sources.catalog import SAMPLE_CLIP
 from src.data.utterance import Utterance
@@ -31,7 +32,7 @@ def test_the_sentence_style_beats_capitals_by_more_than_ten_nats(
         replace(u, text=apply_case(u.text, "sentence"), meta={**u.meta, "source_text": u.text}) for u in sample[:100]
     ]
     table = measure_label_styles(*_tiny_en, recased, Config(), num_clips=4)
-    assert list(table.columns) == ["style", "space", "nats", "clips", "example"]
+    assert list(table.columns) == ["language", "style", "space", "nats", "clips", "example", "configured"]
     nats = table.set_index(["style", "space"])["nats"]
     assert nats["keep", True] - nats["sentence", True] > 10
     assert nats["lower", True] > nats["sentence", True]
@@ -59,6 +60,15 @@ def test_the_cost_is_the_log_likelihood_of_the_tokens_one_by_one(
     assert measured["nats"][0] == pytest.approx(total, rel=1e-3)
 
 
+def style_table(language: str, nats: dict[tuple[str, bool], float], configured: tuple[str, bool]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"language": language, "style": s, "space": b, "nats": n, "configured": (s, b) == configured}
+            for (s, b), n in nats.items()
+        ]
+    )
+
+
 @pytest.mark.parametrize(
     ("nats", "configured", "chosen"),
     [
@@ -71,13 +81,29 @@ def test_the_cost_is_the_log_likelihood_of_the_tokens_one_by_one(
 def test_auto_takes_the_likeliest_style_and_keeps_the_current_one_if_close(
     nats: tuple[float, ...], configured: str, chosen: str, sample: list[Utterance]
 ) -> None:
-    report = replace(build_data_report(splits_of(sample[:3]), Config()), label_case=configured)
+    report = build_data_report(splits_of(sample[:3]), Config())
     with pytest.raises(DataError, match="add_model_checks"):
         choose_label_case(report, Config())
-    styles = [{"style": s, "space": True, "nats": n} for s, n in zip(("keep", "lower", "sentence"), nats, strict=True)]
-    report = replace(report, label_styles=pd.DataFrame(styles))
+    costs = {(s, True): n for s, n in zip(("keep", "lower", "sentence"), nats, strict=True)}
+    report = replace(report, label_styles=style_table("en", costs, (configured, True)))
     assert choose_label_case(report, Config()) == chosen
-    assert choose_label_case(report, load_config(None, overrides={"data.label_case": "lower"})) == "lower"
+    lower = replace(report, label_styles=style_table("en", costs, ("lower", True)))
+    assert choose_label_case(lower, load_config(None, overrides={"data.label_case": "lower"})) == "lower"
+
+
+def test_case_and_space_are_chosen_for_each_language(sample: list[Utterance]) -> None:
+    spaced = style_table("de", {("keep", True): 9, ("sentence", True): 5, ("keep", False): 30}, ("keep", True))
+    unspaced = style_table("ja", {("keep", True): 6, ("keep", False): 9}, ("keep", False))
+    report = replace(build_data_report(splits_of(sample[:3]), Config()), label_styles=pd.concat([spaced, unspaced]))
+    styles = choose_label_case(report, Config())
+    assert styles == {"de": LabelStyle("sentence"), "ja": LabelStyle("keep", space=True)}
+    splits = DatasetSplits(
+        [Utterance("a", b"", "GUTEN TAG", language="de"), Utterance("b", b"", "こんにちは", language="ja")], [],
+        [Utterance("c", b"", "HELLO", language="en")], label_case="keep",
+    ).with_label_case(styles)  # fmt: skip
+    assert [u.text for u in splits.utterances] == ["Guten tag.", "こんにちは", "Hello."]
+    assert [u.label_space for u in splits.utterances] == [None, True, None]
+    assert splits.label_case == "auto"
 
 
 def test_clips_with_each_others_transcripts_are_hard(_tiny_en: tuple[Any, Any], sample: list[Utterance]) -> None:

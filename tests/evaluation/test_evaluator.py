@@ -19,6 +19,7 @@ from src.data.utterance import Utterance
 from src.evaluation.evaluator import EvaluationResult, ModelEvaluator, compare_predictions
 from src.evaluation.report.run_files import load_predictions
 from src.inference import torch_engine
+from src.inference.engine_base import DecodingResult
 from src.utils.config import Config, load_config
 from src.utils.errors import DataError, OutOfMemoryError
 from src.utils.tracking import ExperimentLogger
@@ -165,6 +166,36 @@ def test_results_are_saved_and_measuring_again_replaces_the_rows_of_that_model_o
     assert {name: len(rows) for name, rows in models.items()} == {"tuned": result.n, "stock": 1}
     assert tuple(models["tuned"]) == result.rows
     assert not list(path.parent.glob("*.tmp"))
+
+
+def test_each_row_is_decoded_and_counted_in_its_own_language(
+    base: tuple[Any, Any], clips: list[Utterance], monkeypatch: pytest.MonkeyPatch, config: Config
+) -> None:
+    texts = {"zh": ("今天，很好", "今天很坏"), "tr": ("IŞIK", "ışık"), "en": ("the colour", "the color")}
+    spoken = [dataclasses.replace(c, language=code, text=texts[code][0]) for c, code in zip(clips, texts, strict=False)]
+    asked: list[Any] = []
+
+    def decode(*args: Any, languages: Sequence[str | None], **options: Any) -> list[DecodingResult]:
+        asked.extend(languages)
+        return [DecodingResult(texts[str(code)][1], (1,), -0.1, truncated=code == "zh") for code in languages]
+
+    monkeypatch.setattr("src.evaluation.evaluator.decode", decode)
+    monkeypatch.setattr("src.evaluation.evaluator.encode", lambda *args, **options: None)
+    monkeypatch.setattr("src.evaluation.evaluator.sum_loss", lambda *args: 1.0)
+    result = ModelEvaluator(*base, CONFIG).evaluate_dataset(create_loader(spoken, base[1], CONFIG), name="stock")
+    rates = {row.language: row.rate for row in result.rows}
+    assert sorted(asked) == sorted(texts)
+    assert rates == {"zh": 1 / 4, "tr": 0.0, "en": 0.0}
+    assert (result.metric, result.rate, result.truncated) == ("mean", pytest.approx(1 / 12), 1)
+    assert {code: found.rate for code, found in result.rates_by_language.items()} == rates
+    with ExperimentLogger(config, run_id="r") as experiment:
+        result.save(experiment)
+    assert load_predictions(experiment.dir)["stock"] == list(result.rows)
+    event = json.loads(Path(experiment.metrics_path).read_text())
+    assert event["rates_by_language"]["zh"]["metric"] == "CER"
+    other = [dataclasses.replace(row, normalizer="whisper-basic-v1") for row in result.rows]
+    with pytest.raises(DataError, match="whisper-basic-v1"):
+        compare_predictions(result.rows, other)
 
 
 def test_a_model_compared_with_itself_shows_no_difference(

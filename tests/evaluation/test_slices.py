@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from src.evaluation.evaluator import Prediction
+from src.evaluation.metrics import headline_normalizer
 from src.evaluation.slices import slice_columns, slice_rates
 from src.utils.errors import DataError
 
@@ -30,6 +32,20 @@ def test_the_rate_of_a_slice_is_that_of_its_rows() -> None:
     assert math.isnan(slices["m"].low)
     assert math.isnan(slices["x"].rate)  # no word to be right about: no rate, neither 0 nor 1
     assert sum(found.n for found in slices.values()) == len(rows)
+
+
+def test_a_slice_per_language_has_its_own_metric_and_others_the_mean() -> None:
+    rows = [
+        replace(row(i, i % 2 + (i > 4), gender="fm"[i % 3 > 1]), language=code, normalizer=headline_normalizer(code))
+        for i, code in enumerate(["de"] * 5 + ["zh"] * 3)
+    ]
+    assert slice_columns(rows)[0] == "language"
+    found = {part.value: part for part in slice_rates(rows, "language")}
+    assert {value: (part.metric, part.n, part.rate) for value, part in found.items()} == {
+        "de": ("WER", 5, 2 / 20), "zh": ("CER", 3, 5 / 12),
+    }  # fmt: skip
+    by_gender = {part.value: (part.metric, part.rate) for part in slice_rates(rows, "gender")}
+    assert by_gender["f"] == ("mean", pytest.approx(((0 + 1 + 1 + 0) / 16 + 3 / 8) / 2))
 
 
 DURATIONS_AND_AGES = [

@@ -110,7 +110,7 @@ def test_a_model_that_does_not_fit_into_memory_is_a_reason(config: Config, monke
 
 
 def test_one_clip_has_no_interval(config: Config) -> None:
-    engine = MeasuredEngine("torch", lambda audios: ["red house"] * len(audios), "cpu", "float32", "full")
+    engine = MeasuredEngine("torch", lambda audios, languages: ["red house"] * len(audios), "cpu", "float32", "full")
     utterance = Utterance("a", b"", "red mouse", duration_sec=1.0)
     blank = VariantFigures("tiny.en", "torch")
     row = variants._measure(blank, engine, [np.zeros(16_000, dtype=np.float32)], [utterance], config)

@@ -80,7 +80,7 @@ def fake_rates(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             measured.append(f"{name}, {context}")
             if name not in rates:
                 raise KeyboardInterrupt
-            return SimpleNamespace(metric="WER", rate=rates[name], n=40, audio_context=context)
+            return SimpleNamespace(metric="CER", rate=rates[name], n=40, audio_context=context)
 
         monkeypatch.setattr(ModelEvaluator, "evaluate_dataset", evaluate)
         return measured

@@ -121,7 +121,7 @@ def test_of_adapters_the_merged_model_is_saved_with_the_adapters_and_its_origin(
         "data_version",
     }
     assert (made["run"], made["epoch"], made["step"]) == ("mine", 1, 3)
-    assert made["validation_rate"] == trainer.history["val_wer"][0]
+    assert made["validation_rate"] == trainer.history["val_rate"][0]
     assert made["data_version"].startswith("6 (")
     saved = DynamicWhisper.from_pretrained(trainer.best_model_dir).state_dict()
     merged = trainer.merged_model().state_dict()

@@ -119,6 +119,15 @@ def test_only_trained_parameters_are_saved_once_and_the_others_have_a_checksum(s
     assert frozen_digest(model) != digest
 
 
+def test_a_checkpoint_from_before_the_headline_goes_on_with_its_wer() -> None:
+    state = Progress(epochs_done=1, best_epoch=1).state_dict()
+    for new in ("best_rate", "metric"):
+        del state[new]
+    history = {key: [0.25] for key in state["history"] if key != "val_rate"}
+    progress = Progress.from_state(through_json(state | {"best_wer": 0.25, "history": history}))
+    assert (progress.best_rate, progress.metric, progress.history["val_rate"]) == (0.25, "WER", [0.25])
+
+
 def test_progress_survives_json_with_its_infinities() -> None:
     fresh = Progress()
     again = Progress.from_state(through_json(fresh.state_dict()))

@@ -196,7 +196,7 @@ def test_loaders_without_clips_or_of_other_processes_are_refused(
 
 
 @pytest.mark.parametrize(("method", "patience"), [("full", 2), ("lora", 1)])
-def test_the_best_model_is_chosen_by_wer_kept_in_memory_and_waited_for_with_patience(
+def test_the_best_model_is_chosen_by_the_headline_kept_in_memory_and_waited_for_with_patience(
     make_trainer: TrainerFactory, clips: list[Utterance], monkeypatch: pytest.MonkeyPatch,
     with_rates: Callable[..., None], method: str, patience: int,
 ) -> None:  # fmt: skip
