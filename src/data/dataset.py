@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,15 @@ from torch.utils.data import Dataset
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.augmentation.noise import coloured_noise
-from src.data.labels import IGNORE_INDEX, MAX_LABEL_TOKENS, LabelEncoder, TimedTokens
+from src.data.labels import (
+    IGNORE_INDEX,
+    MAX_LABEL_TOKENS,
+    MAX_PROMPT_TOKENS,
+    MIN_NEW_TOKENS,
+    RATE_MARGIN,
+    LabelEncoder,
+    TimedTokens,
+)
 from src.data.utterance import SkippedUtterance, Utterance, stable_hash
 from src.utils.config import MAX_AUDIO_SEC, CompositionConfig
 from src.utils.errors import AudioError, DataError
@@ -105,6 +114,18 @@ class WhisperDataset(Dataset[dict[str, Any]]):
             timed.append(TimedTokens(self._tokens_after(before, said, first), part.start_sec, part.end_sec))
             before = part.text
         return timed
+
+    def token_rates(self) -> dict[str, float]:
+        """Return tokens per second that may end a text in each language of the transcripts, for inference.
+
+        It is the highest (tokens - 8) / duration of a clip, times 1.5; 8 tokens are allowed in any clip.
+        """
+        rates: dict[str, float] = {}
+        for utterance, tokens in zip(self.utterances, self.tokens, strict=True):
+            language = self._encoder.written_language(utterance.language) or "en"
+            rate = RATE_MARGIN * (len(tokens) - MIN_NEW_TOKENS) / (utterance.duration_sec or math.inf)
+            rates[language] = max(rates.get(language, 0.0), rate)
+        return rates
 
     def prefix_of(self, index: int) -> tuple[int, ...]:
         """Return the special tokens before an utterance's text without timestamps."""
@@ -221,6 +242,15 @@ class ExamplePlanner:
         self._groups = list(groups.values())
         self._before = {b: a for group in self._groups for a, b in itertools.pairwise(group)}
         self._planned: tuple[int, list[Example]] | None = None  # the last epoch asked for
+
+    def longest_label(self, epoch: int) -> int:
+        """Return the tokens of an epoch's longest label, special tokens and prompt included."""
+        longest = 0
+        for example in self.plan(epoch):
+            text = sum(self._counts[i] + self._times[i] * example.timestamps for i in example.indices)
+            prompt = 0 if example.previous is None else 1 + min(self._counts[example.previous], MAX_PROMPT_TOKENS)
+            longest = max(longest, MAX_LABEL_TOKENS - self._room + text + prompt)
+        return min(longest, MAX_LABEL_TOKENS)
 
     def durations_sec(self, epoch: int) -> list[float]:
         """Return the seconds of an epoch's examples, pauses included."""

@@ -36,6 +36,8 @@ MAX_LABEL_TOKENS = 448  # the decoder's position table
 IGNORE_INDEX = -100
 MULTILINGUAL_END_TOKEN = 50257  # English-only vocabularies end one token earlier
 MAX_PROMPT_TOKENS = MAX_LABEL_TOKENS // 2 - 1  # 223 of previous text, after the token that starts it
+MIN_NEW_TOKENS = 8  # of a text, at most, in a clip of any length: a short one may still hold a long word
+RATE_MARGIN = 1.5  # of the highest rate in the training transcripts, for faster speech
 TIMESTAMP_STEP_SEC = 0.02  # one encoder position
 NUM_TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>
 LabelCase = Literal["auto", "keep", "lower", "sentence"]
@@ -188,11 +190,15 @@ class LabelEncoder:
         """Special tokens before a text without times, in the encoder's own language."""
         return list(self.prefix_for())
 
+    def written_language(self, language: str | None = None) -> str | None:
+        """Return the language of the transcript of speech in a language."""
+        return text_language(language or self.language, self._task)
+
     def tokenize(
         self, text: str, language: str | None = None, *, space: bool | None = None, first: bool = True
     ) -> tuple[int, ...]:
         """Return the text's own tokens, none for an empty text; `text_tokens` with the space of the language."""
-        written = text_language(language or self.language, self._task)
+        written = self.written_language(language)
         if space is None and written is not None:
             space = written not in UNSPACED
         return text_tokens(self._tokenizer, text, space=space, first=first)

@@ -162,9 +162,16 @@ class SpeechLoader:
         self.batch_sampler.set_epoch(epoch)
 
     @property
+    def longest_label(self) -> int:
+        """Tokens of the longest label of the current epoch, special tokens and prompt included."""
+        return self._planner.longest_label(self._epoch)
+
+    @property
     def data_version(self) -> str:
-        """Number of utterances, and a hash of their ids, lengths and texts."""
-        rows = (f"{u.id}\t{u.duration_sec}\t{u.text}\n" for u in self.dataset.utterances)
+        """Number of utterances, and a hash of their ids, lengths, texts, and languages other than English."""
+        rows = [f"{u.id}\t{u.duration_sec}\t{u.text}\n" for u in self.dataset.utterances]
+        rows += [f"{u.id}\t{u.language}\n" for u in self.dataset.utterances if u.language not in (None, "en")]
+        rows += [f"{u.id}\t{u.label_space}\n" for u in self.dataset.utterances if u.label_space is not None]
         return f"{len(self.dataset)} ({hashlib.sha256(''.join(rows).encode()).hexdigest()[:16]})"
 
     def state_dict(self) -> dict[str, Any]:

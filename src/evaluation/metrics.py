@@ -33,7 +33,7 @@ import regex
 from numpy.typing import NDArray
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-from src.inference.options import MIN_NEW_TOKENS
+from src.data.labels import MIN_NEW_TOKENS
 from src.inference.streaming.commit import find_loop
 from src.inference.words import Word, word_ranges
 from src.utils.config import Config

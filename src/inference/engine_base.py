@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import CONTEXT_SAMPLES, padded_samples
-from src.data.labels import MAX_LABEL_TOKENS
-from src.inference.options import MIN_NEW_TOKENS, DecodingOptions
+from src.data.labels import MAX_LABEL_TOKENS, MIN_NEW_TOKENS
+from src.inference.options import DecodingOptions
 from src.inference.words import Vocabulary, Word
 from src.utils.errors import DataError, ModelError
 from src.utils.languages import CAP_FACTOR, parse_language, text_language, tokens_per_sec

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from src.utils.config import Config, InferenceConfig
 from src.utils.errors import ModelError
 
-MIN_NEW_TOKENS = 8  # a short clip may still hold a long word
 _DEFAULTS = InferenceConfig()
 
 

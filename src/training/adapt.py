@@ -74,6 +74,7 @@ class Clip:
     index: int  # in the caller's sequence
     name: str
     audio: Tensor  # (T,) float32, 16 kHz, at most 30 s
+    language: str | None = None  # None takes `model.language`, else the one that the teacher hears
 
 
 class Target(NamedTuple):
@@ -103,8 +104,9 @@ def adapt_context(
         audio: speech without transcripts: (T,) float32 arrays at 16 kHz, files, or utterances, whose text is not read.
             Only the first 30 s of a longer one are used.
         processor: of the model.
-        config: `model.language` and `model.task` of the teacher's transcripts, `inference` for their decoding,
-            `precision` of the model's own passes; defaults without. The teacher computes in float32.
+        config: `model.language` (of clips that do not say theirs) and `model.task` of the teacher's transcripts,
+            `inference` for their decoding, `precision` of the model's own passes; defaults without. The teacher
+            computes in float32.
         steps: updates; clips repeat, in a new order, when they run out.
         batch_size: clips per update.
         learning_rate: peak; None takes the rate for fine-tuning a model of this size.
@@ -214,7 +216,7 @@ def _load(item: AudioItem, index: int, seed: int) -> Clip:
     share, place = torch.rand(2, generator=batch_generator(seed, _CUT_STREAM, index)).tolist()
     if share < CUT_SHARE and len(samples) > MIN_CUT_SAMPLES:
         samples = samples[: MIN_CUT_SAMPLES + math.floor(place * (len(samples) - MIN_CUT_SAMPLES))]
-    return Clip(index, name, samples)
+    return Clip(index, name, samples, item.language if isinstance(item, Utterance) else None)
 
 
 def _pad(batch: Sequence[Clip], draws: torch.Generator) -> Tensor:
@@ -257,7 +259,10 @@ class Teacher:
         audios = [clip.audio.numpy() for clip in clips]
         encoded = encode(self._model, audios, 0.0)
         hidden = encoded.last_hidden_state  # (B, 1500, d_model)
-        decoded = decode(self._model, self._processor, audios, self._decoding, encoder_outputs=encoded)
+        languages = [clip.language for clip in clips]
+        decoded = decode(
+            self._model, self._processor, audios, self._decoding, languages=languages, encoder_outputs=encoded
+        )
         starts = [
             self._vocabulary.start_sequence(result.language, self._decoding.task, timestamps=False)
             for result in decoded

@@ -104,7 +104,11 @@ def cut_at_words(batch: dict[str, Any], words: WordTimes, prob: float, generator
         timed = words.get(batch["ids"][row], ())
         if chosen >= prob or len(timed) < 2 or batch["timed"][row]:
             continue
-        kept = 1 + int(where * (len(timed) - 1))  # words, never all of them
+        # words, never all of them; one without tokens shares those of the next one
+        ends = [kept for kept in range(1, len(timed)) if timed[kept - 1].tokens > 0]
+        if not ends:
+            continue
+        kept = ends[int(where * len(ends))]
         following, end_sec = timed[kept], timed[kept - 1].end_sec
         if half < HALF_WORD_SHARE:
             end_sec = (following.start_sec + following.end_sec) / 2
@@ -136,8 +140,9 @@ def load_or_time_words(
     (tiny.en, 125 words, 2026-11-25).
     """
     clips = hashlib.sha256()
-    for utterance, tokens in zip(dataset.utterances, dataset.tokens, strict=True):
-        clips.update(f"{utterance.id}\t{utterance.duration_sec}\t{tokens}\n".encode())
+    for index, (utterance, tokens) in enumerate(zip(dataset.utterances, dataset.tokens, strict=True)):
+        spoken = (*dataset.prefix_of(index), *tokens)
+        clips.update(f"{utterance.id}\t{utterance.duration_sec}\t{spoken}\n".encode())
     name = f"{tensors_digest(model.named_parameters())}-{clips.hexdigest()[:16]}.json"
     path = cache_dir / "word_times" / name
     if path.is_file():

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from src.data.audio import SAMPLE_RATE
 from src.data.features import CONTEXT_SAMPLES, FRAMES_PER_SEC, HOP_SAMPLES, LogMel, padded_samples
-from src.data.labels import IGNORE_INDEX, resolve_case
+from src.data.labels import IGNORE_INDEX, MAX_LABEL_TOKENS, resolve_case
 from src.data.loader import SpeechLoader, batch_generator, create_loader
 from src.data.preparation import DatasetSplits
 from src.models.dynamic_context import DynamicWhisper
@@ -35,6 +35,7 @@ from src.training.state import random_state, restore_random_state
 from src.training.updates import CPU_FRAMES, OWN_LENGTH_SLACK, build_optimizer, count_updates, count_warmup
 from src.utils.config import MAX_AUDIO_SEC, Config
 from src.utils.errors import DeviceError, OutOfMemoryError, first_line
+from src.utils.languages import tokens_per_sec
 from src.utils.memory import free_memory_mb, run_disk_mb, run_memory_mb
 from src.utils.runtime import choose_precision, in_memory, release_memory, world_size
 from src.utils.validation import Check, CheckReport, EnvironmentReport, Status, check_disk, environment_report
@@ -44,7 +45,6 @@ logger = logging.getLogger(__name__)
 FEW_UPDATES = 50  # fewer teach a model little beyond when to stop
 MEASURED_BATCHES = 2
 SAFETY = 0.85  # of what fits: fragments, longer labels and validation need room too
-TOKENS_PER_SEC = 4.0  # of a label; fast speech
 _CONTEXT_SEC = CONTEXT_SAMPLES / SAMPLE_RATE  # 30
 
 
@@ -197,7 +197,9 @@ def _try_largest_batch(trial: DynamicWhisper, loader: SpeechLoader, config: Conf
     rows = max(map(len, loader.batch_sampler.batches(0)))
     largest_sec = max(clip_sec, min(rows * clip_sec, config.training.batch_seconds or math.inf))
     try:
-        proposal = propose_batch_seconds(trial, config, clip_sec=clip_sec, max_seconds=largest_sec)
+        proposal = propose_batch_seconds(
+            trial, config, clip_sec=clip_sec, max_seconds=largest_sec, label_tokens=loader.longest_label
+        )
     except DeviceError as err:
         yield Check("largest batch", "error", first_line(err))
         return
@@ -216,8 +218,9 @@ class BatchProposal:
 
 
 def propose_batch_seconds(
-    model: DynamicWhisper, config: Config, *, clip_sec: float = 10.0, max_seconds: float = 1_920.0
-) -> BatchProposal:
+    model: DynamicWhisper, config: Config, *, clip_sec: float = 10.0, max_seconds: float = 1_920.0,
+    label_tokens: int | None = None,
+) -> BatchProposal:  # fmt: skip
     """Try updates on larger and larger batches of noise until memory ends; the model does not change.
 
     A copy of the model takes the updates, so its memory and its optimizer's are included. On a CPU batches go through
@@ -228,12 +231,14 @@ def propose_batch_seconds(
         config: `precision` and `training` (optimizer, gradient checkpointing).
         clip_sec: length of the clips; the longest of the data is the careful choice.
         max_seconds: audio per batch at which the search ends.
+        label_tokens: length of the labels; by default of ordinary speech in `model.language`.
 
     Raises:
         DeviceError: not even one clip of this length fits.
     """
     try:
-        clips, limit = _search_batch(model, config, clip_sec, most=max(1, int(max_seconds // clip_sec)))
+        tokens = label_tokens or min(MAX_LABEL_TOKENS, math.ceil(clip_sec * tokens_per_sec(config.model.language)))
+        clips, limit = _search_batch(model, config, clip_sec, tokens, most=max(1, int(max_seconds // clip_sec)))
     finally:
         release_memory()
     if not clips:
@@ -246,12 +251,12 @@ def propose_batch_seconds(
     return proposal
 
 
-def _search_batch(model: DynamicWhisper, config: Config, clip_sec: float, *, most: int) -> tuple[int, str]:
+def _search_batch(model: DynamicWhisper, config: Config, clip_sec: float, tokens: int, *, most: int) -> tuple[int, str]:
     trial = copy.deepcopy(model)
     trial.audio_context = config.model.audio_context
     optimizer = build_optimizer(trial, learning_rate=0.0, weight_decay=0.0, kind=config.training.optimizer)
     loss, dtype = TokenLoss(trial).train(), _compute_dtype(config, model.device)
-    own_length, tokens = trial.audio_context != "full", max(4, round(clip_sec * TOKENS_PER_SEC))
+    own_length = trial.audio_context != "full"
 
     def fits(clips: int) -> bool:
         batches = [(clips, clip_sec if own_length else _CONTEXT_SEC)]

@@ -6,6 +6,7 @@ must be those that the training saw.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import try_to_load_from_cache
 
-from src.data.labels import LabelCase
+from src.data.labels import LabelCase, LabelStyle
 from src.data.loader import Loaders, create_dataloaders
 from src.data.preparation import DatasetSplits, prepare_datasets
+from src.data.report.report import DataReport
 from src.data.sources.catalog import SAMPLES_DIR
+from src.evaluation.data_checks import choose_label_case, fill_languages
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export.huggingface import read_provenance
 from src.models.weights import HUB_REPOSITORIES, PACKAGED_MODELS
@@ -27,7 +30,7 @@ from src.training.checkpoint import WholeCheckpoint
 from src.training.saver import BEST_MODEL_NAME
 from src.training.trainer import WhisperTrainer
 from src.utils.config import DEFAULT_CONFIG_PATH, Config, flatten, load_config, load_profiles
-from src.utils.errors import CheckpointError, ConfigError, first_line
+from src.utils.errors import CheckpointError, ConfigError, DataError, first_line
 from src.utils.memory import size_mb
 from src.utils.runtime import set_seed
 from src.utils.tracking import ExperimentLogger
@@ -86,7 +89,8 @@ def restart(mirror_dir: Path | None = None, *, config_path: str | Path = DEFAULT
     )
     manager = WhisperModelManager(config)
     model, processor = manager.initialize_model()
-    labelled_splits, loaders = _label_as_trained(report.whole, splits, processor, config)
+    splits = fill_languages(splits, model, processor, config)
+    labelled_splits, loaders = _label_as_trained(report.whole, splits, processor, config, experiment.dir)
     trainer = WhisperTrainer(model, processor, loaders.train, loaders.validation, config, experiment=experiment)
     trainer.resume(report.whole)
     if trainer.ended:
@@ -97,12 +101,15 @@ def restart(mirror_dir: Path | None = None, *, config_path: str | Path = DEFAULT
 
 
 def _label_as_trained(
-    checkpoint: WholeCheckpoint, splits: DatasetSplits, processor: Any, config: Config
+    checkpoint: WholeCheckpoint, splits: DatasetSplits, processor: Any, config: Config, run_dir: Path
 ) -> tuple[DatasetSplits, Loaders]:
-    """Find the case of the transcripts: a checkpoint has their checksum, not how they were made."""
+    """Find the style of the transcripts: a checkpoint has their checksum, the run's data report what was likeliest."""
     data_version, found = checkpoint.values["data_version"], []
-    cases: tuple[LabelCase, ...] = (splits.label_case, "keep", "lower", "sentence")
-    for label_case in dict.fromkeys(cases):
+    cases: list[LabelCase | dict[str | None, LabelStyle]] = [splits.label_case]
+    with contextlib.suppress(DataError):  # no report
+        cases.append(choose_label_case(DataReport.load(run_dir), config))
+    cases += ["keep", "lower", "sentence"]
+    for label_case in (case for at, case in enumerate(cases) if case not in cases[:at]):
         labelled = splits.with_label_case(label_case)
         loaders = create_dataloaders(labelled, processor, config)
         if loaders.train.data_version == data_version:

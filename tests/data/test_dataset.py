@@ -14,7 +14,7 @@ from scipy.signal import welch
 
 from src.data.audio import SAMPLE_RATE, load_audio
 from src.data.dataset import DataCollator, Example, ExamplePlanner, NoSpeechAudio, WhisperDataset, make_no_speech
-from src.data.labels import IGNORE_INDEX, MAX_LABEL_TOKENS, EncodedLabel, LabelEncoder
+from src.data.labels import IGNORE_INDEX, MAX_LABEL_TOKENS, EncodedLabel, LabelEncoder, LabelStyle, restyle
 from src.data.loader import create_loader
 from src.data.preparation import check_utterance
 from src.data.utterance import Utterance
@@ -152,6 +152,67 @@ def test_times_stand_around_each_clip_and_the_text_before_is_a_prompt(
     assert DataCollator(9)([dataset[0], item])["timed"].tolist() == [False, True]
     prompted, prompt = dataset[Example((1,), previous=0)]["label"], encoder.tokenize(clips[0].text)
     assert prompted.decoder_input_ids == (50360, *prompt, *dataset[1]["label"].decoder_input_ids)
+
+
+@pytest.fixture(scope="module")
+def multilingual(base: tuple[Any, Any], clips: list[Utterance]) -> WhisperDataset:
+    texts = [("zh", "你好"), ("zh", "再见。"), ("bn", "আমার"), ("bn", "ভাই"), ("de", "Guten Tag"), ("en", "Hello")]
+    spoken = [replace(u, text=t, language=c) for u, (c, t) in zip(clips, texts, strict=True)]
+    return WhisperDataset(spoken, LabelEncoder(base[1].tokenizer))
+
+
+@pytest.mark.slow
+def test_each_row_has_the_prefix_of_its_language_and_only_one_language_is_joined(
+    multilingual: WhisperDataset, base: tuple[Any, Any]
+) -> None:
+    tokenizer = base[1].tokenizer
+    for index, utterance in enumerate(multilingual.utterances):
+        assert multilingual.prefix_of(index)[1] == tokenizer.convert_tokens_to_ids(f"<|{utterance.language}|>")
+        assert multilingual[index]["label"].decoder_input_ids[:4] == multilingual.prefix_of(index)
+    planner = ExamplePlanner(
+        multilingual.utterances, multilingual.token_counts, prefix_tokens=4, seed=0,
+        config=CompositionConfig(concatenate_prob=1.0, previous_text_prob=1.0),
+    )  # fmt: skip
+    for example in planner.plan(0):
+        indices = (*example.indices, *([] if example.previous is None else [example.previous]))
+        assert len({multilingual.utterances[i].language for i in indices}) == 1
+        assert len(multilingual[example]["label"].labels) + 1 <= planner.longest_label(0)
+    assert [len(e.indices) for e in planner.plan(0)] == [2, 2, 1, 1]
+    batch = DataCollator(9)([multilingual[0], multilingual[5]])
+    assert batch["languages"] == ["zh", "en"]
+
+
+@pytest.mark.slow
+def test_joined_labels_decode_to_the_joined_text(multilingual: WhisperDataset, base: tuple[Any, Any]) -> None:
+    for indices, text in (((0, 1), "你好再见。"), ((2, 3), "আমার ভাই")):
+        item = multilingual[Example(indices, gaps_sec=(0.25,))]
+        tokens = [t for t in item["label"].labels if t != IGNORE_INDEX]
+        assert item["utterance"].text == base[1].tokenizer.decode(tokens, skip_special_tokens=True) == text
+
+
+@pytest.mark.slow
+def test_times_of_the_transcript_go_before_those_of_the_clip(
+    encoder: LabelEncoder, clips: list[Utterance], _tiny_en: tuple[Any, Any]
+) -> None:
+    timed = replace(clips[0], text="<|0.20|> One<|1.00|><|1.40|> two.<|2.00|>")
+    dataset = WhisperDataset([restyle(timed, LabelStyle("keep")), clips[1]], encoder)
+    assert dataset.utterances[0].text == "One two."
+    item = dataset[Example((0, 1), gaps_sec=(0.25,), timestamps=True)]
+    tokens = [t for t in item["label"].labels if t != IGNORE_INDEX]
+    text = _tiny_en[1].tokenizer.decode(tokens, decode_with_timestamps=True)
+    assert text.startswith("<|0.20|> One<|1.00|><|1.40|> two.<|2.00|><|3.98|> ")
+    plain = [t for t in dataset[0]["label"].labels if t != IGNORE_INDEX]
+    assert _tiny_en[1].tokenizer.decode(plain) == " One two.<|endoftext|>"
+
+
+@pytest.mark.slow
+def test_the_highest_rate_of_tokens_is_that_of_the_densest_clip_of_a_language(
+    base: tuple[Any, Any], clips: list[Utterance]
+) -> None:
+    rows = [("ka", "ამინდის პროგნოზის მიხედვით", 1.0), ("ka", "ამინდის", 8.0), ("en", "Hi", 2.0)]
+    spoken = [replace(clips[0], language=c, text=t, duration_sec=d) for c, t, d in rows]
+    dataset = WhisperDataset(spoken, LabelEncoder(base[1].tokenizer))
+    assert dataset.token_rates() == {"ka": 1.5 * (len(dataset.tokens[0]) - 8) / 1.0, "en": 0.0}
 
 
 def test_collator_pads_to_the_longest_and_masks_padding() -> None:

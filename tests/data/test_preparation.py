@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from src.data import audio, preparation
 from src.data.loader import create_dataloaders
 from src.data.preparation import prepare_datasets
 from src.data.report.report import build_data_report
+from src.data.utterance import TimedText
 from src.data.vad import VoiceActivityDetector
 from src.utils.config import Config, load_config
 from src.utils.errors import DataError
@@ -165,3 +167,86 @@ def test_speech_is_looked_for_in_a_sample_that_the_report_takes(monkeypatch: pyt
     assert 0 < found <= 10
     assert any(f"on {found} of 50 clips" in finding.message for finding in report.findings)
     assert build_data_report(prepare_datasets(config), config).clips[columns].isna().all(axis=None)
+
+
+# languages and special tokens
+
+
+def language_folder(path: Path, marks: list[str], column: str = "language", text: str = "hello there") -> Path:
+    rows = [(f"{i}.wav", f"{text} {i}", f"s{i},{mark}") for i, mark in enumerate(marks)]
+    return write_folder(path, rows, header=f"file_name,text,speaker,{column}")
+
+
+@pytest.mark.parametrize("column", ["language", "lang", "locale", "lang_id"])
+def test_marks_of_language_become_codes_and_rows_without_one_take_the_setting(tmp_path: Path, column: str) -> None:
+    marks = [
+        "hi",
+        "hin",
+        "Hindi",
+        "zh-TW",
+        "cmn_hans_cn",
+        "nb",
+        "iw",
+        "fil",
+        "und",
+        "mul",
+        "zxx",
+        "",
+        "nan",
+        "NaN",
+        "7",
+    ]
+    codes = ["hi", "hi", "hi", "zh", "zh", "no", "he", "tl", *[None] * 7]
+    config = folder_config(language_folder(tmp_path, marks, column))
+    assert {u.id: u.language for u in prepare_datasets(config).utterances} == {
+        f"{i}.wav": code for i, code in enumerate(codes)
+    }
+    config = config.model_copy(update={"model": config.model.model_copy(update={"language": "de"})})
+    assert Counter(u.language for u in prepare_datasets(config).utterances)["de"] == 7
+
+
+def test_a_language_without_a_token_takes_the_setting_once_logged_or_is_refused_by_row(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = language_folder(tmp_path, ["Kinyarwanda", *["sw"] * 5, "rw"])
+    with pytest.raises(DataError, match=r"utterance 0\.wav \(line 2 .*'Kinyarwanda' has no token.*model\.language"):
+        prepare_datasets(folder_config(folder))
+    config = load_config(None, overrides={**folder_config(folder).model_dump(), "model.language": "sw"})
+    splits = prepare_datasets(config)
+    assert {u.language for u in splits.utterances} == {"sw"}
+    assert sum("no token in Whisper" in message for message in caplog.messages) == 2  # one for each mark
+
+
+def test_an_english_model_refuses_rows_in_another_language_or_skips_them(tmp_path: Path) -> None:
+    folder = language_folder(tmp_path, ["en"] * 11 + ["hi"])
+    config = load_config(None, overrides={**folder_config(folder).model_dump(), "model.variant": "tiny.en"})
+    with pytest.raises(DataError, match=r"utterance 11\.wav .*its language is Hindi.*set model\.variant: tiny"):
+        prepare_datasets(config)
+    skipped = prepare_datasets(
+        config.model_copy(update={"data": config.data.model_copy(update={"on_error": "skip"})})
+    ).skipped
+    assert [row.id for row in skipped] == ["11.wav"]
+
+
+def test_each_language_has_its_own_case(tmp_path: Path) -> None:
+    rows = [(f"{i}.wav", "THIS IS I", f"s{i},en") for i in range(4)]
+    rows += [(f"zh{i}.wav", "他在ABC公司", f"z{i},zh") for i in range(4)]
+    splits = prepare_datasets(folder_config(write_folder(tmp_path, rows, header="file_name,text,speaker,language")))
+    assert {u.text for u in splits.utterances} == {"This is I.", "他在ABC公司"}
+
+
+@pytest.mark.parametrize("token", ["<|endoftext|>", "<|en|>", "<|startoftranscript|>", "<|notimestamps|>"])
+def test_a_special_token_in_a_transcript_is_refused_by_row(tmp_path: Path, token: str) -> None:
+    rows = [(f"{i}.wav", "hello", f"s{i}") for i in range(11)] + [("x.wav", f"hello {token} there", "sx")]
+    folder = write_folder(tmp_path, rows)
+    with pytest.raises(DataError, match=rf"utterance x\.wav \(line 13 .*{re.escape(token)}"):
+        prepare_datasets(folder_config(folder))
+    assert [row.id for row in prepare_datasets(folder_config(folder, on_error="skip")).skipped] == ["x.wav"]
+
+
+def test_times_in_transcripts_are_taken_out_and_kept(tmp_path: Path) -> None:
+    rows = [(f"{i}.wav", "<|0.00|> HELLO<|0.40|><|0.50|> I SEE<|1.00|>", f"s{i}") for i in range(6)]
+    splits = prepare_datasets(folder_config(write_folder(tmp_path, rows)))
+    assert {u.text for u in splits.utterances} == {"Hello I see."}
+    assert splits.train[0].parts[1] == TimedText("I see.", 0.5, 1.0)
+    assert splits.with_label_case("keep").train[0].text == "HELLO I SEE"

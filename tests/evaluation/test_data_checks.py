@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -16,8 +17,16 @@ from src.data.preparation import DatasetSplits
 from src.data.report.report import DataReport, build_data_report
 from src.data.sources.catalog import SAMPLE_CLIP
 from src.data.utterance import Utterance
-from src.evaluation.data_checks import add_model_checks, choose_label_case, find_hard_clips, measure_label_styles
+from src.evaluation import data_checks
+from src.evaluation.data_checks import (
+    add_model_checks,
+    choose_label_case,
+    fill_languages,
+    find_hard_clips,
+    measure_label_styles,
+)
 from src.inference.torch_engine import encode
+from src.inference.words import Vocabulary
 from src.utils.config import Config, load_config
 from src.utils.errors import DataError, ModelError
 from tests.data.report_data import splits_of
@@ -147,3 +156,34 @@ def test_nothing_to_measure_and_a_training_model_are_errors(small: tuple[Any, An
     model.train()
     with pytest.raises(ModelError, match="training mode"):
         measure_label_styles(model, processor, sample[:1], Config())
+
+
+@pytest.mark.slow
+def test_rows_without_a_language_get_the_one_that_the_model_hears_and_others_keep_theirs(
+    base: tuple[Any, Any], sample: list[Utterance], caplog: pytest.LogCaptureFixture
+) -> None:
+    splits = splits_of(sample[:6])
+    unmarked = [replace(u, language=None) for u in splits.train]
+    splits = replace(splits, train=[replace(splits.train[0], language="hi"), *unmarked[1:]], test=unmarked)
+    with caplog.at_level("INFO"):
+        filled = fill_languages(splits, *base, Config())
+    assert [u.language for u in filled.utterances] == ["hi"] + ["en"] * (len(filled.utterances) - 1)
+    assert "English (en), which the model hears in" in caplog.text
+    assert fill_languages(filled, *base, Config()) is filled
+
+
+def test_a_corpus_in_which_the_model_hears_several_languages_is_warned_of(
+    small: tuple[Any, Any], sample: list[Utterance], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard = pd.DataFrame({"de": [-0.1] * 7 + [-3.0] * 3, "nl": [-3.0] * 7 + [-0.1] * 3})
+    monkeypatch.setattr(data_checks, "measure_languages", lambda *given: heard)
+    monkeypatch.setattr(Vocabulary, "of", lambda tokenizer: SimpleNamespace(multilingual=True))
+    splits = splits_of([replace(u, language=None) for u in sample[:10]])
+    filled = fill_languages(splits, *small, Config())
+    assert {u.language for u in filled.utterances} == {"de"}
+    assert "German (de), which the model hears in 7 of 10; set model.language" in caplog.text
+
+
+def test_an_english_model_hears_english(small: tuple[Any, Any], sample: list[Utterance]) -> None:
+    splits = splits_of([replace(u, language=None, text="I AM") for u in sample[:3]])
+    assert {u.language for u in fill_languages(splits, *small, Config()).utterances} == {"en"}

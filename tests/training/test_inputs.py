@@ -142,6 +142,14 @@ def test_a_cut_clip_ends_with_a_word_and_expects_the_words_until_there() -> None
     assert str(given) == str(make_words())
 
 
+def test_a_cut_is_never_within_a_token_that_spells_several_words() -> None:
+    words = {"a": (Word("你", 0.0, 1.0), Word("好", 1.0, 2.0, tokens=1), Word("吗", 2.2, 3.0, tokens=2))}
+    for number in range(20):
+        batch = cut_at_words(make_words(), words, 1.0, batch_generator(0, 0, number))
+        assert batch["labels"][0].tolist()[:3] == [-100, 11, END]
+        assert batch["durations"][0] in (2.0, 2.6)
+
+
 def test_a_share_is_cut_and_what_cannot_be_cut_stays_whole() -> None:
     assert cut(prob=0.0)["durations"] == [3.0, 2.0]
     share = [cut(prob=0.3, number=number)["durations"][0] < 3.0 for number in range(300)]

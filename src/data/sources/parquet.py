@@ -6,12 +6,14 @@ file lives in memory, and one larger than the memory works.
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -102,9 +104,12 @@ def _read_file(
             wanted = [*plain, *([f"{audio_column}.path"] if is_struct else [])]
             split = split_of(file.relative_to(root))
             added = {"split": split} if split is not None and "split" not in plain else {}
+            names = _class_names(schema)
             for group in range(parquet.num_row_groups):
                 rows = parquet.read_row_group(group, columns=wanted, use_threads=False).to_pylist()
                 for number, row in enumerate(rows):
+                    for column in names.keys() & row.keys():
+                        row[column] = names[column].get(row[column])
                     named = (row.pop(audio_column) or {}).get("path") if is_struct else None
                     stem = PurePosixPath(named or row.get("path") or row.get("file") or "").stem
                     yield utterance_from_row(
@@ -113,6 +118,16 @@ def _read_file(
                     )  # fmt: skip
     except (pa.ArrowInvalid, OSError) as err:
         raise DataError(f"{file}: not a Parquet file that can be read: {err}; fetch it again") from err
+
+
+def _class_names(schema: pa.Schema) -> dict[str, dict[Any, str]]:
+    """Return the names of the numbers in columns that datasets wrote as `ClassLabel`."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    labels = {name: f["names"] for name, f in features.items() if isinstance(f, dict) and "names" in f}
+    return {name: dict(enumerate(classes)) for name, classes in labels.items()}
 
 
 def _find_audio_column(schema: pa.Schema, file: Path) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -110,3 +111,14 @@ def test_a_cell_without_a_recording_is_named_and_one_that_names_a_file_reads_it(
     gone = ParquetCell(tmp_path / "gone.parquet", 0, 0, "audio")
     with pytest.raises(AudioError, match=r"gone\.parquet, row group 0: cannot be read"):
         gone.read()
+
+
+def test_numbers_of_class_labels_are_read_by_their_names_and_other_numbers_are_no_language(tmp_path: Path) -> None:
+    audio = [{"bytes": b"", "path": f"{i}.wav"} for i in range(3)]
+    table = pa.table({"audio": audio, "text": ["a", "b", "c"], "lang_id": [0, 1, None]})
+    pq.write_table(table, tmp_path / "plain.parquet")
+    assert [u.language for u in read_parquet(tmp_path / "plain.parquet")] == [None] * 3
+    features = {"lang_id": {"names": ["cs-CZ", "de-DE"], "_type": "ClassLabel"}}
+    named = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(named, tmp_path / "named.parquet")
+    assert [u.language for u in read_parquet(tmp_path / "named.parquet")] == ["cs", "de", None]
