@@ -79,6 +79,8 @@ class EvaluationResult(ErrorRates, Mapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         if key not in self._keys():
             raise KeyError(key)
+        if key == "rates_by_language":  # as in metrics.jsonl
+            return {language: asdict(rate) for language, rate in self.rates_by_language.items()}
         return getattr(self, key)
 
     def __iter__(self) -> Iterator[str]:

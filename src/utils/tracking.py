@@ -24,7 +24,6 @@ import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -301,8 +300,6 @@ def _jsonable(value: Any) -> Any:
         return None
     if isinstance(value, Mapping):
         return {key: _jsonable(each) for key, each in value.items()}
-    if is_dataclass(value):
-        return _jsonable(vars(value))
     return str(value) if isinstance(value, Path) else value
 
 
