@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import shutil
+import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,20 @@ def small(_small: tuple[Any, Any]) -> tuple[Any, Any]:
 def base() -> tuple[Any, Any]:
     """Stock multilingual whisper-base; do not change it."""
     return load_stock("base")
+
+
+@pytest.fixture(scope="session")
+def espeak() -> Callable[[str, str], bytes]:
+    """Make a WAV file of a text in a voice, such as "ja" or "cmn"."""
+    program = shutil.which("espeak-ng")
+    if program is None:
+        pytest.skip("no espeak-ng on the PATH: apt-get install espeak-ng")
+
+    def speak(text: str, voice: str) -> bytes:
+        command = [program, "-v", voice, "-s", "130", "--stdout", text]
+        return subprocess.run(command, check=True, capture_output=True).stdout
+
+    return speak
 
 
 @pytest.fixture(scope="session")

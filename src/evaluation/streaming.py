@@ -4,7 +4,8 @@ A replay's clock is that of a listener. Block k of the audio is complete at a_k;
 the block before is finished, computes for c_k, and is finished at e_k = max(e_(k-1), a_k) + c_k. So computing hides
 behind the audio that arrives meanwhile; SimulEval (Ma et al. 2020) counts the hidden part too.
 
-A word counts where the committed text has it right, under "plain-v2". For an event that shows it:
+A word (in scripts without spaces a character) counts where the committed text has it right, under the plain normaliser.
+For an event that shows it:
 
     unaware of computing:  audio heard at the event - true end of the word      what the policy costs
     aware of computing:    clock at the event - true end of the word            what a listener waits
@@ -41,11 +42,13 @@ from src.evaluation.streams import SpeechStream, SpokenWord
 from src.inference.streaming.commit import Event, word_key
 from src.inference.streaming.microphone import BLOCK_SEC
 from src.inference.streaming.session import StreamingASR, StreamingResult
-from src.inference.words import Word
+from src.inference.words import Word, join_words
 from src.utils.errors import DataError
+from src.utils.languages import join_texts
 from src.utils.tracking import ExperimentLogger
 
-_RATES = ("wer", "wer_low", "wer_high", "wer_plain", "wer_plain_low", "wer_plain_high", "cer",
+_RATES = ("metric", "rate", "low", "high", "wer", "wer_low", "wer_high",
+          "wer_plain", "wer_plain_low", "wer_plain_high", "cer",
           "substitutions", "deletions", "insertions", "reference_words", "normalizer")  # fmt: skip
 
 
@@ -99,16 +102,19 @@ class StreamingEvaluation:
     stream: SpeechStream  # what was heard
     result: StreamingResult  # of the session
     rates: ErrorRates  # of all committed words against the whole reference; one row, so there is no interval
-    offline_wer: float  # of the clips decoded one by one
+    offline_rate: float  # of the clips decoded one by one, in the same metric
 
-    def summary(self) -> dict[str, float | int]:
-        """Return the figures of one row of metrics.jsonl."""
+    def summary(self) -> dict[str, float | int | str | None]:
+        """Return the figures of one row of metrics.jsonl; the two of WER are None where the metric is another."""
         rates, result = self.rates, self.result
+        wers = (rates.wer, self.offline_rate) if rates.metric == "WER" else (None, None)
         return {
             "clips": len(self.stream.clips), "audio_sec": self.stream.duration_sec,
-            "wer": rates.wer, "offline_wer": self.offline_wer,
+            "metric": rates.metric, "rate": rates.rate, "offline_rate": self.offline_rate,
+            "wer": wers[0], "offline_wer": wers[1], "language": result.language,
             "deletions": rates.deletions, "insertions": rates.insertions,
             "rtf": result.rtf, "longest_update_sec": result.longest_update_sec, "updates": result.updates,
+            "truncated": result.truncated,
         }  # fmt: skip
 
     def save(self, experiment: ExperimentLogger) -> None:
@@ -119,14 +125,15 @@ class StreamingEvaluation:
 def evaluate_stream(asr: StreamingASR, stream: SpeechStream, offline: EvaluationResult) -> StreamingEvaluation:
     """Stream the audio as fast as possible and compare all committed words with the reference.
 
-    `offline` is the same model's result on a set that contains the clips of `stream`.
+    `offline` is the same model's result on a set that contains the clips of `stream`, whose text is counted in one
+    piece: in the units of the clips' language, or of their script where they have several.
     """
     rows = {row.id: row for row in offline.rows}
     missing = [clip for clip in stream.ids if clip not in rows]
     if missing:
         raise DataError(f"clips of the stream were not measured offline: {', '.join(missing[:5])}")
     result = asr.stream_audio(stream.audio)
-    language = "en" if offline.normalizer == metrics.WHISPER_ENGLISH else "other"
+    language = stream.language or ("en" if offline.normalizer == metrics.WHISPER_ENGLISH else None)
     rates = MetricsCalculator(language).compute([stream.text], [result.text])
     return StreamingEvaluation(stream, result, rates, metrics.error_rate([rows[clip] for clip in stream.ids]))
 
@@ -137,7 +144,7 @@ def measure_stream(
     *,
     ended_at: float | None = None,
     offline: Sequence[str] | None = None,
-    language: str | None = "en",
+    language: str | None = None,
 ) -> dict[str, Any]:
     """Measure a session on a stream whose words have times.
 
@@ -147,16 +154,16 @@ def measure_stream(
         ended_at: the replay's clock when the session had ended. None says that the events carry another clock, on which
             audio did not come in real time: what is aware of computing is None then, and so is the lag.
         offline: the same model's text of each of the stream's clips, in order, decoded one by one.
-        language: chooses Whisper's normaliser for the rates; None means English.
+        language: of clips that do not say theirs; None: their script decides what is counted.
 
     Returns:
         One flat row for tables and metrics.jsonl; None if not measured. An interval ends at "_low" and "_high".
         - stream, audio_sec, clips (different ones), repeats (how often the most frequent was heard), updates (model
           calls), rtf and longest_update_sec (of the computing), lag_sec (of the clock behind the end of the audio, when
           the session has ended);
-        - wer, wer_plain, cer, substitutions, deletions, insertions, reference_words, normalizer: of the streamed text,
-          cut into its clips by alignment, one row per clip with all its repeats; with "offline_" those of the clips
-          decoded one by one;
+        - metric, rate, low and high (the headline with its interval), wer, wer_plain, cer, substitutions, deletions,
+          insertions, reference_words, normalizer: of the streamed text, cut into its clips by alignment, one row per
+          clip with all its repeats; with "offline_" those of the clips decoded one by one;
         - commit, display and end_of_turn, each with "_unaware" and "_aware" (of computing), as "_n", "_mean_sec",
           "_p50_sec" and "_p95_sec": latency of the words committed right, and of each `final` from the true end of the
           last word it could contain;
@@ -173,7 +180,7 @@ def measure_stream(
         )
     heard, erased = follow_words(result.events)
     words = [each.word for each in heard]
-    match = match_words([word.text for word in stream.words], [word.text for word in words])
+    match = match_stream(stream, words, language)
     calculator = MetricsCalculator(language)
 
     # latency of words and turns, each unaware of computing and aware of it
@@ -217,8 +224,10 @@ def measure_stream(
 def _rates(stream: SpeechStream, texts: Sequence[str], calculator: MetricsCalculator) -> dict[str, Any]:
     """Return rates with one row per different clip: its repeats are not independent."""
     clips = pd.DataFrame({"id": stream.ids, "said": [clip.text for clip in stream.clips], "heard": texts})
-    rows = clips.groupby("id", sort=False).agg(" ".join)
-    rates = calculator.compute(rows["said"].tolist(), rows["heard"].tolist())
+    rows = clips.groupby("id", sort=False).agg(join_texts)
+    language_of = {clip.id: clip.language for clip in stream.clips}
+    languages = [language_of[clip] for clip in rows.index]
+    rates = calculator.compute(rows["said"].tolist(), rows["heard"].tolist(), languages=languages)
     return {key: getattr(rates, key) for key in _RATES}
 
 
@@ -283,7 +292,7 @@ class WordTiming:
 def time_words(stream: SpeechStream, events: Sequence[Event], *, on_clock: bool) -> tuple[WordTiming, ...]:
     """Return the words that were committed right, in order; `on_clock` if a `ReplayClock` stamped the events."""
     words, _ = follow_words(events)
-    match = match_words([word.text for word in stream.words], [each.word.text for each in words])
+    match = match_stream(stream, [each.word for each in words])
     timings = []
     for index, place in match.right.items():
         said, heard = stream.words[index], words[place]
@@ -350,16 +359,25 @@ class WordMatch:
     stands_for: Mapping[int, int]  # hypothesis to reference, right or wrong; inserted words have none
 
 
-def match_words(reference: Sequence[str], hypothesis: Sequence[str]) -> WordMatch:
-    """Align words under "plain-v2"; a word that the normaliser splits is right where all its parts are."""
-    expected, found = (  # the index of the word to which each word of the normalised text belongs
-        (index for index, word in enumerate(words) for _ in metrics.normalize_plain(word).split())
-        for words in (reference, hypothesis)
-    )
+def match_stream(stream: SpeechStream, words: Sequence[Word], language: str | None = None) -> WordMatch:
+    """Align the words of a stream with those of its transcript; `language` is of clips that do not say theirs."""
+    spoken = stream.language or language
+    return match_words([word.text for word in stream.words], [word.text for word in words], language=spoken)
+
+
+def match_words(reference: Sequence[str], hypothesis: Sequence[str], *, language: str | None = None) -> WordMatch:
+    """Align words under the plain normaliser; a word that it splits is right where all its parts are."""
+    normalize: Callable[[str], str] = metrics.normalize_plain
+    if language is not None and metrics.counts_characters(name := metrics.headline_normalizer(language)):
+        normalize = metrics.get_normalizer(name)
+    parts = [[(i, part) for i, word in enumerate(words) for part in normalize(word).split()]
+             for words in (reference, hypothesis)]  # fmt: skip
+    expected, found = (iter([i for i, _ in each]) for each in parts)  # the word to which each part belongs
+    said, heard = (" ".join(part for _, part in each) for each in parts)
     right: dict[int, int] = {}
     wrong: set[int] = set()
     stands_for: dict[int, int] = {}
-    for step in metrics.align_words(" ".join(reference), " ".join(hypothesis), metrics.PLAIN):
+    for step in metrics.align_words(said, heard, metrics.PLAIN):
         i = next(expected) if step.reference is not None else None
         j = next(found) if step.hypothesis is not None else None
         if i is not None and j is not None:
@@ -377,7 +395,7 @@ def texts_by_clip(stream: SpeechStream, hypothesis: Sequence[Word], match: WordM
     Each word goes where the reference word is that it is aligned with. An inserted word goes to the nearer, in time, of
     the reference words around it.
     """
-    texts: list[list[str]] = [[] for _ in stream.clips]
+    texts: list[list[Word]] = [[] for _ in stream.clips]
     anchored = sorted(match.stands_for)
     for place, word in enumerate(hypothesis):
         after = bisect.bisect_left(anchored, place)
@@ -386,8 +404,8 @@ def texts_by_clip(stream: SpeechStream, hypothesis: Sequence[Word], match: WordM
             around = [stream.words[match.stands_for[place]]]
         middle = (word.start_sec + word.end_sec) / 2
         nearest = min(around or stream.words, key=lambda w: max(w.start_sec - middle, middle - w.end_sec, 0.0))
-        texts[nearest.clip].append(word.text)
-    return [" ".join(words) for words in texts]
+        texts[nearest.clip].append(word)
+    return [join_words(words) for words in texts]
 
 
 def find_turns(stream: SpeechStream, events: Sequence[Event], match: WordMatch) -> list[tuple[SpokenWord, Event]]:

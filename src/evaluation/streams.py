@@ -34,6 +34,7 @@ from src.inference.torch_engine import encode
 from src.inference.words import Word
 from src.utils.config import VADConfig
 from src.utils.errors import DataError, ModelError
+from src.utils.languages import join_texts
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +52,15 @@ class AlignedClip:
     text: str
     audio: Waveform
     words: tuple[Word, ...] = ()
+    language: str | None = None
 
 
 @dataclass(frozen=True)
 class SpokenWord:
-    """A word of the reference: when it is said, in seconds of its stream, and the index of its clip."""
+    """A word of the reference, or a character where its script has no spaces.
+
+    When it is said, in seconds of its stream, and the index of its clip.
+    """
 
     text: str
     start_sec: float
@@ -71,6 +76,7 @@ class StreamClip:
     text: str
     start_sec: float
     end_sec: float
+    language: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,14 @@ class SpeechStream:
 
     @property
     def text(self) -> str:
-        """The clips' transcripts, joined by spaces."""
-        return " ".join(clip.text for clip in self.clips)
+        """The clips' transcripts, joined as their scripts are."""
+        return join_texts(clip.text for clip in self.clips)
+
+    @property
+    def language(self) -> str | None:
+        """The language of all clips; None where one says none, or where they have several."""
+        languages = {clip.language for clip in self.clips}
+        return languages.pop() if len(languages) == 1 else None
 
     @property
     def repeats(self) -> int:
@@ -113,7 +125,8 @@ def make_stream(utterances: Sequence[Utterance], *, num_clips: int, seed: int) -
     if not utterances:
         raise DataError("make_stream: no utterance given")
     picks = np.linspace(0, len(utterances) - 1, min(num_clips, len(utterances))).round().astype(int)
-    clips = [AlignedClip(u.id, u.text, decode_audio(u).numpy()) for u in (utterances[i] for i in picks)]
+    chosen = [utterances[i] for i in picks]
+    clips = [AlignedClip(u.id, u.text, decode_audio(u).numpy(), language=u.language) for u in chosen]
     return join_clips(clips, name=f"{len(clips)} clips", seed=seed)
 
 
@@ -142,7 +155,8 @@ def join_clips(
             break
         start_sec = heard / SAMPLE_RATE
         words += [SpokenWord(w.text, start_sec + w.start_sec, start_sec + w.end_sec, len(placed)) for w in clip.words]
-        placed.append(StreamClip(clip.id, clip.text, start_sec, start_sec + len(clip.audio) / SAMPLE_RATE))
+        end_sec = start_sec + len(clip.audio) / SAMPLE_RATE
+        placed.append(StreamClip(clip.id, clip.text, start_sec, end_sec, clip.language))
         pieces += [clip.audio, np.zeros(_samples(rng.uniform(*PAUSE_SEC)), np.float32)]
         heard += sum(map(len, pieces[-2:]))
     stream = SpeechStream(name, np.concatenate(pieces), tuple(placed), tuple(words))
@@ -194,19 +208,22 @@ def _samples(sec: float) -> int:
 class WordAligner:
     """Finds when each word of a transcript is said, by the alignment heads of a stock model at 30 s.
 
-    Multilingual models need the `language` of the transcripts.
+    In scripts without spaces it finds each character. Multilingual models need the language of the transcripts:
+    `language` is that of utterances that do not say theirs.
     """
 
     def __init__(self, model: Any, processor: Any, *, language: str | None = "en") -> None:
-        self._model, self._tokenizer = model, processor.tokenizer
+        self._model, self._tokenizer, self._language = model, processor.tokenizer, language
         self._labels = LabelEncoder(processor.tokenizer, language=language)
         self._vad = VoiceActivityDetector(_SPEECH)
 
     def align(self, utterance: Utterance) -> AlignedClip:
         """Align a clip of at most 30 s that has a transcript."""
         audio = decode_audio(utterance).numpy()
+        language = utterance.language or self._language
         # a text in capitals is unlikely to the model, and its attention strays
-        tokens = self._labels.tokenize(apply_case(utterance.text, resolve_case([utterance.text], "auto")))
+        text = apply_case(utterance.text, resolve_case([utterance.text], "auto"))
+        tokens = self._labels.tokenize(text, language)
         if not tokens:
             raise DataError(f"utterance {utterance.id}: no transcript to align; leave it out of the stream")
         try:
@@ -215,11 +232,11 @@ class WordAligner:
             raise ModelError(f"utterance {utterance.id}: {err}") from err
         aligned = force_align(
             self._model, self._tokenizer, hidden,
-            sot_sequence=self._labels.prefix, tokens=tokens, audio_sec=len(audio) / SAMPLE_RATE,
+            sot_sequence=self._labels.prefix_for(language), tokens=tokens, audio_sec=len(audio) / SAMPLE_RATE,
         )  # fmt: skip
         words = [word for word in aligned if normalize_plain(word.text)]  # no lone dash
         cut = cut_to_speech(words, self._vad.speech_segments(audio))
-        return AlignedClip(utterance.id, utterance.text, audio, cut)
+        return AlignedClip(utterance.id, utterance.text, audio, cut, language)
 
 
 def cut_to_speech(words: Sequence[Word], speech: Sequence[SpeechSegment]) -> tuple[Word, ...]:

@@ -162,6 +162,48 @@ def test_a_stream_is_compared_with_its_clips_decoded_one_by_one() -> None:
         streaming.evaluate_stream(asr, STREAM, offline)
 
 
+def characters(text: str, at: float = 0.0) -> tuple[Word, ...]:
+    """Characters of half a second each, from `at` on."""
+    return tuple(Word(c, at + WORD_SEC * i, at + WORD_SEC * (i + 1), 0.9, space=False) for i, c in enumerate(text))
+
+
+def test_a_stream_without_spaces_is_measured_in_characters() -> None:
+    clips = (StreamClip("a", "今天天气好。", 0.0, 2.5, "zh"), StreamClip("b", "我们去公园", 3.5, 6.0, "zh"))
+    words = [SpokenWord(w.text, w.start_sec, w.end_sec, i) for i, text in enumerate(("今天天气好", "我们去公园"))
+             for w in characters(text, 3.5 * i)]  # fmt: skip
+    stream = SpeechStream("by hand", np.zeros(7 * SAMPLE_RATE, np.float32), clips, tuple(words))
+    assert stream.text == "今天天气好。我们去公园"
+    heard = (*characters("今天天氣好"), *characters("我去公园", 3.5))  # one in traditional spelling; one is missing
+    result = result_of(Event("commit", heard, "", 6.5, 7.0, 0))
+    found = measure_stream(stream, result, ended_at=7.0, offline=["今天天气好", "我们去公园了"])
+    assert (found["metric"], found["rate"], found["offline_rate"]) == ("CER", 1 / 10, 1 / 10)
+    assert (found["deletions"], found["reference_words"], found["wer"]) == (1, 10, None)
+    assert found["commit_aware_n"] == 9
+    assert found["commit_unaware_mean_sec"] == pytest.approx(
+        6.5 - np.mean([w.end_sec for w in words if w.text != "们"])
+    )
+    match = streaming.match_stream(stream, heard)
+    assert streaming.texts_by_clip(stream, heard, match) == ["今天天氣好", "我去公园"]
+    asr: Any = SimpleNamespace(stream_audio=lambda audio: result)
+    counts = {"substitutions": 0, "insertions": 0, "deletions": 0, "reference_words": 5}
+    offline: Any = SimpleNamespace(rows=[SimpleNamespace(id=c.id, **counts) for c in clips], normalizer="plain-v2-zh")
+    summary = streaming.evaluate_stream(asr, stream, offline).summary()
+    assert (summary["metric"], summary["rate"], summary["offline_rate"], summary["wer"]) == ("CER", 1 / 10, 0.0, None)
+
+
+def test_clips_of_a_stream_keep_their_language() -> None:
+    clips = (StreamClip("a", "今天好", 0.0, 1.5, "zh"), StreamClip("b", "the cat", 2.5, 3.5, "en"))
+    words = [SpokenWord(w.text, w.start_sec, w.end_sec, 0) for w in characters("今天好")]
+    words += [SpokenWord("the", 2.5, 3.0, 1), SpokenWord("cat", 3.0, 3.5, 1)]
+    stream = SpeechStream("two", np.zeros(4 * SAMPLE_RATE, np.float32), clips, tuple(words))
+    assert (stream.text, stream.language) == ("今天好the cat", None)
+    events = Event(
+        "commit", (*characters("今天"), Word("the", 2.5, 3.0, 0.9), Word("cat", 3.0, 3.5, 0.9)), "", 4.0, 4.0, 0
+    )
+    found = measure_stream(stream, result_of(events))
+    assert (found["metric"], found["rate"]) == ("mean", pytest.approx((1 / 3 + 0) / 2))
+
+
 def test_words_invented_where_nothing_is_said_count_and_words_that_slipped_do_not() -> None:
     stream = spoken("the cat", "sat", no_speech=[(1.0, 2.0)])
     said = [event("commit", "the cat", 1.0), event("commit", "thank you", 2.0, at=1.0)]

@@ -114,6 +114,19 @@ def test_aligned_words_end_where_an_aligner_of_another_kind_has_them(_tiny_en: t
         aligner.align(Utterance("mute", PUBLIC_CLIP.audio, " "))
 
 
+@pytest.mark.slow
+def test_in_a_script_without_spaces_each_character_has_its_time(base: Any, espeak: Any) -> None:
+    text = "今天天气很好，我们去公园。"
+    clip = Utterance("zh", espeak(text, "cmn"), text, language="zh")
+    aligned = streams.WordAligner(*base, language=None).align(clip)
+    assert "".join(word.text for word in aligned.words) == text
+    assert len(aligned.words) == 11  # punctuation belongs to the character before it
+    ends = [word.end_sec for word in aligned.words]
+    assert ends == sorted(ends)
+    assert max(np.diff(ends)) < 1.5
+    assert aligned.language == join_clips([aligned], name="one", seed=0).language == "zh"
+
+
 def test_a_stream_takes_clips_from_all_over_and_pauses_between(sample: list[Utterance]) -> None:
     stream = streams.make_stream(sample, num_clips=3, seed=1)
     assert stream.ids == (sample[0].id, sample[250].id, sample[-1].id)
