@@ -5,6 +5,9 @@
     python scripts/evaluate.py --model checkpoints/best_model_hf --data FOLDER_WITH_METADATA_CSV --stock base.en
 
 Without `--data` it is the test split of the bundled sample; of data with a column `split`, the rows of its test split.
+Each row is measured in its own language (column `language`), else in `model.language`, the checkpoint's, or what the
+model hears.
+
 Writes the folder of a run, from which `--report` makes one HTML file. Prints rates with intervals and the verdict; the
 last line is one JSON object.
 """
@@ -17,7 +20,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +29,19 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.command_line import check_model_path, parse_setting
 from src.data import create_loader
-from src.data.labels import apply_case, resolve_case
-from src.data.preparation import RecordingChecker, enforce_skip_policy
+from src.data.labels import resolve_case
+from src.data.preparation import DatasetSplits, RecordingChecker, enforce_skip_policy
 from src.data.sources.catalog import load_utterances
 from src.data.sources.folder import MANIFEST_SUFFIXES
 from src.data.utterance import SPLIT_NAMES, Utterance
-from src.evaluation import EvaluationResult, ModelEvaluator
+from src.evaluation import EvaluationResult, ModelEvaluator, fill_languages
 from src.evaluation.evaluator import compare_predictions
-from src.evaluation.metrics import get_normalizer, headline_normalizer
+from src.evaluation.metrics import normalize_plain
 from src.evaluation.report.html import write_html_report
 from src.evaluation.report.run_files import DATA_VERSIONS_DIR, MEASURED_EVENT, STOCK, TUNED, bootstrap_of
-from src.evaluation.report.summary import format_comparison
+from src.evaluation.report.summary import format_comparison, headline
 from src.models import WhisperModelManager
+from src.models.dynamic_context import get_language
 from src.utils import DataVersionManager, ExperimentLogger, load_config, setup_logging
 from src.utils.config import Config
 from src.utils.errors import DataError, ModelError, WhisperASRError
@@ -110,8 +114,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise DataError(f"--run-dir {run_dir}: holds a run already; choose another folder, or remove that one")
     set_seed(config.seed)
     models = load_models(arguments, config)
-    clips = read_clips(config)
-    config = config.model_copy(update={"paths": config.paths.model_copy(update={"runs_dir": run_dir.parent})})
+    language = config.model.language or get_language(models[TUNED].model)
+    config = config.model_copy(update={
+        "model": config.model.model_copy(update={"language": language}),
+        "paths": config.paths.model_copy(update={"runs_dir": run_dir.parent}),
+    })  # fmt: skip
+    splits, listener = DatasetSplits([], [], read_clips(config), label_case="keep"), models.get(STOCK, models[TUNED])
+    clips = recased(fill_languages(splits, listener.model, listener.processor, config), config)
     with ExperimentLogger(config, run_id=run_dir.name) as experiment:
         log_origin(experiment, models, clips, arguments.data, config)
         results: dict[str, EvaluationResult] = {}
@@ -174,8 +183,7 @@ def read_clips(config: Config) -> list[Utterance]:
     if not tested:
         logger.info("no test split in the data: all %d rows are measured", len(listed))
         tested = listed
-    normalize = get_normalizer(headline_normalizer(config.model.language))
-    if not any(normalize(clip.text) for clip in tested):
+    if not any(normalize_plain(clip.text) for clip in tested):
         raise DataError(
             f"none of the {len(tested)} references has a word, so there is nothing to measure against; give data with "
             "transcripts in a column text, sentence, transcription or transcript"
@@ -183,8 +191,13 @@ def read_clips(config: Config) -> list[Utterance]:
     checker = RecordingChecker(config)
     checked = checker.take("test", tested, config.data.max_test)
     enforce_skip_policy(checker.skipped, len(checked) + len(checker.skipped), config.data.max_skip_fraction)
-    case = resolve_case([clip.text for clip in checked], config.data.label_case)
-    return [replace(clip, text=apply_case(clip.text, case)) for clip in checked]
+    return recased(DatasetSplits([], [], checked, label_case="keep"), config)
+
+
+def recased(splits: DatasetSplits, config: Config) -> list[Utterance]:
+    """Return the test clips with their source's texts in the case of the configuration."""
+    texts = [str(clip.meta.get("source_text", clip.text)) for clip in splits.test]
+    return splits.with_label_case(resolve_case(texts, config.data.label_case)).test
 
 
 def log_origin(
@@ -210,11 +223,14 @@ def log_origin(
 
 
 def figures_of(results: Mapping[str, EvaluationResult], report: Path | None) -> dict[str, Any]:
-    """Return the last line: rates, clips, verdict, and where the report is."""
+    """Return the last line: the headline by its name ("wer", "cer", "mean"), clips, verdict, where the report is."""
     tuned, stock = results[TUNED], results.get(STOCK)
+    metric, languages = headline(tuned).key, tuned.rates_by_language
+    by_language = {code: {headline(vars(rate)).key: round(rate.rate, 4)} for code, rate in languages.items()}
     return {
-        "wer": round(tuned.wer, 4),
-        "stock_wer": None if stock is None else round(stock.wer, 4),
+        metric: round(tuned.rate, 4),
+        f"stock_{metric}": None if stock is None else round(stock.rate, 4),
+        **({"languages": by_language} if len(languages) > 1 else {}),
         "n": tuned.n,
         "verdict": None if stock is None else compare_predictions(stock.rows, tuned.rows, bootstrap_of(tuned)).verdict,
         "report": None if report is None else str(report),

@@ -310,7 +310,10 @@ def point_of(row: Mapping[str, Any], last_step: int) -> tuple[Axis, int, dict[st
     """Return axis, place on it, and the finite numbers of a row; None for events that trackers do not show.
 
     These are `train/<field>` by update, `epoch/<field>` by epoch, and `evaluation/<name>/<rate>` at the last update.
+    Rates have their own names: the headline of several languages is `mean_of_languages`, that of Chinese `zh_cer`.
     """
+    named = _named_rates(row)
+    row = {**row, **named}
 
     def numbers(prefix: str, keys: Iterable[str]) -> dict[str, float]:
         found = {f"{prefix}/{key}": row.get(key) for key in keys if key not in ("event", "time", "step")}
@@ -321,10 +324,19 @@ def point_of(row: Mapping[str, Any], last_step: int) -> tuple[Axis, int, dict[st
         case "train_step":
             return "step", row["step"], numbers("train", row)
         case "epoch":
-            return "epoch", row["epoch"], numbers("epoch", row.keys() - {"epoch"})
+            return "epoch", row["epoch"], numbers("epoch", row.keys() - {"epoch", "val_rate"})
         case "evaluation":
-            return "step", last_step, numbers(f"evaluation/{row['name']}", _EVALUATION_RATES)
+            return "step", last_step, numbers(f"evaluation/{row['name']}", (*_EVALUATION_RATES, *named))
     return None
+
+
+def _named_rates(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rates of several languages under their own names; of one language `wer` or `cer` is the headline."""
+    if row.get("metric") != "mean":
+        return {}
+    rates = row.get("rates_by_language") or {}
+    mean = {f"{prefix}mean_of_languages": row.get(f"{prefix}rate") for prefix in ("", "val_") if f"{prefix}rate" in row}
+    return mean | {f"{code}_{rate['metric'].lower()}": rate["rate"] for code, rate in rates.items()}
 
 
 class _Tracker:

@@ -211,6 +211,16 @@ def log_everything(experiment: ExperimentLogger, steps: range) -> None:
          ("epoch", 2, {"epoch/val_wer": 0.5})),
         ({"event": "evaluation", "name": "stock", "wer": 0.5, "loss": float("nan"), "n": 3},
          ("step", 9, {"evaluation/stock/wer": 0.5})),
+        ({"event": "evaluation", "name": "tuned", "metric": "mean", "rate": 0.3, "wer": 0.5, "rates_by_language": {
+            "hi": {"metric": "WER", "rate": 0.5}, "zh": {"metric": "CER", "rate": 0.1}}},
+         ("step", 9, {"evaluation/tuned/wer": 0.5, "evaluation/tuned/mean_of_languages": 0.3,
+                      "evaluation/tuned/hi_wer": 0.5, "evaluation/tuned/zh_cer": 0.1})),
+        ({"event": "evaluation", "name": "tuned", "metric": "CER", "rate": 0.1, "wer": None, "cer": 0.1},
+         ("step", 9, {"evaluation/tuned/cer": 0.1})),
+        ({"event": "epoch", "epoch": 1, "metric": "mean", "val_rate": 0.3, "val_wer": 0.5},
+         ("epoch", 1, {"epoch/val_wer": 0.5, "epoch/val_mean_of_languages": 0.3})),
+        ({"event": "epoch", "epoch": 1, "metric": "CER", "val_rate": 0.1, "val_cer": 0.1, "val_wer": None},
+         ("epoch", 1, {"epoch/val_cer": 0.1})),
         ({"event": "checkpoint", "step": 9}, None),
     ],
 )  # fmt: skip

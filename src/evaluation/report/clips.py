@@ -1,4 +1,4 @@
-"""Reference and hypothesis of each clip, aligned word by word, to read, filter and hear in a notebook or a report.
+"""Reference and hypothesis of each clip, aligned unit by unit, to read, filter and hear in a notebook or a report.
 
 The view is one piece of HTML that loads nothing: the clips travel as JSON and are drawn one page at a time, so that
 thousands of them stay quick. Edits differ in form as well as in colour. Texts of users are only ever inserted as text.
@@ -20,15 +20,16 @@ from src.data.audio import SAMPLE_RATE, load_audio
 from src.data.dataset import decode_audio
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import Prediction
-from src.evaluation.metrics import align_words, get_normalizer, is_loop
-from src.evaluation.report.summary import counted, render
+from src.evaluation.metrics import WHISPER_ENGLISH, align_words, counts_characters, get_normalizer, is_loop
+from src.evaluation.report.summary import counted, label_of, on_circle, render
 from src.utils.errors import DataError
+from src.utils.languages import graphemes
 
 MAX_CLIPS = 5_000  # about 5 MB of text
 MAX_AUDIO_CLIPS = 50
 MAX_PLAYERS_SEC = 600.0  # of all players: 2.4 MB of text
 PAGE_CLIPS = 25
-_TAGS = {"loop": "loop", "empty": "empty output", "invented": "words on silence"}
+_TAGS = {"loop": "loop", "empty": "empty output", "invented": "words on silence", "truncated": "ended at a limit"}
 _EDITS = {edit: edit for edit in ("substitution", "deletion", "insertion")}
 _FILTERS = {"all": "all clips", "error": "any error", **_EDITS, **_TAGS, "perfect": "perfect"}
 
@@ -61,9 +62,13 @@ class AlignmentView:
             raise DataError(f"alignment view: {len(missing)} clips are not in the rows beside (first: {missing[0]})")
         kinds = {row.id: clip_kinds(row, normalizer) for row in rows}
 
+        normalizers = dict.fromkeys(row.normalizer or normalizer for row in rows)
+        alike = len({metric_of(name) for name in normalizers}) == 1  # else errors are of words and of characters
+        languages = {row.language: label_of("language", row.language) for row in rows if row.language}
+
         def badness(row: Prediction) -> tuple[bool, int, float]:
             made_up = not {"loop", "invented"}.isdisjoint(kinds[row.id])
-            return made_up, row.errors, 0.0 if math.isnan(row.rate) else row.rate
+            return made_up, row.errors * alike, 0.0 if math.isnan(row.rate) else row.rate
 
         shown = sorted(rows, key=badness, reverse=True)[:MAX_CLIPS]
         audio = _encode_worst(shown, {clip.id: clip for clip in recordings})
@@ -75,17 +80,22 @@ class AlignmentView:
                 if other.errors != row.errors:
                     labels.append("worse" if row.errors > other.errors else "better")
             clip = {"id": row.id, "speaker": row.speaker, "sec": round(row.duration_sec, 2), "reference": row.reference}
+            # translations are English, whatever is spoken
+            clip["lang"] = "en" if row.normalizer == WHISPER_ENGLISH else row.language
+            if len(languages) > 1 and row.language:
+                clip["language"] = languages[row.language]
+                labels.append(row.language)
             models = [_said(each, normalizer) for each in said]
             clips.append(clip | {"kinds": labels, "said": models, "audio": audio.get(row.id)})
         compared = {kind: f"{names[0]} {kind} than {names[1]}" for kind in ("worse", "better")} if others else {}
-        filters = [*_FILTERS.items(), *compared.items()]
+        filters = [*_FILTERS.items(), *compared.items(), *(languages.items() if len(languages) > 1 else ())]
         shown_names = names if others else names[:1]
         self._data = {"names": shown_names, "filters": filters, "tags": _TAGS, "page": PAGE_CLIPS, "rows": clips}
         omitted = f", the worst of {len(rows):,}" if len(shown) < len(rows) else ""
         self._note = (
-            f"{counted(len(shown), 'clip')} of the {names[0]} model{omitted}, words after {normalizer}. Worst first: "
-            f"loops and words on silence, then by errors, then by WER; {len(audio)} of them, the worst that have a "
-            "recording, can be played."
+            f"{counted(len(shown), 'clip')} of the {names[0]} model{omitted}, texts after {' + '.join(normalizers)}. "
+            f"Worst first: loops and words on silence, then by {'errors, then by ' * alike}error rate; {len(audio)} of "
+            "them, the worst that have a recording, can be played."
         )
 
     def to_html(self) -> str:
@@ -96,16 +106,28 @@ class AlignmentView:
 
 
 def _said(row: Prediction, normalizer: str) -> dict[str, Any]:
-    """Return what a model wrote: a run of equal words is one step, an edit is one with its letter and its words."""
-    steps: list[list[str | None]] = []
-    words = align_words(row.reference, row.hypothesis, row.normalizer or normalizer)
-    for edit, group in itertools.groupby(words, lambda word: word.edit):
+    """Return what a model wrote: a run of equal words is one step, an edit is one with its letter and its words.
+
+    Of a language without spaces the same with characters; those of a run are put together with their combining marks.
+    """
+    normalizer = row.normalizer or normalizer
+    metric = metric_of(normalizer)
+    steps: list[list[str]] = []
+    for edit, group in itertools.groupby(
+        align_words(row.reference, row.hypothesis, normalizer), lambda unit: unit.edit
+    ):
         if edit == "equal":
-            steps.append(["=", " ".join(str(word.reference) for word in group)])
+            units = [str(unit.reference) for unit in group]
+            steps.append(["=", on_circle(" ".join(graphemes("".join(units)) if metric == "CER" else units))])
         else:
-            steps += [[edit[0], *(text for text in (w.reference, w.hypothesis) if text is not None)] for w in group]
-    counts = {"errors": row.errors, "words": row.reference_words}
-    return {"hypothesis": row.hypothesis, "wer": None if math.isnan(row.rate) else row.rate, **counts, "steps": steps}
+            steps += [[edit[0], *(on_circle(t) for t in (u.reference, u.hypothesis) if t is not None)] for u in group]
+    counts = {"metric": metric, "errors": row.errors, "units": row.reference_words}
+    return {"hypothesis": row.hypothesis, "rate": None if math.isnan(row.rate) else row.rate, **counts, "steps": steps}
+
+
+def metric_of(normalizer: str) -> str:
+    """Return what errors over the units of a normaliser are: "WER" or "CER"."""
+    return "CER" if counts_characters(normalizer) else "WER"
 
 
 def clip_kinds(row: Prediction, normalizer: str) -> tuple[str, ...]:
@@ -120,6 +142,7 @@ def clip_kinds(row: Prediction, normalizer: str) -> tuple[str, ...]:
         "loop": is_loop(*texts, duration_sec=row.duration_sec, num_tokens=row.num_tokens, language=row.language),
         "empty": row.reference_words > 0 and row.hypothesis_words == 0,
         "invented": row.reference_words == 0 and row.insertions > 0,
+        "truncated": row.truncated,
         "perfect": row.errors == 0,
     }
     return tuple(kind for kind, holds in kinds.items() if holds)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import time
+import warnings
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -48,6 +49,11 @@ def write_html_report(run_dir: str | Path, path: str | Path, *, audio: Iterable[
     # rates, verdicts and slices
     results = {**evaluations, **summary.guard}
     table = run_summary.comparison_table(results, predictions) if evaluations else pd.DataFrame()
+    changes = {
+        name: str(table.at[name, column])
+        for name, row in evaluations.items()
+        if (column := f"{run_summary.headline(row).name} change") in table
+    }
     said = [
         *run_summary.describe_results(results, predictions),
         run_summary.describe_guard_set(summary.guard_set),
@@ -60,8 +66,9 @@ def write_html_report(run_dir: str | Path, path: str | Path, *, audio: Iterable[
     evaluated = cache(lambda: EvaluationVisualizer(run))
     drawings = {
         "Training": lambda: TrainingVisualizer(run).training_analysis(),
-        "Word error rate by model": lambda: evaluated().stock_against_tuned(),
-        "Word error rate by clip length": lambda: evaluated().wer_by_duration(),
+        "Error rate by model": lambda: evaluated().stock_against_tuned(),
+        **({"Error rate by language": lambda: evaluated().wer_by_slice("language")} if "language" in columns else {}),
+        "Error rate by clip length": lambda: evaluated().wer_by_duration(),
         "Kinds of errors": lambda: evaluated().error_types(),
         "Most frequent errors": lambda: evaluated().confusions(),
     }
@@ -69,7 +76,9 @@ def write_html_report(run_dir: str | Path, path: str | Path, *, audio: Iterable[
     for title, draw in drawings.items():
         buffer = io.BytesIO()
         try:
-            with matplotlib.rc_context({**FIGURE_STYLE, "svg.fonttype": "none"}):  # the browser has more fonts
+            with matplotlib.rc_context({**FIGURE_STYLE, "svg.fonttype": "none"}), warnings.catch_warnings():
+                # the browser draws the texts, with more fonts
+                warnings.filterwarnings("ignore", "Glyph .* missing|Matplotlib currently does not support")
                 draw().savefig(buffer, format="svg", metadata={"Date": None})
         except DataError as err:  # a run that did not train has no curves
             figures.append((title, "", str(err)))
@@ -96,7 +105,8 @@ def write_html_report(run_dir: str | Path, path: str | Path, *, audio: Iterable[
         data=origin.data,
         last_time=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(times[-1])) if times else "",
         evaluations=evaluations,
-        changes=table.get("WER change", pd.Series("", table.index)).to_dict(),
+        changes=changes,
+        languages=run_summary.language_table(evaluations),
         said=list(filter(None, said)),
         verdict=summary.comparison.verdict.split()[0] if summary.comparison else "none",
         comparison=table.T,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import pandas as pd
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -21,18 +22,13 @@ from src.models.weights import HUB_REPOSITORIES
 from src.utils.config import flatten
 from src.utils.errors import DataError, ModelError
 from src.utils.files import write_text_atomic
+from src.utils.languages import WHISPER_LANGUAGES, language_name
 
 CARD_FILE = "README.md"
 _PROVENANCE = (
-    "run",
-    "epoch",
-    "step",
-    "validation_metric",
-    "validation_rate",
-    "validation_wer",
-    "git_revision",
-    "data_version",
-)
+    "run", "epoch", "step", "validation_metric", "validation_rate", "validation_wer", "git_revision", "data_version",
+)  # fmt: skip
+_HUB_CODES = {"jw": "jv"}  # Whisper's code, that of ISO 639
 _SECTIONS = ("model", "data", "composition", "augmentation", "training")  # of the configuration
 
 
@@ -60,6 +56,15 @@ def write_model_card(
     main = run_summary.main_model(summary.evaluations)
     result, guard = summary.evaluations[main], summary.guard.get(guard_name(main))
 
+    # what it was trained on
+    trained = pd.DataFrame()
+    splits = []
+    if (run / REPORT_FILE).exists():
+        report = DataReport.load(run)
+        table = report.summary()[["split", "clips", "hours", "speakers", "median_sec"]]
+        splits = [tuple(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row) for row in table.itertuples(False)]
+        trained = report.languages().query("train > 0 and code.notna()")
+
     # front matter
     model, data, base = origin.config.get("model", {}), origin.config.get("data", {}), origin.base
     source = data.get("source")
@@ -68,15 +73,18 @@ def write_model_card(
     if guard is not None:
         guard_set = str((summary.guard_set or {}).get("set", "guard set"))
         results += _eval_results(guard, guard_set, guard_set.lower().replace(" ", "-"), split=None)
+    languages = list(trained["code"]) if len(trained) else _assumed_languages(result, model, str(base))
+    codes = [_HUB_CODES.get(code, code) for code in languages]
+    translates = model.get("task") == "translate"
     card = ModelCardData(
-        language=model.get("language") or ("en" if str(base).endswith(".en") else None),
+        language=codes[0] if len(codes) == 1 else codes or None,
         license=license_id,
         base_model=HUB_REPOSITORIES.get(base) if base else None,
         library_name="transformers",
         pipeline_tag="automatic-speech-recognition",
-        tags=["whisper", "automatic-speech-recognition", "speech"],
+        tags=["whisper", "automatic-speech-recognition", "speech"] + ["speech-translation"] * translates,
         datasets=[hub_id] if hub_id else None,
-        metrics=["wer", "cer"],
+        metrics=list(dict.fromkeys(each.metric_type for each in results)) or None,
         model_name=name or folder.resolve().name,
         eval_results=results,
     )
@@ -86,11 +94,7 @@ def write_model_card(
     columns = slice_columns(rows) if rows else []
     slices = [part for column in columns for part in slice_rates(rows, column, bootstrap=bootstrap_of(result))]
     slices = sorted((part for part in slices if not math.isnan(part.rate)), key=lambda part: part.rate, reverse=True)
-
-    splits = []
-    if (run / REPORT_FILE).exists():
-        table = DataReport.load(run).summary()[["split", "clips", "hours", "speakers", "median_sec"]]
-        splits = [tuple(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row) for row in table.itertuples(False)]
+    shown = [vars(part) | {"value": run_summary.label_of(part.column, part.value)} for part in slices]
     provenance = read_provenance(folder)
     sections = {key: origin.config[key] for key in _SECTIONS if key in origin.config}
     text = run_summary.render(
@@ -105,8 +109,12 @@ def write_model_card(
         verdict=run_summary.describe_comparison(summary.comparison) if summary.comparison else None,
         guard_set=run_summary.describe_guard_set(summary.guard_set),
         more_rates=run_summary.more_rates(summary.evaluations),
-        slices=slices,
+        slices=shown,
         splits=splits,
+        trained=[(row.language, row.train) for row in trained.itertuples()],
+        languages=[language_name(code) for code in languages],
+        translates=translates,
+        truncated=result.get("truncated"),
         provenance={key: provenance[key] for key in _PROVENANCE if provenance.get(key) is not None},
         best=best_epoch(summary.epochs),
         mix=run_summary.describe_mix(summary.mix),
@@ -117,19 +125,32 @@ def write_model_card(
     return folder / CARD_FILE
 
 
+def _assumed_languages(result: Row, model: Row, base: str) -> list[str]:
+    """Return the languages of a run without a data report: of the test set, else that of the settings."""
+    measured = [code for code in result.get("rates_by_language") or () if code in WHISPER_LANGUAGES]
+    configured = model.get("language") or ("en" if base.endswith(".en") else None)
+    return measured or ([configured] if configured in WHISPER_LANGUAGES else [])
+
+
 def _eval_results(row: Row, set_name: str, set_type: str, *, split: str | None) -> list[EvalResult]:
-    """Return rates in percent, as the Hub shows them; none for what was not measured."""
+    """Return rates in percent, as the Hub shows them, of each language; none for what was not measured."""
+    first = run_summary.headline(row)
+    found = [(None, first.key, first.rate, row.get("normalizer")), (None, "cer", row.get("cer"), row.get("normalizer"))]
+    if first.key == "mean":
+        rates = ((code, run_summary.fields_of(rate)) for code, rate in row["rates_by_language"].items())
+        found = [(code, run_summary.headline(rate).key, rate["rate"], rate["normalizer"]) for code, rate in rates]
     return [
         EvalResult(
             task_type="automatic-speech-recognition",
             task_name="Automatic speech recognition",
             dataset_type=set_type,
-            dataset_name=set_name,
+            dataset_name=set_name if code is None else f"{set_name}, {run_summary.label_of('language', code)}",
+            dataset_config=code,
             dataset_split=split,
             metric_type=key,
-            metric_name=f"{key.upper()} in percent, {row.get('normalizer', 'normaliser not known')}",
-            metric_value=round(100 * row[key], 2),
+            metric_name=f"{key.upper()} in percent, {normalizer or 'normaliser not known'}",
+            metric_value=round(100 * rate, 2),
         )
-        for key in ("wer", "cer")
-        if row.get(key) is not None
+        for code, key, rate, normalizer in dict.fromkeys(found)
+        if rate is not None
     ]

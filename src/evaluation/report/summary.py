@@ -7,39 +7,108 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import pandas as pd
 import regex
 from markupsafe import Markup
 
-from src.evaluation.evaluator import compare_predictions
-from src.evaluation.metrics import PairedComparison
+from src.evaluation.evaluator import Prediction, compare_predictions
+from src.evaluation.metrics import PLAIN, PairedComparison
 from src.evaluation.report import run_files
 from src.evaluation.report.run_files import STOCK, TUNED, PredictionsByModel, Row, guard_name, is_guard, stock_first
 from src.evaluation.slices import slice_rates
 from src.utils.errors import DataError
 from src.utils.figures import BLUE, GREEN, ORANGE
+from src.utils.languages import WHISPER_LANGUAGES, language_name
 
 NOT_MEASURED = "not measured"
+MAX_NAMED = 5  # clips in a sentence
 FEW_BLOCKS = 10  # below it a percentile interval is clearly too narrow
 _BARE_MARK = regex.compile(r"(?<!\S)(?=\p{M})")
-_RATES = {"WER": "wer", "WER plain": "wer_plain", "CER": "cer", "CER plain": "cer_plain", "loss": "loss", "RTF": "rtf"}
 _MORE_RATES = {
     "match error rate (MER)": "mer",
     "word information lost (WIL)": "wil",
     "sentences with any error": "sentence_error_rate",
     "clips with a loop": "loop_rate",
     "clips with speech but without output": "empty_rate",
+    "texts that ended at a limit": "truncated",
     "clips without speech": "empty_references",
-    "words invented on them": "hallucinated_words",
-    **{edits: edits for edits in ("substitutions", "deletions", "insertions")},
-    "words of the references": "reference_words",
 }
+_UNITS = {"WER": "words", "CER": "characters"}
+_TITLES = {"WER": "word error rate", "CER": "character error rate"}
 _PLACES = (
     "notebook.html", "report.html", "checkpoints/best_model_hf", "checkpoints/best_mix_hf", "ctranslate2_int8",
     "predictions.jsonl", "metrics.jsonl", "figures",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The error rate that decides, with its name; None where it was not measured."""
+
+    name: str  # "WER", "CER", or "mean of 3 languages"
+    rate: float | None
+    low: float | None
+    high: float | None
+
+    @property
+    def key(self) -> str:
+        """The name for files: "wer", "cer" or "mean"."""
+        return self.name.split()[0].lower()
+
+    @property
+    def title(self) -> str:
+        """The name in full."""
+        return title_of(self.name)
+
+    @property
+    def units(self) -> str:
+        """What errors are counted in."""
+        return _UNITS.get(self.name, "words and characters")
+
+    @property
+    def value(self) -> str:
+        """The rate with its interval."""
+        return with_interval(self.rate, self.low, self.high)
+
+    def __str__(self) -> str:
+        """As `CER 0.123 [0.101, 0.148]`."""
+        return f"{self.name} {self.value}"
+
+
+def title_of(name: str) -> str:
+    """Return the name of a rate in full."""
+    return _TITLES.get(name, f"error rate, {name}")
+
+
+def headline(row: Row, prefix: str = "") -> Headline:
+    """Return the headline of a row or a result; rows of older runs have a WER only.
+
+    `prefix` is "val_" in rows of epochs, "offline_" in rows of streams, and "second_" for the second normaliser's.
+    """
+    if row.get("metric") is None:
+        return Headline("WER", *(row.get(f"{prefix}wer{end}") for end in ("", "_low", "_high")))
+    languages = len(row.get("rates_by_language") or ())
+    mean = f"mean of {languages} languages" if languages else "mean of the languages"
+    name = mean if row["metric"] == "mean" else str(row["metric"])
+    return Headline(name, *(row.get(f"{prefix}{end}") for end in ("rate", "low", "high")))
+
+
+def second_headline(row: Row) -> Headline:
+    """Return the headline under the second normaliser, which is the plain one in older runs."""
+    if "second_rate" in row:
+        return headline(row, "second_")
+    return Headline("WER", *(row.get(f"wer_plain{end}") for end in ("", "_low", "_high")))
+
+
+def second_label(row: Row) -> str:
+    """Return the name of the headline under the second normaliser."""
+    name, normalizer = headline(row).name, row.get("second_normalizer", PLAIN)
+    if normalizer == PLAIN:  # of English, and in older runs
+        return f"{name} plain"
+    return "mean, second normaliser" if "+" in normalizer else f"{name}, {normalizer}"
 
 
 @dataclass(frozen=True)
@@ -58,14 +127,13 @@ class RunSummary:
     full_context: Row | None  # validation with clips padded to 30 s
 
     def figures(self) -> dict[str, float | None]:
-        """Return the headline figures; None for what was not measured."""
+        """Return the headline figures, named by their metric (`tuned_wer`); None for what was not measured."""
         stock, tuned = self.evaluations.get(STOCK, {}), self.evaluations.get(TUNED, {})
+        usual = tuned or stock
         values = {
-            "stock_wer": stock.get("wer"),
-            "tuned_wer": tuned.get("wer"),
-            "streaming_wer": (self.streaming or {}).get("wer"),
-            "rtf": tuned.get("rtf"),
-        }
+            f"{name}_{headline(row or usual).key}": headline(row).rate
+            for name, row in ((STOCK, stock), (TUNED, tuned), ("streaming", self.streaming or {}))
+        } | {"rtf": tuned.get("rtf")}
         return {key: None if value is None or math.isnan(value) else round(value, 4) for key, value in values.items()}
 
     def to_text(self) -> str:
@@ -73,20 +141,21 @@ class RunSummary:
         parts = []
         if self.epochs:
             best = run_files.best_epoch(self.epochs)
-            kept = f"{number(best['val_wer'])} after epoch {best['epoch']}, which was kept" if best else "none was kept"
-            parts.append(
-                f"training: {counted(len(self.epochs), 'epoch')}; validation WER {number(self.epochs[0]['val_wer'])} "
-                f"after the first, {kept}"
-            )
+            kept = "none was kept"
+            if best:
+                kept = f"{number(headline(best, 'val_').rate)} after epoch {best['epoch']}, which was kept"
+            first = f"validation {headline(self.epochs[0], 'val_')} after the first"
+            parts.append(f"training: {counted(len(self.epochs), 'epoch')}; {first}, {kept}")
         parts.append(describe_mix(self.mix))
         results = {**self.evaluations, **self.guard}
         parts.append(format_comparison(results, self.predictions) if results else "nothing was evaluated")
         parts.append(describe_guard_set(self.guard_set))
         if (row := self.streaming) is not None:
+            streamed, offline = headline(row), headline(row, "offline_")
             parts.append(
-                f"streaming, {row['clips']} clips in {row['audio_sec']:.0f} s: WER {number(row['wer'])}, the same "
-                f"clips one by one {number(row['offline_wer'])}; RTF {number(row['rtf'], 2)}, longest update "
-                f"{number(row['longest_update_sec'], 2)} s"
+                f"streaming, {row['clips']} clips in {row['audio_sec']:.0f} s: {streamed.name} "
+                f"{number(streamed.rate)}, the same clips one by one {number(offline.rate)}; RTF "
+                f"{number(row['rtf'], 2)}, longest update {number(row['longest_update_sec'], 2)} s"
             )
         parts.append("\n".join(str(self.run_dir / place) for place in _PLACES if (self.run_dir / place).exists()))
         return "\n\n".join(filter(None, parts))
@@ -143,27 +212,81 @@ def comparison_table(results: Mapping[str, Row], predictions: PredictionsByModel
     """
     if not results:
         raise DataError("comparison_table: no result given; evaluate a model first")
+    rates = {name: _rates_of(results[name]) for name in stock_first(results)}
+    labels = dict.fromkeys(label for found in rates.values() for label in found)  # sets may have other metrics
     rows: dict[str, dict[str, str]] = {}
-    for name in stock_first(results):
+    for name, found in rates.items():
         row = results[name]
-        ends = {key: (row.get(key), row.get(f"{key}_low"), row.get(f"{key}_high")) for key in _RATES.values()}
-        rows[name] = {label: with_interval(*ends[key]) for label, key in _RATES.items()} | {
+        rows[name] = {label: found.get(label, "") for label in labels} | {
             "audio context": row.get("audio_context", NOT_MEASURED),
             "normaliser": row.get("normalizer", NOT_MEASURED),
+            **({"second normaliser": row["second_normalizer"]} if "second" in second_label(row) else {}),
             "clips": str(row.get("n", NOT_MEASURED)),
             "interval over": counted(row["num_blocks"], row["blocks"]) if row.get("num_blocks") else NOT_MEASURED,
         }
     for name, (stock, comparison) in _compare_with_stock(results, predictions or {}).items():
-        for key in ("wer", "cer"):
-            rows[name][f"{key.upper()} change"] = relative_change(results[stock].get(key), results[name].get(key))
+        before, after = headline(results[stock]), headline(results[name])
+        rows[name][f"{after.name} change"] = relative_change(before.rate, after.rate)
+        rows[name]["CER change"] = relative_change(results[stock].get("cer"), results[name].get("cer"))
         rows[name]["verdict"] = NOT_MEASURED if comparison is None else comparison.verdict
     return pd.DataFrame.from_dict(rows, orient="index").fillna("")
+
+
+def _rates_of(row: Row) -> dict[str, str]:
+    """Return the rates of an evaluation for reading: the headline, the same under the second normaliser, the others."""
+    first, others = headline(row), {"CER": number(row.get("cer"))}
+    if first.key == "mean":
+        others = {"WER, languages with spaces": number(row.get("wer")), **others}
+    if second_label(row).endswith("plain"):
+        others["CER plain"] = number(row.get("cer_plain"))
+    return {
+        first.name: first.value,
+        second_label(row): second_headline(row).value,
+        **({} if first.name == "CER" else others),
+        "loss": number(row.get("loss")),
+        "RTF": number(row.get("rtf")),
+    }
+
+
+def language_table(results: Mapping[str, Row]) -> pd.DataFrame:
+    """Return one row per language with the headline of each result in it, and last their mean; empty for one language.
+
+    The mean is of the languages' own headlines, each counting alike whatever its number of clips.
+    """
+    found = {name: row.get("rates_by_language") or {} for name, row in results.items()}
+    languages = dict.fromkeys(code for rates in found.values() for code in rates)
+    rows = []
+    for code in languages if len(languages) > 1 else ():
+        own = {name: fields_of(rates[code]) for name, rates in found.items() if code in rates}
+        first = next(iter(own.values()))
+        rates = {name: headline(own[name]).value if name in own else NOT_MEASURED for name in results}
+        rows.append([label_of("language", code), first["n"], first["metric"], *rates.values(), first["normalizer"]])
+    if rows:
+        overall = [headline(row) for row in results.values()]
+        clips = next(iter(results.values())).get("n", NOT_MEASURED)
+        rows.append([overall[0].name, clips, "mean", *(each.value for each in overall), "each language counts alike"])
+    return pd.DataFrame(rows, columns=["language", "clips", "metric", *results, "normaliser"])
+
+
+def label_of(column: str, value: str) -> str:
+    """Return the value of a slice for reading: languages by their names."""
+    return language_name(value) if column == "language" and value in WHISPER_LANGUAGES else value
+
+
+def fields_of(rate: Any) -> Row:
+    """Return the rate of a language as a row, whether it was read from a file or measured."""
+    return rate if isinstance(rate, Mapping) else vars(rate)
 
 
 def format_comparison(results: Mapping[str, Row], predictions: PredictionsByModel | None = None) -> str:
     """Return `comparison_table` as aligned Markdown, one column per model, and `describe_results`."""
     table = comparison_table(results, predictions).T
-    lines = [markdown_table(["", *table.columns], table.itertuples()), "", *describe_results(results, predictions)]
+    lines = [markdown_table(["", *table.columns], table.itertuples()), ""]
+    for guard in (False, True):
+        languages = language_table({name: row for name, row in results.items() if is_guard(name) == guard})
+        if len(languages):
+            lines += [markdown_table(list(languages.columns), languages.itertuples(index=False)), ""]
+    lines += describe_results(results, predictions)
     return "\n".join(lines).rstrip()
 
 
@@ -183,7 +306,19 @@ def describe_results(results: Mapping[str, Row], predictions: PredictionsByModel
         for name, verdict in verdicts.items()
         if (verdict, verdicts.get(guard_name(name))) == ("better", "worse")
     ]
+    for name, row in results.items():
+        cut = [clip.id for clip in _rows_of(name, row, predictions or {}) if clip.truncated]
+        if cut:
+            shown = ", ".join(cut[:MAX_NAMED]) + (", ..." if len(cut) > MAX_NAMED else "")
+            said.append(
+                f"{name}: {counted(len(cut), 'text')} ended at a limit of tokens, not where the speech ends ({shown}): "
+                "a loop, or inference.max_tokens_per_sec is too low for this speech"
+            )
     return said
+
+
+def _rows_of(name: str, result: Row, predictions: PredictionsByModel) -> Sequence[Prediction]:
+    return getattr(result, "rows", None) or predictions.get(name, ())
 
 
 def describe_comparison(comparison: PairedComparison, *, tuned: str = TUNED, stock: str = STOCK) -> str:
@@ -199,7 +334,7 @@ def describe_comparison(comparison: PairedComparison, *, tuned: str = TUNED, sto
 def describe_difference(comparison: PairedComparison) -> str:
     """Return a difference in the headline with its interval, what was resampled, and whether that was too little."""
     blocks = counted(comparison.num_blocks, comparison.blocks)
-    points = f"{comparison.metric} {100 * comparison.difference:+.1f} points"
+    points = f"{headline(vars(comparison)).name} {100 * comparison.difference:+.1f} points"
     if math.isnan(comparison.low):
         return f"{points} (no interval from {blocks})"
     few = "; so few that the interval is too narrow" if comparison.num_blocks < FEW_BLOCKS else ""
@@ -216,8 +351,8 @@ def describe_mix(rows: Sequence[Row]) -> str:
     """Return the result of a sweep over mixes, from share 0 to 1, in one sentence; empty without one."""
     if not rows:
         return ""
-    rates = ", ".join(f"{row['share']:g}: {row.get('rate', row.get('wer')):.3f}" for row in rows)
-    metric = rows[0].get("metric", "WER")  # before 2026-12 the WER, in every language
+    rates = ", ".join(f"{row['share']:g}: {number(headline(row).rate)}" for row in rows)
+    metric = headline(rows[0]).name
     chosen = next(row["share"] for row in rows if row["chosen"])
     ends = {0: "none is below the stock weights: keep the stock model", 1: "the tuned weights: no mix was taken"}
     mix = f"the mix of share {chosen:g} was taken; these clips chose it, which flatters it: the test set judges"
@@ -229,14 +364,18 @@ def more_rates(evaluations: Mapping[str, Row]) -> pd.DataFrame:
     """Return the rates that `comparison_table` leaves out, for reading: one row per rate, one column per model."""
     table = {}
     for name, row in evaluations.items():
-        table[name] = {label: number(row.get(key)) for label, key in _MORE_RATES.items()}
-        if not row.get("empty_references"):  # without silence there is none to invent words on
-            table[name]["words invented on them"] = NOT_MEASURED
+        units = headline(row).units
+        table[name] = {label: number(row.get(key)) for label, key in _MORE_RATES.items()} | {
+            # without silence there is none to invent words on
+            f"{units} invented on them": number(row.get("hallucinated_words") if row.get("empty_references") else None),
+            **{edits: number(row.get(edits)) for edits in ("substitutions", "deletions", "insertions")},
+            f"{units} of the references": number(row.get("reference_words")),
+        }
     return pd.DataFrame(table)
 
 
 def slice_table(column: str, predictions: PredictionsByModel, evaluations: Mapping[str, Row]) -> pd.DataFrame:
-    """Return one row per slice, with the WER of each model that was measured on the main model's clips."""
+    """Return one row per slice, with the headline of each model that was measured on the main model's clips."""
     main = main_model(predictions)
     ids = {row.id for row in predictions[main]}
     slices = {
@@ -245,11 +384,17 @@ def slice_table(column: str, predictions: PredictionsByModel, evaluations: Mappi
         if {row.id for row in rows} == ids
     }
     parts = slices[main]
-    table = pd.DataFrame({column: part.value, "clips": part.n, "words": part.reference_words} for part in parts)
+    metrics = {part.metric for part in parts}
+    metric = metrics.pop() if len(metrics) == 1 else "error rate"
+    units = _UNITS.get(metric, "words or characters")
+    table = pd.DataFrame({column: part.value, "clips": part.n, units: part.reference_words} for part in parts)
+    if metrics:  # several
+        table["metric"] = [part.metric for part in parts]
     for name, own in slices.items():
-        rates = {part.value: with_interval(part.rate, part.low, part.high) for part in own}
-        table[f"{name}: WER"] = table[column].map(rates).fillna(NOT_MEASURED)
+        rates = {part.value: headline(vars(part)).value for part in own}
+        table[f"{name}: {metric}"] = table[column].map(rates).fillna(NOT_MEASURED)
     table["interval over"] = [counted(part.num_blocks, part.blocks) for part in parts]
+    table[column] = [label_of(column, value) for value in table[column]]
     return table
 
 
@@ -314,7 +459,7 @@ def _templates() -> jinja2.Environment:
     )
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
     environment.globals |= {"BLUE": BLUE, "ORANGE": ORANGE, "GREEN": GREEN, "STOCK": STOCK}
-    environment.globals |= {"NOT_MEASURED": NOT_MEASURED, "FEW_BLOCKS": FEW_BLOCKS, "with_interval": with_interval}
+    environment.globals |= {"NOT_MEASURED": NOT_MEASURED, "FEW_BLOCKS": FEW_BLOCKS, "headline": headline}
     environment.filters |= {"number": number, "counted": counted, "table": _html_table}
     environment.filters |= {"md": escape_markdown, "md_table": markdown_table}
     return environment
@@ -332,7 +477,7 @@ def _compare_with_stock(
     compared = {}
     for guard in (False, True):
         names = [name for name in stock_first(results) if is_guard(name) == guard]
-        rows = [getattr(results[name], "rows", None) or predictions.get(name, ()) for name in names]
+        rows = [_rows_of(name, results[name], predictions) for name in names]
         for name, own in zip(names[1:], rows[1:], strict=True):
             both = rows[0] and own
             settings = run_files.bootstrap_of(results[name])

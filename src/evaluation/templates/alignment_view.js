@@ -18,10 +18,10 @@
     return box;
   };
 
-  const words = (steps) => {
-    const line = make("div", "av-words");
-    line.dir = "auto";
-    for (const [edit, first, second] of steps) {
+  const words = (said, lang) => {
+    const line = make("div", said.metric === "CER" ? "av-words av-characters" : "av-words");
+    Object.assign(line, { dir: "auto", lang: lang ?? "" });
+    for (const [edit, first, second] of said.steps) {
       if (edit === "=") line.append(...first.split(" ").map((word) => pair("", word, word)));
       else if (edit === "s") line.append(pair("s", first, second));
       else line.append(edit === "d" ? pair("d", first, null) : pair("i", null, first));
@@ -29,14 +29,18 @@
     return line;
   };
 
-  const rate = (said) => said.wer === null
-    ? `${said.errors} word${said.errors === 1 ? "" : "s"}, nothing was said`
-    : `WER ${said.wer.toFixed(2)} (${said.errors} of ${said.words})`;
+  const rate = (said) => said.rate === null
+    ? `${said.errors} ${said.metric === "CER" ? "character" : "word"}${said.errors === 1 ? "" : "s"}, nothing was said`
+    : `${said.metric} ${said.rate.toFixed(2)} (${said.errors} of ${said.units})`;
 
   const written = (data, row) => {
     const box = make("details", "", make("summary", "", "as written"));
     const lines = [["reference", row.reference], ...row.said.map((said, i) => [data.names[i], said.hypothesis])];
-    for (const [name, text] of lines) box.append(make("p", "", make("span", "av-muted", `${name}: `), text || "(empty)"));
+    for (const [name, text] of lines) {
+      const written = make("bdi", "", text || "(empty)"); // with a direction of its own
+      written.lang = row.lang ?? "";
+      box.append(make("p", "", make("span", "av-muted", `${name}: `), written));
+    }
     return box;
   };
 
@@ -45,13 +49,14 @@
     const head = make("div", "av-head", make("strong", "", rate(row.said[0])),
       make("span", "av-muted", `${row.sec.toFixed(1)} s`),
       make("span", "av-muted", row.speaker === null ? "speaker unknown" : `speaker ${row.speaker}`),
+      ...(row.language ? [make("span", "av-muted", row.language)] : []),
       make("span", "av-muted av-id", row.id));
     for (const kind of row.kinds) if (data.tags[kind]) head.append(make("span", "av-tag", data.tags[kind]));
     box.append(head);
     row.said.forEach((said, i) => {
       const label = data.names.length > 1 ? `${data.names[i]}${i ? `: ${rate(said)}` : ""}` : "";
       if (label) box.append(make("div", "av-name", label));
-      box.append(words(said.steps));
+      box.append(words(said, row.lang));
     });
     if (row.audio) {
       const player = make("audio");

@@ -17,7 +17,18 @@ from src.evaluation.evaluator import compare_predictions
 from src.evaluation.metrics import PLAIN, UNKNOWN, align_words, sum_counts
 from src.evaluation.report import run_files
 from src.evaluation.report.run_files import STOCK, TUNED, Row
-from src.evaluation.report.summary import FEW_BLOCKS, NOT_MEASURED, counted, describe_difference, main_model, number
+from src.evaluation.report.summary import (
+    FEW_BLOCKS,
+    NOT_MEASURED,
+    Headline,
+    counted,
+    describe_difference,
+    headline,
+    label_of,
+    main_model,
+    number,
+    second_headline,
+)
 from src.evaluation.slices import slice_rates
 from src.evaluation.visualization.style import annotate, drawable, gap, mark_powers, new_figure, show_note, styles_of
 from src.utils.errors import DataError
@@ -49,7 +60,7 @@ class EvaluationVisualizer:
         self._streaming = run_files.last_row(rows, "streaming")
 
     def stock_against_tuned(self) -> Figure:
-        """Draw WER with intervals under both normalisers, one bar per model, and the difference of the two models."""
+        """Draw the headline with intervals under both normalisers, one bar per model, and the models' difference."""
         first = next(iter(self._evaluations.values()))
         caption = counted(first["n"], "clip")
         if first.get("wer_low") is not None:
@@ -58,16 +69,20 @@ class EvaluationVisualizer:
         if stock and tuned and {STOCK, TUNED} <= set(self._evaluations):  # intervals may overlap although one is better
             difference = compare_predictions(stock, tuned, run_files.bootstrap_of(self._evaluations[TUNED]))
             caption += f"\n{TUNED} against {STOCK}: {difference.verdict}; {describe_difference(difference)}"
-        rates = {name: [_rate_of(row, "wer"), _rate_of(row, "wer_plain")] for name, row in self._evaluations.items()}
+        rates = {
+            name: [_rate_of(headline(row)), _rate_of(second_headline(row))] for name, row in self._evaluations.items()
+        }
+        names = first["normalizer"], first.get("second_normalizer", PLAIN)
         with new_figure(8, 3.6, caption) as figure:
             axes = figure.subplots()
-            self._draw_bars(axes, [first["normalizer"], PLAIN], rates)
-            axes.set(title="Word error rate by normaliser", ylabel="WER, test set")
+            self._draw_bars(axes, [name.replace(" + ", "\n") for name in names], rates)
+            title = headline(first).title
+            axes.set(title=f"{title.capitalize()} by normaliser", ylabel=f"{headline(first).name}, test set")
             axes.legend(**_OUTSIDE)
         return figure
 
     def wer_by_duration(self) -> Figure:
-        """Draw WER (sum of errors over sum of words) with intervals by clip length.
+        """Draw the headline with intervals by clip length.
 
         Ranges instead of one point per clip: the rate of a clip of four words is 0, 1/4, 1/2, ..., and a cloud of these
         hides what the sums show.
@@ -75,7 +90,9 @@ class EvaluationVisualizer:
         return self.wer_by_slice("duration_sec")
 
     def wer_by_slice(self, column: str) -> Figure:
-        """Draw WER with intervals for each slice of a column, for each model, below the rate over all clips.
+        """Draw the headline with intervals for each slice of a column, for each model, below the rate over all clips.
+
+        Slices have the metrics of their languages, which their labels name if they differ.
 
         Args:
             column: one of `slice_columns`, or another one of the rows; of more than 12 slices the first are drawn.
@@ -88,13 +105,21 @@ class EvaluationVisualizer:
         }
         values = list(dict.fromkeys(part.value for parts in found.values() for part in parts))
         shown = values[:MAX_SLICES]
-        models = {}  # (rows, 4): clips, WER and its interval
+        models = {}  # (rows, 4): clips, rate and its interval
         for name, parts in found.items():
             overall = self._evaluations.get(name, {})
             by_value = {part.value: (part.n, part.rate, part.low, part.high) for part in parts}
             rows = [by_value.get(value, (0, math.nan, math.nan, math.nan)) for value in shown]
-            models[name] = np.array([(overall.get("n", 0), *_rate_of(overall, "wer")), *rows])
-        labels = ["all"] + [drawable(value) + UNITS.get(column, "") * (value != UNKNOWN) for value in shown]
+            models[name] = np.array([(overall.get("n", 0), *_rate_of(headline(overall))), *rows])
+        metrics = {part.value: part.metric for parts in found.values() for part in parts}
+        whole = headline(next(iter(self._evaluations.values()), {}))
+        metric = whole.name if set(metrics.values()) <= {whole.name} else "error rate"
+        labels = ["all"] + [
+            drawable(label_of(column, value)) + UNITS.get(column, "") * (value != UNKNOWN) for value in shown
+        ]
+        if metric != whole.name:  # of several languages
+            named = [whole.name, *(metrics[value] for value in shown)]
+            labels = [f"{label}, {name}" for label, name in zip(labels, named, strict=True)]
         sizes = [list(dict.fromkeys(n)) for n in zip(*(table[:, 0] for table in models.values()), strict=True)]
         ticks = [
             f"{label}, {' / '.join(f'{n:,.0f}' for n in each)} clip{'s' * (each != [1])}"  # models may differ in these
@@ -109,25 +134,27 @@ class EvaluationVisualizer:
         with new_figure(8, min(4.0, 1.5 + 0.4 * len(labels)), "; ".join(notes)) as figure:
             axes = figure.subplots()
             for index, (name, table) in enumerate(models.items()):
-                _, wer, low, high = table.T
+                _, rates, low, high = table.T
                 style = self._styles[name]
                 # models side by side, so that intervals do not hide one another
                 places = np.arange(len(labels)) + 0.5 / len(models) * (index - (len(models) - 1) / 2)
-                axes.plot(wer, places, style.marker, color=style.color, label=drawable(name), clip_on=False)
+                axes.plot(rates, places, style.marker, color=style.color, label=drawable(name), clip_on=False)
                 axes.hlines(places, low, high, color=style.color, linewidth=1.5)
-                for place in places[np.isnan(wer)]:
+                for place in places[np.isnan(rates)]:
                     annotate(axes, NOT_MEASURED, (0, place), (4, 0), va="center", color=GREY, fontsize=8)
             axes.axhline(0.5, color=GREY, linewidth=0.8)
             axes.set_yticks(range(len(labels)), ticks)
-            axes.set(title=f"WER by {drawable(column.removesuffix('_sec'))}", xlabel="WER, test set")
+            title = metric[0].upper() + metric[1:]
+            axes.set(title=f"{title} by {drawable(column.removesuffix('_sec'))}", xlabel=f"{metric}, test set")
             axes.set(xlim=(0, None), ylim=(len(labels) - 0.5, -0.5))
             axes.grid(axis="y", visible=False)
             axes.legend(**_OUTSIDE)
         return figure
 
     def error_types(self) -> Figure:
-        """Draw substitutions, deletions and insertions as shares of the words, loops and empty outputs of the clips."""
+        """Draw substitutions, deletions and insertions as shares of words or characters, and clips that failed."""
         edits, clips = {}, {}
+        counts_cut = any("truncated" in row for row in self._evaluations.values())  # older runs do not
         for name, row in self._evaluations.items():
             totals = [row.get(key) for key in (*EDITS.values(), "reference_words")]
             if None in totals:  # an older run logged no edits
@@ -135,13 +162,21 @@ class EvaluationVisualizer:
                 totals = [counts.substitutions, counts.deletions, counts.insertions, counts.reference_words]
             *errors, words = totals
             edits[name] = [(each / words if words else math.nan, math.nan, math.nan) for each in errors]
-            clips[name] = [(gap(row.get(key)), math.nan, math.nan) for key in ("loop_rate", "empty_rate")]
-        caption = "the three shares of a model add up to its WER; loops and empty outputs are counted on the left too"
+            failed = [gap(row.get("loop_rate")), gap(row.get("empty_rate"))]
+            if counts_cut:
+                failed.append(gap(row.get("truncated")) / row["n"])
+            clips[name] = [(each, math.nan, math.nan) for each in failed]
+        shown = headline(next(iter(self._evaluations.values())))
+        caption = f"the three shares of a model add up to its {shown.name}"
+        if shown.key == "mean":
+            caption = "summed over the units of all languages, words or characters"
+        caption += "; what failed is counted on the left too"
         with new_figure(10, 3.6, caption) as figure:
             left, right = figure.subplots(1, 2, width_ratios=(3, 2))
             self._draw_bars(left, list(EDITS.values()), edits)
-            left.set(title="Word errors", ylabel="share of the reference's words")
-            self._draw_bars(right, ["loops", "empty outputs"], clips)
+            kind = {"WER": "Word errors", "CER": "Character errors"}.get(shown.name, "Errors")
+            left.set(title=kind, ylabel=f"share of the reference's {shown.units}")
+            self._draw_bars(right, ["loops", "empty outputs", *["ended at a limit"] * counts_cut], clips)
             right.set(title="Clips that failed", ylabel="share of the clips")
             left.legend(frameon=False)
         return figure
@@ -169,7 +204,10 @@ class EvaluationVisualizer:
         axes.grid(axis="x", visible=False)
 
     def confusions(self) -> Figure:
-        """Draw the normalised words that the main model most often confuses, leaves out and inserts."""
+        """Draw the normalised words that the main model most often confuses, leaves out and inserts.
+
+        Of languages without spaces these are characters.
+        """
         model = main_model(self._evaluations)
         found: dict[str, Counter[str]] = {kind: Counter() for kind in EDITS.values()}
         for row in self._predictions.get(model, ()):
@@ -183,7 +221,7 @@ class EvaluationVisualizer:
             raise DataError(f"{self._run_dir}: no predictions of {model!r}; evaluate it and save")
         most = max(min(MAX_WORDS, len(counter)) for counter in found.values())
         changes = {"font.size": 9, "axes.titlesize": 10}
-        with new_figure(10, 4, f"most frequent word errors, {drawable(model)}", **changes) as figure:
+        with new_figure(10, 4, f"most frequent errors, {drawable(model)}", **changes) as figure:
             panels = zip(figure.subplots(1, 3), found.items(), (ORANGE, BLUE, GREEN), strict=True)
             for axes, (kind, counter), color in panels:
                 axes.set_title(f"{kind.capitalize()}: {counter.total():,}")
@@ -261,28 +299,33 @@ class EvaluationVisualizer:
         return figure
 
     def modes(self) -> Figure:
-        """Draw WER and real-time factor in batches, as a stream and clip by clip; blank if not measured.
+        """Draw error rate and real-time factor in batches, as a stream and clip by clip; blank if not measured.
 
         The main model's evaluation comes first. The stream is followed by the same clips in batches; timings with a
         batch of one are the single passes.
         """
         model, stream = main_model(self._evaluations), self._streaming
         evaluation = self._evaluations[model]
-        modes = [(f"batch, {counted(evaluation['n'], 'clip')}", evaluation.get("wer"), evaluation.get("rtf"))]
+        overall = headline(evaluation)
+        modes: list[tuple[str, Headline | None, float | None]]
+        modes = [(f"batch, {counted(evaluation['n'], 'clip')}", overall, evaluation.get("rtf"))]
         if stream is None:
             modes.append(("streaming", None, None))
         else:
             clips = counted(stream["clips"], "clip")
-            modes.append((f"streaming, {clips}", stream.get("wer"), stream.get("rtf")))
-            modes.append((f"batch, the stream's {clips}", stream.get("offline_wer"), None))
+            modes.append((f"streaming, {clips}", headline(stream), stream.get("rtf")))
+            modes.append((f"batch, the stream's {clips}", headline(stream, "offline_"), None))
         single = [row for row in self._latencies if row["batch_size"] == 1][:MAX_SINGLE]
-        modes += [(f"single pass, {drawable(row['engine'])}", row.get("wer"), row.get("rtf")) for row in single]
+        modes += [(f"single pass, {drawable(row['engine'])}", headline(row), row.get("rtf")) for row in single]
         modes += [] if single else [("single pass", None, None)]
-        names, wers, factors = zip(*modes, strict=True)
+        kinds = {rate.name for _, rate, _ in modes if rate is not None and number(rate.rate) != NOT_MEASURED}
+        names = [f"{name}: {rate.name}" if rate is not None and len(kinds) > 1 else name for name, rate, _ in modes]
+        errors = [None if rate is None else rate.rate for _, rate, _ in modes]
+        factors = [factor for _, _, factor in modes]
         caption = f"batch: {drawable(model)} model; stream and single pass: last measurement of the run; less is better"
         with new_figure(10, min(4.0, 1.4 + 0.4 * len(modes)), caption) as figure:
             left, right = figure.subplots(1, 2, sharey=True)
-            for axes, values, color in ((left, wers, BLUE), (right, factors, ORANGE)):
+            for axes, values, color in ((left, errors, BLUE), (right, factors, ORANGE)):
                 for place, value in enumerate(values):
                     width, measured = gap(value), number(value) != NOT_MEASURED
                     axes.barh(place, width, height=0.55, color=color)
@@ -290,15 +333,15 @@ class EvaluationVisualizer:
                     annotate(axes, number(value), point, (4, 0), va="center", color="black" if measured else GREY)
                 axes.set_xlim(0, 1.2 * np.nanmax([0.0, *map(gap, values)]) or 1)
                 axes.grid(axis="y", visible=False)
-            left.set(title="Accuracy", xlabel="WER")
+            left.set(title="Accuracy", xlabel=overall.name if len(kinds) < 2 else "error rate")
             right.set(title="Speed", xlabel="real-time factor, computing time / audio time")
             left.set_yticks(range(len(modes)), names)
             left.invert_yaxis()
         return figure
 
 
-def _rate_of(row: Row, key: str) -> _Rate:
-    return gap(row.get(key)), gap(row.get(f"{key}_low")), gap(row.get(f"{key}_high"))
+def _rate_of(rate: Headline) -> _Rate:
+    return gap(rate.rate), gap(rate.low), gap(rate.high)
 
 
 def latest_latencies(rows: Sequence[Row]) -> list[Row]:

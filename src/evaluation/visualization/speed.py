@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from src.evaluation.report.run_files import Row
-from src.evaluation.report.summary import NOT_MEASURED
+from src.evaluation.report.summary import NOT_MEASURED, headline
 from src.evaluation.streaming import WordTiming
 from src.evaluation.visualization.style import drawable, gap, mark_powers, new_figure
 from src.utils.errors import DataError
@@ -54,7 +54,7 @@ def draw_emission(systems: Mapping[str, Sequence[WordTiming]]) -> Figure:
 
 
 def draw_tradeoff(rows: Sequence[Row]) -> Figure:
-    """Draw WER against the median latency of commits, computing included, with intervals; good is below and left.
+    """Draw the headline against the median latency of commits, computing included, with intervals; good is below left.
 
     Args:
         rows: from `measure_stream`, with "name" for the label.
@@ -63,39 +63,47 @@ def draw_tradeoff(rows: Sequence[Row]) -> Figure:
 
 
 def variants_chart(rows: Sequence[Row]) -> Figure:
-    """Draw WER with its interval against speed, the area of a marker as the size; good is below and right.
+    """Draw the headline with its interval against speed, the area of a marker as the size; good is below and right.
 
     Args:
-        rows: with "name", "rtfx" (seconds of audio per second of computing), "wer", "wer_low", "wer_high" and
-            "size_mb". One whose rtfx, wer or size is None is named below the figure.
+        rows: with "name", "rtfx" (seconds of audio per second of computing), "size_mb", and "metric", "rate", "low" and
+            "high", or "wer", "wer_low" and "wer_high". One without rtfx, rate or size is named below the figure.
     """
     return _draw_points(rows, "rtfx{}", "Variants", "speed, seconds of audio per second of computing", "size_mb")
 
 
 def _draw_points(rows: Sequence[Row], x_key: str, title: str, x_label: str, size_key: str | None = None) -> Figure:
-    needed = [x_key.format(""), "wer", *filter(None, [size_key])]
-    lacking = [[key for key in needed if not math.isfinite(gap(row.get(key)))] for row in rows]
-    measured = [row for row, keys in zip(rows, lacking, strict=True) if not keys]
+    rates = [headline(row) for row in rows]
+    lacking = []
+    for row, rate in zip(rows, rates, strict=True):
+        needed = {x_key.format(""): row.get(x_key.format("")), rate.key: rate.rate}
+        needed |= {size_key: row.get(size_key)} if size_key else {}
+        lacking.append([key for key, value in needed.items() if not math.isfinite(gap(value))])
+    measured = [(row, rate) for row, rate, keys in zip(rows, rates, lacking, strict=True) if not keys]
     if not measured:
-        raise DataError(f"{title}: no row has {', '.join(needed)}; measure at least one")
+        raise DataError(
+            f"{title}: no row has {x_key.format('')}, an error rate{' and a size' * bool(size_key)}; measure one"
+        )
+    names = {rate.name for _, rate in measured}
     missing = [f"{drawable(row['name'])} ({', '.join(keys)})" for row, keys in zip(rows, lacking, strict=True) if keys]
     caption = "lines: bootstrap intervals" + "; area of a marker: size on disk" * bool(size_key)
     caption += f"; {NOT_MEASURED}: {', '.join(missing)}" if missing else ""
     with new_figure(9, 4, caption) as figure:
         axes = figure.subplots()
-        largest = max(row[size_key] for row in measured) if size_key else 1.0
-        for row, (color, marker) in zip(measured, _styles(), strict=False):
+        largest = max(row[size_key] for row, _ in measured) if size_key else 1.0
+        for (row, rate), (color, marker) in zip(measured, _styles(), strict=False):
             low, x, high = (gap(row.get(x_key.format(end))) for end in ("_low", "", "_high"))
-            axes.hlines(row["wer"], low, high, color=color, linewidth=1.2)
-            axes.vlines(x, gap(row.get("wer_low")), gap(row.get("wer_high")), color=color, linewidth=1.2)
+            axes.hlines(gap(rate.rate), low, high, color=color, linewidth=1.2)
+            axes.vlines(x, gap(rate.low), gap(rate.high), color=color, linewidth=1.2)
             size = _LARGEST_MARKER * math.sqrt(row[size_key] / largest) if size_key else 7
-            axes.plot(x, row["wer"], marker, color=color, alpha=0.55, markersize=size)
-            label = drawable(row["name"]) + (f", {row[size_key]:,.0f} MB" if size_key else "")
+            axes.plot(x, gap(rate.rate), marker, color=color, alpha=0.55, markersize=size)
+            label = drawable(row["name"]) + f", {rate.name}" * (len(names) > 1)
+            label += f", {row[size_key]:,.0f} MB" if size_key else ""
             axes.plot([], [], marker, color=color, alpha=0.55, markersize=7, label=label)
         if size_key:
             axes.set_xscale("log")
             mark_powers(axes.xaxis)
-        axes.set(title=title, xlabel=x_label, ylabel="WER")
+        axes.set(title=title, xlabel=x_label, ylabel=names.pop() if len(names) == 1 else "error rate")
         axes.set_ylim(bottom=0)
         axes.legend(**_LEGEND)
     return figure

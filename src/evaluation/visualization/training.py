@@ -22,7 +22,16 @@ from matplotlib.transforms import Bbox
 from src.evaluation.metrics import FloatArray
 from src.evaluation.report import run_files
 from src.evaluation.report.run_files import STOCK, TUNED, Row
-from src.evaluation.report.summary import NOT_MEASURED, counted, number, relative_change
+from src.evaluation.report.summary import (
+    NOT_MEASURED,
+    counted,
+    headline,
+    number,
+    relative_change,
+    second_headline,
+    second_label,
+    title_of,
+)
 from src.evaluation.visualization.style import annotate, gap, new_figure, show_note
 from src.utils.errors import DataError
 from src.utils.figures import BLUE, FIGURE_STYLE, GREEN, GREY, ORANGE, NotebookFigure
@@ -45,16 +54,18 @@ class TrainingVisualizer:
         self._evaluations = run_files.latest_evaluations(rows)
         if not self._epochs:
             raise DataError(f"{run_dir}: no finished epoch yet; train first")
+        self._rates = _validation_rates(self._epochs)
 
     def training_analysis(self) -> Figure:
-        """Draw loss with the best epoch marked, WER, CER, and a table with relative changes."""
+        """Draw loss with the best epoch marked, the headline, CER, and a table with relative changes."""
         best = run_files.best_epoch(self._epochs)
+        first, *others = self._rates
         with new_figure(10, 6.4) as figure:
-            ((loss, wer), (cer, summary)) = figure.subplots(2, 2)
-            self._draw_loss(loss, best)
-            self._draw_rate(wer, best, "wer", "Word error rate", ORANGE)
-            self._draw_rate(cer, best, "cer", "Character error rate", GREEN)
-            self._draw_summary(summary, best or self._epochs[-1])
+            places = figure.subplot_mosaic([["loss", first], [*(others or ["summary"]), "summary"]])
+            self._draw_loss(places["loss"], best)
+            for name, color in ((first, ORANGE), *((other, GREEN) for other in others)):
+                self._draw_rate(places[name], best, name, color)
+            self._draw_summary(places["summary"], best or self._epochs[-1])
         return figure
 
     def _draw_loss(self, axes: Axes, best: Row | None) -> None:
@@ -69,19 +80,23 @@ class TrainingVisualizer:
         axes.plot(epochs, validation, color=ORANGE, marker="s", linestyle="--", label="validation")
         if best is not None:
             axes.axvline(
-                best["epoch"], color=GREY, linestyle=":", label=f"best epoch by WER: {best['epoch']}", zorder=0
+                best["epoch"],
+                color=GREY,
+                linestyle=":",
+                zorder=0,
+                label=f"best epoch by {headline(best, 'val_').name}: {best['epoch']}",
             )
         axes.set(title="Loss", xlabel="epoch", ylabel="nats per token", xlim=(0, max([*epochs, *places]) + 0.1))
         axes.set_ylim(0, _top_of_loss(losses, train, validation))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize=9, framealpha=0.9, edgecolor="none")
 
-    def _draw_rate(self, axes: Axes, best: Row | None, key: str, title: str, color: str) -> None:
-        epochs, values = _column(self._epochs, "epoch"), _column(self._epochs, f"val_{key}")
+    def _draw_rate(self, axes: Axes, best: Row | None, name: str, color: str) -> None:
+        epochs, values = _column(self._epochs, "epoch"), self._rates[name]
         axes.plot(epochs, values, color=color, marker="o")
         if best is not None:
-            place = best["epoch"], gap(best[f"val_{key}"])
-            axes.plot(*place, "*", color="black", markersize=13, linestyle="none", label="best epoch by WER")
+            place, label = epochs == best["epoch"], f"best epoch by {headline(best, 'val_').name}"
+            axes.plot(epochs[place], values[place], "*", color="black", markersize=13, linestyle="none", label=label)
             axes.legend(frameon=False, fontsize=9, loc="lower left")
         measured = np.isfinite(values)
         for epoch, value in zip(epochs[measured], values[measured], strict=True) if measured.sum() <= 12 else ():
@@ -89,7 +104,8 @@ class TrainingVisualizer:
         if not measured.any():
             axes.text(0.5, 0.5, NOT_MEASURED, ha="center", color=GREY, transform=axes.transAxes)
         top = np.max(values, initial=0.0, where=measured)
-        axes.set(title=title, xlabel="epoch", ylabel=f"{key.upper()}, validation", ylim=(0, 1.25 * top or 1))
+        title = title_of(name).capitalize()
+        axes.set(title=title, xlabel="epoch", ylabel=f"{name}, validation", ylim=(0, 1.25 * top or 1))
         axes.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
@@ -97,21 +113,30 @@ class TrainingVisualizer:
         cells: list[list[str]] = []
         heads = []
         first, stock, tuned = self._epochs[0], self._evaluations.get(STOCK), self._evaluations.get(TUNED)
-        head = ["validation", f"epoch {first['epoch']}", f"epoch {best['epoch']}", "change"]
-        compared = [(head, first, best, "val_", "loss")]
+        compared = [
+            (["validation", f"epoch {first['epoch']}", f"epoch {best['epoch']}", "change"], first, best, "val_")
+        ]
         if stock and tuned:
-            compared.append((["test set", STOCK, TUNED, "change"], stock, tuned, "", "WER plain"))
-        for head, before, after, prefix, third in compared:
+            compared.append((["test set", STOCK, TUNED, "change"], stock, tuned, ""))
+        for head, before, after, prefix in compared:
             heads.append(len(cells))
             cells.append(head)
-            for name in ("WER", "CER", third):
-                a, b = (row.get(prefix + name.lower().replace(" ", "_")) for row in (before, after))
-                cells.append([name, number(a), number(b), relative_change(a, b)])
+            name = headline(after, prefix).name
+            rates = {name: tuple(headline(row, prefix).rate for row in (before, after))}
+            for other, key in (("CER", "cer"), ("loss", "loss"))[: 2 if prefix else 1]:
+                rates.setdefault(other, tuple(row.get(prefix + key) for row in (before, after)))
+            if not prefix:
+                rates[second_label(after)] = tuple(second_headline(row).rate for row in (before, after))
+            cells += [[name, number(a), number(b), relative_change(a, b)] for name, (a, b) in rates.items()]
         axes.axis("off")
         axes.set_title("Summary")
         height = 0.108 * len(cells)
         table = axes.table(
-            cellText=cells, cellLoc="center", edges="horizontal", bbox=Bbox.from_bounds(0, 0.98 - height, 1, height)
+            cellText=cells,
+            cellLoc="center",
+            colWidths=[0.4, 0.2, 0.2, 0.2],
+            edges="horizontal",
+            bbox=Bbox.from_bounds(0, 0.98 - height, 1, height),
         )
         table.auto_set_font_size(False)
         table.set_fontsize(10)
@@ -215,13 +240,13 @@ def draw_curves(steps: Sequence[Row], epochs: Sequence[Row]) -> NotebookFigure:
         loss.legend(fontsize=8, frameon=False, loc="upper right")
 
         rates.set(title="Validation", xlabel="epoch")
-        both = {"wer": _column(epochs, "val_wer"), "cer": _column(epochs, "val_cer")}
+        both = _validation_rates(epochs)
         if not np.isfinite([*both.values()]).any():
             show_note(rates, "after the first epoch")
         else:
-            for (key, values), color, marker in zip(both.items(), (ORANGE, GREEN), "o^", strict=True):
+            for (name, values), color, marker in zip(both.items(), (ORANGE, GREEN), "o^", strict=False):
                 last = "".join(f" {value:.3f}" for value in values[np.isfinite(values)][-1:])
-                rates.plot(numbers, values, color=color, marker=marker, label=f"{key.upper()}{last}")
+                rates.plot(numbers, values, color=color, marker=marker, label=f"{name}{last}")
             top = np.nanmax([*both.values()])
             rates.set(xlim=(numbers.min() - 0.5, numbers.max() + 0.5), ylim=(0, 1.35 * top or 1))
             rates.legend(fontsize=8, frameon=False, loc="upper right", ncols=2)
@@ -247,6 +272,14 @@ def draw_curves(steps: Sequence[Row], epochs: Sequence[Row]) -> NotebookFigure:
         headline = "   ".join(texts[key][1].format(value / texts[key][0]) for key, value in given.items())
         figure.text(0.055, 0.94, headline, color=GREY, fontsize=9)
     return figure
+
+
+def _validation_rates(epochs: Sequence[Row]) -> dict[str, FloatArray]:
+    """Return the headline of the epochs by its name, and the CER if that is another rate."""
+    found = [headline(row, "val_") for row in epochs]
+    name = found[-1].name if found else "WER"
+    rates = {name: np.array([gap(each.rate) for each in found])}
+    return {**rates, **({} if name == "CER" else {"CER": _column(epochs, "val_cer")})}
 
 
 def _column(rows: Sequence[Row], key: str) -> FloatArray:

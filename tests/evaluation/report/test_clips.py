@@ -15,11 +15,12 @@ from scipy.signal import correlate
 from src.data.audio import load_audio
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import Prediction
-from src.evaluation.metrics import PLAIN, word_counts
+from src.evaluation.metrics import PLAIN, WHISPER_ENGLISH, word_counts
 from src.evaluation.report import clips as view
 from src.evaluation.report.clips import AlignmentView, clip_kinds
 from src.utils.errors import AudioError, DataError
 from tests.evaluation.report.test_html import Page
+from tests.evaluation.run_files import spoken_results
 
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)> <!-- "
 
@@ -48,7 +49,7 @@ def test_each_edit_travels_with_its_words_and_any_script_survives() -> None:
     text = "naïve 中文 \u2028 שלום"
     rows = clips(("", "no one"), ("the cat sat on the big mat", "the hat sat on big mat now"), (text, text))
     silent, edited, equal = payload(rows)["rows"]
-    assert (silent["said"][0]["wer"], silent["said"][0]["errors"]) == (None, 2)
+    assert (silent["said"][0]["rate"], silent["said"][0]["errors"]) == (None, 2)
     assert equal["reference"] == text
     assert edited["said"][0]["steps"] == [
         ["=", "the"], ["s", "cat", "hat"], ["=", "sat on"], ["d", "the"], ["=", "big mat"], ["i", "now"],
@@ -133,3 +134,21 @@ def test_a_silent_recording_can_be_played_and_a_broken_one_is_named(tmp_path: Pa
     assert payload(rows, Utterance("c0", tmp_path / "silent.wav", ""))["rows"][0]["audio"]
     with pytest.raises(AudioError, match=r"c0.*gone\.wav"):
         payload(rows, Utterance("c0", tmp_path / "gone.wav", ""))
+
+
+def test_texts_without_spaces_are_aligned_by_characters_and_a_mark_alone_stands_on_a_circle() -> None:
+    rows = spoken_results("th", "zh")["tuned"].rows
+    found = {row["id"]: row for row in payload(list(rows))["rows"]}
+    (said,) = found["th0"]["said"]
+    assert said["steps"] == [["=", "ช"], ["d", "\u25cc่"], ["=", "ว ย ปิ ด ป ร ะ ตู ด้ ว ย"]]
+    assert (said["metric"], said["errors"], said["units"]) == ("CER", 1, 16)
+    assert (found["zh0"]["lang"], found["zh0"]["language"], found["th0"]["language"]) == ("zh", "Chinese", "Thai")
+    assert {"zh", "th"} <= set(dict(payload(list(rows))["filters"]))
+
+
+def test_a_translation_is_english_and_a_cut_text_is_marked() -> None:
+    (row,) = clips(("close the door", "close the"))
+    made = replace(row, language="hi", normalizer=WHISPER_ENGLISH, truncated=True)
+    (found,) = payload([made])["rows"]
+    assert found["lang"] == "en"
+    assert "truncated" in found["kinds"]

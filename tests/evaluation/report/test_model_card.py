@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from src.data.report.report import DataReport
+from src.data.report.report import DataReport, build_data_report
 from src.data.utterance import Utterance
 from src.evaluation.report.model_card import write_model_card
+from src.utils.config import load_config
 from src.utils.errors import DataError, ModelError
 from src.utils.versioning import DataVersionManager
-from tests.evaluation.run_files import append, epoch, evaluation, guard_rows, prediction, write
+from tests.data.report_data import clip, noise, splits_of
+from tests.evaluation.run_files import append, epoch, evaluation, guard_rows, prediction, spoken_run, write
 
 
 @pytest.fixture
@@ -106,7 +108,7 @@ def test_what_is_missing_is_said_to_be_not_measured(model_dir: Path, tmp_path: P
 
 
 def test_limits_follow_from_what_was_measured(model_dir: Path, tmp_path: Path) -> None:
-    padded = {"event": "full_context", "val_wer": 0.41, "val_cer": 0.2, "own_length_rate": 0.33}
+    padded = {"event": "full_context", "val_wer": 0.41, "val_cer": 0.2, "own_length_wer": 0.33}
     row = evaluation("tuned", 0.5) | {"loop_rate": 0.125, "empty_rate": 0.0, "empty_references": 4}
     row |= {"hallucinated_words": 17, "blocks": "clip"}
     rows = [prediction("stock", i, 0) for i in range(20)] + [prediction("tuned", i, 2) for i in range(20)]
@@ -125,3 +127,29 @@ def test_a_folder_without_a_model_and_a_run_without_an_evaluation_are_refused(mo
     shutil.rmtree(model_dir)
     with pytest.raises(ModelError, match=str(model_dir)):
         write_model_card(model_dir, run)
+
+
+def test_languages_and_metrics_are_those_of_the_run(model_dir: Path, tmp_path: Path) -> None:
+    run = spoken_run(tmp_path / "run", "zh", "hi", cut=("hi0",))
+    spoken = [clip(f"c{i}", noise(2, i), "text", language="zh" if i % 3 else "jw") for i in range(9)]
+    build_data_report(splits_of(spoken), load_config(None)).save(run)
+    text = write_model_card(model_dir, run).read_text()
+    data = ModelCard(text).data
+    assert data.language == ["zh", "jv"]  # ISO 639 has no `jw`
+    assert "Trained on: Chinese 6 clips, Javanese 3 clips." in section(text, "Data")
+    assert "Transcribing speech in Chinese, Javanese" in section(text, "Intended use")
+    rates = {(found.dataset_config, found.metric_type) for found in data.eval_results}
+    assert (rates, sorted(data.metrics)) == ({("zh", "cer"), ("hi", "wer")}, ["cer", "wer"])
+    assert "1 of 12 clips" in section(text, "Limits")
+    assert "the best by mean of the languages" in section(text, "How it was trained")
+    chinese = ModelCard.load(write_model_card(model_dir, spoken_run(tmp_path / "zh", "zh"))).data
+    assert (chinese.language, chinese.metrics) == ("zh", ["cer"])
+
+
+def test_a_model_that_translates_says_so(model_dir: Path, tmp_path: Path) -> None:
+    run = spoken_run(tmp_path / "run", "hi")
+    (run / "config.yaml").write_text("model: {variant: base, task: translate, language: hi}\n")
+    text = write_model_card(model_dir, run).read_text()
+    assert "Translating speech in Hindi into English" in section(text, "Intended use")
+    assert "Transcribing" not in text
+    assert 'generate_kwargs={"task": "translate"}' in section(text, "How to load it")

@@ -11,14 +11,26 @@ from src.evaluation.report.summary import (
     comparison_table,
     describe_comparison,
     format_comparison,
+    headline,
+    language_table,
     main_model,
     markdown_table,
     more_rates,
+    number,
     slice_table,
     summarize_run,
 )
 from src.utils.errors import DataError
-from tests.evaluation.run_files import append, epoch, evaluation, guard_rows, prediction, write
+from tests.evaluation.run_files import (
+    append,
+    epoch,
+    evaluation,
+    guard_rows,
+    prediction,
+    spoken_results,
+    spoken_run,
+    write,
+)
 
 
 def test_a_summary_is_read_from_the_runs_files(run_dir: Path) -> None:
@@ -131,3 +143,48 @@ def test_rates_that_were_not_measured_are_never_zero() -> None:
 def test_a_run_is_about_the_tuned_model() -> None:
     found = [main_model(names) for names in (["tuned", "stock", "other"], ["stock", "mixed"], ["stock"])]
     assert found == ["tuned", "mixed", "stock"]
+
+
+def test_the_headline_has_its_name_and_its_normaliser(tmp_path: Path) -> None:
+    both = {languages: spoken_results(*languages) for languages in (("zh",), ("hi",), ("zh", "th", "hi"))}
+    names = {languages: headline(found["tuned"]).name for languages, found in both.items()}
+    assert names == {("zh",): "CER", ("hi",): "WER", ("zh", "th", "hi"): "mean of 3 languages"}
+    chinese, hindi, mixed = (comparison_table(found) for found in both.values())
+    assert list(chinese.columns[:3]) == ["CER", "CER, whisper-basic-v1-unspaced", "loss"]
+    assert list(hindi.columns[:4]) == ["WER", "WER, whisper-basic-v1", "CER", "loss"]
+    assert hindi.loc["tuned", "normaliser"] == "plain-v2"
+    assert {"mean of 3 languages", "mean of 3 languages change", "second normaliser"} <= set(mixed.columns)
+    low, high = both["zh",]["tuned"].low, both["zh",]["tuned"].high
+    assert chinese.loc["stock", "CER"].startswith(f"{number(both['zh',]['stock'].rate)} [")
+    assert str(headline(both["zh",]["tuned"])) == f"CER 0.000 [{low:.3f}, {high:.3f}]"
+    summary = summarize_run(spoken_run(tmp_path / "zh", "zh"))
+    assert set(summary.figures()) == {"stock_cer", "tuned_cer", "streaming_cer", "rtf"}
+    text = summary.to_text()
+    assert "validation CER" in text and "CER -" in text and "WER" not in text
+    assert "mean of the languages -" in summarize_run(spoken_run(tmp_path / "m", "zh", "hi")).to_text()
+
+
+def test_each_language_has_a_row_with_its_own_metric_and_the_mean_says_how_it_is_made(tmp_path: Path) -> None:
+    results = spoken_results("zh", "th", "hi", "ar")
+    table = language_table(results).set_index("language")
+    metrics = dict(zip(table.index, table["metric"], strict=True))
+    assert metrics == {"Arabic": "WER", "Hindi": "WER", "Thai": "CER", "Chinese": "CER", "mean of 4 languages": "mean"}
+    assert table["clips"].tolist() == [6, 6, 6, 6, 24]
+    assert table.loc["Hindi", "stock"].startswith(number((2 + 2) / (4 + 3)))
+    assert table.loc["mean of 4 languages", "normaliser"] == "each language counts alike"
+    rates = [results["stock"].rates_by_language[code].rate for code in ("zh", "th", "hi", "ar")]
+    assert table.loc["mean of 4 languages", "stock"].startswith(number(sum(rates) / 4))
+    assert language_table(spoken_results("zh")).empty
+    summary = summarize_run(spoken_run(tmp_path / "run", "zh", "th", "hi", "ar"))  # the same from files
+    assert language_table(summary.evaluations).set_index("language").equals(table)
+    assert "| Thai " in format_comparison(summary.evaluations, summary.predictions)
+    slices = slice_table("language", summary.predictions, summary.evaluations)
+    assert list(slices.columns[:4]) == ["language", "clips", "words or characters", "metric"]
+    assert set(slices["language"]) == {"Arabic", "Hindi", "Thai", "Chinese"}
+
+
+def test_texts_that_ended_at_a_limit_are_counted_and_named(tmp_path: Path) -> None:
+    summary = summarize_run(spoken_run(tmp_path / "run", "hi", cut=("hi1", "hi4")))
+    (line,) = [line for line in summary.to_text().splitlines() if "limit" in line]
+    assert line.startswith("tuned: 2 texts ") and "(hi1, hi4)" in line
+    assert more_rates(summary.evaluations).loc["texts that ended at a limit", "tuned"] == "2"

@@ -15,9 +15,10 @@ from src.evaluation.report.run_files import load_predictions
 from src.evaluation.slices import slice_rates
 from src.evaluation.visualization import evaluation as visualization
 from src.evaluation.visualization.evaluation import MAX_SLICES, MAX_TIMINGS, EvaluationVisualizer
+from src.evaluation.visualization.training import TrainingVisualizer
 from src.utils.errors import DataError
 from src.utils.figures import save_figure
-from tests.evaluation.run_files import append, evaluation, prediction, steps, write
+from tests.evaluation.run_files import append, evaluation, prediction, spoken_run, steps, write
 
 pytestmark = pytest.mark.usefixtures("no_warning_and_no_global_change")
 FIGURES = ["stock_against_tuned", "wer_by_duration", "error_types", "confusions", "latency_distribution",
@@ -188,3 +189,20 @@ def test_the_stream_is_followed_by_the_same_clips_in_batches(run_dir: Path) -> N
     np.testing.assert_equal(widths(left), [0.27, 0.3, 0.28, 0.26, math.nan])
     np.testing.assert_equal(widths(right), [0.06, 0.3, math.nan, 0.2, 0.4])
     assert [not_measured(axes) for axes in (left, right)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("languages", "metric"), [(("zh",), "CER"), (("hi",), "WER"), (("zh", "ar"), "mean of 2 languages")]
+)
+def test_every_figure_names_the_headline(tmp_path: Path, languages: tuple[str, ...], metric: str) -> None:
+    found = EvaluationVisualizer(spoken_run(tmp_path / "run", *languages))
+    assert found.stock_against_tuned().axes[0].get_ylabel() == f"{metric}, test set"
+    by_language = found.wer_by_slice("language").axes[0]
+    assert by_language.get_xlabel() == ("error rate" if len(languages) > 1 else metric) + ", test set"
+    labels = [label.get_text() for label in by_language.get_yticklabels()]
+    if len(languages) > 1:
+        assert labels == [f"all, {metric}, 12 clips", "Arabic, WER, 6 clips", "Chinese, CER, 6 clips"]
+    analysis = TrainingVisualizer(tmp_path / "run").training_analysis()
+    assert len(analysis.axes) == (3 if metric == "CER" else 4)  # the CER is drawn once
+    for figure in (found.error_types(), found.confusions(), found.modes()):
+        figure.draw_without_rendering()
