@@ -2,11 +2,15 @@
 
 It is cut where silero-vad hears no speech. Speech that goes on for longer than `max_sec` is cut at its quietest moment,
 which lies between words far more often than a fixed grid. What fits into one segment stays whole.
+
+The decoder writes at most 448 tokens, which a language with many tokens per second fills in 7 s. So segments are cut
+again once the language is known, and a text that still ended at a limit is decoded again in two halves.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,19 +20,31 @@ import numpy as np
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import CONTEXT_SAMPLES
-from src.data.labels import TIMESTAMP_STEP_SEC, TimedTokens
+from src.data.labels import MAX_LABEL_TOKENS, MAX_PROMPT_TOKENS, TIMESTAMP_STEP_SEC, TimedTokens
 from src.data.vad import VADEvent, VoiceActivityDetector
 from src.inference.engine_base import DecodingResult, Engine
 from src.inference.engines import decode_with_fallback
 from src.inference.options import DecodingOptions
-from src.inference.words import Vocabulary, Word, shifted, split_words
+from src.inference.words import Vocabulary, Word, shifted
 from src.utils.config import InferenceConfig
+from src.utils.languages import language_name, text_language, tokens_per_sec
+
+logger = logging.getLogger(__name__)
 
 QUIET_SAMPLES = SAMPLE_RATE // 10  # 0.1 s: the gap that a cut in the middle of speech looks for
 PAD_SEC = 0.25  # at least so much stays on both sides of speech; single clips cut so: WER 8.7, at 0.1 s 10.6%
 EARLIEST_CUT = 0.5  # share of `max_sec`; a cut before it would make many short segments
 MIN_REST_SEC = 0.5  # a shorter rest after the last window holds no word
 MAX_PROMPT_CHARS = 2_000  # more than the 223 tokens that a prompt may have
+MIN_CONTEXT_TOKENS = 48  # of the text before, where a window's own text needs the room
+SPECIAL_TOKENS = 5  # start, language, task, no timestamps, end
+CAP_MARGIN = 1.5  # of a checkpoint's `cap_rates` over the highest rate of its transcripts
+FAST_SPEECH = 1.4  # times the ordinary rate of tokens
+USED_POSITIONS = 0.8  # of the decoder's, by the text that is expected
+SHORTEST_HALF_SEC = 2.0  # a text that ends at a limit is decoded again in halves, down to it
+DETECTION_SEC = 30.0  # of speech: decides the language of a recording
+DETECTION_LOOK_SEC = 300.0  # of a recording, to find so much speech
+UNSURE_LANGUAGE = 0.5  # a probability below it is a warning
 RESET_TEMPERATURE = 0.5  # a text that was drawn above it is no context to trust
 
 
@@ -45,13 +61,14 @@ class TranscribedSegment:
     temperature: float
     words: tuple[Word, ...] | None
     language: str | None
+    truncated: bool = False  # the text ended at a limit, and there may be more
 
     @classmethod
     def of(cls, result: DecodingResult, start_sec: float, end_sec: float, clip_sec: float) -> TranscribedSegment:
         """Place the result of a clip that begins at `clip_sec`."""
         words = None if result.words is None else shifted(result.words, clip_sec)
         certainty = result.avg_logprob, result.no_speech_prob, result.compression_ratio, result.temperature
-        return cls(start_sec, end_sec, result.text, *certainty, words, result.language)
+        return cls(start_sec, end_sec, result.text, *certainty, words, result.language, result.truncated)
 
 
 class Segment(NamedTuple):
@@ -173,6 +190,106 @@ def _quietest(samples: Waveform) -> int:
     return int(energy.argmin()) + QUIET_SAMPLES // 2 if len(energy) else len(samples) // 2
 
 
+def speech_of(audio: Waveform, vad: VoiceActivityDetector | None) -> Waveform:
+    """Return what is speech in (T,) float32 at 16 kHz; all of it without a detector."""
+    if vad is None:
+        return audio
+    (spans,) = vad.speech_segments_batch([audio])
+    parts = [audio[round(span.start_sec * SAMPLE_RATE) : round(span.end_sec * SAMPLE_RATE)] for span in spans]
+    return np.concatenate([audio[:0], *parts])
+
+
+def is_language_open(engine: Engine, options: DecodingOptions) -> bool:
+    """Whether the language of a recording must be heard: neither given nor the checkpoint's own."""
+    return engine.vocabulary.multilingual and not (options.language or engine.language)
+
+
+def hear_language(engine: Engine, speech: Waveform, options: DecodingOptions, name: str) -> str:
+    """Detect the language of a recording in up to 30 s of its speech."""
+    encoded = engine.encode([speech[:CONTEXT_SAMPLES]], options.trailing_silence_sec)
+    ((language, probability),) = engine.detect(encoded)
+    level = logging.WARNING if probability < UNSURE_LANGUAGE else logging.INFO
+    fix = "; set the language if it is another" if level == logging.WARNING else ""
+    logger.log(level, "%s: %s (%s), %.0f%% certain%s", name, language_name(language), language, 100 * probability, fix)
+    return language
+
+
+def expected_tokens_per_sec(engine: Engine, language: str | None, task: str) -> float:
+    """Return the rate of tokens of fast speech, or the highest one that the checkpoint has seen."""
+    written = text_language(language or engine.language, task)
+    seen = engine.cap_rates.get(written or "en", 0.0) / CAP_MARGIN
+    return max(FAST_SPEECH * tokens_per_sec(written), seen)
+
+
+def max_speech_sec(engine: Engine, language: str | None, options: DecodingOptions) -> float:
+    """Return how much speech has room in the decoder, next to what it is given."""
+    vocabulary = engine.vocabulary
+    given = [*vocabulary.prompt_tokens(options.prompt, options.hotwords), *vocabulary.encode(options.prefix)]
+    room = MAX_LABEL_TOKENS - len(given) - SPECIAL_TOKENS
+    return USED_POSITIONS * room / expected_tokens_per_sec(engine, language, options.task)
+
+
+def cut_to_fit(segment: Segment, max_sec: float, vad: VoiceActivityDetector | None) -> list[Segment]:
+    """Cut a segment that holds more speech than has room at its quietest moments."""
+    if segment.end_sec - segment.start_sec <= max_sec or len(speech_of(segment.audio, vad)) <= max_sec * SAMPLE_RATE:
+        return [segment]
+    parts, most = [], round(max_sec * SAMPLE_RATE)
+    while len(segment.audio) > most:
+        last = min(most, len(segment.audio) - most // 4)  # no short rest
+        part, segment = _cut_between(segment, round(EARLIEST_CUT * last), last)
+        parts.append(part)
+    return [*parts, segment]
+
+
+def _cut_between(segment: Segment, first: int, last: int) -> tuple[Segment, Segment]:
+    """Cut a segment at its quietest moment between two samples."""
+    at = first + _quietest(segment.audio[first:last])
+    cut_sec = segment.start_sec + at / SAMPLE_RATE
+    return segment._replace(end_sec=cut_sec, audio=segment.audio[:at]), segment._replace(
+        start_sec=cut_sec, audio=segment.audio[at:]
+    )
+
+
+def _halves(segment: Segment) -> tuple[Segment, Segment] | None:
+    """Cut a segment in its middle half; None if it is too short."""
+    if len(segment.audio) < 2 * SHORTEST_HALF_SEC * SAMPLE_RATE:
+        return None
+    return _cut_between(segment, len(segment.audio) // 4, len(segment.audio) * 3 // 4)
+
+
+def decode_segments(
+    engine: Engine,
+    segments: Sequence[Segment],
+    options: DecodingOptions,
+    rules: InferenceConfig,
+    *,
+    vad: VoiceActivityDetector | None = None,
+) -> list[tuple[TranscribedSegment, ...]]:
+    """Transcribe segments of at most 30 s as one batch; a text that ended at a limit is decoded again in two halves.
+
+    See `decode_with_fallback` for `rules` and `vad`.
+
+    Returns:
+        For each segment itself, or the parts in which its text is whole.
+    """
+    results = decode_with_fallback(engine, [segment.audio for segment in segments], options, rules, vad=vad)
+    found: list[tuple[TranscribedSegment, ...]] = [
+        (TranscribedSegment.of(result, segment.start_sec, segment.end_sec, segment.start_sec),)
+        for segment, result in zip(segments, results, strict=True)
+    ]
+    cut_off = {i: halves for i, result in enumerate(results) if result.truncated and (halves := _halves(segments[i]))}
+    for language in {results[i].language for i in cut_off}:
+        again = {i: halves for i, halves in cut_off.items() if results[i].language == language}
+        logger.debug("%d texts ended at a limit: decoded again in halves", len(again))
+        options = replace(options, language=language)
+        first, second = (
+            decode_segments(engine, half, options, rules, vad=vad) for half in zip(*again.values(), strict=True)
+        )
+        for i, *parts in zip(again, first, second, strict=True):
+            found[i] = tuple(itertools.chain(*parts))
+    return found
+
+
 def decode_windows(
     engine: Engine,
     blocks: Iterable[Waveform],
@@ -180,40 +297,78 @@ def decode_windows(
     rules: InferenceConfig,
     *,
     vad: VoiceActivityDetector | None = None,
+    name: str = "recording",
 ) -> Iterator[TranscribedSegment]:
     """Transcribe a recording in windows of 30 s, one after the other, each with the text before it as context.
 
     The long-form algorithm of openai/whisper (Radford et al. 2022, section 3.8): the model writes segment times into
     its tokens, and the next window begins where the last whole segment ended. It keeps context over cuts, but decodes
     one window at a time: segments cut at silences are several times faster. The prompt of `options` precedes the first
-    window; the language of the first window is that of all. See `decode_with_fallback` for `rules` and `vad`.
+    window. Windows are shorter where 30 s of the language have no room in the decoder. See `decode_with_fallback` for
+    `rules` and `vad`; `name` is for the log.
     """
     coming, vocabulary, with_words = iter(blocks), engine.vocabulary, options.word_timestamps
     options = replace(options, timestamps=True, word_timestamps=False)
     held: Waveform = np.zeros(0, dtype=np.float32)
+    if is_language_open(engine, options):
+        speech = held
+        while len(speech) < DETECTION_SEC * SAMPLE_RATE and len(held) < DETECTION_LOOK_SEC * SAMPLE_RATE:
+            more = _filled(held[:0], coming, CONTEXT_SAMPLES)
+            if not len(more):
+                break
+            held, speech = np.concatenate([held, more]), np.concatenate([speech, speech_of(more, vad)])
+        if len(speech):
+            options = replace(options, language=hear_language(engine, speech, options, name))
     start = 0  # of what is held, in samples of the recording
     while len(held := _filled(held, coming, CONTEXT_SAMPLES)) >= MIN_REST_SEC * SAMPLE_RATE:
-        audio, start_sec = held[:CONTEXT_SAMPLES], start / SAMPLE_RATE
-        (result,) = decode_with_fallback(engine, [audio], options, rules, vad=vad)
-        options = replace(options, language=result.language)
-        texts, end_sec = split_at_timestamps(result.tokens, vocabulary, len(audio) / SAMPLE_RATE)
-        words = _words_of_texts(engine, audio, texts, options, end_sec) if with_words else itertools.repeat(None)
+        start_sec = start / SAMPLE_RATE
+        window = Segment(0.0, min(len(held), CONTEXT_SAMPLES) / SAMPLE_RATE, held[:CONTEXT_SAMPLES])
+        window = cut_to_fit(window, max_speech_sec(engine, options.language, options), vad)[0]
+        while True:
+            (result,) = decode_with_fallback(engine, [window.audio], options, rules, vad=vad)
+            texts, end_sec = split_at_timestamps(result.tokens, vocabulary, window.end_sec, truncated=result.truncated)
+            # the next window hears what is lost, unless no time says where
+            is_lost = result.truncated and end_sec == window.end_sec
+            if not is_lost or (halves := _halves(window)) is None:
+                break
+            window = halves[0]
+        if result.text:
+            options = replace(options, language=result.language)
+        words = _words_of_texts(engine, window.audio, texts, options, end_sec) if with_words else itertools.repeat(None)
         for text, spoken in zip(texts, words, strict=False):
-            part = replace(result, text=vocabulary.decode(text.tokens).strip(), tokens=text.tokens, words=spoken)
+            part = replace(
+                result,
+                text=vocabulary.decode(text.tokens).strip(),
+                tokens=text.tokens,
+                words=spoken,
+                truncated=is_lost and text is texts[-1],
+            )
             yield TranscribedSegment.of(part, start_sec + text.start_sec, start_sec + text.end_sec, start_sec)
         used = round(end_sec * SAMPLE_RATE)
         held, start = held[used:], start + used
         heard = "".join(vocabulary.decode(text.tokens) for text in texts)  # not what the next window hears again
-        context = "" if result.temperature > RESET_TEMPERATURE else f"{options.prompt}{heard}"[-MAX_PROMPT_CHARS:]
-        options = replace(options, prompt=context)
+        context = "" if result.temperature > RESET_TEMPERATURE else f"{options.prompt}{heard}"
+        options = replace(options, prompt=_shortened(context, engine, options))
+
+
+def _shortened(context: str, engine: Engine, options: DecodingOptions) -> str:
+    """Return the end of a text before: where the language needs many tokens, no more than leaves room for a window."""
+    context = context[-MAX_PROMPT_CHARS:]
+    needed = 30.0 * expected_tokens_per_sec(engine, options.language, options.task) / USED_POSITIONS
+    most = max(round(MAX_LABEL_TOKENS - SPECIAL_TOKENS - needed), MIN_CONTEXT_TOKENS)
+    if most >= MAX_PROMPT_TOKENS or not context:
+        return context
+    tokens = len(engine.vocabulary.encode(context))
+    return context[-(len(context) * most // tokens) :] if tokens > most else context
 
 
 def split_at_timestamps(
-    tokens: Sequence[int], vocabulary: Vocabulary, window_sec: float
+    tokens: Sequence[int], vocabulary: Vocabulary, window_sec: float, *, truncated: bool = False
 ) -> tuple[list[TimedTokens], float]:
     """Split a window's tokens at the pairs of times that the model wrote between segments.
 
-    The next window begins, in seconds of this one, at its end, unless a segment was begun there that ends beyond.
+    The next window begins, in seconds of this one, at its end, unless a segment was begun there that ends beyond; of a
+    text that was truncated, where its last whole segment ends.
     """
     begin = vocabulary.timestamp_begin
     is_time = [token >= begin for token in tokens]
@@ -228,8 +383,11 @@ def split_at_timestamps(
         start_sec, end_sec = times[0] if times else 0.0, times[-1] if len(times) > 1 else window_sec
         if vocabulary.decode(text).strip():
             texts.append(TimedTokens(text, start_sec, max(start_sec, end_sec)))
-    last_sec = (tokens[cuts[-1] - 1] - begin) * TIMESTAMP_STEP_SEC if cuts else 0.0
-    return texts, window_sec if ends_whole or not cuts or last_sec <= 0 else min(last_sec, window_sec)
+    goes_on = bool(cuts) and not ends_whole
+    if truncated and ends_whole:
+        cuts, goes_on = [len(tokens)], True
+    last_sec = (tokens[cuts[-1] - 1] - begin) * TIMESTAMP_STEP_SEC if goes_on else 0.0
+    return texts, min(last_sec, window_sec) if last_sec > 0 else window_sec
 
 
 def _words_of_texts(
@@ -238,7 +396,13 @@ def _words_of_texts(
     """Place all words of a window at once, none beyond where the next begins, and deal them out to its segments."""
     encoded = engine.encode([audio], options.trailing_silence_sec)
     (words,) = engine.align(encoded, [audio], [[token for text in texts for token in text.tokens]], options)
-    within = (replace(w, start_sec=min(w.start_sec, end_sec), end_sec=min(w.end_sec, end_sec)) for w in words)
+    within = [replace(w, start_sec=min(w.start_sec, end_sec), end_sec=min(w.end_sec, end_sec)) for w in words]
+    ends = list(itertools.accumulate(word.tokens for word in within))  # of the words, in tokens
+    at = spelt = 0
     for text in texts:
-        count = sum(bool(word) for word, _ in split_words(engine.vocabulary, text.tokens))
-        yield tuple(itertools.islice(within, count))
+        spelt += len(text.tokens)
+        count = len(within) if text is texts[-1] else sum(end <= spelt for end in ends)
+        while count > at and count < len(within) and not within[count - 1].tokens:  # spelt by a token of the next text
+            count -= 1
+        yield tuple(within[at:count])
+        at = count

@@ -3,6 +3,9 @@
 Files are read, cut and decoded in rounds of bounded audio, so that any number of files of any length fits into memory.
 Within a round, segments go from long to short: batches then hold little padding. A text that looks like a loop or a
 guess is decoded again at a temperature.
+
+A recording has one language: given for it, else that of the settings, else the checkpoint's own, else what the model
+hears in the first 30 s of speech.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import logging
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -24,13 +27,27 @@ from tqdm.auto import tqdm
 
 from src.data.audio import SAMPLE_RATE, Waveform, stream_audio, to_mono_16k
 from src.data.vad import VoiceActivityDetector
-from src.inference.engine_base import DecodingResult, Engine
-from src.inference.engines import decode_with_fallback, engine_of
-from src.inference.files.segmentation import Segment, TranscribedSegment, cut_at_silences, decode_windows
+from src.inference.engine_base import Engine
+from src.inference.engines import engine_of
+from src.inference.files.segmentation import (
+    DETECTION_LOOK_SEC,
+    DETECTION_SEC,
+    Segment,
+    TranscribedSegment,
+    cut_at_silences,
+    cut_to_fit,
+    decode_segments,
+    decode_windows,
+    hear_language,
+    is_language_open,
+    max_speech_sec,
+    speech_of,
+)  # fmt: skip
 from src.inference.options import DecodingOptions
 from src.inference.words import Word
 from src.utils.config import Config
 from src.utils.errors import AudioError, DataError
+from src.utils.languages import join_texts, parse_language, space_between
 from src.utils.runtime import FittingSize
 
 logger = logging.getLogger(__name__)
@@ -39,6 +56,7 @@ Source = str | Path | Waveform
 Sources = Iterable[Source]
 ROUND_SEC = 900.0  # of audio that is held at once: 58 MB
 ROUND_BATCHES = 8  # per worker: enough to sort by length
+MOSTLY_SPEECH = 0.5  # share of a clip that is detected together with what else is in it
 
 # A longer pause separates segments. Models tuned on single sentences at their own length stop after the first sentence:
 # of four in 20 s they leave 21% of the words out. Uncut WER 26.9%, cut at every pause 9.9%, at those above 1 s 8.3%,
@@ -51,22 +69,27 @@ class Transcription:
     """The text of one recording."""
 
     source: str  # the path, or "array N"
-    text: str | None  # segments joined by spaces; None where the recording could not be decoded
+    text: str | None  # segments joined as their script is; None where the recording could not be decoded
     duration_sec: float  # of the audio; nan where it could not be decoded
     segments: tuple[TranscribedSegment, ...] = ()  # those with text, in order
     words: tuple[Word, ...] | None = None  # times from the recording's start; None unless asked for
-    language: str | None = None  # of the first segment; None for English-only models and silence
+    language: str | None = None  # None for English-only models and silence
     error: str | None = None  # why there is no text
 
+    @property
+    def truncated(self) -> bool:
+        """Whether a segment's text ended at a limit of tokens, so that there may be more."""
+        return any(segment.truncated for segment in self.segments)
+
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON takes them; nan becomes None."""
+        """Return the fields and `truncated` as JSON takes them; nan becomes None."""
         fields: dict[str, Any] = _for_json(asdict(self))
-        return fields
+        return {**fields, "truncated": self.truncated}
 
 
 def _for_json(value: Any) -> Any:
-    if isinstance(value, dict):  # numbers of tokens are not written
-        return {key: _for_json(each) for key, each in value.items() if key != "tokens"}
+    if isinstance(value, dict):  # of words no numbers of tokens, and `space` only where there is none
+        return {k: _for_json(v) for k, v in value.items() if k != "tokens" and not (k == "space" and v)}
     if isinstance(value, list | tuple):
         return [_for_json(each) for each in value]
     return None if isinstance(value, float) and math.isnan(value) else value
@@ -101,21 +124,27 @@ class _Recording:
     """A recording in progress: its segments are decoded in any order."""
 
     source: str
-    duration_sec: float = 0.0
     language: str | None = None
+    duration_sec: float = 0.0
     error: str | None = None
     cut: int = 0  # segments so far
+    cut_sec: float = 0.0  # their length
     is_read: bool = False
-    decoded: dict[int, TranscribedSegment] = field(default_factory=dict)
+    speech: Waveform = field(default_factory=lambda: np.zeros(0, dtype=np.float32))  # its first, to hear the language
+    decoded: dict[float, tuple[TranscribedSegment, ...]] = field(default_factory=dict)  # by start
 
     def joined(self, *, words: bool) -> Transcription:
         """Join the segments; with an error there is no text, whatever was decoded before it."""
         if self.error is not None:
             return Transcription(self.source, None, float("nan"), error=self.error)
-        spoken = tuple(segment for _, segment in sorted(self.decoded.items()) if segment.text)
+        in_order = itertools.chain.from_iterable(parts for _, parts in sorted(self.decoded.items()))
+        spoken = tuple(segment for segment in in_order if segment.text)
+        if words:
+            befores = ["", *(segment.text for segment in spoken)]
+            spoken = tuple(_after(text, segment) for text, segment in zip(befores, spoken, strict=False))
         return Transcription(
             self.source,
-            " ".join(segment.text for segment in spoken),
+            join_texts(segment.text for segment in spoken),
             self.duration_sec,
             spoken,
             tuple(word for segment in spoken for word in segment.words or ()) if words else None,
@@ -123,7 +152,16 @@ class _Recording:
         )
 
 
-_Item = tuple[_Recording, int, Segment]  # a segment with its index in the recording
+def _after(text: str, segment: TranscribedSegment) -> TranscribedSegment:
+    """Return a segment whose first word has a space if there is one between its text and the text before."""
+    first, *rest = segment.words or (None,)
+    if first is None:
+        return segment
+    space = bool(space_between(text, segment.text) or (first.space and not text))
+    return replace(segment, words=(replace(first, space=space), *rest))
+
+
+_Item = tuple[_Recording, int, Segment]  # a segment, or a part of it, with its index in the recording
 
 
 class BatchInference:
@@ -169,6 +207,7 @@ class BatchInference:
         word_timestamps: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
         mode: Literal["segments", "sequential"] = "segments",
+        languages: Mapping[str, str] | None = None,
     ) -> Iterator[Transcription]:
         """Transcribe any number of recordings, in memory that does not grow with them.
 
@@ -178,84 +217,120 @@ class BatchInference:
             on_error: "raise" an AudioError of a bad recording, or "skip": report it in its `Transcription.error`.
             mode: "segments" cuts at silences and decodes in batches; "sequential" goes through a recording in windows
                 of 30 s, each with the text before it as context, for models that write timestamps.
+            languages: of recordings whose language is known, by source (of an array "array N"): codes or names. It
+                comes before that of the settings.
         """
         options = replace(self._options, word_timestamps=word_timestamps)
+        languages = {source: parse_language(mark) for source, mark in (languages or {}).items()}
         total = len(sources) if isinstance(sources, Sequence) else None
         by_mode = self._one_by_one if mode == "sequential" else self._in_rounds
         with tqdm(total=total, desc="transcribing", unit="file", disable=total == 1) as bar:
-            for recording in by_mode(sources, options, on_error):
+            for recording in by_mode(sources, languages, options, on_error):
                 bar.update()
                 yield recording.joined(words=word_timestamps)
 
-    def _one_by_one(self, sources: Sources, options: DecodingOptions, on_error: str) -> Iterator[_Recording]:
+    def _one_by_one(
+        self, sources: Sources, languages: Mapping[str, str], options: DecodingOptions, on_error: str
+    ) -> Iterator[_Recording]:
         for index, source in enumerate(sources):
-            with _reading(source, index, on_error) as (recording, blocks):
-                found = decode_windows(self._engine, blocks, options, self._settings, vad=self._vad)
-                recording.decoded = dict(enumerate(found))
+            with _reading(source, index, languages, on_error) as (recording, blocks):
+                own = replace(options, language=recording.language or options.language)
+                found = decode_windows(self._engine, blocks, own, self._settings, vad=self._vad, name=recording.source)
+                recording.decoded = {float(number): (segment,) for number, segment in enumerate(found)}
             yield recording
 
-    def _in_rounds(self, sources: Sources, options: DecodingOptions, on_error: str) -> Iterator[_Recording]:
+    def _in_rounds(
+        self, sources: Sources, languages: Mapping[str, str], options: DecodingOptions, on_error: str
+    ) -> Iterator[_Recording]:
         """Gather segments until there are enough of them, or of audio; decode them, and yield what is complete."""
         max_segments = ROUND_BATCHES * self._settings.batch_size * self._engine.workers
         max_sec, pause_sec = self._settings.max_segment_sec, self._settings.join_pause_sec
         pause_sec = JOIN_PAUSE_SEC[self._engine.audio_context] if pause_sec is None else pause_sec
+        is_open = is_language_open(self._engine, options)
         waiting: deque[_Recording] = deque()
         round_: list[_Item] = []
 
         def decode() -> Iterator[_Recording]:
-            self._decode_round(round_, options)
-            round_.clear()
+            ready = [item for item in round_ if not is_open or self._is_heard(item[0])]  # the others wait
+            round_[:] = [item for item in round_ if is_open and not self._is_heard(item[0])]
+            self._decode_round(ready, options)
             while waiting and waiting[0].is_read and len(waiting[0].decoded) == waiting[0].cut:
                 yield waiting.popleft()
 
         for index, source in enumerate(sources):
-            with _reading(source, index, on_error) as (recording, blocks):
+            with _reading(source, index, languages, on_error) as (recording, blocks):
                 waiting.append(recording)
                 for segment in cut_at_silences(blocks, self._vad, max_sec=max_sec, join_pause_sec=pause_sec):
                     round_.append((recording, recording.cut, segment))
                     recording.cut += 1
-                    held = sum(len(segment.audio) for _, _, segment in round_)
-                    if len(round_) >= max_segments or held >= ROUND_SEC * SAMPLE_RATE:
+                    recording.cut_sec += segment.end_sec - segment.start_sec
+                    if is_open and not self._is_heard(recording):
+                        recording.speech = np.concatenate([recording.speech, speech_of(segment.audio, self._vad)])
+                    ready = [segment for each, _, segment in round_ if not is_open or self._is_heard(each)]
+                    held_sec = sum(segment.end_sec - segment.start_sec for segment in ready)
+                    if len(ready) >= max_segments or held_sec >= ROUND_SEC:
                         yield from decode()
             recording.is_read = True
         yield from decode()
 
+    @staticmethod
+    def _is_heard(recording: _Recording) -> bool:
+        """Whether enough of a recording was heard to know its language."""
+        enough = len(recording.speech) >= DETECTION_SEC * SAMPLE_RATE or recording.cut_sec >= DETECTION_LOOK_SEC
+        return recording.language is not None or recording.is_read or enough
+
     def _decode_round(self, round_: Sequence[_Item], options: DecodingOptions) -> None:
         """Decode segments in batches from long to short, each batch in one language."""
-        if self._engine.vocabulary.multilingual and options.language is None:
-            # the beginning of a recording of several segments decides for all of them
-            for recording, index, segment in round_:
-                if index == 0 and (recording.cut > 1 or not recording.is_read):
-                    encoded = self._engine.encode([segment.audio], options.trailing_silence_sec)
-                    (recording.language,) = self._engine.languages(encoded, 1, options)
-        by_language: dict[str | None, list[_Item]] = defaultdict(list)
-        for item in sorted(round_, key=lambda item: len(item[2].audio), reverse=True):
-            by_language[item[0].language or options.language].append(item)
-        size = self._settings.batch_size
-        batches = [
-            (items[at : at + size], replace(options, language=language))
-            for language, items in by_language.items()
-            for at in range(0, len(items), size)
-        ]
         with ThreadPoolExecutor(self._engine.workers) as pool:
-            list(pool.map(lambda batch: self._decode_batch(*batch), batches))  # raises what a thread raised
+            if is_language_open(self._engine, options):
+                # a clip that is a recording by itself is detected while it is decoded, unless little of it is speech
+                open_ones = {id(item[0]): item for item in reversed(round_) if item[0].language is None}
+
+                def hear(recording: _Recording, _: int, segment: Segment) -> None:
+                    speech, recording.speech = recording.speech, recording.speech[:0]
+                    is_clip = recording.is_read and recording.cut == 1
+                    if not is_clip or 0 < len(speech) < MOSTLY_SPEECH * len(segment.audio):
+                        speech = speech if len(speech) else segment.audio
+                        recording.language = hear_language(self._engine, speech, options, recording.source)
+
+                list(pool.map(lambda item: hear(*item), open_ones.values()))  # raises what a thread raised
+
+            items: list[_Item] = []
+            for recording, index, segment in round_:
+                code = recording.language or options.language
+                max_sec = max_speech_sec(self._engine, code, options)
+                parts = cut_to_fit(segment, max_sec, self._vad) if code or self._engine.language else [segment]
+                recording.cut += len(parts) - 1
+                items += [(recording, index, part) for part in parts]
+            by_language: dict[str | None, list[_Item]] = defaultdict(list)
+            for item in sorted(items, key=lambda item: len(item[2].audio), reverse=True):
+                by_language[item[0].language or options.language].append(item)
+            size = self._settings.batch_size
+            batches = [
+                (items[at : at + size], replace(options, language=language))
+                for language, items in by_language.items()
+                for at in range(0, len(items), size)
+            ]
+            list(pool.map(lambda batch: self._decode_batch(*batch), batches))
 
     def _decode_batch(self, items: Sequence[_Item], options: DecodingOptions) -> None:
-        def decode(first: int, last: int) -> list[DecodingResult]:
-            audios = [segment.audio for _, _, segment in items[first:last]]
-            return decode_with_fallback(self._engine, audios, options, self._settings, vad=self._vad)
+        def decode(first: int, last: int) -> list[tuple[TranscribedSegment, ...]]:
+            segments = [segment for _, _, segment in items[first:last]]
+            return decode_segments(self._engine, segments, options, self._settings, vad=self._vad)
 
         names = [f"segment {index + 1} of {recording.source}" for recording, index, _ in items]
         parts = self._fitting.run(decode, names)
-        for (recording, index, segment), result in zip(items, itertools.chain.from_iterable(parts), strict=True):
-            start_sec, end_sec, _ = segment
-            recording.decoded[index] = TranscribedSegment.of(result, start_sec, end_sec, start_sec)
+        for (recording, _, segment), found in zip(items, itertools.chain.from_iterable(parts), strict=True):
+            recording.decoded[segment.start_sec] = found
 
 
 @contextmanager
-def _reading(source: Source, index: int, on_error: str) -> Iterator[tuple[_Recording, Iterator[Waveform]]]:
+def _reading(
+    source: Source, index: int, languages: Mapping[str, str], on_error: str
+) -> Iterator[tuple[_Recording, Iterator[Waveform]]]:
     """Give a recording and its audio in blocks; with "skip", keep a bad recording's fault instead of raising it."""
-    recording = _Recording(str(source) if isinstance(source, str | Path) else f"array {index}")
+    name = str(source) if isinstance(source, str | Path) else f"array {index}"
+    recording = _Recording(name, languages.get(name))
 
     def blocks() -> Iterator[Waveform]:
         if isinstance(source, str | Path):

@@ -12,9 +12,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from src.data.audio import SAMPLE_RATE, Waveform
-from src.data.vad import VADEvent
+from src.data.vad import SpeechSegment, VADEvent
 from src.inference.engine_base import DecodingResult
-from src.inference.files.segmentation import Segment, cut_at_silences, decode_windows, split_at_timestamps
+from src.inference.files.segmentation import (
+    Segment,
+    cut_at_silences,
+    cut_to_fit,
+    decode_segments,
+    decode_windows,
+    max_speech_sec,
+    split_at_timestamps,
+)
 from src.inference.options import DecodingOptions
 from src.inference.words import Word
 from src.utils.config import InferenceConfig, VADConfig
@@ -33,8 +41,13 @@ class LoudDetector:
     def stream(self) -> LoudDetector:
         return LoudDetector()
 
-    def speech_segments_batch(self, audios: Sequence[Waveform]) -> list[list[object]]:
-        return [[] for _ in audios]
+    def speech_segments_batch(self, audios: Sequence[Waveform]) -> list[list[SpeechSegment]]:
+        found = []
+        for audio in audios:
+            stream = self.stream()
+            times = [event.time_sec for event in stream.feed(audio) + stream.finish()]
+            found.append([SpeechSegment(*times[at : at + 2]) for at in range(0, len(times), 2)])
+        return found
 
     def feed(self, samples: Waveform) -> list[VADEvent]:
         events = []
@@ -133,10 +146,41 @@ def test_memory_does_not_grow_with_the_recording() -> None:
     assert peak(30) < 1.2 * peak(3)
 
 
+@pytest.mark.parametrize(("language", "sec"), [("en", 63.3), ("de", 42.2), ("hi", 14.9), ("ta", 14.9), ("ka", 6.5)])
+def test_no_segment_holds_more_speech_than_the_decoder_has_room_for(language: str, sec: float) -> None:
+    engine, options = Windows(), DecodingOptions()
+    most = max_speech_sec(engine, language, options)  # type: ignore[arg-type]
+    assert most == pytest.approx(sec, abs=0.1)
+    translated = DecodingOptions(task="translate")  # the text is English
+    assert max_speech_sec(engine, language, translated) == pytest.approx(63.3, abs=0.1)  # type: ignore[arg-type]
+    engine.cap_rates = {language: 1.5 * 90.0}
+    assert max_speech_sec(engine, language, options) == pytest.approx(0.8 * 443 / 90)  # type: ignore[arg-type]
+    prompted = DecodingOptions(prompt="x" * 300, hotwords="y")
+    assert max_speech_sec(engine, language, prompted) == pytest.approx(0.8 * 219 / 90)  # type: ignore[arg-type]
+
+
+def test_a_segment_without_room_is_cut_at_its_quiet_moments_and_silence_needs_none() -> None:
+    audio = recording([(True, 28.0)])
+    for at in (5.0, 11.5, 16.0, 22.0):
+        audio[round(at * SAMPLE_RATE) : round((at + 0.2) * SAMPLE_RATE)] = 0.12
+    parts = cut_to_fit(Segment(3.0, 31.0, audio), 7.0, LoudDetector())  # type: ignore[arg-type]
+    assert [round(part.start_sec, 1) for part in parts] == [3.0, 8.1, 14.6, 19.1, 25.1]
+    np.testing.assert_array_equal(np.concatenate([part.audio for part in parts]), audio)
+    assert [part.end_sec for part in parts[:-1]] == [part.start_sec for part in parts[1:]]
+    sparse = Segment(0.0, 28.0, recording([(True, 3.0), (False, 22.0), (True, 3.0)]))
+    assert cut_to_fit(sparse, 7.0, LoudDetector()) == [sparse]  # type: ignore[arg-type]
+
+
 class Letters:
     """A vocabulary of letters; times begin at 1,000, the end is 500."""
 
-    end, timestamp_begin = 500, 1_000
+    end, timestamp_begin, multilingual = 500, 1_000, False
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) for c in text]
+
+    def prompt_tokens(self, prompt: str, hotwords: str = "") -> list[int]:
+        return [501, *self.encode(prompt + hotwords)[-223:]] if prompt or hotwords else []
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(chr(token) for token in token_ids if token < self.end)
@@ -173,9 +217,11 @@ class Windows:
     """An engine that hears a sentence and the beginning of another in each window, and keeps the prompts."""
 
     vocabulary = Letters()
+    language: str | None = None
 
     def __init__(self) -> None:
         self.prompts: list[str] = []
+        self.cap_rates: dict[str, float] = {}
 
     def encode(self, audios: Sequence[Waveform], trailing_silence_sec: float) -> None:
         return None
@@ -195,3 +241,87 @@ def test_what_the_next_window_hears_again_is_no_context_and_no_word_reaches_into
     assert engine.prompts == ["Before.", "Before. one", "Before. one one"]
     assert [(part.start_sec, part.end_sec) for part in found] == [(0.0, 20.0), (20.0, 40.0), (40.0, 50.0)]
     assert [part.words[0].end_sec for part in found if part.words] == [20.0, 40.0, 50.0]
+
+
+class Limited(Windows):
+    """An engine that hears a letter in each quarter of a second that is not silent, and writes at most so many."""
+
+    def __init__(self, most: int, *, times: bool = False) -> None:
+        super().__init__()
+        self._most, self._times = most, times
+        self.seconds: list[float] = []
+
+    def decode(self, encoded: Any, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
+        return [self._hear(audio, options) for audio in audios]
+
+    def _hear(self, audio: Waveform, options: DecodingOptions) -> DecodingResult:
+        self.seconds.append(len(audio) / SAMPLE_RATE)
+        self.prompts.append(options.prompt)
+        spoken = audio[2_000 :: SAMPLE_RATE // 4]
+        heard = "".join(chr(round(float(sample) * 1_000)) for sample in spoken if sample)
+        given: list[str | float] = [0.0, heard[: self._most]]
+        if self._times and len(heard) > self._most:
+            given = [
+                0.0,
+                heard[: self._most - 2],
+                (self._most - 2) / 4,
+                (self._most - 2) / 4,
+                heard[self._most - 2 :][:2],
+            ]
+        elif self._times:
+            given.append(len(audio) / SAMPLE_RATE)
+        text = heard[: self._most]
+        return DecodingResult(text, tuple(tokens(*given)), -0.1, truncated=len(heard) > self._most)
+
+
+def spelt(text: str, *, quiet: Sequence[int] = ()) -> Waveform:
+    """A letter in each quarter of a second; those at `quiet` are softer at their end."""
+    audio = np.repeat(np.array([ord(c) / 1_000 for c in text], dtype=np.float32), SAMPLE_RATE // 4)
+    for at in quiet:
+        audio[(at + 1) * 4_000 - 1_600 : (at + 1) * 4_000] = 0.001
+    return audio
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz" * 3
+
+
+def test_a_text_that_ended_at_a_limit_is_decoded_in_halves_until_it_is_whole() -> None:
+    audio = spelt(LETTERS, quiet=range(3, len(LETTERS), 4))
+    engine = Limited(20)
+    segment = Segment(5.0, 5.0 + len(audio) / SAMPLE_RATE, audio)
+    (parts, short) = decode_segments(
+        engine, [segment, Segment(0.0, 1.0, audio[:SAMPLE_RATE])], DecodingOptions(), InferenceConfig()
+    )  # type: ignore[arg-type]
+    assert "".join(part.text for part in parts) == LETTERS
+    assert [part.text for part in short] == ["abcd"]
+    assert not any(part.truncated for part in parts)
+    assert (parts[0].start_sec, parts[-1].end_sec) == (5.0, segment.end_sec)
+    assert [part.end_sec for part in parts[:-1]] == [part.start_sec for part in parts[1:]]
+    assert min(engine.seconds[2:]) >= 2.0 - 0.6
+
+    hopeless = Limited(3)
+    (parts,) = decode_segments(hopeless, [segment], DecodingOptions(), InferenceConfig())  # type: ignore[arg-type]
+    assert all(part.truncated for part in parts)
+    assert min(hopeless.seconds) >= 1.0
+
+
+@pytest.mark.parametrize("times", [True, False])
+def test_a_window_whose_text_ended_at_a_limit_loses_nothing(times: bool) -> None:
+    audio = spelt(LETTERS, quiet=range(3, len(LETTERS), 4))
+    engine = Limited(20, times=times)
+    found = list(decode_windows(engine, [audio], DecodingOptions(), InferenceConfig()))  # type: ignore[arg-type]
+    assert "".join(part.text for part in found) == LETTERS
+    assert not any(part.truncated for part in found)
+    assert engine.prompts[-1] == "".join(part.text for part in found[:-1])  # no space is inserted
+    hopeless = list(decode_windows(Limited(3), [audio], DecodingOptions(), InferenceConfig()))  # type: ignore[arg-type]
+    assert all(part.truncated for part in hopeless)
+
+
+def test_windows_of_a_language_of_many_tokens_are_shorter_and_leave_the_context_less_room() -> None:
+    audio = spelt(LETTERS * 3, quiet=range(3, 3 * len(LETTERS), 4))
+    engine = Limited(1_000)
+    engine.language = "ka"
+    found = list(decode_windows(engine, [audio], DecodingOptions(), InferenceConfig()))  # type: ignore[arg-type]
+    assert "".join(part.text for part in found) == LETTERS * 3
+    assert max(engine.seconds) <= 6.6
+    assert max(map(len, engine.prompts)) == 48

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,21 +14,31 @@ from src.data.audio import SAMPLE_RATE, Waveform
 from src.inference.engine_base import DecodingResult
 from src.inference.files.transcribe import BatchInference
 from src.inference.options import DecodingOptions
+from src.inference.words import Word, join_words
 from src.utils.config import load_config
 from src.utils.errors import AudioError, DataError, ModelError, OutOfMemoryError
 from tests.inference.files.test_segmentation import LoudDetector
 
-LANGUAGES = {2: "en", 3: "de"}  # of the scripted engine, by the tenths of a clip's peak
+LANGUAGES = {0: "la", 2: "en", 3: "de", 4: "ka"}  # of the scripted engine, by tenths of the commonest loudness
 
 
 class Scripted:
     """Says how long each clip is, in the language that its loudness stands for; keeps the batches it was given."""
 
     audio_context, workers = "full", 1
-    vocabulary = SimpleNamespace(multilingual=True)
+    vocabulary = SimpleNamespace(
+        multilingual=True,
+        timestamp_begin=1_000,
+        end=500,
+        encode=str.split,
+        decode=lambda tokens: "text" if tokens else "",
+        prompt_tokens=lambda prompt, hotwords: (prompt + hotwords).split(),
+    )
 
-    def __init__(self, room: int = 100) -> None:
+    def __init__(self, room: int = 100, *, language: str | None = None) -> None:
         self.batches: list[tuple[str | None, list[int]]] = []
+        self.detected: list[float] = []  # seconds of audio that a language was heard in
+        self.language, self.cap_rates = language, dict[str, float]()
         self._room = room
 
     def encode(self, audios: Sequence[Waveform], trailing_silence_sec: float) -> Sequence[Waveform]:
@@ -38,16 +49,22 @@ class Scripted:
     def decode(self, encoded: Any, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
         self.batches.append((options.language, [len(audio) for audio in audios]))
         return [
-            DecodingResult(f"{len(audio) / SAMPLE_RATE:g} s", (1,), -0.1, language=options.language or _spoken(audio))
+            DecodingResult(
+                f"{len(audio) / SAMPLE_RATE:g} s",
+                (1,),
+                -0.1,
+                language=options.language or self.language or _spoken(audio),
+            )
             for audio in audios
         ]
 
-    def languages(self, encoded: Sequence[Waveform], rows: int, options: DecodingOptions) -> list[str | None]:
-        return [_spoken(audio) for audio in encoded]
+    def detect(self, encoded: Sequence[Waveform]) -> list[tuple[str, float]]:
+        self.detected += [len(audio) / SAMPLE_RATE for audio in encoded]
+        return [(_spoken(audio), 0.4) for audio in encoded]
 
 
 def _spoken(audio: Waveform) -> str:
-    return LANGUAGES[round(10 * float(audio.max()))]
+    return LANGUAGES[int(np.bincount((10 * audio).round().astype(int)).argmax())]
 
 
 def clip(sec: float, loudness: float = 0.2) -> Waveform:
@@ -77,15 +94,96 @@ def test_a_generator_is_read_no_further_than_a_round_and_its_order_kept() -> Non
     assert engine.batches[0] == (None, [3 * SAMPLE_RATE] * 2)  # from long to short
 
 
-def test_the_beginning_of_a_recording_decides_its_language_and_batches_have_one_each() -> None:
+def test_a_recording_has_one_language_and_so_has_a_batch() -> None:
     engine = Scripted()
-    german = np.concatenate([clip(3, 0.3), clip(3, 0.0), clip(3, 0.2)])  # its second half sounds English
+    german = np.concatenate([clip(3.5, 0.3), clip(3, 0.0), clip(3, 0.2)])  # its second half sounds English
     config = load_config(None, overrides={"inference.max_segment_sec": 4.0})
     batch = BatchInference(config=config, engine=engine, vad=LoudDetector())  # type: ignore[arg-type]
     results = batch.transcribe_batch([german, clip(2)])
     assert [result.language for result in results] == ["de", "en"]
     assert [segment.language for segment in results[0].segments] == ["de", "de"]
     assert [language for language, _ in engine.batches] == ["de", None]
+
+
+def by_loudness(engine: Scripted, **settings: Any) -> BatchInference:
+    config = load_config(None, overrides={f"inference.{key}": value for key, value in settings.items()})
+    return BatchInference(config=config, engine=engine, vad=LoudDetector())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["segments", "sequential"])
+def test_enough_speech_decides_the_language_not_a_short_beginning_or_silence(
+    mode: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    speech = [clip(0.7, 0.2), *([clip(3, 0.0), clip(4, 0.3)] * 12)]
+    engine = Scripted()
+    with caplog.at_level("INFO"):
+        for batch_size in (1, 16):  # of one, a round ends after 8 segments
+            inference = by_loudness(engine, batch_size=batch_size, max_segment_sec=5.0, join_pause_sec=0.5)
+            (result,) = inference.transcribe_batch([np.concatenate(speech)], mode=mode)
+            assert result.language == "de"
+            assert {segment.language for segment in result.segments} == {"de"}
+    assert all(30 <= sec <= 35 for sec in engine.detected)
+    assert "array 0: German (de), 40% certain; set the language" in caplog.text
+    music = np.concatenate([clip(12, 0.0), clip(3, 0.3)])  # a clip by itself, mostly without speech
+    (result,) = by_loudness(engine).transcribe_batch([music], mode=mode)
+    assert result.language == "de"
+
+
+@pytest.mark.parametrize("mode", ["segments", "sequential"])
+def test_a_recordings_own_language_comes_first_and_a_checkpoints_own_before_hearing_it(mode: Any) -> None:
+    long = np.concatenate([clip(20, 0.2), clip(2, 0.0), clip(20, 0.2)])
+
+    def languages(engine: Scripted, **options: Any) -> list[str | None]:
+        results = by_loudness(engine).transcribe_batch([long, clip(2)], mode=mode, **options)
+        return [result.language for result in results]
+
+    own = Scripted(language="hi")
+    assert languages(own) == ["hi", "hi"]
+    assert languages(own, languages={"array 1": "Mandarin Chinese"}) == ["hi", "zh"]
+    assert not own.detected
+    assert languages(Scripted(), languages={"array 0": "deu"}) == ["de", "en"]
+    with pytest.raises(DataError, match="'klingon'"):
+        languages(own, languages={"array 0": "klingon"})
+
+
+def test_segments_are_cut_again_when_their_language_is_known() -> None:
+    engine = Scripted()
+    georgian = np.concatenate([clip(27, 0.4), clip(2, 0.0), clip(27, 0.4)])
+    english, many = by_loudness(engine).transcribe_batch([clip(27), georgian])
+    assert len(english.segments) == 1
+    assert len(many.segments) >= 10
+    assert max(segment.end_sec - segment.start_sec for segment in many.segments) < 7
+    assert [a.end_sec <= b.start_sec for a, b in itertools.pairwise(many.segments)] == [True] * (len(many.segments) - 1)
+
+
+class Saying(Scripted):
+    """Says a text for each clip, one after another."""
+
+    def __init__(self, *results: tuple[DecodingResult, ...]) -> None:
+        super().__init__(language="zh")
+        self._results = itertools.chain.from_iterable(results)
+
+    def decode(self, encoded: Any, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
+        return [next(self._results) for _ in audios]
+
+
+def test_segments_are_joined_as_their_script_is_words_too_and_what_ended_at_a_limit_is_said() -> None:
+    def said(text: str, *words: Word, truncated: bool = False) -> DecodingResult:
+        return DecodingResult(text, (1,), -0.1, words, "zh", truncated=truncated)
+
+    you, are, good = Word("你", 0.0, 0.2, space=False), Word("好", 0.3, 0.4, space=False), Word("OK", 0.0, 0.3)
+    results = said("你好", you, are), said("OK", good), said("OK", good), said("好", are, truncated=True)
+    config = load_config(None, overrides={"inference.batch_size": 1})
+    batch = BatchInference(config=config, engine=Saying(results), vad=LoudDetector())  # type: ignore[arg-type]
+    pause = clip(31, 0.0)
+    recording = np.concatenate([clip(4), pause, clip(3), pause, clip(2), pause, clip(1)])
+    (result,) = batch.transcribe_batch([recording], word_timestamps=True)
+    assert result.text == "你好OK OK好"
+    assert join_words(result.words) == result.text
+    assert [segment.truncated for segment in result.segments] == [False, False, False, True]
+    row = result.to_json()
+    assert row["truncated"] is row["segments"][3]["truncated"] is True
+    assert [word.get("space", True) for word in row["words"]] == [False, False, False, True, False]
 
 
 def test_where_memory_runs_out_the_batch_is_halved() -> None:
