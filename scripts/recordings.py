@@ -9,8 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.data.sources.folder import AUDIO_COLUMNS, AUDIO_SUFFIXES, MANIFEST_SUFFIXES, pick_column, read_rows
+from src.data.sources.folder import (
+    AUDIO_COLUMNS,
+    AUDIO_SUFFIXES,
+    MANIFEST_SUFFIXES,
+    language_of_row,
+    pick_column,
+    read_rows,
+)  # fmt: skip
 from src.utils.errors import DataError
+from src.utils.languages import parse_language
 
 LIST_SUFFIX = ".txt"  # one path per line
 
@@ -21,6 +29,7 @@ class Recording:
 
     path: str  # as it was given or found
     relative: Path  # where it lies under the folder, glob or manifest that named it; its name, if it was named itself
+    language: str | None = None  # code, of a manifest's row
 
 
 def find_recordings(inputs: Sequence[str]) -> list[Recording]:
@@ -96,20 +105,24 @@ def _under(root: Path, paths: Sequence[Path], given: str) -> Iterator[Recording]
 def _listed(manifest: Path) -> Iterator[Recording]:
     """Yield what a manifest lists; missing files are reported later, with all that cannot be decoded."""
     if manifest.suffix.lower() == LIST_SUFFIX:
-        names = [line.strip() for line in _read_text(manifest).splitlines() if line.strip()]
+        names = [(line.strip(), None) for line in _read_text(manifest).splitlines() if line.strip()]
     else:
         rows = [row for _, row in read_rows(manifest)]
         columns = list(dict.fromkeys(key for row in rows for key in row))
         column = pick_column(columns, (*AUDIO_COLUMNS, "source"), "file", str(manifest)) if rows else ""
-        names = [str(row[column]) for row in rows if row.get(column)]
+        names = [(str(row[column]), language_of_row(row)) for row in rows if row.get(column)]
     if not names:
         raise DataError(
             f"{manifest}: lists no recording; write one path per line (.txt), or rows with `audio` (.jsonl)"
         )
-    for name in names:
+    for name, mark in names:
         path = Path(name).expanduser()
         relative = Path(path.name) if path.is_absolute() or ".." in path.parts else path
-        yield Recording(str(manifest.parent / path), relative)
+        try:
+            language = parse_language(mark) if mark else None
+        except DataError as err:
+            raise DataError(f"{manifest}: {name}: {err}") from err
+        yield Recording(str(manifest.parent / path), relative, language)
 
 
 def _read_text(path: Path) -> str:

@@ -5,6 +5,9 @@
     python scripts/transcribe.py "calls/**/*.wav" --model base --output calls.jsonl
     accelerate launch --num_processes 4 scripts/transcribe.py corpus.jsonl --model base --output texts.jsonl
 
+Each recording has one language: that of its row in a manifest (column language), else --language, else that of the
+model, else what the model hears in the first 30 s of speech.
+
 Without `--output` and `--format` it prints. Captions go next to each recording, or into a folder; existing ones are not
 written again. An output that ends in .jsonl gets one row per recording; the same command goes on where it stopped, with
 any number of processes. Exit code: 0; 1 if a recording failed; 2 if nothing could be done.
@@ -16,7 +19,8 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +30,13 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.command_line import check_model_path, parse_setting
 from scripts.recordings import Recording, caption_paths, find_recordings
-from src.inference.captions import cues_of_segments, make_cues, write_captions
+from src.inference.captions import CaptionOptions, cues_of_segments, make_cues, write_captions
 from src.inference.files.jobs import deal, run_job
 from src.inference.files.transcribe import Transcription
 from src.utils.config import Config, flatten, load_config
 from src.utils.errors import AudioError, DataError, WhisperASRError, did_you_mean
 from src.utils.files import write_text_atomic
+from src.utils.languages import language_name, text_language
 from src.utils.logging_config import setup_logging
 from src.utils.runtime import from_main, gather_objects, is_main_process, join_processes, rank, world_size
 
@@ -88,10 +93,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a name such as tiny.en; a Hugging Face or CTranslate2 folder")
     parser.add_argument("--engine", choices=("auto", "torch", "ctranslate2"))
     parser.add_argument("--compute-type", metavar="TYPE", help="int8, float16, float32, ...")
-    parser.add_argument("--language", help="code such as de; default: each recording's own")
+    parser.add_argument(
+        "--language",
+        help="code or name, such as de or German; default: that of the model, else what it hears in each recording",
+    )
     parser.add_argument("--task", choices=("transcribe", "translate"))
     parser.add_argument("--mode", choices=("segments", "sequential"), default="segments", help="of long recordings")
-    parser.add_argument("--words", action="store_true", help="time each word")
+    parser.add_argument(
+        "--words", action="store_true", help="time each word (each character of scripts without spaces)"
+    )
     parser.add_argument("--prompt", help="text that could stand before each recording: its style, its names")
     parser.add_argument("--hotwords", help="words to expect")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="segments decoded at once")
@@ -127,20 +137,53 @@ def run(arguments: argparse.Namespace) -> list[Failure]:
     recordings = find_recordings(arguments.inputs)
     join_processes(patience=PATIENCE)
     config = configure(arguments, device=arguments.device or own_device())
-    sources = [recording.path for recording in recordings]
+    sources, languages = [recording.path for recording in recordings], languages_of(recordings)
+    say_language(arguments, config)
     if is_rows(arguments.output):
-        return run_rows(sources, arguments, config, lambda some: transcribe(some, arguments, config))
+        return run_rows(sources, arguments, config, lambda some: transcribe(some, languages, arguments, config))
     if arguments.output is not None or arguments.format:
         return run_captions(recordings, arguments, config)
     if world_size() > 1:
         raise DataError("several processes need --output: FILE.jsonl, or a folder for captions")
     failed = []
-    for each in transcribe(sources, arguments, config):
+    cut_off, heard = [], []
+    for each in transcribe(sources, languages, arguments, config):
         if each.error is not None:
             failed.append((each.source, each.error))
-        else:
-            print(f"{each.source}\t{each.text}" if len(sources) > 1 else each.text, flush=True)
+            continue
+        print(f"{each.source}\t{each.text}" if len(sources) > 1 else each.text, flush=True)
+        cut_off += [each.source] * each.truncated
+        heard.append(each.language)
+    say_languages(heard, arguments)
+    warn_of_limits(cut_off)
     return failed
+
+
+def languages_of(recordings: Sequence[Recording]) -> dict[str, str]:
+    """Return the languages that manifests give, by source."""
+    return {recording.path: recording.language for recording in recordings if recording.language}
+
+
+def say_language(arguments: argparse.Namespace, config: Config) -> None:
+    """Say what `--language` was taken for."""
+    code = config.model.language
+    if arguments.language and code and is_main_process():
+        print(f"language: {language_name(code)} ({code})", file=sys.stderr)
+
+
+def say_languages(heard: Sequence[str | None], arguments: argparse.Namespace) -> None:
+    """Say how many recordings are in each language, where `--language` does not."""
+    counts = Counter(filter(None, heard))
+    if counts and not arguments.language:
+        names = (f"{language_name(code)} ({code}) {count}" for code, count in counts.most_common())
+        print("languages of the recordings:", ", ".join(names), file=sys.stderr)
+
+
+def warn_of_limits(sources: Sequence[str]) -> None:
+    """Name the recordings whose text may go on."""
+    if sources:
+        fix = "raise inference.max_tokens_per_sec, or check the language"
+        print(f"{len(sources)} text(s) ended at a limit of tokens; {fix}:", *sources, sep="\n  ", file=sys.stderr)
 
 
 def is_rows(output: Path | None) -> bool:
@@ -185,13 +228,18 @@ def own_device() -> str | None:
 
 
 def transcribe(
-    sources: Sequence[str], arguments: argparse.Namespace, config: Config, *, words: bool | None = None
+    sources: Sequence[str],
+    languages: Mapping[str, str],
+    arguments: argparse.Namespace,
+    config: Config,
+    *,
+    words: bool | None = None,
 ) -> Iterator[Transcription]:
     """Load the model, unless there is nothing to do, and transcribe."""
     if sources:
         workers = arguments.workers or (1 if len(sources) == 1 else None)
         inference = load_inference(arguments.model, config, workers=workers)
-        yield from inference.transcribe_iter(sources, **iter_options(arguments, words=words))
+        yield from inference.transcribe_iter(sources, languages=languages, **iter_options(arguments, words=words))
 
 
 def load_inference(model: str, config: Config, *, workers: int | None) -> BatchInference:
@@ -225,6 +273,7 @@ def run_rows(
     if is_main_process():
         held = f"{report.recordings} recordings, {report.audio_sec / 3600:.2f} h of audio"
         print(f"{arguments.output}: {held}", file=sys.stderr)
+        warn_of_limits(report.truncated)
     return list(report.failed)
 
 
@@ -237,14 +286,23 @@ def run_captions(recordings: Sequence[Recording], arguments: argparse.Namespace,
         print(f"{len(wanted) - len(pending)} have captions already; --overwrite writes them again", file=sys.stderr)
     mine = from_main(lambda: deal(pending, world_size()))[rank()]
     words = arguments.words or (arguments.mode == "segments" and bool(TIMED_BY_WORDS & set(asked)))
-    failed = []
-    for each in transcribe(mine, arguments, config, words=words):
+    failed, cut_off, heard = [], [], []
+    languages = languages_of(recordings)
+    for each in transcribe(mine, languages, arguments, config, words=words):
         if each.error is not None:
             failed.append((each.source, each.error))
             continue
         for name, path in wanted[each.source].items():
-            write_caption(path, name, each)
-    return [failure for part in gather_objects(failed) for failure in part]
+            write_caption(path, name, each, task=config.model.task)
+        cut_off += [each.source] * each.truncated
+        heard.append(each.language)
+    failed, cut_off, heard = (
+        [each for part in gather_objects(mine) for each in part] for mine in (failed, cut_off, heard)
+    )
+    if is_main_process():
+        say_languages(heard, arguments)
+        warn_of_limits(cut_off)
+    return failed
 
 
 def wanted_captions(
@@ -262,15 +320,15 @@ def wanted_captions(
     return wanted
 
 
-def write_caption(path: Path, name: str, transcription: Transcription) -> None:
+def write_caption(path: Path, name: str, transcription: Transcription, *, task: str = "transcribe") -> None:
     """Write one recording's captions in a format; as text, one segment per line."""
     try:
         if name == "txt":
             write_text_atomic(path, "".join(f"{segment.text}\n" for segment in transcription.segments))
             return
-        words = transcription.words
-        cues = cues_of_segments(transcription.segments) if words is None else make_cues(words)
-        write_captions(path, cues, language=transcription.language)
+        words, options = transcription.words, CaptionOptions.of(text_language(transcription.language, task))
+        cues = cues_of_segments(transcription.segments, options) if words is None else make_cues(words, options)
+        write_captions(path, cues, language=transcription.language, truncated=transcription.truncated)
     except OSError as err:
         raise DataError(f"{path}: cannot be written: {err.strerror}; give a folder of yours with --output") from err
 

@@ -15,7 +15,8 @@ import importlib.util
 import os
 import pickle
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from scripts.transcribe import (
     configure,
     finish_with,
     iter_options,
+    languages_of,
     load_inference,
     positive,
     run_rows,
+    say_language,
 )  # fmt: skip
 from src.inference.files.transcribe import Transcription
 from src.utils.config import Config
@@ -58,11 +61,15 @@ def run(arguments: argparse.Namespace) -> list[Failure]:
     check_model_path(arguments.model)
     recordings = find_recordings(arguments.inputs)
     config = configure(arguments, device="cuda" if arguments.gpus else None)
-    sources = [str(Path(recording.path).resolve()) for recording in recordings]
-    return run_rows(sources, arguments, config, lambda some: on_ray(some, arguments, config))
+    recordings = [replace(recording, path=str(Path(recording.path).resolve())) for recording in recordings]
+    sources, languages = [recording.path for recording in recordings], languages_of(recordings)
+    say_language(arguments, config)
+    return run_rows(sources, arguments, config, lambda some: on_ray(some, languages, arguments, config))
 
 
-def on_ray(sources: Sequence[str], arguments: argparse.Namespace, config: Config) -> Iterator[Transcription]:
+def on_ray(
+    sources: Sequence[str], languages: Mapping[str, str], arguments: argparse.Namespace, config: Config
+) -> Iterator[Transcription]:
     """Let actors transcribe; yield what is done as it comes."""
     if not sources:
         return
@@ -76,7 +83,12 @@ def on_ray(sources: Sequence[str], arguments: argparse.Namespace, config: Config
         tasks = -(-len(sources) // arguments.files)
         found = ray.data.from_items([{"source": source} for source in sources], override_num_blocks=tasks).map_batches(
             Transcriber,
-            fn_constructor_args=(arguments.model, config, arguments.cpus, iter_options(arguments)),
+            fn_constructor_args=(
+                arguments.model,
+                config,
+                arguments.cpus,
+                iter_options(arguments) | {"languages": languages},
+            ),
             batch_size=arguments.files,
             compute=ray.data.ActorPoolStrategy(size=min(arguments.actors, tasks)),
             num_cpus=arguments.cpus,

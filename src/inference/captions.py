@@ -354,11 +354,13 @@ def _spelt(word: Word) -> str:
     return " " * word.space + word.text
 
 
-def write_captions(path: str | Path, cues: Sequence[Cue], *, language: str | None = None) -> Path:
-    """Write cues in the format of the suffix: .json (with the language), .srt, .tsv or .vtt, all or nothing."""
+def write_captions(
+    path: str | Path, cues: Sequence[Cue], *, language: str | None = None, truncated: bool = False
+) -> Path:
+    """Write cues in the format of the suffix: .json (see `to_json`), .srt, .tsv or .vtt, all or nothing."""
     path = Path(path)
     writers: dict[str, Callable[[Sequence[Cue]], str]] = {
-        ".json": partial(to_json, language=language),
+        ".json": partial(to_json, language=language, truncated=truncated),
         ".srt": to_srt,
         ".tsv": to_tsv,
         ".vtt": to_vtt,
@@ -383,10 +385,11 @@ def to_tsv(cues: Sequence[Cue]) -> str:
     return "".join(f"{start}\t{end}\t{text}\n" for start, end, text in [("start", "end", "text"), *rows])
 
 
-def to_json(cues: Sequence[Cue], *, language: str | None = None) -> str:
+def to_json(cues: Sequence[Cue], *, language: str | None = None, truncated: bool = False) -> str:
     """Return JSON in openai/whisper's format: one segment per cue, with words where they are known.
 
     Each text and word begins with the space before it, if any: segments, and words, concatenated give the text.
+    `truncated`, a text that ended at a limit of tokens, is said only where it is so.
     """
     segments: list[dict[str, Any]] = []
     for number, cue in enumerate(cues):
@@ -402,7 +405,8 @@ def to_json(cues: Sequence[Cue], *, language: str | None = None) -> str:
             words.append({"word": spelt, **times, "probability": probability})
         if words:
             segments[-1]["words"] = words
-    content = {"text": "".join(segment["text"] for segment in segments), "language": language, "segments": segments}
+    text = "".join(segment["text"] for segment in segments)
+    content = {"text": text, "language": language, "segments": segments, **({"truncated": True} if truncated else {})}
     return json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
 
 

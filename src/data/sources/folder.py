@@ -92,9 +92,7 @@ def utterance_from_row(
 ) -> Utterance:  # fmt: skip
     """Build an utterance from a row's plain columns; `fallback_id` and `language` are for rows without their own."""
     speaker = next((row[c] for c in SPEAKER_COLUMNS if row.get(c) not in (None, "")), None)
-    marks = [str(row[c]).strip() for c in LANGUAGE_COLUMNS if isinstance(row.get(c), str)]
-    marks = [mark for mark in marks if mark.lower() not in NO_LANGUAGE and any(map(str.isalpha, mark))]
-    spoken = next(filter(None, map(code_of_language, marks)), marks[0] if marks else language)
+    spoken = language_of_row(row) or language
     taken = {text_column, "id", "path", "file", *SPEAKER_COLUMNS, *LANGUAGE_COLUMNS}
     plain = (str, int, float, bool, type(None))
     return Utterance(
@@ -105,6 +103,13 @@ def utterance_from_row(
         language=spoken,
         meta={key: value for key, value in row.items() if key not in taken and isinstance(value, plain)},
     )
+
+
+def language_of_row(row: Mapping[str, Any]) -> str | None:
+    """Return Whisper's code for a row's language, its own mark where Whisper has none, None where it has no mark."""
+    marks = [str(row[c]).strip() for c in LANGUAGE_COLUMNS if isinstance(row.get(c), str)]
+    marks = [mark for mark in marks if mark.lower() not in NO_LANGUAGE and any(map(str.isalpha, mark))]
+    return next(filter(None, map(code_of_language, marks)), marks[0] if marks else None)
 
 
 def code_of_language(mark: str) -> str | None:

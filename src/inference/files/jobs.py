@@ -41,6 +41,7 @@ class JobReport:
     recordings: int
     audio_sec: float  # of those with a text
     failed: tuple[tuple[str, str], ...]  # (source, reason) of those without
+    truncated: tuple[str, ...] = ()  # sources whose text ended at a limit of tokens
 
 
 def run_job(
@@ -160,6 +161,7 @@ class _Row:
     source: str
     duration_sec: float
     error: str | None
+    truncated: bool
 
 
 def _read_rows(output: Path) -> dict[str, _Row]:
@@ -183,7 +185,8 @@ def _scan(path: Path) -> Iterator[_Row]:
             try:
                 fields = json.loads(line) if line.endswith(b"\n") else {}
                 source, error = fields["source"], fields["error"]
-                yield _Row(path, offset, len(line), source, float(fields["duration_sec"] or 0), error)
+                duration_sec, truncated = float(fields["duration_sec"] or 0), bool(fields.get("truncated"))
+                yield _Row(path, offset, len(line), source, duration_sec, error, truncated)
             except (ValueError, TypeError, KeyError):
                 damaged = number
             offset += len(line)
@@ -212,4 +215,5 @@ def _finish(output: Path, sources: Sequence[str]) -> JobReport:
             part.unlink()
     asked = [rows[source] for source in sources]
     failed = tuple((row.source, row.error) for row in asked if row.error is not None)
-    return JobReport(len(asked), sum(row.duration_sec for row in asked), failed)
+    truncated = tuple(row.source for row in asked if row.truncated)
+    return JobReport(len(asked), sum(row.duration_sec for row in asked), failed, truncated)

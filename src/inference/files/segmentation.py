@@ -20,7 +20,7 @@ import numpy as np
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import CONTEXT_SAMPLES
-from src.data.labels import MAX_LABEL_TOKENS, MAX_PROMPT_TOKENS, TIMESTAMP_STEP_SEC, TimedTokens
+from src.data.labels import MAX_LABEL_TOKENS, TIMESTAMP_STEP_SEC, TimedTokens
 from src.data.vad import VADEvent, VoiceActivityDetector
 from src.inference.engine_base import DecodingResult, Engine
 from src.inference.engines import decode_with_fallback
@@ -36,7 +36,6 @@ PAD_SEC = 0.25  # at least so much stays on both sides of speech; single clips c
 EARLIEST_CUT = 0.5  # share of `max_sec`; a cut before it would make many short segments
 MIN_REST_SEC = 0.5  # a shorter rest after the last window holds no word
 MAX_PROMPT_CHARS = 2_000  # more than the 223 tokens that a prompt may have
-MIN_CONTEXT_TOKENS = 48  # of the text before, where a window's own text needs the room
 SPECIAL_TOKENS = 5  # start, language, task, no timestamps, end
 CAP_MARGIN = 1.5  # of a checkpoint's `cap_rates` over the highest rate of its transcripts
 FAST_SPEECH = 1.4  # times the ordinary rate of tokens
@@ -222,10 +221,8 @@ def expected_tokens_per_sec(engine: Engine, language: str | None, task: str) -> 
 
 
 def max_speech_sec(engine: Engine, language: str | None, options: DecodingOptions) -> float:
-    """Return how much speech has room in the decoder, next to what it is given."""
-    vocabulary = engine.vocabulary
-    given = [*vocabulary.prompt_tokens(options.prompt, options.hotwords), *vocabulary.encode(options.prefix)]
-    room = MAX_LABEL_TOKENS - len(given) - SPECIAL_TOKENS
+    """Return how much speech has room in the decoder; the text before it gives way."""
+    room = MAX_LABEL_TOKENS - len(engine.vocabulary.encode(options.prefix)) - SPECIAL_TOKENS
     return USED_POSITIONS * room / expected_tokens_per_sec(engine, language, options.task)
 
 
@@ -347,19 +344,8 @@ def decode_windows(
         used = round(end_sec * SAMPLE_RATE)
         held, start = held[used:], start + used
         heard = "".join(vocabulary.decode(text.tokens) for text in texts)  # not what the next window hears again
-        context = "" if result.temperature > RESET_TEMPERATURE else f"{options.prompt}{heard}"
-        options = replace(options, prompt=_shortened(context, engine, options))
-
-
-def _shortened(context: str, engine: Engine, options: DecodingOptions) -> str:
-    """Return the end of a text before: where the language needs many tokens, no more than leaves room for a window."""
-    context = context[-MAX_PROMPT_CHARS:]
-    needed = 30.0 * expected_tokens_per_sec(engine, options.language, options.task) / USED_POSITIONS
-    most = max(round(MAX_LABEL_TOKENS - SPECIAL_TOKENS - needed), MIN_CONTEXT_TOKENS)
-    if most >= MAX_PROMPT_TOKENS or not context:
-        return context
-    tokens = len(engine.vocabulary.encode(context))
-    return context[-(len(context) * most // tokens) :] if tokens > most else context
+        context = "" if result.temperature > RESET_TEMPERATURE else f"{options.prompt}{heard}"[-MAX_PROMPT_CHARS:]
+        options = replace(options, prompt=context)
 
 
 def split_at_timestamps(

@@ -155,8 +155,6 @@ def test_no_segment_holds_more_speech_than_the_decoder_has_room_for(language: st
     assert max_speech_sec(engine, language, translated) == pytest.approx(63.3, abs=0.1)  # type: ignore[arg-type]
     engine.cap_rates = {language: 1.5 * 90.0}
     assert max_speech_sec(engine, language, options) == pytest.approx(0.8 * 443 / 90)  # type: ignore[arg-type]
-    prompted = DecodingOptions(prompt="x" * 300, hotwords="y")
-    assert max_speech_sec(engine, language, prompted) == pytest.approx(0.8 * 219 / 90)  # type: ignore[arg-type]
 
 
 def test_a_segment_without_room_is_cut_at_its_quiet_moments_and_silence_needs_none() -> None:
@@ -178,9 +176,6 @@ class Letters:
 
     def encode(self, text: str) -> list[int]:
         return [ord(c) for c in text]
-
-    def prompt_tokens(self, prompt: str, hotwords: str = "") -> list[int]:
-        return [501, *self.encode(prompt + hotwords)[-223:]] if prompt or hotwords else []
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(chr(token) for token in token_ids if token < self.end)
@@ -317,11 +312,10 @@ def test_a_window_whose_text_ended_at_a_limit_loses_nothing(times: bool) -> None
     assert all(part.truncated for part in hopeless)
 
 
-def test_windows_of_a_language_of_many_tokens_are_shorter_and_leave_the_context_less_room() -> None:
+def test_windows_of_a_language_of_many_tokens_are_shorter() -> None:
     audio = spelt(LETTERS * 3, quiet=range(3, 3 * len(LETTERS), 4))
     engine = Limited(1_000)
     engine.language = "ka"
     found = list(decode_windows(engine, [audio], DecodingOptions(), InferenceConfig()))  # type: ignore[arg-type]
     assert "".join(part.text for part in found) == LETTERS * 3
     assert max(engine.seconds) <= 6.6
-    assert max(map(len, engine.prompts)) == 48

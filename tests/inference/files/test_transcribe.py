@@ -32,7 +32,6 @@ class Scripted:
         end=500,
         encode=str.split,
         decode=lambda tokens: "text" if tokens else "",
-        prompt_tokens=lambda prompt, hotwords: (prompt + hotwords).split(),
     )
 
     def __init__(self, room: int = 100, *, language: str | None = None) -> None:
