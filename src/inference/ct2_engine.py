@@ -7,6 +7,7 @@ own length here too. It gives no attention while it generates: word times need a
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import HOP_SAMPLES, POSITION_SEC, log_mel
+from src.data.labels import MAX_LABEL_TOKENS
 from src.inference.engine_base import Decoded, Engine, batch_samples, own_language
 from src.inference.options import DecodingOptions
 from src.inference.words import Vocabulary, Word, place_words
@@ -100,13 +102,17 @@ class CTranslate2Engine(Engine):
         frames = [max(1, len(audio) // HOP_SAMPLES) for audio in audios]
         # once for each language of the batch: CTranslate2 takes one start for all rows
         keys = [tuple(token for token in start if token != self.vocabulary.no_timestamps) for start in starts]
-        aligned = {key: self._model.align(encoded, list(key), texts, frames) for key in set(keys)}
+        # `align` adds two tokens of its own; a text that fills the decoder leaves no position for its last one
+        fitting = [tokens[: MAX_LABEL_TOKENS - 2 - len(key)] for tokens, key in zip(texts, keys, strict=True)]
+        aligned = {key: self._model.align(encoded, list(key), fitting, frames) for key in set(keys)}
         words: list[tuple[Word, ...]] = []
         for i, (tokens, key, audio) in enumerate(zip(texts, keys, audios, strict=True)):
             found, audio_sec = aligned[key][i], len(audio) / SAMPLE_RATE
             entered = dict(reversed(found.alignments))  # token -> its first position
-            entered_sec = [min(entered[at] * POSITION_SEC, audio_sec) for at in range(len(tokens) + 1 if tokens else 0)]
-            probabilities = found.text_token_probs
+            places = range(len(tokens) + 1 if tokens else 0)
+            entered_sec = [min(entered.get(at, math.inf) * POSITION_SEC, audio_sec) for at in places]
+            missing = len(tokens) - len(found.text_token_probs)
+            probabilities = [*found.text_token_probs, *found.text_token_probs[-1:] * missing]
             words.append(place_words(self.vocabulary, tokens, entered_sec=entered_sec, probabilities=probabilities))
         return words
 

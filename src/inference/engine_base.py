@@ -104,8 +104,7 @@ class Engine(ABC):
         prompt = vocabulary.prompt_tokens(options.prompt, options.hotwords, language=style, room=room - 1)
 
         given = [[*prompt, *start, *prefix] for start in starts]
-        # one position stays: the end token follows the text when words are placed
-        caps = [min(cap, MAX_LABEL_TOKENS - 1 - len(given[0])) for cap in caps]
+        caps = [min(cap, MAX_LABEL_TOKENS - len(given[0])) for cap in caps]
         rows = self._generate(encoded, given, prefix, caps, options)
         words = self._place(encoded, audios, starts, rows) if options.word_timestamps else [None] * len(rows)
         texts = [vocabulary.decode(row.tokens).strip() for row in rows]

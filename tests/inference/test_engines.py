@@ -179,6 +179,15 @@ def test_a_long_text_is_whole_in_both_engines_and_ends_at_the_cap_of_its_clip(
         assert ours == pytest.approx(theirs, abs=1e-3)
 
 
+def test_words_of_a_text_that_fills_the_decoder_are_placed(reciters: tuple[Engine, Engine]) -> None:
+    clip, options = np.zeros(16_000, dtype=np.float32), DecodingOptions(language="ka")
+    for engine in reciters:
+        tokens = engine.vocabulary.encode("one " * 444)
+        (words,) = engine.align(engine.encode([clip], 0.5), [clip], [tokens[:444]], options)
+        assert (len(words), sum(word.tokens for word in words)) == (444, 444)
+        assert words[-1].end_sec <= 1.0
+
+
 def test_the_text_before_gives_way_to_the_text_that_is_expected(reciters: tuple[Engine, Engine]) -> None:
     clip, prompt = np.zeros(480_000, dtype=np.float32), "one two three " * 100
     for engine in reciters:

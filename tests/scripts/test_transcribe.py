@@ -17,6 +17,8 @@ from scripts import transcribe
 from scripts.recordings import caption_paths, find_recordings
 from src.data.audio import SAMPLE_RATE
 from src.data.sources.catalog import SAMPLE_CLIP
+from src.inference.files.segmentation import TranscribedSegment
+from src.inference.files.transcribe import Transcription
 from src.models.export.ctranslate2 import export_ctranslate2
 from src.utils.errors import DataError
 
@@ -114,6 +116,94 @@ def test_rows_go_on_after_a_stop_and_refuse_other_settings(
     assert [row for row in output.read_text().splitlines() if "new.flac" not in row] == rows
     assert call(monkeypatch, *given) == 2
     assert "words True, now False" in capsys.readouterr().err
+
+
+def test_a_manifest_gives_each_recording_its_language(tmp_path: Path) -> None:
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("file_name,language\na.wav,German\nb.wav,cmn\nc.wav,\n")
+    recordings = find_recordings([str(manifest)])
+    assert [recording.language for recording in recordings] == ["de", "zh", None]
+    assert transcribe.languages_of(recordings) == {str(tmp_path / "a.wav"): "de", str(tmp_path / "b.wav"): "zh"}
+    manifest.write_text("file_name,lang\na.wav,klingon\n")
+    with pytest.raises(DataError, match=r"list\.csv: a\.wav: .*'klingon'"):
+        find_recordings([str(manifest)])
+
+
+def test_it_says_which_language_was_taken_and_which_texts_ended_at_a_limit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, talks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    class Inference:
+        def transcribe_iter(self, sources: list[str], *, languages: dict[str, str], **_: Any) -> Any:
+            asked.append(languages)
+            for source in sources:
+                segment = TranscribedSegment(
+                    0.0, 1.0, "你好", -0.1, None, 1.0, 0.0, None, "zh", truncated="b" in source
+                )
+                yield Transcription(source, "你好", 1.0, (segment,), language="zh")
+
+    def load(model: str, config: Any, *, workers: int | None) -> Inference:
+        asked.append(config.model.language)
+        return Inference()
+
+    monkeypatch.setattr(transcribe, "load_inference", load)
+    (talks / "day 2" / "broken.wav").unlink()
+    assert call(monkeypatch, talks, "--model", "base") == 0
+    err = capsys.readouterr().err
+    assert "languages of the recordings: Chinese (zh) 3" in err
+    assert (
+        f"1 text(s) ended at a limit of tokens; raise inference.max_tokens_per_sec, or check the language:\n  {talks}"
+        in err
+    )
+    assert asked == [None, {}]
+
+    (talks / "list.csv").write_text("file_name,language\na.wav,deu\n")
+    given = [talks / "list.csv", talks / "day 2", "--model", "base", "--language", "Mandarin Chinese"]
+    assert call(monkeypatch, *given, "--output", tmp_path / "out", "--format", "json") == 0
+    assert asked[2:] == ["zh", {str(talks / "a.wav"): "de"}]
+    err = capsys.readouterr().err
+    assert "language: Chinese (zh)" in err
+    assert "1 text(s) ended at a limit" in err
+    assert json.loads((tmp_path / "out" / "b.json").read_text())["truncated"] is True
+    assert "truncated" not in json.loads((tmp_path / "out" / "a.wav.json").read_text())
+
+    rows = tmp_path / "rows.jsonl"
+    assert call(monkeypatch, talks / "day 2", "--model", "base", "--output", rows) == 0
+    assert json.loads(rows.read_text())["truncated"] is True
+    assert "1 text(s) ended at a limit" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+def test_recordings_in_several_languages_are_whole_in_the_language_of_each(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {
+        "de": ("de", "Guten Morgen. Ich heiße Anna und ich wohne seit drei Jahren in Berlin."),
+        "hi": ("hi", "मेरे भाई ने कल शाम को बाजार से तीन किलो सेब खरीदे। हमारी शिक्षिका ने एक नई किताब खरीदी।"),
+        "zh": ("cmn", "我哥哥昨天晚上在市场上买了三公斤苹果。"),
+        "ka": ("ka", "ამინდის პროგნოზის მიხედვით ხვალ დილით ქვეყნის ჩრდილოეთით ძლიერი წვიმა იქნება. " * 3),
+    }
+    rows = ["file_name,language"]
+    for language, (voice, text) in texts.items():
+        subprocess.run(["espeak-ng", "-v", voice, "-s", "150", "-w", tmp_path / f"{language}.wav", text], check=True)
+        rows.append(f"{language}.wav,{language if language != 'de' else ''}")
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    output = tmp_path / "rows.jsonl"
+    assert call(monkeypatch, tmp_path / "list.csv", "--model", "base", "--output", output, "--words") == 0
+    found = {Path(row["source"]).stem: row for row in map(json.loads, output.read_text().splitlines())}
+    assert {stem: row["language"] for stem, row in found.items()} == {code: code for code in texts}
+    assert "Berlin" in found["de"]["text"]
+    for row in found.values():
+        assert not row["truncated"]
+        joined = "".join(" " * word.get("space", True) + word["text"] for word in row["words"]).strip()
+        assert joined == row["text"]
+    assert len(found["ka"]["segments"]) >= 3
+    assert found["ka"]["segments"][-1]["end_sec"] == pytest.approx(found["ka"]["duration_sec"], abs=0.5)
+    assert any("\u0900" <= c <= "\u097f" for c in found["hi"]["text"])
+    assert " " not in found["zh"]["text"].strip()
+    assert "limit" not in capsys.readouterr().err
 
 
 def test_every_input_is_found_once_and_in_order(talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
