@@ -107,7 +107,8 @@ class Engine(ABC):
         caps = [min(cap, MAX_LABEL_TOKENS - len(given[0])) for cap in caps]
         rows = self._generate(encoded, given, prefix, caps, options)
         words = self._place(encoded, audios, starts, rows) if options.word_timestamps else [None] * len(rows)
-        texts = [vocabulary.decode(row.tokens).strip() for row in rows]
+        # a limit may end a text within a character
+        texts = [vocabulary.decode(row.tokens).rstrip("\ufffd").strip() for row in rows]
         return [
             DecodingResult(
                 text, tuple(row.tokens), row.avg_logprob, placed, code, row.no_speech_prob, options.temperature,
