@@ -32,7 +32,7 @@ from scripts.benchmarking import load_clips, number, show
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
 from src.evaluation.latency import LatencyResult, MeasuredEngine, check_clips, describe_engine, measure_engine
-from src.evaluation.metrics import WHISPER_ENGLISH, error_rate, word_counts
+from src.evaluation.metrics import counts_characters, error_rate, headline_normalizer, word_counts
 from src.inference.torch_engine import TorchEngine
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import Config, load_config
@@ -50,8 +50,9 @@ class Measured:
     engine: str
     rounds: tuple[LatencyResult, ...]
     peer_rounds: tuple[LatencyResult, ...]
-    wer: float | None
-    peer_wer: float | None
+    rate: float | None
+    peer_rate: float | None
+    metric: str = "WER"  # of the two rates
 
     def median(self, figure: str) -> float | None:
         """Return the median over the rounds; None if the figure was not measured."""
@@ -71,6 +72,7 @@ def main() -> int:
     parser.add_argument("--variant", action="append", help="may be given several times; default: tiny.en")
     parser.add_argument("--model", type=Path, action="append", default=[], help="folder of a tuned checkpoint")
     parser.add_argument("--data", type=Path, help="Parquet in the Hugging Face audio layout; default: bundled test set")
+    parser.add_argument("--language", default="en", help="of the clips and their transcripts")
     parser.add_argument("--clips", type=int, default=100, help="at a stride over all")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=3, help="of both sides; medians are reported")
@@ -86,7 +88,9 @@ def main() -> int:
     clips = check_clips([decode_audio(utterance).numpy() for utterance in utterances])
     measured: list[Measured] = []
     for name in [*variants, *map(str, arguments.model)]:
-        config = load_config(None, overrides={"model": {"variant": name, "language": "en"}, "device": arguments.device})
+        config = load_config(
+            None, overrides={"model": {"variant": name, "language": arguments.language}, "device": arguments.device}
+        )
         measured += measure_model(config, clips, [u.text for u in utterances], arguments)
     audio_sec = sum(map(len, clips)) / SAMPLE_RATE
     note = f"{len(clips)} clips of {audio_sec / len(clips):.1f} s on average; medians of {arguments.rounds} rounds."
@@ -106,8 +110,10 @@ def measure_model(
     peer = WhisperForConditionalGeneration.from_pretrained(manager.weights.path, dtype=torch.float32)
     engines = [
         describe_engine(TorchEngine(model, processor), config),
-        peer_engine(peer.to(model.device).eval(), processor),
+        peer_engine(peer.to(model.device).eval(), processor, config.model.language),
     ]
+    normalizer = headline_normalizer(config.model.language)
+    metric = "CER" if counts_characters(normalizer) else "WER"
     measured = []
     for size in arguments.batch_sizes:
         results: dict[str, list[LatencyResult]] = {engine.name: [] for engine in engines}
@@ -117,21 +123,21 @@ def measure_model(
         rates = {
             name: None
             if found[-1].reason is not None
-            else error_rate(word_counts(references, found[-1].texts, WHISPER_ENGLISH))
+            else error_rate(word_counts(references, found[-1].texts, normalizer))
             for name, found in results.items()
         }
         measured += [
             Measured(
-                config.model.variant, size, name, tuple(found), tuple(results[PEER]), rates[name], rates[PEER],
+                config.model.variant, size, name, tuple(found), tuple(results[PEER]), rates[name], rates[PEER], metric,
             )
             for name, found in results.items()
         ]  # fmt: skip
     return measured
 
 
-def peer_engine(model: Any, processor: Any) -> MeasuredEngine:
+def peer_engine(model: Any, processor: Any, language: str | None) -> MeasuredEngine:
     """Make an engine of stock transformers: features padded to 30 s, then `generate`."""
-    spoken = {"language": "en", "task": "transcribe"} if model.generation_config.is_multilingual else {}
+    spoken = {"language": language, "task": "transcribe"} if model.generation_config.is_multilingual else {}
 
     @torch.inference_mode()
     def generate(clips: Sequence[Waveform], **limits: int) -> Any:
@@ -167,7 +173,7 @@ def row(side: Measured) -> dict[str, str]:
         "p50": number(side.median("p50_sec"), " s"),
         "p95": number(side.median("p95_sec"), " s"),
         "first token": number(side.median("first_token_sec"), " s"),
-        "WER": number(side.wer),
+        side.metric: number(side.rate),
         "speedup": number(side.speedup, " x"),
     }
 
@@ -177,9 +183,9 @@ def summarize(measured: Sequence[Measured]) -> dict[str, Any]:
     by_setting = {
         f"{side.model}, batch {side.batch_size}": {
             **{name: side.median(name) for name in FIGURES},
-            "wer": side.wer,
+            side.metric.lower(): side.rate,
             "speedup_vs_transformers": side.speedup,
-            "wer_transformers": side.peer_wer,
+            f"{side.metric.lower()}_transformers": side.peer_rate,
         }
         for side in measured
         if side.engine != PEER

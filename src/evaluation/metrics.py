@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from src.data.labels import MIN_NEW_TOKENS
-from src.inference.streaming.commit import find_loop
+from src.inference.streaming.commit import CALM_PER_SEC, find_loop
 from src.inference.words import Word, word_ranges
 from src.utils.config import Config
 from src.utils.errors import ConfigError, DataError, did_you_mean
@@ -74,7 +74,7 @@ _DROPPED = regex.compile(  # characters without a glyph; Armenian writes the mar
 _LOOSE_JOINERS = regex.compile(r"(?<![\p{L}\p{M}])[\u200C\u200D]|\u200C(?![\p{L}\p{M}])")
 _APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ´`＇՚", "'"))
 _LOOSE_APOSTROPHE = regex.compile(r"(?<![\p{L}\p{M}\p{N}])'|'(?![\p{L}\p{M}\p{N}])")
-_UNKNOWN_WORD_SEC = 1.0  # if the duration is unknown: then only long repetitions count as a loop
+_SLOWEST_WORD_SEC = 0.99 / CALM_PER_SEC  # no repetition that the reference lacks is a verse
 _CHUNK_CELLS = 5_000_000  # resampled cells held at once: 40 MB
 FloatArray = NDArray[np.float64]
 Blocks = Literal["speaker", "clip"]
@@ -680,7 +680,7 @@ def is_loop(
 
     def repeats(said: str) -> bool:
         words = [said[start:stop] for start, stop, _ in word_ranges(said)]
-        step_sec = _UNKNOWN_WORD_SEC if duration_sec is None else duration_sec / max(1, len(words))
+        step_sec = min(_SLOWEST_WORD_SEC, (math.inf if duration_sec is None else duration_sec) / max(1, len(words)))
         timed = [Word(word, i * step_sec, (i + 1) * step_sec, 1.0) for i, word in enumerate(words)]
         return find_loop(timed) is not None
 

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 import jiwer
 import numpy as np
 import pytest
+import regex
 import scipy.stats
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from src.evaluation import metrics
 from src.evaluation.metrics import PLAIN, WHISPER_BASIC, WHISPER_ENGLISH, Bootstrap, EditCounts, MetricsCalculator
 from src.utils.errors import ConfigError, DataError
+from src.utils.languages import lower
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "hat", "big", "red"]
 LOOP = "and the " * 8
@@ -393,6 +396,23 @@ def test_any_text_becomes_words_between_single_spaces(name: str, text: str) -> N
     assert normalized == " ".join(normalized.split())
     if name.startswith("plain"):
         assert metrics.get_normalizer(name)(normalized) == normalized
+
+
+WORD = st.text(st.characters(categories=["L", "M", "N"]), min_size=1, max_size=8)
+OTHERS = regex.compile(r"\p{Default_Ignorable_Code_Point}|[\u055B\u055C\u055EʼՙͺΣ\s]")
+
+
+@given(WORD)
+@example("लड़की")
+@example("كِتَابٌ")
+@example("ที่นี่")
+@example("ക്ഷേത്രം")
+@example("İstanbul")
+def test_a_word_changes_by_its_case_only(word: str) -> None:
+    plain = lower(unicodedata.normalize("NFKC", word))
+    if OTHERS.search(word + plain) is None and all(unicodedata.category(c)[0] in "LMN" for c in plain):
+        assert metrics.get_normalizer(PLAIN)(word) == plain
+        assert metrics.get_normalizer(metrics.PLAIN_UNSPACED)(word) == plain
 
 
 def test_an_alignment_of_characters_joins_to_the_normalised_texts() -> None:
