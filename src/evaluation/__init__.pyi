@@ -6,7 +6,7 @@ from .metrics import Bootstrap, MetricsCalculator
 from .report.clips import AlignmentView
 from .report.html import write_html_report
 from .report.model_card import write_model_card
-from .report.summary import comparison_table, describe_comparison, summarize_run
+from .report.summary import comparison_table, describe_comparison, headline, summarize_run
 from .slices import slice_rates
 from .streaming import ReplayClock, evaluate_stream, measure_stream, replay, time_words
 from .streams import WordAligner, add_noise, join_clips, make_stream
@@ -42,6 +42,7 @@ __all__ = [
     "evaluate_guard",
     "evaluate_stream",
     "fill_languages",
+    "headline",
     "join_clips",
     "latency_table",
     "make_stream",
