@@ -149,3 +149,37 @@ def test_set_has_the_last_word() -> None:
     assert config_of("--max-clips", 9, "--set", "data.max_test=3", "--quick").data.max_test == 3
     with pytest.raises(SystemExit):
         evaluate.parse_arguments(["--model", "tiny.en", "--stock", "base", "--no-stock"])
+
+
+@pytest.mark.slow
+def test_each_row_is_measured_in_its_own_language(
+    call: Callable[..., int], tmp_path: Path, base: Any, espeak: Callable[[str, str], bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    data, run_dir = tmp_path / "mine", tmp_path / "run"
+    data.mkdir()
+    rows = [("hi", "Hindi", "बैठक शुक्रवार को होगी"), ("cmn", "cmn", "我们今天去公园散步"),
+            ("de", "", "Wir gehen heute im Park spazieren und danach nach Hause.")]  # fmt: skip
+    lines = ["file_name,text,language"]
+    for voice, mark, text in rows:
+        (data / f"{voice}.wav").write_bytes(espeak(text, voice))
+        lines.append(f"{voice}.wav,{text},{mark}")
+    (data / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
+    assert call("--model", "base", "--no-stock", "--data", data, "--run-dir", run_dir) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads(printed.splitlines()[-1])
+    metrics = {language: list(rate) for language, rate in figures["languages"].items()}
+    assert metrics == {"hi": ["wer"], "zh": ["cer"], "de": ["wer"]}  # the model heard the German
+    assert figures["mean"] == pytest.approx(
+        sum(rate for rates in figures["languages"].values() for rate in rates.values()) / 3, abs=1e-3
+    )
+    for part in (
+        "| Chinese ",
+        "CER",
+        "plain-v2-zh",
+        "mean of 3 languages",
+        "ended at a limit",
+    ):  # of 1 token per second
+        assert part in printed
+    predictions = summarize_run(run_dir).predictions["tuned"]
+    assert {row.id.removesuffix(".wav"): row.language for row in predictions} == {"hi": "hi", "cmn": "zh", "de": "de"}

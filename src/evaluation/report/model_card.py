@@ -5,6 +5,7 @@ Its limits follow from what was measured; what was not measured is said to be so
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -73,9 +74,9 @@ def write_model_card(
     if guard is not None:
         guard_set = str((summary.guard_set or {}).get("set", "guard set"))
         results += _eval_results(guard, guard_set, guard_set.lower().replace(" ", "-"), split=None)
-    languages = list(trained["code"]) if len(trained) else _assumed_languages(result, model, str(base))
-    codes = [_HUB_CODES.get(code, code) for code in languages]
     translates = model.get("task") == "translate"
+    languages = list(trained["code"]) if len(trained) else _assumed_languages(folder, result, model, str(base))
+    codes = [_HUB_CODES.get(code, code) for code in languages]
     card = ModelCardData(
         language=codes[0] if len(codes) == 1 else codes or None,
         license=license_id,
@@ -125,11 +126,12 @@ def write_model_card(
     return folder / CARD_FILE
 
 
-def _assumed_languages(result: Row, model: Row, base: str) -> list[str]:
-    """Return the languages of a run without a data report: of the test set, else that of the settings."""
-    measured = [code for code in result.get("rates_by_language") or () if code in WHISPER_LANGUAGES]
+def _assumed_languages(folder: Path, result: Row, model: Row, base: str) -> list[str]:
+    """Return the languages of a run without a data report: of the checkpoint, of the test set, or of the settings."""
+    trained = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tokens_per_sec")
     configured = model.get("language") or ("en" if base.endswith(".en") else None)
-    return measured or ([configured] if configured in WHISPER_LANGUAGES else [])
+    named = trained or result.get("rates_by_language") or {configured}
+    return [code for code in named if code in WHISPER_LANGUAGES]
 
 
 def _eval_results(row: Row, set_name: str, set_type: str, *, split: str | None) -> list[EvalResult]:

@@ -156,6 +156,11 @@ class RunSummary:
                 f"streaming, {row['clips']} clips in {row['audio_sec']:.0f} s: {streamed.name} "
                 f"{number(streamed.rate)}, the same clips one by one {number(offline.rate)}; RTF "
                 f"{number(row['rtf'], 2)}, longest update {number(row['longest_update_sec'], 2)} s"
+                + (
+                    f"; {counted(row['truncated'], 'update')} ended at a limit of tokens"
+                    if row.get("truncated")
+                    else ""
+                )
             )
         parts.append("\n".join(str(self.run_dir / place) for place in _PLACES if (self.run_dir / place).exists()))
         return "\n\n".join(filter(None, parts))
