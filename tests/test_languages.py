@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import unicodedata
 from functools import cache
+from pathlib import Path
 
 import langcodes
 import pytest
@@ -19,7 +20,10 @@ from src.evaluation.metrics import (
     get_normalizer,
     headline_normalizer,
 )
+from src.inference.engines import load_engine
+from src.inference.files.transcribe import BatchInference
 from src.inference.words import Vocabulary, join_words, place_words
+from src.utils.config import load_config
 from src.utils.languages import UNSPACED, WHISPER_LANGUAGES, join_texts, language_name, parse_language
 
 SCRIPTS = {  # by the language whose rules they are tried with; points of some are of the script Inherited
@@ -29,6 +33,7 @@ SCRIPTS = {  # by the language whose rules they are tried with; points of some a
     "am": "Ethiopic", "zh": "Han", "ja": "Hiragana", "ko": "Hangul", "bo": "Tibetan",
 }  # fmt: skip
 TEXTS = 40  # per script
+SPEECH = Path(__file__).parent / "data" / "speech"
 _MARKS = {"Arabic": "\u064b\u064c\u064d\u064e\u064f\u0650\u0651\u0652", "Latin": "\u0301\u0308\u0323"}
 
 
@@ -138,3 +143,17 @@ def test_every_language_is_known_by_its_codes_and_its_name(code: str) -> None:
     marks = {code, code.upper(), language_name(code), language.display_name(), language.to_alpha3()}
     marks.add(language.to_alpha3(variant="B"))
     assert {mark: parse_language(mark) for mark in marks} == dict.fromkeys(marks, code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["torch", "ctranslate2"])
+def test_stock_base_hears_the_language_of_real_speech(engine: str, base: tuple[object, object]) -> None:
+    """Prompts in which an operator is promised; see tests/data/speech/README.md."""
+    said = {"es": "representantes", "fr": "représentant", "it": "operator", "ru": "операторы заняты"}
+    config = load_config(None, overrides={"device": "cpu", "model": {"variant": "base", "language": "auto"}})
+    chosen = {} if engine == "torch" else {"engine": load_engine("base", config)}
+    inference = BatchInference(*base, config) if not chosen else BatchInference(config=config, **chosen)
+    found = inference.transcribe_batch([SPEECH / f"{code}.ogg" for code in said])
+    assert [each.language for each in found] == list(said)
+    for word, each in zip(said.values(), found, strict=True):
+        assert word in each.text.lower()
