@@ -38,6 +38,7 @@ from src.evaluation import MetricsCalculator
 from src.inference import BatchInference, load_engine
 from src.inference.ct2_engine import ct2_folder
 from src.utils import Config, load_config
+from src.utils.errors import AudioError
 
 PROMPTS = (  # sentences among the voice prompts of Asterisk
     "conf-usermenu", "demo-abouttotry", "demo-congrats", "dir-intro", "queue-periodic-announce", "tt-allbusy",
@@ -207,7 +208,11 @@ def join(lines: Sequence[tuple[Path, str]]) -> Clip | None:
     pieces: list[Waveform] = []
     texts: list[str] = []
     for path, text in lines:
-        pieces += [load_audio(path), np.zeros(round(PAUSE_SEC * SAMPLE_RATE), np.float32)]
+        try:
+            audio = load_audio(path)
+        except AudioError:  # some are headers without sound
+            continue
+        pieces += [audio, np.zeros(round(PAUSE_SEC * SAMPLE_RATE), np.float32)]
         texts.append(text)
         if sum(map(len, pieces)) >= MONOLOGUE_SEC * SAMPLE_RATE:
             return Clip(np.concatenate(pieces), " ".join(texts))
