@@ -36,11 +36,12 @@ from src.inference.streaming.session import StreamingASR
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import Config, load_config
 from src.utils.figures import save_figure
+from src.utils.languages import parse_language
 
 POLICIES = ("alignatt", "local_agreement", "chunk_merge")
 FIGURES = {  # of the last line: the key in `measure_stream`'s row
-    "wer_offline": "offline_wer",
-    "wer_streaming": "wer",
+    "wer_offline": "offline_rate",
+    "wer_streaming": "rate",
     "commit_p50_sec": "commit_aware_p50_sec",
     "commit_p95_sec": "commit_aware_p95_sec",
     "unaware_p50_sec": "commit_unaware_p50_sec",
@@ -96,6 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stock", default="tiny.en", help="weights to compare with, padded to 30 s")
     parser.add_argument("--aligner", default="base", help="weights that place the words of the transcripts")
     parser.add_argument("--data", type=Path, help="Parquet in the Hugging Face audio layout; default: bundled test set")
+    parser.add_argument("--language", default="en", help="of the speech, code or name; default: %(default)s")
     parser.add_argument("--clips", type=int, default=40, help="at a stride over all")
     parser.add_argument("--minutes", type=float, default=10.0, help="of the long stream")
     parser.add_argument("--device", default="cpu", help="cuda measures a GPU; the aligner runs there too")
@@ -114,6 +116,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-record", action="store_true", help="print only")
     parser.add_argument("--quick", action="store_true", help="under a minute: the default system, a few clips")
     arguments = parser.parse_args()
+    arguments.language = parse_language(arguments.language)
     if arguments.quick:
         arguments.clips, arguments.minutes, arguments.aligner = 6, 0.5, arguments.stock
         arguments.policies = arguments.policies[:1]
@@ -124,7 +127,7 @@ def config_for(arguments: argparse.Namespace, policy: str) -> Config:
     """Return the configuration of a policy."""
     overrides: dict[str, Any] = {
         "device": arguments.device,
-        "model": {"language": "en"},
+        "model": {"language": arguments.language},
         "streaming": {"policy": policy},
     }
     return load_config(None, overrides=overrides | dict(map(parse_setting, arguments.set)))
@@ -133,10 +136,11 @@ def config_for(arguments: argparse.Namespace, policy: str) -> Config:
 def streams(arguments: argparse.Namespace) -> tuple[Measured, Measured, Measured]:
     """Return the clean, the long and the noisy stream."""
     manager = WhisperModelManager(
-        load_config(None, overrides={"device": arguments.device, "model": {"language": "en"}})
+        load_config(None, overrides={"device": arguments.device, "model": {"language": arguments.language}})
     )
-    aligner = WordAligner(*manager.initialize_model(arguments.aligner))
-    clips = [aligner.align(utterance) for utterance in [*load_clips(arguments.data, arguments.clips), PUBLIC_CLIP]]
+    aligner = WordAligner(*manager.initialize_model(arguments.aligner), language=arguments.language)
+    public = [PUBLIC_CLIP] if arguments.language == "en" else []
+    clips = [aligner.align(utterance) for utterance in [*load_clips(arguments.data, arguments.clips), *public]]
     gap_sec = 5.0 if arguments.quick else 60.0
     clean = join_clips(clips, name="clips with pauses", seed=0)
     long = join_clips(clips, name=f"{arguments.minutes:g} min", seed=1, duration_sec=60 * arguments.minutes)
@@ -152,7 +156,8 @@ def measure(measured: Measured, engine: Engine, name: str, config: Config) -> No
     clock = ReplayClock()
     session = StreamingASR(engine=engine, vad=VoiceActivityDetector(config.vad), config=config, clock=clock)
     result, ended_at = replay(session, stream.audio, clock)
-    measured.metrics[name] = measure_stream(stream, result, ended_at=ended_at, offline=offline)
+    language = config.model.language
+    measured.metrics[name] = measure_stream(stream, result, ended_at=ended_at, offline=offline, language=language)
     measured.timings[name] = time_words(stream, result.events, on_clock=True)
     row = table_row(name, measured.metrics[name])
     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
@@ -169,8 +174,8 @@ def table_row(name: str, row: dict[str, Any]) -> dict[str, str]:
 
     return {
         "system": name,
-        "WER %": f"{percent('wer')} [{percent('wer_low')}, {percent('wer_high')}]",
-        "offline %": percent("offline_wer"),
+        f"{row['metric']} %": f"{percent('rate')} [{percent('low')}, {percent('high')}]",
+        "offline %": percent("offline_rate"),
         "S/D/I": f"{row['substitutions']}/{row['deletions']}/{row['insertions']}",
         "commit p50": seconds("commit_aware_p50_sec"),
         "p95": seconds("commit_aware_p95_sec"),

@@ -82,7 +82,7 @@ def make_server(arguments: argparse.Namespace) -> CaptionServer:
     return CaptionServer(make_session, limits=limits, token=token, origins=arguments.origin)
 
 
-def session_factory(engine: Engine, vad: VoiceActivityDetector, config: Config) -> SessionFactory:
+def session_factory(engine: Engine, vad: VoiceActivityDetector | None, config: Config) -> SessionFactory:
     """Return what makes a session for a mark of a language, "auto" to detect it, None for that of `config`."""
     languages = engine.vocabulary.languages or {"en"}
 

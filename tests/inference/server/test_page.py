@@ -24,6 +24,7 @@ from src.data.sources.catalog import SAMPLE_CLIP
 from src.inference.engines import load_engine
 from src.inference.files.segmentation import TranscribedSegment
 from src.inference.files.transcribe import Transcription, Transcriptions
+from src.inference.options import DecodingOptions
 from src.inference.server.host import LiveHost, ServerLimits
 from src.inference.server.page import Demo, LiveTabs, _InTurns, launch_demo, read_upload
 from src.inference.server.protocol import write_samples
@@ -32,6 +33,7 @@ from src.inference.words import Word, join_words
 from src.utils.config import load_config
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError, ModelError
 from tests.browser import CHROMIUM, CONTRASTS, READABLE
+from tests.inference.scripted import ScriptedEngine
 from tests.inference.test_captions import parsed
 
 MICROPHONE = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
@@ -312,6 +314,27 @@ class TestInABrowser:
                 assert " ".join(line for *_, lines in cues for line in lines) == text
                 page.locator(".clear").click()
                 assert text not in page.locator(".page").inner_text()
+
+    def test_a_script_without_spaces_is_shown_without_spaces(self, browsers: list[Browser]) -> None:
+        said = "今天天气很好我们去公园明天下雨请大家带伞"
+
+        def hear(audio: Waveform, options: DecodingOptions) -> list[Word]:
+            text = said[: round(2 * len(audio) / SAMPLE_RATE)] if audio.any() else ""
+            return [Word(char, i / 2, (i + 1) / 2, 0.9, space=False) for i, char in enumerate(text)]
+
+        engine: Any = ScriptedEngine(hear, languages=("en", "zh"), detect=lambda audio: ("zh", 0.95))
+        config = load_config(None, overrides={"device": "cpu"})
+        with launch_demo(models={"tuned": engine}, config=config) as demo, opened(browsers[0], demo) as page:
+            page.locator(".toggle").click()
+            page.locator(".word").nth(5).wait_for()
+            page.locator(".toggle").click()
+            page.locator(".live .files").wait_for()
+            shown = page.locator(".page").text_content() or ""
+            assert shown == said[: len(shown)]
+            assert len(shown) > 5
+            assert page.locator(".count").inner_text() == str(page.locator(".word").count()) == str(len(shown))
+            assert page.locator(".language").inner_text() == "Chinese"
+            assert "".join(line for *_, lines in parsed(captions_of(page, ".live .srt")) for line in lines) == shown
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     def test_every_text_has_the_contrast_of_wcag_aa(self, browsers: list[Browser], demo: Demo, scheme: str) -> None:

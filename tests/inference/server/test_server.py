@@ -484,6 +484,19 @@ def test_the_scripts_stream_a_file_until_the_server_is_told_to_stop(
     assert (tmp_path / "talk.srt").read_text().splitlines()[2].startswith("3.0 3.1")
 
 
+def test_a_client_names_its_language_by_any_mark_or_has_it_detected() -> None:
+    engine: Any = ScriptedEngine(hear, languages=("de", "en", "zh"))
+    for own, marks in (
+        ("en", {None: "en", "German": "de", "deu": "de", "yue": "zh", "auto": None}),
+        (None, {None: None}),
+    ):
+        make_session = serve.session_factory(engine, None, load_config(None, overrides={"model.language": own}))
+        assert {mark: make_session(mark).language for mark in marks} == marks
+        for unknown in ("xx", "fr"):
+            with pytest.raises(ConfigError, match=unknown):
+                make_session(unknown)
+
+
 def test_a_terminal_shows_what_may_change_dim_and_clears_it() -> None:
     kinds = ("commit", "partial", "final")
     events = [Event(kind, (Word("so", 0.0, 0.4, 0.9),), "s\x1bo", 1.0, 0.0, 0) for kind in kinds]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.data.audio import SAMPLE_RATE, Waveform
+from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.vad import VADEvent, VoiceActivityDetector
 from src.inference.engine_base import DecodingResult
 from src.inference.engines import load_engine
@@ -24,6 +24,7 @@ from src.inference.torch_engine import TorchEngine
 from src.inference.words import Word, join_words
 from src.utils.config import VADConfig, load_config
 from src.utils.errors import AudioError, ModelError
+from src.utils.languages import graphemes
 from tests.inference.scripted import ScriptedEngine
 
 
@@ -517,3 +518,31 @@ class TestOnRealEngines:
             silence = np.zeros(round(silence_sec * SAMPLE_RATE), dtype=np.float32)
             heard = self.listen(engine, np.insert(jfk[: self.PHRASE], round(2.8 * SAMPLE_RATE), silence))
             assert " ".join(word for word, _ in heard) == "and so my fellow americans ask not"
+
+    @pytest.mark.parametrize(("voice", "code", "text"), [
+        ("ja", "ja", "あしたの あさ、きたの ほうで おおあめが ふるそうです。"),
+        ("cmn-latn-pinyin", "zh", "wo3 ge1ge5 zuo2tian1 wan3shang5 zai4 shi4chang3 shang5 mai3 le5 ping2guo3"),
+    ])  # fmt: skip
+    def test_commits_without_spaces_are_the_text(
+        self, base: Any, espeak: Callable[[str, str], bytes], voice: str, code: str, text: str
+    ) -> None:
+        audio = load_audio(espeak(text, voice))
+        overrides: dict[str, Any] = {"device": "cpu", "model.language": code}
+        engine = TorchEngine(*base)
+        (offline,) = engine.decode(engine.encode([audio], 0.5), [audio], DecodingOptions(language=code))
+        # a beginning that is forced ends within a run of characters, and nothing comes between
+        beginning = offline.text[: len(offline.text) // 2]
+        given = DecodingOptions(language=code, prefix=beginning, word_timestamps=True)
+        (forced,) = engine.decode(engine.encode([audio], 0.5), [audio], given)
+        assert join_words(forced.words or ()) == forced.text
+        assert forced.text.startswith(beginning)
+        assert not forced.text.startswith(f"{beginning} ")
+        # all at once is the text of the clip; piece by piece commits are the transcript
+        for chunk_sec in (5.0, 1.0):
+            config = load_config(None, overrides={**overrides, "streaming.min_chunk_sec": chunk_sec})
+            asr = StreamingASR(engine=engine, vad=None, config=config)
+            events = asr.feed(audio) + asr.flush()
+            assert joined(event for event in events if event.kind == "commit") == asr.transcript
+            assert all(len(graphemes(word.text.strip("、。，"))) == 1 or word.text.isascii() for word in asr.words)
+            if len(audio) < chunk_sec * SAMPLE_RATE:
+                assert asr.transcript == offline.text
