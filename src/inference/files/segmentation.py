@@ -313,7 +313,8 @@ def decode_windows(
             more = _filled(held[:0], coming, CONTEXT_SAMPLES)
             if not len(more):
                 break
-            held, speech = np.concatenate([held, more]), np.concatenate([speech, speech_of(more, vad)])
+            early = more[: round(DETECTION_LOOK_SEC * SAMPLE_RATE)]  # an array comes as one block
+            held, speech = np.concatenate([held, more]), np.concatenate([speech, speech_of(early, vad)])
         if len(speech):
             options = replace(options, language=hear_language(engine, speech, options, name))
     start = 0  # of what is held, in samples of the recording

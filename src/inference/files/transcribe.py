@@ -227,7 +227,11 @@ class BatchInference:
         with tqdm(total=total, desc="transcribing", unit="file", disable=total == 1) as bar:
             for recording in by_mode(sources, languages, options, on_error):
                 bar.update()
-                yield recording.joined(words=word_timestamps)
+                done = recording.joined(words=word_timestamps)
+                if done.truncated:
+                    cut_off = [f"{segment.start_sec:.1f} s" for segment in done.segments if segment.truncated]
+                    logger.warning("%s: texts from %s ended at a limit of tokens", done.source, ", ".join(cut_off[:5]))
+                yield done
 
     def _one_by_one(
         self, sources: Sources, languages: Mapping[str, str], options: DecodingOptions, on_error: str
