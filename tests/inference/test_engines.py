@@ -117,6 +117,19 @@ def test_multilingual_clips_are_detected_and_aligned_row_by_row(base: Any, tmp_p
     speech, _ = transcribe(CTranslate2Engine(folder), [jfk, silence], DecodingOptions(word_timestamps=True))
     assert speech.language == "en"
     assert (speech.words or ())[-1].text.strip(".") == "country"
+    options = DecodingOptions(word_timestamps=True)
+    for engine in (CTranslate2Engine(folder), TorchEngine(*base)):
+        encoded = engine.encode([jfk, jfk], 0.5)
+        (code, probability), _ = engine.detect(encoded)
+        assert code == "en"
+        assert 0.8 < probability < 1
+        english, german = engine.decode(encoded, [jfk, jfk], options, languages=["en", "de"])
+        assert (english.language, german.language) == ("en", "de")
+        assert english.text != german.text
+        (alone,) = transcribe(engine, [jfk], replace(options, language="en"))
+        assert english.text == alone.text
+        times, expected = ([word.end_sec for word in result.words or ()] for result in (english, alone))
+        assert times == pytest.approx(expected, abs=0.05)
 
 
 GEORGIAN = (
