@@ -1,10 +1,11 @@
-"""Export a checkpoint for another tool; it is kept only if it gives the source's text on five bundled clips.
+"""Export a checkpoint for another tool; it is kept only if it transcribes a few clips as the source does.
 
     python scripts/export.py --model checkpoints/best_model_hf --format ct2 --output exports/ct2
     python scripts/export.py --model tiny.en --format onnx --quantization int8 --output exports/onnx
 
-hf is for transformers, ct2 for CTranslate2 and faster-whisper, onnx for ONNX Runtime, Optimum and transformers.js. The
-last line printed is the folder; an error is one line, with exit code 2.
+The clips are those of your data that training kept in the folder, else five bundled English ones. hf is for
+transformers, ct2 for CTranslate2 and faster-whisper, onnx for ONNX Runtime, Optimum and transformers.js. The last line
+printed is the folder; an error is one line, with exit code 2.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from scripts.command_line import check_model_path
 from src.models.export.ctranslate2 import export_ctranslate2
 from src.models.export.huggingface import export_huggingface
 from src.models.export.onnx import export_onnx, require_onnx
+from src.models.export.verify import load_clips
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import load_config
 from src.utils.errors import ModelError, WhisperASRError
@@ -66,12 +68,15 @@ def export(model: str, target: str, quantization: str | None, output: Path) -> P
     if target == "onnx":
         require_onnx()  # before minutes of download
     check_model_path(model)
-    source, processor = WhisperModelManager(load_config(None, overrides={"device": "cpu"})).initialize_model(model)
-    options: dict[str, Any] = {} if quantization is None else {"quantization": quantization}
+    manager = WhisperModelManager(load_config(None, overrides={"device": "cpu"}))
+    source, processor = manager.initialize_model(model)
+    assert manager.weights is not None  # of a model that is loaded
+    clips = load_clips(manager.weights.path)
     if target == "hf":
-        return export_huggingface(source, processor, output)
+        return export_huggingface(source, processor, output, verify_clips=clips)
+    options: dict[str, Any] = {} if quantization is None else {"quantization": quantization}
     convert = export_ctranslate2 if target == "ct2" else export_onnx
-    return convert(source, output, processor=processor, **options)
+    return convert(source, output, processor=processor, verify_clips=clips or None, **options)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     python scripts/find_alignment_heads.py --model checkpoints/best_model_hf --write
     python scripts/find_alignment_heads.py --model FOLDER --data FILE.parquet --language de --write
 
-Without `--data` they are found with bundled English speech; give a model of another language its own. `--write` puts
-them into the folder's generation_config.json, for torch, transformers and every later export to CTranslate2. The last
-line printed is one JSON object; an error is one line, with exit code 2.
+Without `--data` they are found with bundled English speech; give a model of another language its own, in which each
+clip may say its language. `--write` puts them into the folder's generation_config.json, for torch, transformers and
+every later export to CTranslate2. The last line printed is one JSON object; an error is one line, with exit code 2.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from scripts.command_line import check_model_path
 from scripts.evaluate import source_of
 from src.data.audio import load_audio
 from src.data.labels import apply_case, resolve_case
+from src.data.preparation import with_language
 from src.data.sources.catalog import load_utterances
 from src.data.utterance import SPLIT_NAMES, Utterance
 from src.inference.alignment_heads import DEFAULT_COUNT, HeadSearch, find_alignment_heads, write_alignment_heads
@@ -41,7 +42,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a checkpoint, or a name such as tiny.en")
     parser.add_argument("--data", type=Path, help="Parquet file, or a folder with audio and metadata.csv")
-    parser.add_argument("--language", help="of the data, for multilingual models; detected by default")
+    parser.add_argument("--language", help="of clips that do not say theirs; by default the checkpoint's, or detected")
     parser.add_argument("--clips", type=int, default=DEFAULT_CLIPS, help="to search with, at a stride over all")
     parser.add_argument("--count", type=int, default=DEFAULT_COUNT, help="heads at most")
     parser.add_argument("--device", default="auto")
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> HeadSearch:
     """Find, print, and write if asked."""
     check_model_path(arguments.model)
     overrides = {"device": arguments.device, "data.source": "sample", "data.sources": []}
+    overrides["model.language"] = arguments.language
     if arguments.data is not None:
         overrides |= {"data.source": source_of(arguments.data), "data.path": str(arguments.data)}
     config = load_config(None, overrides=overrides)
@@ -84,7 +86,8 @@ def run(arguments: argparse.Namespace) -> HeadSearch:
         [load_audio(clip.audio, name=clip.audio_name, max_sec=MAX_AUDIO_SEC) for clip in clips],
         [clip.text for clip in clips],
         count=arguments.count,
-        language=arguments.language or ("en" if arguments.data is None else None),
+        language=config.model.language,
+        languages=[clip.language for clip in clips],
     )
     print("\n".join(describe(found)))
     if arguments.write:
@@ -96,9 +99,9 @@ def choose_clips(config: Config, count: int) -> list[Utterance]:
     """Take clips at a stride, but none of a test split, and recase their transcripts where they are all capitals."""
     listed = load_utterances(config.data)
     usable = [clip for clip in listed if SPLIT_NAMES.get(str(clip.meta.get("split")).lower()) != "test"] or listed
-    taken = usable[:: max(1, len(usable) // count)][:count]
+    taken = [with_language(clip, config.model) for clip in usable[:: max(1, len(usable) // count)][:count]]
     case = resolve_case([clip.text for clip in taken], config.data.label_case)
-    return [replace(clip, text=apply_case(clip.text, case)) for clip in taken]
+    return [replace(clip, text=apply_case(clip.text, case, clip.language)) for clip in taken]
 
 
 def describe(found: HeadSearch) -> list[str]:

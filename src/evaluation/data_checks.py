@@ -6,8 +6,6 @@ A model of full context encodes 30 s for each clip, so both look at a few clips,
 from __future__ import annotations
 
 import logging
-import unicodedata
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -41,7 +39,7 @@ from src.inference.words import Vocabulary
 from src.models.dynamic_context import evaluation_mode
 from src.utils.config import Config
 from src.utils.errors import DataError, ModelError
-from src.utils.languages import UNSPACED, WHISPER_LANGUAGES, language_name, text_language
+from src.utils.languages import UNSPACED, language_name, text_language
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +55,7 @@ def fill_languages(splits: DatasetSplits, model: Any, processor: Any, config: Co
     """Give rows that do not say their language the one that a model hears in them; all others stay as they are.
 
     It hears at most `HEARD_CLIPS` of those rows, chosen by hash, and one language is chosen for all of them in every
-    split: by the sum of its log-probabilities, among the languages of the transcripts' script (base hears Urdu in
-    Hindi). English-only models hear nothing but English.
+    split: by the sum of its log-probabilities. English-only models hear nothing but English.
     """
     unmarked = [u for u in splits.utterances if u.language is None]
     if not unmarked:
@@ -67,10 +64,8 @@ def fill_languages(splits: DatasetSplits, model: Any, processor: Any, config: Co
     if Vocabulary.of(processor.tokenizer).multilingual:
         chosen = hashed_choice(unmarked, HEARD_CLIPS, config.seed)
         heard = measure_languages(model, processor, chosen, config)
-        if config.model.task == "transcribe":
-            written = _languages_of_script([u.text for u in chosen])
-            heard = heard[[code for code in heard.columns if code in written] or heard.columns]
-        spoken = str(heard.sum().idxmax())
+        total = heard.sum()
+        spoken = str(total.idxmax())
         agreeing = int((heard.idxmax(axis=1) == spoken).sum())
         found = f"{count_clips(len(unmarked))} without a language: taken as {language_name(spoken)} ({spoken})"
         found += f", which the model hears in {agreeing} of {len(chosen)}"
@@ -83,23 +78,6 @@ def fill_languages(splits: DatasetSplits, model: Any, processor: Any, config: Co
         for name, part in splits.parts.items()
     }
     return replace(splits, **filled).with_label_case(config.data.label_case)  # capitals depend on the language
-
-
-# languages that Whisper knows in scripts other than Latin, by the first word of the names of their letters
-_SCRIPTS = {
-    "CJK": "zh yue ja", "HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko", "THAI": "th", "LAO": "lo", "KHMER": "km",
-    "MYANMAR": "my", "TIBETAN": "bo", "DEVANAGARI": "hi mr ne sa", "BENGALI": "bn as", "GURMUKHI": "pa",
-    "GUJARATI": "gu", "TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn", "MALAYALAM": "ml", "SINHALA": "si",
-    "ARABIC": "ar fa ur ps sd", "HEBREW": "he yi", "GREEK": "el", "ARMENIAN": "hy", "GEORGIAN": "ka",
-    "ETHIOPIC": "am", "CYRILLIC": "ru uk be bg sr mk kk tg tt ba mn uz az tk",
-}  # fmt: skip
-
-
-def _languages_of_script(texts: Sequence[str]) -> set[str]:
-    """Return the languages that are written in the script of most letters of texts; all for Latin."""
-    scripts = Counter(unicodedata.name(c, "").split(" ")[0] for text in texts for c in text if c.isalpha())
-    most = next((script for script, _ in scripts.most_common(1)), "")
-    return set(_SCRIPTS[most].split() if most in _SCRIPTS else WHISPER_LANGUAGES)
 
 
 @torch.inference_mode()

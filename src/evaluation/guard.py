@@ -127,7 +127,7 @@ def _recase(utterances: Sequence[Utterance]) -> list[Utterance]:
         language: resolve_case([u.text for u in utterances if u.language == language], "auto")
         for language in {u.language for u in utterances}
     }
-    return [replace(u, text=apply_case(u.text, cases[u.language])) for u in utterances]
+    return [replace(u, text=apply_case(u.text, cases[u.language], u.language)) for u in utterances]
 
 
 def _identity(utterance: Utterance) -> tuple[str, str]:

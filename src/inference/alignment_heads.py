@@ -65,6 +65,7 @@ def find_alignment_heads(
     *,
     count: int = DEFAULT_COUNT,
     language: str | None = None,
+    languages: Sequence[str | None] | None = None,
 ) -> HeadSearch:
     """Find the heads of a model that follow the audio.
 
@@ -74,7 +75,8 @@ def find_alignment_heads(
         audios: (T,) float32 each, 16 kHz, at most 30 s; a handful of clips is enough.
         texts: what is said in each; the model's own transcripts by default. Clips without text are left out.
         count: maximum number of heads; fewer where fewer score at least 0.3 of the best.
-        language: of the clips; detected by default (multilingual models).
+        language: of the clips; the checkpoint's own by default, else detected (multilingual models).
+        languages: of each clip, where it is known; it comes before `language`.
     """
     if texts is not None and len(texts) != len(audios):
         raise DataError(f"alignment heads: {len(audios)} clips, but {len(texts)} texts; pass one for each")
@@ -84,11 +86,12 @@ def find_alignment_heads(
         clips: list[dict[str, Any]] = []
         for index, audio in enumerate(audios):
             encoded = engine.encode([audio], options.trailing_silence_sec)
+            given = None if languages is None else [languages[index]]
             if texts is None:
-                (heard,) = engine.decode(encoded, [audio], options)
+                (heard,) = engine.decode(encoded, [audio], options, languages=given)
                 tokens, spoken = list(heard.tokens), heard.language
             else:
-                (spoken,) = engine.languages(encoded, 1, options)
+                (spoken,) = engine.languages(encoded, 1, options, given=given)
                 tokens = engine.vocabulary.encode(texts[index], language=spoken)
             start = engine.vocabulary.start_sequence(spoken, options.task, timestamps=False)
             room = model.config.max_target_positions - len(start)

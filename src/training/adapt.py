@@ -40,6 +40,7 @@ from src.models.dynamic_context import DynamicWhisper
 from src.training.updates import build_optimizer, build_schedule, default_learning_rate
 from src.utils.config import Config
 from src.utils.errors import ConfigError, DataError, ModelError
+from src.utils.languages import parse_language
 from src.utils.runtime import choose_precision
 
 logger = logging.getLogger(__name__)
@@ -216,7 +217,8 @@ def _load(item: AudioItem, index: int, seed: int) -> Clip:
     share, place = torch.rand(2, generator=batch_generator(seed, _CUT_STREAM, index)).tolist()
     if share < CUT_SHARE and len(samples) > MIN_CUT_SAMPLES:
         samples = samples[: MIN_CUT_SAMPLES + math.floor(place * (len(samples) - MIN_CUT_SAMPLES))]
-    return Clip(index, name, samples, item.language if isinstance(item, Utterance) else None)
+    language = parse_language(item.language) if isinstance(item, Utterance) and item.language else None
+    return Clip(index, name, samples, language)
 
 
 def _pad(batch: Sequence[Clip], draws: torch.Generator) -> Tensor:

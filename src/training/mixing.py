@@ -20,6 +20,7 @@ from src.evaluation.evaluator import ModelEvaluator
 from src.evaluation.report.summary import describe_mix
 from src.models.dynamic_context import DynamicWhisper, get_audio_context
 from src.models.export.huggingface import export_huggingface
+from src.models.export.verify import choose_clips
 from src.utils.config import Config
 from src.utils.errors import ModelError
 from src.utils.runtime import broadcast_object, is_main_process, wait_for_all
@@ -124,7 +125,8 @@ def choose_mix(
     logger.log(logging.WARNING if result.keep_stock else logging.INFO, "%s", result.describe())
     if output_dir is not None and 0 < best_share < 1:
         if is_main_process():
-            export_huggingface(model, processor, output_dir, provenance={"mix": rows})
+            clips = choose_clips(val_loader, config.seed)
+            export_huggingface(model, processor, output_dir, provenance={"mix": rows}, verify_clips=clips)
         wait_for_all()
         result = replace(result, saved_to=output_dir)
     return result

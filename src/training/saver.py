@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from src.data.loader import SpeechLoader
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export.huggingface import ADAPTERS_FILE, export_huggingface, read_provenance
+from src.models.export.verify import SpokenClip
 from src.training import checkpoint as checkpoints
 from src.training import state as run_state
 from src.training.checkpoint import CheckpointStore, ResumeReport, TrainingState, WholeCheckpoint, verify_checkpoint
@@ -40,7 +41,8 @@ FLUSH_TIMEOUT_SEC = 600.0  # the longest wait for the mirror at the end of train
 class RunSaver:
     """Saves and restores one run; in all processes, of which the main one, with an experiment, writes.
 
-    `whole_model` returns the plain model: the model itself, or a copy if it is sharded.
+    `whole_model` returns the plain model: the model itself, or a copy if it is sharded. `verify_clips` returns speech
+    that the best model's folder keeps, to verify exports with.
     """
 
     def __init__(
@@ -52,11 +54,12 @@ class RunSaver:
         updater: Updater,
         accelerator: Accelerator,
         loader: SpeechLoader,
+        verify_clips: Callable[[], Sequence[SpokenClip]],
         experiment: ExperimentLogger | None,
         whole_model: Callable[[], DynamicWhisper],
     ) -> None:
         self._config, self._processor, self._loader, self._experiment = config, processor, loader, experiment
-        self._model, self._whole_model = model, whole_model
+        self._model, self._whole_model, self._verify_clips = model, whole_model, verify_clips
         self._optimizer, self._updater, self._accelerator = optimizer, updater, accelerator
         self._frozen = run_state.frozen_digest(model)
         self._saved_at_sec = time.monotonic()
@@ -178,7 +181,10 @@ class RunSaver:
         adapters = run_state.model_tensors(whole) if has_adapters(whole) else None
         try:
             plain = merged_model(whole)
-            export_huggingface(plain, self._processor, self.best_model_dir, provenance=made, adapters=adapters)
+            export_huggingface(
+                plain, self._processor, self.best_model_dir, provenance=made, adapters=adapters,
+                verify_clips=self._verify_clips(),
+            )  # fmt: skip
         except (OSError, SafetensorError) as err:
             raise CheckpointError(
                 f"{self.best_model_dir}: cannot be written: {err}. The last checkpoint is whole: free space and resume"

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,10 +24,11 @@ from tqdm.auto import tqdm
 from src.data.loader import SpeechLoader, batch_generator
 from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
 from src.models.dynamic_context import DynamicWhisper
+from src.models.export.verify import choose_clips
 from src.training.checkpoint import ResumeReport, WholeCheckpoint
 from src.training.inputs import TrainingInputs, load_or_time_words
 from src.training.loss import TokenLoss
-from src.training.methods import has_adapters, merged_model, prepare_model, shard_model
+from src.training.methods import has_adapters, merged_model, prepare_model, record_languages, shard_model
 from src.training.saver import RunSaver
 from src.training.state import Progress
 from src.training.updates import Updater, build_optimizer, build_schedule, count_updates, default_learning_rate
@@ -74,6 +76,7 @@ class WhisperTrainer:
         self.config, self.processor, self.model = config, processor, model
         self._train_loader, self._val_loader = train_loader, val_loader
         model.audio_context = config.model.audio_context
+        record_languages(model, train_loader.dataset, config.model.task)
         runtime.set_seed(config.seed)
         self._accelerator = _make_accelerator(model, config)
         words = None
@@ -108,8 +111,8 @@ class WhisperTrainer:
         self._progress = runtime.broadcast_object(Progress())  # its training_id is drawn: one for all processes
         self._updater = Updater(self._loss, self._optimizer, self._accelerator, inputs, config.training)
         self._saver = RunSaver(
-            config, model, processor, self._optimizer, self._updater, self._accelerator, train_loader, self.experiment,
-            self._whole_model,
+            config, model, processor, self._optimizer, self._updater, self._accelerator, train_loader,
+            cache(partial(choose_clips, val_loader, config.seed)), self.experiment, self._whole_model,
         )  # fmt: skip
 
     @property

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,19 @@ def test_targets_are_over_the_real_audio_and_kept_while_there_is_room(
     assert not first.is_finished
     assert processor.tokenizer.decode(first.tokens) == "<|startoftranscript|><|notimestamps|>"
     assert teacher.finished == {0: False}
+
+
+def test_the_teacher_writes_each_clip_in_its_language(
+    small: tuple[Any, Any], clips: list[Utterance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    decode = adapt.decode
+    monkeypatch.setattr(
+        adapt, "decode", lambda *args, languages, **options: asked.extend(languages) or decode(*args, **options)
+    )
+    audio = [replace(clips[0], language="deu"), decode_audio(clips[1]).numpy()]
+    adapt_context(small[0], audio, processor=small[1], steps=1, batch_size=2)
+    assert sorted(asked, key=str) == [None, "de"]
 
 
 def test_the_same_seed_gives_the_same_weights(small: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from src.training.methods import (
     has_adapters,
     merged_model,
     prepare_model,
+    record_languages,
     shard_model,
     trainable,
 )
@@ -240,3 +242,27 @@ def test_what_does_not_go_with_shards_is_refused(
     small[0].config.decoder_layerdrop = 0.1 if named == "decoder_layerdrop" else 0.0
     with pytest.raises(error, match=named):
         check_shardable(small[0], TrainingConfig(**settings), precision)
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "language", "rates"),
+    [
+        ([("hi", 40, 2.0), ("hi", 60, 2.0)], "transcribe", "hi", {"ta": 20.0, "hi": 45.0}),
+        ([("hi", 40, 2.0), ("en", 8, 4.0)], "transcribe", None, {"ta": 20.0, "hi": 30.0, "en": 3.0}),
+        ([("hi", 8, 4.0)], "translate", "hi", {"ta": 20.0, "en": 3.0}),
+    ],
+)
+def test_a_model_says_the_languages_and_rates_of_its_training_data(
+    small: Any, rows: Any, task: str, language: str | None, rates: dict[str, float]
+) -> None:
+    model = small[0]
+    model.config.tokens_per_sec = {"ta": 20.0}  # of an earlier training
+    utterances = [SimpleNamespace(language=code, duration_sec=seconds) for code, _, seconds in rows]
+    dataset: Any = SimpleNamespace(utterances=utterances, tokens=[(0,) * count for _, count, _ in rows])
+    record_languages(model, dataset, task)
+    assert model.config.tokens_per_sec == rates
+    assert getattr(model.generation_config, "language", None) is None  # an English-only model
+    model.generation_config.is_multilingual = True
+    record_languages(model, dataset, task)
+    assert (model.generation_config.language, model.generation_config.task) == (language, task)
+    assert merged_model(model).config.tokens_per_sec == rates

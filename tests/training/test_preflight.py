@@ -149,9 +149,8 @@ def test_the_probe_tries_the_largest_batch_on_a_gpu(
 ) -> None:  # fmt: skip
     asked: list[float] = []
 
-    def propose(model: Any, config: Config, *, clip_sec: float, max_seconds: float, label_tokens: int) -> BatchProposal:
+    def propose(model: Any, config: Config, *, clip_sec: float, max_seconds: float) -> BatchProposal:
         asked.extend((clip_sec, max_seconds))
-        assert label_tokens == max(len(item["label"].labels) + 1 for item in loader.dataset)  # type: ignore[attr-defined]
         if not fits_sec:
             raise DeviceError("not even one clip fits")
         return BatchProposal(6.8, fits_sec, "max_seconds" if fits_sec >= max_seconds else "memory")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from src.data.utterance import Utterance
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export.huggingface import read_provenance
+from src.models.export.verify import load_clips
 from src.training import saver as saving
 from src.training.checkpoint import TrainingState, list_checkpoints, verify_checkpoint
 from src.training.trainer import WhisperTrainer
@@ -123,6 +124,8 @@ def test_of_adapters_the_merged_model_is_saved_with_the_adapters_and_its_origin(
     assert (made["run"], made["epoch"], made["step"]) == ("mine", 1, 3)
     assert made["validation_rate"] == trainer.history["val_rate"][0]
     assert made["data_version"].startswith("6 (")
+    (clip,) = load_clips(trainer.best_model_dir)  # of the validation set
+    assert clip.language == "en"
     saved = DynamicWhisper.from_pretrained(trainer.best_model_dir).state_dict()
     merged = trainer.merged_model().state_dict()
     assert set(saved) == set(merged)
@@ -271,6 +274,7 @@ def test_everything_is_in_the_mirror_when_the_disk_is_gone(
     train_until(first, 3)
     first._saver.flush()
     assert first.best_epoch == 1
+    assert load_clips(first.best_model_dir)
     for file in first.best_model_dir.iterdir():
         assert (drive / "best_model_hf" / file.name).read_bytes() == file.read_bytes()
     shutil.rmtree(first.config.paths.checkpoints_dir)

@@ -18,7 +18,7 @@ from transformers import WhisperProcessor
 from src.data.audio import Waveform
 from src.models.dynamic_context import existing_heads, get_cap_rates, get_language
 from src.models.export.huggingface import loaded_source, new_export
-from src.models.export.verify import MAX_WORD_MISMATCH_QUANTISED, ClipBatch, verify_transcripts
+from src.models.export.verify import ClipBatch, SpokenClip, load_clips, verify_transcripts
 from src.utils.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def export_ctranslate2(
     *,
     processor: WhisperProcessor | None = None,
     quantization: str = "int8",
-    verify_clips: Sequence[Waveform] | None = None,
+    verify_clips: Sequence[Waveform | SpokenClip] | None = None,
 ) -> Path:
     """Convert for CTranslate2 and faster-whisper, and verify the export by transcribing.
 
@@ -41,14 +41,15 @@ def export_ctranslate2(
         output_dir: replaced if it is an older export; appears whole or not at all.
         processor: of a model.
         quantization: of the weights: "int8", "float16", "float32", ... as CTranslate2 names them.
-        verify_clips: (T,) float32 each, 16 kHz, up to 30 s, transcribed by both; five bundled ones by default.
+        verify_clips: speech of up to 30 s, transcribed by both; by default that of the user's data which the folder
+            keeps, else five bundled English clips.
 
     Returns:
         output_dir; its config.json keeps `audio_context`, `language` and `tokens_per_sec`, which CTranslate2 ignores.
 
     Raises:
         ModelError: unknown quantization, alignment heads that the model does not have, or more than 20% of the words
-            differ (float32 and float16: any word).
+            differ (float32 and float16: any word) and not by close calls alone, see `verify_transcripts`.
         FileExistsError: output_dir contains something else.
     """
     if quantization not in ACCEPTED_MODEL_TYPES:
@@ -72,9 +73,9 @@ def export_ctranslate2(
             found = engine.generate(mel, batch.prompts, beam_size=1, max_length=cap)
             return [result.sequences_ids[0] for result in found]
 
-        allowed = 0.0 if quantization in ("float32", "float16") else MAX_WORD_MISMATCH_QUANTISED
-        name = f"{output_dir}: the {quantization} model"
-        mismatch = verify_transcripts(model, own, transcribe, name=name, allowed=allowed, clips=verify_clips)
+        quantised, name = quantization not in ("float32", "float16"), f"{output_dir}: the {quantization} model"
+        clips = (load_clips(hf_dir) or None) if verify_clips is None else verify_clips
+        mismatch = verify_transcripts(model, own, transcribe, name=name, quantised=quantised, clips=clips)
     logger.info("saved %s (CTranslate2 %s, %.0f%% of words differ)", output_dir, quantization, 100 * mismatch)
     return output_dir
 

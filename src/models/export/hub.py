@@ -1,7 +1,8 @@
 """Upload of an exported model to the Hugging Face Hub: opt-in, private by default, never over something else.
 
 The token comes from the caller, or from where `huggingface_hub` finds it: HF_TOKEN, `hf auth login`, Colab's secrets.
-It is in no log and no error: network errors are not chained, since their texts may quote the request's headers.
+It is in no log and no error: network errors are not chained, since their texts may quote the request's headers. Hidden
+files stay here, such as the clips of the user's recordings in a checkpoint's folder.
 """
 
 from __future__ import annotations

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
+from src.data.audio import Waveform
 from src.models.dynamic_context import DynamicWhisper
-from src.models.export.verify import keeps_length, verify_transcripts
+from src.models.export.verify import SpokenClip, keeps_length, save_clips, verify_transcripts
 from src.models.processor import save_processor
 from src.utils.errors import ModelError
 from src.utils.files import atomic_folder, recover_folder
@@ -38,6 +39,7 @@ def export_huggingface(
     *,
     provenance: Mapping[str, Any] | None = None,
     adapters: Mapping[str, Tensor] | None = None,
+    verify_clips: Sequence[Waveform | SpokenClip] = (),
 ) -> Path:
     """Save a model and its processor, and verify that stock transformers loads the same weights and transcribes alike.
 
@@ -47,6 +49,8 @@ def export_huggingface(
         output_dir: replaced if it is an older export; appears whole or not at all.
         provenance: how the model was made, saved as `provenance.json`.
         adapters: that were merged into the model, saved as `adapters.safetensors`, with which training can go on.
+        verify_clips: speech of up to 30 s, transcribed by both, and kept in the folder for later exports, as
+            `.verification_clips.safetensors`. Without any, bundled English clips serve.
 
     Returns:
         output_dir, loadable by `WhisperForConditionalGeneration`, `WhisperProcessor` and `pipeline`.
@@ -62,7 +66,8 @@ def export_huggingface(
             (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
         if adapters is not None:
             save_file({name: tensor.contiguous() for name, tensor in adapters.items()}, folder / ADAPTERS_FILE)
-        _verify_huggingface(model, processor, folder)
+        save_clips(verify_clips, folder)
+        _verify_huggingface(model, processor, folder, verify_clips)
     logger.info("saved %s (Hugging Face format, reloaded and compared)", output_dir)
     return output_dir
 
@@ -112,7 +117,9 @@ def _save(model: Any, processor: WhisperProcessor, folder: Path) -> None:
     save_processor(processor, folder)
 
 
-def _verify_huggingface(model: Any, processor: WhisperProcessor, folder: Path) -> None:
+def _verify_huggingface(
+    model: Any, processor: WhisperProcessor, folder: Path, clips: Sequence[Waveform | SpokenClip]
+) -> None:
     reloaded = WhisperForConditionalGeneration.from_pretrained(folder, dtype=model.dtype).to(model.device)
     saved, expected = reloaded.state_dict(), model.state_dict()
     wrong = sorted(saved.keys() ^ expected.keys())
@@ -125,4 +132,5 @@ def _verify_huggingface(model: Any, processor: WhisperProcessor, folder: Path) -
     if keeps_length(model):  # stock Whisper takes 30 s only
         del reloaded, saved  # a GPU that trains has no room for a third copy
         reloaded = DynamicWhisper.from_pretrained(folder, dtype=model.dtype).to(model.device)
-    verify_transcripts(model, processor, lambda batch: batch.generate(reloaded), name=f"{folder}: the reloaded model")
+    name = f"{folder}: the reloaded model"
+    verify_transcripts(model, processor, lambda batch: batch.generate(reloaded), name=name, clips=clips or None)

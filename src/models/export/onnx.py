@@ -42,7 +42,7 @@ def export_onnx(
     *,
     processor: WhisperProcessor | None = None,
     quantization: OnnxQuantization = "none",
-    verify_clips: Sequence[Waveform] | None = None,
+    verify_clips: Sequence[Waveform | verify.SpokenClip] | None = None,
 ) -> Path:
     """Convert for ONNX Runtime, and verify the export by transcribing.
 
@@ -51,15 +51,16 @@ def export_onnx(
         output_dir: replaced if it is an older export; appears whole or not at all.
         processor: of a model.
         quantization: "none" keeps float32; "int8" quantises the weights of the linear layers and the embedding.
-        verify_clips: (T,) float32 each, 16 kHz, up to 30 s, transcribed by both; five bundled ones by default.
+        verify_clips: speech of up to 30 s, transcribed by both; by default that of the user's data which the folder
+            keeps, else five bundled English clips.
 
     Returns:
         output_dir. The encoder takes 10 to 3,000 frames if the checkpoint has dynamic context, else 3,000.
 
     Raises:
         MissingDependencyError: onnx, onnxruntime or onnxscript is absent.
-        ModelError: unknown quantization, or more than 20% of the words differ (without quantization: any word, or a
-            logit by more than 0.01).
+        ModelError: unknown quantization, or more than 20% of the words differ (without quantization: any word) and not
+            by close calls alone, see `verify_transcripts`; without quantization, or a logit by more than 0.01.
         FileExistsError: output_dir contains something else.
     """
     if quantization not in get_args(OnnxQuantization):
@@ -68,7 +69,7 @@ def export_onnx(
     from src.models.export.onnx_graphs import write_onnx
 
     output_dir, exact = Path(output_dir), quantization == "none"
-    with loaded_source(source, processor) as (_, model, own), new_export(output_dir, ENCODER_FILES) as folder:
+    with loaded_source(source, processor) as (hf_dir, model, own), new_export(output_dir, ENCODER_FILES) as folder:
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         save_processor(own, folder)
@@ -76,9 +77,9 @@ def export_onnx(
         write_onnx(model, folder / ONNX_DIR, int8=not exact)
         exported = OnnxWhisper(folder)
         name = f"{output_dir}: the ONNX model (quantization {quantization})"
-        allowed = 0.0 if exact else verify.MAX_WORD_MISMATCH_QUANTISED
+        clips = (verify.load_clips(hf_dir) or None) if verify_clips is None else verify_clips
         mismatch = verify.verify_transcripts(
-            model, own, exported.transcribe, name=name, allowed=allowed, clips=verify_clips
+            model, own, exported.transcribe, name=name, quantised=not exact, clips=clips
         )
         if exact:
             difference = _logit_difference(model, own, exported)

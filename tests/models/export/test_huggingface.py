@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import copy
 import errno
 import json
+import shutil
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, call
@@ -15,6 +19,10 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from scripts import export as export_script
 from scripts import export_onnx as export_onnx_script
+from src.data.audio import load_audio
+from src.data.labels import LabelEncoder
+from src.data.loader import create_loader
+from src.data.utterance import Utterance
 from src.models.ct2_to_hf import convert_ct2_to_hf
 from src.models.dynamic_context import DynamicWhisper, get_cap_rates
 from src.models.export import ctranslate2 as ct2_export
@@ -22,6 +30,7 @@ from src.models.export import huggingface as export
 from src.models.export import verify as export_check
 from src.models.export.ctranslate2 import export_ctranslate2
 from src.models.export.huggingface import export_huggingface
+from src.utils.config import Config, ModelConfig
 from src.utils.errors import ModelError
 
 
@@ -117,6 +126,61 @@ def test_ctranslate2_export_is_complete(tiny_en: Any, tmp_path: Path, quantizati
     assert json.loads((out / "config.json").read_text())["audio_context"] == "full"
 
 
+SENTENCES = {
+    "hi": ["मेरे भाई ने कल शाम को बाजार से तीन किलो सेब खरीदे।", "हमारी शिक्षिका ने सुबह जल्दी एक नई किताब खरीदी।"],
+    "zh": ["我哥哥昨天晚上在市场上买了三公斤苹果。", "我们的老师今天早上在北京的商店里买了一本新书。"],
+    "ka": ["ჩემმა ძმამ გუშინ საღამოს სამი კილო ვაშლი იყიდა.", "ბიჭმა გასულ კვირას ძველი ველოსიპედი ნახა."],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng makes the speech")
+@pytest.mark.parametrize("language", SENTENCES)
+def test_exports_of_a_model_tuned_to_another_language_are_saved_and_broken_ones_refused(
+    base: Any, tmp_path: Path, language: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = copy.deepcopy(base[0]), base[1]
+    clips = []
+    for at, text in enumerate(SENTENCES[language]):
+        spoken = ["espeak-ng", "-v", "cmn" if language == "zh" else language, "-w", str(tmp_path / f"{at}.wav"), text]
+        subprocess.run(spoken, check=True)
+        clips.append(export_check.SpokenClip(load_audio(tmp_path / f"{at}.wav"), language))
+    batch = export_check.prepare_batch(model, processor.tokenizer, clips)
+    encoder = LabelEncoder(processor.tokenizer, language=language)
+    labels = [encoder.encode(text) for text in SENTENCES[language]]
+    optimizer = torch.optim.AdamW(model.model.decoder.parameters(), lr=2e-5)
+    with torch.no_grad():
+        heard = model.get_encoder()(batch.features).last_hidden_state
+    for _ in range(3):
+        for row, label in enumerate(labels):
+            ids, wanted = torch.tensor([label.decoder_input_ids]), torch.tensor([label.labels])
+            states = model.model.decoder(input_ids=ids, encoder_hidden_states=heard[row : row + 1]).last_hidden_state
+            nn.functional.cross_entropy(model.proj_out(states)[0], wanted[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.generation_config.language = language
+    source = export_huggingface(model, processor, tmp_path / "hf", verify_clips=clips)
+    assert [clip.language for clip in export_check.load_clips(source)] == [language] * 2
+    for quantization in ("int8", "float16"):
+        out = export_ctranslate2(source, tmp_path / quantization, quantization=quantization)
+        assert json.loads((out / "config.json").read_text())["language"] == language
+    (source / export_check.CLIPS_FILE).unlink()
+    export_ctranslate2(source, tmp_path / "int8", quantization="int8")  # with English clips in this language
+
+    load_model = ct2_export.TransformersConverter.load_model
+
+    def load_damaged(self: Any, *args: Any, **options: Any) -> Any:
+        loaded = load_model(self, *args, **options)
+        loaded.model.decoder.layers[-1].fc1.weight.data.zero_()
+        return loaded
+
+    monkeypatch.setattr(ct2_export.TransformersConverter, "load_model", load_damaged)
+    for given in (clips, None):
+        with pytest.raises(ModelError, match=r"20%.*nats"):
+            export_ctranslate2(source, tmp_path / "broken", quantization="int8", verify_clips=given)
+    assert not (tmp_path / "broken").exists()
+
+
 @pytest.mark.slow
 def test_own_settings_survive_export_and_conversion_back(tiny_en: Any, tmp_path: Path) -> None:
     model, processor = tiny_en
@@ -171,6 +235,84 @@ def test_word_mismatch_counts_edits_over_the_words_of_the_source(
     expected: list[str], found: list[str], rate: float
 ) -> None:
     assert export_check.word_mismatch(expected, found) == rate
+
+
+def test_word_mismatch_counts_characters_where_words_have_no_spaces_between_them() -> None:
+    assert export_check.word_mismatch(["他昨天 买了书"], ["他昨天卖了书"], ["zh"]) == pytest.approx(1 / 6)
+    assert export_check.word_mismatch(["他 昨天"], ["他昨天"], ["ja"]) == 0
+    assert export_check.word_mismatch(["मेरा नाम"], ["मेरी नाम"], ["hi"]) == 0.5
+
+
+def test_clips_are_kept_in_16_bits_with_their_languages(
+    small_base: Any, sample: list[Utterance], config: Config, tmp_path: Path, jfk: np.ndarray
+) -> None:
+    codes = ["hi", "hi", "hi", "hi", "hi", "zh", "de"]
+    clips = [replace(u, language=code, duration_sec=3.0) for u, code in zip(sample, codes, strict=False)]
+    loader = create_loader(clips, small_base[1], config.model_copy(update={"model": ModelConfig()}))
+    chosen = export_check.choose_clips(loader, 42)
+    assert len(chosen) == 5
+    assert [clip.language for clip in chosen] == [clip.language for clip in export_check.choose_clips(loader, 42)]
+    assert {"hi", "zh", "de"} == {clip.language for clip in chosen}
+    assert export_check.choose_clips([], 42) == ()  # a list of batches
+
+    long = export_check.SpokenClip(jfk, "en")
+    export_check.save_clips([*chosen, long], tmp_path)
+    kept = export_check.load_clips(tmp_path)
+    assert [clip.language for clip in kept] == [*(clip.language for clip in chosen), "en"]
+    assert np.abs(kept[-1].audio - jfk).max() < 1e-4
+    (file,) = tmp_path.iterdir()
+    assert file.name.startswith(".")  # push_to_hub leaves it out
+    assert file.stat().st_size < 2 * sum(len(clip.audio) for clip in kept) + 2_000
+    for damaged in (file.read_bytes()[:-1], b"{}"):
+        file.write_bytes(damaged)
+        with pytest.raises(ModelError, match=r"verification_clips.*delete it"):
+            export_check.load_clips(tmp_path)
+    file.unlink()
+    assert export_check.load_clips(tmp_path) == ()
+
+
+def test_a_clip_is_decoded_in_its_language_with_a_limit_that_fits_it(small_base: Any, jfk: np.ndarray) -> None:
+    model, processor = small_base
+    clips = [export_check.SpokenClip(jfk[:32_000], code) for code in ("ka", "yue", "de")]
+    batch = export_check.prepare_batch(model, processor.tokenizer, clips)
+    assert batch.spoken["language"] == ["<|ka|>", "<|zh|>", "<|de|>"]  # base has no token for Cantonese
+    assert batch.max_new_tokens == 8 + 2 * 97.5  # 39 tokens per second are ordinary in Georgian
+    model.config.tokens_per_sec = {"de": 30.0}
+    for code, cap in (("de", 8 + 2 * 30), ("hi", 8 + 2 * 42.5), ("en", 8 + 2 * 10)):
+        batch = export_check.prepare_batch(model, processor.tokenizer, [export_check.SpokenClip(jfk[:32_000], code)])
+        assert batch.max_new_tokens == cap
+    model.generation_config.language, model.generation_config.task = "hi", "translate"
+    batch = export_check.prepare_batch(model, processor.tokenizer, [jfk])
+    assert (batch.spoken["language"], batch.languages) == (["<|hi|>"], ["en"])
+
+
+def test_a_text_that_goes_another_way_after_a_close_call_is_judged_by_the_source(small_base: Any) -> None:
+    """A random model that writes nonsense; its exports write other nonsense, as likely or not."""
+    model, processor = small_base
+    clips = export_check.bundled_clips()[:2]
+    end = processor.tokenizer.eos_token_id
+    batch = export_check.prepare_batch(model, processor.tokenizer, clips)
+    own = batch.written(batch.generate(model), end)
+    assert export_check.worst_gaps(model, batch, own) == [0.0, 0.0]
+    exact = {"name": "x", "clips": clips}
+    assert export_check.verify_transcripts(model, processor, lambda batch: batch.generate(model), **exact) == 0
+    # the first token is the second choice: a close call in this model
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.proj_out.weight[own[0][0]] *= 0.5
+    nonsense = batch.written(batch.generate(other), end)
+    assert nonsense != own
+    gap = max(export_check.worst_gaps(model, batch, nonsense))
+    assert 0 < gap < 2
+    assert export_check.verify_transcripts(
+        model, processor, lambda batch: batch.generate(other), name="x", clips=clips, quantised=True
+    ) > 0.2  # fmt: skip
+    # texts that end at once, and tokens that the source may not write
+    for broken in ([[end], [end]], [[model.generation_config.suppress_tokens[3], end]] * 2):
+        with pytest.raises(ModelError, match=r"100%.*20%.*nats"):
+            export_check.verify_transcripts(
+                model, processor, lambda batch, rows=broken: rows, name="x", clips=clips, quantised=True
+            )
 
 
 def test_provenance_and_adapters_lie_beside_the_model(tiny_en: Any, tmp_path: Path) -> None:
