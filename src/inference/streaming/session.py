@@ -344,7 +344,8 @@ class StreamingASR:
         """Transcribe the audio held; return the words that lie in speech, in absolute time."""
         held_from_sec = self._start / SAMPLE_RATE
         # a window of the newest audio, and what came since the last update, where updates are late
-        window_sec = max(self._policy.window_sec, self.audio_sec - self._updated_sec + CHUNK_OVERLAP_SEC)
+        window_sec, new_sec = self._policy.window_sec, self.audio_sec - self._updated_sec
+        window_sec = window_sec if new_sec <= window_sec else new_sec + CHUNK_OVERLAP_SEC
         start_sec = max(held_from_sec, self.audio_sec - window_sec)
         samples = self._audio[round((start_sec - held_from_sec) * SAMPLE_RATE) : self._heard - self._start]
         prompt = self._prompt()
