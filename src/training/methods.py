@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -28,31 +27,23 @@ from src.models.dynamic_context import DynamicWhisper, get_cap_rates
 from src.training.loss import TokenLoss
 from src.utils.config import LoRAConfig, TrainingConfig
 from src.utils.errors import ConfigError, DeviceError, ModelError
-from src.utils.languages import text_language
 from src.utils.runtime import world_size
 
 logger = logging.getLogger(__name__)
 
 # medium: LoRA matches full fine-tuning on large models, loses on small ones (arXiv 2406.10507)
 LORA_FROM_D_MODEL = 1024
-RATE_MARGIN = 1.5  # times the highest rate of tokens of the transcripts ends a text
 _ADAPTER = "default"  # the name that PEFT gives
 
 
 def record_languages(model: DynamicWhisper, dataset: WhisperDataset, task: str) -> None:
     """Put into a model's configs what its checkpoints say about the languages of its training data.
 
-    `generation_config.language` is the single language of the rows, none if they have several. `tokens_per_sec` has
-    for each language of the transcripts the highest rate of tokens with a margin; decoding may not end a text below it.
+    `generation_config.language` is the single language of the rows, none if they have several; `tokens_per_sec` are the
+    dataset's `token_rates`.
     """
-    rates = get_cap_rates(model.config)  # languages of an earlier training stay
-    for language in {text_language(u.language, task) or "en" for u in dataset.utterances}:
-        rates[language] = 0.0
-    for utterance, tokens in zip(dataset.utterances, dataset.tokens, strict=True):
-        language = text_language(utterance.language, task) or "en"
-        rate = RATE_MARGIN * len(tokens) / (utterance.duration_sec or math.inf)
-        rates[language] = max(rates[language], round(rate, 1))
-    model.config.tokens_per_sec = rates
+    rates = {language: round(rate, 1) for language, rate in dataset.token_rates().items()}
+    model.config.tokens_per_sec = get_cap_rates(model.config) | rates  # languages of an earlier training stay
     if getattr(model.generation_config, "is_multilingual", False):
         languages = {u.language for u in dataset.utterances}
         model.generation_config.language = languages.pop() if len(languages) == 1 else None

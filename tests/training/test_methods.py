@@ -247,9 +247,9 @@ def test_what_does_not_go_with_shards_is_refused(
 @pytest.mark.parametrize(
     ("rows", "task", "language", "rates"),
     [
-        ([("hi", 40, 2.0), ("hi", 60, 2.0)], "transcribe", "hi", {"ta": 20.0, "hi": 45.0}),
-        ([("hi", 40, 2.0), ("en", 8, 4.0)], "transcribe", None, {"ta": 20.0, "hi": 30.0, "en": 3.0}),
-        ([("hi", 8, 4.0)], "translate", "hi", {"ta": 20.0, "en": 3.0}),
+        ([("hi", 45.04), ("hi", 45.04)], "transcribe", "hi", {"ta": 20.0, "hi": 45.0}),
+        ([("hi", 30.0), ("en", 3.0)], "transcribe", None, {"ta": 20.0, "hi": 30.0, "en": 3.0}),
+        ([("hi", 3.0)], "translate", "hi", {"ta": 20.0, "hi": 3.0}),
     ],
 )
 def test_a_model_says_the_languages_and_rates_of_its_training_data(
@@ -257,8 +257,8 @@ def test_a_model_says_the_languages_and_rates_of_its_training_data(
 ) -> None:
     model = small[0]
     model.config.tokens_per_sec = {"ta": 20.0}  # of an earlier training
-    utterances = [SimpleNamespace(language=code, duration_sec=seconds) for code, _, seconds in rows]
-    dataset: Any = SimpleNamespace(utterances=utterances, tokens=[(0,) * count for _, count, _ in rows])
+    utterances = [SimpleNamespace(language=code) for code, _ in rows]
+    dataset: Any = SimpleNamespace(utterances=utterances, token_rates=lambda: dict(rows))
     record_languages(model, dataset, task)
     assert model.config.tokens_per_sec == rates
     assert getattr(model.generation_config, "language", None) is None  # an English-only model

@@ -20,7 +20,7 @@ import numpy as np
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import CONTEXT_SAMPLES
-from src.data.labels import MAX_LABEL_TOKENS, TIMESTAMP_STEP_SEC, TimedTokens
+from src.data.labels import MAX_LABEL_TOKENS, RATE_MARGIN, TIMESTAMP_STEP_SEC, TimedTokens
 from src.data.vad import VADEvent, VoiceActivityDetector
 from src.inference.engine_base import DecodingResult, Engine
 from src.inference.engines import decode_with_fallback
@@ -37,7 +37,6 @@ EARLIEST_CUT = 0.5  # share of `max_sec`; a cut before it would make many short 
 MIN_REST_SEC = 0.5  # a shorter rest after the last window holds no word
 MAX_PROMPT_CHARS = 2_000  # more than the 223 tokens that a prompt may have
 SPECIAL_TOKENS = 5  # start, language, task, no timestamps, end
-CAP_MARGIN = 1.5  # of a checkpoint's `cap_rates` over the highest rate of its transcripts
 FAST_SPEECH = 1.4  # times the ordinary rate of tokens
 USED_POSITIONS = 0.8  # of the decoder's, by the text that is expected
 SHORTEST_HALF_SEC = 2.0  # a text that ends at a limit is decoded again in halves, down to it
@@ -216,7 +215,7 @@ def hear_language(engine: Engine, speech: Waveform, options: DecodingOptions, na
 def expected_tokens_per_sec(engine: Engine, language: str | None, task: str) -> float:
     """Return the rate of tokens of fast speech, or the highest one that the checkpoint has seen."""
     written = text_language(language or engine.language, task)
-    seen = engine.cap_rates.get(written or "en", 0.0) / CAP_MARGIN
+    seen = engine.cap_rates.get(written or "en", 0.0) / RATE_MARGIN
     return max(FAST_SPEECH * tokens_per_sec(written), seen)
 
 

@@ -29,6 +29,7 @@ from transformers import logging as transformers_logging
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.dataset import WhisperDataset, decode_audio
 from src.data.features import CONTEXT_SAMPLES, LogMel, padded_samples
+from src.data.labels import MIN_NEW_TOKENS
 from src.data.sources.catalog import SAMPLE_PARQUET
 from src.data.sources.parquet import read_parquet
 from src.data.utterance import stable_hash
@@ -44,7 +45,6 @@ VERIFY_IDS = ("010120269", "010330257", "013090339", "021680297", "096390012")  
 INT16_MAX = 32_767
 BATCH_CLIPS = 5  # at a time
 TRAILING_SILENCE_SEC = 0.5  # at dynamic context: the pause tells the decoder to stop
-MIN_NEW_TOKENS = 8
 MAX_NEW_TOKENS = 224  # CTranslate2 stops there too: half of the decoder's 448 positions
 MAX_MISMATCH_QUANTISED = 0.2  # of the words; other exports may not change any
 # Mean over clips of the worst token's gap. Sound exports of base in Hindi and Georgian have at most 0.05 in 16 bits and
