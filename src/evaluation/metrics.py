@@ -132,13 +132,15 @@ def normalize_plain(text: str, language: str | None = None) -> str:
     """Lower case, punctuation and symbols to spaces, apostrophes inside words and combining marks kept.
 
     "well-known" has two words. Characters without a glyph are dropped (soft hyphens, marks of direction), but joiners
-    between letters, which are spelling in Persian, Malayalam and Sinhala, are kept. The result is in NFKC.
+    between letters, which are spelling in Persian, Malayalam and Sinhala, are kept. The result is in NFKC, but for the
+    Thai and Lao vowel am, which stays one character.
     """
     text = _SPACING_ACCENTS.sub(" ", text.translate(_APOSTROPHES))
     text = lower(unicodedata.normalize("NFKC", _DROPPED.sub("", text)), language).translate(_APOSTROPHES)
     spaced = "".join(c if c == "'" or unicodedata.category(c)[0] not in "PS" else " " for c in text)
     spaced = _LOOSE_APOSTROPHE.sub(" ", _LOOSE_JOINERS.sub("", spaced))
-    return unicodedata.normalize("NFC", " ".join(spaced.split()))
+    composed = unicodedata.normalize("NFC", " ".join(spaced.split()))
+    return composed.replace("\u0e4d\u0e32", "\u0e33").replace("\u0ecd\u0eb2", "\u0eb3")
 
 
 def _normalize_unspaced(text: str, *, simplify: bool) -> str:

@@ -367,6 +367,7 @@ def test_what_cannot_be_measured_is_an_error() -> None:
         (PLAIN, "❤️ 👩‍💻 5℃", "5 c"),
         (metrics.PLAIN_TURKIC, "IĞDIR İl", "ığdır il"),
         (metrics.PLAIN_UNSPACED, "今日は、 OK です！", "今日はokです"),
+        (metrics.PLAIN_UNSPACED, "น้ำ ทำ. ນ້ຳ", "น้ำทำນ້ຳ"),
         (metrics.PLAIN_CHINESE, "頭髮 乾燥", "头发干燥"),
         (metrics.WHISPER_UNSPACED, "ที่ นี่", "ทน"),
         ("plain-v1", "Old, runs", "old runs"),

@@ -132,14 +132,18 @@ def metric_of(normalizer: str) -> str:
 
 def clip_kinds(row: Prediction, normalizer: str) -> tuple[str, ...]:
     """Return what a clip counts as: "error", "substitution", ..., "loop", "empty", "invented", "perfect"."""
-    normalize = get_normalizer(row.normalizer or normalizer)
+    name = row.normalizer or normalizer
+    normalize, written = (
+        get_normalizer(name),
+        "en" if name == WHISPER_ENGLISH else row.language,
+    )  # English if translated
     texts = normalize(row.reference), normalize(row.hypothesis)
     kinds = {
         "error": row.errors > 0,
         "substitution": row.substitutions > 0,
         "deletion": row.deletions > 0,
         "insertion": row.insertions > 0,
-        "loop": is_loop(*texts, duration_sec=row.duration_sec, num_tokens=row.num_tokens, language=row.language),
+        "loop": is_loop(*texts, duration_sec=row.duration_sec, num_tokens=row.num_tokens, language=written),
         "empty": row.reference_words > 0 and row.hypothesis_words == 0,
         "invented": row.reference_words == 0 and row.insertions > 0,
         "truncated": row.truncated,

@@ -347,9 +347,13 @@ def describe_difference(comparison: PairedComparison) -> str:
 
 
 def describe_guard_set(row: Row | None) -> str:
-    """Return what the guard set consists of; empty without one."""
-    speakers = f" of {counted(row['speakers'], 'speaker')}" if row and row["speakers"] else ""
-    return f"guard set: {row['set']}, {counted(row['clips'], 'clip')}{speakers}" if row else ""
+    """Return what the guard set consists of, and the languages that it lacks; empty without one."""
+    if not row:
+        return ""
+    speakers = f" of {counted(row['speakers'], 'speaker')}" if row["speakers"] else ""
+    missing = ", ".join(label_of("language", code) for code in row.get("not_measured") or ())
+    lacking = f"; not measured: {missing}" if missing else ""
+    return f"guard set: {row['set']}, {counted(row['clips'], 'clip')}{speakers}{lacking}"
 
 
 def describe_mix(rows: Sequence[Row]) -> str:
