@@ -29,7 +29,6 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.command_line import check_model_path, parse_setting
 from src.data import create_loader
-from src.data.labels import resolve_case
 from src.data.preparation import DatasetSplits, RecordingChecker, enforce_skip_policy
 from src.data.sources.catalog import load_utterances
 from src.data.sources.folder import MANIFEST_SUFFIXES
@@ -191,13 +190,12 @@ def read_clips(config: Config) -> list[Utterance]:
     checker = RecordingChecker(config)
     checked = checker.take("test", tested, config.data.max_test)
     enforce_skip_policy(checker.skipped, len(checked) + len(checker.skipped), config.data.max_skip_fraction)
-    return recased(DatasetSplits([], [], checked, label_case="keep"), config)
+    return recased(DatasetSplits([], [], checked, label_case="keep", task=config.model.task), config)
 
 
 def recased(splits: DatasetSplits, config: Config) -> list[Utterance]:
     """Return the test clips with their source's texts in the case of the configuration."""
-    texts = [str(clip.meta.get("source_text", clip.text)) for clip in splits.test]
-    return splits.with_label_case(resolve_case(texts, config.data.label_case)).test
+    return splits.with_label_case(config.data.label_case).test
 
 
 def log_origin(

@@ -222,7 +222,7 @@ class WordAligner:
         audio = decode_audio(utterance).numpy()
         language = utterance.language or self._language
         # a text in capitals is unlikely to the model, and its attention strays
-        text = apply_case(utterance.text, resolve_case([utterance.text], "auto"))
+        text = apply_case(utterance.text, resolve_case([utterance.text], "auto"), language)
         tokens = self._labels.tokenize(text, language)
         if not tokens:
             raise DataError(f"utterance {utterance.id}: no transcript to align; leave it out of the stream")

@@ -104,6 +104,8 @@ def _draw_silence(axes: Axes, clips: pd.DataFrame) -> None:
 
 def _draw_styles(axes: Axes, styles: pd.DataFrame) -> None:
     names = styles["style"] + styles["space"].map({True: "", False: ",\nno space"})
+    if "language" in styles and styles["language"].nunique() > 1:
+        names = styles["language"] + " " + names
     colors = [GREEN if nats == styles["nats"].min() else GREY for nats in styles["nats"]]
     bars = axes.barh(range(len(styles)), styles["nats"], height=0.6, color=colors)
     axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
