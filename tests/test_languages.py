@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import unicodedata
 from functools import cache
 from pathlib import Path
 
+import jiwer
 import langcodes
 import pytest
 import regex
 
 from src.data.labels import IGNORE_INDEX, LabelEncoder, text_tokens
+from src.data.loader import create_dataloaders
+from src.data.preparation import prepare_datasets
+from src.data.vad import VoiceActivityDetector
+from src.evaluation.data_checks import fill_languages
+from src.evaluation.evaluator import ModelEvaluator
 from src.evaluation.metrics import (
     PLAIN,
     PLAIN_CHINESE,
@@ -22,7 +29,10 @@ from src.evaluation.metrics import (
 )
 from src.inference.engines import load_engine
 from src.inference.files.transcribe import BatchInference
+from src.inference.streaming.session import StreamingASR
 from src.inference.words import Vocabulary, join_words, place_words
+from src.models.export.ctranslate2 import export_ctranslate2
+from src.training.trainer import WhisperTrainer
 from src.utils.config import load_config
 from src.utils.languages import UNSPACED, WHISPER_LANGUAGES, join_texts, language_name, parse_language
 
@@ -157,3 +167,57 @@ def test_stock_base_hears_the_language_of_real_speech(engine: str, base: tuple[o
     assert [each.language for each in found] == list(said)
     for word, each in zip(said.values(), found, strict=True):
         assert word in each.text.lower()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("code", "mark"), [("hi", "Hindi"), ("zh", "cmn")])
+def test_a_folder_in_another_language_is_trained_measured_streamed_and_exported(
+    code: str, mark: str, base: tuple[object, object], tmp_path: Path
+) -> None:
+    paths = {f"{name}_dir": str(tmp_path / name) for name in ("runs", "checkpoints")}
+    config = load_config(
+        None,
+        overrides={
+            "device": "cpu", "paths": paths, "augmentation.enabled": False,
+            "model": {"variant": "base", "language": mark},
+            "data": {"source": "folder", "path": str(SPEECH / code), "num_workers": 0},
+            "training": {"batch_size": 5, "epochs": 6, "full_context_prob": 0.0, "learning_rate": 5e-5},
+        },
+    )  # fmt: skip
+    model, processor = copy.deepcopy(base[0]), base[1]
+    splits = fill_languages(prepare_datasets(config), model, processor, config)
+    assert {clip.language for clip in splits.utterances} == {code}
+    loaders = create_dataloaders(splits, processor, config)
+    trainer = WhisperTrainer(model, processor, loaders.train, loaders.validation, config)
+    trainer.train()
+
+    # the headline is jiwer's, of words or of characters, and no text ended at a limit
+    tuned = trainer.merged_model()
+    result = ModelEvaluator(tuned, processor, config).evaluate_dataset(loaders.test)
+    normalize = get_normalizer(result.normalizer)
+    texts = [
+        [normalize(text) for text in each]
+        for each in zip(*((r.reference, r.hypothesis) for r in result.rows), strict=True)
+    ]
+    assert result.metric == ("CER" if code in UNSPACED else "WER")
+    assert result.rate == pytest.approx((jiwer.cer if code in UNSPACED else jiwer.wer)(*texts))
+    assert result.truncated == 0
+    assert result.rate < 0.5
+
+    # the export is saved, knows its language, and hears what the model hears in files and streams
+    exported = load_engine(export_ctranslate2(trainer.best_model_dir, tmp_path / "int8"), config)
+    assert exported.language == code
+    unsaid = config.model_copy(update={"model": config.model.model_copy(update={"language": None})})
+    (transcription,) = BatchInference(engine=exported, config=unsaid).transcribe_batch([splits.test[0].audio])
+    assert transcription.language == code
+    streamed = StreamingASR(engine=exported, vad=VoiceActivityDetector(config.vad), config=unsaid).stream_from_file(
+        splits.test[0].audio
+    )
+    rates = [
+        result.rate,
+        *(
+            (jiwer.cer if code in UNSPACED else jiwer.wer)(texts[0][0], normalize(t))
+            for t in (transcription.text, streamed.text)
+        ),
+    ]
+    assert max(rates) < 0.5
