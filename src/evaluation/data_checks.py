@@ -33,7 +33,7 @@ from src.data.report.findings import Finding, count_clips, sort_findings
 from src.data.report.report import DataReport, hashed_choice
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator, sum_loss
-from src.evaluation.metrics import PLAIN, word_counts
+from src.evaluation.metrics import second_normalizer, word_counts
 from src.inference.torch_engine import encode
 from src.inference.words import Vocabulary
 from src.models.dynamic_context import evaluation_mode
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 STYLES: tuple[LabelCase, ...] = ("keep", "lower", "sentence")
 MIN_GAP_NATS = 1.0  # per transcript; below it the choice of style makes no difference that a few clips could show
-HARD_WER = 1.0
+HARD_RATE = 1.0
 HEARD_CLIPS = 20
 MIN_AGREEMENT = 0.8  # of the clips on their language
 _STYLE_TOPIC, _HARD_TOPIC = "label style", "hard clips"
@@ -240,13 +240,13 @@ def _measure_styles(
 def find_hard_clips(
     model: Any, processor: Any, utterances: Sequence[Utterance], config: Config, *, max_clips: int = 64
 ) -> pd.DataFrame:
-    """Decode some clips as evaluation does and return those with a WER above 1.
+    """Decode some clips as evaluation does and return those with an error rate above 1.
 
     There the model invents text, or hears another text or language than the transcript. Clips are chosen by hash.
 
     Returns:
-        One row per clip, worst first: id, duration_sec, reference, hypothesis, wer (the lower one of both normalisers:
-        "3 4 2 8" for "three four two eight" is no mistake of the data).
+        One row per clip, worst first: id, duration_sec, reference, hypothesis, rate (the lower one of both
+        normalisers: "3 4 2 8" for "three four two eight" is no mistake of the data).
     """
     if not utterances:
         raise DataError("no utterance: there is nothing to measure")
@@ -255,12 +255,13 @@ def find_hard_clips(
     alone = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
     loader = create_loader(chosen, processor, alone)
     decoded = ModelEvaluator(model, processor, config).evaluate_dataset(loader, name="hard clips").rows
-    plain = word_counts([row.reference for row in decoded], [row.hypothesis for row in decoded], PLAIN)
-    rows = [
-        (row.id, row.duration_sec, row.reference, row.hypothesis, min(row.rate, count.errors / count.reference_words))
-        for row, count in zip(decoded, plain, strict=True)
-        if row.reference_words and count.reference_words
-    ]
-    frame = pd.DataFrame(rows, columns=["id", "duration_sec", "reference", "hypothesis", "wer"])
-    worst = frame[frame["wer"] > HARD_WER]
-    return worst.sort_values("wer", ascending=False, ignore_index=True, kind="stable")
+    rows = []
+    for row in decoded:
+        second = second_normalizer(text_language(row.language, config.model.task), [row.reference])
+        (count,) = word_counts([row.reference], [row.hypothesis], second)
+        if row.reference_words and count.reference_words:
+            rate = min(row.rate, count.errors / count.reference_words)
+            rows.append((row.id, row.duration_sec, row.reference, row.hypothesis, rate))
+    frame = pd.DataFrame(rows, columns=["id", "duration_sec", "reference", "hypothesis", "rate"])
+    worst = frame[frame["rate"] > HARD_RATE]
+    return worst.sort_values("rate", ascending=False, ignore_index=True, kind="stable")

@@ -121,7 +121,7 @@ def test_clips_with_each_others_transcripts_are_hard(_tiny_en: tuple[Any, Any], 
     clips = [replace(speech, id="jfk-swapped", text="Thank you."), replace(short, text=JFK_TEXT), right]
     hard = find_hard_clips(*_tiny_en, clips, Config())
     assert hard["id"].tolist() == ["jfk-swapped"]  # the other one has too many words for a WER above 1
-    assert hard["wer"][0] > 5
+    assert hard["rate"][0] > 5
     assert "country" in hard["hypothesis"][0]
 
 
