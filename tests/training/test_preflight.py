@@ -149,8 +149,9 @@ def test_the_probe_tries_the_largest_batch_on_a_gpu(
 ) -> None:  # fmt: skip
     asked: list[float] = []
 
-    def propose(model: Any, config: Config, *, clip_sec: float, max_seconds: float) -> BatchProposal:
+    def propose(model: Any, config: Config, *, clip_sec: float, max_seconds: float, label_tokens: int) -> BatchProposal:
         asked.extend((clip_sec, max_seconds))
+        assert label_tokens == loader.longest_label
         if not fits_sec:
             raise DeviceError("not even one clip fits")
         return BatchProposal(6.8, fits_sec, "max_seconds" if fits_sec >= max_seconds else "memory")
