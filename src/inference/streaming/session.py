@@ -76,7 +76,7 @@ class StreamingResult:
     updates: int  # model calls
     overruns: int = 0  # blocks that the microphone lost
     language: str | None = None  # of the newest words: given, the checkpoint's own, or detected
-    truncated: int = 0  # updates whose text ended at a limit of the decoder, with audio left that it could not write
+    truncated: int = 0  # texts that ended at a limit of the decoder and were committed so, with audio left
 
     @property
     def text(self) -> str:
@@ -151,6 +151,7 @@ class StreamingASR:
         self._partial: tuple[Word, ...] = ()
         self._updated_sec = self._guessed_sec = self._speech_from_sec = 0.0
         self._truncated = 0
+        self._cut_at_sec: float | None = None  # where the newest hypothesis ended at a limit
         self._outbox: list[Event] = []  # survives an exception, so that no event is lost
         self._sequence = 0
         self.updates, self.compute_sec, self.longest_update_sec, self._mean_update_sec = 0, 0.0, 0.0, 0.0
@@ -318,7 +319,9 @@ class StreamingASR:
         self._hypothesis = self._decode()
         self._tail = self._hypothesis
         if self._language_settled:  # nothing is final in a language that is a guess
-            committed, self._tail = self._policy.update(self._hypothesis, audio_end_sec=self.audio_sec)
+            whole = self._hypothesis[:-1] if self._cut_at_sec is not None else self._hypothesis  # a limit cuts a word
+            committed, tail = self._policy.update(whole, audio_end_sec=self.audio_sec)
+            self._tail = tail + self._hypothesis[len(whole) :]
             self._commit(committed)
         shown_until_sec = self.audio_sec - self._settings.display_guard_sec
         shown = tuple(itertools.takewhile(lambda word: word.end_sec <= shown_until_sec, self._tail))
@@ -331,6 +334,7 @@ class StreamingASR:
         if self._updated_sec < min(self._timeline.end_sec + SETTLED_SEC, self.audio_sec):
             self._hypothesis = self._decode()
         self._commit(self._policy.flush(self._hypothesis))
+        self._note_truncated()
         self._tail = ()
         if self._partial:  # nothing of it was committed, but listeners still show it
             self._partial = ()
@@ -351,6 +355,7 @@ class StreamingASR:
         prompt = self._prompt()
         prefix = join_words(self._transcript[self._left :]) if self._policy.forces_prefix else ""
         before = self._transcript[-1:]
+        self._cut_at_sec = None
         words, is_cut = self._call_model(samples, start_sec, before, prompt, prefix)
         if (prompt or prefix) and find_loop(words) is not None:
             words, is_cut = self._call_model(samples, start_sec, before)  # the given text may have begun the loop
@@ -367,7 +372,7 @@ class StreamingASR:
             if at_sec > start_sec and len(rest_samples) >= MIN_REST_SEC * SAMPLE_RATE:
                 rest, rest_is_cut = self._call_model(rest_samples, at_sec, kept[-1:])
             if not rest or rest[-1].end_sec <= at_sec or (rest_is_cut and rest[-1].start_sec <= at_sec):
-                self._note_truncated(is_cut, at_sec)
+                self._cut_at_sec = at_sec if is_cut else None
                 break
             words, is_cut = kept + rest, rest_is_cut
         self._updated_sec = self.audio_sec
@@ -432,15 +437,14 @@ class StreamingASR:
         """Return how much speech the utterance has so far."""
         return self._timeline.speech_sec(self._speech_from_sec, self.audio_sec)
 
-    def _note_truncated(self, is_cut: bool, at_sec: float) -> None:
-        if is_cut:
+    def _note_truncated(self) -> None:
+        """Note that all of the hypothesis was committed, where it ended at a limit: the next one cannot correct it."""
+        if self._cut_at_sec is not None:
             self._truncated += 1
             if self._truncated == 1:
-                logger.warning(
-                    "a text ended at the decoder's limit at %.2f s, and the rest could not be decoded; lower "
-                    "streaming.buffer_sec",
-                    at_sec,
-                )
+                what = "a text ended at the decoder's limit at %.2f s, the rest is lost; lower streaming.buffer_sec"
+                logger.warning(what, self._cut_at_sec)
+            self._cut_at_sec = None
 
     def _prompt(self) -> str:
         """Return the newest text whose audio has left the buffer, at most `max_prompt_tokens` of it."""
@@ -472,6 +476,8 @@ class StreamingASR:
         cut_sec = self._cut_sec()
         if cut_sec is None:  # no words there: nothing is lost
             cut_sec = end_sec - min(KEEP_SEC, self._buffer_sec / 2)
+        if self._cut_at_sec is not None and self._cut_at_sec < cut_sec:
+            self._note_truncated()
         self._drop_audio_before(cut_sec)
 
     def _cut_sec(self) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -458,11 +459,12 @@ def test_a_text_that_ends_at_a_limit_is_continued_and_else_it_is_said(caplog: py
 
     class Limited(ScriptedEngine):
         limit = 7  # words
+        until_sec = math.inf
 
         def decode(self, encoded: Any, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
             (result,) = super().decode(encoded, audios, options)
             words = result.words or ()
-            if len(words) <= self.limit:
+            if len(words) <= self.limit or len(audios[0]) > self.until_sec * SAMPLE_RATE:
                 return [result]
             last = replace(words[self.limit - 1], text="w")  # within a word
             return [replace(result, words=(*words[: self.limit - 1], last), truncated=True)]
@@ -471,7 +473,10 @@ def test_a_text_that_ends_at_a_limit_is_continued_and_else_it_is_said(caplog: py
     result = StreamingASR(engine=engine, config=load_config(None)).stream_audio(clock_audio(10.0))
     assert (result.text, result.truncated) == (script.text, 0)
     assert not caplog.text
-    engine.limit = 1
+    engine.limit, engine.until_sec = 1, 4.0  # hypotheses that later ones correct
+    result = StreamingASR(engine=engine, config=load_config(None)).stream_audio(clock_audio(10.0))
+    assert (result.text, result.truncated) == (script.text, 0)
+    engine.until_sec = math.inf
     assert StreamingASR(engine=engine, config=load_config(None)).stream_audio(clock_audio(10.0)).truncated > 0
     assert "streaming.buffer_sec" in caplog.text
 
