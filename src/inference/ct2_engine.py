@@ -18,7 +18,7 @@ import numpy as np
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import HOP_SAMPLES, POSITION_SEC, log_mel
 from src.data.labels import MAX_LABEL_TOKENS
-from src.inference.engine_base import Decoded, Engine, batch_samples, own_language
+from src.inference.engine_base import Decoded, Engine, batch_samples
 from src.inference.options import DecodingOptions
 from src.inference.words import Vocabulary, Word, place_words
 from src.utils.errors import DataError, DeviceError, ModelError
@@ -42,7 +42,7 @@ class CTranslate2Engine(Engine):
         config = _read_config(folder)
         self.vocabulary = Vocabulary.from_folder(folder)
         self.audio_context = config.get("audio_context", "full")
-        self.language, self.cap_rates = own_language(config.get("language")), config.get("tokens_per_sec") or {}
+        self.language, self.cap_rates = config.get("language"), config.get("tokens_per_sec") or {}
         kind, index = find_device(device)
         try:
             self._model = ctranslate2.models.Whisper(

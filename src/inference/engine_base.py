@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -17,10 +15,8 @@ from src.data.features import CONTEXT_SAMPLES, padded_samples
 from src.data.labels import MAX_LABEL_TOKENS, MIN_NEW_TOKENS
 from src.inference.options import DecodingOptions
 from src.inference.words import Vocabulary, Word
-from src.utils.errors import DataError, ModelError
-from src.utils.languages import CAP_FACTOR, parse_language, text_language, tokens_per_sec
-
-logger = logging.getLogger(__name__)
+from src.utils.errors import ModelError
+from src.utils.languages import CAP_FACTOR, text_language, tokens_per_sec
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,8 @@ class Engine(ABC):
         caps = [min(cap, MAX_LABEL_TOKENS - len(given[0])) for cap in caps]
         rows = self._generate(encoded, given, prefix, caps, options)
         words = self._place(encoded, audios, starts, rows) if options.word_timestamps else [None] * len(rows)
-        texts = [vocabulary.decode(row.tokens).strip() for row in rows]
+        # a limit may end a text within a character
+        texts = [vocabulary.decode(row.tokens).rstrip("\ufffd").strip() for row in rows]
         return [
             DecodingResult(
                 text, tuple(row.tokens), row.avg_logprob, placed, code, row.no_speech_prob, options.temperature,
@@ -194,13 +191,3 @@ def batch_samples(lengths: Sequence[int], trailing_silence_sec: float, audio_con
         raise ModelError(f"a clip of {sec:.1f} s: the encoder takes 30 s; BatchInference cuts longer audio")
     own = padded_samples(longest + round(trailing_silence_sec * SAMPLE_RATE))
     return CONTEXT_SAMPLES if audio_context == "full" else own
-
-
-@lru_cache  # torch's engine is made for each batch
-def own_language(mark: str | None) -> str | None:
-    """Return the code of the language that a checkpoint names, such as `<|hi|>` or `hindi`; None if there is none."""
-    try:
-        return parse_language(mark.strip("<|>")) if mark else None
-    except DataError as err:
-        logger.warning("the checkpoint's own language is not used: %s", err)
-        return None

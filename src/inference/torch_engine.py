@@ -20,10 +20,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import LogMel
 from src.inference.alignment import alignment_heads, force_align, record_cross_attention, time_tokens
-from src.inference.engine_base import Decoded, DecodingResult, Engine, batch_samples, own_language
+from src.inference.engine_base import Decoded, DecodingResult, Engine, batch_samples
 from src.inference.options import DecodingOptions
 from src.inference.words import Vocabulary, Word, place_words
-from src.models.dynamic_context import evaluation_mode, get_audio_context
+from src.models.dynamic_context import evaluation_mode, get_audio_context, get_cap_rates, get_language
 
 Clips = Sequence[Waveform | Tensor] | Tensor
 
@@ -85,8 +85,7 @@ class TorchEngine(Engine):
         self.device = str(model.device)
         self.precision = str(model.dtype).removeprefix("torch.")
         self.audio_context = get_audio_context(model.config)
-        self.language = own_language(getattr(model.generation_config, "language", None))
-        self.cap_rates = getattr(model.config, "tokens_per_sec", None) or {}
+        self.language, self.cap_rates = get_language(model), get_cap_rates(model.config)
 
     def encode(self, audios: Sequence[Waveform], trailing_silence_sec: float) -> BaseModelOutput:
         """Return the encoder's output, (B, positions, d_model) in `last_hidden_state`."""

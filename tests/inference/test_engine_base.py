@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from src.data.audio import Waveform
-from src.inference.engine_base import Decoded, DecodingResult, Engine, own_language
+from src.inference.engine_base import Decoded, DecodingResult, Engine
 from src.inference.options import DecodingOptions
 from src.inference.words import Vocabulary, Word
 from src.utils.errors import ModelError
@@ -69,13 +69,6 @@ def test_cantonese_is_chinese_to_a_vocabulary_without_it(engine: Endless, caplog
     with caplog.at_level(logging.INFO):
         assert [result.language for result in engine.transcribe("yue", "yue")] == ["zh", "zh"]
     assert len([record for record in caplog.records if "yue" in record.message]) == 1
-
-
-@pytest.mark.parametrize(
-    ("mark", "code"), [("hindi", "hi"), ("<|hi|>", "hi"), ("HIN", "hi"), (None, None), ("klingon", None)]
-)
-def test_a_checkpoint_names_its_language_in_any_way(mark: str | None, code: str | None) -> None:
-    assert own_language(mark) == code
 
 
 def test_caps_follow_language_task_checkpoint_and_options(engine: Endless) -> None:

@@ -181,7 +181,7 @@ def test_a_long_text_is_whole_in_both_engines_and_ends_at_the_cap_of_its_clip(
     for engine in reciters:
         long, short = transcribe(engine, clips, options)
         assert (long.text, long.truncated) == (GEORGIAN, False)
-        assert GEORGIAN.startswith(short.text.rstrip("\ufffd"))
+        assert GEORGIAN.startswith(short.text)
         assert short.truncated
         assert len(short.tokens) - len(engine.vocabulary.encode(options.prefix)) == 8 + 195
         assert long.avg_logprob == pytest.approx(short.avg_logprob, abs=0.5)
