@@ -29,7 +29,7 @@ from src.data.labels import (
 )
 from src.data.loader import create_loader
 from src.data.preparation import DatasetSplits
-from src.data.report.findings import Finding, count_clips, sort_findings
+from src.data.report.findings import Finding, count_clips, fits_script, languages_of_script, sort_findings
 from src.data.report.report import DataReport, hashed_choice
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator, sum_loss
@@ -55,7 +55,8 @@ def fill_languages(splits: DatasetSplits, model: Any, processor: Any, config: Co
     """Give rows that do not say their language the one that a model hears in them; all others stay as they are.
 
     It hears at most `HEARD_CLIPS` of those rows, chosen by hash, and one language is chosen for all of them in every
-    split: by the sum of its log-probabilities. English-only models hear nothing but English.
+    split: by the sum of its log-probabilities, among the languages of the transcripts' script (base hears Urdu in
+    Hindi). English-only models hear nothing but English.
     """
     unmarked = [u for u in splits.utterances if u.language is None]
     if not unmarked:
@@ -64,9 +65,12 @@ def fill_languages(splits: DatasetSplits, model: Any, processor: Any, config: Co
     if Vocabulary.of(processor.tokenizer).multilingual:
         chosen = hashed_choice(unmarked, HEARD_CLIPS, config.seed)
         heard = measure_languages(model, processor, chosen, config)
-        total = heard.sum()
-        spoken = str(total.idxmax())
-        agreeing = int((heard.idxmax(axis=1) == spoken).sum())
+        translated = config.model.task == "translate"
+        if not translated:
+            heard = heard[languages_of_script([u.text for u in chosen], list(heard.columns))]
+        spoken = str(heard.sum().idxmax())
+        each = zip(heard.idxmax(axis=1), chosen, strict=False)
+        agreeing = sum(code == spoken and (translated or fits_script(u.text, spoken)) for code, u in each)
         found = f"{count_clips(len(unmarked))} without a language: taken as {language_name(spoken)} ({spoken})"
         found += f", which the model hears in {agreeing} of {len(chosen)}"
         if agreeing < MIN_AGREEMENT * len(chosen):

@@ -184,6 +184,38 @@ def test_a_corpus_in_which_the_model_hears_several_languages_is_warned_of(
     assert "German (de), which the model hears in 7 of 10; set model.language" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("मेरे भाई ने सेब खरीदे", "hi"),
+        ("我哥哥买了", "zh"),
+        ("Guten Tag", "ur"),
+        ("تقول الأرصاد", "ur"),
+        ("私の兄が買った", "ja"),
+    ],
+)
+def test_only_languages_of_the_transcripts_script_are_heard(
+    small: tuple[Any, Any], sample: list[Utterance], monkeypatch: pytest.MonkeyPatch, text: str, language: str
+) -> None:
+    logs = {"ur": -0.1, "en": -0.5, "hi": -2.0, "zh": -5.0, "ja": -5.5, "mr": -6.0, "pa": -1.0, "ko": -1.0}
+    monkeypatch.setattr(data_checks, "measure_languages", lambda *given: pd.DataFrame([logs] * 3))
+    monkeypatch.setattr(Vocabulary, "of", lambda tokenizer: SimpleNamespace(multilingual=True))
+    splits = splits_of([replace(u, language=None, text=text) for u in sample[:3]])
+    assert {u.language for u in fill_languages(splits, *small, Config()).utterances} == {language}
+
+
+def test_transcripts_in_another_script_do_not_agree_on_the_language(
+    small: tuple[Any, Any], sample: list[Utterance], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard = pd.DataFrame([{"hi": -1.0, "zh": -2.0}] * 4)
+    monkeypatch.setattr(data_checks, "measure_languages", lambda *given: heard)
+    monkeypatch.setattr(Vocabulary, "of", lambda tokenizer: SimpleNamespace(multilingual=True))
+    texts = ["मेरे भाई ने सेब खरीदे", "मेरे भाई ने सेब", "我哥哥买了", "हमने सेब"]
+    splits = splits_of([replace(u, language=None, text=text) for u, text in zip(sample, texts, strict=False)])
+    fill_languages(splits, *small, Config())
+    assert "Hindi (hi), which the model hears in 3 of 4; set model.language" in caplog.text
+
+
 def test_an_english_model_hears_english(small: tuple[Any, Any], sample: list[Utterance]) -> None:
     splits = splits_of([replace(u, language=None, text="I AM") for u in sample[:3]])
     assert {u.language for u in fill_languages(splits, *small, Config()).utterances} == {"en"}

@@ -36,15 +36,16 @@ FEW_TEST_SPEAKERS = 10  # below it a bootstrap interval over speakers is clearly
 MANY = 0.05  # of the clips: a fault of the set, not of a few recordings
 FLATTERING_SHARE = 0.2  # of the test's texts that are in training too
 CAPITALS_SHARE = 0.9  # of a text's cased letters
+_SAME_SCRIPT = 0.9  # of the most letters that are of a script of one language: Japanese is half Chinese characters
 _PUNCTUATION = regex.compile(r"[\p{Terminal_Punctuation}…¿¡]")
 _UNPUNCTUATED = frozenset({"th", "lo"})  # written without full stops and commas
 _WORD = regex.compile(r"[\p{L}\p{M}\p{N}_'’]+")  # with combining marks: many vowels are such
-_SCRIPTS = {"Hans": ("Hani",), "Hant": ("Hani",), "Jpan": ("Hani", "Hira", "Kana"), "Kore": ("Hang", "Hani")}
-_OTHER_SCRIPTS = {  # in use besides the usual one
-    **dict.fromkeys(("az", "bs", "kk", "sr", "tg", "tk", "tt", "uz"), ("Latn", "Cyrl", "Arab")),
-    **dict.fromkeys(("ha", "jw", "ms", "pa", "sd", "so", "su"), ("Arab", "Deva")),
-    "mn": ("Mong",),
-}
+_SCRIPTS = {"Hans": ("Hani",), "Hant": ("Hani",), "Jpan": ("Hani", "Hira", "Kana"), "Kore": ("Hang",)}
+_BOTH_SCRIPTS = dict.fromkeys(("az", "bs", "kk", "sr", "tg", "tk", "tt", "uz"), ("Latn", "Cyrl"))  # in daily use
+_RARE_SCRIPTS = {
+    **dict.fromkeys(("az", "ha", "jw", "kk", "ms", "pa", "so", "su", "tg", "tk", "tt", "uz"), ("Arab",)),
+    "ko": ("Hani",), "mn": ("Mong",), "sd": ("Deva",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,29 @@ def text_keys(clips: pd.DataFrame) -> pd.Series[str]:
 
 def fits_script(text: str, language: str) -> bool:
     """Whether a quarter of a text's letters are of a script of its language: names and terms may be of others."""
-    letters = [char for char in text if char.isalpha()]
-    return 4 * len(_letters_of(language).findall("".join(letters))) >= len(letters)
+    return 4 * _count_letters(text, language, rare=True) >= sum(map(str.isalpha, text))
+
+
+def languages_of_script(texts: Sequence[str], languages: Sequence[str]) -> list[str]:
+    """Return those of the languages that are usually written in the script of texts; all for Latin, as many can be."""
+    text = "".join(texts)
+    counts = {language: _count_letters(text, language, rare=False) for language in languages}
+    most = max(counts.values(), default=0)
+    if _count_letters(text, "en", rare=False) >= most:
+        return list(languages)
+    return [language for language, count in counts.items() if count >= _SAME_SCRIPT * most]
+
+
+def _count_letters(text: str, language: str, *, rare: bool) -> int:
+    letters = _letters_of(language, rare)
+    return sum(char.isalpha() and letters.match(char) is not None for char in text)
 
 
 @cache
-def _letters_of(language: str) -> regex.Pattern[str]:
+def _letters_of(language: str, rare: bool) -> regex.Pattern[str]:
     usual = str(langcodes.Language.get(language).maximize().script)
-    scripts = (*_SCRIPTS.get(usual, (usual,)), *_OTHER_SCRIPTS.get(language, ()))
+    scripts = (*_SCRIPTS.get(usual, (usual,)), *_BOTH_SCRIPTS.get(language, ()))
+    scripts += _RARE_SCRIPTS.get(language, ()) if rare else ()
     return regex.compile("[" + "".join(rf"\p{{scx={name}}}" for name in scripts) + "]")
 
 
