@@ -299,7 +299,7 @@ def _capitalise(text: str, language: str | None) -> str:
     return text[:at] + first.title() + rest  # not upper: Georgian has capitals, but no sentence begins with one
 
 
-# what ends a sentence, by the script of its last letter; others have a full stop, and Urdu its own
+# what ends a sentence, by the script of most of its letters; others have a full stop, and Urdu its own
 _FULL_STOPS = {
     "。": "CJK HIRAGANA KATAKANA",
     "।": "DEVANAGARI BENGALI GURMUKHI ORIYA",
@@ -307,14 +307,13 @@ _FULL_STOPS = {
     "።": "ETHIOPIC",
     "": "THAI LAO KHMER MYANMAR TIBETAN",
 }
+_STOP_OF = {script: stop for stop, scripts in _FULL_STOPS.items() for script in scripts.split()}
 
 
 def _full_stop(text: str, language: str | None) -> str:
-    letter = next((c for c in reversed(text) if c.isalpha()), "")
-    script = unicodedata.name(letter, "").split(" ")[0]
-    if language == "ur" and script == "ARABIC":
-        return "۔"
-    return next((stop for stop, scripts in _FULL_STOPS.items() if script in scripts.split()), ".")
+    scripts = [unicodedata.name(c, "").split(" ")[0] for c in text if c.isalpha()]
+    stops = [_STOP_OF.get(script, "۔" if (language, script) == ("ur", "ARABIC") else ".") for script in scripts]
+    return max(stops, key=stops.count, default=".")
 
 
 def special_token(text: str) -> str | None:

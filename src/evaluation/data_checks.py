@@ -149,9 +149,9 @@ def choose_label_case(report: DataReport, config: Config) -> LabelCase | dict[st
     with is the likelier one. Where languages differ in that, it is one style for each.
 
     Raises:
-        DataError: the report has no label styles.
+        DataError: the report has no label styles, or older ones.
     """
-    if report.label_styles is None:
+    if report.label_styles is None or "language" not in report.label_styles:  # or of before languages were told apart
         if config.data.label_case != "auto":
             return config.data.label_case
         raise DataError("the report has no label styles; pass it through add_model_checks first")

@@ -73,6 +73,7 @@ _DROPPED = regex.compile(  # characters without a glyph; Armenian writes the mar
 )
 _LOOSE_JOINERS = regex.compile(r"(?<![\p{L}\p{M}])[\u200C\u200D]|\u200C(?![\p{L}\p{M}])")
 _APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ´`＇՚", "'"))
+_INNER_OKINA = regex.compile(r"(?<=[\p{L}\p{M}])\u02BB")  # Uzbek oʻ is typed with any apostrophe; first it is a letter
 _LOOSE_APOSTROPHE = regex.compile(r"(?<![\p{L}\p{M}\p{N}])'|'(?![\p{L}\p{M}\p{N}])")
 _SLOWEST_WORD_SEC = 0.99 / CALM_PER_SEC  # no repetition that the reference lacks is a verse
 _CHUNK_CELLS = 5_000_000  # resampled cells held at once: 40 MB
@@ -135,7 +136,7 @@ def normalize_plain(text: str, language: str | None = None) -> str:
     between letters, which are spelling in Persian, Malayalam and Sinhala, are kept. The result is in NFKC, but for the
     Thai and Lao vowel am, which stays one character.
     """
-    text = _SPACING_ACCENTS.sub(" ", text.translate(_APOSTROPHES))
+    text = _SPACING_ACCENTS.sub(" ", _INNER_OKINA.sub("'", text.translate(_APOSTROPHES)))
     text = lower(unicodedata.normalize("NFKC", _DROPPED.sub("", text)), language).translate(_APOSTROPHES)
     spaced = "".join(c if c == "'" or unicodedata.category(c)[0] not in "PS" else " " for c in text)
     spaced = _LOOSE_APOSTROPHE.sub(" ", _LOOSE_JOINERS.sub("", spaced))

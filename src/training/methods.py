@@ -27,6 +27,7 @@ from src.models.dynamic_context import DynamicWhisper, get_cap_rates
 from src.training.loss import TokenLoss
 from src.utils.config import LoRAConfig, TrainingConfig
 from src.utils.errors import ConfigError, DeviceError, ModelError
+from src.utils.languages import known_language
 from src.utils.runtime import world_size
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,9 @@ def record_languages(model: DynamicWhisper, dataset: WhisperDataset, task: str) 
     model.config.tokens_per_sec = get_cap_rates(model.config) | rates  # languages of an earlier training stay
     if getattr(model.generation_config, "is_multilingual", False):
         languages = {u.language for u in dataset.utterances}
-        model.generation_config.language = languages.pop() if len(languages) == 1 else None
+        language = languages.pop() if len(languages) == 1 else None
+        known = [name.strip("<|>") for name in getattr(model.generation_config, "lang_to_id", None) or ()]
+        model.generation_config.language = known_language(language, known) if language and known else language
         model.generation_config.task = task
 
 

@@ -172,12 +172,13 @@ def _judge(name: str, is_ok: bool, found: str, fix: str = "", *, otherwise: Stat
 
 
 def _check_labels(splits: DatasetSplits) -> Check:
-    texts = [utterance.text for utterance in splits.train]
-    is_odd = splits.label_case == "keep" and resolve_case(texts, "auto") != "keep"
+    languages = {utterance.language for utterance in splits.train}
+    texts = [[utterance.text for utterance in splits.train if utterance.language == code] for code in languages]
+    is_odd = splits.label_case == "keep" and any(resolve_case(each, "auto") != "keep" for each in texts)
     return _judge(
         "labels",
         not is_odd,
-        f"label case {splits.label_case!r}, for example {texts[0][:60]!r}",
+        f"label case {splits.label_case!r}, for example {splits.train[0].text[:60]!r}",
         "Whisper finds capitals unlikely, and would learn them first: data.label_case: auto, or "
         "splits.with_label_case('sentence')",
     )

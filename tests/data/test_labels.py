@@ -150,6 +150,8 @@ def test_chinese_with_some_latin_capitals_and_georgian_are_no_corpus_in_capitals
         ("天气很好", "zh", "天气很好。"),
         ("天气很好", "yue", "天气很好。"),
         ("今日は", "ja", "今日は。"),
+        ("我的电脑是 MAC", "zh", "我的电脑是 mac。"),
+        ("मेरा नया PHONE", "hi", "मेरा नया phone।"),
         ("आज मौसम अच्छा है", "hi", "आज मौसम अच्छा है।"),
         ("আজ ভালো", "bn", "আজ ভালো।"),
         ("ਮੀਂਹ ਪਵੇਗਾ", "pa", "ਮੀਂਹ ਪਵੇਗਾ।"),

@@ -93,6 +93,9 @@ def test_auto_takes_the_likeliest_style_and_keeps_the_current_one_if_close(
     report = build_data_report(splits_of(sample[:3]), Config())
     with pytest.raises(DataError, match="add_model_checks"):
         choose_label_case(report, Config())
+    older = replace(report, label_styles=pd.DataFrame([{"style": "keep", "space": True, "nats": 7.5, "clips": 3}]))
+    with pytest.raises(DataError, match="add_model_checks"):
+        choose_label_case(older, Config())
     costs = {(s, True): n for s, n in zip(("keep", "lower", "sentence"), nats, strict=True)}
     report = replace(report, label_styles=style_table("en", costs, (configured, True)))
     assert choose_label_case(report, Config()) == chosen

@@ -365,6 +365,7 @@ def test_what_cannot_be_measured_is_an_error() -> None:
         (PLAIN, "می‌خواهم رسم‌", "می‌خواهم رسم"),
         (PLAIN, "Straße STRAẞE strasse", "straße straße strasse"),
         (PLAIN, "❤️ 👩‍💻 5℃", "5 c"),
+        (PLAIN, "O‘zbek oʻzbek o'zbek ʻōlelo", "o'zbek o'zbek o'zbek ʻōlelo"),
         (metrics.PLAIN_TURKIC, "IĞDIR İl", "ığdır il"),
         (metrics.PLAIN_UNSPACED, "今日は、 OK です！", "今日はokです"),
         (metrics.PLAIN_UNSPACED, "น้ำ ทำ. ນ້ຳ", "น้ำทำນ້ຳ"),
@@ -400,7 +401,7 @@ def test_any_text_becomes_words_between_single_spaces(name: str, text: str) -> N
 
 
 WORD = st.text(st.characters(categories=["L", "M", "N"]), min_size=1, max_size=8)
-OTHERS = regex.compile(r"\p{Default_Ignorable_Code_Point}|[\u055B\u055C\u055EʼՙͺΣ\s]")
+OTHERS = regex.compile(r"\p{Default_Ignorable_Code_Point}|[\u055B\u055C\u055EʼʻՙͺΣ\s]")
 
 
 @given(WORD)

@@ -266,3 +266,11 @@ def test_a_model_says_the_languages_and_rates_of_its_training_data(
     record_languages(model, dataset, task)
     assert (model.generation_config.language, model.generation_config.task) == (language, task)
     assert merged_model(model).config.tokens_per_sec == rates
+
+
+def test_cantonese_is_recorded_as_the_code_that_the_model_knows(small: Any) -> None:
+    generation = small[0].generation_config
+    generation.is_multilingual, generation.lang_to_id = True, {"<|en|>": 1, "<|zh|>": 2}
+    dataset: Any = SimpleNamespace(utterances=[SimpleNamespace(language="yue")], token_rates=lambda: {"yue": 9.0})
+    record_languages(small[0], dataset, "transcribe")
+    assert generation.language == "zh"

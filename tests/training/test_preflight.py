@@ -112,6 +112,14 @@ def test_a_report_has_the_environments_errors_alone_and_warns(
     assert "sentence" in checks["labels"].fix
 
 
+def test_labels_in_capitals_are_found_beside_another_language(splits: DatasetSplits) -> None:
+    shouted = [replace(u, text=u.text.upper()) for u in splits.train]
+    mixed = DatasetSplits(
+        [*shouted, *(replace(u, text="今天天气很好" * 9, language="zh") for u in shouted)], [], [], "keep"
+    )
+    assert module._check_labels(mixed).status == "warning"
+
+
 def test_memory_follows_the_method_and_a_prepared_model_is_taken_as_it_is(
     small: tuple[Any, Any], configure: Configure, look: Callable[..., Preflight]
 ) -> None:

@@ -17,9 +17,9 @@ import pandas as pd
 import regex
 
 from src.data.audio import SAMPLE_RATE
-from src.data.labels import MAX_LABEL_TOKENS
+from src.data.labels import MAX_LABEL_TOKENS, resolve_case
 from src.data.utterance import SkippedUtterance
-from src.utils.languages import UNSPACED, language_name, lower
+from src.utils.languages import UNSPACED, language_name, lower, text_language
 
 Level = Literal["error", "warning", "info"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "info")
@@ -35,7 +35,6 @@ SHORT_SEC = 0.5
 FEW_TEST_SPEAKERS = 10  # below it a bootstrap interval over speakers is clearly too narrow
 MANY = 0.05  # of the clips: a fault of the set, not of a few recordings
 FLATTERING_SHARE = 0.2  # of the test's texts that are in training too
-CAPITALS_SHARE = 0.9  # of a text's cased letters
 _SAME_SCRIPT = 0.9  # of the most letters that are of a script of one language: Japanese is half Chinese characters
 _PUNCTUATION = regex.compile(r"[\p{Terminal_Punctuation}…¿¡]")
 _UNPUNCTUATED = frozenset({"th", "lo"})  # written without full stops and commas
@@ -59,7 +58,7 @@ class Finding:
     ids: tuple[str, ...] = ()
 
 
-def find_all(clips: pd.DataFrame, skipped: Sequence[SkippedUtterance]) -> tuple[Finding, ...]:
+def find_all(clips: pd.DataFrame, skipped: Sequence[SkippedUtterance], task: str) -> tuple[Finding, ...]:
     """Apply every rule to a table with the columns of `CLIP_TYPES` and to what was left out while checking."""
     of_duration = sum("data.max_duration_sec" in row.reason for row in skipped)
     left_out = _of(
@@ -71,7 +70,14 @@ def find_all(clips: pd.DataFrame, skipped: Sequence[SkippedUtterance]) -> tuple[
     alone = len(by_language) == 1
     texts = [found for code, part in by_language for found in _in_texts(part, str(code) or None, alone=alone)]
     return sort_findings(
-        [*left_out, *_in_recordings(clips), *_in_languages(clips), *texts, *_of_tokens(clips), *_between_splits(clips)]
+        [
+            *left_out,
+            *_in_recordings(clips),
+            *_in_languages(clips, task),
+            *texts,
+            *_of_tokens(clips),
+            *_between_splits(clips),
+        ]
     )
 
 
@@ -201,7 +207,7 @@ def _in_recordings(clips: pd.DataFrame) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _in_languages(clips: pd.DataFrame) -> Iterator[Finding]:
+def _in_languages(clips: pd.DataFrame, task: str) -> Iterator[Finding]:
     languages, total = clips["language"], len(clips)
     sizes = languages.value_counts()
     if len(sizes) > 1:
@@ -218,8 +224,9 @@ def _in_languages(clips: pd.DataFrame) -> Iterator[Finding]:
         unseen, "warning", "languages", f"of the test in languages without training clips: {named}",
         "their rates tell what was forgotten, not what was learned: add such clips to the training, or measure apart",
     )  # fmt: skip
+    written = [text_language(language, task) for language in languages]
     fits = [
-        language is None or fits_script(text, language) for text, language in zip(clips["text"], languages, strict=True)
+        language is None or fits_script(text, language) for text, language in zip(clips["text"], written, strict=True)
     ]
     yield from _of(
         clips[[not each for each in fits]], "warning", "script",
@@ -253,8 +260,7 @@ def _in_texts(clips: pd.DataFrame, language: str | None, *, alone: bool) -> Iter
         "listen: too fast is another clip's transcript or cut audio, too slow is missing words or long silence",
     )  # fmt: skip
 
-    capital, small = texts.map(lambda t: sum(map(str.isupper, t))), texts.map(lambda t: sum(map(str.islower, t)))
-    in_capitals = capital > CAPITALS_SHARE * (capital + small)
+    in_capitals = texts.map(lambda t: resolve_case([t], "auto") != "keep")
     punctuated = texts.map(lambda t: _PUNCTUATION.search(t) is not None)
     for topic, what, has in (("capitals", "in capitals", in_capitals), ("punctuation", "with punctuation", punctuated)):
         share = float(has.mean())

@@ -222,7 +222,7 @@ def build_data_report(splits: DatasetSplits, config: Config, *, tokenizer: Any |
         clips["tokens"] = [len(encoder.tokenize(u.text, u.language)) + special for u in utterances]
     clips = clips[list(CLIP_TYPES)].astype(CLIP_TYPES)
     skipped = tuple(splits.skipped)
-    return DataReport(splits.source, splits.label_case, clips, find_all(clips, skipped), skipped)
+    return DataReport(splits.source, splits.label_case, clips, find_all(clips, skipped, config.model.task), skipped)
 
 
 def find_rate_outliers(rates: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -201,6 +201,18 @@ def test_marks_that_are_absent_or_do_not_fit_the_text_are_told() -> None:
     assert any("without training clips: Chinese, Hindi" in finding.message for finding in alone.findings)
 
 
+def test_latin_capitals_in_another_script_are_no_style() -> None:
+    clips = [replace(u, text=f"NBA {u.text}") if i % 2 else u for i, u in enumerate(mixed_languages()[10:])]
+    assert "capitals" not in topics(build(clips))
+
+
+def test_translations_are_in_latin_letters_whatever_is_spoken() -> None:
+    clips = [replace(u, text="We walked home.") for u in mixed_languages()]
+    assert "script" in topics(build(clips))
+    translated = Config.model_validate({"model": {"task": "translate"}})
+    assert "script" not in topics(build_data_report(splits_of(clips), translated))
+
+
 @pytest.mark.parametrize(("language", "text"), [
     ("sr", "Ходали смо кући"), ("sr", "Hodali smo kući"), ("yue", "我哋行返屋企"), ("ja", "カタカナ"), ("ko", "우리는"),
     ("am", "እኛ ወደ ቤት"), ("my", "ကျွန်တော်တို့"), ("bo", "ང་ཚོ"), ("yi", "מיר זענען"), ("ur", "ہم گھر"), ("el", "Πήγαμε"),
