@@ -311,7 +311,7 @@ _STOP_OF = {script: stop for stop, scripts in _FULL_STOPS.items() for script in 
 
 
 def _full_stop(text: str, language: str | None) -> str:
-    scripts = [unicodedata.name(c, "").split(" ")[0] for c in text if c.isalpha()]
+    scripts = [unicodedata.name(c, "").split(" ")[0] for c in text if unicodedata.category(c)[0] in "LM"]
     stops = [_STOP_OF.get(script, "۔" if (language, script) == ("ur", "ARABIC") else ".") for script in scripts]
     return max(stops, key=stops.count, default=".")
 
