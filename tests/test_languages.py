@@ -155,6 +155,22 @@ def test_every_language_is_known_by_its_codes_and_its_name(code: str) -> None:
     assert {mark: parse_language(mark) for mark in marks} == dict.fromkeys(marks, code)
 
 
+@pytest.mark.parametrize(
+    ("mark", "code"),
+    [
+        ("arz", "ar"),
+        ("Egyptian Arabic", "ar"),
+        ("apc-LB", "ar"),
+        ("wuu", "zh"),
+        ("yue-HK", "yue"),
+        ("nn", "nn"),
+        ("ind", "id"),
+    ],
+)
+def test_members_of_a_macrolanguage_without_a_token_of_their_own_take_its_token(mark: str, code: str) -> None:
+    assert parse_language(mark) == code
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "ctranslate2"])
 def test_stock_base_hears_the_language_of_real_speech(engine: str, base: tuple[object, object]) -> None:

@@ -109,6 +109,11 @@ def counts_characters(normalizer: str) -> bool:
     return normalizer in _OF_CHARACTERS
 
 
+def loop_normalizer(normalizer: str) -> str:
+    """Return the name of the normaliser to look for loops under: one that keeps the words of other scripts apart."""
+    return PLAIN if counts_characters(normalizer) else normalizer
+
+
 @cache
 def get_normalizer(name: str) -> Callable[[str], str]:
     """Return a normaliser by name; it remembers the texts of a test set."""
@@ -594,7 +599,7 @@ class MetricsCalculator:
         unknown = [None] * len(kinds)
         rows = zip(references, hypotheses, kinds, durations_sec or unknown, num_tokens or unknown, strict=True)
         loops = [
-            is_loop(*map(get_normalizer(kind.normalizer), texts), duration_sec=sec, num_tokens=tokens,
+            is_loop(*map(get_normalizer(loop_normalizer(kind.normalizer)), texts), duration_sec=sec, num_tokens=tokens,
                     language=None if kind.language == UNKNOWN else text_language(kind.language, self.task))
             for *texts, kind, sec, tokens in rows
         ]  # fmt: skip

@@ -9,6 +9,7 @@ from functools import cache, lru_cache
 
 import langcodes
 import regex
+from langcodes.data_dicts import MACROLANGUAGES
 
 from src.utils.errors import DataError, did_you_mean
 
@@ -51,7 +52,7 @@ def parse_language(mark: str) -> str:
 
     Args:
         mark: a code of ISO 639-1, 639-2 or 639-3, a tag such as `zh-TW` or `de_AT`, or an English name, in any case.
-            Deprecated codes and members of a macrolanguage are followed: `iw` is `he`, `cmn` is `zh`, `nb` is `no`.
+            Deprecated codes and members of a macrolanguage are followed: `iw` is `he`, `arz` is `ar`, `nb` is `no`.
 
     Raises:
         DataError: no language, or one without a token in Whisper.
@@ -72,7 +73,7 @@ def _find_code(mark: str) -> str | None:
         code = langcodes.Language.get(langcodes.standardize_tag(tag, macro=True)).language or ""
     except (langcodes.LanguageTagError, ValueError):
         code = ""
-    if len(tag) > 3 and (code not in WHISPER_LANGUAGES and code not in _OWN_CODES):
+    if len(tag) > 3 and code not in {*WHISPER_LANGUAGES, *_OWN_CODES, *MACROLANGUAGES}:
         name = mark.partition("(")[0].strip().lower()  # `Chinese (China)`
         try:
             found = langcodes.find(name, language="en").to_tag()
@@ -80,6 +81,7 @@ def _find_code(mark: str) -> str | None:
         except LookupError:
             return None
     code = _OWN_CODES.get(code, code)
+    code = code if code in WHISPER_LANGUAGES else MACROLANGUAGES.get(code)  # Egyptian Arabic has Arabic's token
     return code if code in WHISPER_LANGUAGES else None
 
 

@@ -133,6 +133,8 @@ def test_ordinary_speech_is_no_loop_in_any_language(language: str) -> None:
         ("th", "ขอบคุณที่รับชม ", 4),
         ("hi", "धन्यवाद ", 12),
         ("ko", "시청해 주셔서 감사합니다 ", 4),
+        ("zh", "Thank you for watching! ", 4),  # words of another language stay words
+        ("th", "시청해 주셔서 감사합니다 ", 4),
     ],
 )
 def test_loops_are_found_in_every_script(language: str, phrase: str, copies: int) -> None:

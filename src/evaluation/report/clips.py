@@ -20,7 +20,14 @@ from src.data.audio import SAMPLE_RATE, load_audio
 from src.data.dataset import decode_audio
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import Prediction
-from src.evaluation.metrics import WHISPER_ENGLISH, align_words, counts_characters, get_normalizer, is_loop
+from src.evaluation.metrics import (
+    WHISPER_ENGLISH,
+    align_words,
+    counts_characters,
+    get_normalizer,
+    is_loop,
+    loop_normalizer,
+)
 from src.evaluation.report.summary import counted, label_of, on_circle, render
 from src.utils.errors import DataError
 from src.utils.languages import graphemes
@@ -133,10 +140,8 @@ def metric_of(normalizer: str) -> str:
 def clip_kinds(row: Prediction, normalizer: str) -> tuple[str, ...]:
     """Return what a clip counts as: "error", "substitution", ..., "loop", "empty", "invented", "perfect"."""
     name = row.normalizer or normalizer
-    normalize, written = (
-        get_normalizer(name),
-        "en" if name == WHISPER_ENGLISH else row.language,
-    )  # English if translated
+    normalize = get_normalizer(loop_normalizer(name))
+    written = "en" if name == WHISPER_ENGLISH else row.language  # English if translated
     texts = normalize(row.reference), normalize(row.hypothesis)
     kinds = {
         "error": row.errors > 0,
