@@ -35,7 +35,7 @@ from src.training.state import random_state, restore_random_state
 from src.training.updates import CPU_FRAMES, OWN_LENGTH_SLACK, build_optimizer, count_updates, count_warmup
 from src.utils.config import MAX_AUDIO_SEC, Config
 from src.utils.errors import DeviceError, OutOfMemoryError, first_line
-from src.utils.languages import tokens_per_sec
+from src.utils.languages import text_language, tokens_per_sec
 from src.utils.memory import free_memory_mb, run_disk_mb, run_memory_mb
 from src.utils.runtime import choose_precision, in_memory, release_memory, world_size
 from src.utils.validation import Check, CheckReport, EnvironmentReport, Status, check_disk, environment_report
@@ -232,13 +232,15 @@ def propose_batch_seconds(
         config: `precision` and `training` (optimizer, gradient checkpointing).
         clip_sec: length of the clips; the longest of the data is the careful choice.
         max_seconds: audio per batch at which the search ends.
-        label_tokens: length of the labels; by default of ordinary speech in `model.language`.
+        label_tokens: length of the labels, such as `longest_label` of a loader; by default of ordinary speech in
+            `model.language`, in English where that is not set.
 
     Raises:
         DeviceError: not even one clip of this length fits.
     """
     try:
-        tokens = label_tokens or min(MAX_LABEL_TOKENS, math.ceil(clip_sec * tokens_per_sec(config.model.language)))
+        written = text_language(config.model.language, config.model.task)
+        tokens = label_tokens or min(MAX_LABEL_TOKENS, math.ceil(clip_sec * tokens_per_sec(written)))
         clips, limit = _search_batch(model, config, clip_sec, tokens, most=max(1, int(max_seconds // clip_sec)))
     finally:
         release_memory()
