@@ -36,7 +36,7 @@ from src.data.utterance import SPLIT_NAMES, SPLITS, SkippedUtterance, Utterance,
 from src.data.vad import VoiceActivityDetector
 from src.utils.config import Config, DataConfig, ModelConfig, SourceName
 from src.utils.errors import AudioError, DataError, SourceUnavailableError
-from src.utils.languages import language_name
+from src.utils.languages import language_name, text_language
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,8 @@ def _prepare(source: SourceName, config: Config, vad: VoiceActivityDetector | No
     for language, style in resolve_styles(parts, data.label_case).items():
         if style.case != "keep":
             named = "transcripts" if language is None else f"{language_name(language)} transcripts"
-            small = "; nouns stay in lower case" if language in CAPITAL_NOUNS and style.case == "sentence" else ""
+            is_written_so = text_language(language, config.model.task) in CAPITAL_NOUNS and style.case == "sentence"
+            small = "; nouns stay in lower case" if is_written_so else ""
             logger.info("%s recased to %r%s", named, style.case, small)
     return splits
 

@@ -125,7 +125,7 @@ def add_model_checks(
         listed = ", ".join(f"{style} {nats:.1f}" for style, nats in costs.items())
         message = f"{name}nats per transcript on {table['clips'].iloc[0]} of {count_clips(len(utterances))}: {listed}"
         message += f"; configured: {_named(current)}"
-        if language in CAPITAL_NOUNS and "sentence" in (current.case, best.case):
+        if text_language(str(language), config.model.task) in CAPITAL_NOUNS and "sentence" in (current.case, best.case):
             message += "; in sentence case nouns stay small"
         advice = f"set data.label_case: {best.case}, unless the results must be written in another style"
         if best.case == current.case:

@@ -72,7 +72,7 @@ _DROPPED = regex.compile(  # characters without a glyph; Armenian writes the mar
     r"[\p{Default_Ignorable_Code_Point}\u055B\u055C\u055E--[\u200C\u200D]]", regex.VERSION1
 )
 _LOOSE_JOINERS = regex.compile(r"(?<![\p{L}\p{M}])[\u200C\u200D]|\u200C(?![\p{L}\p{M}])")
-_APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ´`＇՚", "'"))
+_APOSTROPHES = str.maketrans(dict.fromkeys("’‘‛ʼ´`′＇՚\u05f3", "'"))
 _INNER_OKINA = regex.compile(r"(?<=[\p{L}\p{M}])\u02BB")  # Uzbek oʻ is typed with any apostrophe; first it is a letter
 _LOOSE_APOSTROPHE = regex.compile(r"(?<![\p{L}\p{M}\p{N}])'|'(?![\p{L}\p{M}\p{N}])")
 _SLOWEST_WORD_SEC = 0.99 / CALM_PER_SEC  # no repetition that the reference lacks is a verse

@@ -368,6 +368,7 @@ def test_what_cannot_be_measured_is_an_error() -> None:
         (PLAIN, "Straße STRAẞE strasse", "straße straße strasse"),
         (PLAIN, "❤️ 👩‍💻 5℃", "5 c"),
         (PLAIN, "O‘zbek oʻzbek o'zbek ʻōlelo", "o'zbek o'zbek o'zbek ʻōlelo"),
+        (PLAIN, "ג׳ירפה ג'ירפה צה״ל", "ג'ירפה ג'ירפה צה ל"),  # a geresh is typed as an apostrophe
         (metrics.PLAIN_TURKIC, "IĞDIR İl", "ığdır il"),
         (metrics.PLAIN_UNSPACED, "今日は、 OK です！", "今日はokです"),
         (metrics.PLAIN_UNSPACED, "น้ำ ทำ. ນ້ຳ", "น้ำทำນ້ຳ"),
