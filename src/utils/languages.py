@@ -151,6 +151,7 @@ def space_between(left: str, right: str) -> str:
 
 def lower(text: str, language: str | None = None) -> str:
     """Return a text in lower case: Turkish and Azerbaijani keep the dotless i apart, no stray U+0307 is left."""
+    text = unicodedata.normalize("NFC", text)  # files of macOS have I and U+0307 for İ
     if language in ("tr", "az"):
         text = text.replace("İ", "i").replace("I", "ı")
     return unicodedata.normalize("NFC", text.replace("İ", "i").lower())

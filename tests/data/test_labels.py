@@ -139,6 +139,7 @@ def test_chinese_with_some_latin_capitals_and_georgian_are_no_corpus_in_capitals
     [
         ("IŞIK VE İZMİR", "tr", "Işık ve izmir."),
         ("İYİ IŞIK", "az", "İyi ışık."),
+        ("I\u0307YI\u0307 IS\u0327IK", "tr", "İyi ışık."),  # decomposed
         ("İSTANBUL", "en", "Istanbul."),  # no stray U+0307
         ("I DZIECI I JA", "pl", "I dzieci i ja."),
         ("TU ED I MIEI AMICI", "it", "Tu ed i miei amici."),
