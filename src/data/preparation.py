@@ -31,12 +31,11 @@ from src.data.labels import (
 )
 from src.data.preprocessing import ClipStats, measure_clip
 from src.data.sources.catalog import open_source
-from src.data.sources.folder import code_of_language
 from src.data.utterance import SPLIT_NAMES, SPLITS, SkippedUtterance, Utterance, stable_hash
 from src.data.vad import VoiceActivityDetector
 from src.utils.config import Config, DataConfig, ModelConfig, SourceName
 from src.utils.errors import AudioError, DataError, SourceUnavailableError
-from src.utils.languages import language_name, text_language
+from src.utils.languages import code_of_language, language_name, text_language
 
 logger = logging.getLogger(__name__)
 

@@ -42,6 +42,7 @@ from src.utils.files import load_english_spelling
 from src.utils.languages import (
     CAP_FACTOR,
     UNSPACED,
+    code_of_language,
     is_unspaced_text,
     lower,
     text_language,
@@ -514,8 +515,8 @@ class MetricsCalculator:
     """Rates with intervals.
 
     Args:
-        language: Whisper's code, of rows without one of their own. None: their headline follows their script, under the
-            plain normaliser.
+        language: Whisper's code, or another mark, of rows without one of their own. None: their headline follows their
+            script, under the plain normaliser.
         task: the texts of "translate" are English, whatever is spoken.
         bootstrap: how intervals are drawn.
     """
@@ -523,7 +524,7 @@ class MetricsCalculator:
     def __init__(
         self, language: str | None = None, *, task: str = "transcribe", bootstrap: Bootstrap | None = None
     ) -> None:
-        self.language, self.task = language, task
+        self.language, self.task = language and (code_of_language(language) or language), task
         self.bootstrap = bootstrap or Bootstrap()
 
     @classmethod
@@ -533,7 +534,8 @@ class MetricsCalculator:
 
     def kinds_of(self, references: Sequence[str], languages: Sequence[str | None] | None = None) -> list[Kind]:
         """Return the language and the headline's normaliser of each row."""
-        codes = [code or self.language for code in languages or [None] * len(references)]
+        given = languages or [None] * len(references)
+        codes = [(mark and (code_of_language(mark) or mark)) or self.language for mark in given]
         if len(codes) != len(references):
             raise DataError(f"{len(references)} references but {len(codes)} languages; every row needs one, or None")
         texts = [text for text, code in zip(references, codes, strict=True) if code is None]

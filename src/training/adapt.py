@@ -32,7 +32,6 @@ from src.data.audio import SAMPLE_RATE, Waveform, load_audio, to_mono_16k
 from src.data.dataset import decode_audio
 from src.data.features import CONTEXT_SAMPLES, SAMPLES_PER_POSITION, LogMel, padded_samples
 from src.data.loader import batch_generator
-from src.data.sources.folder import code_of_language
 from src.data.utterance import Utterance
 from src.inference.options import DecodingOptions
 from src.inference.torch_engine import decode, encode
@@ -41,6 +40,7 @@ from src.models.dynamic_context import DynamicWhisper
 from src.training.updates import build_optimizer, build_schedule, default_learning_rate
 from src.utils.config import Config
 from src.utils.errors import ConfigError, DataError, ModelError
+from src.utils.languages import code_of_language
 from src.utils.runtime import choose_precision
 
 logger = logging.getLogger(__name__)

@@ -57,7 +57,7 @@ def parse_language(mark: str) -> str:
     Raises:
         DataError: no language, or one without a token in Whisper.
     """
-    code = _find_code(mark.strip())
+    code = code_of_language(mark)
     if code is None:
         near = did_you_mean(mark.strip().lower(), [*_names(), *WHISPER_LANGUAGES])
         raise DataError(f"language {mark!r} is unknown to Whisper{near}; write a code such as 'de', or auto")
@@ -65,7 +65,9 @@ def parse_language(mark: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _find_code(mark: str) -> str | None:
+def code_of_language(mark: str) -> str | None:
+    """Return what `parse_language` does, None for a language without a token in Whisper."""
+    mark = mark.strip()
     if mark.lower() in WHISPER_LANGUAGES:
         return mark.lower()
     tag = mark.partition(".")[0].replace("_", "-")  # `de_DE.UTF-8` of a locale

@@ -243,6 +243,12 @@ def test_other_vowel_signs_are_other_words_and_decide_a_comparison() -> None:
     assert calculator.compare(right * 20, wrong * 20, right * 20).verdict == "better"
 
 
+def test_any_mark_of_a_language_chooses_its_metric() -> None:
+    for language, languages in (("zh-TW", None), (None, ["Chinese"]), ("hi", ["cmn"])):
+        rates = MetricsCalculator(language).compute(["天氣很好"], ["天气很坏"], languages=languages)
+        assert (rates.metric, rates.rate, [*rates.rates_by_language]) == ("CER", 1 / 4, ["zh"])
+
+
 def test_traditional_against_simplified_characters_decides_nothing() -> None:
     simplified, traditional = ["我们看着乾清宫的后面", "他说什么"] * 10, ["我們看著乾清宮的後面", "他說什麼"] * 10
     for language in ("zh", "yue"):

@@ -17,7 +17,7 @@ from typing import Any
 
 from src.data.utterance import EncodedAudio, Utterance
 from src.utils.errors import DataError, SourceUnavailableError, did_you_mean
-from src.utils.languages import parse_language
+from src.utils.languages import code_of_language
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm", ".aac", ".wma", ".mkv"})
 AUDIO_COLUMNS = ("file", "file_name", "path", "audio", "audio_path", "filename", "wav")
@@ -110,14 +110,6 @@ def language_of_row(row: Mapping[str, Any]) -> str | None:
     marks = [str(row[c]).strip() for c in LANGUAGE_COLUMNS if isinstance(row.get(c), str)]
     marks = [mark for mark in marks if mark.lower() not in NO_LANGUAGE and any(map(str.isalpha, mark))]
     return next(filter(None, map(code_of_language, marks)), marks[0] if marks else None)
-
-
-def code_of_language(mark: str) -> str | None:
-    """Return Whisper's code for a mark of a language, None where it has no token."""
-    try:
-        return parse_language(mark)
-    except DataError:
-        return None
 
 
 def pick_column(columns: Sequence[str], known: Sequence[str], meaning: str, where: str) -> str:
