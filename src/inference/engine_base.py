@@ -14,7 +14,7 @@ from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import CONTEXT_SAMPLES, padded_samples
 from src.data.labels import MAX_LABEL_TOKENS, MIN_NEW_TOKENS
 from src.inference.options import DecodingOptions
-from src.inference.words import Vocabulary, Word
+from src.inference.words import BROKEN, Vocabulary, Word
 from src.utils.errors import ModelError
 from src.utils.languages import CAP_FACTOR, text_language, tokens_per_sec
 
@@ -104,7 +104,7 @@ class Engine(ABC):
         rows = self._generate(encoded, given, prefix, caps, options)
         words = self._place(encoded, audios, starts, rows) if options.word_timestamps else [None] * len(rows)
         # a limit may end a text within a character
-        texts = [vocabulary.decode(row.tokens).rstrip("\ufffd").strip() for row in rows]
+        texts = [vocabulary.decode(row.tokens).rstrip(BROKEN).strip() for row in rows]
         return [
             DecodingResult(
                 text, tuple(row.tokens), row.avg_logprob, placed, code, row.no_speech_prob, options.temperature,

@@ -25,6 +25,8 @@ from src.utils.languages import UNSPACED, graphemes, is_unspaced_character, know
 
 logger = logging.getLogger(__name__)
 
+BROKEN = "\ufffd"  # what bytes that are no character are decoded to
+
 
 @dataclass(frozen=True)
 class Word:
@@ -185,11 +187,11 @@ def place_words(
     first = 0
     for at in range(1, len(tokens) + 1):
         piece = vocabulary.decode(tokens[first:at])
-        if "\ufffd" not in piece:  # half of a multi-byte character
+        if not piece.endswith(BROKEN):  # there, more bytes of the character may come
             pieces.append((piece, first, at))
             first = at
     if first < len(tokens):
-        pieces.append(("", first, len(tokens)))
+        pieces.append((vocabulary.decode(tokens[first:]).rstrip(BROKEN), first, len(tokens)))
     text = "".join(piece for piece, _, _ in pieces)
     ends = list(itertools.accumulate(len(piece) for piece, _, _ in pieces))  # of the pieces, in characters
     owners = [i for i, (piece, _, _) in enumerate(pieces) for _ in piece]  # piece of each character

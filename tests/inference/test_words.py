@@ -64,3 +64,17 @@ def test_graphemes_of_one_token_share_its_time(base_vocabulary: Vocabulary) -> N
     assert [word.text for word in words] == list("ございます")
     assert [round(word.end_sec, 6) for word in words] == [1.2, 1.4, 1.6, 1.8, 2.0]
     assert [word.tokens for word in words] == [0, 0, 0, 0, 1]
+
+
+def test_no_word_is_lost_after_bytes_that_are_no_character(base_vocabulary: Vocabulary) -> None:
+    def encode(text: str) -> list[int]:
+        return list(base_vocabulary._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    half = [base_vocabulary._tokenizer.token_to_id("à")]  # E0, of three bytes
+    for tokens in (half + encode(" hello there"), encode(" नमस्ते") + half + encode(" दुनिया"), encode(" a \ufffd b c")):
+        words = place_words(base_vocabulary, tokens, entered_sec=range(len(tokens) + 1))
+        assert join_words(words) == base_vocabulary.decode(tokens).strip()
+        assert sum(word.tokens for word in words) == len(tokens)
+        assert words[-1].end_sec == len(tokens)
+    cut_off = encode(" 我们") + half  # a text that ends at a limit
+    assert join_words(place_words(base_vocabulary, cut_off)) == "我们"

@@ -25,7 +25,7 @@ from src.data.vad import VADEvent, VoiceActivityDetector
 from src.inference.engine_base import DecodingResult, Engine
 from src.inference.engines import decode_with_fallback
 from src.inference.options import DecodingOptions
-from src.inference.words import Vocabulary, Word, shifted
+from src.inference.words import BROKEN, Vocabulary, Word, shifted
 from src.utils.config import InferenceConfig
 from src.utils.languages import language_name, text_language, tokens_per_sec
 
@@ -335,7 +335,7 @@ def decode_windows(
         for text, spoken in zip(texts, words, strict=False):
             part = replace(
                 result,
-                text=vocabulary.decode(text.tokens).strip(),
+                text=vocabulary.decode(text.tokens).rstrip(BROKEN).strip(),
                 tokens=text.tokens,
                 words=spoken,
                 truncated=is_lost and text is texts[-1],
