@@ -83,14 +83,14 @@ def make_server(arguments: argparse.Namespace) -> CaptionServer:
 
 
 def session_factory(engine: Engine, vad: VoiceActivityDetector | None, config: Config) -> SessionFactory:
-    """Return what makes a session for a mark of a language, "auto" to detect it, None for that of `config`."""
+    """Return what makes a session for a mark of a language, "auto", or None for the language of `config`."""
     languages = engine.vocabulary.languages or {"en"}
 
     def make_session(language: str | None) -> StreamingASR:
         if language is None:
             return StreamingASR(engine=engine, vad=vad, config=config)
         try:
-            code = None if language == "auto" else known_language(parse_language(language), languages)
+            code = None if language.strip().lower() == "auto" else known_language(parse_language(language), languages)
         except DataError as err:
             raise ConfigError(str(err)) from err
         spoken = config.model.model_copy(update={"language": code})

@@ -77,7 +77,9 @@ def load_engine(
         precision = automatic if compute_type == "auto" else compute_type
         if precision not in ("float32", "float16", "bfloat16"):
             raise ModelError(f"torch computes in float32, float16, bfloat16, not {precision}; set engine: ctranslate2")
-        model, processor = WhisperModelManager(config).initialize_model(str(source))
+        # the engine's own language is the checkpoint's; that of the settings is in the options of decoding
+        open_language = config.model_copy(update={"model": config.model.model_copy(update={"language": None})})
+        model, processor = WhisperModelManager(open_language).initialize_model(str(source))
         loaded = TorchEngine(model.to(getattr(torch, precision)), processor)
     else:
         from src.inference.ct2_engine import CTranslate2Engine, ct2_folder, find_device

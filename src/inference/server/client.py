@@ -33,7 +33,7 @@ async def stream_to_server(
             time that a recording takes (`in_real_time`).
         sample_rate: of the blocks, Hz.
         sample_format: on the wire; "s16le" is half as large.
-        language: code or name of the language, or "auto" to detect it; None leaves it to the server.
+        language: code or name, or "auto": the checkpoint's own, else detected; None leaves it to the server.
         token: that the server asks for.
 
     Yields:

@@ -3,7 +3,7 @@
 The client sends
 1. optionally, as its first message, text: `{"type": "hello", "version": 1, "sample_rate": 16000, "format": "f32le",
    "language": "en", "token": "..."}`. All but `type` may be left out. `language` is a mark that `parse_language`
-   takes, or "auto" to detect it; without it the server's own setting holds, which may be to detect it. `token` is for
+   takes, or "auto": the checkpoint's own, else detected. Without it the server's own setting holds. `token` is for
    browsers, which cannot send the header `Authorization: Bearer TOKEN`.
 2. binary messages: any number of samples of one channel, in the format that hello named: "f32le" in [-1, 1], or
    "s16le".
