@@ -126,14 +126,14 @@ def evaluate_stream(asr: StreamingASR, stream: SpeechStream, offline: Evaluation
     """Stream the audio as fast as possible and compare all committed words with the reference.
 
     `offline` is the same model's result on a set that contains the clips of `stream`, whose text is counted in one
-    piece: in the units of the clips' language, or of their script where they have several.
+    piece: in the units of the text's language, or of its script where clips have several.
     """
     rows = {row.id: row for row in offline.rows}
     missing = [clip for clip in stream.ids if clip not in rows]
     if missing:
         raise DataError(f"clips of the stream were not measured offline: {', '.join(missing[:5])}")
     result = asr.stream_audio(stream.audio)
-    language = stream.language or ("en" if offline.normalizer == metrics.WHISPER_ENGLISH else None)
+    language = "en" if offline.normalizer == metrics.WHISPER_ENGLISH else stream.language  # translations are English
     rates = MetricsCalculator(language).compute([stream.text], [result.text])
     return StreamingEvaluation(stream, result, rates, metrics.error_rate([rows[clip] for clip in stream.ids]))
 
@@ -368,8 +368,8 @@ def match_stream(stream: SpeechStream, words: Sequence[Word], language: str | No
 def match_words(reference: Sequence[str], hypothesis: Sequence[str], *, language: str | None = None) -> WordMatch:
     """Align words under the plain normaliser; a word that it splits is right where all its parts are."""
     normalize: Callable[[str], str] = metrics.normalize_plain
-    if language is not None and metrics.counts_characters(name := metrics.headline_normalizer(language)):
-        normalize = metrics.get_normalizer(name)
+    if language not in (None, "en"):
+        normalize = metrics.get_normalizer(metrics.headline_normalizer(language))
     parts = [[(i, part) for i, word in enumerate(words) for part in normalize(word).split()]
              for words in (reference, hypothesis)]  # fmt: skip
     expected, found = (iter([i for i, _ in each]) for each in parts)  # the word to which each part belongs

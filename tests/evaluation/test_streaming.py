@@ -191,6 +191,22 @@ def test_a_stream_without_spaces_is_measured_in_characters() -> None:
     assert (summary["metric"], summary["rate"], summary["offline_rate"], summary["wer"]) == ("CER", 1 / 10, 0.0, None)
 
 
+def test_a_stream_of_translations_is_measured_as_english() -> None:
+    clips = tuple(StreamClip(c, text, 0.0, 1.0, "zh") for c, text in (("a", "we won't go"), ("b", "at two")))
+    stream = SpeechStream("by hand", np.zeros(2 * SAMPLE_RATE, np.float32), clips)
+    asr: Any = SimpleNamespace(stream_audio=lambda audio: result_of(event("commit", "we will not go at 2", 2.0)))
+    counts = {"substitutions": 0, "insertions": 0, "deletions": 0, "reference_words": 4}
+    rows = [SimpleNamespace(id=c.id, **counts) for c in clips]
+    offline: Any = SimpleNamespace(rows=rows, normalizer="whisper-english-v1")
+    summary = streaming.evaluate_stream(asr, stream, offline).summary()
+    assert (summary["metric"], summary["rate"], summary["offline_rate"]) == ("WER", 0.0, 0.0)
+
+
+def test_turkish_words_of_a_stream_are_compared_in_their_case() -> None:
+    assert streaming.match_words(["Işık", "İzmir"], ["ışık", "izmir"], language="tr").right == {0: 0, 1: 1}
+    assert streaming.match_words(["Işık"], ["işık"], language="tr").right == {}
+
+
 def test_clips_of_a_stream_keep_their_language() -> None:
     clips = (StreamClip("a", "今天好", 0.0, 1.5, "zh"), StreamClip("b", "the cat", 2.5, 3.5, "en"))
     words = [SpokenWord(w.text, w.start_sec, w.end_sec, 0) for w in characters("今天好")]
