@@ -207,7 +207,7 @@ class BatchInference:
         word_timestamps: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
         mode: Literal["segments", "sequential"] = "segments",
-        languages: Mapping[str, str] | None = None,
+        languages: Mapping[str | Path, str | None] | None = None,
     ) -> Iterator[Transcription]:
         """Transcribe any number of recordings, in memory that does not grow with them.
 
@@ -221,7 +221,7 @@ class BatchInference:
                 comes before that of the settings.
         """
         options = replace(self._options, word_timestamps=word_timestamps)
-        languages = {source: parse_language(mark) for source, mark in (languages or {}).items()}
+        languages = {str(source): parse_language(mark) for source, mark in (languages or {}).items() if mark}
         total = len(sources) if isinstance(sources, Sequence) else None
         by_mode = self._one_by_one if mode == "sequential" else self._in_rounds
         with tqdm(total=total, desc="transcribing", unit="file", disable=total == 1) as bar:
