@@ -28,6 +28,7 @@ from src.inference.server.client import stream_to_server
 from src.inference.server.protocol import DTYPES, Done, LiveEvent
 from src.inference.streaming.commit import Event
 from src.inference.streaming.microphone import Microphone, in_real_time
+from src.inference.streaming.view import printable
 from src.utils.errors import ConfigError, WhisperASRError
 from src.utils.logging_config import setup_logging
 
@@ -64,7 +65,9 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     source.add_argument("--microphone", type=float, metavar="SEC", help="record for so long")
     parser.add_argument("--fast", action="store_true", help="send the recording as fast as the server takes it")
     parser.add_argument("--url", default="ws://127.0.0.1:8765", help="of the server; default: %(default)s")
-    parser.add_argument("--language", help="code or name such as de, German; auto detects it; default: the server's")
+    parser.add_argument(
+        "--language", help="code or name such as de, German; auto: the model's, else detected; default: the server's"
+    )
     parser.add_argument("--token-env", metavar="NAME", help="environment variable with the server's token")
     parser.add_argument("--format", choices=list(DTYPES), default="s16le", help="on the wire; default: %(default)s")
     parser.add_argument("--captions", type=Path, metavar="FILE", help="write them too, as .srt or .vtt")
@@ -128,7 +131,7 @@ def render(event: Event, *, terminal: bool, follows: bool = False) -> str:
 
     `follows` says that a commit stands before it on the line.
     """
-    text = "".join(filter(str.isprintable, event.text))  # a server may be anybody's
+    text = printable(event.text)  # a server may be anybody's
     clear = CLEAR_BELOW if terminal else ""
     if event.kind == "commit":
         return clear + " " * (follows and event.space) + text

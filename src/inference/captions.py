@@ -168,7 +168,7 @@ class CueBuilder:
                 )
             earliest_sec = word.start_sec
             self._knows_spaces |= not word.space
-            if not self._knows_spaces and _columns(word.text[:1]) == 2 and _touch(self._before, word.text):
+            if not self._knows_spaces and columns_of(word.text[:1]) == 2 and _touch(self._before, word.text):
                 word = replace(word, space=False)
             self._before = word.text or self._before
             for index, part in enumerate(_divide(word, self._max_word_sec)):
@@ -184,10 +184,10 @@ class CueBuilder:
             opens_cue = begins_word and part.start_sec - last.words[-1].end_sec >= self._max_gap_sec
             may_part = part.text[0] not in _JOINS_AFTER_SPACE if part.space else _may_part(last.text, part.text)
             if not (opens_cue or may_part):
-                end_column = column + _columns(part.text)
+                end_column = column + columns_of(part.text)
                 self._pieces[-1] = last._replace(words=(*last.words, part), end_column=end_column)
                 return
-        self._pieces.append(_Piece((part,), column, column + _columns(part.text), opens_cue))
+        self._pieces.append(_Piece((part,), column, column + columns_of(part.text), opens_cue))
 
     def finish(self, until_sec: float = math.inf) -> tuple[Cue, ...]:
         """Return all that is left; the last cue stays at most until `until_sec`, and coming ones begin no earlier."""
@@ -255,7 +255,7 @@ class CueBuilder:
         ):
             return empty + _CLAUSE_COST
         if touch:
-            is_narrow = _columns(following.text[:1]) < 2 and not _TIBETAN.match(following.text)
+            is_narrow = columns_of(following.text[:1]) < 2 and not _TIBETAN.match(following.text)
             is_inside = is_narrow or _KANA_WORD.match(text[-1] + following.text)
             return empty + (_INSIDE_COST if is_inside else _PLAIN_COST)
         is_short = self._width(stop - 1, stop) <= SHORT_WORD_COLUMNS and not _ends_unspaced(text)
@@ -338,7 +338,7 @@ def _may_part(left: str, right: str) -> bool:
     )
 
 
-def _columns(text: str) -> int:
+def columns_of(text: str) -> int:
     """Return the width of a text: 2 for a wide character, 0 for a mark on another (UAX #11)."""
     text = unicodedata.normalize("NFC", text)
     wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
@@ -414,11 +414,14 @@ class LiveCaptionWriter:
     """Appends the cues of a live session to a file, .srt or .vtt, that is valid whenever it is read.
 
     A "final" event writes everything said so far; its last cue stays at most for as long as audio was heard. Without a
-    final before the end the file is that of `make_cues`. An older file is replaced.
+    final before the end the file is that of `make_cues`. The options are by default those of the first words' language.
+    An older file is replaced.
     """
 
-    def __init__(self, path: str | Path, options: CaptionOptions = DEFAULT_OPTIONS) -> None:
-        path, self._builder, self._written = Path(path), CueBuilder(options), 0
+    def __init__(self, path: str | Path, options: CaptionOptions | None = None) -> None:
+        path, self._written = Path(path), 0
+        self._builder = CueBuilder(options or DEFAULT_OPTIONS)
+        self._is_open = options is None  # until the language is known
         self._suffix = _known_suffix(path, list(_HEADERS))
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w", encoding="utf-8", newline="\n")
@@ -436,6 +439,8 @@ class LiveCaptionWriter:
         if self._file.closed:
             raise DataError(f"{self._file.name}: these captions are closed; open another LiveCaptionWriter")
         if event.kind == "commit":
+            if self._is_open:
+                self._builder, self._is_open = CueBuilder(CaptionOptions.of(event.language)), False
             self._show(self._builder.add(event.words))
         elif event.kind == "final":
             self._show(self._builder.finish(event.audio_sec))

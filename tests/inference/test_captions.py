@@ -7,6 +7,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,6 +111,16 @@ def test_a_live_file_is_valid_at_any_time_and_ends_as_that_of_the_whole_text(
             assert whole.startswith(path.read_text())
             parsed(path.read_text())
     assert path.read_text() == whole
+
+
+def test_a_live_file_is_laid_out_as_its_language_is(tmp_path: Path) -> None:
+    words = [
+        replace(word, space=False) for word in said(" ".join("天気予報によると明日の朝北部では大雨が降るそうです"))
+    ]
+    for language, options in (("ja", None), (None, None), ("ja", CaptionOptions.of("zh"))):
+        with LiveCaptionWriter(tmp_path / "live.srt", options) as writer:
+            writer.write(replace(event("commit", words), language=language))
+        assert (tmp_path / "live.srt").read_text() == to_srt(make_cues(words, options or CaptionOptions.of(language)))
 
 
 def test_cues_end_with_sentences_then_at_commas_and_lines_not_after_short_words() -> None:
@@ -224,7 +235,7 @@ def test_lines_end_at_phrases_of_scripts_without_spaces_and_have_the_width_of_th
     assert lines("ja")[:2] == ["今日はとても", "良い天気ですね。"]  # 13 characters at most
     assert lines("zh")[:2] == ["今天天气很好 我们去公园吧，", "然后在 iPhone 商店买东西。"]
     assert lines("ko")[:2] == ["오늘은 날씨가 아주 좋습니다.", "공원에 가서 산책을 하고,"]
-    assert [captions._columns(text) for text in ("ที่", "กำ", "한국", "\u1112\u1161\u11ab", "日本", "ﾊﾝ")] == [
+    assert [captions.columns_of(text) for text in ("ที่", "กำ", "한국", "\u1112\u1161\u11ab", "日本", "ﾊﾝ")] == [
         1,
         2,
         4,

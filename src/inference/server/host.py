@@ -105,6 +105,7 @@ class LiveSession:
     """A session on the host: its backlog, its turns and its limits."""
 
     session: StreamingASR  # `feed` and `flush` run in the worker
+    language: str | None = None  # of the newest events that say theirs
 
     def __init__(self, host: LiveHost, sample_rate: int) -> None:
         limits, self._host, self.sample_rate = host.limits, host, sample_rate
@@ -169,11 +170,13 @@ class LiveSession:
             events = await self._host.in_worker(self.session.feed, samples, self.sample_rate)
             if not len(self._backlog):
                 self.wait_for_client()
-            return events
-        if self._flushed:
+        elif self._flushed:
             return None
-        self._flushed = True
-        return await self._host.in_worker(self.session.flush)
+        else:
+            self._flushed = True
+            events = await self._host.in_worker(self.session.flush)
+        self.language = next((event.language for event in reversed(events) if event.language), self.language)
+        return events
 
     def is_over(self) -> bool:
         """Return whether no more audio is taken; a session ends here that is idle or too long."""

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from src.data.audio import SAMPLE_RATE, Waveform, stream_audio
 from src.data.vad import VoiceActivityDetector
-from src.inference.captions import make_cues, to_srt, to_vtt
+from src.inference.captions import CaptionOptions, make_cues, to_srt, to_vtt
 from src.inference.engine_base import Engine
 from src.inference.engines import load_engine, transcribe
 from src.inference.files.transcribe import BatchInference, Transcriptions
@@ -38,7 +38,7 @@ from src.inference.streaming.commit import Event
 from src.inference.streaming.session import StreamingASR
 from src.utils.config import Config
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError, ModelError
-from src.utils.languages import language_name
+from src.utils.languages import language_name, text_language
 
 MAX_UPLOAD_SEC = 3600.0  # 230 MB of samples
 MAX_CHARS = 1 << 18  # of a message's audio: 1 s of int16 at the highest rate, in base64
@@ -109,7 +109,11 @@ def launch_demo(
     engines = {n: load_engine(each, config) if isinstance(each, str | Path) else each for n, each in sources.items()}
     backend = Backend(engines, config, host, max_upload_sec=max_upload_sec)
     page = page_layout.build_page(
-        backend.about, hear=backend.live.answer, leave=backend.live.leave, transcribe=backend.transcribe
+        backend.about,
+        hear=backend.live.answer,
+        leave=backend.live.leave,
+        transcribe=backend.transcribe,
+        task=config.model.task,
     )
     try:
         page_layout.serve(page, share=share, server_name=server_name, server_port=port)
@@ -129,7 +133,7 @@ class Backend:
     def __init__(self, engines: Mapping[str, Engine], config: Config, host: LiveHost, *, max_upload_sec: float) -> None:
         self._engines, self._config, self._max_upload_sec = engines, config, max_upload_sec
         self._vad = VoiceActivityDetector(config.vad)
-        self.live = LiveTabs(host, self._make_session)
+        self.live = LiveTabs(host, self._make_session, task=config.model.task)
         self.about: dict[str, str] = {}  # how each model computes
         self._batches: dict[str, BatchInference] = {}
         for name, engine in engines.items():
@@ -198,16 +202,18 @@ class LiveMessage(BaseModel):
 class LiveTabs:
     """Recordings that are under way, at most one per tab: an adapter between the page's requests and `host`."""
 
-    def __init__(self, host: LiveHost, make_session: Callable[[str], StreamingASR]) -> None:
-        self._host, self._make_session = host, make_session
+    def __init__(
+        self, host: LiveHost, make_session: Callable[[str], StreamingASR], *, task: str = "transcribe"
+    ) -> None:
+        self._host, self._make_session, self._task = host, make_session, task
         self._tabs: dict[str, LiveSession] = {}
 
     async def answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Hear a message.
 
         Returns:
-            `events`, `audio_sec` heard, and the name of the `language` of the events if it is known; at the end of the
-            recording `srt`, `vtt`, and a `note` if a limit ended it.
+            `events`, `audio_sec` heard, and the name of the `language` of the newest ones if it is known; at the end of
+            the recording `srt`, `vtt`, and a `note` if a limit ended it.
             Or `error` alone, and the recording is over.
         """
         try:
@@ -244,12 +250,12 @@ class LiveTabs:
             while (more := await live.next_events()) is not None:
                 events += more
             self.leave(message.tab)
-            cues = await asyncio.to_thread(make_cues, live.session.words)
+            options = [CaptionOptions.of(text_language(live.language, self._task))] if live.language else []
+            cues = await asyncio.to_thread(make_cues, live.session.words, *options)
             reply = {"srt": to_srt(cues), "vtt": to_vtt(cues)}
         if isinstance(live.ending, StreamError):
             reply["note"] = f"This recording has ended: {live.ending.message}; press Start for another."
-        codes = [event.language for event in events if event.language is not None]
-        language = {"language": language_name(codes[-1])} if codes else {}
+        language = {"language": language_name(live.language)} if live.language else {}
         return {"events": _on_page(events), "audio_sec": live.session.audio_sec, **language, **reply}
 
     async def _begin(self, message: LiveMessage) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import html
-import string
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,14 @@ from typing import Any
 import gradio as gr
 import jinja2
 
-from src.inference.captions import make_cues, to_srt, to_vtt
+from src.inference.captions import CaptionOptions, make_cues, to_srt, to_vtt
 from src.inference.files.transcribe import Transcriptions
 from src.inference.server.host import complaint
+from src.inference.streaming.commit import word_key
 from src.inference.words import Word
 from src.utils.errors import WhisperASRError
 from src.utils.files import read_template
+from src.utils.languages import text_language
 
 TITLE = "Speech to text"
 KEEP_UPLOADS_SEC, SWEEP_SEC = 3600, 600  # of Gradio's folder of uploads
@@ -34,7 +35,12 @@ JOB: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": FILES_A
 
 
 def build_page(
-    about: Mapping[str, str], *, hear: Hear, leave: Callable[[str], None], transcribe: Transcribe
+    about: Mapping[str, str],
+    *,
+    hear: Hear,
+    leave: Callable[[str], None],
+    transcribe: Transcribe,
+    task: str = "transcribe",
 ) -> gr.Blocks:
     """Return the page, not yet served.
 
@@ -43,6 +49,7 @@ def build_page(
         hear: answers a message of the live tab.
         leave: called with the name of a tab that was closed.
         transcribe: turns the path of an upload, which may be None, and names of models into their transcripts.
+        task: of `transcribe`: captions of translations are laid out as English.
     """
     names = list(about)
 
@@ -57,11 +64,13 @@ def build_page(
             with gr.Tab("Live"):
                 live = _live_tab(page, hear, leave, names[0])
             with gr.Tab("File"):
-                _file_tab("file", "Transcribe", transcribe, lambda: [model])
+                _file_tab("file", "Transcribe", transcribe, task, lambda: [model])
             if len(names) > 1:
                 with gr.Tab("Compare"):
                     two = (names[1], "First model"), (names[0], "Second model")
-                    _file_tab("compare", "Compare", transcribe, lambda: [_model_choice(names, *each) for each in two])
+                    _file_tab(
+                        "compare", "Compare", transcribe, task, lambda: [_model_choice(names, *each) for each in two]
+                    )
         model.change(lambda name: (gr.HTML(model=name), title_html(name)), model, [live, title], **PRIVATE)
     return page
 
@@ -122,7 +131,9 @@ def _live_tab(page: Any, answer: Hear, leave: Callable[[str], None], model: str)
     return live
 
 
-def _file_tab(name: str, label: str, transcribe: Transcribe, choose: Callable[[], list[gr.Dropdown]]) -> None:
+def _file_tab(
+    name: str, label: str, transcribe: Transcribe, task: str, choose: Callable[[], list[gr.Dropdown]]
+) -> None:
     """Lay out a recording, the models that `choose` gives, a button, and what the models heard."""
     audio: Any = gr.Audio(
         sources=["upload", "microphone"],
@@ -143,7 +154,7 @@ def _file_tab(name: str, label: str, transcribe: Transcribe, choose: Callable[[]
         try:
             done = transcribe(path, *chosen)
             if any(each[0].words for each in done):
-                return results_html(chosen, done, Path(path or "").stem)
+                return results_html(chosen, done, Path(path or "").stem, task=task)
         except Exception as err:  # the page's boundary: it shows the error, and goes on
             title = "That did not work" if isinstance(err, WhisperASRError) else "Error"
             raise gr.Error(html.escape(complaint(err)), title=title, print_exception=False) from err
@@ -153,13 +164,13 @@ def _file_tab(name: str, label: str, transcribe: Transcribe, choose: Callable[[]
     button.click(run, [audio, *models], result, **JOB)
 
 
-def results_html(models: Sequence[str], done: Sequence[Transcriptions], stem: str) -> str:
+def results_html(models: Sequence[str], done: Sequence[Transcriptions], stem: str, *, task: str = "transcribe") -> str:
     """Return what one model or two heard in a recording; `stem` is of the captions' file names.
 
     Of one model by segment; of two side by side, with the words marked that the other lacks.
     """
     words = [each[0].words or () for each in done]
-    cues = make_cues(words[0])
+    cues = make_cues(words[0], CaptionOptions.of(text_language(done[0][0].language, task)))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["clock"] = clock
     return environment.from_string(_template("demo_results.html")).render(
@@ -177,7 +188,7 @@ def differing_words(first: Sequence[Word], second: Sequence[Word]) -> tuple[set[
 
     The longest common runs are matched first (difflib): this shows where to look, and is no error rate.
     """
-    keys = [[word.text.casefold().strip(string.punctuation) for word in words] for words in (first, second)]
+    keys = [[word_key(word) for word in words] for words in (first, second)]
     steps = difflib.SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_opcodes()
     spans = [(range(a, b), range(c, d)) for step, a, b, c, d in steps if step != "equal"]
     return {place for span, _ in spans for place in span}, {place for _, span in spans for place in span}

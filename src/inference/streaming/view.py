@@ -7,18 +7,22 @@ import secrets
 import shutil
 import sys
 import time
+import unicodedata
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from src.inference.captions import columns_of
 from src.inference.streaming.commit import Event
+from src.utils.languages import graphemes, is_unspaced_text
 from src.utils.runtime import in_notebook
 
 MAX_CHARS = 1_000  # of committed text on show; the transcript has all of it
 MAX_UPDATES_PER_SEC = 8  # an update of a real microphone is up to three events, about twice a second
 FAINT = 0.7  # opacity; the contrast stays above 4.5 (WCAG 2 AA) in the themes of Jupyter and Colab
 CLEAR_LINE = "\r\x1b[K"
+_SHAPING = "\u200b\u200c\u200d\u200e\u200f"  # Persian, Sinhala and Khmer need some of them; they move no other text
 
 
 class LiveCaptions:
@@ -55,7 +59,8 @@ class LiveCaptions:
             self._committed, self._partial = self._committed + text, ""
             if len(self._committed) > MAX_CHARS:  # from the beginning of a word where the script has spaces
                 tail = self._committed[-MAX_CHARS:]
-                self._committed = f"… {tail.partition(' ')[2] or tail}"
+                word, _, rest = tail.partition(" ")
+                self._committed = f"… {tail if not rest or is_unspaced_text(word) else rest}"
             late_sec = event.audio_sec - event.words[-1].end_sec
             self._late = f", the newest word committed {late_sec:.1f} s of audio after its end"
         now_sec = self._clock()
@@ -75,7 +80,7 @@ class LiveCaptions:
 
     def to_text(self) -> str:
         """Return the captions for a terminal, on one line, without control characters."""
-        return "".join(filter(str.isprintable, self._committed + self._partial))
+        return printable(self._committed + self._partial)
 
     def _draw(self, *, over: bool = False) -> None:
         text, in_place = self.to_text(), self._terminal.isatty()
@@ -89,5 +94,21 @@ class LiveCaptions:
             self._terminal.write(f"{CLEAR_LINE if in_place else ''}{text}\n")
         elif in_place:
             columns = shutil.get_terminal_size().columns - 1  # the last one may wrap
-            self._terminal.write(CLEAR_LINE + text[-columns:])
+            self._terminal.write(CLEAR_LINE + _newest(text, columns))
             self._terminal.flush()
+
+
+def printable(text: str) -> str:
+    """Return a text without the characters that control a terminal or turn the direction of what follows."""
+    return "".join(c for c in text if c.isprintable() or unicodedata.category(c) == "Zs" or c in _SHAPING)
+
+
+def _newest(text: str, columns: int) -> str:
+    """Return the end of a text that has room in a line of a terminal."""
+    kept: list[str] = []
+    for grapheme in reversed(graphemes(text)):
+        columns -= columns_of(grapheme)
+        if columns < 0:
+            break
+        kept.append(grapheme)
+    return "".join(reversed(kept))

@@ -21,6 +21,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.sources.catalog import SAMPLE_CLIP
+from src.inference.captions import CaptionOptions, make_cues, to_srt
 from src.inference.engines import load_engine
 from src.inference.files.segmentation import TranscribedSegment
 from src.inference.files.transcribe import Transcription, Transcriptions
@@ -112,6 +113,24 @@ def test_tabs_do_not_mix_and_the_last_answer_holds_the_captions() -> None:
         assert set(page.answer("a")) == {"error"}
 
 
+def test_captions_of_a_live_recording_are_laid_out_as_its_language_is() -> None:
+    said = tuple(Word(c, i / 4, (i + 1) / 4, 0.9, space=False) for i, c in enumerate("我们今天去公园散步" * 6))
+
+    class Session(CountingSession):
+        def feed(self, samples: Waveform, sample_rate: int) -> list[Event]:
+            new, self.words = said[len(self.words) :], said
+            return [Event("commit", new, "", 1.0, 0.0, 0, "zh")] if new else []
+
+        def flush(self) -> list[Event]:
+            return []
+
+    for task, language in (("transcribe", "zh"), ("translate", "en")):
+        with Tabs() as page:
+            page.tabs = LiveTabs(page.host, lambda model: Session(), task=task)  # type: ignore[arg-type, return-value]
+            assert page.answer("a", first=True)["language"] == "Chinese"
+            assert page.answer("a", last=True)["srt"] == to_srt(make_cues(said, CaptionOptions.of(language)))
+
+
 def test_sessions_are_bounded_and_the_idle_and_the_left_give_way() -> None:
     with Tabs(max_sessions=2, idle_sec=0.2) as page:
         assert "error" not in page.answer("a", first=True)
@@ -188,6 +207,8 @@ def test_words_differ_that_the_other_text_lacks() -> None:
         ("The box was large.", "the box, was large", (set(), set())),
         ("the box was large", "the fox was very large", ({1}, {1, 3})),
         ("", "hello there", (set(), {0, 1})),
+        ("你 好。", "“你 好", (set(), set())),
+        ("क्या ?", "क्या।", ({1}, set())),
     ):
         assert tuple(map(set, page_layout.differing_words(words(first), words(second)))) == expected
 

@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 
 from src.inference.streaming import view as live_view
 from src.inference.streaming.commit import Event
-from src.inference.streaming.view import FAINT, MAX_CHARS, LiveCaptions
+from src.inference.streaming.view import FAINT, MAX_CHARS, LiveCaptions, printable
 from src.inference.words import Word
 from src.utils.languages import is_unspaced_text
 
@@ -67,6 +67,8 @@ def test_a_long_session_shows_its_newest_words_whole() -> None:
     assert MAX_CHARS - 20 < len(text) <= MAX_CHARS + 2
     assert re.match(r"… (word\d+|and|more) .* word299 and more$", text)
     assert len(after(*[event("commit", "世界", float(i)) for i in range(600)]).to_text()) == MAX_CHARS + 2
+    mixed = [event("commit", "世界", float(i)) for i in range(600)] + [event("commit", "GPT 4", 601.0)]
+    assert len(after(*mixed).to_text()) > MAX_CHARS - 20
 
 
 def test_what_was_said_is_text_and_never_markup_and_the_partial_is_fainter() -> None:
@@ -104,6 +106,20 @@ def test_a_terminal_shows_one_line_in_place_and_a_file_the_end_only(monkeypatch:
             for each in (event("commit", "hello\x1b[2J", 1.0), event("partial", "my fellow", 1.0)):
                 live.show(each)
         assert output.getvalue().split(live_view.CLEAR_LINE) == expected
+
+
+def test_a_terminal_keeps_what_scripts_need_and_counts_wide_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("می‌خواهم", "ශ්‍රී", "東京　大阪", "combien ?"):
+        assert printable(text) == text
+    assert printable("a[2J‮b c	d") == "a[2Jbcd"
+    monkeypatch.setenv("COLUMNS", "8")
+    output = Terminal()
+    monkeypatch.setattr("sys.stdout", output)
+    with LiveCaptions() as live:
+        live.show(event("commit", "今日はいい天気です", 1.0))
+        live.show(event("commit", "नमस्ते", 2.0))
+    shown = output.getvalue().split(live_view.CLEAR_LINE)
+    assert shown[2] == "気です"  # two columns each
 
 
 def test_a_kernel_keeps_one_output_with_the_last_captions() -> None:
