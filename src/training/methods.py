@@ -41,16 +41,23 @@ def record_languages(model: DynamicWhisper, dataset: WhisperDataset, task: str) 
     """Put into a model's configs what its checkpoints say about the languages of its training data.
 
     `generation_config.language` is the single language of the rows, none if they have several; `tokens_per_sec` are the
-    dataset's `token_rates`.
+    dataset's `token_rates`. Both have the codes that the model knows: Cantonese is `zh` before large-v3.
     """
-    rates = {language: round(rate, 1) for language, rate in dataset.token_rates().items()}
-    model.config.tokens_per_sec = get_cap_rates(model.config) | rates  # languages of an earlier training stay
-    if getattr(model.generation_config, "is_multilingual", False):
-        languages = {u.language for u in dataset.utterances}
-        language = languages.pop() if len(languages) == 1 else None
-        known = [name.strip("<|>") for name in getattr(model.generation_config, "lang_to_id", None) or ()]
-        model.generation_config.language = known_language(language, known) if language and known else language
-        model.generation_config.task = task
+    generation, rates = model.generation_config, get_cap_rates(model.config)  # languages of an earlier training stay
+    known = [name.strip("<|>") for name in getattr(generation, "lang_to_id", None) or ()]
+
+    def code_of(language: str | None) -> str | None:
+        return known_language(language, known) if language and known else language
+
+    found: dict[str, float] = {}
+    for language, rate in dataset.token_rates().items():
+        code = code_of(language) or language
+        found[code] = max(found.get(code, 0.0), round(rate, 1))
+    model.config.tokens_per_sec = rates | found
+    if getattr(generation, "is_multilingual", False):
+        languages = {code_of(u.language) for u in dataset.utterances}
+        generation.language = languages.pop() if len(languages) == 1 else None
+        generation.task = task
 
 
 def choose_method(config: TrainingConfig, d_model: int) -> tuple[Literal["full", "lora"], str]:

@@ -268,9 +268,13 @@ def test_a_model_says_the_languages_and_rates_of_its_training_data(
     assert merged_model(model).config.tokens_per_sec == rates
 
 
-def test_cantonese_is_recorded_as_the_code_that_the_model_knows(small: Any) -> None:
-    generation = small[0].generation_config
-    generation.is_multilingual, generation.lang_to_id = True, {"<|en|>": 1, "<|zh|>": 2}
-    dataset: Any = SimpleNamespace(utterances=[SimpleNamespace(language="yue")], token_rates=lambda: {"yue": 9.0})
-    record_languages(small[0], dataset, "transcribe")
-    assert generation.language == "zh"
+def test_a_checkpoint_names_languages_as_its_model_knows_them(small: Any) -> None:
+    model, rows = small[0], [("yue", 12.0), ("zh", 9.0)]
+    model.generation_config.is_multilingual, model.config.tokens_per_sec = True, None
+    dataset: Any = SimpleNamespace(
+        utterances=[SimpleNamespace(language=code) for code, _ in rows], token_rates=lambda: dict(rows)
+    )
+    for known, language, rates in ((("zh",), "zh", {"zh": 12.0}), (("zh", "yue"), None, {"yue": 12.0, "zh": 9.0})):
+        model.generation_config.lang_to_id = {f"<|{code}|>": 1 for code in known}
+        record_languages(model, dataset, "transcribe")
+        assert (model.generation_config.language, model.config.tokens_per_sec) == (language, rates)
