@@ -26,6 +26,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from src.data.audio import SAMPLE_RATE, Waveform, stream_audio, to_mono_16k
+from src.data.sources.folder import language_of_row
 from src.data.vad import VoiceActivityDetector
 from src.inference.engine_base import Engine
 from src.inference.engines import engine_of
@@ -207,7 +208,7 @@ class BatchInference:
         word_timestamps: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
         mode: Literal["segments", "sequential"] = "segments",
-        languages: Mapping[str | Path, str | None] | None = None,
+        languages: Mapping[Any, str | None] | None = None,
     ) -> Iterator[Transcription]:
         """Transcribe any number of recordings, in memory that does not grow with them.
 
@@ -217,15 +218,16 @@ class BatchInference:
             on_error: "raise" an AudioError of a bad recording, or "skip": report it in its `Transcription.error`.
             mode: "segments" cuts at silences and decodes in batches; "sequential" goes through a recording in windows
                 of 30 s, each with the text before it as context, for models that write timestamps.
-            languages: of recordings whose language is known, by source (of an array "array N"): codes or names. It
-                comes before that of the settings.
+            languages: of recordings whose language is known, by source (of an array "array N"): codes or names, as in
+                a manifest. It comes before that of the settings.
         """
         options = replace(self._options, word_timestamps=word_timestamps)
-        languages = {str(source): parse_language(mark) for source, mark in (languages or {}).items() if mark}
+        marks = {str(source): language_of_row({"language": mark}) for source, mark in (languages or {}).items()}
+        spoken = {source: parse_language(mark) for source, mark in marks.items() if mark is not None}
         total = len(sources) if isinstance(sources, Sequence) else None
         by_mode = self._one_by_one if mode == "sequential" else self._in_rounds
         with tqdm(total=total, desc="transcribing", unit="file", disable=total == 1) as bar:
-            for recording in by_mode(sources, languages, options, on_error):
+            for recording in by_mode(sources, spoken, options, on_error):
                 bar.update()
                 done = recording.joined(words=word_timestamps)
                 if done.truncated:

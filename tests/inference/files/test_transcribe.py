@@ -141,7 +141,7 @@ def test_a_recordings_own_language_comes_first_and_a_checkpoints_own_before_hear
     assert languages(own, languages={"array 1": "Mandarin Chinese"}) == ["hi", "zh"]
     assert not own.detected
     assert languages(Scripted(), languages={"array 0": "deu"}) == ["de", "en"]
-    assert languages(own, languages={"array 0": None, Path("array 1"): "zh"}) == ["hi", "zh"]
+    assert languages(own, languages={"array 0": "auto", Path("array 1"): "zh"}) == ["hi", "zh"]
     with pytest.raises(DataError, match="'klingon'"):
         languages(own, languages={"array 0": "klingon"})
 
