@@ -50,6 +50,7 @@ _JOINS = (  # stays with the character before it, as all combining marks
     "ะาำๅๆฯະາຳໆຯ།་"
 )
 _JOINS_AFTER_SPACE = "ๆໆ"  # repetition in Thai and Lao
+_INVISIBLE_SPACE = "\u200b"  # marks where a word ends, in some texts of Khmer, Burmese and Thai
 _SUBJOINERS = "\u17d2\u1039"  # Khmer and Burmese: the next consonant is written below
 _BURMESE_FINAL = re.compile(r"[\u1000-\u1021]\u103a")  # a consonant that ends a syllable
 _TIBETAN = re.compile(r"[\u0f00-\u0fff]")
@@ -256,7 +257,7 @@ class CueBuilder:
             return empty + _CLAUSE_COST
         if touch:
             is_narrow = columns_of(following.text[:1]) < 2 and not _TIBETAN.match(following.text)
-            is_inside = is_narrow or _KANA_WORD.match(text[-1] + following.text)
+            is_inside = text[-1] != _INVISIBLE_SPACE and (is_narrow or _KANA_WORD.match(text[-1] + following.text))
             return empty + (_INSIDE_COST if is_inside else _PLAIN_COST)
         is_short = self._width(stop - 1, stop) <= SHORT_WORD_COLUMNS and not _ends_unspaced(text)
         return empty + (_SHORT_WORD_COST if is_short else _PLAIN_COST)
@@ -319,7 +320,7 @@ def _divide(word: Word, max_word_sec: float) -> list[Word]:
 
 
 def _ends_unspaced(text: str) -> bool:
-    return is_unspaced_character((text.rstrip(_JOINS) or text)[-1:])
+    return is_unspaced_character((text.rstrip(_JOINS + _INVISIBLE_SPACE) or text)[-1:])
 
 
 def _touch(left: str, right: str) -> bool:

@@ -238,7 +238,7 @@ def word_ranges(text: str) -> list[tuple[int, int, bool]]:
                 or space
                 or (
                     not opening
-                    and category not in ("Pe", "Pf", "Po", "Pd")
+                    and category not in ("Pe", "Pf", "Po", "Pd", "Cf")  # Cf: the invisible space of Khmer and Burmese
                     and (unspaced or is_unspaced_character(grapheme))
                 )
             )

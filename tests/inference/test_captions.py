@@ -235,14 +235,12 @@ def test_lines_end_at_phrases_of_scripts_without_spaces_and_have_the_width_of_th
     assert lines("ja")[:2] == ["今日はとても", "良い天気ですね。"]  # 13 characters at most
     assert lines("zh")[:2] == ["今天天气很好 我们去公园吧，", "然后在 iPhone 商店买东西。"]
     assert lines("ko")[:2] == ["오늘은 날씨가 아주 좋습니다.", "공원에 가서 산책을 하고,"]
-    assert [captions.columns_of(text) for text in ("ที่", "กำ", "한국", "\u1112\u1161\u11ab", "日本", "ﾊﾝ")] == [
-        1,
-        2,
-        4,
-        2,
-        4,
-        2,
-    ]
+    texts = ("ที่", "กำ", "한국", "\u1112\u1161\u11ab", "日本", "ﾊﾝ")
+    assert list(map(captions.columns_of, texts)) == [1, 2, 4, 2, 4, 2]
+    words = ("បងប្រុស", "របស់", "ខ្ញុំ", "បាន", "ទិញ", "ផ្លែប៉ោម", "បី", "គីឡូក្រាម", "នៅ", "ផ្សារ", "កាលពី", "ម្សិលមិញ។")
+    for narrow in range(12, 30):
+        found = make_cues(heard("\u200b".join(words)), CaptionOptions(max_line_chars=narrow))
+        assert [w for cue in found for line in cue.lines for w in line.split("\u200b") if w] == list(words)
     assert CaptionOptions.of(None) == CaptionOptions.of("en") == CaptionOptions()
 
 

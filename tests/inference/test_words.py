@@ -51,6 +51,8 @@ def test_words_join_to_the_text_and_tile_its_tokens_and_times(
         ("« Bonjour » dit-il", ["«", "Bonjour", "»", "dit-il"]),
         ("¿Qué tal? ¡Hola!", ["¿Qué", "tal?", "¡Hola!"]),
         ("नमस्ते । आप", ["नमस्ते", "।", "आप"]),
+        ("ខ្ញុំ\u200bបាន\u200bទិញ", ["ខ្ញុំ\u200b", "បា", "ន\u200b", "ទិ", "ញ"]),
+        ("\u200fשלום\u200f עולם", ["\u200fשלום\u200f", "עולם"]),
     ],
 )
 def test_punctuation_stays_with_its_word(base_vocabulary: Vocabulary, text: str, words: list[str]) -> None:

@@ -204,8 +204,8 @@ def make_policy(settings: StreamingConfig) -> CommitPolicy:
 
 
 def word_key(word: Word) -> str:
-    """Return a word without case and punctuation; the text itself if nothing else is in it."""
-    key = "".join(c for c in word.text.casefold() if not unicodedata.category(c).startswith(("P", "S")))
+    """Return a word without case, punctuation and invisible characters; the text itself if nothing else is in it."""
+    key = "".join(c for c in word.text.casefold() if not unicodedata.category(c).startswith(("P", "S", "Cf")))
     return key or word.text
 
 
