@@ -87,8 +87,8 @@ def compare_models(
         engines: of `ENGINES`. CTranslate2 exports are made in a temporary folder, and verified as every export.
 
     Returns:
-        One row per variant and engine. Unavailable weights, an export that fails or would take minutes, and memory that
-        runs out are reasons, not errors.
+        One row per variant and engine. Unavailable weights, an export that fails or would take minutes, a language that
+        the variant does not know, and memory that runs out are reasons, not errors.
     """
     for name in engines or [""]:
         if name not in ENGINES:
@@ -170,7 +170,10 @@ def _measure(
         return replace(row, device=engine.device, reason=NO_CLIPS)
     languages = [utterance.language for utterance in utterances]
     size = min(config.inference.batch_size, len(clips))
-    result = measure_engine(engine, clips, batch_size=size, name=row.variant, languages=languages)
+    try:
+        result = measure_engine(engine, clips, batch_size=size, name=row.variant, languages=languages)
+    except ModelError as err:  # a language that the variant does not know
+        return replace(row, device=engine.device, reason=_one_line(err))
     measured = {**vars(result), "engine": row.engine, "n": len(clips)}
     if result.reason is None:
         rates = MetricsCalculator.from_config(config).compute(

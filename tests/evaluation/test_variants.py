@@ -115,3 +115,15 @@ def test_one_clip_has_no_interval(config: Config) -> None:
     blank = VariantFigures("tiny.en", "torch")
     row = variants._measure(blank, engine, [np.zeros(16_000, dtype=np.float32)], [utterance], config)
     assert (row.wer, row.wer_low, row.wer_high, row.n) == (0.5, None, None, 1)
+
+
+def test_a_language_that_a_variant_does_not_know_is_a_reason(config: Config) -> None:
+    def refuse(audios: Any, languages: Any) -> list[str]:
+        raise ModelError(f"this is an English-only model, not for language {languages[0]!r}")
+
+    engine = MeasuredEngine("torch", refuse, "cpu", "float32", "full")
+    clip, audio = Utterance("a", b"", "नमस्ते", language="hi"), np.zeros(16_000, np.float32)
+    row = variants._measure(VariantFigures("tiny.en", "torch"), engine, [audio], [clip], config)
+    assert row == VariantFigures(
+        "tiny.en", "torch", device="cpu", reason="this is an English-only model, not for language 'hi'"
+    )
