@@ -38,7 +38,7 @@ from src.data import Utterance, VoiceActivityDetector, create_dataloaders, prepa
 from src.data.audio import SAMPLE_RATE
 from src.data.dataset import decode_audio
 from src.data.labels import IGNORE_INDEX
-from src.evaluation import EvaluationResult, MetricsCalculator, ModelEvaluator, evaluate_stream, fill_languages
+from src.evaluation import EvaluationResult, MetricsCalculator, ModelEvaluator, fill_languages
 from src.evaluation.data_checks import measure_languages
 from src.evaluation.evaluator import Prediction
 from src.evaluation.streams import AlignedClip, join_clips, make_stream
@@ -51,9 +51,11 @@ from src.utils.languages import UNSPACED
 
 CLIPS = 48  # of each language, by eight speakers
 FILE_SEC = 300.0
+FILE_SEC_OF_SEVERAL = 60.0  # of each language in a set of several
 QUICK_CLIPS, QUICK_FILE_SEC = 8, 10.0
 BAR_POINTS = 2.0  # of offline and streaming rates
 ALL = "all"
+MEAN = "mean"  # of the languages of a run, which nothing is streamed in
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Run:
 RUNS = (
     Run("hi", {"hi": ""}, "Hindi", epochs=5),
     Run("zh", {"zh": "cmn"}, "auto", epochs=5),
-    Run("ka", {"ka": ""}, "geo", epochs=5),
+    Run("ka", {"ka": ""}, "geo", epochs=8),
     Run(
         ALL,
         {"hi": "hi", "zh": "zh-CN", "de": "German", "ta": "tam", "ar": "ar", "ja": "jpn", "th": "Thai", "tr": "tr-TR"}
@@ -111,7 +113,7 @@ class Figures:
         return {
             "headline equals the one by hand": math.isclose(self.rate, self.by_hand, abs_tol=1e-9),
             "no text ended by a limit": self.truncated == 0,
-            "streaming within 2 points": not abs(self.stream - self.offline) > BAR_POINTS / 100,
+            "streaming within 2 points": abs(self.stream - self.offline) <= BAR_POINTS / 100 or self.language == MEAN,
             "export saved": self.export == "saved",
             "no label begins with a suppressed token": self.suppressed == 0,
         }
@@ -119,7 +121,7 @@ class Figures:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, help="of each training; default: 5, of the set of all languages 3")
+    parser.add_argument("--epochs", type=int, help="of each training; default: 3 to 8")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for data, checkpoints and exports; default: none")
     parser.add_argument("--run", action="append", choices=[run.name for run in RUNS], help="may repeat; default: all")
     parser.add_argument("--no-record", action="store_true", help="append no table")
@@ -133,7 +135,8 @@ def main() -> int:
         folder = arguments.keep or Path(temporary)
         for run in runs:
             epochs = arguments.epochs or run.epochs
-            figures += measure(run, folder / run.name, clips=clips, epochs=epochs, file_sec=file_sec)
+            sec = min(file_sec, FILE_SEC_OF_SEVERAL) if len(run.marks) > 1 else file_sec
+            figures += measure(run, folder / run.name, clips=clips, epochs=epochs, file_sec=sec)
     record = not (arguments.quick or arguments.no_record)
     show("Languages: synthetic speech", table(figures), note(figures), record=record)
     missed = [f"{f.tuned_on} {f.language}: {bar}" for f in figures for bar, holds in f.bars.items() if not holds]
@@ -175,7 +178,12 @@ def measure(run: Run, folder: Path, *, clips: int, epochs: int, file_sec: float)
         if saved == "saved":
             aligned = [AlignedClip(clip.id, clip.text, decode_audio(clip).numpy()) for clip in clips_of]
             figures = transcribe(figures, exported, aligned, spoken, folder / f"{code}.wav", file_sec)
-        found.append(stream(figures, tuned, processor, clips_of, result, spoken))
+            figures = stream(figures, exported, clips_of, spoken)
+        print(
+            f"{run.name} {code}: {figures.metric} {percent(figures.rate)}, streamed {percent(figures.stream)}",
+            flush=True,
+        )
+        found.append(figures)
     if len(run.marks) > 1:
         found.append(rate_all(run, result, sum(suppressed.values()), saved, updates))
     return found
@@ -188,7 +196,7 @@ def configure(run: Run, data: Path, folder: Path) -> Config:
         overrides={
             "model": {"variant": "base", "language": run.language},
             "data": {"source": "folder", "path": str(data), "num_workers": 0},
-            "training": {"batch_size": 8, "full_context_prob": 0.0, "prefix_prob": 0.3},
+            "training": {"batch_size": 8, "full_context_prob": 0.0, "prefix_prob": 0.3, "learning_rate": 1e-4},
             "composition": {"concatenate_prob": 0.2, "max_concatenated_sec": 15},
             "augmentation.enabled": False,
             "paths": {"runs_dir": str(folder / "runs"), "checkpoints_dir": str(folder / "checkpoints")},
@@ -231,7 +239,7 @@ def rate_all(run: Run, result: EvaluationResult, suppressed: int, saved: str, up
     """Return the overall rate of a run with several languages: the mean of theirs."""
     each = [by_hand([row for row in result.rows if row.language == code], code) for code in run.marks]
     return Figures(
-        run.name, "mean", result.metric, result.rate, result.low, result.high, sum(each) / len(each), result.n,
+        run.name, MEAN, result.metric, result.rate, result.low, result.high, sum(each) / len(each), result.n,
         result.truncated, "", suppressed=suppressed, export=saved, updates=updates,
     )  # fmt: skip
 
@@ -272,15 +280,19 @@ def transcribe(
     )  # fmt: skip
 
 
-def stream(
-    figures: Figures, model: Any, processor: Any, clips: Sequence[Utterance], result: EvaluationResult, config: Config
-) -> Figures:
-    """Stream the language's test clips, with the model that decoded them one by one."""
-    asr = StreamingASR(model, processor, vad=VoiceActivityDetector(config.vad), config=config)
-    found = evaluate_stream(asr, make_stream(clips, num_clips=len(clips), seed=0), result)
-    truncated = figures.truncated + getattr(found.result, "truncated", 0)
+def stream(figures: Figures, exported: Path, clips: Sequence[Utterance], config: Config) -> Figures:
+    """Stream the language's test clips with the export, and transcribe them one by one with it."""
+    engine, spoken = load_engine(exported, config), make_stream(clips, num_clips=len(clips), seed=0)
+    asr = StreamingASR(engine=engine, vad=VoiceActivityDetector(config.vad), config=config)
+    streamed = asr.stream_audio(spoken.audio)
+    alone = BatchInference(engine=engine, config=config).transcribe_batch(spoken.clip_audios())
+    calculator = MetricsCalculator(figures.language)
+    ended = streamed.truncated + sum(segment.truncated for each in alone for segment in each.segments)
     return replace(
-        figures, stream=found.rates.rate, offline=getattr(found, "offline_rate", math.nan), truncated=truncated
+        figures,
+        stream=calculator.compute([spoken.text], [streamed.text]).rate,
+        offline=calculator.compute([clip.text for clip in spoken.clips], [each.text for each in alone]).rate,
+        truncated=figures.truncated + ended,
     )
 
 
@@ -321,8 +333,8 @@ def note(figures: Sequence[Figures]) -> str:
         "language; it says nothing about the rates of human speech, and the stock model hardly knows which language it "
         "is. Mandarin is spoken from pinyin, Japanese from kana; the Thai voice leaves vowels out. By hand: jiwer on "
         "texts normalised without this library. Suppressed: labels that begin with a token that decoding never writes "
-        f"first. Files of {FILE_SEC / 60:.0f} min, by the int8 export at {compute_sec / max(audio_sec, 1e-9):.3f} of "
-        "real time; streams with the tuned model, of the test clips joined with pauses."
+        f"first. With the int8 export: files of {FILE_SEC / 60:.0f} min (of a set of several languages 1 min each), in "
+        f"{compute_sec / max(audio_sec, 1e-9):.3f} of real time; the test clips one by one, and joined as a stream."
     )
 
 
