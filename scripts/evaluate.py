@@ -118,8 +118,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": config.model.model_copy(update={"language": language}),
         "paths": config.paths.model_copy(update={"runs_dir": run_dir.parent}),
     })  # fmt: skip
-    splits, listener = DatasetSplits([], [], read_clips(config), label_case="keep"), models.get(STOCK, models[TUNED])
-    clips = recased(fill_languages(splits, listener.model, listener.processor, config), config)
+    splits = DatasetSplits([], [], read_clips(config), label_case="keep", task=config.model.task)
+    listener = models.get(STOCK, models[TUNED])
+    clips = fill_languages(splits, listener.model, listener.processor, config).test
     with ExperimentLogger(config, run_id=run_dir.name) as experiment:
         log_origin(experiment, models, clips, arguments.data, config)
         results: dict[str, EvaluationResult] = {}
@@ -190,11 +191,7 @@ def read_clips(config: Config) -> list[Utterance]:
     checker = RecordingChecker(config)
     checked = checker.take("test", tested, config.data.max_test)
     enforce_skip_policy(checker.skipped, len(checked) + len(checker.skipped), config.data.max_skip_fraction)
-    return recased(DatasetSplits([], [], checked, label_case="keep", task=config.model.task), config)
-
-
-def recased(splits: DatasetSplits, config: Config) -> list[Utterance]:
-    """Return the test clips with their source's texts in the case of the configuration."""
+    splits = DatasetSplits([], [], checked, label_case="keep", task=config.model.task)
     return splits.with_label_case(config.data.label_case).test
 
 

@@ -183,3 +183,16 @@ def test_each_row_is_measured_in_its_own_language(
         assert part in printed
     predictions = summarize_run(run_dir).predictions["tuned"]
     assert {row.id.removesuffix(".wav"): row.language for row in predictions} == {"hi": "hi", "cmn": "zh", "de": "de"}
+
+
+@pytest.mark.slow
+def test_translations_are_recased_as_english_whatever_is_spoken(
+    call: Callable[..., int], tmp_path: Path, base: Any, jfk: Any
+) -> None:
+    data, run_dir = tmp_path / "mine", tmp_path / "run"
+    data.mkdir()
+    sf.write(data / "a.wav", jfk[: 2 * SAMPLE_RATE], SAMPLE_RATE)
+    (data / "metadata.csv").write_text("file_name,text,language\na.wav,I LIKE IT,Turkish\n")
+    given = ("--model", "base", "--no-stock", "--data", data, "--run-dir", run_dir, "--set", "model.task=translate")
+    assert call(*given) == 0
+    assert [row.reference for row in summarize_run(run_dir).predictions["tuned"]] == ["I like it."]
