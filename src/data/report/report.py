@@ -23,7 +23,7 @@ from src.data.utterance import SPLITS, SkippedUtterance, Utterance, stable_hash
 from src.utils.config import Config
 from src.utils.errors import DataError
 from src.utils.files import read_json, write_json, write_text_atomic
-from src.utils.languages import UNSPACED, language_name
+from src.utils.languages import is_unspaced_text, language_name
 
 CLIP_TYPES = {
     "id": "str", "split": "str", "speaker": "object", "language": "object", "duration_sec": "float64", "text": "str",
@@ -81,7 +81,7 @@ class DataReport:
         return pd.DataFrame(rows).astype({"max_tokens": "Int64"})
 
     def languages(self) -> pd.DataFrame:
-        """Return one row per language, the largest first; words are NA where none are parted by spaces."""
+        """Return one row per language, the largest first; words are NA in texts without spaces between them."""
         rows = []
         for code, clips in self.clips.groupby(self.clips["language"].fillna(""), sort=False):
             texts = clips["text"]
@@ -90,7 +90,7 @@ class DataReport:
                 "code": code or None,
                 **{name: int((clips["split"] == name).sum()) for name in SPLITS},
                 "hours": clips["duration_sec"].sum() / 3600,
-                "words": pd.NA if code in UNSPACED else texts.str.split().str.len().sum(),
+                "words": pd.NA if is_unspaced_text("".join(texts[:100])) else texts.str.split().str.len().sum(),
                 "characters": texts.map(lambda text: len("".join(text.split()))).sum(),  # without spaces
                 "chars_per_sec": clips["chars_per_sec"].median(),
                 "max_tokens": clips["tokens"].max(),

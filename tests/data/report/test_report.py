@@ -238,6 +238,9 @@ def test_languages_are_listed_with_words_only_where_spaces_part_them(tmp_path: P
     assert table.loc["zh", "characters"] == 90 and table.loc["hi", "language"] == "Hindi"
     report.save(tmp_path)
     pd.testing.assert_frame_equal(DataReport.load(tmp_path).languages(), report.languages())
+    others = [clip("a", noise(2, 2), "今天天气好", language=None), clip("b", noise(2, 3), "We go.", language="zh")]
+    words = build(others).languages().set_index("language")["words"]  # unmarked, and translated
+    assert pd.isna(words["not marked"]) and words["Chinese"] == 2
 
 
 def test_texts_too_long_for_the_decoder_are_an_error(clean: list[Utterance], _tiny_en: tuple[Any, Any]) -> None:
