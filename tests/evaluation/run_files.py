@@ -115,6 +115,7 @@ def spoken_run(run_dir: Path, *languages: str, cut: tuple[str, ...] = ()) -> Pat
     ]
     rows = [{"model": name, **asdict(row)} for name, result in results.items() for row in result.rows]
     evaluations = [
-        json.loads(json.dumps({"event": "evaluation", **result}, default=vars)) for result in results.values()
+        json.loads(json.dumps({"event": "evaluation", **result}, default=vars), parse_constant=lambda _: None)
+        for result in results.values()
     ]
     return write(run_dir, [*steps(20), *epochs, *evaluations], rows)

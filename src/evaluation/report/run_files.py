@@ -101,7 +101,7 @@ def last_training(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def best_epoch(epochs: Sequence[Row]) -> Row | None:
-    """Return the epoch whose weights were kept, or None if no epoch had a WER."""
+    """Return the epoch whose weights were kept, or None if no epoch had an error rate."""
     return next((row for row in reversed(epochs) if row["is_best"]), None)
 
 

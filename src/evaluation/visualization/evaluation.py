@@ -63,7 +63,7 @@ class EvaluationVisualizer:
         """Draw the headline with intervals under both normalisers, one bar per model, and the models' difference."""
         first = next(iter(self._evaluations.values()))
         caption = counted(first["n"], "clip")
-        if first.get("wer_low") is not None:
+        if headline(first).low is not None:
             caption += f"; {first['confidence']:.0%} bootstrap intervals over {first['num_blocks']} {first['blocks']}s"
         stock, tuned = (self._predictions.get(name, []) for name in (STOCK, TUNED))
         if stock and tuned and {STOCK, TUNED} <= set(self._evaluations):  # intervals may overlap although one is better

@@ -214,7 +214,7 @@ class LivePlot:
 
 
 def draw_curves(steps: Sequence[Row], epochs: Sequence[Row]) -> NotebookFigure:
-    """Draw loss and learning rate by update, and validation WER and CER by epoch."""
+    """Draw loss and learning rate by update, and the headline and CER of the validation by epoch."""
     with matplotlib.rc_context({**FIGURE_STYLE, "font.size": 9, "axes.titlesize": 10, "axes.titley": 1.0}):
         figure = NotebookFigure(figsize=(10, 3.1))
         # fixed margins: a solved layout takes as long as the drawing, and moves between two figures
@@ -269,8 +269,8 @@ def draw_curves(steps: Sequence[Row], epochs: Sequence[Row]) -> NotebookFigure:
             "disk_free_mb": (1000, "{:.3g} GB of disk free"),
         }
         given = {key: steps[-1][key] for key in texts if steps[-1].get(key) is not None}
-        headline = "   ".join(texts[key][1].format(value / texts[key][0]) for key, value in given.items())
-        figure.text(0.055, 0.94, headline, color=GREY, fontsize=9)
+        status = "   ".join(texts[key][1].format(value / texts[key][0]) for key, value in given.items())
+        figure.text(0.055, 0.94, status, color=GREY, fontsize=9)
     return figure
 
 
@@ -278,7 +278,7 @@ def _validation_rates(epochs: Sequence[Row]) -> dict[str, FloatArray]:
     """Return the headline of the epochs by its name, and the CER if that is another rate."""
     found = [headline(row, "val_") for row in epochs]
     name = found[-1].name if found else "WER"
-    rates = {name: np.array([gap(each.rate) for each in found])}
+    rates = {name: np.array([gap(each.rate if each.name == name else None) for each in found])}  # older rows: WER
     return {**rates, **({} if name == "CER" else {"CER": _column(epochs, "val_cer")})}
 
 

@@ -18,7 +18,7 @@ from src.evaluation.visualization.evaluation import MAX_SLICES, MAX_TIMINGS, Eva
 from src.evaluation.visualization.training import TrainingVisualizer
 from src.utils.errors import DataError
 from src.utils.figures import save_figure
-from tests.evaluation.run_files import append, evaluation, prediction, spoken_run, steps, write
+from tests.evaluation.run_files import append, epoch, evaluation, prediction, spoken_run, steps, write
 
 pytestmark = pytest.mark.usefixtures("no_warning_and_no_global_change")
 FIGURES = ["stock_against_tuned", "wer_by_duration", "error_types", "confusions", "latency_distribution",
@@ -196,7 +196,9 @@ def test_the_stream_is_followed_by_the_same_clips_in_batches(run_dir: Path) -> N
 )
 def test_every_figure_names_the_headline(tmp_path: Path, languages: tuple[str, ...], metric: str) -> None:
     found = EvaluationVisualizer(spoken_run(tmp_path / "run", *languages))
-    assert found.stock_against_tuned().axes[0].get_ylabel() == f"{metric}, test set"
+    bars = found.stock_against_tuned()
+    assert bars.axes[0].get_ylabel() == f"{metric}, test set"
+    assert "bootstrap intervals over" in bars.get_supxlabel()
     by_language = found.wer_by_slice("language").axes[0]
     assert by_language.get_xlabel() == ("error rate" if len(languages) > 1 else metric) + ", test set"
     labels = [label.get_text() for label in by_language.get_yticklabels()]
@@ -206,3 +208,11 @@ def test_every_figure_names_the_headline(tmp_path: Path, languages: tuple[str, .
     assert len(analysis.axes) == (3 if metric == "CER" else 4)  # the CER is drawn once
     for figure in (found.error_types(), found.confusions(), found.modes()):
         figure.draw_without_rendering()
+
+
+def test_epochs_of_an_older_version_leave_a_gap_in_another_metric(tmp_path: Path) -> None:
+    epochs = [epoch(1, 0.9, best=False), epoch(2, None, best=True) | {"metric": "CER", "val_rate": 0.2, "val_cer": 0.2}]
+    figure = TrainingVisualizer(write(tmp_path / "run", [*steps(4), *epochs])).training_analysis()
+    drawn = np.asarray(figure.axes[1].lines[0].get_ydata(), dtype=float)
+    assert figure.axes[1].get_ylabel() == "CER, validation"
+    assert np.isnan(drawn[0]) and drawn[1] == 0.2
