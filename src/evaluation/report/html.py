@@ -106,7 +106,7 @@ def write_html_report(run_dir: str | Path, path: str | Path, *, audio: Iterable[
         last_time=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(times[-1])) if times else "",
         evaluations=evaluations,
         changes=changes,
-        languages=run_summary.language_table(evaluations),
+        languages=[run_summary.language_table(each) for each in (evaluations, summary.guard)],
         said=list(filter(None, said)),
         verdict=summary.comparison.verdict.split()[0] if summary.comparison else "none",
         comparison=table.T,

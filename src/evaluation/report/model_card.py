@@ -129,6 +129,8 @@ def write_model_card(
 def _assumed_languages(folder: Path, result: Row, model: Row, base: str) -> list[str]:
     """Return the languages of a run without a data report: of the checkpoint, of the test set, or of the settings."""
     trained = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tokens_per_sec")
+    if model.get("task") == "translate":  # the rates are those of the transcripts, which are English
+        trained = None
     configured = model.get("language") or ("en" if base.endswith(".en") else None)
     named = trained or result.get("rates_by_language") or {configured}
     return [code for code in named if code in WHISPER_LANGUAGES]

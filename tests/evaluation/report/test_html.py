@@ -8,10 +8,11 @@ import pytest
 
 from src.data.report.report import DataReport
 from src.evaluation.report.html import write_html_report
+from src.evaluation.report.run_files import load_metrics
 from src.utils.config import Config
 from src.utils.errors import DataError
 from src.utils.tracking import ExperimentLogger
-from tests.evaluation.run_files import evaluation, prediction, steps, write
+from tests.evaluation.run_files import append, evaluation, prediction, spoken_run, steps, write
 
 ATTACK = "<script>alert(1)</script>"
 
@@ -63,6 +64,15 @@ def test_the_page_begins_with_the_verdict_and_can_load_nothing(run_dir: Path, da
     assert not re.search(r"https?:|\bself\b|\*", policy)
     targets = [str(a[key]) for _, a in page.tags for key in ("src", "href") if key in a]
     assert [target for target in targets if not target.startswith(("data:", "#"))] == []
+
+
+def test_the_languages_of_test_and_guard_set_are_shown(tmp_path: Path) -> None:
+    run = spoken_run(tmp_path / "run", "zh", "hi")
+    measured = [row for row in load_metrics(run) if row["event"] == "evaluation"]
+    append(run, "metrics", *[row | {"name": f"{row['name']} (guard)"} for row in measured])
+    text = report(run).text
+    assert text.count("each language counts alike") == 2
+    assert "Error rate by language" in text
 
 
 def test_what_a_run_has_no_data_for_is_left_out_with_a_reason(tmp_path: Path) -> None:
