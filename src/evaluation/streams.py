@@ -121,9 +121,19 @@ class SpeechStream:
 
 
 def make_stream(utterances: Sequence[Utterance], *, num_clips: int, seed: int) -> SpeechStream:
-    """Join clips taken at a stride over all of `utterances`; its words have no times, `seed` is as in `join_clips`."""
+    """Join clips taken at a stride over all of `utterances`; its words have no times, `seed` is as in `join_clips`.
+
+    A session has one language: of utterances in several, those in the most frequent one are taken.
+    """
     if not utterances:
         raise DataError("make_stream: no utterance given")
+    sizes = Counter(u.language for u in utterances)
+    if len(sizes) > 1:
+        language, count = sizes.most_common(1)[0]
+        logger.info(
+            "stream: of clips in %d languages, the %d in %r, since a session has one", len(sizes), count, language
+        )
+        utterances = [u for u in utterances if u.language == language]
     picks = np.linspace(0, len(utterances) - 1, min(num_clips, len(utterances))).round().astype(int)
     chosen = [utterances[i] for i in picks]
     clips = [AlignedClip(u.id, u.text, decode_audio(u).numpy(), language=u.language) for u in chosen]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -133,5 +134,8 @@ def test_a_stream_takes_clips_from_all_over_and_pauses_between(sample: list[Utte
     assert stream.text == " ".join(sample[i].text for i in (0, 250, -1))
     paused_sec = stream.duration_sec - sum(sample[i].meta["duration"] for i in (0, 250, -1))
     assert 3 * 0.3 < paused_sec < 3 * 0.8
+    mixed = [replace(u, language="hi" if i < 3 else "en") for i, u in enumerate(sample[:5])]
+    one = streams.make_stream(mixed, num_clips=5, seed=1)  # a session has one language
+    assert (one.language, len(one.clips)) == ("hi", 3)
     with pytest.raises(DataError, match="no utterance"):
         streams.make_stream([], num_clips=3, seed=1)
