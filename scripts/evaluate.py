@@ -5,8 +5,8 @@
     python scripts/evaluate.py --model checkpoints/best_model_hf --data FOLDER_WITH_METADATA_CSV --stock base.en
 
 Without `--data` it is the test split of the bundled sample; of data with a column `split`, the rows of its test split.
-Each row is measured in its own language (column `language`), else in `model.language`, else in the checkpoint's own, else
-in the one that the stock model hears.
+Each row is measured in its own language (column `language`), else in `model.language`, else in the checkpoint's own,
+else in the one that the stock model hears.
 
 Writes the folder of a run, from which `--report` makes one HTML file. Prints rates with intervals and the verdict; the
 last line is one JSON object.
