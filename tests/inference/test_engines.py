@@ -228,6 +228,13 @@ def test_auto_logs_its_choice_and_converts_once(
 
 
 @slow
+@pytest.mark.parametrize("engine", ["torch", "ctranslate2"])
+def test_the_language_of_the_settings_is_not_the_checkpoints(base: Any, engine: Any) -> None:
+    config = load_config(None, overrides={"device": "cpu", "model.language": "de"})
+    assert load_engine("base", config, engine=engine).language is None
+
+
+@slow
 def test_what_cannot_be_loaded_is_named(tmp_path: Path, folder: Path, config: Config) -> None:
     with pytest.raises(ModelError, match=r"model\.bin"):
         CTranslate2Engine(tmp_path)
