@@ -35,7 +35,6 @@ from src.data.sources.folder import MANIFEST_SUFFIXES
 from src.data.utterance import SPLIT_NAMES, Utterance
 from src.evaluation import EvaluationResult, ModelEvaluator, fill_languages
 from src.evaluation.evaluator import compare_predictions
-from src.evaluation.metrics import normalize_plain
 from src.evaluation.report.html import write_html_report
 from src.evaluation.report.run_files import DATA_VERSIONS_DIR, MEASURED_EVENT, STOCK, TUNED, bootstrap_of
 from src.evaluation.report.summary import format_comparison, headline
@@ -44,6 +43,7 @@ from src.models.dynamic_context import get_language
 from src.utils import DataVersionManager, ExperimentLogger, load_config, setup_logging
 from src.utils.config import Config
 from src.utils.errors import DataError, ModelError, WhisperASRError
+from src.utils.languages import normalize_plain
 from src.utils.runtime import set_seed
 
 logger = logging.getLogger("evaluate")

@@ -35,7 +35,7 @@ from src.data.utterance import SPLIT_NAMES, SPLITS, SkippedUtterance, Utterance,
 from src.data.vad import VoiceActivityDetector
 from src.utils.config import Config, DataConfig, ModelConfig, SourceName
 from src.utils.errors import AudioError, DataError, SourceUnavailableError
-from src.utils.languages import code_of_language, language_name, text_language
+from src.utils.languages import code_of_language, language_name, normalize_plain, text_language
 
 logger = logging.getLogger(__name__)
 
@@ -160,8 +160,8 @@ def _prepare(source: SourceName, config: Config, vad: VoiceActivityDetector | No
         parts["train"], parts["validation"], parts["test"], label_case="keep", task=config.model.task,
         skipped=skipped, source=source, stats=checker.stats, shared_speakers=find_shared_speakers(parts.values()),
     ).with_label_case(data.label_case)  # fmt: skip
-    train_texts = {u.text.lower() for u in splits.train}
-    splits = replace(splits, shared_texts=sum(u.text.lower() in train_texts for u in splits.test))
+    train_texts = {normalize_plain(u.text) for u in splits.train}
+    splits = replace(splits, shared_texts=sum(normalize_plain(u.text) in train_texts for u in splits.test))
     for row in splits.summary():
         logger.info("%(split)s: %(clips)d clips, %(minutes).1f min, %(speakers)s speakers", row)
     if shared := len(splits.shared_speakers):

@@ -29,7 +29,6 @@ from typing import Any, Literal, NamedTuple
 
 import jiwer
 import numpy as np
-import regex
 from numpy.typing import NDArray
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
@@ -44,7 +43,7 @@ from src.utils.languages import (
     UNSPACED,
     code_of_language,
     is_unspaced_text,
-    lower,
+    normalize_plain,
     text_language,
     tokens_per_sec,
 )
@@ -68,14 +67,6 @@ _OF_CHARACTERS = frozenset({PLAIN_UNSPACED, PLAIN_CHINESE, WHISPER_UNSPACED})
 _OLD_NAMES = {"plain-v1": PLAIN}  # in the files of older runs
 UNKNOWN = "unknown"  # name of the language of rows that say none
 _KEPT_TEXTS = 16_384  # per normaliser: words, characters, loops and alignments of a test set use the same texts
-_SPACING_ACCENTS = regex.compile(r"[\p{Sk}\u2017\u203E]")  # NFKC would leave a space and a combining mark
-_DROPPED = regex.compile(  # characters without a glyph; Armenian writes the marks of a question inside the word
-    r"[\p{Default_Ignorable_Code_Point}\u055B\u055C\u055E--[\u200C\u200D]]", regex.VERSION1
-)
-_LOOSE_JOINERS = regex.compile(r"(?<![\p{L}\p{M}])[\u200C\u200D]|\u200C(?![\p{L}\p{M}])")
-_APOSTROPHES = str.maketrans(dict.fromkeys("’‘‛ʼ´`′＇՚\u05f3", "'"))
-_INNER_OKINA = regex.compile(r"(?<=[\p{L}\p{M}])\u02BB")  # Uzbek oʻ is typed with any apostrophe; first it is a letter
-_LOOSE_APOSTROPHE = regex.compile(r"(?<![\p{L}\p{M}\p{N}])'|'(?![\p{L}\p{M}\p{N}])")
 _SLOWEST_WORD_SEC = 0.99 / CALM_PER_SEC  # no repetition that the reference lacks is a verse
 _CHUNK_CELLS = 5_000_000  # resampled cells held at once: 40 MB
 FloatArray = NDArray[np.float64]
@@ -133,21 +124,6 @@ def get_normalizer(name: str) -> Callable[[str], str]:
         space = "" if name == WHISPER_UNSPACED else " "
         normalize = lambda text: space.join(whisper(text).split())  # noqa: E731
     return lru_cache(maxsize=_KEPT_TEXTS)(normalize)
-
-
-def normalize_plain(text: str, language: str | None = None) -> str:
-    """Lower case, punctuation and symbols to spaces, apostrophes inside words and combining marks kept.
-
-    "well-known" has two words. Characters without a glyph are dropped (soft hyphens, marks of direction), but joiners
-    between letters, which are spelling in Persian, Malayalam and Sinhala, are kept. The result is in NFKC, but for the
-    Thai and Lao vowel am, which stays one character.
-    """
-    text = _SPACING_ACCENTS.sub(" ", _INNER_OKINA.sub("'", text.translate(_APOSTROPHES)))
-    text = lower(unicodedata.normalize("NFKC", _DROPPED.sub("", text)), language).translate(_APOSTROPHES)
-    spaced = "".join(c if c == "'" or unicodedata.category(c)[0] not in "PS" else " " for c in text)
-    spaced = _LOOSE_APOSTROPHE.sub(" ", _LOOSE_JOINERS.sub("", spaced))
-    composed = unicodedata.normalize("NFC", " ".join(spaced.split()))
-    return composed.replace("\u0e4d\u0e32", "\u0e33").replace("\u0ecd\u0eb2", "\u0eb3")
 
 
 def _normalize_unspaced(text: str, *, simplify: bool) -> str:

@@ -44,7 +44,7 @@ from src.inference.streaming.microphone import BLOCK_SEC
 from src.inference.streaming.session import StreamingASR, StreamingResult
 from src.inference.words import Word, join_words
 from src.utils.errors import DataError
-from src.utils.languages import join_texts
+from src.utils.languages import join_texts, normalize_plain
 from src.utils.tracking import ExperimentLogger
 
 _RATES = ("metric", "rate", "low", "high", "wer", "wer_low", "wer_high",
@@ -367,7 +367,7 @@ def match_stream(stream: SpeechStream, words: Sequence[Word], language: str | No
 
 def match_words(reference: Sequence[str], hypothesis: Sequence[str], *, language: str | None = None) -> WordMatch:
     """Align words under the plain normaliser; a word that it splits is right where all its parts are."""
-    normalize: Callable[[str], str] = metrics.normalize_plain
+    normalize: Callable[[str], str] = normalize_plain
     if language not in (None, "en"):
         normalize = metrics.get_normalizer(metrics.headline_normalizer(language))
     parts = [[(i, part) for i, word in enumerate(words) for part in normalize(word).split()]

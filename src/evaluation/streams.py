@@ -28,13 +28,12 @@ from src.data.sources.catalog import SAMPLE_CLIP
 from src.data.utterance import Utterance
 from src.data.vad import SpeechSegment, VoiceActivityDetector
 from src.evaluation.guard import CLIP_TEXT
-from src.evaluation.metrics import normalize_plain
 from src.inference.alignment import force_align
 from src.inference.torch_engine import encode
 from src.inference.words import Word
 from src.utils.config import VADConfig
 from src.utils.errors import DataError, ModelError
-from src.utils.languages import join_texts
+from src.utils.languages import join_texts, normalize_plain
 
 logger = logging.getLogger(__name__)
 

@@ -32,6 +32,14 @@ _UNSPACED_SCRIPTS = "".join(
     rf"\p{{scx={name}}}" for name in ("Hani", "Hira", "Kana", "Thai", "Laoo", "Khmr", "Mymr", "Tibt")
 )
 _UNSPACED_CHARACTER = regex.compile(rf"[{_UNSPACED_SCRIPTS}\uFF00-\uFFEF--\p{{Hangul}}]", regex.VERSION1)
+_SPACING_ACCENTS = regex.compile(r"[\p{Sk}\u2017\u203E]")  # NFKC would leave a space and a combining mark
+_DROPPED = regex.compile(  # characters without a glyph; Armenian writes the marks of a question inside the word
+    r"[\p{Default_Ignorable_Code_Point}\u055B\u055C\u055E--[\u200C\u200D]]", regex.VERSION1
+)
+_LOOSE_JOINERS = regex.compile(r"(?<![\p{L}\p{M}])[\u200C\u200D]|\u200C(?![\p{L}\p{M}])")
+_APOSTROPHES = str.maketrans(dict.fromkeys("’‘‛ʼ´`′＇՚\u05f3", "'"))
+_INNER_OKINA = regex.compile(r"(?<=[\p{L}\p{M}])\u02BB")  # Uzbek oʻ is typed with any apostrophe; first it is a letter
+_LOOSE_APOSTROPHE = regex.compile(r"(?<![\p{L}\p{M}\p{N}])'|'(?![\p{L}\p{M}\p{N}])")
 
 # Tokens per second of ordinary speech, with the multilingual tokenizer: espeak-ng at 175 words per minute, 2026-11-30;
 # a language without a voice as others of its script.
@@ -157,3 +165,18 @@ def lower(text: str, language: str | None = None) -> str:
     if language in ("tr", "az"):
         text = text.replace("İ", "i").replace("I", "ı")
     return unicodedata.normalize("NFC", text.replace("İ", "i").lower())
+
+
+def normalize_plain(text: str, language: str | None = None) -> str:
+    """Lower case, punctuation and symbols to spaces, apostrophes inside words and combining marks kept.
+
+    "well-known" has two words. Characters without a glyph are dropped (soft hyphens, marks of direction), but joiners
+    between letters, which are spelling in Persian, Malayalam and Sinhala, are kept. The result is in NFKC, but for the
+    Thai and Lao vowel am, which stays one character.
+    """
+    text = _SPACING_ACCENTS.sub(" ", _INNER_OKINA.sub("'", text.translate(_APOSTROPHES)))
+    text = lower(unicodedata.normalize("NFKC", _DROPPED.sub("", text)), language).translate(_APOSTROPHES)
+    spaced = "".join(c if c == "'" or unicodedata.category(c)[0] not in "PS" else " " for c in text)
+    spaced = _LOOSE_APOSTROPHE.sub(" ", _LOOSE_JOINERS.sub("", spaced))
+    composed = unicodedata.normalize("NFC", " ".join(spaced.split()))
+    return composed.replace("\u0e4d\u0e32", "\u0e33").replace("\u0ecd\u0eb2", "\u0eb3")

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.evaluation import streaming
-from src.evaluation.metrics import PLAIN, Bootstrap, MetricsCalculator, normalize_plain, sum_counts, word_counts
+from src.evaluation.metrics import PLAIN, Bootstrap, MetricsCalculator, sum_counts, word_counts
 from src.evaluation.streaming import ReplayClock, follow_words, match_words, measure_stream, replay, summarize_latency
 from src.evaluation.streams import SpeechStream, SpokenWord, StreamClip
 from src.inference.streaming.commit import Event
 from src.inference.streaming.session import StreamingResult
 from src.inference.words import Word
 from src.utils.errors import DataError
+from src.utils.languages import normalize_plain
 
 WORD_SEC = 0.5
 FEW = st.sampled_from(["a", "b", "c"])

@@ -6,7 +6,6 @@ A rule reads columns and decodes nothing. "error" means that training or measuri
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +18,7 @@ import regex
 from src.data.audio import SAMPLE_RATE
 from src.data.labels import MAX_LABEL_TOKENS, resolve_case
 from src.data.utterance import SkippedUtterance
-from src.utils.languages import UNSPACED, language_name, lower, text_language
+from src.utils.languages import UNSPACED, language_name, normalize_plain, text_language
 
 Level = Literal["error", "warning", "info"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "info")
@@ -38,7 +37,6 @@ FLATTERING_SHARE = 0.2  # of the test's texts that are in training too
 _SAME_SCRIPT = 0.9  # of the most letters that are of a script of one language: Japanese is half Chinese characters
 _PUNCTUATION = regex.compile(r"[\p{Terminal_Punctuation}…¿¡]")
 _UNPUNCTUATED = frozenset({"th", "lo"})  # written without full stops and commas
-_WORD = regex.compile(r"[\p{L}\p{M}\p{N}_'’]+")  # with combining marks: many vowels are such
 _SCRIPTS = {"Hans": ("Hani",), "Hant": ("Hani",), "Jpan": ("Hani", "Hira", "Kana"), "Kore": ("Hang",)}
 _BOTH_SCRIPTS = dict.fromkeys(("az", "bs", "kk", "sr", "tg", "tk", "tt", "uz"), ("Latn", "Cyrl"))  # in daily use
 _RARE_SCRIPTS = {
@@ -93,8 +91,7 @@ def count_clips(n: int) -> str:
 
 def text_key(text: str, language: str | None = None) -> str:
     """Return what two transcripts have in common that differ in case and punctuation only."""
-    words = _WORD.findall(lower(unicodedata.normalize("NFKC", text), language))
-    return ("" if language in UNSPACED else " ").join(words)
+    return ("" if language in UNSPACED else " ").join(normalize_plain(text, language).split())
 
 
 def text_keys(clips: pd.DataFrame) -> pd.Series[str]:

@@ -21,11 +21,11 @@ from src.data.augmentation import effects as dsp
 from src.data.augmentation.augmenter import AudioAugmenter, Effects, SpecAugment
 from src.data.augmentation.effects import RT60_SEC, Effect, Gain, Noise, Pitch, Room, Speed, Telephone, pitch_ratios
 from src.data.features import LogMel
-from src.evaluation.metrics import normalize_plain
 from src.inference.options import DecodingOptions
 from src.inference.torch_engine import decode
 from src.utils.config import AugmentationConfig, SpecAugmentConfig
 from src.utils.errors import AudioError, ConfigError, DataError
+from src.utils.languages import normalize_plain
 
 OFF = {"speed_factors": (1.0,), "pitch_prob": 0, "noise_prob": 0, "max_gain_db": 0, "room_prob": 0, "codec_prob": 0}
 EVERYTHING = {

@@ -227,7 +227,8 @@ def test_only_case_and_punctuation_make_no_other_text() -> None:
     assert all(text_key(a) != text_key(b) for a, b in pairs)
     assert text_key("İSTANBUL!", "tr") == text_key("istanbul", "tr") != text_key("ıstanbul", "tr")
     assert text_key("今天，天气好。", "zh") == text_key("今天 天气好", "zh")
-    assert text_key("Don’t walk -- now!") == text_key("don’t walk now")
+    assert text_key("Don’t walk -- now!") == text_key("don't walk now") == text_key("don't wa\u00adlk now")
+    assert text_key("می‌روم", "fa") != text_key("می روم", "fa")  # a joiner is spelling
 
 
 def test_languages_are_listed_with_words_only_where_spaces_part_them(tmp_path: Path) -> None:
