@@ -34,6 +34,7 @@ from src.inference.words import Vocabulary, join_words, place_words
 from src.models.export.ctranslate2 import export_ctranslate2
 from src.training.trainer import WhisperTrainer
 from src.utils.config import load_config
+from src.utils.errors import DataError
 from src.utils.languages import UNSPACED, WHISPER_LANGUAGES, join_texts, language_name, parse_language
 
 SCRIPTS = {  # by the language whose rules they are tried with; points of some are of the script Inherited
@@ -169,6 +170,12 @@ def test_every_language_is_known_by_its_codes_and_its_name(code: str) -> None:
 )
 def test_members_of_a_macrolanguage_without_a_token_of_their_own_take_its_token(mark: str, code: str) -> None:
     assert parse_language(mark) == code
+
+
+@pytest.mark.parametrize("mark", ["Hindi, English", "hi/en", "German English", "Malayalm", "Klingon", "xx", ""])
+def test_marks_of_no_one_language_are_refused(mark: str) -> None:
+    with pytest.raises(DataError, match="language"):
+        parse_language(mark)
 
 
 @pytest.mark.slow

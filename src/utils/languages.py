@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 import unicodedata
 from collections.abc import Collection, Iterable
 from functools import cache, lru_cache
@@ -84,15 +86,26 @@ def code_of_language(mark: str) -> str | None:
     except (langcodes.LanguageTagError, ValueError):
         code = ""
     if len(tag) > 3 and code not in {*WHISPER_LANGUAGES, *_OWN_CODES, *MACROLANGUAGES}:
-        name = mark.partition("(")[0].strip().lower()  # `Chinese (China)`
-        try:
-            found = langcodes.find(name, language="en").to_tag()
-            code = langcodes.Language.get(langcodes.standardize_tag(found, macro=True)).language or ""
-        except LookupError:
-            return None
+        code = _code_of_name(mark.partition("(")[0].strip().lower())  # `Chinese (China)`
     code = _OWN_CODES.get(code, code)
     code = code if code in WHISPER_LANGUAGES else MACROLANGUAGES.get(code)  # Egyptian Arabic has Arabic's token
     return code if code in WHISPER_LANGUAGES else None
+
+
+def _code_of_name(name: str) -> str:
+    """Return the code of an English name, or of words that name one language; else nothing."""
+
+    def find(words: str) -> str:
+        """Return the tag of a name; langcodes also takes what begins with one, such as `malayalm` for Malay."""
+        tags = []
+        for spelled in (words, words[:-1]):
+            with contextlib.suppress(LookupError):
+                tags.append(langcodes.find(spelled, language="en").to_tag())
+        return tags[0] if len(set(tags)) == len(tags) and tags else ""
+
+    found = [find(name)] if find(name) else [tag for word in re.split(r"\W+", name) if (tag := find(word))]
+    codes = {langcodes.Language.get(langcodes.standardize_tag(tag, macro=True)).language or "" for tag in found}
+    return codes.pop() if len(codes) == 1 else ""
 
 
 @cache
