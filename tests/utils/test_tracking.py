@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -320,7 +321,8 @@ def test_all_three_stay_within_the_run_silent_and_offline(tmp_path: Path) -> Non
     assert not [path for folder in (home, elsewhere) for path in folder.rglob("*") if path.is_file()]
     folders = sorted((runs / "r" / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
-    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1  # both are parts of one run
+    # both are parts of one run; a second one of the same second has another number at its end
+    assert len({re.fullmatch(r"offline-run-\d+_\d+-(\w{8})(-\d+)?", folder.name)[1] for folder in folders}) == 1  # type: ignore[index]
     assert read_wandb(folders, "step", "train/loss") == [(step, 1 / step) for step in range(1, 6)]
     assert read_wandb(folders, "step", "evaluation/tuned/wer") == [(3, 0.25), (5, 0.25)]
     assert read_wandb(folders, "epoch", "epoch/val_wer") == [(1, 0.3), (1, 0.3)]
