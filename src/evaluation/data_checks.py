@@ -34,7 +34,7 @@ from src.data.report.report import DataReport, hashed_choice
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import ModelEvaluator, sum_loss
 from src.evaluation.metrics import second_normalizer, word_counts
-from src.inference.torch_engine import encode
+from src.inference.torch_engine import encode, language_logprobs
 from src.inference.words import Vocabulary
 from src.models.dynamic_context import evaluation_mode
 from src.utils.config import Config
@@ -94,9 +94,7 @@ def measure_languages(model: Any, processor: Any, utterances: Sequence[Utterance
         for at in tqdm(range(0, len(utterances), size), desc="languages", leave=False):
             audios = [decode_audio(u) for u in utterances[at : at + size]]
             encoded = encode(model, audios, config.inference.trailing_silence_sec)
-            start = torch.full((len(audios), 1), vocabulary.start, device=model.device)
-            logits = model(encoder_outputs=encoded, decoder_input_ids=start, use_cache=False).logits[:, 0]
-            rows += logits[:, list(vocabulary.languages.values())].float().log_softmax(dim=-1).tolist()
+            rows += language_logprobs(model, vocabulary, encoded).tolist()
     return pd.DataFrame(rows, columns=list(vocabulary.languages), index=[u.id for u in utterances])
 
 

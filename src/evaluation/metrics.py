@@ -39,13 +39,12 @@ from src.utils.config import Config
 from src.utils.errors import ConfigError, DataError, did_you_mean
 from src.utils.files import load_english_spelling
 from src.utils.languages import (
-    CAP_FACTOR,
     UNSPACED,
     code_of_language,
     is_unspaced_text,
+    max_tokens_per_sec,
     normalize_plain,
     text_language,
-    tokens_per_sec,
 )
 
 PLAIN = "plain-v2"
@@ -660,7 +659,7 @@ def is_loop(
     """
     is_known = language is not None or hypothesis.isascii()
     if duration_sec is not None and num_tokens is not None and is_known:
-        fastest = MIN_NEW_TOKENS + CAP_FACTOR * tokens_per_sec(language) * duration_sec
+        fastest = MIN_NEW_TOKENS + max_tokens_per_sec(language, {}) * duration_sec
         if num_tokens >= fastest:
             return True
 

@@ -16,7 +16,7 @@ from src.data.labels import MAX_LABEL_TOKENS, MIN_NEW_TOKENS
 from src.inference.options import DecodingOptions
 from src.inference.words import BROKEN, Vocabulary, Word
 from src.utils.errors import ModelError
-from src.utils.languages import CAP_FACTOR, text_language, tokens_per_sec
+from src.utils.languages import CAP_FACTOR, max_tokens_per_sec, text_language
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Engine(ABC):
 
         None is taken for English. The checkpoint has the rate of its training transcripts, where these are denser.
         """
-        return max(CAP_FACTOR * tokens_per_sec(language), self.cap_rates.get(language or "en", 0.0))
+        return max_tokens_per_sec(language, self.cap_rates)
 
     def _token_cap(self, samples: int, language: str | None, options: DecodingOptions) -> int:
         """Return the maximum number of new tokens for a clip with this number of samples."""

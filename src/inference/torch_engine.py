@@ -54,6 +54,15 @@ def encode(
     return model.get_encoder()(features.to(model.dtype))
 
 
+def language_logprobs(model: Any, vocabulary: Vocabulary, encoded: BaseModelOutput) -> Tensor:
+    """Return (B, languages) natural-log probabilities, in the order of the vocabulary's, by one step of the decoder."""
+    hidden = encoded.last_hidden_state
+    start = torch.full((len(hidden), 1), vocabulary.start, device=hidden.device)
+    states = model.model.decoder(input_ids=start, encoder_hidden_states=hidden, use_cache=False)
+    logits: Tensor = model.proj_out(states.last_hidden_state[:, -1]).float()
+    return logits[:, list(vocabulary.languages.values())].log_softmax(dim=-1)
+
+
 def decode(
     model: Any,
     processor: Any,
@@ -213,11 +222,7 @@ class TorchEngine(Engine):
 
     @torch.inference_mode()
     def _detect(self, encoded: BaseModelOutput) -> list[tuple[str, float]]:
-        hidden, codes = encoded.last_hidden_state, list(self.vocabulary.languages)
-        start = torch.full((len(hidden), 1), self.vocabulary.start, device=hidden.device)
+        codes = list(self.vocabulary.languages)
         with evaluation_mode(self._model):
-            states = self._model.model.decoder(input_ids=start, encoder_hidden_states=hidden, use_cache=False)
-            logits = self._model.proj_out(states.last_hidden_state[:, -1]).float()
-        tokens = torch.tensor(list(self.vocabulary.languages.values()), device=hidden.device)
-        best = logits[:, tokens].softmax(dim=-1).max(dim=-1)
+            best = language_logprobs(self._model, self.vocabulary, encoded).exp().max(dim=-1)
         return [(codes[at], probability) for probability, at in zip(*(part.tolist() for part in best), strict=True)]

@@ -35,7 +35,7 @@ from src.data.sources.parquet import read_parquet
 from src.data.utterance import stable_hash
 from src.models.dynamic_context import DynamicWhisper, evaluation_mode, get_cap_rates, get_language
 from src.utils.errors import DataError, ModelError
-from src.utils.languages import CAP_FACTOR, UNSPACED, known_language, parse_language, text_language, tokens_per_sec
+from src.utils.languages import UNSPACED, known_language, max_tokens_per_sec, parse_language, text_language
 
 CLIPS_FILE = ".verification_clips.safetensors"  # in a checkpoint's folder; hidden, since `push_to_hub` leaves such out
 KEPT_CLIPS = 5  # at least; one of each language
@@ -236,8 +236,7 @@ def prepare_batch(model: Any, tokenizer: Any, clips: Sequence[Waveform | SpokenC
         spoken = {"language": [name for name, _ in names], "task": task}
     prompts = [["<|startoftranscript|>", *row, "<|notimestamps|>"] for row in names]
     languages = [text_language(code, task) for code in codes]
-    listed = get_cap_rates(model.config)
-    rate = max(max(CAP_FACTOR * tokens_per_sec(each), listed.get(each or "en", 0.0)) for each in languages)
+    rate = max(max_tokens_per_sec(each, get_cap_rates(model.config)) for each in languages)
     return ClipBatch(
         features=features,
         languages=languages,
