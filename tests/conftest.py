@@ -80,13 +80,12 @@ def tiny_en(_tiny_en: tuple[Any, Any]) -> tuple[Any, Any]:
     return copy.deepcopy(model), processor
 
 
-@pytest.fixture(scope="session")
-def _small(_tiny_en: tuple[Any, Any]) -> tuple[Any, Any]:
+def make_small(model: Any) -> Any:
+    """Return a random Whisper of width 16 with the tokens and rules of a model."""
     import torch
 
     from src.models.dynamic_context import DynamicWhisper
 
-    model, processor = _tiny_en
     config = copy.deepcopy(model.config)
     config.d_model, config.num_hidden_layers = 16, 2
     for name, value in {"layers": 2, "attention_heads": 2, "ffn_dim": 32}.items():
@@ -96,7 +95,13 @@ def _small(_tiny_en: tuple[Any, Any]) -> tuple[Any, Any]:
         small = DynamicWhisper(config)
     small.generation_config = copy.deepcopy(model.generation_config)
     small.generation_config.alignment_heads = [[0, 0], [1, 1]]
-    return small.eval(), processor
+    return small.eval()
+
+
+@pytest.fixture(scope="session")
+def _small(_tiny_en: tuple[Any, Any]) -> tuple[Any, Any]:
+    model, processor = _tiny_en
+    return make_small(model), processor
 
 
 @pytest.fixture
