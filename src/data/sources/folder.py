@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from src.data.sources.parts import part_of_row
 from src.data.utterance import EncodedAudio, Utterance
 from src.utils.errors import DataError, SourceUnavailableError, did_you_mean
 from src.utils.languages import code_of_language
@@ -73,11 +74,13 @@ def utterances_from_rows(
         spellings = [name, name.replace("\\", "/")]
         spellings += [unicodedata.normalize(form, spelling) for form in ("NFC", "NFD") for spelling in spellings]
         folder = audio_dir or manifest.parent
+        path = next((folder / s for s in spellings if name and (folder / s).exists()), folder / name)
+        part = part_of_row(row, path, f"{manifest}, line {line}")
         utterance = utterance_from_row(
             {**row, "line": line, **meta},
-            next((folder / s for s in spellings if name and (folder / s).exists()), folder / name),
+            part or path,
             text_column=text_column,  # an empty text is refused by name when the data set is checked
-            fallback_id=name or f"line {line}",
+            fallback_id=(f"{name} {part.times}" if part else name) or f"line {line}",
         )
         if lines.setdefault(utterance.id, line) != line:
             twice = f"the id {utterance.id!r} occurs twice, first in line {lines[utterance.id]}"
