@@ -173,7 +173,7 @@ def fine_tune(model: Any, processor: Any, dataset: Any, options: RecipeOptions, 
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     # of an update that was done again after a stop, the last row counts
-    by_step = {row["step"]: row for row in map(json.loads, rows.read_text(encoding="utf-8").splitlines())}
+    by_step = {row["step"]: row for row in map(json.loads, rows.read_bytes().splitlines())}
     return [by_step[step] for step in sorted(by_step)]
 
 

@@ -59,7 +59,7 @@ def train_ours(job: Any) -> Figures:
     experiment.log("begin")
     trainer.train()
     peak_mb = peak_memory_mb(job.device)
-    events = [json.loads(line) for line in experiment.metrics_path.read_text(encoding="utf-8").splitlines()]
+    events = [json.loads(line) for line in experiment.metrics_path.read_bytes().splitlines()]  # bytes: no U+2028
     rows = update_rows(events, batch_size=job.batch_size)
     if not job.resumable:  # else there are evaluations in between
         for row, before, after in zip(rows, cpu_sec, cpu_sec[1:], strict=False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from src.inference.words import Vocabulary
 from src.models.dynamic_context import evaluation_mode, get_audio_context
 from src.utils.config import Config
 from src.utils.errors import DataError
-from src.utils.files import write_text_atomic
+from src.utils.files import json_line, read_run_rows, write_bytes_atomic
 from src.utils.runtime import FittingSize, gather_objects, is_main_process, world_size
 from src.utils.tracking import ExperimentLogger
 
@@ -100,12 +99,10 @@ class EvaluationResult(ErrorRates, Mapping[str, Any]):
 
     def write_predictions(self, path: Path) -> None:
         """Put the rows into a JSONL file, in place of older rows of this model; it changes as a whole or not at all."""
-        older = path.read_text(encoding="utf-8").split("\n") if path.exists() else []  # texts may hold U+2028
-        lines = [line for line in older if line and json.loads(line)["model"] != self.name]
-        for row in self.rows:
-            values = {key: None if value != value else value for key, value in asdict(row).items()}  # nan is not JSON
-            lines.append(json.dumps({"model": self.name, "id": row.id, **values}, ensure_ascii=False, allow_nan=False))
-        write_text_atomic(path, "".join(f"{line}\n" for line in lines))
+        older = read_run_rows(path, key="model") if path.exists() else []
+        rows = [row for row in older if row["model"] != self.name]
+        rows += [{"model": self.name, "id": row.id, **asdict(row)} for row in self.rows]
+        write_bytes_atomic(path, b"".join(map(json_line, rows)))
 
 
 @dataclass(frozen=True)

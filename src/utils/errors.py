@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 
 
@@ -44,6 +45,14 @@ class MissingDependencyError(WhisperASRError):
 
 class CheckpointError(WhisperASRError):
     """A checkpoint is absent, incomplete or damaged."""
+
+
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def visible(text: object) -> str:
+    r"""Return a name or text with control characters, line ends and lone surrogates as escapes, such as `\n`."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def first_line(error: BaseException) -> str:

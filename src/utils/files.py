@@ -14,11 +14,12 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import resources
@@ -36,6 +37,8 @@ _NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 _PROCESS_TOKEN = secrets.token_hex(4)  # starts all tokens: a restarted container may reuse the old process id
 _HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.(?P<token>[0-9a-f]+)\.(?P<kind>partial|replaced)")
 _counter = itertools.count()
+_LONG_NAME, _KEPT_NAME = 200, 150  # bytes; most file systems take names of 255, and a hidden one has up to 45 more
+_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # JSON escapes the others itself
 
 
 def sha256_of(path: Path) -> str:
@@ -45,8 +48,8 @@ def sha256_of(path: Path) -> str:
 
 
 def write_text_atomic(path: Path, text: str, *, durable: bool = False) -> None:
-    """Write a UTF-8 file as `write_bytes_atomic` does; line ends are kept as they are."""
-    write_bytes_atomic(path, text.encode("utf-8"), durable=durable)
+    """Write a UTF-8 file as `write_bytes_atomic` does; line ends are kept, lone surrogates written as escapes."""
+    write_bytes_atomic(path, text.encode("utf-8", "backslashreplace"), durable=durable)
 
 
 def write_bytes_atomic(path: Path, content: bytes, *, durable: bool = False) -> None:
@@ -76,6 +79,49 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON; whatever is wrong with it, also numbers of 5,000 digits and deep nesting, is a ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError as err:
+        raise ValueError("nested too deeply") from err
+
+
+def jsonable(value: Any) -> Any:
+    """Return a value as JSON takes it: numbers that are not finite become None, paths become texts."""
+    if isinstance(value, Mapping):
+        return {key: jsonable(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """Return a row as a line of a JSONL file; line ends of any kind inside of texts are escaped."""
+    text = json.dumps(jsonable(row), ensure_ascii=False, allow_nan=False).translate(_LINE_ENDS)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def read_run_rows(path: Path, *, key: str) -> list[dict[str, Any]]:
+    """Read the rows of a run's JSONL file, each with `key`; DataError if it is absent or a line is damaged."""
+    rows: list[dict[str, Any]] = []
+    try:
+        with path.open("rb") as file:  # as bytes, whose lines end at \\n alone
+            for line in file:
+                row = parse_json(line)
+                rows.append({key: row[key], **row})
+    except FileNotFoundError as err:
+        raise DataError(f"{path}: no such file; was the run started, and is this its folder?") from err
+    except OSError as err:
+        raise DataError(f"{path}: cannot be read: {err.strerror}; give the folder of a run") from err
+    except (ValueError, TypeError, KeyError) as err:
+        what = f"not a row of a run ({err!r})"
+        raise DataError(f"{path}, line {len(rows) + 1}: {what}; if a crash cut it, remove the line") from err
+    return rows
+
+
 def read_json(path: Path, parse: Callable[[Any], T], *, what: str, fix: str) -> T:
     """Read a JSON file and parse its content; raises `DataError` if it cannot be read or is damaged.
 
@@ -83,7 +129,7 @@ def read_json(path: Path, parse: Callable[[Any], T], *, what: str, fix: str) -> 
     file should be ("a data set version"), and the `fix`.
     """
     try:
-        return parse(json.loads(path.read_text(encoding="utf-8")))
+        return parse(parse_json(path.read_bytes()))
     except OSError as err:
         raise DataError(f"{path}: cannot be read: {err.strerror}; {fix}") from err
     except (ValueError, TypeError, KeyError, AttributeError) as err:
@@ -153,7 +199,7 @@ def recover_folder(output_dir: Path) -> None:
     remains: list[tuple[int, Path]] = []
     for path in output_dir.parent.iterdir() if output_dir.parent.is_dir() else ():
         hidden = read_hidden_name(path)
-        if hidden is not None and hidden.final.name == output_dir.name and not hidden.is_in_use:
+        if hidden is not None and hidden.final.name == _short(output_dir.name) and not hidden.is_in_use:
             with contextlib.suppress(FileNotFoundError):  # removed by another process
                 remains.append((path.lstat().st_ctime_ns, path))
     for _, path in sorted(remains, reverse=True):  # from new to old
@@ -183,7 +229,7 @@ def _remove(path: Path) -> None:
 class HiddenName(NamedTuple):
     """The meaning of a hidden name."""
 
-    final: Path  # what the file or folder becomes, or was
+    final: Path  # what the file or folder becomes, or was; a long name is shortened
     kind: str  # "partial" or "replaced"
     is_in_use: bool  # whether the process that chose the name is still running
 
@@ -202,7 +248,15 @@ def read_hidden_name(path: Path) -> HiddenName | None:
 
 
 def _hidden_name(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.{_PROCESS_TOKEN}{next(_counter):04x}.{kind}")
+    return path.with_name(f".{_short(path.name)}.{os.getpid()}.{_PROCESS_TOKEN}{next(_counter):04x}.{kind}")
+
+
+def _short(name: str) -> str:
+    """Return a name that leaves room for what a hidden one adds: of a long one the beginning, with a hash."""
+    raw = os.fsencode(name)
+    if len(raw) <= _LONG_NAME:
+        return name
+    return f"{raw[:_KEPT_NAME].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:8]}"
 
 
 def fsync_folder(folder: Path) -> None:

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from src.utils.config import Config, flatten
 from src.utils.errors import MissingDependencyError, WhisperASRError
-from src.utils.files import write_text_atomic
+from src.utils.files import json_line, jsonable, parse_json, write_bytes_atomic, write_text_atomic
 from src.utils.runtime import installed_version
 from src.utils.versioning import get_git_revision
 
@@ -107,8 +107,8 @@ class ExperimentLogger(AbstractContextManager["ExperimentLogger"]):
 
         The row is on disk when this returns; if the disk is full, a later one takes it along.
         """
-        row = {"event": event, "time": round(time.time(), 3), **{k: _jsonable(v) for k, v in fields.items()}}
-        self._file.append(json.dumps(row, ensure_ascii=False))
+        row = {"event": event, "time": round(time.time(), 3), **jsonable(fields)}
+        self._file.append(json_line(row))
         if event == "train_step":
             if not self._last_step or row["step"] <= self._last_step:  # an earlier session may have gone further
                 self._each_tracker(lambda tracker: tracker.rewind(row["step"]))
@@ -157,9 +157,8 @@ class ExperimentLogger(AbstractContextManager["ExperimentLogger"]):
             WhisperASRError: if metrics.jsonl cannot be rewritten; it stays as it was.
         """
         try:
-            with self.metrics_path.open(encoding="utf-8") as file:  # not splitlines: a text may hold U+2028
-                lines = [line.rstrip("\n") for line in file]
-            restored = [] if _training_rows(lines) else _training_rows(metrics.splitlines())
+            lines = _lines(self.metrics_path.read_bytes().decode(errors="replace"))
+            restored = [] if _training_rows(lines) else _training_rows(_lines(metrics))
             kept = _without_later([*restored, *lines], step, epoch)
             if kept != lines:
                 self._file.replace("".join(f"{line}\n" for line in kept))
@@ -212,11 +211,11 @@ class _RowFile:
         _repair_end(path)
         self._file = path.open("ab", buffering=0)
 
-    def append(self, line: str) -> None:
+    def append(self, line: bytes) -> None:
         if self._file.closed:
             raise ValueError(f"{self._path}: the run is closed; continue it with ExperimentLogger(config, run_id=...)")
         with self._lock:
-            self._pending += line.encode() + b"\n"
+            self._pending += line
             self._write()
 
     def replace(self, text: str) -> None:
@@ -260,10 +259,14 @@ def _repair_end(path: Path) -> None:
     content = path.read_bytes() if path.exists() else b""
     whole, last = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
     if last and _parse(last):
-        write_text_atomic(path, content.decode() + "\n")
+        write_bytes_atomic(path, content + b"\n")
     elif last:
         os.truncate(path, len(whole))
         logger.warning("%s: a crash cut the last row, it is removed: %.60r", path, last)
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.split("\n") if line.strip()]  # not splitlines: a text may hold U+2028
 
 
 def _training_rows(lines: Sequence[str]) -> list[str]:
@@ -289,18 +292,10 @@ def _without_later(lines: Sequence[str], step: int, epoch: int) -> list[str]:
 def _parse(line: str | bytes) -> Row:
     """Return a row, empty if the line is not one."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:  # not JSON, or not UTF-8
         return {}
     return row if isinstance(row, dict) else {}
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _jsonable(each) for key, each in value.items()}
-    return str(value) if isinstance(value, Path) else value
 
 
 Axis = Literal["step", "epoch"]

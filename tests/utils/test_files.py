@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import multiprocessing
 import os
 import signal
@@ -15,8 +16,11 @@ from src.utils.errors import DataError
 from src.utils.files import (
     atomic_folder,
     fsync_folder,
+    json_line,
     load_english_spelling,
+    parse_json,
     read_json,
+    read_run_rows,
     recover_folder,
     remove_folder,
     sha256_of,
@@ -127,6 +131,39 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
         write_bytes_atomic(path, b"new content")
     assert path.read_bytes() == "naïve\n".encode()
     assert names(path.parent) == ["a.json"]
+
+
+def test_any_name_of_a_file_can_be_written_and_is_cleaned_up_after(tmp_path: Path) -> None:
+    for name in ("a" * 250, "\u5b57" * 83, "caf\udce9", "line\nend"):
+        write_text_atomic(tmp_path / name, "x")
+        assert (tmp_path / name).read_text() == "x"
+    long = tmp_path / ("\u5b57" * 80)
+    write_generation(long, 1)
+    digest = hashlib.sha256(os.fsencode(long.name)).hexdigest()
+    long.rename(tmp_path / f".{long.name[:50]}-{digest[:8]}.{DEAD}.0.replaced")
+    recover_folder(long)
+    assert (long / FILES[0]).read_text() == "1"
+
+
+def test_texts_that_utf_8_cannot_hold_are_written_as_escapes(tmp_path: Path) -> None:
+    write_text_atomic(tmp_path / "a.txt", "half \ud83d")
+    assert (tmp_path / "a.txt").read_text() == r"half \ud83d"
+    row = {"key": "half \ud83d, \u2028 \u2029 \x85 \r\n", "numbers": [1, math.nan, {"inf": math.inf}], "path": tmp_path}
+    line = json_line(row)
+    assert len(line.decode().splitlines()) == 1
+    assert parse_json(line) == {**row, "numbers": [1, None, {"inf": None}], "path": str(tmp_path)}
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5_000, "{", b"\xff"])
+def test_whatever_is_wrong_with_json_is_one_kind_of_error(tmp_path: Path, text: str | bytes) -> None:
+    with pytest.raises(ValueError):
+        parse_json(text)
+    path = tmp_path / "a.json"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(DataError, match=r"a\.json: not a list .*; remove it"):
+        read_json(path, list, what="a list", fix="remove it")
+    with pytest.raises(DataError, match=r"a\.json, line 1: not a row of a run"):
+        read_run_rows(path, key="event")
 
 
 def test_json_is_read_back_and_wrong_content_is_named(tmp_path: Path) -> None:

@@ -103,6 +103,21 @@ def test_a_last_row_without_its_end_is_finished_or_taken_off(config: Config, res
     assert len(load_metrics(experiment.dir)) == kept + 1
 
 
+def test_a_line_separator_in_a_text_is_no_end_of_a_row_for_any_reader(config: Config) -> None:
+    """Also of runs that older versions wrote."""
+    name = "a\u2028b\u2029c\x85d"
+    with ExperimentLogger(config, run_id="r") as experiment:
+        experiment.log("evaluation", name=name)
+        with experiment.metrics_path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps({"event": "epoch", "epoch": 1, "name": name}, ensure_ascii=False) + "\n")
+        saved = experiment.read_rows()
+        experiment.resume_at(0, 0)
+        assert [row["name"] for row in load_metrics(experiment.dir)] == [name]
+    with ExperimentLogger(config, run_id="s") as experiment:
+        experiment.resume_at(0, 1, metrics=saved)
+        assert [(row["event"], row["name"]) for row in load_metrics(experiment.dir)] == [("epoch", name)]
+
+
 def log_training(experiment: ExperimentLogger, steps: range) -> None:
     """Two updates an epoch, each epoch with its row."""
     for step in steps:

@@ -5,7 +5,6 @@ Results on the guard set are kept under names such as "tuned (guard)", so that n
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ import yaml
 from src.evaluation.evaluator import Prediction
 from src.evaluation.metrics import Bootstrap
 from src.utils.errors import DataError
+from src.utils.files import read_run_rows
 from src.utils.versioning import DatasetVersion, DataVersionManager
 
 STOCK, TUNED = "stock", "tuned"
@@ -30,7 +30,7 @@ PredictionsByModel = Mapping[str, Sequence[Prediction]]
 
 def load_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl; DataError if it is absent or a line is damaged."""
-    return _read_jsonl(Path(run_dir, "metrics.jsonl"), key="event")
+    return read_run_rows(Path(run_dir, "metrics.jsonl"), key="event")
 
 
 def load_predictions(run_dir: str | Path, *, guard: bool | None = False) -> dict[str, list[Prediction]]:
@@ -42,7 +42,7 @@ def load_predictions(run_dir: str | Path, *, guard: bool | None = False) -> dict
     if not file.exists():
         return {}
     models: dict[str, dict[str, Prediction]] = {}
-    for number, row in enumerate(_read_jsonl(file, key="model"), start=1):
+    for number, row in enumerate(read_run_rows(file, key="model"), start=1):
         model, logprob = row.pop("model"), row.get("avg_logprob")
         try:
             prediction = Prediction(**row | {"avg_logprob": math.nan if logprob is None else logprob})
@@ -50,22 +50,6 @@ def load_predictions(run_dir: str | Path, *, guard: bool | None = False) -> dict
             raise DataError(f"{file}, line {number}: not a prediction ({err}); evaluate this model again") from err
         models.setdefault(model, {})[prediction.id] = prediction
     return {model: list(models[model].values()) for model in stock_first(models) if guard in (None, is_guard(model))}
-
-
-def _read_jsonl(path: Path, *, key: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                row = json.loads(line)
-                rows.append({key: row[key], **row})
-    except FileNotFoundError as err:
-        raise DataError(f"{path}: no such file; was the run started, and is this its folder?") from err
-    except (ValueError, TypeError, KeyError) as err:
-        raise DataError(
-            f"{path}, line {len(rows) + 1}: not a row of a run ({err!r}); if a crash cut it, remove the line"
-        ) from err
-    return rows
 
 
 def latest_evaluations(rows: Sequence[Row], *, guard: bool = False) -> dict[str, Row]:

@@ -17,13 +17,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from src.utils.errors import DataError
-from src.utils.files import atomic_file, read_json, write_json
+from src.utils.files import atomic_file, json_line, parse_json, read_json, write_json
 from src.utils.runtime import from_main, rank, wait_for_all, world_size
 
 if TYPE_CHECKING:
@@ -81,17 +82,30 @@ def run_job(
                 differences = ", ".join(f"{key} {before.get(key)!r}, now {now.get(key)!r}" for key in other)
                 raise DataError(f"{output}: begun with {differences}; go on with the same, or give another output")
 
-            held = {source for source, row in rows.items() if row.error is None or not retry_errors}
+            held = {s for s, row in rows.items() if row.is_current and (row.error is None or not retry_errors)}
+            replaced = sum(source in rows and not rows[source].is_current for source in sources)
+            if replaced:
+                logger.warning("%s: %d recording(s) changed since their row was written; read again", output, replaced)
             pending = [source for source in sources if source not in held]
             if held:
                 logger.info("%s holds %d recordings; %d are left", output, len(held), len(pending))
             return deal(pending, world_size())
 
         mine = from_main(begin)[rank()]
-        found = (transcription.to_json() for transcription in transcribe(mine))
+        stamps = {source: _stamp(source) for source in mine}  # of what is about to be read
+        found = ({**each.to_json(), **stamps.get(each.source, {})} for each in transcribe(mine))
         append_rows(part_path(output, rank()) if world_size() > 1 else output, found)
         wait_for_all()
         return from_main(lambda: _finish(output, sources))
+
+
+def _stamp(source: str) -> dict[str, int | None]:
+    """Return the size and time of a recording's file, by which a replaced one is recognised."""
+    try:
+        found = Path(source).stat()
+        return {"size_bytes": found.st_size, "modified_ns": found.st_mtime_ns}
+    except (OSError, ValueError):  # decoding will report it
+        return {"size_bytes": None, "modified_ns": None}
 
 
 @contextmanager
@@ -130,9 +144,8 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.truncate(whole)
     try:
         for number, row in enumerate(rows, start=1):
-            line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
             with _files_of(path):
-                file.write(line.encode("utf-8", "backslashreplace"))  # names that are not UTF-8: as JSON escapes them
+                file.write(json_line(row))
                 file.flush()
                 if number % SYNC_ROWS == 0:
                     os.fsync(file.fileno())
@@ -162,13 +175,24 @@ class _Row:
     duration_sec: float
     error: str | None
     truncated: bool
+    stamp: Mapping[str, int | None]  # empty in rows of older versions
+
+    @cached_property
+    def is_current(self) -> bool:
+        """Whether the recording is still the one that was read; also where it is no longer there."""
+        now = _stamp(self.source)
+        return not self.stamp or now["size_bytes"] is None or now == self.stamp
 
 
 def _read_rows(output: Path) -> dict[str, _Row]:
-    """Return the row of each source, parts included: the newest, but never an error where there is a text."""
+    """Return the row of each source, parts included.
+
+    It is the newest, but never one of an older recording or an error where there is one of today's, or a text.
+    """
     rows: dict[str, _Row] = {}
     for row in itertools.chain.from_iterable(map(_scan, [output, *_parts(output)])):
-        if row.error is None or row.source not in rows or rows[row.source].error is not None:
+        before = rows.get(row.source, row)
+        if (row.is_current, row.error is None) >= (before.is_current, before.error is None):
             rows[row.source] = row
     return rows
 
@@ -183,10 +207,11 @@ def _scan(path: Path) -> Iterator[_Row]:
             if damaged:
                 raise DataError(f"{path}, line {damaged}: not a row of a transcription job; remove the line")
             try:
-                fields = json.loads(line) if line.endswith(b"\n") else {}
+                fields = parse_json(line) if line.endswith(b"\n") else {}
                 source, error = fields["source"], fields["error"]
                 duration_sec, truncated = float(fields["duration_sec"] or 0), bool(fields.get("truncated"))
-                yield _Row(path, offset, len(line), source, duration_sec, error, truncated)
+                stamp = {key: fields[key] for key in ("size_bytes", "modified_ns") if key in fields}
+                yield _Row(path, offset, len(line), source, duration_sec, error, truncated, stamp)
             except (ValueError, TypeError, KeyError):
                 damaged = number
             offset += len(line)

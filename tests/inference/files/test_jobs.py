@@ -90,6 +90,36 @@ def test_errors_are_rows_and_tried_again_only_when_asked(tmp_path: Path) -> None
     assert texts_of(output) == [("a.wav", "text of a.wav"), ("b.wav", None), ("c.wav", "text of c.wav")]
 
 
+@pytest.mark.parametrize("kept", [".jsonl", ".part-00001"], ids=["output", "part"])
+def test_a_recording_replaced_under_its_name_is_read_again(tmp_path: Path, kept: str) -> None:
+    output, sources = tmp_path / "rows.jsonl", [str(tmp_path / name) for name in ("a.wav", "b.wav", "late.wav")]
+    for source in sources[:2]:
+        Path(source).write_bytes(b"first")
+    job(output, sources, Scripted(bad=(sources[2],)))
+    assert rows_of(output)[0]["size_bytes"] == 5
+    if kept != output.suffix:  # of a launch of several processes that was killed
+        output.rename(part_path(output, 1))
+    assert asked(output, sources) == []
+    Path(sources[0]).write_bytes(b"second")  # by its size
+    os.utime(sources[1], ns=(1, 1))  # by its time
+    Path(sources[2]).write_bytes(b"here now")
+    engine = Scripted(bad=(sources[0],))
+    report = job(output, sources, engine)
+    assert engine.asked == sources
+    assert [source for source, _ in report.failed] == sources[:1]  # the text of the first recording is not kept
+    assert [row["source"] for row in rows_of(output)] == sources
+    Path(sources[1]).unlink()
+    assert asked(output, sources) == []
+
+
+def test_rows_of_older_versions_count(tmp_path: Path) -> None:
+    output, source = tmp_path / "rows.jsonl", tmp_path / "a.wav"
+    source.write_bytes(b"")
+    job(output, [], Scripted())
+    append_rows(output, [Transcription(str(source), "text", 1.0).to_json()])
+    assert asked(output, [str(source)]) == []
+
+
 def test_other_settings_other_processes_and_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
     output = tmp_path / "rows.jsonl"
     asked(output, ["a.wav"])
