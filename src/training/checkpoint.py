@@ -2,12 +2,12 @@
 
 checkpoints/<run>/checkpoint-00000123/
     model.safetensors, optimizer.safetensors, rng.safetensors
-    state.json       everything that is not a tensor
+    state.json       everything that is not a tensor, and `order`: 1 for the first checkpoint below checkpoints/, 2, ...
     metrics.jsonl    the run's rows until here, for a session that lost them with its disk
     manifest.json    size and SHA-256 of each of these files; written last
 
 A folder is written under a hidden name, read back and compared with memory, synchronised to disk (fsync), and renamed.
-Nothing is pickled. A restart hashes each file once: `verify_checkpoint` returns a `WholeCheckpoint`, which is loaded
+Nothing is pickled. The newest checkpoint is the one with the highest order: clocks and file times may go back. A restart hashes each file once: `verify_checkpoint` returns a `WholeCheckpoint`, which is loaded
 without another look.
 """
 
@@ -79,10 +79,16 @@ class WholeCheckpoint:
 
 
 class CheckpointStore:
-    """Checkpoints of one run: the newest `save_total_limit` in its folder, and a copy of each in the mirror."""
+    """Checkpoints of one run: the newest `save_total_limit` in its folder, and a copy of each in the mirror.
 
-    def __init__(self, folder: Path, *, save_total_limit: int, mirror: DriveMirror | None = None) -> None:
+    Each is newer than all others next to the run's folder, and those below `older`, such as the mirror.
+    """
+
+    def __init__(
+        self, folder: Path, *, save_total_limit: int, mirror: DriveMirror | None = None, older: Sequence[Path] = ()
+    ) -> None:
         self.folder = folder
+        self._order = max(map(_newest_order, older), default=0)
         self._limit = save_total_limit
         self._mirror = mirror
 
@@ -100,8 +106,9 @@ class CheckpointStore:
             free = shutil.disk_usage(self.folder).free
             if free < needed:
                 raise OSError(f"it needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
+            self._order = 1 + max(self._order, _newest_order(self.folder.parent))
             with atomic_folder(target, replace=True, durable=True) as partial:
-                _write(state, partial)
+                _write(state, partial, self._order)
         except OSError as err:
             raise CheckpointError(
                 f"{target}: cannot be saved: {err.strerror or err}; older checkpoints are whole. Free space there, or "
@@ -112,8 +119,7 @@ class CheckpointStore:
         if mirror is not None:
             mirror.submit(target, name=f"{run}/{target.name}", group=run, keep=self._limit)
         # by age: a new training in this folder counts its steps from 1 again
-        others = [path for path in list_checkpoints(self.folder) if path != target]
-        others.sort(key=lambda path: (path / MANIFEST).stat().st_mtime_ns if (path / MANIFEST).is_file() else 0)
+        others = sorted((path for path in list_checkpoints(self.folder) if path != target), key=_age_on_disk)
         for old in others[: max(0, len(others) + 1 - self._limit)]:
             if mirror is not None and mirror.is_busy(old):
                 continue  # it goes after the next one
@@ -134,6 +140,25 @@ def list_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+
+
+def age(checkpoint: Path, values: Mapping[str, Any]) -> tuple[int, float, int]:
+    """Return what sorts checkpoints from old to new; before 2026-12 they had no order, only the time of the clock."""
+    match = _NAME.fullmatch(checkpoint.name)
+    return int(values.get("order", 0)), float(values["saved_at"]), int(match[1]) if match else 0
+
+
+def _age_on_disk(checkpoint: Path) -> tuple[int, float, int]:
+    """Return the age of a checkpoint, that of a damaged one as the oldest."""
+    try:
+        return age(checkpoint, {"saved_at": 0.0, **read_values(checkpoint)})
+    except (CheckpointError, TypeError, ValueError, ArithmeticError):
+        return 0, 0.0, 0
+
+
+def _newest_order(root: Path) -> int:
+    """Return the highest order of all runs below a folder, 0 without any."""
+    return max((_age_on_disk(path)[0] for path in root.glob("*/checkpoint-*")), default=0)
 
 
 def clean_up(folder: Path) -> None:
@@ -184,7 +209,7 @@ def verify_checkpoint(checkpoint: Path) -> WholeCheckpoint:
     return WholeCheckpoint(checkpoint, read_values(checkpoint))
 
 
-def _write(state: TrainingState, folder: Path) -> None:
+def _write(state: TrainingState, folder: Path, order: int) -> None:
     for name in TENSOR_FILES:
         file = folder / f"{name}.safetensors"
         try:
@@ -192,7 +217,7 @@ def _write(state: TrainingState, folder: Path) -> None:
         except SafetensorError as err:  # its way to say that the disk is full
             raise OSError(f"{file.name}: {err}") from err
         _compare(file, state.tensors[name])
-    text = json.dumps({"format": FORMAT, **state.values}, indent=1)
+    text = json.dumps({"format": FORMAT, **state.values, "order": order}, indent=1)
     (folder / STATE).write_text(text, encoding="utf-8")
     if (folder / STATE).read_text(encoding="utf-8") != text:
         raise CheckpointError(f"{folder / STATE}: reads back differently; the disk is not reliable")
@@ -249,7 +274,7 @@ def find_checkpoint(
     def refuse(path: Path, err: Exception) -> None:
         refused.append((path, str(err) if isinstance(err, CheckpointError) else f"{err!r} in its state"))
 
-    candidates: list[tuple[float, int, Path, Mapping[str, Any]]] = []
+    candidates: list[tuple[tuple[int, float, int], int, Path, Mapping[str, Any]]] = []
     for order, root in enumerate(roots):
         for run in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []:
             if order == 0:
@@ -257,8 +282,8 @@ def find_checkpoint(
             for path in list_checkpoints(run):
                 try:
                     values = read_values(path)
-                    candidates.append((float(values["saved_at"]), -order, path, values))
-                except (CheckpointError, KeyError, TypeError, ValueError) as err:
+                    candidates.append((age(path, values), -order, path, values))
+                except (CheckpointError, KeyError, TypeError, ValueError, ArithmeticError) as err:
                     refuse(path, err)
     for _, _, path, saved in sorted(candidates, key=lambda entry: entry[:2], reverse=True):
         try:

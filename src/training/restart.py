@@ -137,7 +137,7 @@ class StoredCheckpoint:
     mb: float
     update: int | None = None
     epochs_done: int | None = None
-    saved_at: float | None = None  # seconds since 1970
+    age: tuple[int, float, int] = (0, 0.0, 0)  # sorts from old to new
     problem: str = ""  # why it is damaged; empty if every file is as it was written
     differences: tuple[str, ...] = ()  # settings of another training; "auto" does not resume it
 
@@ -180,7 +180,7 @@ def spare_checkpoints(config: Config) -> list[Path]:
     """Return the checkpoints that `clean_up` may remove: all except the newest whole one of each run."""
     newest: dict[Path, StoredCheckpoint] = {}
     stored = stored_checkpoints(config)
-    for each in sorted((each for each in stored if not each.problem), key=lambda each: each.saved_at or 0.0):
+    for each in sorted((each for each in stored if not each.problem), key=lambda each: each.age):
         newest[each.path.parent] = each
     return [each.path for each in stored if each is not newest.get(each.path.parent)]
 
@@ -190,10 +190,10 @@ def _inspect(path: Path, config: Config) -> StoredCheckpoint:
     try:
         values = checkpoints.read_values(path)
         found["update"], found["epochs_done"] = int(values["progress"]["step"]), int(values["progress"]["epochs_done"])
-        found["saved_at"] = float(values["saved_at"])
+        found["age"] = checkpoints.age(path, values)
         found["differences"] = tuple(checkpoints.config_differences(values["config"], config))
         checkpoints.verify_checkpoint(path)
-    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as err:  # damage may hit a key's name
+    except (CheckpointError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as err:  # damage may hit a key's name
         reason = first_line(err) if isinstance(err, CheckpointError) else f"{err!r} in its state"
         found["problem"] = reason.removeprefix(f"{path}: ")
     return StoredCheckpoint(path, size_mb(path), **found)

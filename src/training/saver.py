@@ -74,7 +74,10 @@ class RunSaver:
                 self._mirror = DriveMirror(settings.mirror_dir, max_mb_per_sec=settings.mirror_mb_per_sec)
             checkpoints.clean_up(folder)
             recover_folder(self.best_model_dir)
-            self._store = CheckpointStore(folder, save_total_limit=settings.save_total_limit, mirror=self._mirror)
+            older = [] if settings.mirror_dir is None else [settings.mirror_dir]
+            self._store = CheckpointStore(
+                folder, save_total_limit=settings.save_total_limit, mirror=self._mirror, older=older
+            )
 
     def start_clock(self) -> None:
         """Start the interval to the next checkpoint."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def load_checkpoint(path: Path) -> TrainingState:
 
 
 def assert_same(found: TrainingState, state: TrainingState) -> None:
-    assert found.values == {"format": 1, **state.values}
+    assert found.values == {"format": 1, **state.values, "order": found.values["order"]}
     for file, tensors in state.tensors.items():
         assert set(found.tensors[file]) == set(tensors)
         for name, tensor in tensors.items():
@@ -76,7 +77,7 @@ def test_what_is_saved_is_verified_and_loaded_bit_for_bit(tmp_path: Path) -> Non
     path = store(tmp_path).save(state, 123)
     assert path == tmp_path / "run" / "checkpoint-00000123"
     assert_same(load_checkpoint(path), state)
-    assert verify_checkpoint(path).values == read_values(path) == {"format": 1, "best": 1.0}
+    assert verify_checkpoint(path).values == read_values(path) == {"format": 1, "best": 1.0, "order": 1}
     whole = verify_checkpoint(path)
     (path / "rng.safetensors").unlink()  # since then
     with pytest.raises(CheckpointError, match="rng"):
@@ -141,6 +142,38 @@ def test_the_oldest_over_the_limit_go_whatever_their_steps(tmp_path: Path) -> No
     for step in (1, 2):  # a new training in the same run keeps its own
         store(tmp_path).save(make_state(), step)
     assert names(tmp_path / "run") == ["checkpoint-00000001", "checkpoint-00000002"]
+
+
+def test_a_clock_set_back_changes_neither_what_stays_nor_what_is_taken_up(
+    tmp_path: Path, configure: Configure
+) -> None:
+    root, copies = tmp_path / "local", tmp_path / "mirror"
+    config, checkpoints = configure().model_dump(mode="json"), store(root)
+
+    def save(step: int, now: float, into: CheckpointStore) -> Path:
+        values = {"saved_at": now, "config": config}
+        path = into.save(TrainingState({"model": {}, "optimizer": {}, "rng": {}}, values), step)
+        for file in path.iterdir():
+            os.utime(file, (now, now))
+        return path
+
+    for step, now in ((10, 5000.0), (20, 5060.0), (30, 1500.0), (40, 1560.0), (50, 1620.0)):
+        last = save(step, now, checkpoints)
+    assert names(root / "run") == ["checkpoint-00000040", "checkpoint-00000050"]
+    assert find_checkpoint([root], None).checkpoint == last
+    again = save(5, 3.0, store(root))  # a new training in this folder, and one in another
+    assert find_checkpoint([root], configure()).checkpoint == again
+    other = save(1, 2.0, CheckpointStore(root / "other", save_total_limit=2))
+    assert find_checkpoint([root], None).checkpoint == other
+    root.rename(copies)  # a new machine: only the copies are left
+    newest = save(1, 1.0, CheckpointStore(root / "run", save_total_limit=2, older=[copies]))
+    assert find_checkpoint([root, copies], None).checkpoint == newest
+    # of an earlier version, without an order: by the clock, before all others
+    values = json.loads((newest / "state.json").read_text())
+    del values["order"]
+    (newest / "state.json").write_text(json.dumps({**values, "saved_at": 9e9}))
+    assert find_checkpoint([root, copies], None).refused == ()
+    assert find_checkpoint([root, copies], None).checkpoint == copies / "other" / other.name
 
 
 def test_the_mirror_gets_each_and_what_it_copies_stays_until_it_is_done(tmp_path: Path) -> None:
