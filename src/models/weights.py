@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from filelock import FileLock
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from src.utils.config import VARIANTS
 from src.utils.errors import ModelError, did_you_mean, first_line
-from src.utils.files import atomic_folder, recover_folder, sha256_of
+from src.utils.files import atomic_folder, locked, recover_folder, sha256_of
 from src.utils.runtime import installed_version
 
 logger = logging.getLogger(__name__)
@@ -289,7 +288,7 @@ def convert_once(
         raise ModelError(
             f"{folder.parent}: cannot be created: {err.strerror}; set paths.cache_dir to a folder of yours"
         ) from err
-    with FileLock(f"{folder}.lock"):  # a second process waits, then finds the first one's work
+    with locked(Path(f"{folder}.lock")):  # a second process waits, then finds the first one's work
         problem = _damage(folder, source_sha256)
         if problem is None:
             logger.info("weights: conversion of %s in %s", source, folder)

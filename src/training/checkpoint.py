@@ -2,13 +2,13 @@
 
 checkpoints/<run>/checkpoint-00000123/
     model.safetensors, optimizer.safetensors, rng.safetensors
-    state.json       everything that is not a tensor, and `order`: 1 for the first checkpoint below checkpoints/, 2, ...
+    state.json       everything that is not a tensor; its `order` counts all checkpoints below checkpoints/
     metrics.jsonl    the run's rows until here, for a session that lost them with its disk
     manifest.json    size and SHA-256 of each of these files; written last
 
 A folder is written under a hidden name, read back and compared with memory, synchronised to disk (fsync), and renamed.
-Nothing is pickled. The newest checkpoint is the one with the highest order: clocks and file times may go back. A restart hashes each file once: `verify_checkpoint` returns a `WholeCheckpoint`, which is loaded
-without another look.
+Nothing is pickled. The newest checkpoint is the one with the highest order, as clocks and file times may go back. A
+restart hashes each file once: `verify_checkpoint` returns a `WholeCheckpoint`, which is loaded without another look.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from src.utils.config import Config, flatten
 from src.utils.errors import CheckpointError
-from src.utils.files import atomic_folder, recover_folder, remove_folder, sha256_of
+from src.utils.files import LOCK, atomic_folder, claim, recover_folder, remove_folder, sha256_of
 from src.utils.mirror import DriveMirror
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,8 @@ class WholeCheckpoint:
 class CheckpointStore:
     """Checkpoints of one run: the newest `save_total_limit` in its folder, and a copy of each in the mirror.
 
-    Each is newer than all others next to the run's folder, and those below `older`, such as the mirror.
+    From its first save on, no other process can save into the folder. Each checkpoint is newer than all others next to
+    the run's folder, and those below `older`, such as the mirror.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class CheckpointStore:
     ) -> None:
         self.folder = folder
         self._order = max(map(_newest_order, older), default=0)
+        self._claims: dict[Path, Callable[[], object]] = {}
         self._limit = save_total_limit
         self._mirror = mirror
 
@@ -96,9 +98,12 @@ class CheckpointStore:
         """Save a state as `checkpoint-<step>`, then remove the oldest ones over the limit; return its folder.
 
         Raises:
-            CheckpointError: the disk is full or cannot be written, or reads back other bytes. The older checkpoints
-                are as they were.
+            CheckpointError: the disk is full or cannot be written, or reads back other bytes, or another process saves
+                into this folder. The older checkpoints are as they were.
         """
+        if self.folder not in self._claims:
+            lock = self.folder.with_name(f".{self.folder.name}{LOCK}")  # not inside, where checkpoints are listed
+            self._claims[self.folder] = claim_folder(self.folder, self, lock)
         target = checkpoint_path(self.folder, step)
         needed = _SPARE_BYTES + sum(t.nbytes for tensors in state.tensors.values() for t in tensors.values())
         try:
@@ -128,6 +133,16 @@ class CheckpointStore:
             except OSError as err:
                 logger.warning("%s: an old checkpoint cannot be removed: %s", old, err)
         return target
+
+    def unlock(self) -> None:
+        """Let other processes save into the folder, until the next save."""
+        while self._claims:
+            self._claims.popitem()[1]()
+
+
+def claim_folder(folder: Path, owner: object, lock: Path) -> Callable[[], object]:
+    """Keep other processes from saving into a folder, see `claim`; raises `CheckpointError` if one does."""
+    return claim(lock, owner, what=folder, error=CheckpointError, fix="set another paths.checkpoints_dir")
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -193,7 +193,7 @@ def _inspect(path: Path, config: Config) -> StoredCheckpoint:
         found["age"] = checkpoints.age(path, values)
         found["differences"] = tuple(checkpoints.config_differences(values["config"], config))
         checkpoints.verify_checkpoint(path)
-    except (CheckpointError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as err:  # damage may hit a key's name
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as err:  # damaged keys
         reason = first_line(err) if isinstance(err, CheckpointError) else f"{err!r} in its state"
         found["problem"] = reason.removeprefix(f"{path}: ")
     return StoredCheckpoint(path, size_mb(path), **found)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from src.training.state import Progress
 from src.training.updates import Updater
 from src.utils.config import Config
 from src.utils.errors import CheckpointError
-from src.utils.files import atomic_folder, recover_folder
+from src.utils.files import LOCK, atomic_folder, recover_folder
 from src.utils.mirror import DriveMirror, copy_verified
 from src.utils.runtime import broadcast_object, from_main, is_main_process, sum_over_processes, wait_for_all
 from src.utils.tracking import ExperimentLogger
@@ -66,6 +67,7 @@ class RunSaver:
         self._holds_best = False  # instead of the last epoch's weights
         self._resumed: Path | None = None  # may exist only in the mirror
         self.best_model_dir: Path = config.paths.checkpoints_dir / BEST_MODEL_NAME
+        self._unlock: Callable[[], object] | None = None
         self._mirror: DriveMirror | None = None
         self._store: CheckpointStore | None = None
         if experiment is not None:
@@ -82,6 +84,28 @@ class RunSaver:
     def start_clock(self) -> None:
         """Start the interval to the next checkpoint."""
         self._saved_at_sec = time.monotonic()
+
+    def lock(self) -> None:
+        """Keep other processes out of `paths.checkpoints_dir` until `locked` ends, or raise `CheckpointError`."""
+
+        def take() -> None:
+            if self._store is not None and self._unlock is None:
+                folder = self._config.paths.checkpoints_dir
+                self._unlock = checkpoints.claim_folder(folder, self, folder / LOCK)
+
+        from_main(take)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep the lock for a block, then let other processes train there."""
+        self.lock()
+        try:
+            yield
+        finally:
+            if self._store is not None and self._unlock is not None:
+                self._store.unlock()
+                self._unlock()
+                self._unlock = None
 
     def save_if_due(self, progress: Progress) -> None:
         """Save if `save_minutes` have passed; the main process's clock decides for all."""
@@ -155,6 +179,7 @@ class RunSaver:
             made_from = {"frozen_parameters": self._frozen, "data_version": self._loader.data_version}
             return checkpoints.find_checkpoint([f for f in folders if f], self._config, made_from=made_from)
 
+        self.lock()
         report = from_main(find)
         logger.info("%s", report)
         if report.whole is None:

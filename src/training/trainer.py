@@ -167,7 +167,7 @@ class WhisperTrainer:
         Raises:
             DataError: `max_nonfinite_steps` updates in a row without a finite loss, with their clips.
             DeviceError: not even one clip fits into memory.
-            CheckpointError: the best model cannot be saved.
+            CheckpointError: the best model cannot be saved, or another process trains into `paths.checkpoints_dir`.
         """
         training, progress = self.config.training, self._progress
         epochs = num_epochs or training.epochs
@@ -184,21 +184,22 @@ class WhisperTrainer:
             "training: %d epochs, %d updates (%d done), peak learning rate %.2e, context %r",
             epochs, total, progress.step, self.learning_rate, self.config.model.audio_context,
         )  # fmt: skip
-        self._saver.start_clock()
-        self._saver.finish_export(progress)  # an interrupt may have come between an epoch's end and its export
-        self._saver.restore_last(progress)
-        hidden = not runtime.is_main_process()
-        with tqdm(total=total, initial=progress.step, desc="training", unit="update", disable=hidden) as bar:
-            while not self._has_ended(epochs):
-                waiting = self._train_epoch(schedule, bar)
-                bar.set_postfix_str("validating")
-                self._finish_epoch(self._validate(), waiting)
-        if progress.epochs_done < epochs:
-            patience, best = training.patience, progress.best_epoch
-            logger.info("stopped early: no lower error rate in the %d epoch(s) since epoch %d", patience, best)
-        self.restore_best()
-        self._report_full_context()
-        self._saver.flush()
+        with self._saver.locked():
+            self._saver.start_clock()
+            self._saver.finish_export(progress)  # an interrupt may have come between an epoch's end and its export
+            self._saver.restore_last(progress)
+            hidden = not runtime.is_main_process()
+            with tqdm(total=total, initial=progress.step, desc="training", unit="update", disable=hidden) as bar:
+                while not self._has_ended(epochs):
+                    waiting = self._train_epoch(schedule, bar)
+                    bar.set_postfix_str("validating")
+                    self._finish_epoch(self._validate(), waiting)
+            if progress.epochs_done < epochs:
+                patience, best = training.patience, progress.best_epoch
+                logger.info("stopped early: no lower error rate in the %d epoch(s) since epoch %d", patience, best)
+            self.restore_best()
+            self._report_full_context()
+            self._saver.flush()
         return self.history
 
     def restore_best(self) -> None:

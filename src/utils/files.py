@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, even after a crash: atomic writes, JSON, hashes; files of the packages.
+"""Files and folders that are whole or absent, even after a crash: atomic writes, locks, JSON; files of the packages.
 
 What is being written or replaced lies next to its final name as `.<name>.<process id>.<token>.partial` or `.replaced`;
 a folder called `.replaced` is always whole. A folder is replaced by two renames, because no portable call exchanges two
@@ -19,6 +19,9 @@ import os
 import re
 import secrets
 import shutil
+import sys
+import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -27,13 +30,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from src.utils.errors import DataError, first_line
+from src.utils.errors import DataError, WhisperASRError, first_line
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+LOCK = ".lock"  # in a folder that one process at a time may write
 
 _NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}  # drives without it answer this
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 _PROCESS_TOKEN = secrets.token_hex(4)  # starts all tokens: a restarted container may reuse the old process id
 _HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.(?P<token>[0-9a-f]+)\.(?P<kind>partial|replaced)")
 _counter = itertools.count()
@@ -120,6 +125,65 @@ def read_run_rows(path: Path, *, key: str) -> list[dict[str, Any]]:
         what = f"not a row of a run ({err!r})"
         raise DataError(f"{path}, line {len(rows) + 1}: {what}; if a crash cut it, remove the line") from err
     return rows
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for a lock file, and hold it; other threads wait too. A dead process holds none, and none is left behind."""
+    from filelock import FileLock
+
+    with FileLock(path):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows refuses; one that waits sees that the file is gone
+                path.unlink()
+
+
+def claim(
+    path: Path, owner: object, *, what: Path, error: type[WhisperASRError], fix: str, shared: bool = True
+) -> Callable[[], object]:
+    """Take a lock file for as long as this process writes something; return what gives it back.
+
+    It is given back at the latest when the owner is collected, or at exit. The kernel releases the lock of a killed
+    process, and its file is taken over. Where the file system has no locks, there is a warning.
+
+    Args:
+        path: of the lock file, which describes this process while it is taken.
+        owner: object that writes.
+        what: the folder or file that is claimed, for the messages.
+        error: raised if another process has it, or the lock file cannot be written; names that process.
+        fix: what the message advises besides waiting.
+        shared: other objects of this process may take it too.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, timeout=0, is_singleton=shared, thread_local=False, fallback_to_soft=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as err:
+        holder = ""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            holder = path.read_text(encoding="utf-8")
+        raise error(f"{what}: {holder or 'another process'} writes there; wait until it ends, or {fix}") from err
+    except OSError as err:
+        if err.errno not in _NO_LOCKS:
+            raise error(f"{what}: cannot be written: {err.strerror}; {fix}") from err
+        logger.warning("%s: its file system has no locks; let one process at a time write there", what)
+        return lambda: None
+    if lock.lock_counter == 1:
+        program, since = Path(sys.argv[0] or sys.executable).name, time.strftime("%Y-%m-%d %H:%M")
+        with contextlib.suppress(OSError):  # a full disk, or Windows: it is locked, but without a name
+            path.write_text(f"process {os.getpid()} ({program}, since {since})", encoding="utf-8")
+
+    def give_back() -> None:
+        if lock.lock_counter == 1:  # 0 in a forked process
+            with contextlib.suppress(OSError):  # Windows
+                path.unlink()
+        lock.release()
+
+    return weakref.finalize(owner, give_back)
 
 
 def read_json(path: Path, parse: Callable[[Any], T], *, what: str, fix: str) -> T:

@@ -20,7 +20,7 @@ import psutil
 
 from src.utils.config import Config
 from src.utils.errors import WhisperASRError
-from src.utils.files import read_hidden_name, remove_folder
+from src.utils.files import LOCK, claim, read_hidden_name, remove_folder
 from src.utils.runtime import release_memory
 
 if TYPE_CHECKING:
@@ -198,10 +198,11 @@ def clean_up(config: Config, *, dry_run: bool = True, checkpoints: Sequence[Path
     Args:
         config: `paths` is used.
         dry_run: only list, with sizes.
-        checkpoints: for example `spare_checkpoints(config)` of `src.training`; no training may be writing there.
+        checkpoints: for example `spare_checkpoints(config)` of `src.training`.
 
     Raises:
-        WhisperASRError: if a checkpoint is not below `paths.checkpoints_dir`, or something cannot be removed.
+        WhisperASRError: if a checkpoint is not below `paths.checkpoints_dir`, another process trains there, or
+            something cannot be removed.
     """
     for path in checkpoints:
         if not _is_inside(path, config.paths.checkpoints_dir):
@@ -212,12 +213,16 @@ def clean_up(config: Config, *, dry_run: bool = True, checkpoints: Sequence[Path
     files = [path for path in files if _is_inside(path, folder.parent)]
     items += [Removable("decoded audio", folder, tuple(files), sum(map(size_mb, files)))] if files else []
     if not dry_run:
-        for path in (path for item in items for path in item.paths):
-            try:
-                with contextlib.suppress(FileNotFoundError):  # removed by another process
-                    remove_folder(path)
-            except OSError as err:
-                raise WhisperASRError(f"{path}: cannot be removed: {err.strerror}; close what uses it") from err
+        with contextlib.ExitStack() as stack:
+            if checkpoints:
+                folder, fix = config.paths.checkpoints_dir, "end it"
+                stack.callback(claim(folder / LOCK, stack, what=folder, error=WhisperASRError, fix=fix))
+            for path in (path for item in items for path in item.paths):
+                try:
+                    with contextlib.suppress(FileNotFoundError):  # removed by another process
+                        remove_folder(path)
+                except OSError as err:
+                    raise WhisperASRError(f"{path}: cannot be removed: {err.strerror}; close what uses it") from err
         release_memory()
         return_freed_memory()
     return CleanUp(tuple(items), done=not dry_run)

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from src.utils.config import Config, flatten
 from src.utils.errors import MissingDependencyError, WhisperASRError
-from src.utils.files import json_line, jsonable, parse_json, write_bytes_atomic, write_text_atomic
+from src.utils.files import LOCK, claim, json_line, jsonable, parse_json, write_bytes_atomic, write_text_atomic
 from src.utils.runtime import installed_version
 from src.utils.versioning import get_git_revision
 
@@ -58,7 +58,7 @@ class ExperimentLogger(AbstractContextManager["ExperimentLogger"]):
     """Append-only record of one run, in its folder and in the trackers that `tracking.trackers` names.
 
     A full disk does not end a training: rows wait in memory until they can be written. A tracker that fails is switched
-    off with a warning.
+    off with a warning. Until it is closed, no other process can write to the run.
 
     Args:
         config: saved with the run; trackers record it without the paths.
@@ -66,7 +66,7 @@ class ExperimentLogger(AbstractContextManager["ExperimentLogger"]):
             was cut by a crash is removed.
 
     Raises:
-        WhisperASRError: if the folder cannot be written or a tracker cannot start.
+        WhisperASRError: if the folder cannot be written, another process writes there, or a tracker cannot start.
         MissingDependencyError: if a package that a tracker needs is absent.
     """
 
@@ -79,12 +79,15 @@ class ExperimentLogger(AbstractContextManager["ExperimentLogger"]):
         self._subscribers: list[Callable[[Row], None]] = []
         self._trackers: dict[str, _Tracker] = {}
         self._last_step = 0
+        fix = "set paths.runs_dir, or choose another run id"
+        self._unlock = claim(self.dir / LOCK, self, what=self.dir, error=WhisperASRError, fix=fix)
         try:
             self.figures_dir.mkdir(parents=True, exist_ok=True)
             write_text_atomic(self.dir / "config.yaml", config.to_yaml())
             write_text_atomic(self.dir / "env.json", json.dumps(_describe_environment(), indent=2))
             self._file = _RowFile(self.metrics_path)
         except OSError as err:
+            self._unlock()
             raise WhisperASRError(f"{self.dir}: cannot be written: {err.strerror}; set paths.runs_dir") from err
         for name in config.tracking.trackers:
             try:
@@ -172,6 +175,7 @@ class ExperimentLogger(AbstractContextManager["ExperimentLogger"]):
         self._file.close()
         self._each_tracker(lambda tracker: tracker.close())
         self._trackers.clear()
+        self._unlock()
 
     def __exit__(self, *error: object) -> None:
         self.close()

@@ -18,11 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from filelock import FileLock
 from pydantic import FiniteFloat, TypeAdapter
 
 from src.utils.errors import DataError, ModelError, did_you_mean
-from src.utils.files import read_json, sha256_of, write_json
+from src.utils.files import locked, read_json, sha256_of, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -224,7 +223,7 @@ class ModelRegistry:
         checked = {name: _finite(value, f"{model_id}: metric {name}") for name, value in metrics.items()}
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{self.file}.lock"):  # the file stays; a dead process holds no lock
+            with locked(Path(f"{self.file}.lock")):
                 models = self.list_models()
                 version = 1 + max((m.version for m in models if m.model_id == model_id), default=0)
                 model = RegisteredModel(

@@ -144,9 +144,7 @@ def test_the_oldest_over_the_limit_go_whatever_their_steps(tmp_path: Path) -> No
     assert names(tmp_path / "run") == ["checkpoint-00000001", "checkpoint-00000002"]
 
 
-def test_a_clock_set_back_changes_neither_what_stays_nor_what_is_taken_up(
-    tmp_path: Path, configure: Configure
-) -> None:
+def test_a_clock_set_back_changes_neither_what_stays_nor_what_is_taken_up(tmp_path: Path, configure: Configure) -> None:
     root, copies = tmp_path / "local", tmp_path / "mirror"
     config, checkpoints = configure().model_dump(mode="json"), store(root)
 

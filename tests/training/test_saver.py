@@ -22,8 +22,10 @@ from src.training import saver as saving
 from src.training.checkpoint import TrainingState, list_checkpoints, verify_checkpoint
 from src.training.trainer import WhisperTrainer
 from src.training.updates import UpdateReport
-from src.utils.errors import CheckpointError
+from src.utils.errors import CheckpointError, WhisperASRError
+from src.utils.memory import clean_up
 from tests.training.conftest import TrainerFactory, damage, run_folder, train_until
+from tests.utils.holder import held
 
 pytestmark = pytest.mark.slow
 Rates = Callable[..., None]
@@ -135,6 +137,27 @@ def test_of_adapters_the_merged_model_is_saved_with_the_adapters_and_its_origin(
     trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert set(adapters) == set(trained)
     assert all(torch.equal(tensor, trained[name]) for name, tensor in adapters.items())
+
+
+def test_another_process_in_the_folder_of_checkpoints_is_named_before_anything_is_read_or_written(
+    make_trainer: TrainerFactory, with_rates: Rates
+) -> None:
+    trainer = make_trainer()
+    with_rates(0.5)
+    folder = trainer.config.paths.checkpoints_dir
+    with held(folder / ".lock") as process:
+        for step in (trainer.resume, trainer.train):
+            with pytest.raises(CheckpointError, match=rf"{folder}: process {process} "):
+                step()
+    assert not steps(trainer)
+    trainer.train(num_epochs=1)  # that process was killed
+    assert [path.name for path in folder.glob(".*")] == []
+    with held(folder / ".lock"), pytest.raises(WhisperASRError, match="process"):
+        clean_up(trainer.config, dry_run=False, checkpoints=list_checkpoints(run_folder(trainer)))
+    other = trainer.config.paths.runs_dir / "other"
+    with held(other / ".lock") as process, pytest.raises(WhisperASRError, match=rf"{other}: process {process} "):
+        make_trainer(run_id="other")
+    assert len(steps(trainer)) == 1
 
 
 def test_a_best_model_that_another_training_has_replaced_is_not_taken_for_ones_own(

@@ -15,6 +15,7 @@ import pytest
 from src.utils.errors import DataError
 from src.utils.files import (
     atomic_folder,
+    claim,
     fsync_folder,
     json_line,
     load_english_spelling,
@@ -29,6 +30,7 @@ from src.utils.files import (
     write_text_atomic,
 )
 from tests.utils.full_disk import fill_disk
+from tests.utils.holder import held
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [f"part{i}" for i in range(6)]
@@ -180,6 +182,48 @@ def test_json_is_read_back_and_wrong_content_is_named(tmp_path: Path) -> None:
             read_json(unusable, dict, what="x", fix="y")
         with pytest.raises(DataError, match=str(unusable)):
             write_json(unusable, 1)
+
+
+def claim_here(lock: Path, *, shared: bool = True) -> Callable[[], object]:
+    return claim(lock, claim_here, what=lock, error=DataError, fix="take another", shared=shared)
+
+
+def test_one_process_writes_at_a_time_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
+    lock = tmp_path / "deep" / ".lock"
+    with held(lock) as process, pytest.raises(DataError, match=rf"{lock}: process {process} \(.*, or take another"):
+        claim_here(lock)
+    assert lock.exists()  # of a killed process
+    first = claim_here(lock)
+    assert f"process {os.getpid()} " in lock.read_text()
+    second = claim_here(lock)  # another object of this process
+    first()
+    first()
+    with pytest.raises(DataError, match=f"process {os.getpid()} "):
+        claim_here(lock, shared=False)
+    second()
+    assert names(lock.parent) == []
+    for content in ("", "\0\ud800", "process 1 (init)"):  # a file alone is no lock
+        lock.write_text(content, errors="surrogatepass")
+        claim_here(lock)()
+    assert names(lock.parent) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=str(tmp_path / "file")):
+        claim_here(tmp_path / "file" / ".lock")
+
+
+@can_fork
+def test_a_forked_process_neither_holds_nor_gives_back_its_parents_lock(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    give_back = claim_here(lock)
+    child = multiprocessing.get_context("fork").Process(target=give_back)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert lock.exists()
+    with pytest.raises(DataError):
+        claim_here(lock, shared=False)
+    give_back()
+    assert not lock.exists()
 
 
 @can_fork

@@ -21,10 +21,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from src.utils.errors import DataError
-from src.utils.files import atomic_file, json_line, parse_json, read_json, write_json
+from src.utils.files import atomic_file, claim, json_line, parse_json, read_json, write_json
 from src.utils.runtime import from_main, rank, wait_for_all, world_size
 
 if TYPE_CHECKING:
@@ -63,12 +61,8 @@ def run_job(
     with ExitStack() as stack:
 
         def begin() -> list[list[str]]:
-            with _files_of(output):
-                output.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    stack.enter_context(FileLock(output.parent / f".{output.name}.lock", timeout=0))
-                except Timeout as err:
-                    raise DataError(f"{output}: another process works on it; wait, or give another output") from err
+            lock, fix = output.parent / f".{output.name}.lock", "give another output"
+            stack.callback(claim(lock, stack, what=output, error=DataError, fix=fix, shared=False))
             rows = _read_rows(output)
 
             # the settings of a new job are kept, and others refused
