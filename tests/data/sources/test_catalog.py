@@ -1,15 +1,11 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tarfile
-import tempfile
-import zipfile
 from pathlib import Path
 
 import pytest
 
-from src.data.sources.catalog import load_utterances, unpack
+from src.data.sources.catalog import load_utterances
 from src.data.utterance import Utterance
 from src.utils.config import DataConfig
 from src.utils.errors import DataError, SourceUnavailableError
@@ -125,62 +121,3 @@ def test_common_voice_is_read_from_its_extracted_archive(tmp_path: Path, sample:
     assert first.audio == tmp_path / "clips" / f"{sample[0].id}.mp3"
     assert first.text == f'"Well," {sample[0].text.lower()}'  # its quotation marks are part of the sentence
     assert (first.speaker, first.language, first.meta["age"]) == (sample[0].speaker, "en", "twenties")
-
-
-@pytest.fixture
-def speech(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of recordings, and one of the test's own for temporary files."""
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    mine = tmp_path / "speech" / "mine"
-    mine.mkdir(parents=True)
-    (mine / "a.wav").write_bytes(b"nothing is decoded here")
-    (mine / "metadata.csv").write_text("file_name,text\na.wav,hello\n")
-    return mine
-
-
-@pytest.mark.parametrize("kind", ["zip", "tar", "gztar", "bztar", "xztar"])
-def test_a_packed_folder_is_the_folder(speech: Path, tmp_path: Path, kind: str) -> None:
-    archive = Path(shutil.make_archive(str(tmp_path / "packed"), kind, speech.parent))
-    (utterance,) = load_utterances(folder(archive))
-    assert (utterance.id, utterance.text) == ("a.wav", "hello")
-    (unpack(archive) / "a.wav").unlink()
-    assert not (unpack(archive) / "a.wav").exists()  # unpacked once
-
-
-@pytest.mark.usefixtures("speech")
-def test_files_of_macos_are_passed_over(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
-        archive.writestr("mine/metadata.csv", "file_name,text\n")
-        archive.writestr("__MACOSX/mine/._metadata.csv", "")
-    assert unpack(tmp_path / "mac.zip").name == "mine"
-
-
-def test_a_changed_archive_is_unpacked_again(speech: Path, tmp_path: Path) -> None:
-    archive = Path(shutil.make_archive(str(tmp_path / "packed"), "zip", speech))
-    before = unpack(archive)
-    (speech / "b.wav").write_bytes(b"")
-    shutil.make_archive(str(tmp_path / "packed"), "zip", speech)
-    assert unpack(archive) != before
-    assert (unpack(archive) / "b.wav").exists()
-
-
-def test_a_cut_archive_is_named_and_leaves_nothing(speech: Path, tmp_path: Path) -> None:
-    for kind in ("zip", "gztar"):
-        archive = Path(shutil.make_archive(str(tmp_path / "cut"), kind, speech))
-        archive.write_bytes(archive.read_bytes()[:-30])
-        with pytest.raises(DataError, match=rf"{archive.name}: cannot be unpacked .*upload it again"):
-            unpack(archive)
-    assert not list((tmp_path / "tmp" / "whisper_asr_archives").iterdir())
-
-
-@pytest.mark.usefixtures("speech")
-def test_an_empty_archive_and_a_way_out_of_the_folder_are_refused(tmp_path: Path) -> None:
-    zipfile.ZipFile(tmp_path / "empty.zip", "w").close()
-    with pytest.raises(DataError, match=r"empty\.zip: the archive is empty"):
-        unpack(tmp_path / "empty.zip")
-    (tmp_path / "evil").write_text("")
-    with tarfile.open(tmp_path / "evil.tar", "w") as archive:
-        archive.add(tmp_path / "evil", arcname="../../evil")
-    with pytest.raises(DataError, match=r"evil\.tar: cannot be unpacked .*outside"):
-        unpack(tmp_path / "evil.tar")
