@@ -1,8 +1,10 @@
 """Live sessions on one machine: who is admitted, whose audio is heard next, and when a session ends.
 
 `server` and `page` carry audio in and events out; the host runs on their event loop. All model calls run in one worker
-thread, first in, first out. A session has at most one turn of `TURN_SEC` of audio in that queue, so that a client with
-a minute of audio waiting delays the others no more than one with a second.
+thread, a turn of at most `TURN_SEC` of audio at a time. The next turn is that of the session that is due first, and a
+turn makes its session due later by the audio heard, at a pace of `PACE` (VirtualClock: Zhang, SIGCOMM 1990). So a
+client that sends a recording waits for those that speak. One that shares the host is at most `BURST_SEC` ahead of that
+pace; one alone is heard as fast as the model can.
 """
 
 from __future__ import annotations
@@ -10,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -28,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"  # by default only this machine can connect
 TURN_SEC = 0.5  # about the interval of updates, so that a turn is one model call, rarely a few
+PACE = 1.25  # seconds of audio per second of a session that shares the host
+BURST_SEC = 5.0  # that it may be ahead: audio that a network held back comes at once
+IDLE_PACE = 0.1  # of a client that is idle, although some audio trickles in
 T = TypeVar("T")
 
 
@@ -37,8 +43,8 @@ class ServerLimits:
 
     max_sessions: int = 4  # at once; one more is refused
     max_message_bytes: int = 1 << 18  # 4 s of float32 at 16 kHz; a longer one closes the connection with code 1009
-    queue_sec: float = 10.0  # audio that may wait for a session's turns; beyond it the client waits
-    idle_sec: float = 30.0  # without audio, once all of it was heard; then the session is decoded to its end
+    queue_sec: float = 60.0  # audio that may wait for a session's turns; beyond it the client waits
+    idle_sec: float = 30.0  # without audio, or with next to none, once all was heard; then the session ends
     max_session_sec: float = 4 * 3600.0  # of audio, and of time
     send_sec: float = 10.0  # for a client to take an event; one that does not read is cut off
 
@@ -48,19 +54,23 @@ class ServerLimits:
             raise ConfigError(f"limits of the caption server: {', '.join(wrong)}; they must be above 0")
 
 
-def idle_error(limits: ServerLimits) -> StreamError:
-    """Return why a silent client is sent away."""
-    nothing = f"nothing came for {limits.idle_sec:g} s"
-    return StreamError("idle", nothing, fix="send audio, silence too, and then the end")
+def idle_error(sec: float) -> StreamError:
+    """Return why a client that was silent for so long is sent away."""
+    return StreamError(
+        "idle", f"nothing came for {sec:g} s, or next to nothing", fix="send audio, silence too, and then the end"
+    )
 
 
 class LiveHost:
-    """Admits sessions, and runs their calls in turn; other work on the same models takes turns in `worker` too."""
+    """Admits sessions, and runs their calls in turns; other work on the same models waits in `worker` too."""
 
     def __init__(self, limits: ServerLimits | None = None) -> None:
         self.limits = limits or ServerLimits()
         self.worker = ThreadPoolExecutor(1, "live")
         self.sessions: set[LiveSession] = set()  # those that are not closed
+        self._waiting: dict[LiveSession, asyncio.Future[asyncio.Task[list[Event]]]] = {}  # for their turn to begin
+        self._hearing = False  # somebody's turn
+        self._timer: asyncio.TimerHandle | None = None
 
     async def open(self, make_session: Callable[[], StreamingASR], sample_rate: int) -> LiveSession:
         """Admit a client with audio of a rate in Hz, or raise StreamError; `close` what is returned.
@@ -80,8 +90,44 @@ class LiveHost:
         live.wait_for_client()
         return live
 
+    async def hear_turn(self, live: LiveSession) -> list[Event]:
+        """Wait until a session is due, and return what its turn gave; a failure ends the waiting, not the call."""
+        begun = self._waiting[live] = asyncio.get_running_loop().create_future()
+        self.next_turn()
+        try:
+            call = await live.unless_failed(begun)
+        finally:
+            self._waiting.pop(live, None)
+        return await live.unless_failed(call)
+
+    def next_turn(self) -> None:
+        """Begin the turn that is due, if none goes on."""
+        if self._hearing or not self._waiting:
+            return
+        loop, live = asyncio.get_running_loop(), min(self._waiting, key=lambda each: each.due)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.sharers() > 1 and live.due > loop.time() + BURST_SEC:
+            self._timer = loop.call_at(live.due - BURST_SEC, self.next_turn)
+            return
+        self._hearing, begun = True, self._waiting.pop(live)
+        call = asyncio.ensure_future(self.in_worker(*live.begin_turn()))
+        call.add_done_callback(self._end_turn)
+        begun.set_result(call)
+
+    def _end_turn(self, call: asyncio.Task[list[Event]]) -> None:
+        self._hearing = False
+        if not call.cancelled():
+            call.exception()  # its session may have left
+        self.next_turn()
+
+    def sharers(self) -> int:
+        """Return how many sessions were heard of late, or have audio that waits."""
+        recent = asyncio.get_running_loop().time() - BURST_SEC
+        return max(1, sum(live.due > recent or live.waiting_sec > 0 for live in self.sessions))
+
     async def in_worker(self, call: Callable[..., T], *arguments: object) -> T:
-        """Run a call in its turn; what it raises becomes a StreamError."""
+        """Run a call in the worker; what it raises becomes a StreamError."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self.worker, call, *arguments)
         except ConfigError as err:
@@ -112,9 +158,13 @@ class LiveSession:
         self._turn = round(TURN_SEC * sample_rate)
         self._max_waiting = max(round(limits.queue_sec * sample_rate), self._turn)
         self._left = round(limits.max_session_sec * sample_rate)  # samples that it may still take
-        self._backlog: Waveform = np.zeros(0, np.float32)  # taken and not heard yet
-        self._now = asyncio.get_running_loop().time
-        self._ends_at, self._idle_at = self._now() + limits.max_session_sec, math.inf
+        self._backlog: deque[Waveform] = deque()  # taken and not heard yet
+        self._waiting = 0  # samples of it
+        loop = asyncio.get_running_loop()
+        self._now, self._failed = loop.time, loop.create_future()
+        self.due = self._now()  # when its next turn may begin, were it to keep the pace
+        self._ends_at, self._idle_at = self.due + limits.max_session_sec, math.inf
+        self._patience = limits.idle_sec  # before it is idle; what it sends restores it
         self._changed = asyncio.Event()
         self._failure: Exception | None = None
         self._flushed = False
@@ -124,21 +174,25 @@ class LiveSession:
     @property
     def waiting_sec(self) -> float:
         """Audio taken and not heard yet."""
-        return len(self._backlog) / self.sample_rate
+        return self._waiting / self.sample_rate
 
     async def put(self, samples: Waveform) -> None:
         """Take (T,) float32, as there is room; nothing after the end."""
         for piece in self._turns_of(samples):
-            while not self.is_over() and len(self._backlog) + len(piece) > self._max_waiting:
+            while not self.is_over() and self._waiting + len(piece) > self._max_waiting:
                 await self._change()
-            piece = piece[: self._left]
+            piece, now = piece[: self._left], self._now()
             if not len(piece):
-                self._ends_at = self._now()
+                self._ends_at = now
             if self.is_over():
                 return
-            self._idle_at = math.inf
+            patience = min(self._patience, self._idle_at - now) + len(piece) / self.sample_rate / IDLE_PACE
+            self._patience, self._idle_at = min(patience, self._host.limits.idle_sec), math.inf
+            if not self._waiting:
+                self.due = max(self.due, now)
             self._left -= len(piece)
-            self._backlog = np.concatenate([self._backlog, piece])
+            self._waiting += len(piece)
+            self._backlog.append(piece)
             self._changed.set()
 
     async def hear(self, samples: Waveform) -> list[Event]:
@@ -157,26 +211,36 @@ class LiveSession:
 
         It raises a StreamError if the session failed, and what `fail` was given.
         """
-        while not self.is_over() and not len(self._backlog) and self._failure is None:
+        while not self.is_over() and not self._waiting and self._failure is None:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(min(self._ends_at, self._idle_at)):
                     await self._change()
-        if self._failure is not None:
-            raise self._failure
-        if len(self._backlog):
-            samples, self._backlog = np.split(self._backlog, [self._turn])
-            self._changed.set()  # there is room
-            self.session.sharers = len(self._host.sessions)
-            events = await self._host.in_worker(self.session.feed, samples, self.sample_rate)
-            if not len(self._backlog):
-                self.wait_for_client()
-        elif self._flushed:
+        self._check()
+        if self._flushed:
             return None
-        else:
-            self._flushed = True
-            events = await self._host.in_worker(self.session.flush)
+        events = await self._host.hear_turn(self)
+        if not self._waiting:
+            self.wait_for_client()
         self.language = next((event.language for event in reversed(events) if event.language), self.language)
         return events
+
+    def begin_turn(self) -> tuple[Any, ...]:
+        """Return the call of a turn and its arguments: of the audio that waits, or of the end."""
+        taken: list[Waveform] = []
+        samples = min(self._waiting, self._turn)
+        while (missing := samples - sum(map(len, taken))) > 0:
+            block = self._backlog.popleft()
+            taken.append(block[:missing])
+            if len(block) > missing:
+                self._backlog.appendleft(block[missing:])
+        self._waiting -= samples
+        self._changed.set()  # there is room
+        self.due = min(self.due, self._now() + BURST_SEC) + samples / self.sample_rate / PACE
+        self.session.sharers = self._host.sharers()
+        if taken:
+            return self.session.feed, np.concatenate(taken), self.sample_rate
+        self._flushed = True
+        return (self.session.flush,)
 
     def is_over(self) -> bool:
         """Return whether no more audio is taken; a session ends here that is idle or too long."""
@@ -185,29 +249,44 @@ class LiveSession:
             lasts = f"a session lasts {limits.max_session_sec:g} s at most"
             self.end(StreamError("session_too_long", lasts, fix="begin another one, and continue there"))
         elif self._now() >= self._idle_at:
-            self.end(idle_error(limits))
+            self.end(idle_error(limits.idle_sec))
         return self.ending is not None
 
     def end(self, ending: Literal["end", "shutdown"] | StreamError, *, drop: bool = False) -> None:
         """Take no more audio; `drop` discards what waits. Only the first call counts."""
         if self.ending is None:
             self.ending = ending
-            self._backlog = self._backlog[:0] if drop else self._backlog
+            if drop:
+                self._backlog.clear()
+                self._waiting = 0
             self._changed.set()
 
     def fail(self, error: Exception) -> None:
-        """Hear nothing more: the next `next_events` raises."""
-        self._failure = error
+        """Hear nothing more: `next_events` raises at once."""
+        self._failure = self._failure or error
         self._changed.set()
+        if not self._failed.done():
+            self._failed.set_result(None)
+
+    async def unless_failed(self, result: asyncio.Future[T]) -> T:
+        """Wait for a result, or raise what `fail` was given."""
+        await asyncio.wait([result, self._failed], return_when=asyncio.FIRST_COMPLETED)
+        self._check()
+        return result.result()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def close(self) -> None:
         """Free the place of the session."""
         self._host.sessions.discard(self)
         self._failure = None  # its traceback holds this session, in a cycle
+        self._host.next_turn()  # somebody else may be alone now
 
     def wait_for_client(self) -> None:
         """End the session unless audio comes in time."""
-        self._idle_at = self._now() + self._host.limits.idle_sec
+        self._idle_at = self._now() + self._patience
 
     async def _change(self) -> None:
         self._changed.clear()

@@ -26,10 +26,11 @@ from websockets.typing import Origin
 from scripts import serve, stream_client
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.inference.options import DecodingOptions
+from src.inference.server import server
 from src.inference.server.client import stream_to_server
-from src.inference.server.host import TURN_SEC, LiveHost, ServerLimits
+from src.inference.server.host import BURST_SEC, PACE, TURN_SEC, LiveHost, LiveSession, ServerLimits
 from src.inference.server.protocol import CLOSE_CODES, Done, End, Hello, LiveEvent, Ready, StreamError, read_server
-from src.inference.server.server import MAX_WAITING, CaptionServer
+from src.inference.server.server import MAX_OF_ADDRESS, CaptionServer
 from src.inference.streaming.commit import Event
 from src.inference.streaming.session import StreamingASR
 from src.inference.words import Word
@@ -93,8 +94,8 @@ async def serving(
     decode: Hear = hear, *, token: str | None = None, origins: Sequence[str] = (), **limits: Any
 ) -> AsyncIterator[tuple[str, Sessions]]:
     sessions = Sessions(decode)
-    server = CaptionServer(sessions, limits=ServerLimits(**limits), token=token, origins=origins)
-    async with server.listen(port=0) as url:
+    made = CaptionServer(sessions, limits=ServerLimits(**limits), token=token, origins=origins)
+    async with made.listen(port=0) as url:
         yield url, sessions
 
 
@@ -283,7 +284,7 @@ async def test_without_the_token_or_from_pages_of_other_origins_nobody_is_served
 
 
 @pytest.mark.usefixtures("no_garbage_collection")
-async def test_one_session_or_connection_too_many_is_told_so_and_a_place_becomes_free() -> None:
+async def test_one_session_too_many_is_told_so_and_a_place_becomes_free() -> None:
     async with serving(max_sessions=1) as (url, sessions):
         async with connect(url) as first:
             await first.send(HELLO)
@@ -295,11 +296,76 @@ async def test_one_session_or_connection_too_many_is_told_so_and_a_place_becomes
             first.transport.abort()
         await sessions.all_freed()
         await assert_serves(url)
-        waiting = [await connect(url) for _ in range(MAX_WAITING)]  # they say nothing
-        with pytest.raises(StreamError, match="503"):
-            await captions(url, [speech(1, 1.0)])
-        await asyncio.gather(*(client.close() for client in waiting))
+
+
+@pytest.mark.parametrize("token", [None, "correct horse"])
+async def test_who_holds_connections_without_a_session_keeps_nobody_out(token: str | None) -> None:
+    hello = Hello(token=token).to_text()  # of a browser
+    async with serving(token=token) as (url, _):
+        mute = [await asyncio.open_connection("127.0.0.1", port_of(url)) for _ in range(MAX_OF_ADDRESS)]
+        silent = [await connect(url) for _ in range(MAX_OF_ADDRESS)]
+        if token:  # the oldest are cut off, before any handshake
+            assert [await reader.read() for reader, _ in mute] == [b""] * len(mute)
+        silent += [await connect(url)]
+        await silent[0].wait_closed()
+        assert all(client.close_code is None for client in silent[1:])
+        await assert_serves(url, token=token)
+        received, _ = await exchange(url, hello, END)
+        assert received[-1].kind == "done"
+
+
+async def test_addresses_have_places_of_their_own_and_who_shows_the_token_is_not_among_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server, "MAX_WAITING", 6)
+    monkeypatch.setattr(server, "MAX_OF_ADDRESS", 4)
+    async with serving(token="correct horse") as (url, _):
+        member = await connect(url, additional_headers={"Authorization": "Bearer correct horse"})
+        other = [await connect(url, local_addr=("127.0.0.2", 0)) for _ in range(2)]
+        silent = [await connect(url) for _ in range(9)]
+        last = await connect(url, local_addr=("127.0.0.3", 0))
+        await asyncio.gather(*(client.wait_closed() for client in silent[:6]))
+        for client in (*other, *silent[6:], last):
+            assert client.close_code is None
+            await client.send(HELLO)
+            assert [each.code for each in await answers(client)] == ["unauthorized"]
+        await member.send(HELLO)
+        assert read_server(await member.recv(decode=True)).kind == "ready"
+        await member.close()
+
+
+async def test_a_client_without_the_token_has_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HELLO_SEC", 0.2)
+    async with serving(token="correct horse") as (url, _):
+        reader, _ = await asyncio.open_connection("127.0.0.1", port_of(url))
+        assert await reader.read() == b""
+        received, close_code = await exchange(url)
+        assert ([each.code for each in received], close_code) == (["idle"], 1008)
+        async with connect(url, additional_headers={"Authorization": "Bearer correct horse"}) as client:
+            await asyncio.sleep(0.5)
+            await send_all(client, [HELLO, END])
+            assert [each.kind for each in await answers(client)] == ["ready", "done"]
+
+
+async def test_a_flood_of_frames_that_are_no_messages_is_cut_off_and_one_of_empty_messages_is_slow() -> None:
+    async def flood(client: ClientConnection, kind: str, count: int) -> None:
+        await client.send(HELLO)
+        with contextlib.suppress(ConnectionClosed):
+            for _ in range(count if kind == "pings" else 0):
+                await client.ping()
+            await client.send(itertools.repeat(b"", count))
+
+    async with serving() as (url, _):
+        for kind in ("pings", "fragments"):
+            client = await connect(url)
+            await asyncio.gather(flood(client, kind, 2 * server.MAX_CONTROLS), client.wait_closed())
+            assert client.close_code == 1006
+        empty = await connect(url)
+        sending = asyncio.create_task(send_all(empty, [HELLO, *[b""] * 5_000, END]))
         await assert_serves(url)
+        assert empty.close_code is None
+        sending.cancel()
+        empty.transport.abort()
 
 
 async def test_a_silent_connection_and_one_with_too_large_a_message_are_closed() -> None:
@@ -385,18 +451,101 @@ async def test_a_stopped_server_decodes_what_it_heard_and_says_done() -> None:
     assert caught.value.code == "unreachable"
 
 
+async def test_a_close_is_noticed_before_the_audio_that_waits_is_heard() -> None:
+    calls: list[int] = []
+    free = threading.Event()
+
+    def busy(audio: Waveform, options: DecodingOptions) -> list[Word]:
+        calls.append(int(audio[0]))
+        assert free.wait(GIVE_UP_SEC)
+        return hear(audio)
+
+    async with serving(busy, max_sessions=1) as (url, _):
+        async with connect(url) as client:
+            await send_all(client, [block.tobytes() for block in in_blocks(speech(1, 50.0), 0.02)])
+            while not calls:
+                await asyncio.sleep(0.01)
+        next_client = asyncio.create_task(captions(url, [speech(2, 2.0)]))
+        free.set()
+        assert events_of(await next_client) == expected_events(speech(2, 2.0))
+    assert calls.count(1) == 1
+
+
+async def test_a_client_that_trickles_samples_is_idle() -> None:
+    async with serving(idle_sec=0.3) as (url, _):
+        client = await connect(url)
+        await client.send(HELLO)
+        while client.close_code is None:
+            await asyncio.sleep(0.02)
+            await send_all(client, [bytes(4)])
+        received = await answers(client)
+    assert (received[-1].code, client.close_code) == ("idle", 1008)
+
+
 class Recorder:
     """Stands for a session; remembers what it was fed."""
 
-    def __init__(self) -> None:
+    def __init__(self, heard: list[Recorder] | None = None) -> None:
         self.turns: list[Waveform] = []
+        self.heard = [] if heard is None else heard
 
     def feed(self, samples: Waveform, sample_rate: int) -> list[Event]:
         self.turns.append(samples)
+        self.heard.append(self)
         return []
 
     def flush(self) -> list[Event]:
         return []
+
+
+async def listen_to(live: LiveSession) -> None:
+    while await live.next_events() is not None:
+        pass
+
+
+async def test_who_speaks_is_heard_before_a_recording_that_is_held_to_its_pace_until_it_is_alone() -> None:
+    host, heard = LiveHost(), list[Recorder]()
+    recording, speaker = Recorder(heard), Recorder(heard)
+    fast, live = [await host.open(lambda: each, SAMPLE_RATE) for each in (recording, speaker)]  # type: ignore[arg-type, return-value] # noqa: B023
+    began = asyncio.get_running_loop().time()
+    await fast.put(speech(1, 40.0))
+    listening = [asyncio.create_task(listen_to(each)) for each in (fast, live)]
+    while len(recording.turns) < 3:
+        await asyncio.sleep(0)
+    heard.clear()
+    await live.put(speech(2, 1.0))
+    while len(speaker.turns) < 2:
+        await asyncio.sleep(0)
+    assert heard.count(recording) <= 1  # the turn that went on
+    while host.next_turn() or not host._timer or host._timer.cancelled():
+        await asyncio.sleep(0)
+    elapsed = asyncio.get_running_loop().time() - began
+    assert len(recording.turns) * TURN_SEC <= (BURST_SEC + elapsed) * PACE + TURN_SEC
+    for each in (live, fast):
+        each.end("end")
+    await asyncio.gather(*listening[1:])
+    live.close()
+    await asyncio.gather(*listening)
+    assert sum(map(len, recording.turns)) == 40 * SAMPLE_RATE
+
+
+async def test_a_session_that_fails_is_over_although_its_call_goes_on() -> None:
+    host, free = LiveHost(), threading.Event()
+    recorder: Any = Recorder()
+    recorder.feed = lambda *_: free.wait(GIVE_UP_SEC) and []
+    live, other = await host.open(lambda: recorder, SAMPLE_RATE), await host.open(Recorder, SAMPLE_RATE)  # type: ignore[arg-type]
+    await live.put(speech(1, 1.0))
+    await other.put(speech(1, 1.0))
+    listening = [asyncio.create_task(listen_to(each)) for each in (live, other)]
+    await asyncio.sleep(0)
+    live.fail(ConnectionAbortedError("gone"))
+    with pytest.raises(ConnectionAbortedError):
+        await listening[0]
+    live.close()
+    assert not listening[1].done()
+    free.set()
+    other.end("end")
+    await listening[1]
 
 
 async def test_small_blocks_that_wait_make_one_turn_and_are_heard_although_a_shutdown_follows_their_end() -> None:
@@ -406,8 +555,7 @@ async def test_small_blocks_that_wait_make_one_turn_and_are_heard_although_a_shu
         await live.put(block)
     live.end("end")
     live.end("shutdown", drop=True)
-    while await live.next_events() is not None:
-        pass
+    await listen_to(live)
     assert [len(turn) for turn in recorder.turns] == [TURN_SEC * SAMPLE_RATE] * 2
     assert live.ending == "end"
 
@@ -443,7 +591,7 @@ async def test_a_server_refuses_what_it_cannot_serve_with_and_warns_of_an_open_h
         CaptionServer(sessions, token="")
     with pytest.raises(ConfigError, match="max_sessions is 0"):
         ServerLimits(max_sessions=0)
-    for host, warned in (("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)):
+    for host, warned in (("127.0.0.1", False), ("localhost", False), ("127.0.0.2", False), ("0.0.0.0", True)):
         caplog.clear()
         async with CaptionServer(sessions).listen(host, port=0):
             assert ("without a token" in caplog.text) == warned
