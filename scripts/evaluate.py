@@ -30,8 +30,9 @@ sys.path.insert(0, str(ROOT))
 from scripts.command_line import check_model_path, parse_setting
 from src.data import create_loader
 from src.data.preparation import DatasetSplits, RecordingChecker, enforce_skip_policy
-from src.data.sources.catalog import load_utterances
-from src.data.sources.folder import MANIFEST_SUFFIXES
+from src.data.sources.catalog import load_utterances, unpack
+from src.data.sources.folder import find_manifests
+from src.data.sources.manifest import is_manifest
 from src.data.utterance import SPLIT_NAMES, Utterance
 from src.evaluation import EvaluationResult, ModelEvaluator, fill_languages
 from src.evaluation.evaluator import compare_predictions
@@ -149,10 +150,10 @@ def source_of(data: Path) -> str:
     """Return which adapter reads a path."""
     if not data.exists():
         raise DataError(f"--data {data}: no such file or folder; give a Parquet file, or a folder with metadata.csv")
+    data = unpack(data)
     if data.is_file():
-        return "parquet" if data.suffix.lower() not in MANIFEST_SUFFIXES else "folder"
-    has_manifest = any(path.suffix.lower() in MANIFEST_SUFFIXES for path in data.iterdir())
-    return "parquet" if not has_manifest and any(data.rglob("*.parquet")) else "folder"
+        return "folder" if is_manifest(data) else "parquet"
+    return "parquet" if not find_manifests(data) and any(data.rglob("*.parquet")) else "folder"
 
 
 def load_models(arguments: argparse.Namespace, config: Config) -> dict[str, Loaded]:

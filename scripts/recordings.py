@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import glob
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.data.sources.folder import (
-    AUDIO_COLUMNS,
-    AUDIO_SUFFIXES,
-    MANIFEST_SUFFIXES,
-    language_of_row,
-    pick_column,
-    read_rows,
-)  # fmt: skip
-from src.utils.errors import DataError
+from src.data.sources.folder import AUDIO_SUFFIXES, language_of_row
+from src.data.sources.manifest import AUDIO_COLUMNS, find_audio, is_manifest, pick_column, read_rows, read_text, text_of
+from src.utils.errors import DataError, visible
 from src.utils.languages import parse_language
 
 LIST_SUFFIX = ".txt"  # one path per line
@@ -73,19 +68,19 @@ def caption_paths(
 
 
 def _find(given: str) -> Iterator[Recording]:
-    path = Path(given).expanduser()
-    suffix = path.suffix.lower()
-    if path.is_dir():
+    path = find_audio(Path(), given)
+    if os.path.isdir(path):  # noqa: PTH112  a name that is too long for one is absent
         yield from _under(path, sorted(path.rglob("*")), given)
-    elif path.is_file() and suffix in {LIST_SUFFIX, *MANIFEST_SUFFIXES}:
+    elif os.path.isfile(path) and (path.suffix.lower() == LIST_SUFFIX or is_manifest(path)):  # noqa: PTH113
         yield from _listed(path)
-    elif path.exists():
+    elif os.path.lexists(path):
         yield Recording(str(path), Path(path.name))
     elif glob.has_magic(given):
+        path = path.expanduser()
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
         yield from _under(root, sorted(root.glob(str(path.relative_to(root)))), given)
     else:
-        near = f", {path.parent} is there" if path.parent.is_dir() else ""
+        near = f", {path.parent} is there" if os.path.isdir(path.parent) else ""  # noqa: PTH112
         raise DataError(f"{given}: no such file or folder{near}; check the name, and quote globs")
 
 
@@ -104,32 +99,33 @@ def _under(root: Path, paths: Sequence[Path], given: str) -> Iterator[Recording]
 
 def _listed(manifest: Path) -> Iterator[Recording]:
     """Yield what a manifest lists; missing files are reported later, with all that cannot be decoded."""
+    names: list[tuple[str, str | None]] = []
     if manifest.suffix.lower() == LIST_SUFFIX:
-        names = [(line.strip(), None) for line in _read_text(manifest).splitlines() if line.strip()]
+        names = [(line, None) for line in map(str.strip, read_text(manifest).split("\n")) if line]
     else:
-        rows = [row for _, row in read_rows(manifest)]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
+        rows = list(read_rows(manifest))
+        columns = list(dict.fromkeys(key for _, row in rows for key in row))
         column = pick_column(columns, (*AUDIO_COLUMNS, "source"), "file", str(manifest)) if rows else ""
-        names = [(str(row[column]), language_of_row(row)) for row in rows if row.get(column)]
+        for line, row in rows:
+            cell = row.get(column)
+            try:
+                name = text_of(cell.get("path") if isinstance(cell, dict) else cell).strip()
+            except ValueError as err:
+                raise DataError(f"{manifest}, line {line}: the row's {column} is wrong: {err}; write a path") from err
+            names += [(name, language_of_row(row))] if name else []
     if not names:
         raise DataError(
             f"{manifest}: lists no recording; write one path per line (.txt), or rows with `audio` (.jsonl)"
         )
     for name, mark in names:
-        path = Path(name).expanduser()
-        relative = Path(path.name) if path.is_absolute() or ".." in path.parts else path
+        path = find_audio(manifest.parent, name)
+        inside = path.relative_to(manifest.parent) if path.is_relative_to(manifest.parent) else Path(path.name)
+        relative = Path(path.name) if ".." in inside.parts else inside
         try:
             language = parse_language(mark) if mark else None
         except DataError as err:
-            raise DataError(f"{manifest}: {name}: {err}") from err
-        yield Recording(str(manifest.parent / path), relative, language)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as err:
-        raise DataError(f"{path}: cannot be read as UTF-8 text: {err}; save it again as UTF-8") from err
+            raise DataError(f"{manifest}: {visible(name)}: {err}") from err
+        yield Recording(str(path), relative, language)
 
 
 def _count_stems(recordings: Sequence[Recording]) -> Counter[tuple[Path, str]]:

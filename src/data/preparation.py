@@ -194,6 +194,8 @@ def inspect_utterance(
 ) -> tuple[Utterance, ClipStats]:
     """Decode one recording, check it and measure it; return the utterance with its duration, and what was measured."""
     where = f"utterance {utterance.id}{_line(utterance)}"
+    if utterance.problem is not None:
+        raise DataError(f"{where}: {utterance.problem}")
     if special := special_token(utterance.text):
         what = f"the transcript spells the special token {special}, which is no text"
         raise DataError(f"{where}: {what}; remove it, or give the language in a column language")

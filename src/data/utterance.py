@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from src.utils.errors import visible
+
 SPLITS = ("train", "validation", "test")
-SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 
 
 @runtime_checkable
@@ -43,11 +50,12 @@ class Utterance:
     parts: tuple[TimedText, ...] = ()  # of a transcript that its source gives with times; their texts joined are `text`
     label_space: bool | None = None  # whether labels begin with a space; None is by language
     meta: Mapping[str, Any] = field(default_factory=dict)  # other columns of the source (split, age, gender, ...)
+    problem: str | None = None  # why its row cannot be used; raised when it is checked
 
     @property
     def audio_name(self) -> str:
         """What to call the recording in an error."""
-        return str(self.audio) if isinstance(self.audio, Path | EncodedAudio) else "embedded audio"
+        return visible(self.audio) if isinstance(self.audio, Path | EncodedAudio) else "embedded audio"
 
 
 @dataclass(frozen=True)
@@ -61,3 +69,23 @@ class SkippedUtterance:
 def stable_hash(seed: int, text: str) -> str:
     """Return a hash that is the same in every process and on every machine."""
     return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
+
+
+def split_of(path: Path) -> str | None:
+    """Return the split that a file's or folder's name says, the nearest first; None where none does."""
+    for part in (path.stem, *(parent.name for parent in path.parents)):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in SPLIT_NAMES:
+                return SPLIT_NAMES[word]
+    return None
+
+
+def with_unique_ids(utterances: Iterable[Utterance]) -> Iterator[Utterance]:
+    """Number ids that were seen before: file names inside archives repeat, and nobody can change them there."""
+    seen: set[str] = set()
+    for utterance in utterances:
+        unique, number = utterance.id, 2
+        while unique in seen:
+            unique, number = f"{utterance.id}#{number}", number + 1
+        seen.add(unique)
+        yield utterance if unique == utterance.id else replace(utterance, id=unique)

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import httpx
 from huggingface_hub.errors import HfHubHTTPError
 
-from src.data.sources.folder import AUDIO_COLUMNS, TEXT_COLUMNS, pick_column, utterance_from_row
-from src.data.sources.parquet import with_unique_ids
-from src.data.utterance import SPLIT_NAMES, Utterance
+from src.data.sources.folder import utterance_from_row
+from src.data.sources.manifest import AUDIO_COLUMNS, TEXT_COLUMNS, pick_column
+from src.data.utterance import SPLIT_NAMES, Utterance, with_unique_ids
 from src.utils.config import HubConfig
 from src.utils.errors import DataError, SourceUnavailableError, first_line
 from src.utils.languages import code_of_language

@@ -7,19 +7,19 @@ file lives in memory, and one larger than the memory works.
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from src.data.sources.folder import AUDIO_COLUMNS, TEXT_COLUMNS, pick_column, utterance_from_row
-from src.data.utterance import SPLIT_NAMES, Utterance
+from src.data.sources.folder import utterance_from_row
+from src.data.sources.manifest import AUDIO_COLUMNS, TEXT_COLUMNS, find_audio, pick_column
+from src.data.utterance import Utterance, split_of, with_unique_ids
 from src.utils.errors import AudioError, DataError, SourceUnavailableError
 
 KEPT_BYTES = 256 << 20  # of row groups, per process
@@ -46,7 +46,7 @@ class ParquetCell:
         if not named:
             raise AudioError(f"{self}: the cell holds no recording; remove the row")
         try:
-            return (self.path.parent / str(named)).read_bytes()
+            return find_audio(self.path.parent, str(named)).read_bytes()
         except OSError as err:
             fix = "put it in the folder of the Parquet file, or embed it (datasets' embed_external_files)"
             raise AudioError(f"{self}: names {named}, which cannot be read ({err.strerror}); {fix}") from err
@@ -140,23 +140,3 @@ def _find_audio_column(schema: pa.Schema, file: Path) -> str:
     if len(found) == 1:
         return found[0]
     return pick_column(found, AUDIO_COLUMNS, "audio", f"{file} ({len(found)} columns with recordings)")
-
-
-def split_of(path: Path) -> str | None:
-    """Return the split that a file's or folder's name says, the nearest first; None where none does."""
-    for part in (path.stem, *(parent.name for parent in path.parents)):
-        for word in re.split(r"[^a-z]+", part.lower()):
-            if word in SPLIT_NAMES:
-                return SPLIT_NAMES[word]
-    return None
-
-
-def with_unique_ids(utterances: Iterable[Utterance]) -> Iterator[Utterance]:
-    """Number ids that were seen before: file names inside archives repeat, and nobody can change them there."""
-    seen: set[str] = set()
-    for utterance in utterances:
-        unique, number = utterance.id, 2
-        while unique in seen:
-            unique, number = f"{utterance.id}#{number}", number + 1
-        seen.add(unique)
-        yield utterance if unique == utterance.id else replace(utterance, id=unique)

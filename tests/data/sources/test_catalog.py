@@ -71,7 +71,7 @@ def test_absent_folder_and_wrong_encoding_are_refused(tmp_path: Path) -> None:
     for source in ("folder", "common_voice"):
         with pytest.raises(SourceUnavailableError, match=r"no such folder|clips/ and train\.tsv"):
             load_utterances(DataConfig(source=source, path=tmp_path / "absent"))
-    (tmp_path / "metadata.csv").write_bytes("file_name,text\na.wav,für\n".encode("latin-1"))
+    (tmp_path / "metadata.csv").write_bytes("file_name,text\na.wav,привет\n".encode("cp1251"))
     with pytest.raises(DataError, match="line 2: not UTF-8"):
         load_utterances(folder(tmp_path))
 

@@ -12,8 +12,8 @@ from src.data.audio import load_audio
 from src.data.preparation import prepare_datasets
 from src.data.sources import parquet as parquet_module
 from src.data.sources.catalog import SAMPLE_PARQUET, load_utterances
-from src.data.sources.parquet import ParquetCell, read_parquet, split_of
-from src.data.utterance import Utterance
+from src.data.sources.parquet import ParquetCell, read_parquet
+from src.data.utterance import Utterance, split_of
 from src.utils.config import DataConfig, load_config
 from src.utils.errors import AudioError, DataError, SourceUnavailableError
 from tests.data.hub_layout import encoded, write_speechocean762
