@@ -207,6 +207,7 @@ class LiveTabs:
     ) -> None:
         self._host, self._make_session, self._task = host, make_session, task
         self._tabs: dict[str, LiveSession] = {}
+        self._heard: set[str] = set()  # tabs whose message is not answered yet
 
     async def answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Hear a message.
@@ -217,12 +218,19 @@ class LiveTabs:
             Or `error` alone, and the recording is over.
         """
         try:
-            return await self._hear(LiveMessage.model_validate(message))
+            valid = LiveMessage.model_validate(message)
         except ValidationError as err:
             return {"error": f"not a message of this page: {err.errors()[0]['msg']}; reload the page"}
+        if valid.tab in self._heard:
+            return {"error": "the last message of this tab is not answered yet; wait for it, and press Start again"}
+        self._heard.add(valid.tab)
+        try:
+            return await self._hear(valid)
         except Exception as err:  # noqa: BLE001 - the page's boundary: one recording fails, the others go on
-            self.leave(str(message.get("tab")))
+            self.leave(valid.tab)
             return {"error": complaint(err)}
+        finally:
+            self._heard.discard(valid.tab)
 
     def leave(self, tab: str) -> None:
         """Free a tab's session, if it has one."""
