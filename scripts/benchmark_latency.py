@@ -22,6 +22,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from scripts.command_line import run_main
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
@@ -195,4 +198,4 @@ def summarize(measured: Sequence[Measured]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

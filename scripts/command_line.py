@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from src.utils.errors import ModelError
+
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+
+
+def run_main(main: Callable[[], int]) -> NoReturn:
+    """Run a command and exit with its code; Ctrl-C is one line, not a traceback."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped; nothing is left half-written, and the same command can be given again", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path, parse_setting
+from scripts.command_line import check_model_path, parse_setting, run_main
 from src.inference.server.host import LOOPBACK, ServerLimits
 from src.inference.server.page import MAX_UPLOAD_SEC, Demo, launch_demo
 from src.utils.config import load_config
@@ -102,4 +102,4 @@ def serve(demo: Demo) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path, parse_setting
+from scripts.command_line import check_model_path, parse_setting, run_main
 from src.data import create_loader
 from src.data.preparation import DatasetSplits, RecordingChecker, enforce_skip_policy
 from src.data.sources.catalog import load_utterances, unpack
@@ -234,4 +234,4 @@ def figures_of(results: Mapping[str, EvaluationResult], report: Path | None) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

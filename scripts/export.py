@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path
+from scripts.command_line import check_model_path, run_main
 from src.models.export.ctranslate2 import export_ctranslate2
 from src.models.export.huggingface import export_huggingface
 from src.models.export.onnx import export_onnx, require_onnx
@@ -80,4 +80,4 @@ def export(model: str, target: str, quantization: str | None, output: Path) -> P
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path
+from scripts.command_line import check_model_path, run_main
 from scripts.evaluate import source_of
 from src.data.audio import load_audio
 from src.data.labels import apply_case, resolve_case
@@ -122,4 +122,4 @@ def describe(found: HeadSearch) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

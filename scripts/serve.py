@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path, parse_setting
+from scripts.command_line import check_model_path, parse_setting, run_main
 from scripts.stream_client import read_token
 from src.data.vad import VoiceActivityDetector
 from src.inference.engine_base import Engine
@@ -116,4 +116,4 @@ async def serve(server: CaptionServer, host: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from scripts.command_line import run_main
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.inference.captions import LiveCaptionWriter
 from src.inference.server.client import stream_to_server
@@ -141,4 +142,4 @@ def render(event: Event, *, terminal: bool, follows: bool = False) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

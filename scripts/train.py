@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from accelerate import PartialState
 
-from scripts.command_line import parse_setting
+from scripts.command_line import parse_setting, run_main
 from src.data import create_dataloaders, prepare_datasets
 from src.evaluation import fill_languages
 from src.models import WhisperModelManager
@@ -87,4 +87,4 @@ def train(config: Config, *, fresh: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

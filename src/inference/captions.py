@@ -16,6 +16,7 @@ import html
 import itertools
 import json
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from src.inference.words import Word, join_words
 from src.utils.errors import ConfigError, DataError, did_you_mean
-from src.utils.files import write_text_atomic
+from src.utils.files import write_text_atomic, writing
 from src.utils.languages import graphemes, is_unspaced_character, join_texts, space_between
 
 if TYPE_CHECKING:
@@ -416,7 +417,7 @@ class LiveCaptionWriter:
 
     A "final" event writes everything said so far; its last cue stays at most for as long as audio was heard. Without a
     final before the end the file is that of `make_cues`. The options are by default those of the first words' language.
-    An older file is replaced.
+    An older file is replaced. On a full disk `WriteError` is raised; the cues are written with the next event.
     """
 
     def __init__(self, path: str | Path, options: CaptionOptions | None = None) -> None:
@@ -424,10 +425,9 @@ class LiveCaptionWriter:
         self._builder = CueBuilder(options or DEFAULT_OPTIONS)
         self._is_open = options is None  # until the language is known
         self._suffix = _known_suffix(path, list(_HEADERS))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8", newline="\n")
-        self._file.write(_HEADERS[self._suffix])
-        self._show(())
+        write_text_atomic(path, _HEADERS[self._suffix])
+        self._waiting = b""  # what a full disk has refused
+        self._file = path.open("ab", buffering=0)
 
     def __enter__(self) -> Self:
         return self
@@ -455,8 +455,17 @@ class LiveCaptionWriter:
     def _show(self, cues: Sequence[Cue]) -> None:
         for cue in cues:
             self._written += 1
-            self._file.write(_block(self._suffix, self._written, cue))
-        self._file.flush()
+            self._waiting += _block(self._suffix, self._written, cue).encode("utf-8", "backslashreplace")
+        with writing(Path(self._file.name)):
+            whole = self._file.seek(0, os.SEEK_END)
+            rest = self._waiting
+            try:
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                self._file.truncate(whole)  # no half of a cue
+                raise
+        self._waiting = b""
 
 
 def _block(suffix: str, number: int, cue: Cue) -> str:

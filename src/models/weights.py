@@ -14,10 +14,11 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 
 from src.utils.config import VARIANTS
 from src.utils.errors import ModelError, did_you_mean, first_line
-from src.utils.files import atomic_folder, locked, recover_folder, sha256_of
+from src.utils.files import atomic_folder, hidden_folder, locked, recover_folder, remove_folder, sha256_of
 from src.utils.runtime import installed_version
 
 logger = logging.getLogger(__name__)
@@ -188,6 +189,9 @@ def _from_hub(repository: str, attempts: list[str]) -> ResolvedWeights | None:
             reason = "not downloaded yet" if local else f"{type(err).__name__}: {first_line(err)}"
             attempts.append(f"{where}: {reason}")
             continue
+        except OSError as err:  # the disk is full, or the Hub's cache belongs to somebody else
+            attempts.append(f"{where}: {type(err).__name__}: {first_line(err)}; free space, or set HF_HOME")
+            continue
         problem = _incomplete(path)
         if problem is None:
             logger.info("weights: %s", where)
@@ -198,9 +202,9 @@ def _from_hub(repository: str, attempts: list[str]) -> ResolvedWeights | None:
 
 def _from_package(name: str, model: PackagedModel, cache_dir: Path, attempts: list[str]) -> ResolvedWeights | None:
     def convert(target: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=target.parent) as assembled:
-            assemble_packaged_model(model, Path(assembled))
-            _convert(Path(assembled), target)
+        with hidden_folder(target) as assembled:
+            assemble_packaged_model(model, assembled)
+            _convert(assembled, target)
 
     try:
         path = convert_once(name, model.sha256, model.label, cache_dir=cache_dir, convert=convert)
@@ -282,28 +286,35 @@ def convert_once(
     folder that it is given; its errors pass through. Several processes may share the cache.
     """
     folder = cache_dir / "weights" / f"{name}-{source_sha256[:12]}-v{CONVERSION_VERSION}"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise ModelError(
-            f"{folder.parent}: cannot be created: {err.strerror}; set paths.cache_dir to a folder of yours"
-        ) from err
-    with locked(Path(f"{folder}.lock")):  # a second process waits, then finds the first one's work
-        problem = _damage(folder, source_sha256)
-        if problem is None:
-            logger.info("weights: conversion of %s in %s", source, folder)
-            return folder
-        if folder.exists():
-            logger.warning("%s: %s; converting %s again", folder, problem, source)
-            shutil.rmtree(folder)
-        else:
-            logger.info("converting %s into %s", source, folder)
-        with atomic_folder(folder) as partial:
-            convert(partial)
-            files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
-            manifest = {"source": source, "source_sha256": source_sha256, "files": files}
-            (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    if (problem := _damage(folder, source_sha256)) is not None:
+        with ExitStack() as stack:
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(Path(f"{folder}.lock")))
+            except OSError as err:
+                fix = "set paths.cache_dir to a folder of yours"
+                raise ModelError(f"{folder.parent}: cannot be written: {err.strerror}; {fix}") from err
+            # a second process has waited, and finds the first one's work
+            if (problem := _damage(folder, source_sha256)) is not None:
+                _make_conversion(folder, problem, source_sha256, source, convert)
+    logger.info("weights: conversion of %s in %s", source, folder)
     return folder
+
+
+def _make_conversion(
+    folder: Path, problem: str, source_sha256: str, source: str, convert: Callable[[Path], Any]
+) -> None:
+    if os.path.lexists(folder):
+        logger.warning("%s: %s; converting %s again", folder, problem, source)
+    else:
+        logger.info("converting %s into %s", source, folder)
+    if not folder.is_dir() and os.path.lexists(folder):
+        remove_folder(folder)
+    with atomic_folder(folder, replace=True) as partial:
+        convert(partial)
+        files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
+        manifest = {"source": source, "source_sha256": source_sha256, "files": files}
+        (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def _damage(folder: Path, source_sha256: str) -> str | None:

@@ -55,6 +55,14 @@ def visible(text: object) -> str:
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
+class WriteError(WhisperASRError, OSError):
+    """A file or folder cannot be written: `WriteError(errno, strerror, path)`."""
+
+    def __str__(self) -> str:
+        """Name the path and the fix."""
+        return f"{self.filename}: cannot be written: {self.strerror}; free space there, or choose another folder"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or the name of its type if it has none."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

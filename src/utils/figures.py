@@ -13,6 +13,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from src.utils.files import atomic_file
+
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
 FIGURE_STYLE: dict[str, Any] = {
     "font.size": 10,
@@ -43,11 +45,11 @@ class NotebookFigure(Figure):
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str) -> tuple[Path, Path]:
-    """Write PNG (150 dpi) and SVG; return both paths."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    png, svg = folder / f"{name}.png", folder / f"{name}.svg"
+    """Write PNG (150 dpi) and SVG, each whole or not at all; return both paths."""
+    png, svg = Path(folder, f"{name}.png"), Path(folder, f"{name}.svg")
     with matplotlib.rc_context(FIGURE_STYLE):
-        figure.savefig(png, dpi=150)
-        figure.savefig(svg, metadata={"Date": None})
+        with atomic_file(png) as file:
+            figure.savefig(file, format="png", dpi=150)
+        with atomic_file(svg) as file:
+            figure.savefig(file, format="svg", metadata={"Date": None})
     return png, svg

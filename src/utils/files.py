@@ -19,7 +19,9 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -27,10 +29,10 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from src.utils.errors import DataError, WhisperASRError, first_line
+from src.utils.errors import DataError, WhisperASRError, WriteError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,11 @@ T = TypeVar("T")
 LOCK = ".lock"  # in a folder that one process at a time may write
 
 _NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}  # drives without it answer this
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_UNWRITABLE = _DISK_FULL | {
+    errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EBUSY, errno.EXDEV,
+    errno.ENOTEMPTY,
+}  # fmt: skip
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 _PROCESS_TOKEN = secrets.token_hex(4)  # starts all tokens: a restarted container may reuse the old process id
 _HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.(?P<token>[0-9a-f]+)\.(?P<kind>partial|replaced)")
@@ -68,20 +75,40 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
     """Yield a hidden file next to `path`, open for writing; it takes that name at the end, or is removed on an error.
 
     After a power cut the file may be the old one, the new one or empty; if `durable`, the new one stays. The folder is
-    made; `OSError` is raised if it cannot be written.
+    made; `WriteError` is raised if it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = _hidden_name(path, "partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                yield file
+            if durable:
+                fsync(partial)
+            partial.replace(path)
+            if durable:
+                fsync(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise what a full or read-only disk gives in a block, whichever library writes, as `WriteError` of `path`."""
     try:
-        with partial.open("wb") as file:
-            yield file
-        if durable:
-            fsync(partial)
-        partial.replace(path)
-        if durable:
-            fsync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except (WhisperASRError, FileExistsError):
+        raise
+    except Exception as err:
+        cause: BaseException | None = err
+        while cause is not None:
+            if isinstance(cause, OSError) and cause.errno in _UNWRITABLE:
+                raise WriteError(cause.errno, os.strerror(cause.errno), str(path)) from err
+            for number in _DISK_FULL:  # safetensors, tokenizers and ONNX have their own errors
+                if os.strerror(number) in str(cause):
+                    raise WriteError(number, os.strerror(number), str(path)) from err
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -220,31 +247,65 @@ def atomic_folder(output_dir: Path, *, replace: bool = False, durable: bool = Fa
     processes that replace one folder need a lock.
 
     Args:
-        output_dir: absent or an empty folder, else a FileExistsError is raised; unless `replace`.
+        output_dir: absent or an empty folder, else a FileExistsError is raised; unless `replace`. A `WriteError` is
+            raised if the disk is full.
         replace: an older folder of that name stays until the new one is complete, then is removed.
         durable: also after a power cut; waits for the disk to write everything.
     """
+    if output_dir.is_symlink():  # to another disk: the link stays
+        output_dir = output_dir.resolve()
     _refuse_taken(output_dir, replace)
-    partial, replaced = _hidden_name(output_dir, "partial"), _hidden_name(output_dir, "replaced")
-    partial.mkdir(parents=True)
-    try:
+    if replace:
+        recover_folder(output_dir)
+    replaced = _hidden_name(output_dir, "replaced")
+    with writing(output_dir), hidden_folder(output_dir) as partial:
         yield partial
         if durable:
             fsync_folder(partial)
-        _refuse_taken(output_dir, replace)
-        if output_dir.is_dir() and replace:
-            output_dir.rename(replaced)
-        elif output_dir.is_dir():
-            output_dir.rmdir()  # fails if another process has written something into it meanwhile
-        partial.rename(output_dir)
-        if replaced.exists():
-            remove_folder(replaced)
+        with uninterrupted():
+            _refuse_taken(output_dir, replace)
+            try:
+                if output_dir.is_dir() and replace:
+                    output_dir.rename(replaced)
+                elif output_dir.is_dir():
+                    output_dir.rmdir()  # fails if another process has written something into it meanwhile
+                partial.rename(output_dir)
+            finally:
+                if replaced.exists() and not output_dir.exists():  # an error between the two renames
+                    replaced.rename(output_dir)
+            if replaced.exists():
+                remove_folder(replaced)
         if durable:
             fsync(output_dir.parent)
+
+
+@contextmanager
+def hidden_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder with a hidden name next to `path`, removed at the end, or by `recover_folder` after a kill."""
+    folder = _hidden_name(path, "partial")
+    try:
+        folder.mkdir(parents=True)
+        yield folder
     finally:
-        if replaced.exists() and not output_dir.exists():  # an error or an interrupt between the two renames
-            replaced.rename(output_dir)
-        _remove(partial)
+        with uninterrupted():
+            _remove(folder)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back in the main thread until a short block has ended."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda *interrupt: held.append(interrupt))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            before(*held[0])
 
 
 def _refuse_taken(output_dir: Path, replace: bool) -> None:
@@ -308,7 +369,9 @@ def read_hidden_name(path: Path) -> HiddenName | None:
     process = int(match["process"])
     is_own = process == os.getpid()
     is_in_use = match["token"].startswith(_PROCESS_TOKEN) if is_own else bool(psutil.pid_exists(process))
-    return HiddenName(path.with_name(match["name"]), match["kind"], is_in_use)
+    final = path.with_name(match["name"])
+    outer = read_hidden_name(final)  # of a folder that was made inside the making of another
+    return HiddenName(outer.final if outer else final, match["kind"], is_in_use)
 
 
 def _hidden_name(path: Path, kind: str) -> Path:

@@ -31,7 +31,7 @@ from typing import BinaryIO, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from src.utils.errors import WhisperASRError
-from src.utils.files import fsync, sha256_of
+from src.utils.files import LOCK, fsync, sha256_of, write_text_atomic
 from src.utils.runtime import is_on_unmounted_drive
 
 logger = logging.getLogger(__name__)
@@ -260,7 +260,7 @@ class DriveMirror:
                     f"{self.target}: its {MARKER} is of an earlier version; mirror to a new folder, or delete "
                     "that file: older copies then stay until you delete them, and block their names"
                 )
-            marker.write_text('{"format": 2}', encoding="utf-8")
+            write_text_atomic(marker, '{"format": 2}')
         except OSError as err:
             raise WhisperASRError(f"{self.target}: cannot be written: {err}; free space, or mirror elsewhere") from err
         try:
@@ -344,7 +344,7 @@ def copy_verified(source: Path, target: Path) -> int:
     """
     if not source.is_dir():
         raise WhisperASRError(f"{source}: nothing to copy; train first")
-    files = sorted(path for path in source.rglob("*") if path.is_file() and path.name != MARKER)
+    files = sorted(path for path in source.rglob("*") if path.is_file() and path.name not in (MARKER, LOCK))
     copied = 0
     for file in files:
         destination = target / file.relative_to(source)
@@ -357,6 +357,9 @@ def copy_verified(source: Path, target: Path) -> int:
             partial.replace(destination)
         except OSError as err:
             raise WhisperASRError(f"{destination}: cannot be written: {err}; free space, or mount Drive again") from err
+        finally:
+            with contextlib.suppress(OSError):  # the drive is gone
+                partial.unlink()
     logger.info("copied %.1f MB of %s to %s", copied / 1e6, source, target)
     return copied
 

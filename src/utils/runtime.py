@@ -12,7 +12,9 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -199,6 +201,16 @@ def usable_cores() -> int:
 def cpu_threads() -> int:
     """Return how many threads this process may compute with: OMP_NUM_THREADS, which launchers set, or its cores."""
     return int(os.environ.get("OMP_NUM_THREADS") or usable_cores())
+
+
+@contextmanager
+def thread_pool(workers: int | None) -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool of threads; an error or Ctrl-C drops what has not begun, instead of waiting for all of it."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def in_memory(work: Callable[[], T]) -> T:

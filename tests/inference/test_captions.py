@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -20,8 +21,9 @@ from src.inference import captions
 from src.inference.captions import CaptionOptions, Cue, LiveCaptionWriter, make_cues, to_json, to_srt, to_vtt
 from src.inference.streaming.commit import Event
 from src.inference.words import Word, join_words
-from src.utils.errors import ConfigError, DataError
+from src.utils.errors import ConfigError, DataError, WriteError
 from src.utils.languages import graphemes, is_unspaced_character
+from tests.utils.full_disk import files_up_to
 
 # Words of the bundled clip and their ends, as stock tiny.en gives them: no gap anywhere, pauses are inside words.
 JFK = (
@@ -110,6 +112,21 @@ def test_a_live_file_is_valid_at_any_time_and_ends_as_that_of_the_whole_text(
             writer.write(event("commit", chunk))
             assert whole.startswith(path.read_text())
             parsed(path.read_text())
+    assert path.read_text() == whole
+
+
+def test_on_a_full_disk_a_live_file_keeps_whole_cues_and_gets_the_others_later(tmp_path: Path) -> None:
+    words, path = said("one two three. " * 40), tmp_path / "live.srt"
+    whole = to_srt(make_cues(words))
+    writer = LiveCaptionWriter(path)
+    for at in range(0, len(words), 10):
+        with contextlib.suppress(WriteError), files_up_to(len(whole) // 2):
+            writer.write(event("commit", words[at : at + 10]))
+        assert whole.startswith(path.read_text())
+        parsed(path.read_text())
+    with pytest.raises(WriteError, match=str(path)), files_up_to(0):
+        writer.write(event("commit", ()))
+    writer.close()
     assert path.read_text() == whole
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import shutil
 import socket
 import subprocess
@@ -215,6 +217,65 @@ def test_a_conversion_is_made_once_and_an_interrupted_one_leaves_nothing(tmp_pat
     first = convert_once("mine", "0" * 64, "test", cache_dir=tmp_path, convert=convert)
     assert convert_once("mine", "0" * 64, "test", cache_dir=tmp_path, convert=fail_if_called) == first
     assert set(json.loads((first / MANIFEST_FILE).read_text())["files"]) == {"a.txt"}
+
+
+CONVERT = """
+import sys, time
+from pathlib import Path
+from src.utils.files import atomic_folder, hidden_folder
+from src.models.weights import convert_once
+cache, waits = Path(sys.argv[1]), sys.argv[2] == "wait"
+def convert(target):
+    with hidden_folder(target) as source, atomic_folder(target) as inner:
+        (source / "model.bin").write_bytes(bytes(1000))
+        (inner / "a.txt").write_text("a")
+        print("inside", flush=True)
+        time.sleep(600 if waits else 0.2)
+convert_once("mine", "0" * 64, "test", cache_dir=cache, convert=convert)
+"""
+
+
+def start_converting(cache: Path, how: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", CONVERT, str(cache), how], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_process_killed_inside_of_a_conversion_leaves_nothing_behind_for_long(tmp_path: Path) -> None:
+    with start_converting(tmp_path, "wait") as killed:
+        assert killed.stdout is not None
+        assert killed.stdout.readline() == "inside\n"
+        killed.kill()
+    assert len(list((tmp_path / "weights").glob(".*"))) == 3
+    found = convert_once(
+        "mine", "0" * 64, "test", cache_dir=tmp_path, convert=lambda folder: (folder / "a.txt").write_text("b")
+    )
+    assert list((tmp_path / "weights").iterdir()) == [found]
+    assert (found / "a.txt").read_text() == "b"
+
+
+def test_of_two_processes_with_a_cold_cache_one_converts(tmp_path: Path) -> None:
+    both = [start_converting(tmp_path, "go on") for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(said) == ["", "inside\n"]
+    assert len(list((tmp_path / "weights").iterdir())) == 1
+
+
+def test_a_read_only_cache_serves_what_it_has_and_is_named_for_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(folder: Path) -> None:
+        (folder / "a.txt").write_text("a")
+
+    found = convert_once("mine", "0" * 64, "test", cache_dir=tmp_path, convert=convert)
+
+    def refuse(*given: Any, **options: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for owner, name in ((os, "open"), (Path, "mkdir"), (Path, "rename")):
+        monkeypatch.setattr(owner, name, refuse)
+    assert convert_once("mine", "0" * 64, "test", cache_dir=tmp_path, convert=fail_if_called) == found
+    with pytest.raises(ModelError, match=r"weights: cannot be written: Read-only.*paths\.cache_dir"):
+        convert_once("other", "1" * 64, "test", cache_dir=tmp_path, convert=convert)
 
 
 @pytest.mark.parametrize(

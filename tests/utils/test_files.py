@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable
@@ -11,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
-from src.utils.errors import DataError
+from src.utils.errors import DataError, WhisperASRError, WriteError
 from src.utils.files import (
     atomic_folder,
     claim,
@@ -20,11 +23,13 @@ from src.utils.files import (
     json_line,
     load_english_spelling,
     parse_json,
+    read_hidden_name,
     read_json,
     read_run_rows,
     recover_folder,
     remove_folder,
     sha256_of,
+    uninterrupted,
     write_bytes_atomic,
     write_json,
     write_text_atomic,
@@ -129,10 +134,82 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     write_text_atomic(path, "old\n")
     write_text_atomic(path, "naïve\n")
     fill_disk(monkeypatch)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(WriteError, match=f"{path}.*No space left"):
         write_bytes_atomic(path, b"new content")
     assert path.read_bytes() == "naïve\n".encode()
     assert names(path.parent) == ["a.json"]
+
+
+FULL = os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.EDQUOT, "quota", "hidden"), WriteError),
+        (SafetensorError(f"Error while serializing: I/O error: {FULL} (os error 28)"), WriteError),
+        (Exception(f"{FULL} (os error 28)"), WriteError),  # of tokenizers
+        (FileNotFoundError(errno.ENOENT, "no such file"), FileNotFoundError),
+        (DataError(f"of this library, {FULL}"), DataError),
+        (ValueError("another"), ValueError),
+    ],
+)
+def test_a_full_disk_is_one_error_whichever_library_writes(
+    tmp_path: Path, error: Exception, expected: type[Exception]
+) -> None:
+    out = tmp_path / "out"
+    write_generation(out, 0)
+    with pytest.raises(expected) as caught, atomic_folder(out, replace=True) as folder:
+        (folder / "part0").write_text("1")
+        raise error
+    if expected is WriteError:
+        assert isinstance(caught.value, WhisperASRError)
+        assert str(out) in str(caught.value)
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # to other processes
+    assert generation_of(out) == 0
+    assert names(tmp_path) == ["out"]
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step_that_must_not_be_cut(tmp_path: Path) -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        done.append("all")
+    assert done == ["all"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    write_generation(tmp_path / "out", 0)
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        signal.raise_signal(signal.SIGINT)
+        return rename(self, target)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", interrupted)
+        write_generation(tmp_path / "out", 1)
+    assert generation_of(tmp_path / "out") == 1
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_folder_that_is_a_link_to_another_disk_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    write_generation(tmp_path / "disk" / "real", 0)
+    out = tmp_path / "out"
+    out.symlink_to(tmp_path / "disk" / "real")
+    write_generation(out, 1)
+    assert out.is_symlink()
+    assert generation_of(out) == 1
+    assert names(tmp_path) == ["disk", "out"]
+    assert names(tmp_path / "disk") == ["real"]
+
+
+def test_what_was_made_inside_of_another_folder_is_removed_with_it(tmp_path: Path) -> None:
+    inner = f"..out.{DEAD}.01.partial.{DEAD}.02.partial"
+    for name in (f".out.{DEAD}.01.partial", inner):
+        write_generation(tmp_path / name, 0)
+    assert read_hidden_name(tmp_path / inner) == (tmp_path / "out", "partial", False)
+    recover_folder(tmp_path / "out")
+    assert names(tmp_path) == []
 
 
 def test_any_name_of_a_file_can_be_written_and_is_cleaned_up_after(tmp_path: Path) -> None:

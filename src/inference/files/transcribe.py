@@ -16,7 +16,6 @@ import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -49,7 +48,7 @@ from src.inference.words import Word
 from src.utils.config import Config
 from src.utils.errors import AudioError, DataError
 from src.utils.languages import join_texts, parse_language, space_between
-from src.utils.runtime import FittingSize
+from src.utils.runtime import FittingSize, thread_pool
 
 logger = logging.getLogger(__name__)
 
@@ -287,7 +286,7 @@ class BatchInference:
 
     def _decode_round(self, round_: Sequence[_Item], options: DecodingOptions) -> None:
         """Decode segments in batches from long to short, each batch in one language."""
-        with ThreadPoolExecutor(self._engine.workers) as pool:
+        with thread_pool(self._engine.workers) as pool:
             if is_language_open(self._engine, options):
                 # a clip that is a recording by itself is detected while it is decoded, unless little of it is speech
                 open_ones = {id(item[0]): item for item in reversed(round_) if item[0].language is None}

@@ -24,7 +24,7 @@ from src.models.dynamic_context import DynamicWhisper
 from src.models.export.verify import SpokenClip, keeps_length, save_clips, verify_transcripts
 from src.models.processor import save_processor
 from src.utils.errors import ModelError
-from src.utils.files import atomic_folder, recover_folder
+from src.utils.files import atomic_folder, recover_folder, writing
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ def export_huggingface(
     Raises:
         ModelError: the weights or the text differ after reloading, or the model is not plain Whisper.
         FileExistsError: output_dir contains something else.
+        WriteError: the disk is full; an older export stays as it is. So for all exports.
     """
     output_dir = Path(output_dir)
     with new_export(output_dir, ["config.json"]) as folder:
@@ -76,7 +77,7 @@ def export_huggingface(
 def new_export(output_dir: Path, marks: Sequence[str]) -> Iterator[Path]:
     """Yield a folder that becomes `output_dir` when the block ends; an older export is recognised by one of its files.
 
-    Raises `FileExistsError` if output_dir contains something else.
+    Raises `FileExistsError` if output_dir contains something else, `WriteError` if the disk is full.
     """
     recover_folder(output_dir)
     replace = any((output_dir / mark).is_file() for mark in marks)
@@ -95,7 +96,8 @@ def loaded_source(source: str | Path | Any, processor: Any) -> Iterator[tuple[Pa
         if place is not source:
             if processor is None:
                 raise ModelError("a model needs its processor: pass processor=, or a Hugging Face folder instead")
-            _save(source, processor, folder)
+            with writing(folder):
+                _save(source, processor, folder)
         model = DynamicWhisper.from_pretrained(folder, dtype=torch.float32).eval()
         yield folder, model, WhisperProcessor.from_pretrained(folder)
 
