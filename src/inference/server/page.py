@@ -18,8 +18,10 @@ import base64
 import binascii
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
+from threading import Event as Flag
 from typing import Any, cast
 
 import numpy as np
@@ -45,6 +47,7 @@ MAX_CHARS = 1 << 18  # of a message's audio: 1 s of int16 at the highest rate, i
 CPU_BATCH = 1  # segments of a file in a turn: live captions wait for one, not for sixteen; on a CPU it is as fast
 CONTEXTS = {"full": "padded to 30 s", "dynamic": "at the audio's own length"}
 ModelSource = str | Path | Engine
+NOBODY_WAITS: ContextVar[Flag | None] = ContextVar("NOBODY_WAITS", default=None)  # for the job of this context
 
 
 class Demo(ExitStack):
@@ -149,8 +152,12 @@ class Backend:
             raise ConfigError(f"model {model!r} is not on this page; known: {', '.join(self._engines)}")
         return StreamingASR(engine=self._engines[model], vad=self._vad, config=self._config)
 
-    def transcribe(self, path: str | None, *models: str) -> list[Transcriptions]:
-        """Transcribe an upload with one model after the other, so that their times compare; silence is allowed."""
+    def transcribe(self, path: str | None, *models: str, gone: Flag | None = None) -> list[Transcriptions]:
+        """Transcribe an upload with one model after the other, so that their times compare; silence is allowed.
+
+        Once `gone` is set, nobody waits for it, and it ends with an AudioError.
+        """
+        NOBODY_WAITS.set(gone)
         if path is None:
             raise AudioError("no recording yet: upload one, or record it")
         audio = read_upload(Path(path), max_sec=self._max_upload_sec)
@@ -169,13 +176,25 @@ class _InTurns:
         value = getattr(self._engine, name)
         if not callable(value):
             return value
-        return lambda *given, **named: self._host.worker.submit(value, *given, **named).result()
+
+        def in_turn(*given: Any, **named: Any) -> Any:
+            end_if_nobody_waits()
+            return self._host.worker.submit(value, *given, **named).result()
+
+        return in_turn
+
+
+def end_if_nobody_waits() -> None:
+    """Raise an AudioError in a job whose tab has gone."""
+    if (gone := NOBODY_WAITS.get()) is not None and gone.is_set():
+        raise AudioError("the tab that asked for this transcript has gone")
 
 
 def read_upload(path: Path, *, max_sec: float) -> Waveform:
     """Decode an upload to (T,) float32 at 16 kHz; silence is allowed, more than `max_sec` is an AudioError."""
     blocks, samples = [], 0
     for block in stream_audio(path, name=path.name):
+        end_if_nobody_waits()
         blocks.append(block)
         samples += len(block)
         if samples > max_sec * SAMPLE_RATE:

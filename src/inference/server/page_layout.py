@@ -5,14 +5,25 @@ Written for Gradio 6, which is imported here and nowhere else, because importing
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import html
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import logging
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
+from threading import Event
 from typing import Any
 
 import gradio as gr
 import jinja2
+from gradio import route_utils
+from gradio.utils import get_upload_folder
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 from src.inference.captions import CaptionOptions, make_cues, to_srt, to_vtt
 from src.inference.files.transcribe import Transcriptions
@@ -26,10 +37,15 @@ from src.utils.languages import text_language
 TITLE = "Speech to text"
 KEEP_UPLOADS_SEC, SWEEP_SEC = 3600, 600  # of Gradio's folder of uploads
 MAX_UPLOAD_SIZE = "2gb"  # an hour of 24-bit stereo at 48 kHz has 1 GB
-FILES_AT_ONCE = 2
+FILES_AT_ONCE, MAX_QUEUE = 2, 16  # running, waiting
+ALIVE_SEC = 2.0  # between looks whether the tab of a running job is still there
+MAX_BODY = 1 << 20  # bytes of a request that is no upload
+DIGEST_CHARS = 64  # of the folder of an upload
+UNFINISHED = f"whisper-asr-upload-{os.getpid()}-"  # begins the names of uploads until they are whole
 UNSURE_PROBABILITY = 0.5  # of a word, below which it is marked
 Hear = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
 Transcribe = Callable[..., list[Transcriptions]]
+logger = logging.getLogger(__name__)
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 JOB: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": FILES_AT_ONCE, "concurrency_id": "files"}
 
@@ -48,10 +64,16 @@ def build_page(
         about: how each model computes, by its name.
         hear: answers a message of the live tab.
         leave: called with the name of a tab that was closed.
-        transcribe: turns the path of an upload, which may be None, and names of models into their transcripts.
+        transcribe: turns the path of an upload, which may be None, and names of models into their transcripts; `gone`,
+            an event, says that nobody waits for them.
         task: of `transcribe`: captions of translations are laid out as English.
     """
-    names = list(about)
+    names, jobs = list(about), dict[str, Event]()  # at most one of each tab
+
+    def free(tab: str) -> None:
+        leave(tab)
+        if tab in jobs:
+            jobs[tab].set()
 
     def title_html(name: str) -> str:
         return f"<h1>{TITLE}</h1><p>{html.escape(about[name])}</p>"
@@ -62,14 +84,19 @@ def build_page(
             model = _model_choice(names, names[0], "Model")
         with gr.Tabs():
             with gr.Tab("Live"):
-                live = _live_tab(page, hear, leave, names[0])
+                live = _live_tab(page, hear, free, names[0])
             with gr.Tab("File"):
-                _file_tab("file", "Transcribe", transcribe, task, lambda: [model])
+                _file_tab("file", "Transcribe", transcribe, task, jobs, lambda: [model])
             if len(names) > 1:
                 with gr.Tab("Compare"):
                     two = (names[1], "First model"), (names[0], "Second model")
                     _file_tab(
-                        "compare", "Compare", transcribe, task, lambda: [_model_choice(names, *each) for each in two]
+                        "compare",
+                        "Compare",
+                        transcribe,
+                        task,
+                        jobs,
+                        lambda: [_model_choice(names, *each) for each in two],
                     )
         model.change(lambda name: (gr.HTML(model=name), title_html(name)), model, [live, title], **PRIVATE)
     return page
@@ -81,8 +108,10 @@ def serve(page: gr.Blocks, **address: Any) -> None:
     theme = gr.themes.Base(
         primary_hue="blue", neutral_hue="zinc", radius_size="lg", font=[font, "system-ui", "sans-serif"]
     )
+    page.queue(max_size=MAX_QUEUE)
     page.launch(
         **address,
+        app_kwargs={"middleware": [Middleware(_SmallBodies)]},
         height=860,  # of the frame in a notebook, pixels
         prevent_thread_lock=True,
         quiet=True,
@@ -132,9 +161,17 @@ def _live_tab(page: Any, answer: Hear, leave: Callable[[str], None], model: str)
 
 
 def _file_tab(
-    name: str, label: str, transcribe: Transcribe, task: str, choose: Callable[[], list[gr.Dropdown]]
+    name: str,
+    label: str,
+    transcribe: Transcribe,
+    task: str,
+    jobs: dict[str, Event],
+    choose: Callable[[], list[gr.Dropdown]],
 ) -> None:
-    """Lay out a recording, the models that `choose` gives, a button, and what the models heard."""
+    """Lay out a recording, the models that `choose` gives, a button, and what the models heard.
+
+    `jobs` are those that run, by tab.
+    """
     audio: Any = gr.Audio(
         sources=["upload", "microphone"],
         type="filepath",  # as it was uploaded: `src.data.audio` decodes it
@@ -150,9 +187,23 @@ def _file_tab(
     script, player = _template("demo_words.js"), f"#{name}-audio"
     result: Any = gr.HTML(js_on_load=script, apply_default_css=False, elem_id=f"{name}-result", player=player)
 
-    def run(path: str | None, *chosen: str) -> str:
+    async def run(request: gr.Request, path: str | None, *chosen: str) -> AsyncIterator[Any]:
+        tab, gone = str(request.session_hash), Event()
+        if jobs.setdefault(tab, gone) is not gone:
+            raise gr.Error("This tab has a recording transcribed already; wait for it.", print_exception=False)
+        job = asyncio.ensure_future(asyncio.to_thread(show, gone, path, *chosen))
+        job.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may wait
         try:
-            done = transcribe(path, *chosen)
+            while not (await asyncio.wait([job], timeout=ALIVE_SEC))[0]:
+                yield gr.skip()  # Gradio comes back only while the tab is there
+            yield job.result()
+        finally:
+            gone.set()
+            del jobs[tab]
+
+    def show(gone: Event, path: str | None, *chosen: str) -> str:
+        try:
+            done = transcribe(path, *chosen, gone=gone)
             if any(each[0].words for each in done):
                 return results_html(chosen, done, Path(path or "").stem, task=task)
         except Exception as err:  # the page's boundary: it shows the error, and goes on
@@ -162,6 +213,69 @@ def _file_tab(
         return ""
 
     button.click(run, [audio, *models], result, **JOB)
+
+
+class _SmallBodies:
+    """Lets no request but an upload bring more than `MAX_BODY` bytes, which Gradio would read into memory."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["path"].rstrip("/").endswith("/upload"):
+            await self._app(scope, receive, send)
+            return
+        if int(dict(scope["headers"]).get(b"content-length", b"0")) > MAX_BODY:
+            await PlainTextResponse("too large\n", status_code=413)(scope, receive, send)
+            return
+        taken = 0
+
+        async def receive_some() -> Any:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            return message if taken <= MAX_BODY else {"type": "http.disconnect"}
+
+        await self._app(scope, receive_some, send)
+
+
+def sweep_uploads(page: gr.Blocks, age: float | None) -> None:
+    """Delete uploads older than `age` seconds, None: all of them, and those that never became whole.
+
+    It stands in for Gradio's own, which ends for good at the first name that it cannot delete, and does not know of
+    uploads that failed (6.24).
+    """
+    kept = {str(file) for component in page.blocks.values() for file in component.keep_in_cache}
+    for files in page.temp_file_sets:
+        for file in set(files) - kept:
+            if _deleted(Path(file), age):
+                files.discard(file)
+    for path in Path(get_upload_folder()).glob("*"):
+        if path.name.startswith(UNFINISHED) or (len(path.name) == DIGEST_CHARS and not any(path.glob("*"))):
+            _deleted(path, age)
+
+
+def _deleted(path: Path, age: float | None) -> bool:
+    try:
+        if age is not None and time.time() - path.lstat().st_ctime < age:
+            return False
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError) as err:
+        logger.warning("an upload could not be deleted: %s", err)
+        return False
+    return True
+
+
+def _unfinished_upload(**options: Any) -> Any:
+    folder = Path(get_upload_folder())
+    folder.mkdir(parents=True, exist_ok=True)
+    return NamedTemporaryFile(prefix=UNFINISHED, dir=folder, **options)
+
+
+route_utils.delete_files_created_by_app = sweep_uploads  # type: ignore[assignment]
+route_utils.NamedTemporaryFile = _unfinished_upload  # type: ignore[assignment]
 
 
 def results_html(models: Sequence[str], done: Sequence[Transcriptions], stem: str, *, task: str = "transcribe") -> str:

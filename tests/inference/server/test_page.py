@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import httpx
 import numpy as np
 import pytest
 import soundfile as sf
@@ -195,6 +196,100 @@ def test_calls_of_an_engine_take_turns_in_the_order_in_which_they_came() -> None
     with pytest.raises(ValueError, match="not in list"):
         engine.index(1)
     host.worker.shutdown()
+
+
+def test_a_tab_sends_one_message_at_a_time_and_others_are_heard_meanwhile() -> None:
+    with Tabs() as page:
+        page.answer("a", first=True)
+        pcm = base64.b64encode(bytes(3200)).decode()
+
+        async def flood() -> list[dict[str, Any]]:
+            message = {"model": "tuned", "rate": SAMPLE_RATE, "pcm": pcm}
+            many = [page.tabs.answer({"tab": "a", **message}) for _ in range(80)]
+            return await asyncio.gather(*many, page.tabs.answer({"tab": "b", "first": True, **message}))
+
+        *many, other = page.runner.run(flood())
+        assert sum("error" not in each for each in many) == 1
+        assert "error" not in other
+        assert "error" not in page.answer("a")  # its recording goes on
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Of uploads."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("uploads")
+        patch.setenv("GRADIO_TEMP_DIR", str(folder))
+        yield folder
+
+
+class Jobs:
+    """A page whose jobs wait until they are told to end, or that nobody waits for them."""
+
+    def __init__(self) -> None:
+        from src.inference.server import page_layout
+
+        self.begun: list[str | None] = []
+        self.left: list[str] = []
+        self.ended = threading.Semaphore(0)
+        self.page = page_layout.build_page(
+            {"tuned": "scripted"}, hear=self.hear, leave=self.left.append, transcribe=self.transcribe
+        )
+        page_layout.serve(self.page)
+        self.client = httpx.Client(base_url=self.page.local_url + "gradio_api/", timeout=PATIENCE_SEC)
+        self.job = next(number for number, fn in self.page.fns.items() if getattr(fn.fn, "__name__", "") == "run")
+
+    async def hear(self, message: Any) -> dict[str, Any]:
+        return {}
+
+    def transcribe(self, path: str | None, *models: str, gone: threading.Event) -> list[Transcriptions]:
+        self.begun.append(path)
+        gone.wait(PATIENCE_SEC)
+        self.ended.release()
+        raise AudioError("the tab has gone")
+
+    def join(self, tab: str) -> httpx.Response:
+        body = {"data": [None, "tuned"], "fn_index": self.job, "session_hash": tab}
+        return self.client.post("queue/join", json=body)
+
+
+@pytest.fixture(scope="module")
+def jobs(folder: Path) -> Iterator[Jobs]:
+    pytest.importorskip("gradio")
+    jobs = Jobs()
+    yield jobs
+    jobs.page.close(verbose=False)
+
+
+def test_a_tab_has_one_job_which_ends_when_the_tab_has_gone(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.inference.server.page_layout.ALIVE_SEC", 0.1)
+    assert jobs.join("a").status_code == 200
+    with jobs.client.stream("GET", "queue/data", params={"session_hash": "a"}) as events:
+        lines = (line for line in events.iter_lines() if "process_" in line)
+        assert "process_starts" in next(lines)
+        assert jobs.join("a").status_code == 200
+        assert "transcribed already" in next(line for line in lines if "process_completed" in line)
+        assert len(jobs.begun) == 1
+    assert jobs.ended.acquire(timeout=PATIENCE_SEC)
+    assert [jobs.join(f"{number}").status_code for number in range(30)].count(503) >= 10  # two run, 16 wait
+
+
+def test_no_upload_stays_whatever_its_name_and_no_other_request_is_large(jobs: Jobs, folder: Path) -> None:
+    from src.inference.server.page_layout import MAX_BODY, sweep_uploads
+
+    for name in ("talk.wav", "..", ".", "?", "a/../b.wav", "n" * 300 + ".wav", "\u4f60\u597d.wav", ".hidden", "a\nb"):
+        jobs.client.post("upload", files={"files": (name, name.encode())})
+        jobs.client.post("upload", files={"other": (name, name.encode())})
+    assert any(folder.rglob("talk.wav"))
+    sweep_uploads(jobs.page, 3600)
+    assert any(folder.rglob("talk.wav"))
+    sweep_uploads(jobs.page, 0)
+    assert [path for path in folder.rglob("*") if not path.name.endswith("_edit_history")] == []  # Gradio's, empty
+    large = bytes(MAX_BODY + 1)
+    assert jobs.client.post("component_server", content=large).status_code == 413
+    parts = (large[:1000] for _ in range(MAX_BODY // 1000 + 1))
+    assert jobs.client.post("component_server", content=parts).status_code >= 400
+    assert jobs.client.post("upload", files={"files": ("large.wav", large)}).status_code == 200
 
 
 def words(text: str) -> tuple[Word, ...]:
