@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import socket
+import struct
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,27 +142,145 @@ def test_wav_with_other_chunks_or_without_a_true_length_is_decoded() -> None:
         assert np.array_equal(load_audio(variant), whole)
 
 
+# What a player plays, with a warning
+
+
+def wav(data: bytes, stated: int, *, riff: int | None = None, magic: bytes = b"RIFF", chunks: bytes = b"") -> bytes:
+    """Return a 16-bit WAV file at 16 kHz with samples of any stated size."""
+    head = b"WAVE" + chunks + b"fmt " + struct.pack("<IHHIIHH", 16, 1, 1, 16_000, 32_000, 2, 16)
+    body = head + b"data" + struct.pack("<I", stated) + data
+    return magic + struct.pack("<I", len(body) if riff is None else riff) + body
+
+
+def ds64(*sizes: int) -> bytes:
+    return b"ds64" + struct.pack("<IQQQI", 28, *sizes, 0)
+
+
+PCM = encoded(tone(16_000, 2), 16_000, "RAW", "PCM_16")  # 2 s
+UNKNOWN = 0xFFFFFFFF
+UNFINISHED = {
+    "size 0": wav(PCM, 0, riff=0),
+    "size of an empty file": wav(PCM, 0, riff=36),
+    "no size": wav(PCM, UNKNOWN, riff=UNKNOWN),
+    "2 GB": wav(PCM, 0x7FFFFFFF, riff=0x7FFFFFFF),
+    "1 kB too large": wav(PCM, len(PCM) + 1000),
+    "an hour": wav(PCM, 3600 * 32_000),
+    "size at the last pause": wav(PCM, 32_000, riff=32_036),
+    "size of the first block": wav(PCM, 4096),
+    "RF64, sizes 0": wav(PCM, UNKNOWN, riff=UNKNOWN, magic=b"RF64", chunks=ds64(0, 0, 0)),
+    "BW64, sizes 0": wav(PCM, UNKNOWN, riff=UNKNOWN, magic=b"BW64", chunks=ds64(0, 0, 0)),
+    "RF64, both sizes 0": wav(PCM, 0, riff=0, magic=b"RF64", chunks=ds64(0, 0, 0)),
+    "RF64, a terabyte": wav(PCM, UNKNOWN, riff=UNKNOWN, magic=b"RF64", chunks=ds64(1 << 40, 1 << 40, 1 << 39)),
+}
+
+
+@pytest.mark.parametrize("content", UNFINISHED.values(), ids=UNFINISHED)
+def test_wav_of_a_crashed_recorder_is_whole_with_a_warning(content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    name = f"crash of {hash(content)}"
+    assert np.array_equal(load_audio(content, name=name), load_audio(wav(PCM, len(PCM))))
+    assert name in caplog.text
+    assert "header" in caplog.text
+    assert "remove" not in caplog.text
+
+
+def test_odd_sizes_and_what_follows_the_samples_change_nothing() -> None:
+    whole = load_audio(wav(PCM, len(PCM)))
+    for content in (
+        wav(PCM + b"x", len(PCM) + 1),
+        wav(PCM, len(PCM)) + bytes(50_000),
+        wav(PCM, len(PCM)) + b"a text after the end" * 999,
+        wav(PCM, len(PCM)) * 2,
+    ):
+        assert np.array_equal(load_audio(content), whole)
+    assert np.array_equal(load_audio(wav(PCM[:-1], len(PCM))), whole[:-1])
+
+
+def test_a_header_with_two_rates_is_refused_and_other_wrong_fields_are_not() -> None:
+    content = wav(PCM, len(PCM))
+    for bytes_per_sec in (0, 31_999, 256_000):
+        assert len(load_audio(content[:28] + struct.pack("<I", bytes_per_sec) + content[32:])) == 32_000
+    with pytest.raises(AudioError, match=r"8000 and 16000"):
+        load_audio(content[:24] + struct.pack("<I", 8_000) + content[28:])
+
+
+@pytest.mark.parametrize("between", [b"", b"ID3\x04\0\0\0\0\x01\0" + bytes(128), b"TAG" + bytes(125)])
+@pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (16_000, 2), (24_000, 1)])
+def test_spliced_mp3_is_decoded_to_its_end(rate: int, channels: int, between: bytes) -> None:
+    first, second = encoded(tone(16_000), 16_000, "MP3"), encoded(tone(rate, 1, channels), rate, "MP3")
+    audio = load_audio(first + between + second, strict=True)
+    assert len(audio) / SAMPLE_RATE == pytest.approx(2.0, abs=0.2)
+    assert peak_hz(audio[-8_000:]) == pytest.approx(440, abs=4)
+
+
+def test_chained_and_unmarked_ogg_are_decoded_to_their_end(caplog: pytest.LogCaptureFixture) -> None:
+    content = encoded(tone(16_000, 2), 16_000, "OGG", "OPUS")
+    assert len(load_audio(content * 2, strict=True)) / SAMPLE_RATE == pytest.approx(4.0, abs=0.1)
+    assert "several recordings" in caplog.text
+    pages = [at for at in range(len(content)) if content.startswith(b"OggS", at)]
+    assert len(load_audio(content[: pages[-1]], strict=True)) / SAMPLE_RATE == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["WAV", "AIFF", "AU", "CAF", "RF64", "W64", "FLAC", "OGG", "MP3"])
+def test_a_truncated_file_is_decoded_as_far_as_it_goes(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    content = encoded(np.random.default_rng(0).normal(0, 0.1, (64_000, 1)), 16_000, kind)
+    for cut in (content[: len(content) // 2], content[: len(content) * 9 // 10]):
+        audio = load_audio(cut, name=f"{len(cut)} bytes of {kind}")
+        assert 0.8 < len(audio) / SAMPLE_RATE < 3.97
+        assert f"{len(cut)} bytes of {kind}: " in caplog.text
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_bytes_after_the_end_are_no_damage(strict: bool) -> None:
+    for kind, length in (("MP3", 2.0), ("FLAC", 2.0), ("OGG", 2.0), ("CAF", 2.0), ("AIFF", 2.0)):
+        for rest in (bytes(100_000), b"no sound " * 500, b"free" + struct.pack(">q", (1 << 63) - (1 << 40))):
+            audio = load_audio(encoded(tone(16_000, 2), 16_000, kind) + rest, strict=strict)
+            assert len(audio) / SAMPLE_RATE == pytest.approx(length, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "MP3"])
+@pytest.mark.parametrize("factors", [(1, -1), (0.7, -0.5), (-1, 1, 0, 0, 0, 0)])
+def test_a_channel_that_cancels_the_others_is_left_out(
+    kind: str, factors: tuple[float, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    factors = factors[:2] if kind == "MP3" else factors
+    content = encoded(tone(16_000, 2) * np.array(factors, np.float32), 16_000, kind)
+    audio = load_audio(content, name=f"{kind} {factors}", strict=True)
+    assert np.abs(audio).max() == pytest.approx(0.5 * max(factors), rel=0.05) or max(factors) == 1
+    assert np.abs(audio).max() > 0.3
+    assert f"{kind} {factors}" in caplog.text
+    assert np.abs(to_mono_16k(tone(16_000) * np.array([1, -1], np.float32), 16_000)).max() > 0.4
+
+
+def test_channels_that_do_not_cancel_are_averaged(caplog: pytest.LogCaptureFixture) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.1, (16_000, 2)).astype(np.float32)
+    for channels in (noise, noise * [1, 0], np.repeat(noise[:, :1], 2, axis=1), np.pad(noise[:, :1], ((0, 0), (0, 7)))):
+        content = encoded(channels, 16_000, "WAV", "FLOAT")
+        assert np.allclose(load_audio(content), channels.mean(axis=1), atol=1e-6)
+    assert not caplog.text
+
+
 # What is refused
 
 
 def refused(*contents: bytes) -> None:
     for content in contents:
         with pytest.raises(AudioError, match="clip: "):
-            load_audio(content, name="clip")
+            load_audio(content, name="clip", strict=True)
 
 
-def test_absent_file_and_folder_are_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "nothing.wav", tmp_path, tmp_path / "nu\0l.wav"):
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "link.wav").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "s.wav"))
+    odd = [tmp_path / name for name in ("nothing.wav", "pipe.wav", "link.wav", "s.wav", "nu\0l.wav")]
+    for path in (*odd, tmp_path):
         with pytest.raises(AudioError, match=path.name):
             load_audio(path)
 
 
 def test_what_is_not_one_recording_is_refused() -> None:
-    refused(
-        muxed("matroska", "aac", 16_000, 0.0, picture_sec=1.0),  # a picture alone
-        encoded(tone(16_000), 16_000, "MP3") + encoded(tone(24_000), 24_000, "MP3"),
-        encoded(tone(16_000), 16_000, "OGG") * 2,
-    )
+    refused(muxed("matroska", "aac", 16_000, 0.0, picture_sec=1.0))  # a picture alone
 
 
 @pytest.mark.parametrize("kind", ["AIFF", "AU", "W64", "RF64", "CAF", "NIST", "WAV", "FLAC", "OGG", "MP3"])
@@ -178,7 +299,27 @@ def test_an_ogg_page_that_is_missing_or_changed_is_refused(subtype: str) -> None
     assert len(pages) >= 5
     changed = bytearray(content)
     changed[pages[3] + 200] ^= 1
-    refused(content[: pages[3]] + content[pages[4] :], bytes(changed), content[: pages[-1]])
+    refused(content[: pages[3]] + content[pages[4] :], bytes(changed))
+
+
+def test_endless_headers_and_bombs_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for content in (
+        b"RIFF\xff\xff\xff\x7fWAVE" + b"junk\0\0\0\0" * 1_000_000,
+        b"FORM\x7f\xff\xff\xffAIFF" + b"ANNO\0\0\0\0" * 1_000_000,
+        b"caff\0\1\0\0" + (b"free" + bytes(8)) * 1_000_000,
+        b"ID3\x04\0\0\0\0\0\0" * 1_000_000,
+        (b"OggS\0\2" + bytes(20) + b"\0") * 100_000,
+    ):
+        refused(content)
+    monkeypatch.setattr(audio_module, "FREE_SEC", 0.5)
+    monkeypatch.setattr(audio_module, "MIN_BYTES_PER_SEC", 100)
+    with pytest.raises(AudioError, match="cannot hold"):  # 55 bytes per second
+        load_audio(encoded(np.zeros((16_000 * 90, 1)), 16_000, "FLAC", "PCM_16"), allow_silence=True)
+    monkeypatch.undo()
+    with (tmp_path / "padded.mp3").open("wb") as file:
+        file.write(encoded(tone(16_000), 16_000, "MP3"))
+        file.truncate(1 << 29)  # FFmpeg's parser would collect all of it
+    assert len(load_audio(tmp_path / "padded.mp3")) / SAMPLE_RATE == pytest.approx(1.0, abs=0.1)
 
 
 def test_integers_stored_as_floats_are_refused_and_silence_may_be_allowed() -> None:
