@@ -28,7 +28,7 @@ import soundfile as sf
 import soxr
 from numpy.typing import NDArray
 
-from src.data.utterance import EncodedAudio
+from src.data.utterance import AudioTrack, EncodedAudio
 from src.utils.errors import AudioError, WhisperASRError
 from src.utils.files import write_bytes_atomic
 
@@ -107,7 +107,8 @@ def load_audio(
         name: what to call it in errors; the path by default.
         max_sec: refuse a longer recording, by its header or as soon as this much has been decoded.
         allow_silence: return a silent signal instead of raising; silence may be transcribed, not trained on.
-        track: which audio track of a video, counted from 1; None is the default one, logged where there are several.
+        track: which audio track of a video, counted from 1; None is that of an `AudioTrack`, else the default one,
+            logged where there are several.
         strict: refuse what is truncated or damaged, instead of a warning.
 
     Returns:
@@ -130,7 +131,7 @@ def decode(
     strict: bool = False,
 ) -> DecodedAudio:
     """Decode as `load_audio` does, and keep the rate and channels of the file."""
-    asked = _Asked(_label(source, name), track, strict)
+    asked = _Asked(_label(source, name), track or _track_of(source), strict)
     with _open(source, asked, max_sec) as recording:
         samples = _to_16k(recording.blocks, recording.rate, asked.label, allow_silence)
         return DecodedAudio(samples, recording.rate, recording.channels)
@@ -141,7 +142,7 @@ def stream_audio(source: AudioSource, *, name: str | None = None, track: int | N
 
     Errors are those of `load_audio`; one in the middle of a file is raised after the blocks before it.
     """
-    asked, samples = _Asked(_label(source, name), track), 0
+    asked, samples = _Asked(_label(source, name), track or _track_of(source)), 0
     with _open(source, asked) as recording:
         for block in _blocks_16k(recording.blocks, recording.rate, asked.label):
             samples += len(block)
@@ -193,6 +194,10 @@ class _Recording(NamedTuple):
     promised_sec: float | None  # duration by its header; None where that is silent
     tolerance_sec: float  # by which the promise may be missed
     blocks: Iterator[Waveform]  # mono samples, (n,) float32 at `rate`, decoded while they are read
+
+
+def _track_of(source: AudioSource) -> int | None:
+    return source.number if isinstance(source, AudioTrack) else None
 
 
 def _label(source: AudioSource, name: str | None) -> str:
@@ -291,6 +296,7 @@ def open_regular(path: Path) -> io.FileIO:
 @contextmanager
 def _open_file(source: AudioSource, label: str) -> Iterator[_File]:
     try:
+        source = source.audio if isinstance(source, AudioTrack) else source
         if isinstance(source, str | Path):
             raw: Any = open_regular(Path(source))
         else:
@@ -688,12 +694,15 @@ class AudioCache:
         with self._naming_the_folder():
             if (cached := _read_cached(path)) is not None:
                 return cached
-        return self._keep(load_audio(encoded, name=_label(source, name)), path)
+        return self._keep(load_audio(encoded, name=_label(source, name), track=_track_of(source)), path)
 
-    def decode(self, source: AudioSource, *, name: str | None = None, max_sec: float | None = None) -> DecodedAudio:
+    def decode(
+        self, source: AudioSource, *, name: str | None = None, max_sec: float | None = None, strict: bool = False
+    ) -> DecodedAudio:
         """Return what `decode` does, and keep it for `load_audio`."""
         encoded, path = self._find(source, name)
-        decoded = decode(encoded, name=_label(source, name), max_sec=max_sec)
+        label = _label(source, name)
+        decoded = decode(encoded, name=label, max_sec=max_sec, track=_track_of(source), strict=strict)
         with self._naming_the_folder():
             is_kept = path.exists()
         if not is_kept:
@@ -706,7 +715,8 @@ class AudioCache:
                 encoded = file.read()
             except OSError as err:
                 raise AudioError(f"{label}: cannot be read: {err.strerror}") from err
-        key = hashlib.sha256(encoded).hexdigest()
+        track = _track_of(source)
+        key = hashlib.sha256(encoded if track is None else encoded + bytes([track])).hexdigest()
         return encoded, self.folder / key[:2] / f"{key}.flac"
 
     def _keep(self, samples: Waveform, path: Path) -> Waveform:

@@ -44,6 +44,8 @@ MAX_VAD_CLIPS = 1_000  # speech is looked for in at most so many recordings
 _CHUNK, _STREAM_CHUNK = 256, 32  # recordings decoded before counting how many are still wanted; each costs a download
 _ENOUGH_TO_JUDGE = 50  # rows of a stream before too many failures end it
 
+SURPLUS_SEC = 0.5  # over `data.max_duration_sec`: cutters end with a frame or at a picture
+
 Parts = dict[str, list[Utterance]]
 
 
@@ -203,11 +205,12 @@ def inspect_utterance(
         raise DataError(f"{where}: the transcript is empty; fill it in or remove the row")
     try:
         load = decode if cache is None else cache.decode
-        decoded = load(utterance.audio, name=utterance.audio_name, max_sec=config.max_duration_sec)
+        longest_sec = config.max_duration_sec + SURPLUS_SEC
+        decoded = load(utterance.audio, name=utterance.audio_name, max_sec=longest_sec, strict=True)
     except AudioError as err:
         raise AudioError(f"{where}: {err}") from err
-    stats = measure_clip(decoded, vad=vad)
-    if not config.min_duration_sec <= stats.duration_sec <= config.max_duration_sec:
+    stats = measure_clip(replace(decoded, samples=decoded.samples[:MAX_SAMPLES]), vad=vad)
+    if not config.min_duration_sec <= stats.duration_sec <= longest_sec:
         allowed = f"{config.min_duration_sec} to {config.max_duration_sec} s (data.min_duration_sec, max_duration_sec)"
         raise DataError(f"{where}: {stats.duration_sec:.2f} s, allowed are {allowed}; cut it at a pause")
     meta = {"snr_db": round(stats.snr_db, 1), **utterance.meta}  # what the source knows is better than an estimate

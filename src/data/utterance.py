@@ -29,6 +29,23 @@ class EncodedAudio(Protocol):
 
 
 @dataclass(frozen=True)
+class AudioTrack:
+    """One of several audio tracks of a recording."""
+
+    audio: Path | bytes | EncodedAudio
+    number: int  # from 1
+
+    def read(self) -> bytes:
+        """Return the bytes of the whole recording."""
+        if isinstance(self.audio, Path):
+            return self.audio.read_bytes()
+        return self.audio if isinstance(self.audio, bytes) else self.audio.read()
+
+    def __str__(self) -> str:
+        return "embedded audio" if isinstance(self.audio, bytes) else str(self.audio)
+
+
+@dataclass(frozen=True)
 class TimedText:
     """A part of a transcript, and when it is spoken, in seconds from the start of its recording."""
 

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from src.data.audio import open_regular
 from src.data.sources.folder import utterance_from_row
 from src.data.sources.manifest import AUDIO_COLUMNS, TEXT_COLUMNS, find_audio, pick_column
 from src.data.utterance import Utterance, split_of, with_unique_ids
@@ -45,11 +46,17 @@ class ParquetCell:
             return data
         if not named:
             raise AudioError(f"{self}: the cell holds no recording; remove the row")
+        place = PurePosixPath(str(named).replace("\\", "/"))
+        if place.is_absolute() or ".." in place.parts or re.match("[A-Za-z]:", str(named)):
+            fix = "a Parquet file may name recordings below its own folder only; embed it"
+            raise AudioError(f"{self}: names {named}, which lies elsewhere; {fix}")
         try:
-            return find_audio(self.path.parent, str(named)).read_bytes()
-        except OSError as err:
+            with open_regular(find_audio(self.path.parent, str(named))) as file:
+                return file.readall()
+        except (OSError, ValueError) as err:  # a zero byte in the path
             fix = "put it in the folder of the Parquet file, or embed it (datasets' embed_external_files)"
-            raise AudioError(f"{self}: names {named}, which cannot be read ({err.strerror}); {fix}") from err
+            why = getattr(err, "strerror", None) or err
+            raise AudioError(f"{self}: names {named}, which cannot be read ({why}); {fix}") from err
 
     def __str__(self) -> str:
         return f"{self.path}, row group {self.row_group}, row {self.row}"
