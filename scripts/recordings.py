@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ from src.data.sources.folder import AUDIO_SUFFIXES, language_of_row
 from src.data.sources.manifest import AUDIO_COLUMNS, find_audio, is_manifest, pick_column, read_rows, read_text, text_of
 from src.utils.errors import DataError, visible
 from src.utils.languages import parse_language
+
+logger = logging.getLogger(__name__)
 
 LIST_SUFFIX = ".txt"  # one path per line
 
@@ -30,7 +33,8 @@ class Recording:
 def find_recordings(inputs: Sequence[str]) -> list[Recording]:
     """List files, folders (recursively), globs and manifests; each file once, in order.
 
-    In folders and globs only files with an audio suffix count, unless hidden; a file named itself always does.
+    In folders and globs only files with an audio suffix count, unless hidden; how many others are left out is logged. A
+    file named itself always counts.
     """
     found = {recording.path: recording for given in inputs for recording in _find(given)}
     if not found:
@@ -85,13 +89,22 @@ def _find(given: str) -> Iterator[Recording]:
 
 
 def _under(root: Path, paths: Sequence[Path], given: str) -> Iterator[Recording]:
-    found = [
-        path
-        for path in paths
-        if path.suffix.lower() in AUDIO_SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    ]
+    found: list[Path] = []
+    left_out: Counter[str] = Counter()
+    for path in paths:
+        if path.is_dir():
+            continue
+        if any(part.startswith(".") for part in path.relative_to(root).parts):
+            left_out["hidden"] += 1
+        elif path.suffix.lower() not in AUDIO_SUFFIXES:
+            left_out[path.suffix.lower() or "without a suffix"] += 1
+        elif not path.is_file():
+            left_out["no regular file"] += 1
+        else:
+            found.append(path)
+    if left_out:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.most_common())
+        logger.warning("%s: %d recordings; left out as none: %s", given, len(found), reasons)
     if not found:
         raise DataError(f"{given}: no recording there; audio is what ends in {', '.join(sorted(AUDIO_SUFFIXES))}")
     yield from (Recording(str(path), path.relative_to(root)) for path in found)

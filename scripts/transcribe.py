@@ -102,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--words", action="store_true", help="time each word (each character of scripts without spaces)"
     )
+    parser.add_argument("--audio-track", type=positive, metavar="N", help="of videos with several, counted from 1")
     parser.add_argument("--prompt", help="text that could stand before each recording: its style, its names")
     parser.add_argument("--hotwords", help="words to expect")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="segments decoded at once")
@@ -209,6 +210,7 @@ def configure(arguments: argparse.Namespace, *, device: str | None) -> Config:
         "inference.batch_size": arguments.batch_size,
         "inference.initial_prompt": arguments.prompt,
         "inference.hotwords": arguments.hotwords,
+        "data.audio_track": arguments.audio_track,
         "model.language": arguments.language,
         "model.task": arguments.task,
         "device": device,
@@ -267,6 +269,7 @@ def run_rows(
         "model": config.model.model_dump(mode="json", include={"language", "task"}),
         "inference": config.inference.model_dump(mode="json", exclude={"batch_size"}),
         "vad": config.vad.model_dump(mode="json"),
+        "data": {"audio_track": config.data.audio_track},
     }
     settings = {"model": arguments.model, "mode": arguments.mode, "words": arguments.words, **flatten(depends_on)}
     report = run_job(arguments.output, sources, transcribe, settings=settings, retry_errors=arguments.retry_errors)

@@ -137,12 +137,14 @@ def decode(
         return DecodedAudio(samples, recording.rate, recording.channels)
 
 
-def stream_audio(source: AudioSource, *, name: str | None = None, track: int | None = None) -> Iterator[Waveform]:
+def stream_audio(
+    source: AudioSource, *, name: str | None = None, track: int | None = None, strict: bool = False
+) -> Iterator[Waveform]:
     """Yield (n,) float32 at 16 kHz mono, in memory that does not grow with the recording; silence is allowed.
 
     Errors are those of `load_audio`; one in the middle of a file is raised after the blocks before it.
     """
-    asked, samples = _Asked(_label(source, name), track or _track_of(source)), 0
+    asked, samples = _Asked(_label(source, name), track or _track_of(source), strict), 0
     with _open(source, asked) as recording:
         for block in _blocks_16k(recording.blocks, recording.rate, asked.label):
             samples += len(block)
@@ -494,7 +496,8 @@ def _choose_track(container: Any, asked: _Asked) -> Any:
     names = []
     for number, track in enumerate(tracks, start=1):
         codec = "unknown codec" if track.codec_context is None else track.codec_context.name
-        names.append(" ".join(filter(None, [str(number), track.language, track.metadata.get("title"), f"({codec})"])))
+        language = "" if track.language == "und" else track.language
+        names.append(" ".join(filter(None, [str(number), language, track.metadata.get("title"), f"({codec})"])))
     if asked.track is not None and not 0 < asked.track <= len(tracks):
         raise AudioError(f"{asked.label}: there is no audio track {asked.track}; it has {', '.join(names) or 'none'}")
     known = [track for track in tracks if track.codec_context is not None]

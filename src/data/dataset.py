@@ -175,7 +175,8 @@ def decode_audio(utterance: Utterance, *, load: AudioLoader = load_audio) -> Ten
     if isinstance(utterance.audio, NoSpeechAudio):
         return torch.from_numpy(utterance.audio.waveform())
     try:
-        return torch.from_numpy(load(utterance.audio, name=utterance.audio_name))
+        audio = torch.from_numpy(load(utterance.audio, name=utterance.audio_name))
+        return audio[: round(MAX_AUDIO_SEC * SAMPLE_RATE)]  # the check takes clips that are up to 0.5 s longer
     except AudioError as err:
         raise AudioError(f"utterance {utterance.id}: {err}") from err
 

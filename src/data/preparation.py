@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 from tqdm.auto import tqdm
 
-from src.data.audio import AudioCache, decode
+from src.data.audio import SAMPLE_RATE, AudioCache, decode
 from src.data.labels import (
     CAPITAL_NOUNS,
     LabelCase,
@@ -32,7 +32,7 @@ from src.data.preprocessing import ClipStats, measure_clip
 from src.data.sources.catalog import open_source
 from src.data.utterance import SPLIT_NAMES, SPLITS, SkippedUtterance, Utterance, stable_hash
 from src.data.vad import VoiceActivityDetector
-from src.utils.config import Config, DataConfig, ModelConfig, SourceName
+from src.utils.config import MAX_AUDIO_SEC, Config, DataConfig, ModelConfig, SourceName
 from src.utils.errors import AudioError, DataError, SourceUnavailableError
 from src.utils.languages import code_of_language, language_name, normalize_plain, text_language
 from src.utils.runtime import thread_pool
@@ -150,6 +150,10 @@ def _prepare(source: SourceName, config: Config, vad: VoiceActivityDetector | No
         expected = sum(min(len(part), caps[name] or len(part)) for name, part in parts.items())
         checker = RecordingChecker(config, vad=vad, expected=expected)
         parts = {name: checker.take(name, parts[name], caps[name]) for name in SPLITS}
+    surplus = [found.duration_sec for found in checker.stats.values() if found.duration_sec > MAX_AUDIO_SEC]
+    if surplus:
+        what = "%d clip(s) are up to %.2f s longer than %g s; what is beyond is left out"
+        logger.warning(what, len(surplus), max(surplus) - MAX_AUDIO_SEC, MAX_AUDIO_SEC)
     skipped = checker.skipped
     enforce_skip_policy(skipped, sum(map(len, parts.values())) + len(skipped), data.max_skip_fraction)
     for name, part in parts.items():
@@ -209,12 +213,15 @@ def inspect_utterance(
         decoded = load(utterance.audio, name=utterance.audio_name, max_sec=longest_sec, strict=True)
     except AudioError as err:
         raise AudioError(f"{where}: {err}") from err
-    stats = measure_clip(replace(decoded, samples=decoded.samples[:MAX_SAMPLES]), vad=vad)
+    taken = decoded.samples[: round(MAX_AUDIO_SEC * SAMPLE_RATE)]
+    stats = replace(
+        measure_clip(replace(decoded, samples=taken), vad=vad), duration_sec=len(decoded.samples) / SAMPLE_RATE
+    )
     if not config.min_duration_sec <= stats.duration_sec <= longest_sec:
         allowed = f"{config.min_duration_sec} to {config.max_duration_sec} s (data.min_duration_sec, max_duration_sec)"
         raise DataError(f"{where}: {stats.duration_sec:.2f} s, allowed are {allowed}; cut it at a pause")
     meta = {"snr_db": round(stats.snr_db, 1), **utterance.meta}  # what the source knows is better than an estimate
-    checked = replace(utterance, duration_sec=stats.duration_sec, meta=meta)
+    checked = replace(utterance, duration_sec=len(taken) / SAMPLE_RATE, meta=meta)
     try:
         return restyle(checked, LabelStyle("keep")), stats  # takes the times out of its transcript
     except DataError as err:

@@ -54,3 +54,23 @@ def muxed(
         for packet in [packet for part in [*converted, None] for packet in stream.encode(part)]:
             container.mux(packet)
     return buffer.getvalue()
+
+
+def two_tracks(kind: str = "matroska", *, default: int = 1, level: float = 0.5) -> bytes:
+    """Encode silence, or a quieter tone, as the first audio track and a tone as the second."""
+    from av.stream import Disposition
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=kind) as container:
+        streams = [container.add_stream("aac", rate=16_000, layout="mono") for _ in range(2)]
+        for number, stream in enumerate(streams, start=1):
+            stream.metadata["language"] = ("eng", "deu")[number - 1]
+            stream.disposition = Disposition.default if number == default else Disposition(0)
+        for stream, factor in zip(streams, (level - 0.5, 1.0), strict=True):
+            frame = av.AudioFrame.from_ndarray(
+                np.ascontiguousarray(factor * tone(16_000, 2).T, np.float32), format="fltp", layout="mono"
+            )
+            frame.sample_rate, frame.pts = 16_000, 0
+            for packet in [*stream.encode(frame), *stream.encode(None)]:
+                container.mux(packet)
+    return buffer.getvalue()

@@ -17,8 +17,9 @@ import soundfile as sf
 from src.data import audio as audio_module
 from src.data.audio import SAMPLE_RATE, AudioCache, decode, load_audio, stream_audio, to_mono_16k
 from src.data.sources.catalog import SAMPLE_CLIP
+from src.data.utterance import AudioTrack
 from src.utils.errors import AudioError, WhisperASRError
-from tests.data.recordings import encoded, muxed, peak_hz, tone
+from tests.data.recordings import encoded, muxed, peak_hz, tone, two_tracks
 from tests.utils.full_disk import fill_disk
 
 HALF_STEP = 0.5 / 32_768
@@ -63,7 +64,8 @@ def test_lossy_files_keep_pitch_and_length(kind: str, codec: str, rate: int) -> 
 @pytest.mark.parametrize(
     ("kind", "codec", "rate", "picture_sec"),
     [("matroska", "libopus", 48_000, 0.0), ("webm", "libopus", 48_000, 0.0), ("matroska", "aac", 16_000, 3.0),
-     ("mp4", "aac", 16_000, 3.0)],
+     ("mp4", "aac", 16_000, 3.0), ("matroska", "aac", 44_100, 9.0), ("mpegts", "aac", 16_000, 3.0),
+     ("mov", "aac", 48_000, 3.0)],
 )  # fmt: skip
 def test_sound_that_begins_late_is_whole_and_after_its_picture_follows_silence(
     kind: str, codec: str, rate: int, picture_sec: float
@@ -73,6 +75,32 @@ def test_sound_that_begins_late_is_whole_and_after_its_picture_follows_silence(
     assert len(audio) / SAMPLE_RATE == pytest.approx(silence_sec + 1.0, abs=0.1)
     assert not audio[: round(0.95 * silence_sec * SAMPLE_RATE)].any()
     assert peak_hz(audio[silence_sec * SAMPLE_RATE :]) == pytest.approx(440, abs=4)
+
+
+@pytest.mark.parametrize("kind", ["matroska", "mp4"])
+def test_the_default_track_is_taken_and_said_and_another_can_be_chosen(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for default in (1, 2):
+        content, name = two_tracks(kind, default=default), f"{kind} with default {default}"
+        silent = not np.abs(load_audio(content, name=name, allow_silence=True)).max() > 0.1
+        assert silent == (default == 1)
+        assert f"{name}: track {default} of 2 is taken: 1 eng (aac), 2 deu (aac)" in caplog.text
+        assert peak_hz(load_audio(content, track=2)) == pytest.approx(440, abs=4)
+        assert peak_hz(np.concatenate(list(stream_audio(AudioTrack(content, 2))))) == pytest.approx(440, abs=4)
+    caplog.clear()
+    with pytest.raises(AudioError, match=r"no audio track 3; it has 1 eng \(aac\), 2 deu"):
+        load_audio(content, track=3)
+    with pytest.raises(AudioError, match="no audio track 2; it has 1"):
+        load_audio(encoded(tone(16_000), 16_000, "WAV"), track=2)
+    assert not caplog.text
+
+
+def test_the_cache_keeps_tracks_apart(tmp_path: Path) -> None:
+    content, cache = two_tracks(level=0.6), AudioCache(tmp_path)
+    quiet, loud = (np.abs(cache.load_audio(AudioTrack(content, number))).max() for number in (1, 2))
+    again = np.abs(cache.load_audio(AudioTrack(content, 1))).max()
+    assert loud > 3 * quiet == 3 * again
 
 
 def test_path_text_bytes_and_anything_that_reads_bytes_are_sources() -> None:

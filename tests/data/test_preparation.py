@@ -10,6 +10,7 @@ import pytest
 import soundfile as sf
 
 from src.data import audio, preparation
+from src.data.dataset import decode_audio
 from src.data.loader import create_dataloaders
 from src.data.preparation import prepare_datasets
 from src.data.report.report import build_data_report
@@ -17,6 +18,7 @@ from src.data.utterance import TimedText
 from src.data.vad import VoiceActivityDetector
 from src.utils.config import Config, load_config
 from src.utils.errors import DataError
+from tests.data.recordings import two_tracks
 
 
 def write_folder(path: Path, rows: list[tuple[str, str, str]], *, header: str = "file_name,text,speaker") -> Path:
@@ -131,6 +133,51 @@ def test_a_recording_longer_than_allowed_is_refused_before_it_is_decoded(tmp_pat
     sf.write(path / "b.wav", 0.1 * np.ones(40 * 8_000, dtype=np.float32), 8_000)
     with pytest.raises(DataError, match=r"b\.wav.*cut it at a pause"):
         prepare_datasets(folder_config(path))
+
+
+def test_clips_that_cutters_leave_a_little_too_long_are_taken_without_their_rest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_folder(tmp_path / "d", [(f"{name}.wav", name, name) for name in "abcd"])
+    noise = 0.1 * np.random.default_rng(0).normal(size=32 * 8_000).astype(np.float32)
+    sf.write(path / "a.wav", noise[: round(30.02 * 8_000)], 8_000)
+    sf.write(path / "b.wav", noise[: round(30.5 * 8_000)], 8_000)
+    splits = prepare_datasets(folder_config(path))
+    by_id = {utterance.id: utterance for utterance in splits.utterances}
+    for name in ("a.wav", "b.wav"):
+        assert by_id[name].duration_sec == 30.0
+        assert len(decode_audio(by_id[name])) == 30 * 16_000
+    assert "2 clip(s) are up to 0.50 s longer than 30 s" in caplog.text
+    sf.write(path / "b.wav", noise[: round(30.6 * 8_000)], 8_000)
+    with pytest.raises(DataError, match=r"b\.wav.*cut it at a pause"):
+        prepare_datasets(folder_config(path))
+
+
+def test_a_cut_recording_is_refused_and_a_crashed_one_is_taken(tmp_path: Path) -> None:
+    path = write_folder(tmp_path / "d", [(f"{name}.wav", name, name) for name in "abcd"])
+    content = (path / "a.wav").read_bytes()
+    (path / "a.wav").write_bytes(content[:40] + bytes(4) + content[44:])
+    assert len(prepare_datasets(folder_config(path)).utterances) == 4
+    (path / "b.wav").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"b\.wav: truncated, or never finished"):
+        prepare_datasets(folder_config(path))
+
+
+def test_the_setting_chooses_a_track_of_files_and_of_their_parts(tmp_path: Path) -> None:
+    path = write_folder(tmp_path / "d", [(f"{name}.wav", name, name) for name in "abc"])
+    for name in "abc":
+        (path / f"{name}.wav").write_bytes(two_tracks())
+    rows = [f"{name}.wav,{name},{name}" for name in "abc"]
+    (path / "metadata.csv").write_text("\n".join(["file_name,text,speaker", *rows]))
+    with pytest.raises(DataError, match="silent"):
+        prepare_datasets(folder_config(path))
+    chosen = folder_config(path, audio_track=2)
+    assert all(0.4 < decode_audio(u).max() < 0.6 for u in prepare_datasets(chosen).utterances)
+    parts = [f"{row},0.5,1.5" for row in rows]
+    (path / "metadata.csv").write_text("\n".join(["file_name,text,speaker,start,end", *parts]))
+    splits = prepare_datasets(chosen)
+    assert [u.duration_sec for u in splits.utterances] == [pytest.approx(1.0)] * 3
+    assert all(0.4 < decode_audio(u).max() < 0.6 for u in splits.utterances)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from scripts.recordings import caption_paths, find_recordings
 from src.data.audio import SAMPLE_RATE
 from src.data.sources.catalog import SAMPLE_CLIP
 from src.inference.files.segmentation import TranscribedSegment
-from src.inference.files.transcribe import Transcription
+from src.inference.files.transcribe import Transcription, _reading
 from src.models.export.ctranslate2 import export_ctranslate2
 from src.utils.errors import DataError
+from tests.data.recordings import two_tracks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -250,6 +252,29 @@ def test_what_cannot_be_done_is_named_in_a_line(
         code = int(end.code or 0)
     assert code == 2
     assert named in capsys.readouterr().err
+
+
+def test_a_folder_holds_every_suffix_that_is_decoded_and_counts_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    suffixes = ("3gp", "aiff", "amr", "avi", "caf", "m4b", "mka", "mov", "mp2", "oga", "ts")
+    for name in [*(f"talk.{suffix}" for suffix in suffixes), ".hidden.wav", "a.pdf", "b.PDF", "notes", "c.wav.part"]:
+        (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "pipe.wav")
+    assert [Path(path).suffix[1:] for path in found(tmp_path)] == list(suffixes)
+    for reason in ("11 recordings", ".pdf 2", "hidden 1", "no regular file 1", "without a suffix 1", ".part 1"):
+        assert reason in caplog.text
+
+
+def test_a_track_is_chosen_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = transcribe.parse_arguments(["a.mkv", "--model", "tiny.en", "--audio-track", "2"])
+    assert transcribe.configure(arguments, device="cpu").data.audio_track == 2
+    (tmp_path / "a.mkv").write_bytes(two_tracks())
+    heard: dict[int | None, float] = {}
+    for track in (None, 2):
+        with _reading(tmp_path / "a.mkv", 0, {}, "raise", track) as (_, blocks):
+            heard[track] = max(float(abs(block).max()) for block in blocks)
+    assert heard[None] < 0.01 < 0.4 < heard[2]
 
 
 def test_captions_of_two_recordings_are_never_one_file(talks: Path, tmp_path: Path) -> None:

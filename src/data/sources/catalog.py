@@ -6,13 +6,16 @@ Nothing is decoded here. An unavailable source raises; only `data.sources` names
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from src.data.sources.archives import unpack
 from src.data.sources.folder import read_folder, utterances_from_rows
 from src.data.sources.hub import stream_hub
 from src.data.sources.parquet import read_parquet
-from src.data.utterance import Utterance
+from src.data.sources.parts import AudioPart
+from src.data.utterance import AudioTrack, Utterance
 from src.utils.config import DataConfig, SourceName
 from src.utils.errors import DataError, SourceUnavailableError
 
@@ -37,7 +40,20 @@ def open_source(config: DataConfig, source: SourceName) -> list[Utterance] | Str
     opened = SOURCES[source](config) if source in SOURCES else stream_hub(source, config.hub)
     if not opened:
         raise DataError(f"source {source!r} ({config.path or 'bundled'}) has no utterance")
-    return opened
+    if config.audio_track is None:
+        return opened
+    with_track = partial(_with_track, number=config.audio_track)
+    if isinstance(opened, list):
+        return [with_track(utterance) for utterance in opened]
+    return {name: map(with_track, stream) for name, stream in opened.items()}
+
+
+def _with_track(utterance: Utterance, number: int) -> Utterance:
+    """Return an utterance whose recording is one track of its file."""
+    audio = utterance.audio
+    if isinstance(audio, AudioPart):
+        return replace(utterance, audio=replace(audio, track=number))
+    return replace(utterance, audio=AudioTrack(audio, number))
 
 
 def _load_common_voice(config: DataConfig) -> list[Utterance]:

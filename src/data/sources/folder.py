@@ -25,13 +25,16 @@ from src.data.utterance import SPLIT_NAMES, EncodedAudio, Utterance, split_of, w
 from src.utils.errors import DataError, SourceUnavailableError, visible
 from src.utils.languages import code_of_language
 
-AUDIO_SUFFIXES = frozenset(
-    (
-        ".wav .bwf .rf64 .w64 .flac .ogg .oga .ogv .opus .spx .mp3 .mp2 .mpga .m4a .m4b .m4v .mp4 .mov .qt .3gp .3g2 "
-        ".3ga .webm .weba .mkv .mka .aac .ac3 .eac3 .dts .wma .wmv .asf .avi .flv .f4v .mpg .mpeg .vob .ts .mts .m2ts "
-        ".mxf .aif .aiff .aifc .au .snd .caf .sph .nist .amr .awb .wv .tta .ape .voc .dss"
-    ).split()
-)  # of what `src.data.audio` decodes
+# what `src.data.audio` decodes
+# fmt: off
+AUDIO_SUFFIXES = frozenset({
+    ".wav", ".bwf", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".ogv", ".opus", ".spx", ".mp3", ".mp2", ".mpga",
+    ".m4a", ".m4b", ".m4v", ".mp4", ".mov", ".qt", ".3gp", ".3g2", ".3ga", ".webm", ".weba", ".mkv", ".mka", ".aac",
+    ".ac3", ".eac3", ".dts", ".wma", ".wmv", ".asf", ".avi", ".flv", ".f4v", ".mpg", ".mpeg", ".vob", ".ts", ".mts",
+    ".m2ts", ".mxf", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".sph", ".nist", ".amr", ".awb", ".wv",
+    ".tta", ".ape", ".voc", ".dss",
+})
+# fmt: on
 SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 NO_SPEAKER = frozenset({"nan", "NaN", "None", "null", "NULL", "N/A", "<NA>"})
 LANGUAGE_COLUMNS = ("language", "lang", "locale", "language_code", "lang_id")

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import pyarrow as pa
@@ -46,8 +46,8 @@ class ParquetCell:
             return data
         if not named:
             raise AudioError(f"{self}: the cell holds no recording; remove the row")
-        place = PurePosixPath(str(named).replace("\\", "/"))
-        if place.is_absolute() or ".." in place.parts or re.match("[A-Za-z]:", str(named)):
+        place = PureWindowsPath(str(named))  # takes slashes of both kinds
+        if place.drive or place.root or ".." in place.parts:
             fix = "a Parquet file may name recordings below its own folder only; embed it"
             raise AudioError(f"{self}: names {named}, which lies elsewhere; {fix}")
         try:

@@ -36,10 +36,11 @@ class AudioPart:
     path: Path
     start_sec: float
     end_sec: float | None = None  # None: to the end of the recording
+    track: int | None = None  # of its audio tracks, from 1; None: the default one
 
     def read(self) -> bytes:
         """Return the part as the bytes of a WAV file, 16 kHz mono."""
-        with sf.SoundFile(_decode_once(self.path)) as file:
+        with sf.SoundFile(_decode_once(self.path, self.track)) as file:
             whole_sec = file.frames / SAMPLE_RATE
             end_sec = whole_sec if self.end_sec is None else self.end_sec
             if abs(end_sec - self.start_sec - whole_sec) > TOLERANCE_SEC:
@@ -98,13 +99,15 @@ def parse_seconds(value: Any, where: str) -> float:
     return seconds
 
 
-def _decode_once(path: Path) -> Path:
+def _decode_once(path: Path, track: int | None) -> Path:
     """Return a FLAC file of the whole recording, 16 kHz mono: any part of it can be read without the rest."""
     try:
         found = path.stat()
     except OSError as err:
         raise AudioError(f"{path}: {'no such file' if isinstance(err, FileNotFoundError) else err.strerror}") from err
-    digest = hashlib.sha256(f"{path.resolve()}\t{found.st_size}\t{found.st_mtime_ns}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{path.resolve()}\t{found.st_size}\t{found.st_mtime_ns}\t{track}".encode()).hexdigest()[
+        :16
+    ]
     decoded = Path(tempfile.gettempdir()) / "whisper_asr_recordings" / f"{digest}.flac"
     with _decoding:  # threads ask for parts of one recording at the same time
         if not decoded.exists():
@@ -113,7 +116,7 @@ def _decode_once(path: Path) -> Path:
                     atomic_file(decoded) as partial,
                     sf.SoundFile(partial, "w", SAMPLE_RATE, 1, subtype="PCM_16", format="FLAC") as file,
                 ):
-                    for block in stream_audio(path):
+                    for block in stream_audio(path, track=track, strict=True):
                         file.write(block)
             except OSError as err:
                 fix = "free space there, or set TMPDIR to another disk"

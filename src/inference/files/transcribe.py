@@ -167,7 +167,8 @@ _Item = tuple[_Recording, int, Segment]  # a segment, or a part of it, with its 
 class BatchInference:
     """Transcribes files and arrays with a `DynamicWhisper` and its processor, or an engine from `load_engine`.
 
-    The `inference`, `model` and `vad` sections of `config` apply; `vad` cuts recordings and detects silence.
+    The `inference`, `model` and `vad` sections of `config` apply, and `data.audio_track`; `vad` cuts recordings and
+    detects silence.
     """
 
     def __init__(
@@ -182,6 +183,7 @@ class BatchInference:
         config = config or Config()
         self._engine, self._settings = engine_of(model, processor, engine), config.inference
         self._fitting = FittingSize()
+        self._track = config.data.audio_track
         self._vad = vad or VoiceActivityDetector(config.vad)
         self._options = replace(
             DecodingOptions.from_config(config), prompt=self._settings.initial_prompt, hotwords=self._settings.hotwords
@@ -238,7 +240,7 @@ class BatchInference:
         self, sources: Sources, languages: Mapping[str, str], options: DecodingOptions, on_error: str
     ) -> Iterator[_Recording]:
         for index, source in enumerate(sources):
-            with _reading(source, index, languages, on_error) as (recording, blocks):
+            with _reading(source, index, languages, on_error, self._track) as (recording, blocks):
                 own = replace(options, language=recording.language or options.language)
                 found = decode_windows(self._engine, blocks, own, self._settings, vad=self._vad, name=recording.source)
                 recording.decoded = {float(number): (segment,) for number, segment in enumerate(found)}
@@ -263,7 +265,7 @@ class BatchInference:
                 yield waiting.popleft()
 
         for index, source in enumerate(sources):
-            with _reading(source, index, languages, on_error) as (recording, blocks):
+            with _reading(source, index, languages, on_error, self._track) as (recording, blocks):
                 waiting.append(recording)
                 for segment in cut_at_silences(blocks, self._vad, max_sec=max_sec, join_pause_sec=pause_sec):
                     round_.append((recording, recording.cut, segment))
@@ -331,7 +333,7 @@ class BatchInference:
 
 @contextmanager
 def _reading(
-    source: Source, index: int, languages: Mapping[str, str], on_error: str
+    source: Source, index: int, languages: Mapping[str, str], on_error: str, track: int | None
 ) -> Iterator[tuple[_Recording, Iterator[Waveform]]]:
     """Give a recording and its audio in blocks; with "skip", keep a bad recording's fault instead of raising it."""
     name = str(source) if isinstance(source, str | Path) else f"array {index}"
@@ -339,7 +341,7 @@ def _reading(
 
     def blocks() -> Iterator[Waveform]:
         if isinstance(source, str | Path):
-            audio = stream_audio(source)
+            audio = stream_audio(source, track=track)
         else:
             audio = iter([to_mono_16k(np.asarray(source), SAMPLE_RATE, name=recording.source, allow_silence=True)])
         for block in audio:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,25 @@ def test_a_cell_without_a_recording_is_named_and_one_that_names_a_file_reads_it(
     gone = ParquetCell(tmp_path / "gone.parquet", 0, 0, "audio")
     with pytest.raises(AudioError, match=r"gone\.parquet, row group 0: cannot be read"):
         gone.read()
+
+
+@pytest.mark.parametrize(
+    "named", ["/etc/hostname", "../a.wav", "x/../../a.wav", "..\\a.wav", "C:\\a.wav", "\\\\host\\a.wav"]
+)
+def test_a_cell_names_no_file_outside_its_folder(tmp_path: Path, sample: list[Utterance], named: str) -> None:
+    (tmp_path / "a.wav").write_bytes(encoded(sample[0], 16_000, "WAV"))
+    (tmp_path / "set").mkdir()
+    path = tmp_path / "set" / "x.parquet"
+    pq.write_table(pa.table({"audio": [{"bytes": None, "path": named}], "text": ["a"]}), path)
+    with pytest.raises(AudioError, match="lies elsewhere"):
+        load_audio(read_parquet(path, audio_column="audio")[0].audio)
+
+
+def test_a_cell_that_names_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.wav")
+    pq.write_table(pa.table({"audio": [{"bytes": None, "path": "a.wav"}], "text": ["a"]}), tmp_path / "x.parquet")
+    with pytest.raises(AudioError, match="not a regular file"):
+        load_audio(read_parquet(tmp_path / "x.parquet", audio_column="audio")[0].audio)
 
 
 def test_numbers_of_class_labels_are_read_by_their_names_and_other_numbers_are_no_language(tmp_path: Path) -> None:
