@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from scripts.benchmarking import append_table, read, strided
+from scripts.command_line import path_argument
 from src.data.labels import apply_case, resolve_case
 from src.data.loader import create_loader
 from src.data.preparation import check_utterance, find_shared_speakers
@@ -39,8 +40,10 @@ Results = dict[str, EvaluationResult]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", type=Path, help="Parquet in the Hugging Face audio layout; default: bundled sample")
-    parser.add_argument("--dev", type=Path, help="likewise, of other speakers")
+    parser.add_argument(
+        "--train", type=path_argument, help="Parquet in the Hugging Face audio layout; default: bundled sample"
+    )
+    parser.add_argument("--dev", type=path_argument, help="likewise, of other speakers")
     parser.add_argument("--variant", default="tiny.en")
     parser.add_argument("--train-clips", type=int, default=200, help="clips to adapt on, at a stride over all")
     parser.add_argument("--dev-clips", type=int, default=100, help="clips to measure on, at a stride over all")

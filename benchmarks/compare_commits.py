@@ -33,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from scripts.command_line import path_argument
 from tests.golden.comparison import EXACT, Comparison, Tolerance, compare
 
 PROCEDURE = "tests/golden/behaviour.py"
@@ -59,9 +60,9 @@ def main() -> int:
     """Measure both sides and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", metavar="OLD_COMMIT", help="commit to compare the working tree with")
-    parser.add_argument("--old-checkout", type=Path, help="folder in which OLD_COMMIT is checked out already")
+    parser.add_argument("--old-checkout", type=path_argument, help="folder in which OLD_COMMIT is checked out already")
     parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", help="sections; all by default")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="write old.json and new.json there")
+    parser.add_argument("--keep", type=path_argument, metavar="DIR", help="write old.json and new.json there")
     arguments = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as scratch, checkout_of(arguments.old, arguments.old_checkout) as old_dir:

@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 import torch
 
 from scripts.benchmarking import append_table, median_sec
+from scripts.command_line import path_argument
 from src.data import AudioAugmenter, DatasetSplits, SpecAugment, Utterance, create_loader, prepare_datasets
 from src.data.audio import SAMPLE_RATE, AudioCache, decode, load_audio
 from src.data.augmentation.augmenter import Effects
@@ -50,7 +51,9 @@ DRAWN_BATCHES = 10
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=SAMPLE_PARQUET, help="Parquet in the Hugging Face audio layout")
+    parser.add_argument(
+        "--data", type=path_argument, default=SAMPLE_PARQUET, help="Parquet in the Hugging Face audio layout"
+    )
     parser.add_argument("--clips", type=int, default=1000, help="clips to prepare; rows are repeated where too few")
     parser.add_argument("--peer-clips", type=int, default=None, help="clips that the peer prepares; all by default")
     parser.add_argument("--repeats", type=int, default=5, help="of each stage; the median is reported")

@@ -29,6 +29,7 @@ import numpy as np
 
 from benchmarks.training_sides import read_recording
 from scripts.benchmarking import append_table, median_sec, read, strided
+from scripts.command_line import model_argument, path_argument
 from src.data import Utterance, create_loader
 from src.data.preparation import RecordingChecker
 from src.data.sources.catalog import SAMPLE_PARQUET
@@ -45,8 +46,12 @@ ROWS = 2_500  # of the bootstrap and the report
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=SAMPLE_PARQUET, help="Parquet in the Hugging Face audio layout")
-    parser.add_argument("--model", default="tiny.en", help="variant, or a folder with a tuned model")
+    parser.add_argument(
+        "--data", type=path_argument, default=SAMPLE_PARQUET, help="Parquet in the Hugging Face audio layout"
+    )
+    parser.add_argument(
+        "--model", type=model_argument, default="tiny.en", help="variant, or a folder with a tuned model"
+    )
     parser.add_argument("--clips", type=int, default=100, help="at a stride; all where there are fewer")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of both; the median is reported")
     parser.add_argument("--quick", action="store_true", help="under a minute: few clips, one pair, nothing recorded")

@@ -33,6 +33,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from benchmarks.faults import FAULTS, UPDATES, Outcome, make_stock_model, make_trainer
 from scripts.benchmarking import append_table
+from scripts.command_line import path_argument
 
 START_LIMIT_SEC = 180.0  # until a worker trains
 RUN_LIMIT_SEC = 300.0
@@ -45,7 +46,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     parser.add_argument("--quick", action="store_true", help="two kills; under a minute on an idle machine")
     parser.add_argument("--no-record", action="store_true", help="leave docs/BENCHMARKS.md as it is")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=path_argument, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments.worker)

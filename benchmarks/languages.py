@@ -34,6 +34,7 @@ import soundfile as sf
 
 from benchmarks.synthetic_speech import write_folder
 from scripts.benchmarking import show
+from scripts.command_line import path_argument
 from src.data import Utterance, VoiceActivityDetector, create_dataloaders, prepare_datasets
 from src.data.audio import SAMPLE_RATE
 from src.data.dataset import decode_audio
@@ -122,7 +123,9 @@ class Figures:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, help="of each training; default: 3 to 8")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for data, checkpoints and exports; default: none")
+    parser.add_argument(
+        "--keep", type=path_argument, metavar="FOLDER", help="for data, checkpoints and exports; default: none"
+    )
     parser.add_argument("--run", action="append", choices=[run.name for run in RUNS], help="may repeat; default: all")
     parser.add_argument("--no-record", action="store_true", help="append no table")
     parser.add_argument("--quick", action="store_true", help="under a minute: two languages, one epoch; no table")

@@ -30,6 +30,7 @@ import soundfile
 from playwright.sync_api import Playwright, sync_playwright
 
 from scripts.benchmarking import append_table, read, strided
+from scripts.command_line import model_argument, path_argument
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.sources.catalog import SAMPLE_PARQUET
 from src.data.vad import VoiceActivityDetector
@@ -60,8 +61,12 @@ WATCH = """() => {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny.en", help="variant, or a folder with a tuned model or its export")
-    parser.add_argument("--data", type=Path, default=SAMPLE_PARQUET, help="Parquet in the Hugging Face audio layout")
+    parser.add_argument(
+        "--model", type=model_argument, default="tiny.en", help="variant, or a folder with a tuned model or its export"
+    )
+    parser.add_argument(
+        "--data", type=path_argument, default=SAMPLE_PARQUET, help="Parquet in the Hugging Face audio layout"
+    )
     parser.add_argument("--clips", type=int, default=20, help="at a stride")
     parser.add_argument("--quick", action="store_true", help="under a minute: three clips, nothing recorded")
     parser.add_argument("--no-record", action="store_true", help="append no table")

@@ -33,6 +33,7 @@ import av
 import numpy as np
 
 from scripts.benchmarking import show
+from scripts.command_line import path_argument
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.evaluation import MetricsCalculator
 from src.inference import BatchInference, load_engine
@@ -73,7 +74,7 @@ class Corpus:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, help="for the packages; default: speech, under paths.cache_dir")
+    parser.add_argument("--cache", type=path_argument, help="for the packages; default: speech, under paths.cache_dir")
     parser.add_argument("--system", action="append", choices=SYSTEMS, help="may repeat; default: all there are")
     parser.add_argument("--no-record", action="store_true", help="append no table")
     parser.add_argument("--quick", action="store_true", help="under a minute: three languages, one engine; no table")

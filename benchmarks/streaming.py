@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.benchmarking import append_table, load_clips
-from scripts.command_line import parse_setting
+from scripts.command_line import model_argument, parse_setting, path_argument
 from src.data.vad import VoiceActivityDetector
 from src.evaluation.streaming import ReplayClock, WordTiming, measure_stream, replay, time_words
 from src.evaluation.streams import PUBLIC_CLIP, SpeechStream, WordAligner, add_noise, join_clips
@@ -93,10 +93,19 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a checkpoint that works at the audio's own length")
-    parser.add_argument("--stock", default="tiny.en", help="weights to compare with, padded to 30 s")
+    parser.add_argument(
+        "--model",
+        type=model_argument,
+        required=True,
+        help="folder of a checkpoint that works at the audio's own length",
+    )
+    parser.add_argument(
+        "--stock", type=model_argument, default="tiny.en", help="weights to compare with, padded to 30 s"
+    )
     parser.add_argument("--aligner", default="base", help="weights that place the words of the transcripts")
-    parser.add_argument("--data", type=Path, help="Parquet in the Hugging Face audio layout; default: bundled test set")
+    parser.add_argument(
+        "--data", type=path_argument, help="Parquet in the Hugging Face audio layout; default: bundled test set"
+    )
     parser.add_argument("--language", default="en", help="of the speech, code or name; default: %(default)s")
     parser.add_argument("--clips", type=int, default=40, help="at a stride over all")
     parser.add_argument("--minutes", type=float, default=10.0, help="of the long stream")

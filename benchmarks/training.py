@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from scripts.benchmarking import append_table
+from scripts.command_line import path_argument
 
 EPOCHS = 3  # of the real run
 WARMUP_RATIO = 0.1
@@ -105,9 +106,11 @@ def parse() -> argparse.Namespace:
     add_shared_arguments(parser)
     parser.add_argument("--full-context-prob", type=float, default=0.1, help="share of our batches padded to 30 s")
     parser.add_argument("--real", action="store_true", help="the whole train split, three epochs; about two hours")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmark_training", help="of the real run")
+    parser.add_argument(
+        "--work", type=path_argument, default=ROOT / "runs" / "benchmark_training", help="of the real run"
+    )
     parser.add_argument("--quick", action="store_true", help="under a minute: few clips, nothing recorded")
-    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--job", type=path_argument, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if (arguments.train is None) != (arguments.dev is None):
         parser.error("--train and --dev go together")
@@ -119,8 +122,10 @@ def parse() -> argparse.Namespace:
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that benchmarks/context_share.py has too."""
-    parser.add_argument("--train", type=Path, help="Parquet in the Hugging Face audio layout; bundled clips by default")
-    parser.add_argument("--dev", type=Path, help="likewise, for the word error rate")
+    parser.add_argument(
+        "--train", type=path_argument, help="Parquet in the Hugging Face audio layout; bundled clips by default"
+    )
+    parser.add_argument("--dev", type=path_argument, help="likewise, for the word error rate")
     parser.add_argument("--variant", default="tiny.en", help="or a folder with weights")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16", "float16"))

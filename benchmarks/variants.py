@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.benchmarking import append_table, load_clips
+from scripts.command_line import model_argument, path_argument
 from src.data.utterance import Utterance
 from src.evaluation.variants import ENGINES, VariantComparison, VariantFigures, compare_models
 from src.utils.config import Config, load_config
@@ -33,9 +34,13 @@ DEFAULT_VARIANTS = ("tiny.en", "base")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variant", action="append", help=f"may repeat; default: {', '.join(DEFAULT_VARIANTS)}")
-    parser.add_argument("--model", action="append", default=[], help="folder of a tuned checkpoint; may repeat")
+    parser.add_argument(
+        "--model", type=model_argument, action="append", default=[], help="folder of a tuned checkpoint; may repeat"
+    )
     parser.add_argument("--engine", action="append", choices=ENGINES, help="may repeat; default: all")
-    parser.add_argument("--data", type=Path, help="Parquet in the Hugging Face audio layout; default: bundled test set")
+    parser.add_argument(
+        "--data", type=path_argument, help="Parquet in the Hugging Face audio layout; default: bundled test set"
+    )
     parser.add_argument("--clips", type=int, default=100, help="at a stride")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-record", action="store_true", help="print only")

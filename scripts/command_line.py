@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
-from src.utils.errors import ModelError
+from src.utils.config import parse_yaml
+from src.utils.errors import ConfigError, ModelError
+from src.utils.files import expand_path
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
@@ -28,7 +29,23 @@ def parse_setting(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise SystemExit(f"--set {text}: write KEY=VALUE, for example training.epochs=5")
-    return key.strip(), yaml.safe_load(value)
+    try:
+        return key.strip(), parse_yaml(value)
+    except ConfigError as err:
+        raise SystemExit(f"--set {text[:200]}: {err}") from err
+
+
+def path_argument(text: str) -> Path:
+    """Read a path; the shell leaves `~` and variables in `--output=~/x` and in quotes as they are."""
+    try:
+        return expand_path(text)
+    except ConfigError as err:
+        raise ArgumentTypeError(str(err)) from err
+
+
+def model_argument(text: str) -> str:
+    """Read a name of a model or the path of its folder; `./base` stays distinct from `base`."""
+    return str(path_argument(text)) if text.startswith("~") or "$" in text else text
 
 
 def check_model_path(model: str) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path, parse_setting, run_main
+from scripts.command_line import check_model_path, model_argument, parse_setting, path_argument, run_main
 from src.inference.server.host import LOOPBACK, ServerLimits
 from src.inference.server.page import MAX_UPLOAD_SEC, Demo, launch_demo
 from src.utils.config import load_config
@@ -44,9 +44,13 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     limits = ServerLimits()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--model", action="append", required=True, help="folder of a checkpoint, or a name such as tiny.en; may repeat"
+        "--model",
+        type=model_argument,
+        action="append",
+        required=True,
+        help="folder of a checkpoint, or a name such as tiny.en; may repeat",
     )
-    parser.add_argument("--stock", metavar="VARIANT", help="to compare with, such as tiny.en")
+    parser.add_argument("--stock", type=model_argument, metavar="VARIANT", help="to compare with, such as tiny.en")
     parser.add_argument("--share", action="store_true", help="open a public address through Gradio's servers")
     parser.add_argument("--host", default=LOOPBACK, help="to listen on; default: %(default)s, this machine only")
     parser.add_argument("--port", type=int, help="default: a free one from 7860 on")
@@ -56,7 +60,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-upload-sec", type=float, default=MAX_UPLOAD_SEC, metavar="SEC", help="of a file; default: %(default)g"
     )
-    parser.add_argument("--config", type=Path, default=ROOT / "config.yaml")
+    parser.add_argument("--config", type=path_argument, default=ROOT / "config.yaml")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting; may repeat"
     )

@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path, parse_setting, run_main
+from scripts.command_line import check_model_path, model_argument, parse_setting, path_argument, run_main
 from src.data import create_loader
 from src.data.preparation import DatasetSplits, RecordingChecker, enforce_skip_policy
 from src.data.sources.catalog import load_utterances, unpack
@@ -84,14 +84,20 @@ def main() -> int:
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a checkpoint, or a name such as tiny.en")
-    parser.add_argument("--stock", help="to compare with; default: that of the checkpoint's size")
+    parser.add_argument(
+        "--model", type=model_argument, required=True, help="folder of a checkpoint, or a name such as tiny.en"
+    )
+    parser.add_argument("--stock", type=model_argument, help="to compare with; default: that of the checkpoint's size")
     parser.add_argument("--no-stock", action="store_true", help="measure the checkpoint alone: no verdict")
-    parser.add_argument("--data", type=Path, help="Parquet file, or a folder with audio and metadata.csv")
+    parser.add_argument("--data", type=path_argument, help="Parquet file, or a folder with audio and metadata.csv")
     parser.add_argument("--max-clips", type=int, help="clips at most, chosen by hash")
-    parser.add_argument("--report", type=Path, metavar="FILE.html", help="write what was found as one HTML file")
-    parser.add_argument("--run-dir", type=Path, help="for the run's files; default: a new one under paths.runs_dir")
-    parser.add_argument("--config", type=Path, default=ROOT / "config.yaml")
+    parser.add_argument(
+        "--report", type=path_argument, metavar="FILE.html", help="write what was found as one HTML file"
+    )
+    parser.add_argument(
+        "--run-dir", type=path_argument, help="for the run's files; default: a new one under paths.runs_dir"
+    )
+    parser.add_argument("--config", type=path_argument, default=ROOT / "config.yaml")
     parser.add_argument("--profile", help="one of the file's profiles")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting; may repeat"

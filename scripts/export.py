@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path, run_main
+from scripts.command_line import check_model_path, model_argument, path_argument, run_main
 from src.models.export.ctranslate2 import export_ctranslate2
 from src.models.export.huggingface import export_huggingface
 from src.models.export.onnx import export_onnx, require_onnx
@@ -42,8 +42,10 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def add_model_and_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder of a checkpoint, or a name such as tiny.en")
-    parser.add_argument("--output", required=True, type=Path, help="folder; an older export there is replaced")
+    parser.add_argument(
+        "--model", type=model_argument, required=True, help="folder of a checkpoint, or a name such as tiny.en"
+    )
+    parser.add_argument("--output", required=True, type=path_argument, help="folder; an older export there is replaced")
 
 
 def report(work: Callable[[], Path]) -> int:

@@ -72,7 +72,7 @@ def caption_paths(
 
 
 def _find(given: str) -> Iterator[Recording]:
-    path = find_audio(Path(), given)
+    path = find_audio(Path(), os.path.expandvars(given))
     if os.path.isdir(path):  # noqa: PTH112  a name that is too long for one is absent
         yield from _under(path, sorted(path.rglob("*")), given)
     elif os.path.isfile(path) and (path.suffix.lower() == LIST_SUFFIX or is_manifest(path)):  # noqa: PTH113

@@ -25,6 +25,8 @@ import nbformat
 import papermill
 from nbconvert import HTMLExporter
 
+from scripts.command_line import path_argument
+
 NOTEBOOK = ROOT / "whisper_asr_colab.ipynb"
 QUICK = {
     "data": {"max_train": 64, "max_validation": 8, "max_test": 16},
@@ -35,7 +37,7 @@ QUICK = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run-id", default="demo", help="folder under --runs-dir; it is replaced")
-    parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs")
+    parser.add_argument("--runs-dir", type=path_argument, default=ROOT / "runs")
     parser.add_argument("--quick", action="store_true", help="a few clips, one epoch: shows that everything runs")
     arguments = parser.parse_args()
     run_dir = arguments.runs_dir.resolve() / arguments.run_id

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path, parse_setting, run_main
+from scripts.command_line import check_model_path, model_argument, parse_setting, path_argument, run_main
 from scripts.stream_client import read_token
 from src.data.vad import VoiceActivityDetector
 from src.inference.engine_base import Engine
@@ -50,7 +50,9 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     limits = ServerLimits()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a checkpoint, or a name such as tiny.en")
+    parser.add_argument(
+        "--model", type=model_argument, required=True, help="folder of a checkpoint, or a name such as tiny.en"
+    )
     parser.add_argument("--host", default=LOOPBACK, help="to listen on; default: %(default)s, this machine only")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes a free one; default: %(default)s")
     parser.add_argument("--token-env", metavar="NAME", help="environment variable with the token of clients")
@@ -60,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-sessions", type=int, default=limits.max_sessions, help="default: %(default)s")
     parser.add_argument("--max-session-sec", type=float, default=limits.max_session_sec, help="default: %(default)s")
     parser.add_argument("--idle-sec", type=float, default=limits.idle_sec, help="default: %(default)s")
-    parser.add_argument("--config", type=Path, default=ROOT / "config.yaml")
+    parser.add_argument("--config", type=path_argument, default=ROOT / "config.yaml")
     parser.add_argument("--profile", help="one of the file's profiles")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting; may repeat"

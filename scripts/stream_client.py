@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import run_main
+from scripts.command_line import path_argument, run_main
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.inference.captions import LiveCaptionWriter
 from src.inference.server.client import stream_to_server
@@ -62,7 +62,7 @@ def main() -> int:
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--file", type=Path, help="recording, sent in real time")
+    source.add_argument("--file", type=path_argument, help="recording, sent in real time")
     source.add_argument("--microphone", type=float, metavar="SEC", help="record for so long")
     parser.add_argument("--fast", action="store_true", help="send the recording as fast as the server takes it")
     parser.add_argument("--url", default="ws://127.0.0.1:8765", help="of the server; default: %(default)s")
@@ -71,7 +71,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--token-env", metavar="NAME", help="environment variable with the server's token")
     parser.add_argument("--format", choices=list(DTYPES), default="s16le", help="on the wire; default: %(default)s")
-    parser.add_argument("--captions", type=Path, metavar="FILE", help="write them too, as .srt or .vtt")
+    parser.add_argument("--captions", type=path_argument, metavar="FILE", help="write them too, as .srt or .vtt")
     return parser.parse_args(given)
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from accelerate import PartialState
 
-from scripts.command_line import parse_setting, run_main
+from scripts.command_line import parse_setting, path_argument, run_main
 from src.data import create_dataloaders, prepare_datasets
 from src.evaluation import fill_languages
 from src.models import WhisperModelManager
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, default=ROOT / "config.yaml")
+    parser.add_argument("--config", type=path_argument, default=ROOT / "config.yaml")
     parser.add_argument("--profile", help="one of the file's profiles")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting; may repeat"

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path, parse_setting
+from scripts.command_line import check_model_path, model_argument, parse_setting, path_argument
 from scripts.recordings import Recording, caption_paths, find_recordings
 from src.inference.captions import CaptionOptions, cues_of_segments, make_cues, write_captions
 from src.inference.files.jobs import deal, run_job
@@ -74,7 +74,9 @@ def finish_with(run: Callable[[argparse.Namespace], Sequence[Failure]], argument
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
-    parser.add_argument("--output", type=Path, metavar="DIR|FILE.jsonl", help="folder of captions, or a file of rows")
+    parser.add_argument(
+        "--output", type=path_argument, metavar="DIR|FILE.jsonl", help="folder of captions, or a file of rows"
+    )
     parser.add_argument(
         "--format", type=formats, default=(), metavar="LIST", help=f"of captions, by comma: {', '.join(FORMATS)}"
     )
@@ -90,7 +92,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs", nargs="+", metavar="INPUT",
         help="a file; a folder; a quoted glob; a list (.txt) or manifest (.jsonl, .csv, .tsv) of files",
     )  # fmt: skip
-    parser.add_argument("--model", required=True, help="a name such as tiny.en; a Hugging Face or CTranslate2 folder")
+    parser.add_argument(
+        "--model",
+        type=model_argument,
+        required=True,
+        help="a name such as tiny.en; a Hugging Face or CTranslate2 folder",
+    )
     parser.add_argument("--engine", choices=("auto", "torch", "ctranslate2"))
     parser.add_argument("--compute-type", metavar="TYPE", help="int8, float16, float32, ...")
     parser.add_argument(
@@ -108,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, metavar="N", help="segments decoded at once")
     parser.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="of a bad recording")
     parser.add_argument("--retry-errors", action="store_true", help="try recordings again that failed before")
-    parser.add_argument("--config", type=Path, default=ROOT / "config.yaml")
+    parser.add_argument("--config", type=path_argument, default=ROOT / "config.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting")
     parser.add_argument("--verbose", action="store_true", help="log what is done, and why")
 

@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path
+from scripts.command_line import check_model_path, path_argument
 from scripts.recordings import find_recordings
 from scripts.transcribe import (
     Failure,
@@ -45,7 +45,9 @@ from src.utils.errors import MissingDependencyError
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
-    parser.add_argument("--output", type=Path, metavar="FILE.jsonl", required=True, help="rows, on this machine")
+    parser.add_argument(
+        "--output", type=path_argument, metavar="FILE.jsonl", required=True, help="rows, on this machine"
+    )
     parser.add_argument("--address", help="of the cluster, auto for the one that this machine is part of")
     parser.add_argument("--actors", type=positive, default=2, metavar="N", help="models at once; default: %(default)s")
     parser.add_argument("--cpus", type=positive, default=1, metavar="N", help="cores of an actor")

@@ -24,6 +24,7 @@ from src.models.weights import HUB_REPOSITORIES
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import Config, load_config
 from src.utils.errors import ConfigError, ModelError, did_you_mean
+from src.utils.files import expand_path
 from src.utils.memory import return_freed_memory
 from src.utils.runtime import is_out_of_memory, release_memory
 
@@ -116,7 +117,7 @@ def _measure_variant(
     try:
         model, processor = manager.initialize_model()
     except (ModelError, RuntimeError, MemoryError) as err:
-        local = variant.startswith((".", "/", "~")) or Path(variant).expanduser().exists()
+        local = variant.startswith((".", "/", "~")) or expand_path(variant).exists()
         reason = _one_line(err)
         if is_out_of_memory(err):
             reason = f"out of memory: {reason}"

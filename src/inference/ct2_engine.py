@@ -22,7 +22,7 @@ from src.inference.engine_base import Decoded, Engine, batch_samples
 from src.inference.options import DecodingOptions
 from src.inference.words import Vocabulary, Word, place_words
 from src.utils.errors import DataError, DeviceError, ModelError
-from src.utils.files import read_json, recover_folder
+from src.utils.files import expand_path, read_json, recover_folder
 from src.utils.runtime import cpu_threads
 
 
@@ -125,7 +125,7 @@ def ct2_folder(source: str, *, quantization: str, cache_dir: Path) -> Path:
 
     A CTranslate2 folder is returned as it is.
     """
-    folder = Path(source).expanduser()
+    folder = expand_path(source)
     if not folder.exists():
         recover_folder(folder)  # a process was killed while it replaced the folder
     if (folder / "model.bin").is_file():

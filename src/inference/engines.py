@@ -16,6 +16,7 @@ from src.inference.engine_base import DecodingResult, Engine
 from src.inference.options import DecodingOptions
 from src.utils.config import Config, InferenceConfig
 from src.utils.errors import ConfigError, ModelError
+from src.utils.files import expand_path
 from src.utils.runtime import get_device, usable_cores
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def load_engine(
     asked, compute_type = engine or config.inference.engine, compute_type or config.inference.compute_type
     if asked not in ("auto", "torch", "ctranslate2"):
         raise ConfigError(f"engine {asked!r} is unknown; known: auto, torch, ctranslate2")
-    folder = Path(source).expanduser()
+    folder = expand_path(source)
     chosen, reason = asked, "asked for"
     if asked == "auto" and (folder / "model.bin").is_file() and not (folder / "model.safetensors").is_file():
         chosen, reason = "ctranslate2", "a CTranslate2 folder"

@@ -29,7 +29,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 
 from src.utils.config import VARIANTS
 from src.utils.errors import ModelError, did_you_mean, first_line
-from src.utils.files import atomic_folder, hidden_folder, locked, recover_folder, remove_folder, sha256_of
+from src.utils.files import atomic_folder, expand_path, hidden_folder, locked, recover_folder, remove_folder, sha256_of
 from src.utils.runtime import installed_version
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def resolve_weights(variant_or_path: str, *, cache_dir: Path) -> ResolvedWeights
     """
     name, attempts = variant_or_path, list[str]()
     if name not in HUB_REPOSITORIES:
-        folder = Path(name).expanduser()
+        folder = expand_path(name)
         if not folder.exists():
             recover_folder(folder)  # a process was killed while it replaced the folder
         if folder.is_dir():

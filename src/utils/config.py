@@ -7,24 +7,44 @@ defaults below, except for `profile`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from src.utils.errors import ConfigError, DataError, did_you_mean
+from src.utils.files import expand_path
 from src.utils.languages import parse_language
 
 DEFAULT_CONFIG_PATH = Path("config.yaml")
 MAX_AUDIO_SEC = 30.0  # the length of Whisper's position table
+MAX_NUMBER, MAX_SEED = 2**31 - 1, 2**63 - 1
+MAX_FILE_BYTES, MAX_DEPTH, MAX_NODES = 1 << 20, 20, 10_000  # of a YAML file; nodes with aliases written out
+MAX_LISTED, MAX_PROBLEM_CHARS = 30, 250  # in an error
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, and unknown keys are refused."""
+    """A part of the configuration: frozen, unknown keys and numbers without a use are refused, paths expanded."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _usable(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, int | float) and abs(value) > (MAX_SEED if info.field_name == "seed" else MAX_NUMBER):
+            raise ValueError(f"larger than {MAX_SEED if info.field_name == 'seed' else MAX_NUMBER}")
+        if isinstance(value, str) and re.search(r"[\ud800-\udfff]", value):
+            raise ValueError("half of a character (a surrogate); write the text in UTF-8")
+        is_name = isinstance(value, str) and info.field_name in ("variant", "id")  # or the path of a folder
+        if not isinstance(value, Path) and not (is_name and ("$" in value or value.startswith("~"))):
+            return value
+        try:
+            return type(value)(expand_path(value))
+        except ConfigError as err:
+            raise ValueError(str(err)) from err
 
 
 Variant = Literal[
@@ -39,11 +59,6 @@ class PathsConfig(Section):
     runs_dir: Path = Path("runs")
     checkpoints_dir: Path = Path("checkpoints")
     cache_dir: Path = Field(Path("~/.cache/whisper_asr"), validate_default=True)
-
-    @field_validator("cache_dir")
-    @classmethod
-    def _expand_home(cls, value: Path) -> Path:
-        return value.expanduser()
 
 
 class ModelConfig(Section):
@@ -365,13 +380,14 @@ def load_config(
     Raises:
         ConfigError: if the file is absent or not YAML, or any key is unknown, mistyped or contradictory; lists all.
     """
-    tree = {} if path is None else _read_yaml(Path(path))
+    tree = {} if path is None else _read_yaml(path)
     profiles = tree.pop("profiles", None) or {}
     problems = []
     if not isinstance(profiles, dict) or not all(isinstance(preset, dict | None) for preset in profiles.values()):
         problems.append("profiles: expected a mapping of name to settings")
     else:
         shared, chosen = _problems(tree), profile or tree.get("profile")
+        chosen = chosen if isinstance(chosen, str) else None  # else one of the problems
         for name, preset in profiles.items():  # a typo in a profile that is not chosen is still a typo
             found = _problems(_merge(tree, preset or {})) if name != chosen else []
             problems += [f"profiles.{name}.{problem}" for problem in found if problem not in shared]
@@ -382,18 +398,20 @@ def load_config(
             problems.append(f"profile: unknown profile {chosen!r}{hint}; known: {known}")
 
     for key, value in (overrides or {}).items():
-        for part in reversed(key.split(".")):
+        for part in reversed(str(key).split(".")):
             value = {part: value}
         tree = _merge(tree, value)
     if problems := _problems(tree) + problems:
-        where = f" in {path}" if path is not None else ""
-        raise ConfigError("\n  - ".join([f"{len(problems)} problem(s){where}:", *problems]))
+        where = f" in {str(path)[:500]}" if path is not None else ""
+        listed = [p if len(p) <= MAX_PROBLEM_CHARS else f"{p[:MAX_PROBLEM_CHARS]}..." for p in problems[:MAX_LISTED]]
+        more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+        raise ConfigError("\n  - ".join([f"{len(problems)} problem(s){where}:", *listed, *more]))
     return Config.model_validate(tree)
 
 
 def load_profiles(path: str | Path = DEFAULT_CONFIG_PATH) -> dict[str, Config]:
     """Load a configuration once for each of its profiles, by name; raises `ConfigError` as `load_config` does."""
-    names = _read_yaml(Path(path)).get("profiles") or {}
+    names = _read_yaml(path).get("profiles") or {}
     return {name: load_config(path, profile=name) for name in names}
 
 
@@ -405,27 +423,73 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(given: str | Path) -> dict[str, Any]:
+    path = expand_path(given)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: not a file; pass the path of a YAML file")
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError as err:
         raise ConfigError(f"{path}: no such file; run from the repository's folder or pass its path") from err
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise ConfigError(f"{path}: not valid YAML: {err}") from err
+    except OSError as err:
+        raise ConfigError(f"{str(path)[:500]}: cannot be read: {err.strerror}; check the path") from err
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MB, which no configuration is; check the path")
+    try:
+        tree = parse_yaml(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as err:
+        raise ConfigError(f"{path}: not UTF-8 (byte {err.start}); save it again as UTF-8") from err
+    except ConfigError as err:
+        raise ConfigError(f"{path}: {err}") from err
     if not isinstance(tree, dict | None):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
     return tree or {}
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that occurs twice in one section, of which YAML would silently take the last."""
+def parse_yaml(text: str) -> Any:
+    """Parse one YAML document of plain data; raises `ConfigError` if it is not, or is built to be large."""
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as err:
+        raise ConfigError(f"not valid YAML: {str(err)[:1000] or type(err).__name__}") from err
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for index, (key, _) in enumerate(node.value):
-            if key.value in keys[:index]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} occurs twice", key.start_mark)
-        return super().construct_mapping(node, deep=deep)
+
+class _PlainLoader(yaml.SafeLoader):
+    """Refuses keys that occur twice (YAML takes the last) or are no text, deep nesting, and aliases that multiply."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._sizes: dict[int, int] = {}  # nodes below a node, with aliases written out
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise yaml.composer.ComposerError(
+                None, None, f"nested deeper than {MAX_DEPTH} levels", self.peek_event().start_mark
+            )
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is not None and id(node) not in self._sizes:  # else an alias
+            below = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
+            below = [] if isinstance(node, yaml.ScalarNode) else below
+            size = 1 + sum(self._sizes.get(id(part), MAX_NODES) for part in below)  # unknown: it contains itself
+            if size > MAX_NODES:
+                raise yaml.composer.ComposerError(
+                    None, None, f"more than {MAX_NODES} values, with aliases written out", node.start_mark
+                )
+            self._sizes[id(node)] = size
+        if isinstance(node, yaml.MappingNode):
+            keys = set()
+            for key, _ in node.value:
+                is_text = key.tag in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+                if not is_text or key.value in keys:
+                    problem = "occurs twice" if is_text else "is no text; quote it"
+                    shown = f"the key {str(key.value)[:100]!r} {problem}"
+                    raise yaml.constructor.ConstructorError(None, None, shown, key.start_mark)
+                keys.add(key.value)
+        return node
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -452,5 +516,8 @@ def _describe(error: dict[str, Any]) -> str:
         for part in parents:
             section = section.model_fields[part].annotation  # type: ignore[assignment]
         return f"{dotted}: unknown key{did_you_mean(leaf, list(section.model_fields))}"
-    given = "" if error["type"] == "value_error" else f" (given: {error['input']!r})"
+    try:
+        given = "" if error["type"] == "value_error" else f" (given: {repr(error['input'])[:100]})"
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        given = ""
     return f"{dotted}: {error['msg'].removeprefix('Value error, ')}{given}"

@@ -6,9 +6,20 @@ import difflib
 import re
 from collections.abc import Sequence
 
+MAX_MESSAGE_BYTES = 9000  # a damaged file may put megabytes into a message
+
 
 class WhisperASRError(Exception):
-    """Base of every error that this library raises on purpose."""
+    """Base of every error that this library raises on purpose; the middle of a huge message is left out."""
+
+    def __str__(self) -> str:
+        """Return the message, of which at most `MAX_MESSAGE_BYTES` are kept."""
+        text = super().__str__()
+        data = text.encode("utf-8", "surrogatepass")
+        if len(data) <= MAX_MESSAGE_BYTES:
+            return text
+        ends = (data[: MAX_MESSAGE_BYTES // 2], data[-MAX_MESSAGE_BYTES // 2 + 100 :])
+        return " [...] ".join(part.decode("utf-8", "ignore") for part in ends)
 
 
 class ConfigError(WhisperASRError):

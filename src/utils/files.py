@@ -32,7 +32,7 @@ from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from src.utils.errors import DataError, WhisperASRError, WriteError, first_line
+from src.utils.errors import ConfigError, DataError, WhisperASRError, WriteError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,23 @@ _HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.(?P<token>[0-9a-f]+)\.(
 _counter = itertools.count()
 _LONG_NAME, _KEPT_NAME = 200, 150  # bytes; most file systems take names of 255, and a hidden one has up to 45 more
 _LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # JSON escapes the others itself
+
+
+def expand_path(path: str | Path) -> Path:
+    """Return a path with `~` and environment variables (`$NAME`, `${NAME}`) replaced.
+
+    Raises `ConfigError` if a variable is not set, a user is unknown, or no file can have this name.
+    """
+    text = os.fspath(path)
+    expanded = os.path.expanduser(os.path.expandvars(text))  # noqa: PTH111  pathlib raises other errors
+    unset = [name for name in re.findall(r"\$\{?(\w+)", text) if name not in os.environ]
+    if unset and not os.path.lexists(text):
+        raise ConfigError(f"{text[:200]!r}: the variable {unset[0][:99]} is not set; set it or write the path in full")
+    if expanded.startswith("~") and not os.path.lexists(expanded):
+        raise ConfigError(f"{text[:200]!r}: no such user; write the path in full")
+    if "\0" in expanded:
+        raise ConfigError(f"{text[:200]!r}: a path has no NUL character; check where it comes from")
+    return Path(expanded)
 
 
 def sha256_of(path: Path) -> str:

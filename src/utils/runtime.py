@@ -100,7 +100,7 @@ def set_seed(seed: int) -> int:
     import torch
 
     random.seed(seed)
-    np.random.seed(seed)  # used by libraries that draw from the global state
+    np.random.seed(seed % 2**32)  # its limit; used by libraries that draw from the global state
     torch.manual_seed(seed)
     return seed
 

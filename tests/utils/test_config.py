@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from src.utils.config import Config, flatten, load_config, load_profiles
-from src.utils.errors import ConfigError
+from src.utils.errors import ConfigError, DataError
+from src.utils.runtime import set_seed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -132,3 +135,142 @@ def test_every_key_is_in_the_shipped_file_with_a_comment_and_read_somewhere_in_s
     for leaf in {key.rpartition(".")[2] for key in keys}:
         assert re.search(rf"^\s*{leaf}:.*(#|\n)", text, re.M)
         assert leaf == "profile" or re.search(rf'[."]{leaf}\b', code), leaf  # its name is read by load_config itself
+
+
+def bomb(levels: int) -> str:
+    rows = ["x: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    rows += [f"y{i}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]" for i in range(levels)]
+    return "\n".join([*rows, f"training: {{epochs: *{chr(97 + levels)}}}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("training:\n  epochs: 1\n  epochs: 2\n", r"'epochs' occurs twice(.|\n)*line 3"),
+        ("profiles: {a: {training: {lora: {rank: 1, rank: 2}}}}", "'rank' occurs twice"),
+        ("augmentation: {spec_augment: {time_masks: 1, 'time_masks': 2}}", "'time_masks' occurs twice"),
+        ("training: {learning_rate: .inf}", r"training\.learning_rate: .*finite"),
+        ("training: {epochs: -.inf}", r"training\.epochs: .*finite"),
+        ("augmentation: {speed_factors: [1.0, .nan]}", r"speed_factors\.1: .*finite"),
+        ("augmentation: {max_snr_db: .inf}", r"max_snr_db: .*finite"),
+        ("inference: {logprob_threshold: -.inf}", r"logprob_threshold: .*finite"),
+        ("training: {learning_rate: 1.0e+999}", r"learning_rate: .*finite"),
+        ("training: {epochs: 100000000000000000000000000}", r"training\.epochs: larger than 2147483647"),
+        ("training: {freeze_encoder: 100000000000000000000000000}", "freeze_encoder: larger than"),
+        ("data: {num_workers: 100000000000000000000000000}", "num_workers: larger than"),
+        ("training: {weight_decay: 1.0e+300}", "weight_decay: larger than"),
+        ("seed: 9223372036854775808", "seed: larger than 9223372036854775807"),
+        ("training: {epochs: " + "9" * 5000 + "}", "not valid YAML"),
+        ("seed: 0x" + "f" * 5000, "seed: larger than"),
+        (bomb(2), r"training\.epochs: Input should be a valid integer"),
+        (bomb(6), "more than 10000 values"),
+        (bomb(20), "more than 10000 values"),
+        ("a: &a {k: 1}\n" + "".join(f"{y}: &{y} {{<<: [{','.join(['*' + x] * 9)}]}}\n"
+                                     for x, y in zip("abcdef", "bcdefg", strict=True)), "more than 10000 values"),
+        ("[" * 5000 + "]" * 5000, "nested deeper than 20"), ("{a: " * 5000, "nested deeper"), ("- " * 3000, "nested"),
+        ("training: &a {epochs: *a}", r"training\.epochs"), ("a: &a [*a]", "a: unknown key"),
+        ("1: 2", "key '1' is no text"), ("null: 2", "is no text"), ("? [a]\n: b", "is no text"),
+        ("!!python/object/apply:os.system [id]", "not valid YAML"), ("a: 2001-99-99", "not valid YAML"),
+        ("!!int ''", "not valid YAML"), ("!!bool maybe", "not valid YAML"), ("!!timestamp x", "not valid YAML"),
+        ("profile: [1]", "profile: Input should be a valid string"), ("profiles: {1: {}}", "is no text"),
+        ("a: 1\n---\nb: 2", "not valid YAML"), ("training: \x00", "not valid YAML"),
+        (b"seed: \xff", "not UTF-8 .byte 6"),
+        ("seed: 1\n".encode("utf-16"), "not UTF-8"), (b"x" * (1 << 21), "larger than 1 MB"),
+        ("\n".join(f"key{i}: 1" for i in range(2000)), r"^2000 problem(.|\n)*and 1970 more"),
+        ("training: {epochs: '" + "x" * 500_000 + "'}", r"training\.epochs"), ("*" + "a" * 500_000, "undefined alias"),
+        ("? " + "k" * 500_000 + "\n: 1", "unknown key|kkk"),
+        ('inference: {hotwords: "\\ud800"}', "half of a character"),
+        ('paths: {runs_dir: "a\\0b"}', r"paths\.runs_dir: .*NUL"),
+    ],
+)  # fmt: skip
+def test_hostile_files_are_refused_in_few_words(tmp_path: Path, text: str | bytes, problem: str) -> None:
+    path = tmp_path / "hostile.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=problem) as caught:
+        load_config(path)
+    assert "hostile.yaml" in str(caught.value)
+    assert len(str(caught.value).encode()) <= 10_000
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("")
+    for path in (
+        tmp_path,
+        tmp_path / "pipe",
+        "/dev/zero",
+        tmp_path / "file" / "x",
+        "x" * 5000,
+        "a\0b",
+        "~/absent.yaml",
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(path)
+        assert len(str(caught.value)) < 1000
+
+
+def test_aliases_and_merges_of_a_person_work(tmp_path: Path) -> None:
+    path = tmp_path / "aliases.yaml"
+    path.write_text(
+        "profiles:\n  slow: &slow {training: &t {epochs: 7, batch_size: 2}}\n"
+        "  slower: {<<: *slow, training: {<<: *t, epochs: 9}}\nprofile: slower\n"
+    )
+    assert (load_config(path).training.epochs, load_config(path).training.batch_size) == (9, 2)
+
+
+def test_the_largest_seed_works() -> None:
+    config = load_config(None, overrides={"seed": 2**63 - 1})
+    assert set_seed(config.seed) == 2**63 - 1
+    assert set_seed(7) == 7
+    assert np.random.get_state()[1][0] == 7  # seeds below 2**32 draw as before
+
+
+PATHS = {
+    "paths.runs_dir": {}, "paths.checkpoints_dir": {}, "paths.cache_dir": {}, "augmentation.noise_dir": {},
+    "checkpoints.mirror_dir": {}, "data.path": {"data.source": "folder"}, "guard.path": {"guard.source": "parquet"},
+    "model.variant": {}, "data.hub.id": {"data.source": "hub"},
+}  # fmt: skip
+
+
+def test_every_path_is_among_those_that_are_tested() -> None:
+    config = load_config(None, overrides={key: "x/y" for key in PATHS if key.startswith(("paths", "model"))})
+    found = {key for key, value in flatten(config.model_dump()).items() if isinstance(value, Path)}
+    fields = {
+        "data.path",
+        "guard.path",
+        "augmentation.noise_dir",
+        "checkpoints.mirror_dir",
+        "model.variant",
+        "data.hub.id",
+    }
+    assert found | fields == set(PATHS)
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_home_and_variables_are_expanded_in_every_path(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SPEECH", "/data/speech")
+    for given, expected in {
+        "~/a b": "/home/me/a b", "$SPEECH/x": "/data/speech/x", "${SPEECH}2/x": "/data/speech2/x",
+        "$HOME/$SPEECH": "/home/me//data/speech".replace("//", "/"), "plain/x~": "plain/x~",
+    }.items():  # fmt: skip
+        config = load_config(None, overrides={**PATHS[key], key: given})
+        assert str(flatten(config.model_dump())[key]) == expected
+        assert load_config(None, overrides=yaml.safe_load(config.to_yaml())) == config
+    for given in ("$ABSENT/x", "${ABSENT}", "~nobody-of-this-name/x"):
+        with pytest.raises(ConfigError, match=rf"{key}: .*(ABSENT is not set|no such user)"):
+            load_config(None, overrides={**PATHS[key], key: given})
+
+
+def test_a_name_with_a_dollar_sign_that_is_there_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a$b").mkdir()
+    assert load_config(None, overrides={"paths.runs_dir": tmp_path / "a$b"}).paths.runs_dir == tmp_path / "a$b"
+
+
+def test_no_error_is_longer_than_10_kb() -> None:
+    for text in ("a" * 10**6, "\u0915" * 10**6, "\ud800" * 10**5):
+        message = str(DataError(f"begin {text} end"))
+        assert message.startswith("begin")
+        assert message.endswith("end")
+        assert len(message.encode("utf-8", "surrogatepass")) <= 10_000
+    assert str(DataError("short")) == "short"

@@ -73,7 +73,7 @@ def _load_common_voice(config: DataConfig) -> list[Utterance]:
 
 def _path(config: DataConfig) -> Path:
     assert config.path is not None  # DataConfig requires it for these sources
-    return unpack(config.path.expanduser())
+    return unpack(config.path)
 
 
 SOURCES: dict[SourceName, Callable[[DataConfig], list[Utterance]]] = {  # all others are of the Hub

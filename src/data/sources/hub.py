@@ -20,6 +20,7 @@ from src.data.sources.manifest import AUDIO_COLUMNS, TEXT_COLUMNS, pick_column
 from src.data.utterance import SPLIT_NAMES, Utterance, with_unique_ids
 from src.utils.config import HubConfig
 from src.utils.errors import DataError, SourceUnavailableError, first_line
+from src.utils.files import expand_path
 from src.utils.languages import code_of_language
 
 _T = TypeVar("_T")
@@ -83,7 +84,7 @@ def _open(spec: HubCorpus) -> Mapping[str, Any]:
     """Return the streamed data set of each split."""
     from datasets import load_dataset  # seconds to import, and needed for the Hub alone
 
-    folder = Path(spec.id).expanduser()
+    folder = expand_path(spec.id)
     is_folder = folder.is_dir()
     without_card = spec.config and (folder / spec.config).is_dir() and not (folder / "README.md").is_file()
     opened: Mapping[str, Any]
