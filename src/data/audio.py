@@ -380,8 +380,10 @@ def _open_with_soundfile(file: _File, asked: _Asked, stack: ExitStack) -> _Recor
         if is_exact and field_ == "Bytes/sec" and int(stated) != 0:
             rate = int(stated) * sound.samplerate // int(fitting)
             if rate in _USUAL_RATES:
-                what = f"its header says both {sound.samplerate} and {rate} samples per second"
-                raise AudioError(f"{asked.label}: damaged: {what}; find out which plays right, and convert it with -ar")
+                raise AudioError(
+                    f"{asked.label}: damaged: its header says both {sound.samplerate} and {rate} samples per second; "
+                    "find out which plays right, and convert it with -ar"
+                )
             asked.odd(f"its header says {field_} {stated}, not {fitting}")
         elif field_ not in _SIZES and int(fitting) + _SURPLUS_BYTES < int(stated) < _UNKNOWN_BYTES:
             asked.lost(f"truncated, or never finished: its header says {field_} {stated}, {fitting} are there")
@@ -441,8 +443,9 @@ def _open_with_ffmpeg(file: _File, asked: _Asked, stack: ExitStack, *, ignore_le
         frames = _frames(container, stream, asked)
         head = next(frames, None)  # its rate is the true one: the header of HE-AAC gives half of it
     except (av.FFmpegError, ValueError, IndexError) as err:
-        what = f"not a recording that can be decoded (PyAV: {err})"
-        raise AudioError(f"{asked.label}: {what}; check that it plays, or {_CONVERT}") from err
+        raise AudioError(
+            f"{asked.label}: not a recording that can be decoded (PyAV: {err}); check that it plays, or {_CONVERT}"
+        ) from err
     if head is None:
         raise AudioError(f"{asked.label}: 0 samples decoded; check that it plays, or {_CONVERT}")
     begin_sec = head.time
