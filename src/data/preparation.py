@@ -7,11 +7,13 @@ no sample of them. Of a stream the first N that pass are taken: any other choice
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -27,10 +29,12 @@ from src.data.labels import (
     restyle,
     source_text,
     special_token,
+    timed_parts,
 )
 from src.data.preprocessing import ClipStats, measure_clip
 from src.data.sources.catalog import open_source
-from src.data.utterance import SPLIT_NAMES, SPLITS, SkippedUtterance, Utterance, stable_hash
+from src.data.sources.parts import AudioPart
+from src.data.utterance import SPLIT_NAMES, SPLITS, AudioTrack, SkippedUtterance, Utterance, stable_hash
 from src.data.vad import VoiceActivityDetector
 from src.utils.config import MAX_AUDIO_SEC, Config, DataConfig, ModelConfig, SourceName
 from src.utils.errors import AudioError, DataError, SourceUnavailableError
@@ -44,6 +48,7 @@ MAX_VAD_CLIPS = 1_000  # speech is looked for in at most so many recordings
 _CHUNK, _STREAM_CHUNK = 256, 32  # recordings decoded before counting how many are still wanted; each costs a download
 _ENOUGH_TO_JUDGE = 50  # rows of a stream before too many failures end it
 
+PAD_SEC = 0.25  # of silence around the words of a cut recording
 SURPLUS_SEC = 0.5  # over `data.max_duration_sec`: cutters end with a frame or at a picture
 
 Parts = dict[str, list[Utterance]]
@@ -138,6 +143,11 @@ def _prepare(source: SourceName, config: Config, vad: VoiceActivityDetector | No
         taken = {n: checker.take(n, opened[n], fetched[n]) if n in opened else [] for n in SPLITS}
         parts = {name: part[: caps[name]] for name, part in cut_missing(taken, data, config.seed).items()}
     else:
+        if data.cut:
+            pieces = [piece for utterance in opened for piece in cut_at_pauses(utterance, data.max_duration_sec)]
+            if len(pieces) > len(opened):
+                logger.info("data.cut: %d recordings became %d clips", len(opened), len(pieces))
+            opened = pieces
         given: Parts = {name: [] for name in SPLITS}
         for utterance in opened:
             split = str(utterance.meta.get("split") or "train").lower()
@@ -181,6 +191,47 @@ def _prepare(source: SourceName, config: Config, vad: VoiceActivityDetector | No
             small = "; nouns stay in lower case" if is_written_so else ""
             logger.info("%s recased to %r%s", named, style.case, small)
     return splits
+
+
+def cut_at_pauses(utterance: Utterance, max_sec: float) -> list[Utterance]:
+    """Cut a longer recording at the longest pauses that the times of its transcript leave, into clips of `max_sec`.
+
+    One without times, or that is no file, is returned as it is. The clips have the recording as their speaker where
+    none is known, so that they share a split.
+    """
+    audio = utterance.audio
+    file, track = (audio.audio, audio.number) if isinstance(audio, AudioTrack) else (audio, None)
+    whole = AudioPart(file, 0.0, track=track) if isinstance(file, Path) else file
+    try:
+        timed = timed_parts(utterance.text, math.inf)
+    except DataError:  # the check reports it
+        timed = []
+    if not timed or not isinstance(whole, AudioPart) or timed[-1].end_sec <= max_sec:
+        return [utterance]
+    # half of each pause, and at most `PAD_SEC` of it, stays on either side
+    ends = [min(a.end_sec + PAD_SEC, (a.end_sec + b.start_sec) / 2) for a, b in pairwise(timed)]
+    starts = [0.0, *(max(b.start_sec - PAD_SEC, (a.end_sec + b.start_sec) / 2) for a, b in pairwise(timed))]
+    starts[0] = max(timed[0].start_sec - PAD_SEC, 0.0)
+    ends.append(timed[-1].end_sec + PAD_SEC)
+    pieces, at = [], 0
+    while at < len(timed):
+        begin_sec = starts[at]
+        last = max((i for i in range(at, len(timed)) if ends[i] - begin_sec <= max_sec), default=at)
+        if last < len(timed) - 1:
+            late = [i for i in range(at, last + 1) if ends[i] - begin_sec >= max_sec / 2] or [last]
+            last = max(late, key=lambda i: timed[i + 1].start_sec - timed[i].end_sec)
+        end_sec = None if last == len(timed) - 1 and math.isinf(ends[last]) else whole.start_sec + ends[last]
+        if last == len(timed) - 1 and whole.end_sec is not None:
+            end_sec = whole.end_sec if end_sec is None else min(end_sec, whole.end_sec)
+        part = replace(whole, start_sec=whole.start_sec + begin_sec, end_sec=end_sec)
+        spoken = [
+            f"<|{t.start_sec - begin_sec:.2f}|>{t.text}<|{t.end_sec - begin_sec:.2f}|>" for t in timed[at : last + 1]
+        ]
+        text = "".join(spoken).removesuffix("<|inf|>")
+        owner = utterance.speaker or utterance.id
+        pieces.append(replace(utterance, id=f"{utterance.id} {part.times}", audio=part, text=text, speaker=owner))
+        at = last + 1
+    return pieces
 
 
 # checking

@@ -135,6 +135,7 @@ class DataConfig(Section):
     test_fraction: float = Field(0.1, gt=0, lt=0.5)
     min_duration_sec: float = Field(0.1, ge=0.1)
     max_duration_sec: float = Field(MAX_AUDIO_SEC, gt=0.1, le=MAX_AUDIO_SEC)
+    cut: bool = False
     audio_track: int | None = Field(None, ge=1, le=255)
     label_case: Literal["auto", "keep", "lower", "sentence"] = "auto"
     on_error: Literal["raise", "skip"] = "raise"

@@ -163,6 +163,31 @@ def test_a_cut_recording_is_refused_and_a_crashed_one_is_taken(tmp_path: Path) -
         prepare_datasets(folder_config(path))
 
 
+def test_longer_recordings_are_cut_at_their_longest_pauses(tmp_path: Path) -> None:
+    path = write_folder(tmp_path / "d", [(f"{name}.wav", name, "") for name in "xyz"])
+    times = [(0.5, 9.0), (9.2, 17.0), (19.0, 26.0), (26.1, 33.0), (40.0, 49.0), (50.0, 58.0)]
+    sound = np.zeros(60 * 8_000, np.float32)
+    for begin, end in times:
+        sound[int(begin * 8_000) : int(end * 8_000)] = (
+            0.1 * np.sin(np.arange(int((end - begin) * 8_000) + 1))[: int(end * 8_000) - int(begin * 8_000)]
+        )
+    sf.write(path / "talk.wav", sound, 8_000)
+    said = "".join(f"<|{begin:.2f}|> part {number}<|{end:.2f}|>" for number, (begin, end) in enumerate(times))
+    with (path / "metadata.csv").open("a") as file:
+        file.write(f"talk.wav,{said},\n")
+    with pytest.raises(DataError, match=r"talk\.wav.*longer than 30"):
+        prepare_datasets(folder_config(path))
+    splits = prepare_datasets(folder_config(path, cut=True))
+    pieces = [u for u in splits.utterances if u.id.startswith("talk.wav")]
+    assert [u.text for u in pieces] == ["part 0 part 1", "part 2 part 3", "part 4 part 5"]
+    spans = [(u.audio.start_sec, u.audio.end_sec) for u in pieces]  # type: ignore[union-attr]
+    assert spans == [(0.25, 17.25), (18.75, 33.25), (39.75, 58.25)]
+    assert [part.start_sec for part in pieces[1].parts] == [pytest.approx(0.25), pytest.approx(7.35)]
+    assert sum(any(u in part for u in pieces) for part in splits.parts.values()) == 1
+    for piece in pieces:
+        assert len(decode_audio(piece)) == round((piece.duration_sec or 0) * 16_000)
+
+
 def test_the_setting_chooses_a_track_of_files_and_of_their_parts(tmp_path: Path) -> None:
     path = write_folder(tmp_path / "d", [(f"{name}.wav", name, name) for name in "abc"])
     for name in "abc":
