@@ -16,6 +16,7 @@ any number of processes. Exit code: 0; 1 if a recording failed; 2 if nothing cou
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -34,7 +35,7 @@ from src.inference.captions import CaptionOptions, cues_of_segments, make_cues, 
 from src.inference.files.jobs import deal, run_job
 from src.inference.files.transcribe import Transcription
 from src.utils.config import Config, flatten, load_config
-from src.utils.errors import AudioError, DataError, WhisperASRError, did_you_mean
+from src.utils.errors import AudioError, DataError, WhisperASRError, did_you_mean, visible
 from src.utils.files import write_text_atomic
 from src.utils.languages import language_name, text_language
 from src.utils.logging_config import setup_logging
@@ -159,7 +160,8 @@ def run(arguments: argparse.Namespace) -> list[Failure]:
         if each.error is not None:
             failed.append((each.source, each.error))
             continue
-        print(f"{each.source}\t{each.text}" if len(sources) > 1 else each.text, flush=True)
+        text = visible(each.text)
+        print(f"{visible(each.source)}\t{text}" if len(sources) > 1 else text, flush=True)
         cut_off += [each.source] * each.truncated
         heard.append(each.language)
     say_languages(heard, arguments)
@@ -191,7 +193,8 @@ def warn_of_limits(sources: Sequence[str]) -> None:
     """Name the recordings whose text may go on."""
     if sources:
         fix = "raise inference.max_tokens_per_sec, or check the language"
-        print(f"{len(sources)} text(s) ended at a limit of tokens; {fix}:", *sources, sep="\n  ", file=sys.stderr)
+        names = map(visible, sources)
+        print(f"{len(sources)} text(s) ended at a limit of tokens; {fix}:", *names, sep="\n  ", file=sys.stderr)
 
 
 def is_rows(output: Path | None) -> bool:
@@ -302,8 +305,12 @@ def run_captions(recordings: Sequence[Recording], arguments: argparse.Namespace,
         if each.error is not None:
             failed.append((each.source, each.error))
             continue
-        for name, path in wanted[each.source].items():
-            write_caption(path, name, each, task=config.model.task)
+        try:
+            for name, path in wanted[each.source].items():
+                write_caption(path, name, each, task=config.model.task)
+        except AudioError as err:  # its name; the others have their own
+            failed.append((each.source, str(err)))
+            continue
         cut_off += [each.source] * each.truncated
         heard.append(each.language)
     failed, cut_off, heard = (
@@ -319,10 +326,14 @@ def wanted_captions(
     recordings: Sequence[Recording], asked: Sequence[str], arguments: argparse.Namespace
 ) -> dict[str, dict[str, Path]]:
     """Return the captions to write of each recording, by format."""
-    wanted = {
-        source: {name: path for name, path in paths.items() if arguments.overwrite or not path.exists()}
-        for source, paths in caption_paths(recordings, asked, arguments.output).items()
-    }
+    wanted: dict[str, dict[str, Path]] = {}
+    older = 0
+    for source, paths in caption_paths(recordings, asked, arguments.output).items():
+        there = {name for name, path in paths.items() if os.path.exists(path) and not arguments.overwrite}  # noqa: PTH110
+        wanted[source] = {name: path for name, path in paths.items() if name not in there}
+        older += any(os.path.getmtime(paths[name]) < _modified(source) for name in there)  # noqa: PTH204
+    if older:
+        print(f"captions of {older} recording(s) are older than these; --overwrite writes them again", file=sys.stderr)
     for folder in {path.parent for paths in wanted.values() for path in paths.values()}:
         there = next(each for each in (folder, *folder.parents) if each.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
@@ -330,16 +341,23 @@ def wanted_captions(
     return wanted
 
 
+def _modified(source: str) -> float:
+    return os.path.getmtime(source) if os.path.exists(source) else 0.0  # noqa: PTH110, PTH204
+
+
 def write_caption(path: Path, name: str, transcription: Transcription, *, task: str = "transcribe") -> None:
     """Write one recording's captions in a format; as text, one segment per line."""
     try:
         if name == "txt":
-            write_text_atomic(path, "".join(f"{segment.text}\n" for segment in transcription.segments))
+            lines = (" ".join(segment.text.split()) for segment in transcription.segments)
+            write_text_atomic(path, "".join(f"{line}\n" for line in lines))
             return
         words, options = transcription.words, CaptionOptions.of(text_language(transcription.language, task))
         cues = cues_of_segments(transcription.segments, options) if words is None else make_cues(words, options)
         write_captions(path, cues, language=transcription.language, truncated=transcription.truncated)
     except OSError as err:
+        if err.errno == errno.ENAMETOOLONG:
+            raise AudioError(f"{visible(path)}: the name is too long for captions; rename the recording") from err
         raise DataError(f"{path}: cannot be written: {err.strerror}; give a folder of yours with --output") from err
 
 

@@ -479,12 +479,19 @@ def _block(suffix: str, number: int, cue: Cue) -> str:
 
 def _text(cue: Cue) -> str:
     """Return a cue on one line, with the space before it."""
-    return cue.text or f" {join_texts(_clean_lines(cue))}"
+    if not cue.text:
+        return f" {join_texts(_clean_lines(cue))}"
+    return " " * cue.text[0].isspace() + _clean(cue.text)
 
 
 def _clean_lines(cue: Cue) -> list[str]:
     """Return the lines without anything that would end a cue or a row: line ends, tabs, blank lines."""
-    return [" ".join(line.split()) for line in cue.lines if line.strip()]
+    return [text for line in cue.lines if (text := _clean(line))]
+
+
+def _clean(text: str) -> str:
+    """Return a text on one line, without control characters and lone surrogates, which no file of captions may hold."""
+    return " ".join("".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs")).split())
 
 
 def _clock(sec: float, mark: str) -> str:

@@ -279,6 +279,20 @@ def test_text_cannot_break_the_formats() -> None:
     assert "words" not in json.loads(to_json([cue]))["segments"][0]
 
 
+@pytest.mark.parametrize("suffix", [".srt", ".vtt", ".tsv", ".json"])
+def test_no_control_character_or_lone_surrogate_reaches_a_file(tmp_path: Path, suffix: str) -> None:
+    text = "a\x1b[2J\x00 \ud83d b\u2028c\u2029d\x85e\x1cf\tg\rh"
+    segment = SimpleNamespace(text=text, start_sec=0.0, end_sec=3.0)
+    for cues in (captions.cues_of_segments([segment]), [Cue(0.0, 1.0, (text,))], [Cue(0.0, 1.0, (text,), text=text)]):
+        written = captions.write_captions(tmp_path / f"a{suffix}", cues).read_text()
+        assert "a[2J b c d e f g h" in written.replace("\n", " ")
+        assert not {c for c in written if unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cs")} - {"\n", "\t"}
+    if suffix in (".srt", ".vtt"):
+        with LiveCaptionWriter(tmp_path / f"live{suffix}") as writer:
+            writer.write(Event("commit", (Word(text, 0.0, 1.0),), text, 1.0, 1.0, 0))
+        assert "\x1b" not in (tmp_path / f"live{suffix}").read_text()
+
+
 def test_json_has_whispers_shape_and_no_number_for_an_unknown_probability() -> None:
     cues = make_cues([Word("Hello", 0.0, 0.5, 0.25), Word("there.", 0.5, 1.2)])
     words = [

@@ -131,6 +131,66 @@ def test_a_manifest_gives_each_recording_its_language(tmp_path: Path) -> None:
         find_recordings([str(manifest)])
 
 
+def test_names_in_manifests_are_found_as_in_training(tmp_path: Path) -> None:
+    """Also on the command line."""
+    (tmp_path / "sub").mkdir()
+    for name in ("sub/a b.flac", "cafe\u0301.flac"):
+        (tmp_path / name).write_bytes(SAMPLE_CLIP.read_bytes())
+    paths = [str(tmp_path / "sub" / "a b.flac"), str(tmp_path / "cafe\u0301.flac")]
+    uri = (tmp_path / "sub" / "a b.flac").as_uri()
+    manifests = {
+        "a.csv": "file_name,text\nsub\\a b.flac,x\ncaf\u00e9.flac,y\n",
+        "b.csv": f"sep=;\nfile_name;text\n{uri};x\ncaf\u00e9.flac;y\n",
+        "c.txt": "sub\\a b.flac\r\n  caf\u00e9.flac  \n",
+        "d.json": '{"audio_filepath": "sub/a b.flac", "duration": 1}\n{"audio_filepath": "caf\u00e9.flac"}\n',
+        "wav.scp": "u1 sub/a b.flac\nu2 caf\u00e9.flac\n",
+        "e.jsonl": '{"source": "sub/a b.flac"}\n{"source": null}\n{"source": NaN}\n{"source": "caf\u00e9.flac"}\n',
+    }
+    for name, content in manifests.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert found(tmp_path / name) == paths, name
+        relative = [recording.relative for recording in find_recordings([str(tmp_path / name)])]
+        assert name == "wav.scp" or relative == [Path("sub", "a b.flac"), Path("cafe\u0301.flac")]
+    assert found(tmp_path / "caf\u00e9.flac", uri) == [paths[1], paths[0]]
+    (tmp_path / "c.txt").write_text("a\u2028b.flac\na\x0bb.flac\n", encoding="utf-8")
+    assert [Path(path).name for path in found(tmp_path / "c.txt")] == ["a\u2028b.flac", "a\x0bb.flac"]
+    (tmp_path / "e.jsonl").write_text('{"source": ["a"]}\n')
+    with pytest.raises(DataError, match=r"e\.jsonl, line 1: the row's source is wrong"):
+        found(tmp_path / "e.jsonl")
+    with pytest.raises(DataError, match="no such file or folder"):
+        found("n" * 5_000)
+
+
+def test_a_long_name_costs_its_own_file_and_older_captions_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["a" * 230 + ".flac", "a" * 253 + ".x", "\u5b57" * 83 + ".wav", "short\nERROR.flac"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+
+    class Inference:
+        def transcribe_iter(self, sources: list[str], **_: Any) -> Any:
+            for source in sources:
+                segment = TranscribedSegment(0.0, 1.0, "x\u2028y", -0.1, None, 1.0, 0.0, None, "en")
+                yield Transcription(source, "x", 1.0, (segment,), None, "en")
+
+    monkeypatch.setattr(transcribe, "load_inference", lambda *_, **__: Inference())
+    given = [*(tmp_path / name for name in names), "--model", "base", "--format", "txt"]
+    assert call(monkeypatch, *given) == 1
+    err = capsys.readouterr().err
+    assert "1 recording(s) failed:" in err
+    assert "the name is too long for captions" in err
+    written = sorted(path.name for path in tmp_path.glob("*.txt"))
+    assert written == sorted(["a" * 230 + ".txt", "\u5b57" * 83 + ".txt", "short\nERROR.txt"])
+    assert (tmp_path / written[0]).read_text() == "x y\n"
+    assert not list(tmp_path.glob(".*"))
+    os.utime(tmp_path / "short\nERROR.flac", (2**32, 2**32))
+    call(monkeypatch, *given)
+    assert "captions of 1 recording(s) are older" in capsys.readouterr().err
+    call(monkeypatch, tmp_path / names[0], tmp_path / "short\nERROR.flac", "--model", "base")
+    assert r"short\nERROR.flac" in capsys.readouterr().out
+
+
 def test_it_says_which_language_was_taken_and_which_texts_ended_at_a_limit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, talks: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ CLIP_TYPES = {
     "trailing_silence_sec": "float64", "speech_fraction": "float64", "tokens": "Int64", "duplicate_audio_of": "object",
     "duplicate_text_count": "int64", "audio_sha256": "str",
 }  # fmt: skip
+_TEXT_COLUMNS = [name for name, kind in CLIP_TYPES.items() if kind in ("str", "object")]
+_FORMULA = re.compile(r"'*(\s*[=+\-@＝＋－＠]|[\t\r\n])")  # what begins one in some spreadsheet
 OUTLIER_SCORE = 3.5
 MIN_CLIPS_FOR_OUTLIERS = 10
 _MIN_LOG_SPREAD = 0.1  # 10%: where all clips speak at one rate, not every small difference is an outlier
@@ -160,7 +163,8 @@ class DataReport:
             "skipped": [asdict(row) for row in self.skipped],
             **{name: None if table is None else _records(table) for name, table in tables.items()},
         }
-        write_text_atomic(clips, self.clips.to_csv(index=False, lineterminator="\n"))
+        quoted = self.clips.assign(**{name: self.clips[name].map(_quote_formula) for name in _TEXT_COLUMNS})
+        write_text_atomic(clips, quoted.to_csv(index=False, lineterminator="\n"))
         write_json(report, content)
         return report, clips
 
@@ -251,11 +255,18 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return records
 
 
+def _quote_formula(cell: Any) -> Any:
+    """Return a cell that a spreadsheet takes for text: a formula gets an apostrophe, and so does one that has it."""
+    return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
+
+
 def _read_clips(path: Path) -> pd.DataFrame:
     """Read the table of clips; an empty cell is NA, but a transcript may well read "NA" or "None"."""
     cells = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     cells = cells.assign(language=cells.get("language", ""))[list(CLIP_TYPES)]  # older reports have none
     others = [name for name in CLIP_TYPES if name not in ("id", "split", "text")]
+    for name in _TEXT_COLUMNS:
+        cells[name] = cells[name].map(lambda cell: cell[1:] if cell[:1] == "'" and _FORMULA.match(cell) else cell)
     cells[others] = cells[others].where(cells[others] != "", None)
     cells["chars_per_sec_outlier"] = cells["chars_per_sec_outlier"] == "True"
     numbers = [name for name, kind in CLIP_TYPES.items() if kind.lower() in ("float64", "int64")]

@@ -19,7 +19,7 @@ from src.evaluation.metrics import PLAIN, PairedComparison
 from src.evaluation.report import run_files
 from src.evaluation.report.run_files import STOCK, TUNED, PredictionsByModel, Row, guard_name, is_guard, stock_first
 from src.evaluation.slices import slice_rates
-from src.utils.errors import DataError
+from src.utils.errors import DataError, visible
 from src.utils.figures import BLUE, GREEN, ORANGE
 from src.utils.languages import WHISPER_LANGUAGES, language_name
 
@@ -291,7 +291,7 @@ def format_comparison(results: Mapping[str, Row], predictions: PredictionsByMode
         languages = language_table({name: row for name, row in results.items() if is_guard(name) == guard})
         if len(languages):
             lines += [markdown_table(list(languages.columns), languages.itertuples(index=False)), ""]
-    lines += describe_results(results, predictions)
+    lines += map(escape_markdown, describe_results(results, predictions))
     return "\n".join(lines).rstrip()
 
 
@@ -470,7 +470,7 @@ def _templates() -> jinja2.Environment:
     environment.globals |= {"BLUE": BLUE, "ORANGE": ORANGE, "GREEN": GREEN, "STOCK": STOCK}
     environment.globals |= {"NOT_MEASURED": NOT_MEASURED, "FEW_BLOCKS": FEW_BLOCKS, "headline": headline}
     environment.filters |= {"number": number, "counted": counted, "table": _html_table}
-    environment.filters |= {"md": escape_markdown, "md_table": markdown_table}
+    environment.filters |= {"md": escape_markdown, "md_table": markdown_table, "visible": visible}
     return environment
 
 

@@ -46,7 +46,7 @@ from src.inference.files.segmentation import (
 from src.inference.options import DecodingOptions
 from src.inference.words import Word
 from src.utils.config import Config
-from src.utils.errors import AudioError, DataError
+from src.utils.errors import AudioError, DataError, visible
 from src.utils.languages import join_texts, parse_language, space_between
 from src.utils.runtime import FittingSize, thread_pool
 
@@ -233,7 +233,9 @@ class BatchInference:
                 done = recording.joined(words=word_timestamps)
                 if done.truncated:
                     cut_off = [f"{segment.start_sec:.1f} s" for segment in done.segments if segment.truncated]
-                    logger.warning("%s: texts from %s ended at a limit of tokens", done.source, ", ".join(cut_off[:5]))
+                    logger.warning(
+                        "%s: texts from %s ended at a limit of tokens", visible(done.source), ", ".join(cut_off[:5])
+                    )
                 yield done
 
     def _one_by_one(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -282,6 +283,20 @@ def test_a_report_comes_back_as_it_was_saved(bundled_report: DataReport, tmp_pat
     pd.testing.assert_frame_equal(again.label_styles, styles)
     assert again.hard_clips is None
     assert again.to_text() == report.to_text()
+
+
+def test_no_cell_of_the_table_of_clips_is_a_formula(clean: list[Utterance], tmp_path: Path) -> None:
+    texts = ["=1+1", "+1", "-2 degrees", "@SUM(A1)", "'=1", "''@x", "'tis", " =cmd|x", "＝1", "a=b", "NA", "'", "-"]
+    train = [replace(clean[i], id=f"={i}", text=text, speaker=text) for i, text in enumerate(texts)]
+    report = build(train)
+    report.save(tmp_path)
+    with (tmp_path / CLIPS_FILE).open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = ("id", "speaker", "text", "duplicate_audio_of")
+    assert {row[name][:1] for row in rows for name in names if set("=+-@＝") & set(row[name].strip()[:1])} == set()
+    assert rows[0]["text"] == "'=1+1"
+    assert any(row["peak_dbfs"].startswith("-") for row in rows)  # numbers stay numbers
+    pd.testing.assert_frame_equal(DataReport.load(tmp_path).clips, report.clips)
 
 
 def test_a_notebook_shows_whole_and_escaped_texts(clean: list[Utterance]) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from src.data.report.report import DataReport, build_data_report
@@ -95,6 +97,22 @@ def test_texts_of_the_data_cannot_break_the_card(model_dir: Path, tmp_path: Path
     assert {line.replace("\\|", "").count("|") for line in tables} == {6}
     assert "<script>" not in text
     assert "speaker is a ## b" in section(text, "Limits")
+
+
+def test_no_text_of_a_run_is_markup_of_the_card(model_dir: Path, tmp_path: Path) -> None:
+    evil = "<img src=x onerror=alert(1)>\n## forged\n```\n<script>"
+    rows = [{**prediction("tuned", i, i % 2), "speaker": f"{evil} {i % 3}"} for i in range(40)]
+    rows += [{**row, "model": evil} for row in rows]
+    guard = {"event": "guard_set", "set": evil, "clips": 3, "speakers": 0, "not_measured": [evil]}
+    events = [evaluation("tuned", 0.1), evaluation(evil, 0.2), guard]
+    run = write(tmp_path / "run", [*events, {"event": "measured", "model": evil, "stock": evil, "data": evil}], rows)
+    text = write_model_card(model_dir, run).read_text()
+    _, head, body = text.split("---\n", 2)
+    prose = re.sub(r"^```.*?^```$", "", body, flags=re.DOTALL | re.MULTILINE)
+    assert re.findall(r"<[^>]*>", prose) == ["<details>", "<summary>", "</summary>", "</details>"][: prose.count("<")]
+    assert "## forged" not in body.splitlines()
+    assert body.count("\n```") == 6
+    assert yaml.safe_load(head)["library_name"] == "transformers"
 
 
 def test_what_is_missing_is_said_to_be_not_measured(model_dir: Path, tmp_path: Path) -> None:
