@@ -67,7 +67,8 @@ def unpack(path: Path) -> Path:
     if not path.is_file() or not path.name.lower().endswith(ARCHIVE_SUFFIXES):
         return path
     found = path.stat()
-    digest = hashlib.sha256(f"{path.resolve()}\t{found.st_size}\t{found.st_mtime_ns}".encode()).hexdigest()[:16]
+    named = f"{path.resolve()}\t{found.st_size}\t{found.st_mtime_ns}".encode(errors="backslashreplace")
+    digest = hashlib.sha256(named).hexdigest()[:16]
     folder = _private_folder() / digest
     try:
         with FileLock(f"{folder}.lock"):  # a second process waits, then finds the first one's work

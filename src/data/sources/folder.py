@@ -84,10 +84,9 @@ def find_manifests(folder: Path, depth: int = MAX_DEPTH) -> list[Path]:
     named = [folder / name for name in MANIFEST_NAMES if (folder / name).is_file()][:1]
     inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     found = named or [path for path in inside if is_manifest(path) and path.is_file() and _is_listing(path)]
-    names = " ".join(path.name for path in found)
-    for wanted in ("cuts", "supervisions"):  # lhotse's others are read with them
-        if wanted in names and "recordings" in names:
-            return [path for path in found if wanted in path.name]
+    for wanted in ("cuts", "supervisions"):  # of lhotse; the recordings are read with them
+        if any("recordings" in path.name for path in found):
+            found = [path for path in found if wanted in path.name and ".json" in path.name] or found
     if found or not depth:
         return found
     return [path for each in inside if each.is_dir() for path in find_manifests(each, depth - 1)]

@@ -105,9 +105,8 @@ def _decode_once(path: Path, track: int | None) -> Path:
         found = path.stat()
     except OSError as err:
         raise AudioError(f"{path}: {'no such file' if isinstance(err, FileNotFoundError) else err.strerror}") from err
-    digest = hashlib.sha256(f"{path.resolve()}\t{found.st_size}\t{found.st_mtime_ns}\t{track}".encode()).hexdigest()[
-        :16
-    ]
+    named = f"{path.resolve()}\t{found.st_size}\t{found.st_mtime_ns}\t{track}".encode(errors="backslashreplace")
+    digest = hashlib.sha256(named).hexdigest()[:16]
     decoded = Path(tempfile.gettempdir()) / "whisper_asr_recordings" / f"{digest}.flac"
     with _decoding:  # threads ask for parts of one recording at the same time
         if not decoded.exists():
