@@ -50,7 +50,7 @@ def is_manifest(path: Path) -> bool:
 
 
 def read_rows(manifest: Path, *, quoted: bool = True) -> Iterator[tuple[int, Row]]:
-    """Yield (line number, row) with column names stripped and in lower case; cells of CSV and TSV stay text.
+    """Yield (line number, row) with column names in lower case and without spaces; cells of CSV and TSV stay text.
 
     Rows of Kaldi (a folder's `wav.scp`) and lhotse (recordings with supervisions, or cuts) have the columns `id`,
     `file`, `text`, `speaker` and `language`, and for a part of a recording `offset` and `duration` in seconds. LJSpeech
@@ -162,7 +162,7 @@ def _read_json(manifest: Path, text: str) -> Iterator[tuple[int, Row]]:
         for row in found if is_array else [found]:
             if not isinstance(row, dict):
                 raise DataError(f"{manifest}, line {number}: expected an object with a file and a text")
-            yield number, {str(key).strip().lower(): value for key, value in row.items()}
+            yield number, {_column(str(key)): value for key, value in row.items()}
         if is_array:
             return
 
@@ -176,7 +176,7 @@ def _read_parquet(manifest: Path) -> Iterator[tuple[int, Row]]:
     except (pa.ArrowException, OSError) as err:
         raise DataError(f"{manifest}: not a Parquet file that can be read: {err}; fetch it again") from err
     for number, row in enumerate(rows, start=1):
-        yield number, {name.strip().lower(): value for name, value in row.items()}
+        yield number, {_column(name): value for name, value in row.items()}
 
 
 # CSV and its relatives
@@ -184,13 +184,12 @@ def _read_parquet(manifest: Path) -> Iterator[tuple[int, Row]]:
 
 def _read_csv(manifest: Path, text: str, quoted: bool) -> Iterator[tuple[int, Row]]:
     delimiters = "\t,;|" if manifest.suffix.lower() == ".tsv" else ",;\t|"
-    first = next((line for line in text.split("\n") if line.strip()), "").strip().lower()
-    says = re.fullmatch(r'"?sep=(.)"?[,;\s]*', first)  # Excel's own line before the header
+    says = re.match(r'(\s*)"?sep=(.)"?[,;\t ]*\r?(?=\n)', text, re.IGNORECASE)  # Excel's own line before the header
     if says:
-        text, delimiters = re.sub(r"[^\n]*", "", text, count=1), says[1]
-        first = next((line for line in text.split("\n") if line.strip()), "").strip().lower()
+        text, delimiters = says[1] + text[says.end() :], says[2]
     # the first delimiter under which the header makes sense
-    headers = {mark: {name.strip().strip('"').strip() for name in first.split(mark)} for mark in delimiters}
+    first = next((line for line in text.split("\n") if line.strip()), "")
+    headers = {mark: {_column(name.strip().strip('"')) for name in first.split(mark)} for mark in delimiters}
     fit = [mark for mark, names in headers.items() if names & set(AUDIO_COLUMNS) and names & set(TEXT_COLUMNS)]
     fit += [mark for mark, names in headers.items() if names & set(AUDIO_COLUMNS)]
     if not fit and "|" in first:
@@ -200,7 +199,7 @@ def _read_csv(manifest: Path, text: str, quoted: bool) -> Iterator[tuple[int, Ro
     rows = _cells_of(manifest, text, delimiter, quoted)
     if not rows:
         return
-    header = [name.strip().lower() for name in rows[0][1]]
+    header = [_column(name) for name in rows[0][1]]
     repeated = sorted({name for name in header if name and header.count(name) > 1})
     if repeated:
         raise DataError(f"{manifest}, line {rows[0][0]}: the column {repeated[0]!r} occurs twice; rename one")
@@ -211,6 +210,11 @@ def _read_csv(manifest: Path, text: str, quoted: bool) -> Iterator[tuple[int, Ro
             what = f"the row has {len(cells)} cells, not the {len(header)} columns of the header"
             raise DataError(f"{manifest}, line {line}: {what}; quote a text that holds the delimiter")
         yield line, {name: cell for name, cell in zip(header, cells, strict=True) if name}
+
+
+def _column(name: str) -> str:
+    """Return a column's name as the code writes it: `file_name` of "File name"."""
+    return re.sub(r"[\s-]+", "_", name.strip().strip("\ufeff").lower())
 
 
 def _cells_of(manifest: Path, text: str, delimiter: str, quoted: bool) -> list[tuple[int, list[str]]]:

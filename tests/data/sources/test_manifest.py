@@ -50,6 +50,8 @@ def told(utterances: list[Utterance]) -> dict[str, tuple[str, str | None]]:
         "sep=;\nfile_name;text\na.wav;Yes, indeed\n",
         '"sep=;"\r\nfile_name;text\r\na.wav;Yes, indeed\r\n',
         "sep=|\nfile_name|text\na.wav|Yes, indeed\n",
+        "\nSEP=\t\r\nFile name\tText\r\na.wav\tYes, indeed\r\n",
+        'sep=,\nfile-name,text\na.wav,"Yes, indeed"\n',
         "file_name|text\na.wav|Yes, indeed\n",
         "file_name\ttext\na.wav\tYes, indeed\n",
         'file_name, text\na.wav, "Yes, indeed"\n',
