@@ -80,10 +80,15 @@ def read_folder(path: Path) -> list[Utterance]:
 
 
 def find_manifests(folder: Path, depth: int = MAX_DEPTH) -> list[Path]:
-    """Return the manifest of a folder by its name, else all there are in it, else those of the folders in it."""
+    """Return the manifest of a folder by its name, else all there are in it, else those of the folders in it.
+
+    Captions that a tool wrote for a recording there, such as `talk.tsv` for `talk.mp3`, are none.
+    """
     named = [folder / name for name in MANIFEST_NAMES if (folder / name).is_file()][:1]
     inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    found = named or [path for path in inside if is_manifest(path) and path.is_file() and _is_listing(path)]
+    listed = [] if named else [path for path in inside if is_manifest(path) and path.is_file()]
+    captioned = {path.stem for path in inside if path.suffix.lower() in AUDIO_SUFFIXES} if listed else set()
+    found = named or [path for path in listed if path.stem not in captioned and _is_listing(path)]
     for wanted in ("cuts", "supervisions"):  # of lhotse; the recordings are read with them
         if any("recordings" in path.name for path in found):
             found = [path for path in found if wanted in path.name and ".json" in path.name] or found

@@ -196,7 +196,8 @@ def test_other_columns_keep_what_json_can_hold(tmp_path: Path) -> None:
 )
 def test_json_may_be_lines_an_array_or_packed(tmp_path: Path, name: str, content: str | bytes) -> None:
     """The second and last as NeMo and DeepSpeech write them."""
-    write(tmp_path, {name: content, "config.json": "{\n}", "a.json": '{"text": "a caption", "segments": []}'})
+    write(tmp_path, {name: content, "config.json": "{\n}", "x.json": '{"text": "a caption", "segments": []}'})
+    write(tmp_path, {"a.tsv": "start\tend\ttext\n0\t1\tx\n", "a.wav": None})
     assert told(read_folder(tmp_path)) == {"a.wav": ("x", None), "b.wav": ("y", None)}
 
 
