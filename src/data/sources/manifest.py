@@ -75,11 +75,12 @@ def find_audio(folder: Path, name: str) -> Path:
     """
     if name.startswith("file:/"):
         name = unquote(re.sub("^file:(//(localhost)?)?", "", name))
-    spellings = [name, name.strip(), name.strip().replace("\\", "/"), os.path.expanduser(name.strip())]  # noqa: PTH111
+    written = folder / name
+    if name and os.path.exists(written):  # noqa: PTH110  a name of 5,000 letters or with a zero byte is not there
+        return written
+    spellings = [name.strip(), name.strip().replace("\\", "/"), os.path.expanduser(name.strip())]  # noqa: PTH111
     spellings += [unicodedata.normalize(form, spelling) for form in ("NFC", "NFD") for spelling in spellings]
-    # os.path: a name of 5,000 letters or with a zero byte is not there, rather than an error
-    found = (folder / s for s in dict.fromkeys(spellings) if s and os.path.exists(folder / s))  # noqa: PTH110
-    return next(found, folder / name)
+    return next((folder / s for s in dict.fromkeys(spellings) if s and os.path.exists(folder / s)), written)  # noqa: PTH110
 
 
 def text_of(value: object) -> str:
