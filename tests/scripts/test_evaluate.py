@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,13 @@ def test_what_lies_at_a_path_says_how_it_is_read(tmp_path: Path) -> None:
     assert evaluate.source_of(tmp_path) == "parquet"
     (tmp_path / "metadata.csv").touch()
     assert evaluate.source_of(tmp_path) == evaluate.source_of(tmp_path / "metadata.csv") == "folder"
+    for name in ("a/train/metadata.jsonl", "b/data/test/wav.scp", "c/test/metadata.parquet", "d/m.jsonl.gz"):
+        path = tmp_path / "sets" / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+        assert evaluate.source_of(path) == evaluate.source_of(tmp_path / "sets" / name[0]) == "folder"
+    packed = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "sets" / "a")
+    assert evaluate.source_of(Path(packed)) == "folder"
 
 
 def test_only_the_test_split_is_measured_where_the_data_has_one() -> None:
