@@ -29,7 +29,7 @@ import soxr
 from numpy.typing import NDArray
 
 from src.data.utterance import AudioTrack, EncodedAudio
-from src.utils.errors import AudioError, WhisperASRError
+from src.utils.errors import AudioError, WhisperASRError, visible
 from src.utils.files import write_bytes_atomic
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ def _track_of(source: AudioSource) -> int | None:
 
 
 def _label(source: AudioSource, name: str | None) -> str:
-    return name or (str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>")
+    return visible(name or (source if isinstance(source, str | Path) else f"<{type(source).__name__}>"))
 
 
 @contextmanager

@@ -430,3 +430,10 @@ def test_unusable_folder_is_refused(tmp_path: Path) -> None:
         for use in (AudioCache(folder).load_audio, AudioCache(folder).decode):
             with pytest.raises(WhisperASRError, match=f"{folder}: "):
                 use(SAMPLE_CLIP)
+
+
+def test_no_name_of_a_recording_ends_the_line_of_an_error(tmp_path: Path) -> None:
+    for source in (tmp_path / "a\nERROR \x1b.wav", str(tmp_path / "caf\udce9.wav")):
+        with pytest.raises(AudioError) as caught:
+            load_audio(source)
+        assert str(caught.value).isprintable()
