@@ -23,7 +23,9 @@ The server sends text, JSON objects with a `kind`:
   connection closes with `CLOSE_CODES[code]`.
 
 A server that is `queue_sec` behind stops reading until it has caught up, pings included: clients should wait for
-events, not for pongs.
+events, not for pongs. While it has several clients it hears each at most a little faster than real time. A first
+message must come within seconds unless the token is in the header; `idle_sec` without audio, or with less than a tenth
+of real time, ends a session. More than 100 pings and fragments per second end the connection.
 """
 
 from __future__ import annotations
