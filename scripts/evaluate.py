@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from scripts.command_line import check_model_path, model_argument, parse_setting, path_argument, run_main
 from src.data import create_loader
 from src.data.preparation import DatasetSplits, RecordingChecker, enforce_skip_policy
-from src.data.sources.catalog import load_utterances, unpack
+from src.data.sources.catalog import load_utterances, unpack, with_clips
 from src.data.sources.folder import find_manifests
 from src.data.sources.manifest import is_manifest
 from src.data.utterance import SPLIT_NAMES, Utterance
@@ -185,7 +185,7 @@ def stock_variant(model_config: Any) -> str:
 
 def read_clips(config: Config) -> list[Utterance]:
     """List, check and recase the clips to measure on."""
-    listed = load_utterances(config.data)
+    listed = load_utterances(with_clips(config).data)
     tested = [clip for clip in listed if SPLIT_NAMES.get(str(clip.meta.get("split")).lower()) == "test"]
     if not tested:
         logger.info("no test split in the data: all %d rows are measured", len(listed))

@@ -26,6 +26,7 @@ from src.utils.languages import UNSPACED, graphemes, is_unspaced_character, know
 logger = logging.getLogger(__name__)
 
 BROKEN = "\ufffd"  # what bytes that are no character are decoded to
+LEAST_PROBABILITY = 1e-10  # below it engines differ in rounding
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Word:
     # that end with it, those of words before it in the same token included; 0 if unknown, or if its end is in a token
     tokens: int = field(default=0, compare=False, repr=False)
     space: bool = field(default=True, compare=False, repr=False)  # whether a space precedes it
+    logprob: float = field(default=math.nan, compare=False, repr=False)  # mean natural logarithm of its tokens'
 
 
 def shifted(words: Sequence[Word], by_sec: float) -> tuple[Word, ...]:
@@ -218,9 +220,11 @@ def place_words(
         while begin and text[begin - 1].isspace() and owners[begin - 1] != owners[begin]:
             begin -= 1
         spelling = slice(pieces[owners[begin]][1], until)
-        certainty = sum(probabilities[spelling]) / len(probabilities[spelling]) if probabilities else math.nan
+        certain = list(probabilities[spelling]) if probabilities else [math.nan]
+        certainty, logs = sum(certain) / len(certain), [math.log(max(p, LEAST_PROBABILITY)) for p in certain]
         begin_sec, end_sec = moment(begin, after=False), moment(stop - 1, after=True)
-        words.append(Word(text[start:stop], begin_sec, max(begin_sec, end_sec), float(certainty), size, space))
+        times = begin_sec, max(begin_sec, end_sec)
+        words.append(Word(text[start:stop], *times, float(certainty), size, space, sum(logs) / len(logs)))
     return tuple(words)
 
 

@@ -5,10 +5,11 @@ No model is needed. `src.evaluation.data_checks` adds what only a model can tell
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 
 from src.data.labels import LabelEncoder
 from src.data.preparation import DatasetSplits
-from src.data.report.findings import CLIPPED_FRACTION, LEVELS, Finding, find_all, text_keys
+from src.data.report.findings import CLIPPED_FRACTION, LEVELS, Finding, find_all, sort_findings, text_keys
+from src.data.sources.subtitles import PREPARATION_FILE
 from src.data.utterance import SPLITS, SkippedUtterance, Utterance, stable_hash
 from src.utils.config import Config
 from src.utils.errors import DataError
@@ -43,6 +45,8 @@ _MIN_LOG_SPREAD = 0.1  # 10%: where all clips speak at one rate, not every small
 REPORT_FILE = "data_report.json"
 CLIPS_FILE = "data_report_clips.csv"
 _SHOWN_SKIPPED = 20
+_SHOWN_DOUBTFUL = 10
+LITTLE_COVERED = 0.8  # share of the speech of recordings that is in the clips
 _STYLE = "text-align: left; vertical-align: top; white-space: normal; max-width: 34em"  # prose, not numbers
 
 
@@ -57,6 +61,9 @@ class DataReport:
     skipped: tuple[SkippedUtterance, ...] = ()
     label_styles: pd.DataFrame | None = None  # one row per style of writing, with what it costs the model
     hard_clips: pd.DataFrame | None = None  # clips that the model gets wrong altogether
+    recordings: pd.DataFrame | None = None  # one row per recording that was cut into clips, with how much of its speech
+    rejected: pd.DataFrame | None = None  # passages of their transcripts that were left out, with the reason
+    doubtful: pd.DataFrame | None = None  # clips of theirs whose text matches worst: to listen to
 
     def summary(self) -> pd.DataFrame:
         """Return one row per split, an empty one too; shares are of its clips, NA where nothing was measured."""
@@ -110,6 +117,8 @@ class DataReport:
         """Return the summary and the findings as plain text."""
         lines = [f"data: {self.source}, label case {self.label_case}", "", self._shown_summary().to_string()]
         lines += ["", self._shown_languages().to_string(index=False)]
+        if self.recordings is not None:
+            lines += ["", self.recordings.to_string(index=False)]
         for finding in self.findings:
             lines += ["", f"{finding.level}: {finding.topic}: {finding.message}"]
             lines += [f"    {finding.advice}"] if finding.advice else []
@@ -126,6 +135,10 @@ class DataReport:
             ("Findings", self.findings_table()),
             ("Label styles", self.label_styles),
             ("Hard clips", self.hard_clips),
+            ("Recordings that were cut into clips", self.recordings),
+            (f"Passages left out: {0 if self.rejected is None else len(self.rejected)}",
+             None if self.rejected is None else self.rejected[:_SHOWN_SKIPPED]),
+            ("Clips whose text matches worst: listen to them", self.doubtful),
             (f"Skipped: {len(self.skipped)}", skipped),
         )  # fmt: skip
         parts = [f"<style>.data-report-table td, .data-report-table th {{{_STYLE}}}</style>"]
@@ -133,6 +146,8 @@ class DataReport:
             for title, table in tables:
                 if table is not None and len(table):
                     shown = table.round(3).to_html(index=False, border=0, na_rep="", classes="data-report-table")
+                    for player in re.findall(r"<td>(/[^<]*\.flac)</td>", shown) if table is self.doubtful else ():
+                        shown = shown.replace(f"<td>{player}</td>", f"<td>{_player(Path(html.unescape(player)))}</td>")
                     parts.append(f"<p><b>{html.escape(title)}</b></p>{shown}")
         return "\n".join(parts)
 
@@ -155,6 +170,9 @@ class DataReport:
             "languages": self.languages(),
             "label_styles": self.label_styles,
             "hard_clips": self.hard_clips,
+            "recordings": self.recordings,
+            "rejected": self.rejected,
+            "doubtful": self.doubtful,
         }
         content = {
             "source": self.source,
@@ -178,6 +196,9 @@ class DataReport:
 
         def parse(content: dict[str, Any]) -> DataReport:
             tables = {name: content[name] for name in ("label_styles", "hard_clips")}
+            tables |= {
+                name: content.get(name) for name in ("recordings", "rejected", "doubtful")
+            }  # older reports: none
             return cls(
                 source=content["source"],
                 label_case=content["label_case"],
@@ -226,7 +247,47 @@ def build_data_report(splits: DatasetSplits, config: Config, *, tokenizer: Any |
         clips["tokens"] = [len(encoder.tokenize(u.text, u.language)) + special for u in utterances]
     clips = clips[list(CLIP_TYPES)].astype(CLIP_TYPES)
     skipped = tuple(splits.skipped)
-    return DataReport(splits.source, splits.label_case, clips, find_all(clips, skipped, config.model.task), skipped)
+    tables = _tables_of_recordings(utterances)
+    findings = [*find_all(clips, skipped, config.model.task), *_of_recordings(tables)]
+    return DataReport(splits.source, splits.label_case, clips, sort_findings(findings), skipped, **tables)
+
+
+def _tables_of_recordings(utterances: Sequence[Utterance]) -> dict[str, pd.DataFrame]:
+    """Return what became of long recordings, if the clips were cut from some."""
+    folders = {u.audio.parent for u in utterances if isinstance(u.audio, Path) and "recording_start" in u.meta}
+    files = [folder / PREPARATION_FILE for folder in sorted(folders) if (folder / PREPARATION_FILE).is_file()]
+    if not files:
+        return {}
+    found = [read_json(file, dict, what="a preparation", fix="cut the recordings again") for file in files]
+    scored = [(float(u.meta["score"]), u) for u in utterances if u.meta.get("score")]
+    worst = sorted(scored, key=lambda each: each[0])[:_SHOWN_DOUBTFUL]
+    doubtful = [
+        {"id": u.id, "score": score, "text": u.text, "audio": str(Path(u.audio_name).resolve())} for score, u in worst
+    ]
+    return {
+        "recordings": pd.DataFrame([row for part in found for row in part["recordings"]]),
+        "rejected": pd.DataFrame([row for part in found for row in part["rejected"]]),
+        "doubtful": pd.DataFrame(doubtful),
+    }
+
+
+def _of_recordings(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
+    """Return how much of the speech of long recordings the clips have."""
+    if not tables:
+        return []
+    recordings, rejected = tables["recordings"], tables["rejected"]
+    share = float(recordings["covered_sec"].sum() / max(1e-9, recordings["speech_sec"].sum()))
+    message = f"{share:.0%} of the speech of {len(recordings)} is in the clips; {len(rejected)} passages were left out"
+    advice = "read the reasons, and whether transcripts and recordings belong together; a larger model hears more"
+    return [Finding("warning" if share < LITTLE_COVERED else "info", "recordings", message, advice)]
+
+
+def _player(path: Path) -> str:
+    """Return an HTML player that holds a recording, or the path of one that is not there any more."""
+    if not path.is_file():
+        return html.escape(str(path))
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<audio controls preload="none" src="data:audio/flac;base64,{data}"></audio>'
 
 
 def find_rate_outliers(rates: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -88,8 +88,10 @@ class Transcription:
 
 
 def _for_json(value: Any) -> Any:
-    if isinstance(value, dict):  # of words no numbers of tokens, and `space` only where there is none
-        return {k: _for_json(v) for k, v in value.items() if k != "tokens" and not (k == "space" and v)}
+    if isinstance(value, dict):  # of words `space` only where there is none, and nothing of their tokens
+        return {
+            k: _for_json(v) for k, v in value.items() if k not in ("tokens", "logprob") and not (k == "space" and v)
+        }
     if isinstance(value, list | tuple):
         return [_for_json(each) for each in value]
     return None if isinstance(value, float) and math.isnan(value) else value

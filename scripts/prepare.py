@@ -1,0 +1,79 @@
+"""Cut long recordings with subtitles or plain text into a folder of clips to train on.
+
+    python scripts/prepare.py lectures/ --output clips/
+    python scripts/prepare.py lectures.zip --output clips/ --model small --language de
+
+Recordings have transcripts of their name next to them: talk.mp3 with talk.srt, .vtt, .ass, .lrc, .TextGrid, .json (of
+whisper or whisperX), or .txt. The model listens, the transcript is aligned with what it hears, and what does not match
+is left out with its reason. The output has metadata.csv and FLAC files, which `data.source: folder` and any other tool
+reads, and preparation.json with what was left out. The last line printed is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts.command_line import check_model_path, parse_setting
+from src.inference.files.matching import MIN_SCORE
+from src.inference.files.recordings import prepare_recordings
+from src.utils.config import load_config
+from src.utils.errors import WhisperASRError
+from src.utils.logging_config import setup_logging
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    setup_logging("INFO")
+    try:
+        return run(arguments)
+    except WhisperASRError as err:
+        print(f"{type(err).__name__}: {err}", file=sys.stderr)
+        return 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recordings", type=Path, help="folder, or archive, of recordings with transcripts")
+    parser.add_argument("--output", type=Path, required=True, help="new folder for the clips")
+    parser.add_argument("--model", help="that listens: a name or a folder; default: model.variant")
+    parser.add_argument("--language", help="of the recordings; default: model.language, else what the model hears")
+    parser.add_argument(
+        "--min-score", type=float, default=MIN_SCORE,
+        help="of the least certain word of a clip, 0 at most; higher leaves out more (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--config", type=Path, default=ROOT / "config.yaml")
+    parser.add_argument("--profile", help="one of the file's profiles")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting; may repeat"
+    )
+    return parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> int:
+    named = {"model.variant": arguments.model, "model.language": arguments.language}
+    overrides = {key: value for key, value in named.items() if value}
+    overrides |= dict(parse_setting(text) for text in arguments.set)
+    config = load_config(arguments.config, profile=arguments.profile, overrides=overrides)
+    check_model_path(config.model.variant)
+    prepared = prepare_recordings(arguments.recordings, arguments.output, config, min_score=arguments.min_score)
+    for reason, count in prepared.reasons().most_common():
+        print(f"{count} passage(s) left out: {reason}")
+    figures = {
+        "clips": prepared.clips,
+        "recordings": len(prepared.recordings),
+        "rejected": len(prepared.rejected),
+        "speech_share": round(prepared.speech_share, 4),
+        "output": str(prepared.folder),
+    }
+    print(json.dumps(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""Folders of long recordings with transcripts: cut once into a folder of clips with metadata.csv, which any tool reads.
+
+Next to the clips, `preparation.json` says what became of each recording, and which passages were left out and why.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import soundfile as sf
+from filelock import FileLock
+
+from src.data.audio import SAMPLE_RATE, Waveform, load_audio
+from src.data.sources.archives import unpack
+from src.data.sources.subtitles import PREPARATION_FILE, TranscribedRecording, find_transcribed, read_transcript
+from src.data.utterance import AudioTrack
+from src.inference.engine_base import Engine
+from src.inference.engines import load_engine
+from src.inference.files.matching import MIN_SCORE, Excerpt, MatchedRecording, match_transcript
+from src.utils.config import Config
+from src.utils.errors import DataError
+from src.utils.files import atomic_folder, write_json, write_text_atomic
+from src.utils.languages import join_texts
+
+logger = logging.getLogger(__name__)
+
+PREPARATION_VERSION = 1  # raise it when recordings would be cut otherwise: they are cut again
+MIN_GROUPS = 3  # speakers, or recordings, from which three splits can be cut
+COLUMNS = ("file_name", "text", "speaker", "language", "recording", "recording_start", "recording_end", "score")
+_NUMBERED_SPEAKER = re.compile(r"(?i)(speaker|spk|s|sprecher|locuteur)?[ _-]?\d+")
+_MAX_STEM = 80  # characters of a recording's name in those of its clips
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What became of the recordings of a folder."""
+
+    folder: Path  # with the clips and metadata.csv
+    clips: int
+    recordings: tuple[dict[str, object], ...]  # one row each, as in preparation.json
+    rejected: tuple[dict[str, object], ...]  # one row per passage
+
+    @property
+    def speech_share(self) -> float:
+        """Share of all speech that is in the clips."""
+        speech = sum(float(str(row["speech_sec"])) for row in self.recordings)
+        return sum(float(str(row["covered_sec"])) for row in self.recordings) / speech if speech else float("nan")
+
+    def reasons(self) -> Counter[str]:
+        """Count the passages that were left out by reason."""
+        return Counter(re.sub(r"'.*'|[\d.]+ ?", "", str(row["reason"])).strip() for row in self.rejected)
+
+
+def cut_recordings(config: Config, path: Path, *, engine: Engine | None = None) -> Path:
+    """Return the folder of clips of the recordings in `path`, made once in `paths.cache_dir`; another path as it is.
+
+    `prepare_datasets` calls it, by its name, for `data.source: folder`.
+    """
+    found = find_transcribed(path)
+    if not found:
+        return path
+    files = sorted({file for each in found for file in (each.audio, each.transcript)})
+    stats = [(str(file.resolve()), (state := file.stat()).st_size, state.st_mtime_ns) for file in files]
+    chosen = (
+        config.data.audio_track,
+        config.model.variant,
+        config.model.language,
+        config.inference.max_segment_sec,
+        config.vad.model_dump(),
+    )
+    key = repr((PREPARATION_VERSION, stats, chosen)).encode()
+    folder = config.paths.cache_dir / "clips" / hashlib.sha256(key).hexdigest()[:16]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # other processes wait, then find the clips
+        if folder.is_dir():
+            logger.info("%s: %d recordings with transcripts, cut before into %s", path, len(found), folder)
+        else:
+            prepare_recordings(path, folder, config, engine=engine)
+    return folder
+
+
+def prepare_recordings(
+    path: Path, output: Path, config: Config, *, engine: Engine | None = None, min_score: float = MIN_SCORE
+) -> Preparation:
+    """Cut recordings at the silences between the sentences of their transcripts.
+
+    Args:
+        path: a folder, or an archive of one, in which recordings have transcripts of their name: subtitles, JSON of
+            whisper or whisperX, TextGrid, or plain text.
+        output: a new folder for the clips.
+        config: `model.variant` is the model that listens, unless there is an engine; `model.language` the language of
+            recordings whose transcript does not name one (talk.de.srt). A short recording with plain text is a clip
+            already, and taken as it is.
+        engine: from `load_engine`.
+        min_score: see `Excerpt.score`; a higher one accepts less.
+
+    Raises:
+        DataError: no recording with a transcript, one that cannot be read, or nothing of them matches.
+    """
+    found = find_transcribed(unpack(path))
+    if not found:
+        what = "no recording with a transcript of its name, or there is a manifest already"
+        raise DataError(f"{path}: {what}; put talk.srt, .vtt, .lrc, .json, .TextGrid or .txt next to talk.mp3")
+    rows: list[dict[str, object]] = []
+    recordings: list[dict[str, object]] = []
+    rejected: list[dict[str, object]] = []
+    try:
+        with atomic_folder(output) as partial:
+            names = _clip_names(found)
+            for each in found:
+                passages = read_transcript(each.transcript)
+                track = config.data.audio_track
+                audio = load_audio(each.audio if track is None else AudioTrack(each.audio, track), allow_silence=True)
+                duration_sec, is_prose = len(audio) / SAMPLE_RATE, each.transcript.suffix.lower() == ".txt"
+                if is_prose and duration_sec <= config.inference.max_segment_sec:  # a clip already
+                    whole = Excerpt(join_texts(p.text for p in passages), 0.0, duration_sec, 0.0, duration_sec)
+                    language = each.language or config.model.language
+                    matched = MatchedRecording((whole,), duration_sec, duration_sec, duration_sec, language)
+                else:
+                    engine = engine or load_engine(config.model.variant, config)
+                    matched = match_transcript(
+                        audio, passages, engine, config, language=each.language, min_score=min_score
+                    )
+                accepted = [excerpt for excerpt in matched.excerpts if excerpt.reason is None]
+                rows += [_write_clip(partial, audio, names[each.audio], e, each, matched) for e in accepted]
+                recordings.append(_summary(each, matched, len(accepted)))
+                rejected += [_row(each, excerpt) for excerpt in matched.excerpts if excerpt.reason is not None]
+                logger.info(
+                    "%s: %d clips, %.0f%% of %.1f min of speech; %d passages left out", each.audio, len(accepted),
+                    100 * matched.covered_sec / max(matched.speech_sec, 1e-9), matched.speech_sec / 60,
+                    len(matched.excerpts) - len(accepted),
+                )  # fmt: skip
+            if not rows:
+                reasons = Counter(str(row["reason"]) for row in rejected).most_common(3)
+                fix = "check the pairs and the language; a larger model.variant hears more"
+                raise DataError(f"{path}: nothing of {len(found)} transcript(s) matches its recording {reasons}; {fix}")
+            _fill_speakers(rows)
+            table = io.StringIO()
+            writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_text_atomic(partial / "metadata.csv", table.getvalue())
+            content = {"version": PREPARATION_VERSION, "source": str(path), "model": config.model.variant}
+            write_json(partial / PREPARATION_FILE, {**content, "recordings": recordings, "rejected": rejected})
+    except OSError as err:
+        raise DataError(f"{output}: clips cannot be written: {err.strerror or err}; choose another folder") from err
+    return Preparation(output, len(rows), tuple(recordings), tuple(rejected))
+
+
+def _clip_names(found: Sequence[TranscribedRecording]) -> dict[Path, str]:
+    """Return the beginning of the names of each recording's clips."""
+    names: dict[Path, str] = {}
+    for each in found:
+        name = re.sub(r"[^\w.-]+", "_", each.audio.stem)[:_MAX_STEM]
+        taken = sum(other == name or other.startswith(f"{name}~") for other in names.values())
+        names[each.audio] = f"{name}~{taken + 1}" if taken else name
+    return names
+
+
+def _write_clip(
+    folder: Path, audio: Waveform, name: str, excerpt: Excerpt, source: TranscribedRecording, matched: MatchedRecording
+) -> dict[str, object]:
+    """Write one clip and return its row; `recording_start` and `_end` are those of its speech."""
+    file = folder / f"{name}-{round(excerpt.start_sec * 1000):09d}.flac"
+    clip = audio[round(excerpt.cut_start_sec * SAMPLE_RATE) : round(excerpt.cut_end_sec * SAMPLE_RATE)]
+    sf.write(file, clip, SAMPLE_RATE, subtype="PCM_16")
+    row = _row(source, excerpt)
+    values = {"file_name": file.name, "language": matched.language, "recording_start": row["start_sec"]}
+    return {key: {**row, **values, "recording_end": row["end_sec"]}.get(key) for key in COLUMNS}
+
+
+def _row(source: TranscribedRecording, excerpt: Excerpt) -> dict[str, object]:
+    fields = {key: value for key, value in asdict(excerpt).items() if not key.startswith("cut_")}
+    rounded = {k: (None if v != v else round(v, 3)) if isinstance(v, float) else v for k, v in fields.items()}
+    return {"recording": source.audio.name, **rounded}
+
+
+def _summary(source: TranscribedRecording, matched: MatchedRecording, clips: int) -> dict[str, object]:
+    return {
+        "recording": source.audio.name,
+        "transcript": source.transcript.name,
+        "language": matched.language,
+        "duration_sec": round(matched.duration_sec, 2),
+        "speech_sec": round(matched.speech_sec, 2),
+        "covered_sec": round(matched.covered_sec, 2),
+        "clips": clips,
+        "rejected": len(matched.excerpts) - clips,
+    }
+
+
+def _fill_speakers(rows: Sequence[dict[str, object]]) -> None:
+    """Let splits be cut by speaker, else by recording; where there are too few of both, by clip.
+
+    Recognisers number the speakers of each recording: SPEAKER_00 of another one is somebody else.
+    """
+    for row in rows:
+        speaker = str(row["speaker"] or "")
+        if _NUMBERED_SPEAKER.fullmatch(speaker):
+            row["speaker"] = f"{row['recording']} {speaker}"
+    if not all(row["speaker"] for row in rows) or len({row["speaker"] for row in rows}) < MIN_GROUPS:
+        by_recording = MIN_GROUPS <= len({row["recording"] for row in rows}) < len(rows)
+        for row in rows:
+            row["speaker"] = row["recording"] if by_recording else None
