@@ -40,6 +40,8 @@ _WESTERN = re.compile(
     r"[\s -~…’‘“”„–—«»€£§°·¿¡ºªÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØŒÙÚÛÜŸßàáâãäåæçèéêëìíîïñòóôõöøœùúûüÿ]*"
 )  # what other code pages than 1252 hardly look like
 _FOREIGN = re.compile(r"[À-ÿŒœŸ]{3}")
+_UTF8 = re.compile(rb"[\xc2-\xf4][\x80-\xbf]")
+_STRAY = "\"'\ufeff\u200b\u200e\u200f\u202a\u202c"  # around names that were copied from somewhere
 
 Row = dict[str, Any]
 
@@ -70,17 +72,20 @@ def read_rows(manifest: Path, *, quoted: bool = True) -> Iterator[tuple[int, Row
 def find_audio(folder: Path, name: str) -> Path:
     """Return the path of a recording that a manifest names, relative to its folder.
 
-    Where it is not there as written, other spellings of the name are tried: without surrounding spaces, with Windows'
-    backslashes as slashes, in macOS' form of letters or the usual one. A `file://` address is a path, `~` the home.
+    Where it is not there as written, other spellings of the name are tried: without surrounding spaces and quotes, with
+    Windows' backslashes as slashes, in macOS' form of letters or the usual one. A `file://` address is a path, and `~`
+    the home.
     """
     if name.startswith("file:/"):
         name = unquote(re.sub("^file:(//(localhost)?)?", "", name))
     written = folder / name
     if name and os.path.exists(written):  # noqa: PTH110  a name of 5,000 letters or with a zero byte is not there
         return written
-    spellings = [name.strip(), name.strip().replace("\\", "/"), os.path.expanduser(name.strip())]  # noqa: PTH111
+    bare = name.strip().strip(_STRAY).strip()
+    spellings = [name.strip(), bare, bare.replace("\\", "/"), os.path.expanduser(bare)]  # noqa: PTH111
     spellings += [unicodedata.normalize(form, spelling) for form in ("NFC", "NFD") for spelling in spellings]
-    return next((folder / s for s in dict.fromkeys(spellings) if s and os.path.exists(folder / s)), written)  # noqa: PTH110
+    there = (folder / s for s in dict.fromkeys(spellings) if s and os.path.exists(folder / s))  # noqa: PTH110
+    return next(there, written)
 
 
 def text_of(value: object) -> str:
@@ -123,8 +128,11 @@ def read_text(manifest: Path) -> str:
         return data.decode(encoding)
     except UnicodeDecodeError as err:
         line = data.count(b"\n", 0, err.start) + 1
-        western = data.decode("cp1252", "replace") if manifest.suffix.lower() in (".csv", ".tsv") else "\ufffd"
-        if _WESTERN.fullmatch(western) and not _FOREIGN.search(western):
+        western = data.decode("cp1252", "replace")
+        # not UTF-8 of which a byte is damaged
+        is_whole = not _UTF8.search(data) and err.reason != "unexpected end of data" and encoding == "utf-8-sig"
+        is_table = manifest.suffix.lower() in (".csv", ".tsv")
+        if is_table and is_whole and _WESTERN.fullmatch(western) and not _FOREIGN.search(western):
             word = next(word for word in re.split(r"[\s,;|]+", western) if not word.isascii())
             what = "not UTF-8, read as Windows-1252, for example %r; if that is wrong, save it again as UTF-8"
             logger.warning(f"%s, line %d: {what}", manifest, line, word)

@@ -88,11 +88,12 @@ def test_western_code_pages_are_read_with_a_warning(
     ("text", "encoding"),
     [
         ("Привет, как дела", "cp1251"), ("Привет", "koi8-r"), ("καλημέρα", "cp1253"), ("gdzie jest łódź", "cp1250"),
+        ("über \udcc3", "utf-8"), ("hallo \udcfc\udcc3\udcbc", "utf-8"),
         ("こんにちは", "shift_jis"), ("你好世界", "gb18030"), ("안녕하세요", "euc-kr"), ("şöyle ğ ı", "cp1254"),
     ],
 )  # fmt: skip
 def test_other_code_pages_are_refused_rather_than_guessed(tmp_path: Path, text: str, encoding: str) -> None:
-    write(tmp_path, {"metadata.csv": f"file_name,text\na.wav,{text}\n".encode(encoding)})
+    write(tmp_path, {"metadata.csv": f"file_name,text\na.wav,{text}\n".encode(encoding, "surrogateescape")})
     with pytest.raises(DataError, match="line 2: not UTF-8"):
         read_folder(tmp_path)
 
@@ -215,7 +216,8 @@ def test_a_packed_manifest_is_bounded_and_damage_is_named(tmp_path: Path, monkey
 
 NAMES = [
     ("sub/a b.wav", "sub\\a b.wav"), ("a.wav", ".\\a.wav"), ("a.wav", " a.wav "), ("café.wav", "cafe\u0301.wav"),
-    ("cafe\u0301/b.wav", "café\\b.wav"), ("a.wav", "./a.wav"), ("back\\slash.wav", "back\\slash.wav"),
+    ("cafe\u0301/b.wav", "café\\b.wav"), ("a.wav", "./a.wav"), ("a.wav", "\u202a'a.wav'"),
+    ("back\\slash.wav", "back\\slash.wav"),
 ]  # fmt: skip
 
 
