@@ -18,12 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from src.data.audio import open_regular
+from src.data.sources.archives import ALLOWED_BYTES, MAX_RATIO
 from src.data.sources.folder import utterance_from_row
 from src.data.sources.manifest import AUDIO_COLUMNS, TEXT_COLUMNS, find_audio, pick_column
 from src.data.utterance import Utterance, split_of, with_unique_ids
 from src.utils.errors import AudioError, DataError, SourceUnavailableError
 
 KEPT_BYTES = 256 << 20  # of row groups, per process
+ROW_BYTES = 256  # that a row takes at least, whatever is in it
 
 _kept: OrderedDict[tuple[Path, int, str], pa.ChunkedArray] = OrderedDict()  # the newest, up to `KEPT_BYTES`
 _lock = threading.Lock()  # the threads of a process share them
@@ -70,14 +72,36 @@ def _read_row_group(path: Path, row_group: int, column: str) -> pa.ChunkedArray:
             return _kept[key]
     try:
         with pq.ParquetFile(path) as file:
-            array = file.read_row_group(row_group, columns=[column], use_threads=False).column(column)
-    except (pa.ArrowInvalid, OSError) as err:
+            array = _read_columns(file, path, row_group, [column], batch_rows=8).column(column)
+    except (pa.ArrowException, OSError) as err:
         raise AudioError(f"{path}, row group {row_group}: cannot be read: {err}; fetch the file again") from err
     with _lock:
         _kept[key] = array
         while len(_kept) > 1 and sum(kept.nbytes for kept in _kept.values()) > KEPT_BYTES:
             _kept.popitem(last=False)
     return array
+
+
+def _read_columns(
+    parquet: pq.ParquetFile, path: Path, row_group: int, columns: list[str], *, batch_rows: int, spent: int = 0
+) -> pa.Table:
+    """Read a row group; raises `ArrowInvalid` if more comes out than speech in a file of this size can have.
+
+    A value that is stored once and used by each row, or a page of zeros, needs few bytes in the file.
+    """
+    allowed = max(ALLOWED_BYTES, MAX_RATIO * path.stat().st_size) - spent
+    promised = parquet.metadata.row_group(row_group).total_byte_size
+    batches: list[pa.RecordBatch] = []
+    for batch in (
+        parquet.iter_batches(batch_rows, [row_group], columns, use_threads=False) if promised <= allowed else ()
+    ):
+        allowed -= batch.nbytes + ROW_BYTES * batch.num_rows
+        batches.append(batch)
+        if allowed < 0:
+            break
+    if promised > allowed or allowed < 0:
+        raise pa.ArrowInvalid(f"row group {row_group} unpacks to {MAX_RATIO} times the file or more")
+    return pa.Table.from_batches(batches) if batches else parquet.read_row_group(row_group, columns=columns)
 
 
 def read_parquet(
@@ -103,7 +127,9 @@ def _read_file(
         with pq.ParquetFile(file) as parquet:
             schema = parquet.schema_arrow
             audio_column = audio_column or _find_audio_column(schema, file)
-            plain = [f.name for f in schema if f.name != audio_column and not pa.types.is_nested(f.type)]
+            if audio_column not in schema.names:
+                raise DataError(f"{file}: no column {audio_column!r}; it has {', '.join(schema.names)}")
+            plain = [f.name for f in schema if f.name != audio_column and _is_plain(f.type)]
             text_column = text_column or pick_column(plain, TEXT_COLUMNS, "text", str(file))
             if text_column not in plain:
                 raise DataError(f"{file}: no column {text_column!r}; it has {', '.join(schema.names)}")
@@ -112,9 +138,11 @@ def _read_file(
             split = split_of(file.relative_to(root))
             added = {"split": split} if split is not None and "split" not in plain else {}
             names = _class_names(schema)
+            spent = 0
             for group in range(parquet.num_row_groups):
-                rows = parquet.read_row_group(group, columns=wanted, use_threads=False).to_pylist()
-                for number, row in enumerate(rows):
+                table = _read_columns(parquet, file, group, wanted, batch_rows=64, spent=spent)
+                spent += table.nbytes + ROW_BYTES * table.num_rows
+                for number, row in enumerate(table.to_pylist()):
                     for column in names.keys() & row.keys():
                         row[column] = names[column].get(row[column])
                     named = (row.pop(audio_column) or {}).get("path") if is_struct else None
@@ -123,15 +151,19 @@ def _read_file(
                         {**row, **added}, ParquetCell(file, group, number, audio_column), text_column=text_column,
                         language=language, fallback_id=stem or f"{file.stem}-{group}-{number}",
                     )  # fmt: skip
-    except (pa.ArrowInvalid, OSError) as err:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as err:  # or not UTF-8, or a date out of range
         raise DataError(f"{file}: not a Parquet file that can be read: {err}; fetch it again") from err
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    return not pa.types.is_nested(kind) and not pa.types.is_binary(kind) and not pa.types.is_large_binary(kind)
 
 
 def _class_names(schema: pa.Schema) -> dict[str, dict[Any, str]]:
     """Return the names of the numbers in columns that datasets wrote as `ClassLabel`."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return {}
     labels = {name: f["names"] for name, f in features.items() if isinstance(f, dict) and "names" in f}
     return {name: dict(enumerate(classes)) for name, classes in labels.items()}

@@ -142,3 +142,50 @@ def test_numbers_of_class_labels_are_read_by_their_names_and_other_numbers_are_n
     named = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     pq.write_table(named, tmp_path / "named.parquet")
     assert [u.language for u in read_parquet(tmp_path / "named.parquet")] == ["cs", "de", None]
+
+
+def write_bomb(path: Path, kind: str) -> None:
+    rows = 100
+    large = "a" * (1 << 20)
+    columns = {"audio": pa.array([{"bytes": b"x", "path": "a.wav"}] * rows), "text": pa.array(["hello"] * rows)}
+    if kind == "audio":  # stored once, used by each row
+        columns["audio"] = pa.array([{"bytes": large.encode(), "path": "a.wav"}] * rows)
+    elif kind == "text":
+        columns["text"] = pa.array([large] * rows)
+    elif kind == "other column":
+        columns["note"] = pa.array([large] * rows)
+    else:
+        columns = {name: pa.array([None] * 3_000_000, column.type) for name, column in columns.items()}
+    pq.write_table(pa.table(columns), path, compression="zstd", use_dictionary=kind != "pages")
+
+
+@pytest.mark.parametrize("kind", ["audio", "text", "other column", "rows of nothing"])
+def test_a_small_file_that_unpacks_to_much_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "bomb.parquet"
+    write_bomb(path, kind)
+    assert path.stat().st_size < 2 << 20
+    with pytest.raises(DataError, match=r"bomb\.parquet.* unpacks to 100 times"):
+        for utterance in load_utterances(DataConfig(source="parquet", path=path)):
+            utterance.audio.read()
+
+
+def test_damaged_files_and_odd_columns_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "odd.parquet"
+    cells = pa.array([{"bytes": b"x", "path": "a.wav"}] * 3)
+    bad_text = pa.array([b"\xff\xfe", b"a", b"b"], pa.binary()).view(pa.string())
+    metadata = {b"huggingface": b"[" * 100_000}
+    table = pa.table({"audio": cells, "text": bad_text, "image": pa.array([b"1", b"2", b"3"])})
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    with pytest.raises(DataError, match=r"odd\.parquet: not a Parquet file that can be read"):
+        load_utterances(DataConfig(source="parquet", path=path))
+    with pytest.raises(DataError, match=r"odd\.parquet: no column 'sound'; it has audio, text, image"):
+        read_parquet(path, audio_column="sound")
+    pq.write_table(pa.table({"audio": cells, "text": ["a", "b", "c"]}), path)
+    whole = path.read_bytes()
+    for place in range(4, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        try:
+            for utterance in load_utterances(DataConfig(source="parquet", path=path)):
+                utterance.audio.read()
+        except DataError as err:
+            assert "odd.parquet" in str(err)
