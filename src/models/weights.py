@@ -43,6 +43,18 @@ HUB_REPOSITORIES = {
     **{name: f"openai/whisper-{name}" for name in VARIANTS},
     "distil": "distil-whisper/distil-large-v3",
 }
+HUB_REVISIONS = {  # commits whose weights are taken; "openai/whisper-base@main" takes others
+    "openai/whisper-tiny": "169d4a4341b33bc18d8881c4b69c2e104e1cc0af",
+    "openai/whisper-tiny.en": "87c7102498dcde7456f24cfd30239ca606ed9063",
+    "openai/whisper-base": "e37978b90ca9030d5170a5c07aadb050351a65bb",
+    "openai/whisper-base.en": "911407f4214e0e1d82085af863093ec0b66f9cd6",
+    "openai/whisper-small": "973afd24965f72e36ca33b3055d56a652f456b4d",
+    "openai/whisper-small.en": "e8727524f962ee844a7319d92be39ac1bd25655a",
+    "openai/whisper-medium": "abdf7c39ab9d0397620ccaea8974cc764cd0953e",
+    "openai/whisper-medium.en": "2e98eb6279edf5095af0c8dedb36bdec0acd172b",
+    "openai/whisper-large-v3-turbo": "41f01f3fe87f28c78e2fbf8b568835947dd65ed9",
+    "distil-whisper/distil-large-v3": "8031d2e6ce6631b7fc45629dddfc00271116d981",
+}
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,8 @@ def resolve_weights(variant_or_path: str, *, cache_dir: Path) -> ResolvedWeights
 
     Args:
         variant_or_path: a variant such as "base"; a folder with a Hugging Face or a CTranslate2 checkpoint (write
-            `./base` for a folder that is named like a variant); or a repository of the Hub, "owner/name".
+            `./base` for a folder that is named like a variant); or a repository of the Hub, "owner/name", of
+            which "owner/name@revision" takes a branch, tag or commit.
         cache_dir: conversions are kept under `cache_dir/weights`; downloads stay in the Hub's own cache.
 
     Returns:
@@ -135,11 +148,11 @@ def resolve_weights(variant_or_path: str, *, cache_dir: Path) -> ResolvedWeights
             return _from_folder(folder, cache_dir)
         if folder.exists():
             raise ModelError(f"{folder}: is a file; pass the folder that holds the checkpoint")
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
             what = "no such folder" if len(folder.parts) > 1 else "unknown variant"
             raise ModelError(
                 f"{name!r}: {what}{did_you_mean(name, VARIANTS)}\n"
-                f"Known: {', '.join(VARIANTS)}; the path of a folder; a repository of the Hub as 'owner/name'"
+                f"Known: {', '.join(VARIANTS)}; the path of a folder; a repository of the Hub, 'owner/name[@revision]'"
             )
         attempts.append(f"folder {name}: does not exist")
     repository, packaged = HUB_REPOSITORIES.get(name, name), PACKAGED_MODELS.get(name)
@@ -171,19 +184,24 @@ def _from_folder(folder: Path, cache_dir: Path) -> ResolvedWeights:
 
 
 def _from_hub(repository: str, attempts: list[str]) -> ResolvedWeights | None:
-    """Take the local copy, else ask the Hub; what failed is added to the attempts."""
-    for local in (True, False):
+    """Take the local copy, else ask the Hub, else take another commit's copy; what failed is added to the attempts."""
+    repository, _, asked = repository.partition("@")
+    pinned = HUB_REVISIONS.get(repository)
+    tries = [(asked or pinned, True), (asked or pinned, False), *([(None, True)] if pinned and not asked else [])]
+    for revision, local in tries:
         where = f"local copy of {repository}" if local else f"Hugging Face Hub {repository}"
         if not local and constants.is_offline_mode():
             attempts.append(f"{where}: not asked, HF_HUB_OFFLINE is set")
-            break
+            continue
         try:
             if not local:
                 logger.info("asking the Hugging Face Hub for %s", repository)
-                HfApi().model_info(repository, timeout=HUB_TIMEOUT_SEC)  # fails fast; snapshot_download does not
+                HfApi().model_info(
+                    repository, revision=revision, timeout=HUB_TIMEOUT_SEC
+                )  # fails fast; snapshot_download does not
             path = Path(snapshot_download(
-                repository, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT_SEC, local_files_only=local,
-                ignore_patterns=["*/*"],  # other formats in subfolders
+                repository, revision=revision, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT_SEC,
+                local_files_only=local, ignore_patterns=["*/*"],  # other formats in subfolders
             ))  # fmt: skip
         except HUB_ERRORS as err:
             reason = "not downloaded yet" if local else f"{type(err).__name__}: {first_line(err)}"
@@ -194,6 +212,8 @@ def _from_hub(repository: str, attempts: list[str]) -> ResolvedWeights | None:
             continue
         problem = _incomplete(path)
         if problem is None:
+            if revision is None and pinned:
+                logger.warning("%s: commit %s is there, %s is not", where, path.name, pinned)
             logger.info("weights: %s", where)
             return ResolvedWeights(path, f"Hugging Face Hub {repository}@{path.name}")
         attempts.append(f"{where}: incomplete: {problem}")

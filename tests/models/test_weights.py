@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -138,11 +139,17 @@ def test_download_goes_through_the_hub_client_and_names_the_revision(
         return str(shutil.copytree(tiny_en_folder, tmp_path / "snapshots" / "abc123"))
 
     reach_hub("http://127.0.0.1:9")
-    monkeypatch.setattr(weights.HfApi, "model_info", lambda self, repository, timeout: None)
+    monkeypatch.setattr(weights.HfApi, "model_info", lambda self, repository, revision, timeout: None)
     monkeypatch.setattr(weights, "snapshot_download", download)
     found = resolve_weights("distil", cache_dir=tmp_path)
     assert found.source == "Hugging Face Hub distil-whisper/distil-large-v3@abc123"
     assert asked["repository"] == "distil-whisper/distil-large-v3"
+    assert asked["revision"] == weights.HUB_REVISIONS["distil-whisper/distil-large-v3"]
+    shutil.rmtree(tmp_path / "snapshots")
+    resolve_weights("openai/whisper-tiny.en@refs/pr/7", cache_dir=tmp_path)
+    assert (asked["repository"], asked["revision"]) == ("openai/whisper-tiny.en", "refs/pr/7")
+    assert set(weights.HUB_REVISIONS) == set(weights.HUB_REPOSITORIES.values())
+    assert all(re.fullmatch("[0-9a-f]{40}", revision) for revision in weights.HUB_REVISIONS.values())
     assert not any("*.bin" in pattern for pattern in asked["allow_patterns"])
 
 

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from src.data.sources.catalog import SAMPLES_DIR
+from src.data.sources.hub import CORPORA
+from src.models.weights import HUB_REPOSITORIES, PACKAGED_MODELS
+
 ROOT = Path(__file__).resolve().parents[2]
 ORDER = ["utils", "data", "models", "inference", "evaluation", "training"]
 MAX_FLOORS = 8  # modules in the longest chain of imports within a package
@@ -107,3 +111,21 @@ def test_constraints_hold_colabs_versions() -> None:
     pinned = re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)
     assert len(pinned) > 100
     assert not [(n, v) for n, v in pinned if n.lower() in shipped and shipped[n.lower()] != v]
+
+
+def test_setup_installs_the_tested_set_by_its_hashes() -> None:
+    pin = re.compile(r"^([\w.-]+)==([^\s;]+)", re.M)
+    lock = (ROOT / "requirements-dev.lock").read_text()
+    assert pin.findall(lock) == pin.findall((ROOT / "constraints.txt").read_text())
+    for entry in re.split(r"\n(?=\w)", lock)[1:]:
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), entry[:80]
+    assert "--require-hashes -r requirements-dev.lock" in (ROOT / "Makefile").read_text()
+
+
+def test_whatever_comes_with_the_project_has_its_licence_in_the_table() -> None:
+    table = (ROOT / "docs" / "LICENCES.md").read_text()
+    packaged = {name for model in PACKAGED_MODELS.values() for name, _ in model.distributions}
+    bundled = {path.name for path in SAMPLES_DIR.iterdir() if path.suffix != ".md"} | {"english_spelling.json"}
+    corpora = {corpus.id for corpus in CORPORA.values()}
+    for name in (*packaged, *bundled, *corpora, *HUB_REPOSITORIES.values(), "silero-vad"):
+        assert f"`{name}`" in table, name

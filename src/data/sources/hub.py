@@ -44,19 +44,25 @@ class HubCorpus:
     validation_split: str | None = None  # where there is none, it is cut from train
     test_split: str | None = None
     language: str | None = None  # of rows that do not say theirs; None takes it from the subset's name (en-US)
-    revision: str | None = None  # `PARQUET_REVISION` where main holds a script, which datasets 4 refuses
+    revision: str | None = None  # a commit, or `PARQUET_REVISION` where main holds a script, which datasets 4 refuses
     audio_column: str | None = None  # found by type and name
     text_column: str | None = None  # found by name
 
 
-CORPORA: dict[str, HubCorpus] = {
-    "minds14": HubCorpus("PolyAI/minds14", "en-US", "train", revision=PARQUET_REVISION),
-    "librispeech": HubCorpus("openslr/librispeech_asr", "clean", "train.100", "validation", "test", "en"),
+CORPORA: dict[str, HubCorpus] = {  # `data.hub.revision` takes another commit
+    "minds14": HubCorpus("PolyAI/minds14", "en-US", "train", revision="40ce77cb32a384e4d50a568e1ec39ac804019d33"),
+    "librispeech": HubCorpus(
+        "openslr/librispeech_asr", "clean", "train.100", "validation", "test", "en",
+        revision="71cacbfb7e2354c4226d01e70d77d5fca3d04ba1",
+    ),
     "fleurs": HubCorpus(
         "google/fleurs", None, "train", "validation", "test", revision=PARQUET_REVISION, text_column="raw_transcription"
     ),
-    "speechocean762": HubCorpus("mispeech/speechocean762", None, "train", None, "test", "en"),
-}
+    "speechocean762": HubCorpus(
+        "mispeech/speechocean762", None, "train", None, "test", "en",
+        revision="f95618ea1353303f34cf186b9c310fa2c1eb02c8",
+    ),
+}  # fmt: skip
 
 
 def stream_hub(source: str, options: HubConfig) -> dict[str, Iterator[Utterance]]:
