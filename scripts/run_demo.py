@@ -26,6 +26,7 @@ import papermill
 from nbconvert import HTMLExporter
 
 from scripts.command_line import path_argument
+from src.utils.tracking import check_run_id
 
 NOTEBOOK = ROOT / "whisper_asr_colab.ipynb"
 QUICK = {
@@ -40,7 +41,7 @@ def main() -> int:
     parser.add_argument("--runs-dir", type=path_argument, default=ROOT / "runs")
     parser.add_argument("--quick", action="store_true", help="a few clips, one epoch: shows that everything runs")
     arguments = parser.parse_args()
-    run_dir = arguments.runs_dir.resolve() / arguments.run_id
+    run_dir = arguments.runs_dir.resolve() / check_run_id(arguments.run_id)
     shutil.rmtree(run_dir, ignore_errors=True)
     run_dir.mkdir(parents=True)
     print(f"running {NOTEBOOK.name} with the demo profile; this takes some minutes", flush=True)

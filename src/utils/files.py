@@ -240,7 +240,7 @@ def read_json(path: Path, parse: Callable[[Any], T], *, what: str, fix: str) -> 
         return parse(parse_json(path.read_bytes()))
     except OSError as err:
         raise DataError(f"{path}: cannot be read: {err.strerror}; {fix}") from err
-    except (ValueError, TypeError, KeyError, AttributeError) as err:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as err:
         problem = first_line(err)
         if callable(errors := getattr(err, "errors", None)):  # pydantic's first line only counts them
             problem = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in errors()[:3])

@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import platform
+import re
 import secrets
 import sys
 import threading
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from src.utils.config import Config, flatten
-from src.utils.errors import MissingDependencyError, WhisperASRError
+from src.utils.errors import ConfigError, MissingDependencyError, WhisperASRError
 from src.utils.files import LOCK, claim, json_line, jsonable, parse_json, write_bytes_atomic, write_text_atomic
 from src.utils.runtime import installed_version
 from src.utils.versioning import get_git_revision
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 _PACKAGES = (
     "torch", "torchaudio", "transformers", "accelerate", "peft", "ctranslate2", "numpy", "jiwer", "silero-vad", "soxr",
 )  # fmt: skip
+MAX_RUN_ID_BYTES = 200
 _EVALUATION_RATES = ("wer", "cer", "loss", "rtf")
 _TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
 _MLFLOW_ENVIRONMENT = {
@@ -66,12 +68,13 @@ class ExperimentLogger(AbstractContextManager["ExperimentLogger"]):
             was cut by a crash is removed.
 
     Raises:
+        ConfigError: if `run_id` is no name of a folder.
         WhisperASRError: if the folder cannot be written, another process writes there, or a tracker cannot start.
         MissingDependencyError: if a package that a tracker needs is absent.
     """
 
     def __init__(self, config: Config, *, run_id: str | None = None) -> None:
-        self.run_id = run_id or time.strftime("%Y%m%d-%H%M%S")
+        self.run_id = check_run_id(run_id or time.strftime("%Y%m%d-%H%M%S"))
         self.dir = config.paths.runs_dir / self.run_id
         self.figures_dir = self.dir / "figures"
         self.metrics_path = self.dir / "metrics.jsonl"
@@ -188,6 +191,15 @@ class ExperimentLogger(AbstractContextManager["ExperimentLogger"]):
                 del self._trackers[name]
                 reason = f"{type(err).__name__}: {err}"
                 logger.warning("tracker %s is off from here on; metrics.jsonl goes on: %s", name, reason)
+
+
+def check_run_id(run_id: str) -> str:
+    """Return a run id that is a name, which no path is; raises `ConfigError` for any other."""
+    is_name = isinstance(run_id, str) and re.fullmatch(r"\w([\w .,+=@#()-]*[\w+=@#()-])?", run_id)
+    if not is_name or len(os.fsencode(run_id)) > MAX_RUN_ID_BYTES:
+        what = f"{str(run_id)[:100]!r} is no run id: that is a name of at most {MAX_RUN_ID_BYTES} bytes, and no path"
+        raise ConfigError(f"{what}; use letters, digits, - and _, and set paths.runs_dir to choose the place")
+    return run_id
 
 
 def _describe_environment() -> dict[str, Any]:

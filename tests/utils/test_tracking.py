@@ -19,8 +19,8 @@ import pytest
 from src.evaluation.report.run_files import load_metrics
 from src.utils import tracking
 from src.utils.config import Config, load_config
-from src.utils.errors import MissingDependencyError, WhisperASRError
-from src.utils.tracking import ExperimentLogger, point_of
+from src.utils.errors import ConfigError, MissingDependencyError, WhisperASRError
+from src.utils.tracking import ExperimentLogger, check_run_id, point_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -394,3 +394,18 @@ def test_a_tracker_that_cannot_start_is_an_error_and_those_that_did_are_closed(
     with pytest.raises(WhisperASRError, match=r"'mlflow'.*No space.*tracking\.trackers"):
         ExperimentLogger(with_trackers(config, "tensorboard", "mlflow"), run_id="r")
     assert closed == [True]
+
+
+@pytest.mark.parametrize(
+    "run_id",
+    ["../../escaped", "/tmp/escaped", "a/b", "a\\b", "..", ".", ".hidden", "a\nb", "a\0b", "~", "$HOME", "x" * 201,
+     "漢" * 70, "name.", " a", "a ", "C:x", "\ud800", "-rf"],
+)  # fmt: skip
+def test_a_run_id_is_a_name_and_no_path(tmp_path: Path, run_id: str) -> None:
+    config = load_config(None, overrides={"paths.runs_dir": tmp_path / "a" / "runs"})
+    with pytest.raises(ConfigError, match="is no run id") as caught:
+        ExperimentLogger(config, run_id=run_id)
+    assert len(str(caught.value)) < 1000
+    assert not list(tmp_path.iterdir())
+    for name in ("20261130-104500", "golden (2)", "r", "läuft_1.2", "漢字"):
+        assert check_run_id(name) == name

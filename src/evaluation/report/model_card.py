@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from src.data.report.report import REPORT_FILE, DataReport
 from src.data.sources.hub import CORPORA
 from src.evaluation.report import summary as run_summary
-from src.evaluation.report.run_files import Row, best_epoch, bootstrap_of, guard_name, read_origin
+from src.evaluation.report.run_files import Row, best_epoch, bootstrap_of, guard_name, public, read_origin
 from src.evaluation.slices import slice_columns, slice_rates
 from src.models.export.huggingface import read_provenance
 from src.models.weights import HUB_REPOSITORIES
@@ -120,7 +120,7 @@ def write_model_card(
         best=best_epoch(summary.epochs),
         mix=run_summary.describe_mix(summary.mix),
         settings=[(key, value) for key, value in flatten(sections).items() if value is not None and value != []],
-        model_dir=str(folder),
+        model_dir=str(public(folder)),
     )
     write_text_atomic(folder / CARD_FILE, text)
     return folder / CARD_FILE

@@ -6,24 +6,25 @@ Results on the guard set are kept under names such as "tuned (guard)", so that n
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
-
-import yaml
 
 from src.evaluation.evaluator import Prediction
 from src.evaluation.metrics import Bootstrap
-from src.utils.errors import DataError
-from src.utils.files import read_run_rows
+from src.utils.config import parse_yaml
+from src.utils.errors import ConfigError, DataError, first_line
+from src.utils.files import read_json, read_run_rows
 from src.utils.versioning import DatasetVersion, DataVersionManager
 
 STOCK, TUNED = "stock", "tuned"
 MEASURED_EVENT = "measured"  # row of scripts/evaluate.py: model, stock and data as they were named
 DATA_VERSIONS_DIR = "data_versions"
 _GUARD_SUFFIX = " (guard)"
+_FIX = "remove it, or take it from a copy of the run"
 Row = Mapping[str, Any]
 PredictionsByModel = Mapping[str, Sequence[Prediction]]
 
@@ -137,7 +138,7 @@ class RunOrigin:
 
     def commands(self) -> list[str]:
         """Return the command lines that reproduce the run."""
-        config = ["--config", str(self.run_dir / "config.yaml")]
+        config = ["--config", str(Path(public(self.run_dir), "config.yaml"))]
         model = Path(self.config.get("paths", {}).get("checkpoints_dir", "checkpoints"), "best_model_hf")
         named = self.measured or {"model": model, "stock": self.base}
         options = {f"--{key.replace('_', '-')}": named.get(key) for key in ("model", "stock", "data", "max_clips")}
@@ -153,20 +154,44 @@ class RunOrigin:
 def read_origin(run_dir: str | Path) -> RunOrigin:
     """Read where a run's results come from; DataError for a damaged file."""
     run, rows = Path(run_dir), load_metrics(run_dir)
+    environment: dict[str, Any] = {}
+    if (run / "env.json").exists():
+        environment = read_json(run / "env.json", _environment, what="the environment of a run", fix=_FIX)
     return RunOrigin(
         run_dir=run,
-        config=_read_tree(run / "config.yaml"),
-        environment=_read_tree(run / "env.json"),
+        config=public(_read_config(run / "config.yaml")),
+        environment=public(environment),
         data_versions=DataVersionManager(run / DATA_VERSIONS_DIR).versions(),
-        measured=last_row(rows, MEASURED_EVENT) or {},
+        measured=public(last_row(rows, MEASURED_EVENT) or {}),
         trained=last_row(rows, "epoch") is not None,
     )
 
 
-def _read_tree(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON file (JSON is YAML); nothing if it is absent."""
+def _environment(tree: dict[str, Any]) -> dict[str, Any]:
+    return {**tree, "packages": dict(tree.get("packages", {}))}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read config.yaml, of an older version too; nothing if it is absent."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise DataError(f"{path}: damaged: {err}; remove it, or take it from a copy of the run") from err
-    return tree if isinstance(tree, dict) else {}
+        tree = parse_yaml(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (ConfigError, OSError, UnicodeDecodeError) as err:
+        raise DataError(f"{path}: damaged: {first_line(err)}; {_FIX}") from err
+    tree = {} if tree is None else tree
+    parts = [tree, *(tree.get(name, {}) for name in ("model", "paths", "data"))] if isinstance(tree, dict) else [tree]
+    if not all(isinstance(part, dict) and isinstance(part.get("hub", {}), dict) for part in parts):
+        raise DataError(f"{path}: not the configuration of a run; {_FIX}")
+    return dict(tree)
+
+
+def public(value: Any) -> Any:
+    """Return a tree without private places: of an absolute path, what lies below the working directory, or its name."""
+    if isinstance(value, Mapping):
+        return {key: public(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(each) for each in value]
+    if not isinstance(value, str | Path) or not re.match(r"[/~\\]|[A-Za-z]:[/\\]", str(value)):
+        return value
+    if Path(value).is_relative_to(Path.cwd()):
+        return str(Path(value).relative_to(Path.cwd()))
+    return PureWindowsPath(value).name  # which knows both kinds of slashes

@@ -49,7 +49,11 @@ def report(run_dir: Path) -> Page:
 
 def test_the_page_begins_with_the_verdict_and_can_load_nothing(run_dir: Path, data_report: DataReport) -> None:
     data_report.save(run_dir)
+    (run_dir / "config.yaml").write_text(
+        f"data: {{source: folder, path: {run_dir}/speech}}\npaths: {{cache_dir: /home/ann}}\n"
+    )
     page = report(run_dir)
+    assert not re.search(f"{run_dir.parent}|/home/ann", (run_dir.parent / "report.html").read_text())
     links = [str(a["href"])[1:] for tag, a in page.tags if tag == "a"]
     assert links == [a["id"] for tag, a in page.tags if tag == "h2"]
     assert len(links) == 7

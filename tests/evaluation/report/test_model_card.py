@@ -57,11 +57,12 @@ def test_the_card_reads_back_with_the_measured_rates(
         "Data": ("Version v1 of speech", "| train "),
         "How it was trained": ("- run: r7", "epoch 2 was kept", "training.epochs"),
         "Limits": ("Measured on 8 speakers",),
-        "How to load it": ("pipeline(", str(model_dir), "WhisperModelManager(config)"),
+        "How to load it": ("pipeline(", model_dir.name, "WhisperModelManager(config)"),
         "How to reproduce it": ("scripts/train.py",),
     }.items():
         for part in parts:
             assert part in section(text, heading), part
+    assert str(model_dir.parent) not in path.read_text()  # no private place
     assert [path.name for path in model_dir.iterdir() if "partial" in path.name] == []
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from src.data.utterance import Utterance
-from src.evaluation.report.run_files import last_training, load_metrics, load_predictions, read_origin
+from src.evaluation.report.run_files import last_training, load_metrics, load_predictions, public, read_origin
 from src.utils.errors import DataError
 from src.utils.versioning import DataVersionManager
 from tests.evaluation.run_files import append, epoch, prediction, steps
@@ -66,8 +66,8 @@ def test_the_commands_that_reproduce_a_run_come_from_its_files(run_dir: Path, sa
     origin = read_origin(run_dir)
     checkout, train, evaluate = origin.commands()
     assert checkout.startswith("git checkout 0123abcd  # ")
-    assert train == f"python scripts/train.py --config {run_dir}/config.yaml"
-    command = f"python scripts/evaluate.py --config {run_dir}/config.yaml"
+    assert train == f"python scripts/train.py --config {run_dir.name}/config.yaml"
+    command = f"python scripts/evaluate.py --config {run_dir.name}/config.yaml"
     assert evaluate == f"{command} --model kept/best_model_hf --stock base.en"
     assert [version.version for version in origin.data_versions] == ["v1"]
     # a measurement is repeated as it was made
@@ -75,3 +75,39 @@ def test_the_commands_that_reproduce_a_run_come_from_its_files(run_dir: Path, sa
     append(run_dir, "metrics", row)
     expected = f"{command} --model 'my model' --data d.parquet --max-clips 9 --no-stock"
     assert read_origin(run_dir).commands()[-1] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("env.json", "python: 3.11"), ("env.json", "[]"), ("env.json", "{"), ("env.json", '{"packages": 3}'),
+        ("env.json", "&a [*a]"), ("env.json", "[" * 100_000), ("env.json", "9" * 5000), ("env.json", "!!str x"),
+        ("config.yaml", "[]"), ("config.yaml", "text"), ("config.yaml", "model: 3"), ("config.yaml", "data: {hub: []}"),
+        ("config.yaml", "paths: [1]"), ("config.yaml", "a: 1\na: 2"), ("config.yaml", "[" * 5000),
+    ],
+)  # fmt: skip
+def test_tampered_files_of_a_run_are_named(run_dir: Path, name: str, text: str) -> None:
+    (run_dir / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name}: ") as caught:
+        read_origin(run_dir)
+    assert len(str(caught.value)) < 2000
+
+
+def test_no_private_place_is_in_an_origin(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    private = "/home/ann/secret"
+    (run_dir / "config.yaml").write_text(
+        f"model: {{variant: {private}/model}}\ndata: {{source: folder, path: {private}/speech}}\n"
+        f"paths: {{checkpoints_dir: {private}/checkpoints, cache_dir: '~/x', runs_dir: {tmp_path}/runs}}\n"
+        f"augmentation: {{noise_dir: 'C:\\Users\\ann\\noise', list: [{private}/a]}}\n"
+    )
+    (run_dir / "env.json").write_text(json.dumps({"packages": {"torch": f"{private}/torch"}}))
+    append(run_dir, "metrics", {"event": "measured", "model": f"{private}/best", "data": f"{private}/test.parquet"})
+    origin = read_origin(run_dir)
+    shown = f"{origin.config} {origin.environment} {origin.measured} {origin.commands()} {origin.data} {origin.base}"
+    for word in ("ann", "secret", "~", str(tmp_path), "Users"):
+        assert word not in shown
+    assert origin.config["paths"]["runs_dir"] == "runs"
+    assert (origin.config["augmentation"]["noise_dir"], origin.config["data"]["path"]) == ("noise", "speech")
+    assert "--model best" in origin.commands()[-1]
+    assert public("a/b.wav") == "a/b.wav"
