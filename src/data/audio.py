@@ -341,7 +341,7 @@ def _is_unfinished(file: _File, size: int, asked: _Asked) -> bool:
     if long_size is not None and stated == 0xFFFFFFFF:
         stated = long_size
     if stated in (0, -1) or size - begin < stated >= _UNKNOWN_BYTES:
-        asked.odd("its header was never finished, so it states no length")
+        asked.odd(f"its header was never finished (it states {stated} bytes of samples)")
         asked.is_unfinished = True
         return is_wav and stated == 0
     if stated > size - begin + _SURPLUS_BYTES:

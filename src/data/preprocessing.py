@@ -56,7 +56,7 @@ class AudioPreprocessor:
         if self.vad is not None:
             speech = self.vad.speech_segments(audio)
             if not speech:
-                raise AudioError(f"{name}: no speech was found to trim to; listen to it, or remove it")
+                raise AudioError(f"{name}: no speech was found to trim to; listen to it, or leave it out")
             audio = audio[round(speech[0].start_sec * SAMPLE_RATE) : round(speech[-1].end_sec * SAMPLE_RATE)]
         if self.loudness_dbfs is None:
             return audio

@@ -7,6 +7,7 @@ FFmpeg. A folder that is laid out as on the Hub works like a data set of the Hub
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -121,6 +122,7 @@ def _rows(stream: Any, split: str, spec: HubCorpus) -> Iterator[Utterance]:
         if column not in features:
             raise DataError(f"{spec.id}: no column {column!r}; it has {', '.join(features)}")
     labels = {name: feature for name, feature in features.items() if isinstance(feature, ClassLabel)}
+    root = expand_path(spec.id)  # a local folder laid out as on the Hub may name its files
     language = spec.language or code_of_language(spec.config or "")  # of a subset's name such as en-US or hindi
     iterator = iter(stream.cast_column(audio_column, Audio(decode=False)))
     for index in itertools.count():
@@ -133,7 +135,9 @@ def _rows(stream: Any, split: str, spec: HubCorpus) -> Iterator[Utterance]:
         for name, feature in labels.items():
             row[name] = feature.int2str(row[name]) if isinstance(row.get(name), int) and row[name] >= 0 else None
         stem = PurePosixPath(path or row.get("path") or row.get("file") or "").stem
-        audio = data if isinstance(data, bytes) else Path(str(path))  # refused by name if it is not there
+        audio: Path | bytes = data if isinstance(data, bytes) else Path(os.path.normpath(str(path)))
+        if isinstance(audio, Path) and not (root.is_dir() and audio.is_relative_to(root.absolute())):
+            raise DataError(f"{spec.id}: a row names {path}, which is no file of the data set; embed the recordings")
         yield utterance_from_row(
             {**row, "split": split}, audio, text_column=text_column, language=language,
             fallback_id=stem or f"{split}-{index:06d}",

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from src.data.preparation import prepare_datasets
@@ -15,7 +17,7 @@ from src.data.sources.hub import stream_hub
 from src.data.utterance import Utterance
 from src.utils.config import Config, HubConfig, load_config
 from src.utils.errors import DataError
-from tests.data.hub_layout import write_librispeech, write_minds14, write_speechocean762
+from tests.data.hub_layout import encoded, write_librispeech, write_minds14, write_speechocean762
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -167,3 +169,19 @@ def test_a_fault_in_the_data_never_switches_the_source(tmp_path: Path, train: li
     config = load_config(None, overrides={"data": {"sources": ["folder", "sample"], "path": str(tmp_path)}})
     with pytest.raises(DataError, match=r"cannot cut|absent\.wav"):
         prepare_datasets(config)
+
+
+def test_a_row_that_names_a_file_elsewhere_is_refused(tmp_path: Path, train: list[Utterance]) -> None:
+    (tmp_path / "secret.wav").write_bytes(encoded(train[0], 16_000, "WAV"))
+    root = tmp_path / "set"
+    root.mkdir()
+    (root / "a.wav").write_bytes(encoded(train[0], 16_000, "WAV"))
+    for named, is_taken in ((root / "a.wav", True), (tmp_path / "secret.wav", False), (root / "../secret.wav", False)):
+        table = pa.table({"audio": [{"bytes": None, "path": str(named)}] * 4, "text": list("abcd")})
+        pq.write_table(table, root / "train-00000-of-00001.parquet")
+        opened = stream_hub("hub", HubConfig(id=str(root), audio_column="audio"))
+        if is_taken:
+            assert [u.audio for u in opened["train"]] == [root / "a.wav"] * 4
+        else:
+            with pytest.raises(DataError, match=r"names .*secret\.wav"):
+                list(opened["train"])
