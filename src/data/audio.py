@@ -438,8 +438,9 @@ def _open_with_ffmpeg(file: _File, asked: _Asked, stack: ExitStack, *, ignore_le
         file.ends_in_padding = kind in _RAW
         from_sec = (container.start_time or 0) / av.time_base
         whole_sec = None if container.duration is None else container.duration / av.time_base
-        if not is_alone and whole_sec is not None and kind not in _GUESSED and kind != "asf":  # which adds its delay
+        if not is_alone and whole_sec is not None and kind not in _GUESSED | _RAW | {"asf"}:  # which adds its delay
             asked.whole_sec = from_sec + whole_sec
+        file.reads_left = None  # the sound of a video may begin late
         frames = _frames(container, stream, asked)
         head = next(frames, None)  # its rate is the true one: the header of HE-AAC gives half of it
     except (av.FFmpegError, ValueError, IndexError) as err:
@@ -509,8 +510,8 @@ def _choose_track(container: Any, asked: _Asked) -> Any:
     if chosen is None or chosen not in known:
         raise AudioError(f"{asked.label}: the file has no audio track that can be decoded; {_CONVERT}")
     if len(tracks) > 1 and asked.track is None:
-        what = f"track {tracks.index(chosen) + 1} of {len(tracks)} is taken: {', '.join(names)}"
-        _warn_once(f"{asked.label}: {what}; audio_track chooses another")
+        number, listed = tracks.index(chosen) + 1, ", ".join(names)
+        _warn_once(f"{asked.label}: track {number} of {len(tracks)} is taken: {listed}; audio_track chooses another")
     return chosen
 
 
