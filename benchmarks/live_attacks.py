@@ -291,6 +291,42 @@ def ping_flood(folder: Path) -> None:
     asyncio.run(run())
 
 
+@attack()
+def page_messages(folder: Path) -> None:
+    """Send 80 messages of one tab of the page at once, and some of other tabs that are none."""
+    import base64
+
+    from src.inference.server.host import LiveHost, ServerLimits
+    from src.inference.server.page import LiveTabs
+    from src.inference.streaming.session import StreamingASR
+    from src.utils.config import load_config
+
+    engine: Any = NumberedEngine(0.05)
+    config = load_config(None, overrides={"streaming.policy": "local_agreement"})
+    pcm = base64.b64encode(bytes(16_000)).decode()  # half a second
+
+    async def run() -> None:
+        host = LiveHost(ServerLimits())
+        tabs = LiveTabs(host, lambda model: StreamingASR(engine=engine, config=config))
+
+        async def send(tab: str, **fields: Any) -> dict[str, Any]:
+            message: dict[str, Any] = {"tab": tab, "model": "m", "rate": RATE, "pcm": pcm, **fields}
+            return await asyncio.wait_for(tabs.answer(message), 20.0)
+
+        await send("a", first=True)
+        answers = await asyncio.gather(*(send("a") for _ in range(80)), send("b", first=True))
+        if sum("error" not in each for each in answers[:-1]) != 1 or "error" in answers[-1]:
+            raise BrokenError("messages of one tab take the turns of others")
+        for fields in ({"pcm": "A" * (1 << 20)}, {"pcm": "!"}, {"rate": 1}, {"x": 1}, {"model": 7}):
+            if "error" not in await send("c", **{"first": True, **fields}):
+                raise BrokenError(f"{list(fields)} was taken")
+        if len(host.sessions) != 2:
+            raise WeakError(f"{len(host.sessions)} sessions are open")
+        host.worker.shutdown()
+
+    asyncio.run(run())
+
+
 # the load: processes of their own for the server, the good clients and the hostile ones
 
 
