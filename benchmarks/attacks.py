@@ -14,6 +14,7 @@ import os
 import random
 import struct
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -387,3 +388,108 @@ def full_disks(folder: Path) -> None:
 
     if broken := fill_disks(folder, 3):
         raise BrokenError("; ".join(broken)[:1000])
+
+
+# clocks, other processes, full disks, Ctrl-C
+
+
+@attack()
+def clock_set_back(folder: Path) -> None:
+    """Save checkpoints while the clock goes back by an hour."""
+    import os
+
+    from src.training.checkpoint import CheckpointStore, TrainingState, find_checkpoint, list_checkpoints
+
+    store = CheckpointStore(folder / "run", save_total_limit=2)
+    for step, now in ((10, 5000.0), (20, 5060.0), (30, 1500.0), (40, 1560.0)):
+        path = store.save(TrainingState({"model": {}, "optimizer": {}, "rng": {}}, {"saved_at": now}), step)
+        os.utime(path / "manifest.json", (now, now))
+    kept = [int(path.name[-8:]) for path in list_checkpoints(store.folder)]
+    if kept != [30, 40] or find_checkpoint([folder], None).checkpoint != path:
+        raise BrokenError(f"kept {kept}, would resume from {find_checkpoint([folder], None).checkpoint}")
+
+
+@attack()
+def second_writer(folder: Path) -> None:
+    """Write a run and checkpoints that another process writes, then kill that process."""
+    import multiprocessing
+
+    from src.training.checkpoint import CheckpointStore, TrainingState
+    from src.utils import ExperimentLogger, load_config
+
+    config = load_config(None, overrides={"paths.runs_dir": str(folder / "runs")})
+
+    def write() -> tuple[ExperimentLogger, CheckpointStore]:
+        experiment = ExperimentLogger(config, run_id="same")
+        store = CheckpointStore(folder / "checkpoints", save_total_limit=2)
+        store.save(TrainingState({"model": {}, "optimizer": {}, "rng": {}}, {"saved_at": 0.0}), 1)
+        return experiment, store
+
+    def write_and_wait(ready: Any) -> None:
+        held = write()
+        ready.set()
+        time.sleep(3600)
+        del held
+
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    other = context.Process(target=write_and_wait, args=(ready,))
+    other.start()
+    assert ready.wait(30)
+    must_refuse(lambda: ExperimentLogger(config, run_id="same"), "same", str(other.pid), what="a run in use")
+    store = CheckpointStore(folder / "checkpoints", save_total_limit=2)
+    state = TrainingState({"model": {}, "optimizer": {}, "rng": {}}, {"saved_at": 0.0})
+    must_refuse(lambda: store.save(state, 2), "checkpoints", str(other.pid), what="a folder of checkpoints in use")
+    other.kill()
+    other.join()
+    write()[0].close()
+
+
+@attack()
+def killed_conversion(folder: Path) -> None:
+    """Kill a process inside of a conversion, then convert."""
+    import multiprocessing
+
+    from src.models import weights
+
+    def convert_and_wait(ready: Any) -> None:
+        convert = weights._convert
+
+        def wait(*given: Path) -> None:
+            convert(*given)
+            ready.set()
+            time.sleep(3600)
+
+        weights._convert = wait
+        weights.resolve_weights("tiny.en", cache_dir=folder)
+
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    killed = context.Process(target=convert_and_wait, args=(ready,))
+    killed.start()
+    assert ready.wait(50)
+    killed.kill()
+    killed.join()
+    found = weights.resolve_weights("tiny.en", cache_dir=folder).path
+    if left := [path.name for path in found.parent.iterdir() if path != found]:
+        raise WeakError(f"left {left}")
+
+
+@attack(limit_sec=120.0)
+def full_disk(folder: Path) -> None:
+    """Let every writer replace an older version on a disk with a few free bytes."""
+    from benchmarks.full_disk import fill_disks
+
+    if problems := fill_disks(folder, steps=3):
+        raise BrokenError("; ".join(problems)[:1000])
+
+
+@attack(limit_sec=120.0)
+def ctrl_c(folder: Path) -> None:
+    """Interrupt saving and converting at random moments."""
+    import random
+
+    from benchmarks.interrupts import interrupt_all
+
+    if problems := interrupt_all(folder, 3, random.Random(), only=("save", "convert")):
+        raise BrokenError("; ".join(problems)[:1000])

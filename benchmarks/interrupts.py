@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,8 @@ def _is_remains(path: Path) -> bool:
 
 def _work_and_exit(work: Work, place: Path) -> None:
     os.setpgid(0, 0)
+    for each in list(weakref.finalize._registry):  # type: ignore[attr-defined]  # folders of the parent stay
+        each.atexit = False
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)

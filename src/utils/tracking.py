@@ -12,6 +12,7 @@ runs/<id>/mlruns             `MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-s
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -74,7 +75,7 @@ class ExperimentLogger(AbstractContextManager["ExperimentLogger"]):
     """
 
     def __init__(self, config: Config, *, run_id: str | None = None) -> None:
-        self.run_id = check_run_id(run_id or time.strftime("%Y%m%d-%H%M%S"))
+        self.run_id = check_run_id(run_id or _new_run_id(config.paths.runs_dir))
         self.dir = config.paths.runs_dir / self.run_id
         self.figures_dir = self.dir / "figures"
         self.metrics_path = self.dir / "metrics.jsonl"
@@ -200,6 +201,13 @@ def check_run_id(run_id: str) -> str:
         what = f"{str(run_id)[:100]!r} is no run id: that is a name of at most {MAX_RUN_ID_BYTES} bytes, and no path"
         raise ConfigError(f"{what}; use letters, digits, - and _, and set paths.runs_dir to choose the place")
     return run_id
+
+
+def _new_run_id(runs_dir: Path) -> str:
+    """Return the time, with a number if another run began then: the clock may have been set back."""
+    now = time.strftime("%Y%m%d-%H%M%S")
+    names = itertools.chain([now], (f"{now}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not (runs_dir / name).exists())
 
 
 def _describe_environment() -> dict[str, Any]:

@@ -9,6 +9,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def refuse(*_: Any) -> Any:
     raise OSError(28, "No space left on device")
+
+
+def test_a_run_that_begins_in_the_second_of_another_has_a_name_of_its_own(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "strftime", lambda *given: "20261129-023000")  # the hour that comes twice
+    names = []
+    for _ in range(3):
+        with ExperimentLogger(config) as experiment:
+            names.append(experiment.run_id)
+    assert names == ["20261129-023000", "20261129-023000-2", "20261129-023000-3"]
 
 
 def test_rows_are_on_disk_at_once_and_values_that_are_not_finite_are_null(config: Config) -> None:
