@@ -357,8 +357,9 @@ def remove_folder(folder: Path) -> None:
     """Remove a folder, or file, under a hidden name, so that no half of it is ever seen under its own name."""
     hidden = read_hidden_name(folder)
     doomed = _hidden_name(hidden.final if hidden else folder, "partial")
-    folder.rename(doomed)
-    _remove(doomed)
+    with uninterrupted():
+        folder.rename(doomed)
+        _remove(doomed)
 
 
 def _remove(path: Path) -> None:
