@@ -86,7 +86,7 @@ def interrupt_all(folder: Path, moments: int, draw: random.Random, *, only: Sequ
         code, left = run(work, place)
         if code or left:
             problems.append(f"{name}: at the end: code {code}, left {left}")
-        print(f"{name}: {moments} interrupts within {whole_sec:.1f} s, {ended} came too late", flush=True)
+        print(f"{name}: {moments} interrupts within {whole_sec:.1f} s, {ended} ended well", flush=True)
     return problems
 
 
