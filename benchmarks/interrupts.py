@@ -134,6 +134,7 @@ def _work_and_exit(work: Work, place: Path) -> None:
             os.dup2(log.fileno(), 2)
         tempfile.tempdir = str(place)  # what it leaves there is seen
         work(place)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what follows is not the work's
         code = 0
     except KeyboardInterrupt:
         code = 130
