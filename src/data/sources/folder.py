@@ -75,8 +75,10 @@ def read_folder(path: Path) -> list[Utterance]:
         return list(with_unique_ids(listed))
     audio = sum(p.suffix.lower() in AUDIO_SUFFIXES for p in path.rglob("*"))
     if audio:
-        fix = "add metadata.csv (file_name,text), or their transcripts (talk.srt or talk.txt for talk.mp3)"
-        raise SourceUnavailableError(f"{path}: {audio} recording(s), no manifest; {fix}")
+        raise SourceUnavailableError(
+            f"{path}: {audio} recording(s), no manifest; add metadata.csv (file_name,text), "
+            "or their transcripts (talk.srt or talk.txt for talk.mp3)"
+        )
     raise SourceUnavailableError(f"{path}: no recording and no manifest; add audio and metadata.csv (file_name,text)")
 
 
