@@ -157,7 +157,7 @@ def read_run_rows(path: Path, *, key: str) -> list[dict[str, Any]]:
     """Read the rows of a run's JSONL file, each with `key`; DataError if it is absent or a line is damaged."""
     rows: list[dict[str, Any]] = []
     try:
-        with path.open("rb") as file:  # as bytes, whose lines end at \\n alone
+        with path.open("rb") as file:  # as bytes, whose lines end at \n alone
             for line in file:
                 row = parse_json(line)
                 rows.append({key: row[key], **row})
