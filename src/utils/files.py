@@ -166,8 +166,9 @@ def read_run_rows(path: Path, *, key: str) -> list[dict[str, Any]]:
     except OSError as err:
         raise DataError(f"{path}: cannot be read: {err.strerror}; give the folder of a run") from err
     except (ValueError, TypeError, KeyError) as err:
-        what = f"not a row of a run ({err!r})"
-        raise DataError(f"{path}, line {len(rows) + 1}: {what}; if a crash cut it, remove the line") from err
+        raise DataError(
+            f"{path}, line {len(rows) + 1}: not a row of a run ({err!r}); if a crash cut it, remove the line"
+        ) from err
     return rows
 
 
