@@ -365,7 +365,7 @@ def run_names(folder: Path) -> None:
     from src.utils.tracking import ExperimentLogger
 
     config = load_config(None, overrides={"paths.runs_dir": str(folder / "runs")})
-    for run_id in ("../escaped", "/tmp/escaped", "a/b", "..", ".", "", "a\nb", "n" * 300, "a\0b"):
+    for run_id in ("../escaped", "/tmp/escaped", "a/b", "..", ".", "a\nb", "n" * 300, "a\0b"):
         must_refuse(lambda run_id=run_id: ExperimentLogger(config, run_id=run_id), what=f"run id {run_id[:20]!r}")
     assert not list(folder.glob("escaped*"))
     taken = ExperimentLogger(config, run_id="taken")
