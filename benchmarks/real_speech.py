@@ -176,12 +176,14 @@ def run(command: Sequence[str], folder: Path) -> None:
 def read_prompts(folder: Path) -> list[Clip]:
     """Read Asterisk's prompts, which are G.722 without a container."""
     paths = sorted(path for path in folder.rglob("*.g722") if path.stem in PROMPTS and path.parent.name != "followme")
-    clips = []
-    for path in paths:
-        with av.open(str(path), format="g722") as container:
-            samples = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
-        clips.append(Clip(samples.astype(np.float32) / 32768))
-    return clips
+    return [Clip(read_g722(path)) for path in paths]
+
+
+def read_g722(path: Path) -> Waveform:
+    """Read a prompt of Asterisk: (T,) at 16 kHz."""
+    with av.open(str(path), format="g722") as container:
+        samples = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+    return samples.astype(np.float32) / 32768
 
 
 def read_dialogues(language: str) -> Callable[[Path], list[Clip]]:
