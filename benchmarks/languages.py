@@ -3,7 +3,7 @@
     python benchmarks/languages.py [--quick] [--run hi] [--epochs 1] [--keep FOLDER] [--no-record]
 
 Folder data sets are spoken by espeak-ng (Debian: apt-get install espeak-ng). Base is tuned to Hindi, to Mandarin and to
-Georgian, whose language each says in another way, and to nine languages in one set, whose rows say theirs. Each is
+Georgian, whose language each says in another way, and to six more languages in one set, whose rows say theirs. Each is
 evaluated, exported to int8, and transcribes a file of five minutes and a stream. The last line printed is one JSON
 object; the table is appended to docs/BENCHMARKS.md.
 """
@@ -51,11 +51,11 @@ from src.utils.errors import ModelError
 from src.utils.languages import UNSPACED
 
 CLIPS = 48  # of each language, by eight speakers
+BATCH_SIZE, LEARNING_RATE = 4, 1e-4
 FILE_SEC = 300.0
 FILE_SEC_OF_SEVERAL = 60.0  # of each language in a set of several
 QUICK_CLIPS, QUICK_FILE_SEC = 8, 10.0
 BAR_POINTS = 2.0  # of offline and streaming rates
-ALL = "all"
 MEAN = "mean"  # of the languages of a run, which nothing is streamed in
 
 
@@ -72,11 +72,10 @@ class Run:
 RUNS = (
     Run("hi", {"hi": ""}, "Hindi", epochs=5),
     Run("zh", {"zh": "cmn"}, "auto", epochs=5),
-    Run("ka", {"ka": ""}, "geo", epochs=8),
+    Run("ka", {"ka": ""}, "geo", epochs=16),  # stock base hardly knows how it is written
     Run(
-        ALL,
-        {"hi": "hi", "zh": "zh-CN", "de": "German", "ta": "tam", "ar": "ar", "ja": "jpn", "th": "Thai", "tr": "tr-TR"}
-        | {"ka": "kat"},
+        "mixed",
+        {"de": "German", "ta": "tam", "ar": "ar", "ja": "jpn", "th": "Thai", "tr": "tr-TR"},
         "auto",
         epochs=3,
     ),
@@ -98,9 +97,9 @@ class Figures:
     clips: int
     truncated: int  # texts of the clips, the stream and the file that ended at a limit
     heard: str  # by the stock model, in the test clips
-    stream: float = math.nan  # what was streamed
-    offline: float = math.nan  # the same clips one by one
-    file: float = math.nan
+    stream: float = math.nan  # CER of what was streamed
+    offline: float = math.nan  # CER of the same clips one by one
+    file: float = math.nan  # CER
     file_language: str | None = None
     file_sec: float = math.nan
     compute_sec: float = math.nan  # of the file
@@ -122,7 +121,7 @@ class Figures:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, help="of each training; default: 3 to 8")
+    parser.add_argument("--epochs", type=int, help="of each training; default: 3 to 16")
     parser.add_argument(
         "--keep", type=path_argument, metavar="FOLDER", help="for data, checkpoints and exports; default: none"
     )
@@ -183,7 +182,7 @@ def measure(run: Run, folder: Path, *, clips: int, epochs: int, file_sec: float)
             figures = transcribe(figures, exported, aligned, spoken, folder / f"{code}.wav", file_sec)
             figures = stream(figures, exported, clips_of, spoken)
         print(
-            f"{run.name} {code}: {figures.metric} {percent(figures.rate)}, streamed {percent(figures.stream)}",
+            f"{run.name} {code}: {figures.metric} {percent(figures.rate)}, streamed CER {percent(figures.stream)}",
             flush=True,
         )
         found.append(figures)
@@ -193,14 +192,13 @@ def measure(run: Run, folder: Path, *, clips: int, epochs: int, file_sec: float)
 
 
 def configure(run: Run, data: Path, folder: Path) -> Config:
-    """Return the settings: clips as they are, cut at words for streaming, and joined for long recordings."""
+    """Return the default settings, but for a learning rate that shows in few updates, and for what slows those down."""
     return load_config(
         None,
         overrides={
             "model": {"variant": "base", "language": run.language},
             "data": {"source": "folder", "path": str(data), "num_workers": 0},
-            "training": {"batch_size": 8, "full_context_prob": 0.0, "prefix_prob": 0.3, "learning_rate": 1e-4},
-            "composition": {"concatenate_prob": 0.2, "max_concatenated_sec": 15},
+            "training": {"batch_size": BATCH_SIZE, "full_context_prob": 0.0, "learning_rate": LEARNING_RATE},
             "augmentation.enabled": False,
             "paths": {"runs_dir": str(folder / "runs"), "checkpoints_dir": str(folder / "checkpoints")},
             "checkpoints.save_minutes": None,
@@ -278,7 +276,7 @@ def transcribe(
     rates = MetricsCalculator(figures.language).compute([spoken.text], [text.text])
     ended = sum(segment.truncated for segment in text.segments)
     return replace(
-        figures, file=rates.rate, file_language=text.language, file_sec=text.duration_sec,
+        figures, file=rates.cer, file_language=text.language, file_sec=text.duration_sec,
         compute_sec=found.compute_sec, truncated=figures.truncated + ended,
     )  # fmt: skip
 
@@ -293,8 +291,8 @@ def stream(figures: Figures, exported: Path, clips: Sequence[Utterance], config:
     ended = streamed.truncated + sum(segment.truncated for each in alone for segment in each.segments)
     return replace(
         figures,
-        stream=calculator.compute([spoken.text], [streamed.text]).rate,
-        offline=calculator.compute([clip.text for clip in spoken.clips], [each.text for each in alone]).rate,
+        stream=calculator.compute([spoken.text], [streamed.text]).cer,
+        offline=calculator.compute([clip.text for clip in spoken.clips], [each.text for each in alone]).cer,
         truncated=figures.truncated + ended,
     )
 
@@ -310,9 +308,9 @@ def table(figures: Sequence[Figures]) -> list[dict[str, str]]:
             "ended by a limit": str(each.truncated),
             "suppressed": str(each.suppressed),
             "stock hears it in": each.heard or "-",
-            "streamed": percent(each.stream),
-            "the same one by one": percent(each.offline),
-            "file": percent(each.file),
+            "CER streamed": percent(each.stream),
+            "CER one by one": percent(each.offline),
+            "CER of the file": percent(each.file),
             "file's language": each.file_language or "-",
             "int8 export": each.export,
         }
@@ -330,7 +328,8 @@ def note(figures: Sequence[Figures]) -> str:
     files = [each for each in figures if not math.isnan(each.file)]
     audio_sec, compute_sec = sum(each.file_sec for each in files), sum(each.compute_sec for each in files)
     return (
-        f"base tuned by {trained} updates of up to 8 clips, no augmentation; rates in percent. Speech of espeak-ng, "
+        f"base tuned by {trained} updates of up to {BATCH_SIZE} examples at a learning rate of {LEARNING_RATE:g}, no "
+        "augmentation; rates in percent. Speech of espeak-ng, "
         "eight variants of one voice per language, of which two speak the test clips; its sentences are drawn from "
         "a few parts, so every word was trained. It shows that texts, labels, metrics, limits and exports follow the "
         "language; it says nothing about the rates of human speech, and the stock model hardly knows which language it "
