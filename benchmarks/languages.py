@@ -192,13 +192,16 @@ def measure(run: Run, folder: Path, *, clips: int, epochs: int, file_sec: float)
 
 
 def configure(run: Run, data: Path, folder: Path) -> Config:
-    """Return the default settings, but for a learning rate that shows in few updates, and for what slows those down."""
+    """Return the settings: clips as they are, cut at words for streaming, and joined for long recordings."""
     return load_config(
         None,
         overrides={
             "model": {"variant": "base", "language": run.language},
             "data": {"source": "folder", "path": str(data), "num_workers": 0},
-            "training": {"batch_size": BATCH_SIZE, "full_context_prob": 0.0, "learning_rate": LEARNING_RATE},
+            "training": {"batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE},
+            "training.full_context_prob": 0.0,
+            "training.prefix_prob": 0.3,
+            "composition": {"concatenate_prob": 0.5, "max_concatenated_sec": 28},
             "augmentation.enabled": False,
             "paths": {"runs_dir": str(folder / "runs"), "checkpoints_dir": str(folder / "checkpoints")},
             "checkpoints.save_minutes": None,
