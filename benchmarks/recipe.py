@@ -39,7 +39,7 @@ import soundfile as sf
 from benchmarks.real_speech import fetch, read_g722
 from benchmarks.streaming import Measured, measure
 from scripts.benchmarking import load_clips, number, show, strided
-from scripts.command_line import parse_setting
+from scripts.command_line import parse_setting, path_argument
 from src.data import Utterance, create_dataloaders, prepare_datasets
 from src.data.audio import SAMPLE_RATE
 from src.data.labels import apply_case, resolve_case
@@ -145,13 +145,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--variant", default="tiny.en", help="stock weights, tuned with --train; default: %(default)s")
     parser.add_argument("--aligner", default="base", help="weights that place the words of the transcripts")
     parser.add_argument("--language", default="en", help="of the speech")
-    parser.add_argument("--train-data", type=Path, help="Parquet in the Hugging Face layout; default: bundled sample")
+    parser.add_argument(
+        "--train-data", type=path_argument, help="Parquet in the Hugging Face layout; default: bundled sample"
+    )
     parser.add_argument("--train-clips", type=int, help="at a stride over all; default: all")
     parser.add_argument("--epochs", type=int, default=3, help="of the recipe; the other takes as many updates")
     parser.add_argument("--keep", metavar="FOLDER", help="for the trained models; default: none is kept")
-    parser.add_argument("--data", type=Path, help="to measure on, other speakers; default: bundled test set")
+    parser.add_argument("--data", type=path_argument, help="to measure on, other speakers; default: bundled test set")
     parser.add_argument(
-        "--guard", type=Path, help=f"audio folder of general speech with transcripts, or {PROMPTS}: Debian's"
+        "--guard", type=path_argument, help=f"audio folder of general speech with transcripts, or {PROMPTS}: Debian's"
     )
     parser.add_argument("--clips", type=int, default=200, help="at a stride over all")
     parser.add_argument("--live-clips", type=int, default=40, help="of those, in the stream")
