@@ -27,9 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from src.training.state import check_values
 from src.utils.config import Config, flatten
 from src.utils.errors import CheckpointError
-from src.utils.files import LOCK, atomic_folder, claim, recover_folder, remove_folder, sha256_of
+from src.utils.files import LOCK, atomic_folder, claim, load_json, recover_folder, remove_folder, sha256_of
 from src.utils.mirror import DriveMirror
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST, STATE, METRICS = "manifest.json", "state.json", "metrics.jsonl"
 TENSOR_FILES = ("model", "optimizer", "rng")
+# what a state raises that was damaged or written by others: a damaged byte may hit a key's name
+UNREADABLE = (CheckpointError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _SPARE_BYTES = 16 << 20  # besides the tensors: JSON, and what others write meanwhile
 
@@ -72,8 +75,8 @@ class WholeCheckpoint:
         metrics = self.path / METRICS
         try:
             tensors = {name: load_file(self.path / f"{name}.safetensors") for name in TENSOR_FILES}
-            rows = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
-        except (SafetensorError, OSError) as err:
+            rows = metrics.read_text(encoding="utf-8") if metrics.is_file() else ""
+        except (SafetensorError, OSError, UnicodeDecodeError) as err:
             raise CheckpointError(f"{self.path}: {err}") from err
         return TrainingState(tensors, self.values, rows)
 
@@ -167,7 +170,7 @@ def _age_on_disk(checkpoint: Path) -> tuple[int, float, int]:
     """Return the age of a checkpoint, that of a damaged one as the oldest."""
     try:
         return age(checkpoint, {"saved_at": 0.0, **read_values(checkpoint)})
-    except (CheckpointError, TypeError, ValueError, ArithmeticError):
+    except UNREADABLE:
         return 0, 0.0, 0
 
 
@@ -187,7 +190,7 @@ def clean_up(folder: Path) -> None:
 def read_values(checkpoint: Path) -> dict[str, Any]:
     """Return the JSON part of a checkpoint without verifying it; raises `CheckpointError` if it has none."""
     try:
-        values = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        values = load_json(checkpoint / STATE)
     except (OSError, ValueError) as err:
         raise CheckpointError(f"{checkpoint}: {STATE} cannot be read ({err}); it is not a whole checkpoint") from err
     if not isinstance(values, dict) or values.get("format") != FORMAT:
@@ -202,11 +205,13 @@ def verify_checkpoint(checkpoint: Path) -> WholeCheckpoint:
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: no such folder; resume('auto') searches for the newest checkpoint")
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = load_json(checkpoint / MANIFEST)["files"]
         expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+        if foreign := [name for name in expected if name != Path(name).name]:
+            raise ValueError(f"{foreign[0]!r} is not a file of this folder")
     except FileNotFoundError as err:
         raise CheckpointError(f"{checkpoint}: has no {MANIFEST}: it was never finished") from err
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as err:
         raise CheckpointError(f"{checkpoint}: {MANIFEST} cannot be read ({err})") from err
     missing = {STATE, *(f"{name}.safetensors" for name in TENSOR_FILES)} - set(expected)
     if missing:
@@ -298,7 +303,7 @@ def find_checkpoint(
                 try:
                     values = read_values(path)
                     candidates.append((age(path, values), -order, path, values))
-                except (CheckpointError, KeyError, TypeError, ValueError, ArithmeticError) as err:
+                except UNREADABLE as err:
                     refuse(path, err)
     for _, _, path, saved in sorted(candidates, key=lambda entry: entry[:2], reverse=True):
         try:
@@ -311,8 +316,10 @@ def find_checkpoint(
                         f"belongs to another training ({'; '.join(differences)}); restore these settings, or resume it "
                         f"by its path: {path}"
                     )
-            return ResumeReport(verify_checkpoint(path), tuple(refused), tuple(roots))
-        except (CheckpointError, KeyError, TypeError, AttributeError) as err:  # a damaged byte may hit a key's name
+            whole = verify_checkpoint(path)
+            check_values(whole.values)
+            return ResumeReport(whole, tuple(refused), tuple(roots))
+        except UNREADABLE as err:
             refuse(path, err)
     return ResumeReport(None, tuple(refused), tuple(roots))
 

@@ -31,7 +31,8 @@ from src.inference.words import Word
 from src.models.dynamic_context import DynamicWhisper, evaluation_mode
 from src.training.state import tensors_digest
 from src.utils.config import Config
-from src.utils.files import write_text_atomic
+from src.utils.errors import first_line
+from src.utils.files import load_json, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -145,10 +146,15 @@ def load_or_time_words(
         clips.update(f"{utterance.id}\t{utterance.duration_sec}\t{spoken}\n".encode())
     name = f"{tensors_digest(model.named_parameters())}-{clips.hexdigest()[:16]}.json"
     path = cache_dir / "word_times" / name
-    if path.is_file():
+    try:
+        saved = load_json(path)
+        cached = {name: tuple(Word(**{"text": "", **word}) for word in words) for name, words in saved.items()}
         logger.info("word times of %d clips: from %s", len(dataset), path)
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return {name: tuple(Word(**{"text": "", **word}) for word in words) for name, words in saved.items()}
+        return cached
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, AttributeError) as err:
+        logger.warning("%s: damaged (%s); the words are timed again", path, first_line(err))
     words = time_dataset_words(model, tokenizer, dataset)
     write_text_atomic(path, json.dumps({name: [asdict(word) for word in timed] for name, timed in words.items()}))
     return words

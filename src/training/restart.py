@@ -26,6 +26,7 @@ from src.models.export.huggingface import read_provenance
 from src.models.weights import HUB_REPOSITORIES, PACKAGED_MODELS
 from src.models.whisper_model import WhisperModelManager
 from src.training import checkpoint as checkpoints
+from src.training import state as run_state
 from src.training.checkpoint import WholeCheckpoint
 from src.training.saver import BEST_MODEL_NAME
 from src.training.trainer import WhisperTrainer
@@ -163,7 +164,8 @@ def stored_report(config: Config) -> StoredReport:
     if best.is_dir():
         made = read_provenance(best)
         rate = made.get("validation_rate", made.get("validation_wer", math.nan))
-        measured = f"validation {made.get('validation_metric', 'WER')} {rate:.3f}"
+        shown = f"{rate:.3f}" if isinstance(rate, float) else repr(rate)  # somebody else's
+        measured = f"validation {made.get('validation_metric', 'WER')} {shown}"
         found = f"run {made.get('run')}, epoch {made.get('epoch')}"
         checks.append(Check("best model", "ok", f"{found}, {size_mb(best):,.0f} MB, {measured}"))
     return StoredReport(tuple(checks))
@@ -193,7 +195,8 @@ def _inspect(path: Path, config: Config) -> StoredCheckpoint:
         found["age"] = checkpoints.age(path, values)
         found["differences"] = tuple(checkpoints.config_differences(values["config"], config))
         checkpoints.verify_checkpoint(path)
-    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as err:  # damaged keys
+        run_state.check_values(values)
+    except checkpoints.UNREADABLE as err:
         reason = first_line(err) if isinstance(err, CheckpointError) else f"{err!r} in its state"
         found["problem"] = reason.removeprefix(f"{path}: ")
     return StoredCheckpoint(path, size_mb(path), **found)

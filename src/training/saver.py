@@ -26,7 +26,7 @@ from src.training.methods import has_adapters, merged_model
 from src.training.state import Progress
 from src.training.updates import Updater
 from src.utils.config import Config
-from src.utils.errors import CheckpointError
+from src.utils.errors import CheckpointError, first_line
 from src.utils.files import LOCK, atomic_folder, recover_folder
 from src.utils.mirror import DriveMirror, copy_verified
 from src.utils.runtime import broadcast_object, from_main, is_main_process, sum_over_processes, wait_for_all
@@ -243,6 +243,11 @@ class RunSaver:
 
     def _restore(self, whole_checkpoint: WholeCheckpoint) -> Progress:
         checkpoint, values = whole_checkpoint.path, whole_checkpoint.values
+        try:
+            run_state.check_values(values)
+        except checkpoints.UNREADABLE as err:
+            problem = f"{first_line(err)} in its state; train with the version that wrote it"
+            raise CheckpointError(f"{checkpoint}: {problem}") from err
         state = whole_checkpoint.load()
         for difference in checkpoints.config_differences(values["config"], self._config):
             logger.warning("resuming with another setting: %s", difference)
@@ -260,7 +265,7 @@ class RunSaver:
             if self._accelerator.scaler is not None and values["scaler"] is not None:
                 self._accelerator.scaler.load_state_dict(values["scaler"])
             run_state.restore_random_state(state.tensors["rng"], values["rng"])
-        except (KeyError, TypeError, ValueError) as err:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as err:
             raise CheckpointError(f"{checkpoint}: {err!r} in its state; train with the version that wrote it") from err
         except CheckpointError as err:
             raise CheckpointError(f"{checkpoint}: {err}") from err

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import math
 import random
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -80,11 +83,66 @@ class Progress:
         if "best_wer" in values:  # before 2026-12 the WER was the headline of every language
             values["best_rate"] = values.pop("best_wer")
         values["history"].setdefault("val_rate", list(values["history"]["val_wer"]))
-        return cls(**values)
+        progress = cls(**values)
+        TypeAdapter(cls).validate_json(json.dumps(asdict(progress)), strict=True)
+        counts = (progress.step, progress.applied, progress.epochs_done, progress.next_batch)
+        lengths = {len(progress.history[key]) for key in HISTORY_KEYS}
+        if min(counts) < 0 or len(lengths) > 1 or progress.totals.keys() != cls().totals.keys():
+            raise ValueError("its progress contradicts itself")
+        return progress
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as JSON."""
         return asdict(self)
+
+
+class _Loader(BaseModel):
+    epoch: NonNegativeInt
+    batches: NonNegativeInt
+    made_from: dict[str, Any]
+
+
+class _Updater(BaseModel):
+    pieces: PositiveInt
+    largest: NonNegativeInt
+    norms: list[float]
+    skipped_in_row: list[Any]
+
+
+class _Values(BaseModel):
+    """What a checkpoint's JSON must have, besides progress and random generators."""
+
+    run: str
+    saved_at: float
+    loader: _Loader
+    updater: _Updater
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any] | None
+    frozen_parameters: str
+    config: dict[str, Any]
+    data_version: str
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Refuse the JSON of a checkpoint that this code did not write, before anything is taken from it.
+
+    Raises ValueError, KeyError, TypeError, AttributeError or OverflowError.
+    """
+    try:
+        run = _Values.model_validate(dict(values)).run
+        Progress.from_state(values["progress"])
+    except ValidationError as err:
+        raise ValueError("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in err.errors()[:3])) from err
+    if run != Path(run).name:
+        raise ValueError(f"run: {run!r} is not a name")
+    _restore_generators(values["rng"], random.Random(), np.random.RandomState())
+
+
+def _restore_generators(values: Mapping[str, Any], python: Any, numpy: Any) -> None:
+    version, numbers, gauss = values["python"]
+    python.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = values["numpy"]
+    numpy.set_state((name, np.array(keys, dtype=np.uint32), *rest))
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -102,6 +160,10 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(
             f"{len(wrong)} trained parameters differ from this model's, first {wrong[0]}: {saved.get(wrong[0])} in "
             f"the checkpoint, {here.get(wrong[0])} here; take the same model.variant and training.method"
+        )
+    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(
+            f"{len(wrong)} parameters have nan or infinity, first {wrong[0]}; take an older checkpoint"
         )
     load_weights(model, tensors)
 
@@ -161,6 +223,10 @@ def load_optimizer_tensors(
                 f"the optimizer's state of {name} has {', '.join(entries)} instead of "
                 f"{', '.join(here['state'][name])}; take the same training.optimizer"
             )
+        ours = here["state"][name]
+        wrong = [key for key, value in entries.items() if getattr(value, "shape", 0) != getattr(ours[key], "shape", 0)]
+        if wrong:
+            raise CheckpointError(f"the optimizer's state {name}/{wrong[0]} has another shape than here")
     here["state"] = state
     set_optimizer_state_dict(model, optimizer, here, options=_LOAD)
     for name, parameter in model.named_parameters():
@@ -179,14 +245,14 @@ def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def restore_random_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
     """Put every global random generator back, except those of GPUs that this machine lacks."""
-    torch.set_rng_state(tensors["torch"])
-    for number in range(torch.cuda.device_count()):
-        if f"cuda-{number}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"cuda-{number}"], number)
-    version, numbers, gauss = values["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = values["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    try:
+        torch.set_rng_state(tensors["torch"])
+        for number in range(torch.cuda.device_count()):
+            if f"cuda-{number}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"cuda-{number}"], number)
+    except (RuntimeError, KeyError, TypeError) as err:
+        raise CheckpointError(f"the state of torch's random generator is absent or another's: {err}") from err
+    _restore_generators(values, random, np.random)
 
 
 def _trained_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -20,6 +20,7 @@ import re
 import secrets
 import shutil
 import signal
+import stat
 import sys
 import threading
 import time
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 LOCK = ".lock"  # in a folder that one process at a time may write
+
+MAX_JSON_BYTES = 256 << 20
 
 _NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}  # drives without it answer this
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -71,9 +74,28 @@ def expand_path(path: str | Path) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal; raises `OSError` if it cannot be read."""
+    """Return the SHA-256 of a file in hexadecimal; raises `OSError` if it cannot be read or is a device or pipe."""
+    _refuse_special(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        OSError: it cannot be read, or is a folder, device or pipe, which is not opened.
+        ValueError: it is damaged, not UTF-8, nested too deeply or larger than 256 MB.
+    """
+    _refuse_special(path)
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MB")
+    return parse_json(path.read_bytes())
+
+
+def _refuse_special(path: Path) -> None:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
 
 
 def write_text_atomic(path: Path, text: str, *, durable: bool = False) -> None:
@@ -157,6 +179,7 @@ def read_run_rows(path: Path, *, key: str) -> list[dict[str, Any]]:
     """Read the rows of a run's JSONL file, each with `key`; DataError if it is absent or a line is damaged."""
     rows: list[dict[str, Any]] = []
     try:
+        _refuse_special(path)
         with path.open("rb") as file:  # as bytes, whose lines end at \n alone
             for line in file:
                 row = parse_json(line)
@@ -234,14 +257,14 @@ def claim(
 def read_json(path: Path, parse: Callable[[Any], T], *, what: str, fix: str) -> T:
     """Read a JSON file and parse its content; raises `DataError` if it cannot be read or is damaged.
 
-    `parse` may raise ValueError, TypeError, KeyError or AttributeError for wrong content. The message says `what` the
-    file should be ("a data set version"), and the `fix`.
+    `parse` may raise ValueError, TypeError, KeyError, AttributeError or ArithmeticError for wrong content. The message
+    says `what` the file should be ("a data set version"), and the `fix`.
     """
     try:
-        return parse(parse_json(path.read_bytes()))
+        return parse(load_json(path))
     except OSError as err:
         raise DataError(f"{path}: cannot be read: {err.strerror}; {fix}") from err
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as err:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as err:
         problem = first_line(err)
         if callable(errors := getattr(err, "errors", None)):  # pydantic's first line only counts them
             problem = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in errors()[:3])

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import re
@@ -31,7 +30,7 @@ from typing import BinaryIO, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from src.utils.errors import WhisperASRError
-from src.utils.files import LOCK, fsync, sha256_of, write_text_atomic
+from src.utils.files import LOCK, fsync, load_json, sha256_of, write_text_atomic
 from src.utils.runtime import is_on_unmounted_drive
 
 logger = logging.getLogger(__name__)
@@ -409,9 +408,9 @@ def _list_files(source: Path) -> dict[str, tuple[int, int, int]]:
 def _check_manifest(source: Path, copied: dict[str, tuple[int, str]]) -> None:
     """Refuse a checkpoint whose files, as read, are not those of its manifest: it must not replace a good copy."""
     try:
-        listed = json.loads((source / "manifest.json").read_bytes())["files"]
+        listed = load_json(source / "manifest.json")["files"]
         expected = {str(file): (int(entry["size"]), str(entry["sha256"])) for file, entry in listed.items()}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return  # none, or a manifest of another kind
     wrong = sorted(file for file, proof in expected.items() if copied.get(file) != proof)
     if wrong:

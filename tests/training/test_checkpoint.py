@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -26,9 +27,16 @@ from src.training.checkpoint import (
     read_values,
     verify_checkpoint,
 )
+from src.training.state import Progress, random_state
 from src.utils.config import Config
 from src.utils.errors import CheckpointError
 from tests.training.conftest import Configure, damage
+
+VALUES: dict[str, Any] = {
+    "run": "a", "progress": Progress().state_dict(), "loader": {"epoch": 0, "batches": 0, "made_from": {}},
+    "updater": {"pieces": 1, "largest": 0, "norms": [], "skipped_in_row": []}, "optimizer": {}, "scaler": None,
+    "rng": random_state()[1], "frozen_parameters": "", "data_version": "",
+}  # fmt: skip
 
 
 def make_state(value: float = 1.0) -> TrainingState:
@@ -49,7 +57,7 @@ def put(root: Path, run: str, step: int, config: Config, *, saved_at: float, **v
     """Save a checkpoint that holds just what a search looks at."""
     state = TrainingState(
         {"model": {}, "optimizer": {}, "rng": {}},
-        {"saved_at": saved_at, "config": config.model_dump(mode="json"), **values},
+        {**VALUES, "saved_at": saved_at, "config": config.model_dump(mode="json"), **values},
     )
     return CheckpointStore(root / run, save_total_limit=9).save(state, step)
 
@@ -149,7 +157,7 @@ def test_a_clock_set_back_changes_neither_what_stays_nor_what_is_taken_up(tmp_pa
     config, checkpoints = configure().model_dump(mode="json"), store(root)
 
     def save(step: int, now: float, into: CheckpointStore) -> Path:
-        values = {"saved_at": now, "config": config}
+        values = {**VALUES, "saved_at": now, "config": config}
         path = into.save(TrainingState({"model": {}, "optimizer": {}, "rng": {}}, values), step)
         for file in path.iterdir():
             os.utime(file, (now, now))
@@ -263,6 +271,86 @@ def test_the_newest_usable_one_is_taken_and_newer_ones_are_refused_with_reasons(
     nothing = find_checkpoint([tmp_path / "absent"], config)
     assert nothing.checkpoint is None
     assert str(tmp_path / "absent") in str(nothing)
+
+
+def tamper(checkpoint: Path, file: str, content: bytes) -> None:
+    """Replace a file of a checkpoint, and what the manifest says about it."""
+    (checkpoint / file).write_bytes(content)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"][file] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"progress": {**Progress().state_dict(), "step": "7"}},
+        {"progress": {**Progress().state_dict(), "epochs_done": -1}},
+        {"progress": {**Progress().state_dict(), "totals": {}}},
+        {"progress": {**Progress().state_dict(), "history": []}},
+        {"progress": {**Progress().state_dict(), "more": 1}},
+        {"progress": None},
+        {"loader": {"epoch": -1, "batches": 0, "made_from": {}}},
+        {"updater": {"pieces": 0, "largest": 0, "norms": [], "skipped_in_row": []}},
+        {"optimizer": [1]},
+        {"rng": {"python": [3, [1, 2], None], "numpy": VALUES["rng"]["numpy"]}},
+        {"rng": {"python": VALUES["rng"]["python"], "numpy": ["MT19937", [1e99], 0, 0, 0.0]}},
+        {"run": "../../elsewhere"},
+        {"saved_at": "yesterday"},
+        {"saved_at": 10**400},
+        {"order": [1]},
+        {"order": float("inf")},
+        {"config": "none"},
+        {"config": {"training": [[]]}},
+        {"data_version": 3},
+    ],
+    ids=str,
+)
+def test_auto_passes_over_a_state_that_somebody_changed(
+    tmp_path: Path, configure: Configure, change: dict[str, Any]
+) -> None:
+    config = configure()
+    older, newest = (put(tmp_path, "a", step, config, saved_at=float(step)) for step in (1, 2))
+    values = {**read_values(newest), **change}
+    tamper(newest, "state.json", json.dumps(values).encode())
+    for wanted in (config, None):
+        report = find_checkpoint([tmp_path], wanted)
+        assert report.checkpoint == older or ("config" in change and wanted is None and report.checkpoint == newest)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("manifest.json", b"[" * 100_000),
+        ("state.json", b"[" * 100_000),
+        ("state.json", b'{"format": 1, "saved_at": ' + b"9" * 5_000 + b"}"),
+        ("state.json", b"\xff\xfe"),
+        ("manifest.json", b'{"files": {"state.json": {"size": 1e999, "sha256": ""}}}'),
+        ("manifest.json", b'{"files": {"../a": {"size": 0, "sha256": ""}}}'),
+        ("manifest.json", b'{"files": {"/dev/zero": {"size": 0, "sha256": ""}}}'),
+        ("manifest.json", b'{"files": [1]}'),
+        ("metrics.jsonl", None),
+        ("manifest.json", None),
+        ("state.json", None),
+        ("model.safetensors", None),
+    ],
+)
+def test_auto_passes_over_what_is_no_checkpoint_and_opens_no_pipe(
+    tmp_path: Path, configure: Configure, file: str, content: bytes | None
+) -> None:
+    older, newest = (put(tmp_path, "a", step, configure(), saved_at=float(step)) for step in (1, 2))
+    (newest / file).unlink()
+    if content is None:
+        os.mkfifo(newest / file)
+    else:
+        (newest / file).write_bytes(content)
+    report = find_checkpoint([tmp_path], configure())
+    assert report.checkpoint == older
+    ((path, reason),) = report.refused
+    assert path == newest
+    assert file in reason
+    with pytest.raises(CheckpointError, match=file):
+        verify_checkpoint(newest)
 
 
 def test_the_copy_stands_in_for_a_damaged_or_absent_original(tmp_path: Path, configure: Configure) -> None:

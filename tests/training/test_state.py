@@ -82,6 +82,9 @@ def test_other_shapes_names_and_parameters_are_refused_before_anything_changes()
         with pytest.raises(CheckpointError, match=name):
             load_model_tensors(model, tensors)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"infinity.*first\.weight"):
+        load_model_tensors(model, {name: tensor / 0 for name, tensor in model_tensors(model).items()})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     optimizer = build_optimizer(model, learning_rate=1.0, weight_decay=0.0)
     for name in ("third", "first.weight"):  # unknown here; of another kind of optimizer
         with pytest.raises(CheckpointError, match=name):
