@@ -21,8 +21,10 @@ from src.data.labels import MAX_LABEL_TOKENS
 from src.inference.engine_base import Decoded, Engine, batch_samples
 from src.inference.options import DecodingOptions
 from src.inference.words import Vocabulary, Word, place_words
-from src.utils.errors import DataError, DeviceError, ModelError
-from src.utils.files import expand_path, read_json, recover_folder
+from src.models.ct2_file import check_ct2_folder
+from src.models.folder import content_files, own_settings, read_settings
+from src.utils.errors import DeviceError, ModelError
+from src.utils.files import expand_path, recover_folder
 from src.utils.runtime import cpu_threads
 
 
@@ -41,8 +43,12 @@ class CTranslate2Engine(Engine):
     ) -> None:
         config = _read_config(folder)
         self.vocabulary = Vocabulary.from_folder(folder)
-        self.audio_context = config.get("audio_context", "full")
-        self.language, self.cap_rates = config.get("language"), config.get("tokens_per_sec") or {}
+        self.audio_context, self.cap_rates = own_settings(config, folder / "config.json")
+        mark = config.get("language")
+        self.language = self.vocabulary.language_code(str(mark)) if mark and self.vocabulary.multilingual else None
+        layers, heads = check_ct2_folder(folder, config)
+        # distilled checkpoints list their teacher's; CTranslate2 would end the process
+        self._foreign_heads = [h for h in config.get("alignment_heads") or () if h[0] >= layers or h[1] >= heads]
         kind, index = find_device(device)
         try:
             self._model = ctranslate2.models.Whisper(
@@ -55,8 +61,10 @@ class CTranslate2Engine(Engine):
             )
         except ValueError as err:
             raise DeviceError(f"{folder}: {err}; try device: cpu, or compute_type: auto") from err
-        except RuntimeError as err:
+        except (RuntimeError, MemoryError) as err:
             raise ModelError(f"{folder}: CTranslate2 cannot load it: {err}; export the model again") from err
+        if self._model.is_multilingual != self.vocabulary.multilingual:
+            raise ModelError(f"{folder}: tokenizer.json is that of another Whisper than model.bin; export it again")
         self.workers, self.device, self.precision = workers, self._model.device, self._model.compute_type
 
     def encode(self, audios: Sequence[Waveform], trailing_silence_sec: float) -> Any:
@@ -98,6 +106,11 @@ class CTranslate2Engine(Engine):
     def _place(
         self, encoded: Any, audios: Sequence[Waveform], starts: list[list[int]], rows: Sequence[Decoded]
     ) -> list[tuple[Word, ...]]:
+        if self._foreign_heads:
+            raise ModelError(
+                f"alignment_heads of config.json has {self._foreign_heads[0]}, which the decoder lacks: the list is "
+                "another model's; find this one's with scripts/find_alignment_heads.py, and export it again"
+            )
         texts = [[token for token in row.tokens if token < self.vocabulary.end] for row in rows]
         frames = [max(1, len(audio) // HOP_SAMPLES) for audio in audios]
         # once for each language of the batch: CTranslate2 takes one start for all rows
@@ -134,8 +147,7 @@ def ct2_folder(source: str, *, quantization: str, cache_dir: Path) -> Path:
     from src.models.weights import combined_sha256, convert_once, resolve_weights
 
     weights = resolve_weights(source, cache_dir=cache_dir)
-    files = sorted(file for pattern in ("*.safetensors", "pytorch_model.bin") for file in weights.path.glob(pattern))
-    content = combined_sha256([*files, weights.path / "config.json", weights.path / "generation_config.json"])
+    content = combined_sha256(content_files(weights.path))
     digest = hashlib.sha256(f"{content} {quantization}".encode()).hexdigest()
 
     def convert(target: Path) -> None:
@@ -166,10 +178,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for file in (folder / "model.bin", path):
         if not file.is_file():
             raise ModelError(f"{folder}: no {file.name}; make the folder with `python scripts/export.py --format ct2`")
-    try:
-        config = read_json(path, dict, what="a Whisper of CTranslate2", fix="export the model again")
-    except DataError as err:
-        raise ModelError(str(err)) from err
+    config = read_settings(path)
     if "suppress_ids" not in config:
         raise ModelError(f"{folder}: not a Whisper model of CTranslate2; export a Whisper checkpoint")
     return config

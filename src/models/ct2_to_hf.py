@@ -9,13 +9,10 @@ openai/whisper-* on the Hub.
 
 from __future__ import annotations
 
-import json
-import mmap
 import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 
-from src.data.labels import MAX_LABEL_TOKENS, MULTILINGUAL_END_TOKEN
+from src.data.labels import MAX_LABEL_TOKENS
+from src.models.ct2_file import HEAD_DIM, Variables, read_variables
 from src.models.dynamic_context import upper_half_heads
-from src.models.processor import NO_TIMESTAMPS_TOKEN, START_TOKEN, build_processor, save_processor
+from src.models.folder import own_settings
+from src.models.loading import check_finite, fitting_model
+from src.models.processor import MAX_INITIAL_TIMESTAMP_INDEX, START_TOKEN, build_processor, save_processor, token_rules
 from src.utils.errors import ModelError, first_line
-from src.utils.files import atomic_folder
-
-BINARY_VERSIONS = range(4, 7)  # since 4 each variable says its type
-DTYPES = ("float32", "int8", "int16", "int32", "float16", "bfloat16")  # indices of CTranslate2's DataType
-SPEC_NAME = "WhisperSpec"
-HEAD_DIM = 64  # of every Whisper; revisions 1 and 2 of the format do not store the number of heads
-MAX_INITIAL_TIMESTAMP_INDEX = 50  # 1 s: the latest beginning of a first segment
+from src.utils.files import atomic_folder, load_json
 
 # CTranslate2's modules in the encoder, the decoder or a layer; those of Hugging Face, in the order of fused rows.
 MODULES = {
@@ -58,8 +52,6 @@ MODULES = {
 }
 PARTS = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias", "encodings": "weight"}
 
-Variables = dict[str, NDArray[Any]]
-
 
 def convert_ct2_to_hf(source_dir: Path, output_dir: Path) -> Path:
     """Convert a CTranslate2 Whisper folder into a complete Hugging Face checkpoint in float32.
@@ -76,7 +68,7 @@ def convert_ct2_to_hf(source_dir: Path, output_dir: Path) -> Path:
         FileExistsError: output_dir is taken.
     """
     with _reading(source_dir / "model.bin"):
-        variables = _read_variables(source_dir / "model.bin")
+        variables = read_variables(source_dir / "model.bin")
         state = _state_dict(variables)
         processor = build_processor(
             source_dir / "tokenizer.json",
@@ -85,18 +77,14 @@ def convert_ct2_to_hf(source_dir: Path, output_dir: Path) -> Path:
         )
         config = _model_config(variables, state, processor)
     with _reading(source_dir / "config.json"):
-        ct2_config = json.loads((source_dir / "config.json").read_text(encoding="utf-8"))
+        ct2_config = load_json(source_dir / "config.json")
         generation_config = _generation_config(ct2_config, config, processor)
-    # written by this library's own export
-    for key in ct2_config.keys() & {"audio_context", "tokens_per_sec"}:
-        setattr(config, key, ct2_config[key])
-    try:  # names and shapes must be those of the model that will load them
-        with torch.device("meta"):
-            model = WhisperForConditionalGeneration(config)
-        model.load_state_dict(state | {"proj_out.weight": state["model.decoder.embed_tokens.weight"]}, assign=True)
-    except (RuntimeError, ValueError, ArithmeticError) as err:  # the last two: a number of heads that cannot be
-        problems = " ".join(str(err).split())[:300]
-        raise ModelError(f"{source_dir / 'model.bin'}: the weights do not fit Whisper: {problems}") from err
+    config.audio_context, rates = own_settings(ct2_config, source_dir / "config.json")
+    if rates:
+        config.tokens_per_sec = rates
+    # names and shapes must be those of the model that will load them
+    fitting_model(config, {name: tuple(tensor.shape) for name, tensor in state.items()}, source_dir / "model.bin")
+    check_finite(state, source_dir / "model.bin")
     with atomic_folder(output_dir) as folder:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
@@ -114,51 +102,6 @@ def _reading(path: Path) -> Iterator[None]:
             f"{path}: absent, damaged or not of a CTranslate2 Whisper ({type(err).__name__}: {first_line(err)}); the "
             "folder needs model.bin, config.json and tokenizer.json, fetch it again"
         ) from err
-
-
-def _read_variables(path: Path) -> Variables:
-    """Read the arrays of a `model.bin` under all of their names, as views of the mapped file.
-
-    CTranslate2 itself loads such a file only into its engine, which gives no weights back. The layout follows its
-    writer, `ctranslate2/specs/model_spec.py`: little-endian; version, spec name, spec revision, variables (name, shape,
-    type, bytes), aliases. Names are length-prefixed and end with a zero byte.
-    """
-    with path.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    at = 0
-
-    def take(code: str) -> Any:
-        nonlocal at
-        (value,) = struct.unpack_from(f"<{code}", data, at)
-        at += struct.calcsize(f"<{code}")
-        return value
-
-    def take_name() -> str:
-        return str(take(f"{take('H')}s").removesuffix(b"\0").decode("utf-8"))
-
-    version, spec, _ = take("I"), take_name(), take("I")
-    if version not in BINARY_VERSIONS or spec != SPEC_NAME:
-        raise ValueError(f"{spec!r} in version {version}, known is {SPEC_NAME!r} in {[*BINARY_VERSIONS]}")
-    variables: Variables = {}
-    for _ in range(take("I")):
-        name = take_name()
-        shape = [take("I") for _ in range(take("B"))]
-        dtype, num_bytes = DTYPES[take("B")], take("I")
-        on_disk = np.dtype("uint16" if dtype == "bfloat16" else dtype)
-        if num_bytes != prod(shape) * on_disk.itemsize:
-            raise ValueError(f"{name}, {shape} of {dtype}, cannot take {num_bytes} bytes")
-        stored = np.frombuffer(data, on_disk, prod(shape), at).reshape(shape)
-        at += num_bytes
-        # numpy has no bfloat16: it is the upper half of a float32
-        variables[name] = (stored.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else stored
-    for _ in range(take("I")):
-        alias, target = take_name(), take_name()
-        for suffix in ("", "_scale", "_zero"):  # the file says it of the weight alone
-            if target + suffix in variables:
-                variables[alias + suffix] = variables[target + suffix]
-    if at < len(data):
-        raise ValueError(f"{len(data) - at} bytes after the end of the model")
-    return variables
 
 
 def _weight(variables: Variables, name: str) -> NDArray[np.float32]:
@@ -220,29 +163,20 @@ def _generation_config(
     ct2_config: dict[str, Any], config: WhisperConfig, processor: WhisperProcessor
 ) -> GenerationConfig:
     """What the Hub's generation_config.json holds, without `forced_decoder_ids`, which would override the caller's."""
-    tokenizer = processor.tokenizer
-    token_id = tokenizer.convert_tokens_to_ids
+    end, rules = processor.tokenizer.eos_token_id, token_rules(processor.tokenizer)
     heads = [(layer, head) for layer, head in ct2_config["alignment_heads"]]
     values: dict[str, Any] = {
+        **rules,
         "suppress_tokens": ct2_config["suppress_ids"],
         "begin_suppress_tokens": ct2_config["suppress_ids_begin"],
-        "bos_token_id": tokenizer.eos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.eos_token_id,
-        "decoder_start_token_id": token_id(START_TOKEN),
-        "no_timestamps_token_id": token_id(NO_TIMESTAMPS_TOKEN),
-        "prev_sot_token_id": token_id("<|startofprev|>"),
+        "bos_token_id": end,
+        "pad_token_id": end,
         "max_initial_timestamp_index": MAX_INITIAL_TIMESTAMP_INDEX,
         "max_length": MAX_LABEL_TOKENS,
         "return_timestamps": False,
-        "is_multilingual": tokenizer.eos_token_id == MULTILINGUAL_END_TOKEN,
     }
     if heads != upper_half_heads(config):  # else CTranslate2's converter wrote them for want of a list
         values["alignment_heads"] = heads
-    if values["is_multilingual"]:
-        # every token between the start and the tasks is a language: 99, or 100 since large-v3
-        languages = range(token_id(START_TOKEN) + 1, token_id("<|translate|>"))
-        values["lang_to_id"] = {tokenizer.convert_ids_to_tokens(i): i for i in languages}
+    if rules["is_multilingual"]:
         values["language"] = ct2_config.get("language")
-        values["task_to_id"] = {task: token_id(f"<|{task}|>") for task in ("transcribe", "translate")}
     return GenerationConfig(**values)

@@ -13,20 +13,21 @@ from typing import Any
 
 from transformers import WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
 
-from src.data.labels import MAX_LABEL_TOKENS, NUM_TIMESTAMPS, TIMESTAMP_STEP_SEC
+from src.data.labels import MAX_LABEL_TOKENS, MULTILINGUAL_END_TOKEN, NUM_TIMESTAMPS, TIMESTAMP_STEP_SEC
 from src.utils.errors import ModelError
-from src.utils.files import load_english_spelling
+from src.utils.files import load_english_spelling, load_json
 
 END_TOKEN = "<|endoftext|>"
 START_TOKEN = "<|startoftranscript|>"
 NO_TIMESTAMPS_TOKEN = "<|notimestamps|>"
+MAX_INITIAL_TIMESTAMP_INDEX = 50  # 1 s: the latest beginning of a first segment
 ORDINARY = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
 
 
 def build_processor(tokenizer_file: Path, *, num_mel_bins: int, vocab_size: int) -> WhisperProcessor:
     """Build tokenizer and feature extractor from a `tokenizer.json` that fits the model's embedding."""
     try:
-        spec = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+        spec = load_json(tokenizer_file)
         ids = {token["content"]: int(token["id"]) for token in spec["added_tokens"]}
         specials = sorted((t["content"] for t in spec["added_tokens"] if t["special"]), key=ids.__getitem__)
         first_timestamp = ids[NO_TIMESTAMPS_TOKEN] + 1
@@ -66,6 +67,27 @@ def save_processor(processor: WhisperProcessor, folder: Path) -> None:
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
         _write_json(folder / "tokenizer_config.json", config, sort=False)
+
+
+def token_rules(tokenizer: Any) -> dict[str, Any]:
+    """Return what a generation config says about the tokens of a Whisper tokenizer."""
+    vocabulary, end = tokenizer.get_vocab(), tokenizer.convert_tokens_to_ids(END_TOKEN)
+    names = (END_TOKEN, START_TOKEN, "<|startofprev|>", "<|transcribe|>", "<|translate|>", NO_TIMESTAMPS_TOKEN)
+    if missing := [name for name in names if name not in vocabulary]:
+        raise ModelError(f"not a Whisper tokenizer: it has no {', '.join(missing)}")
+    start, previous, transcribe, translate, no_timestamps = (vocabulary[name] for name in names[1:])
+    rules: dict[str, Any] = {
+        "eos_token_id": end,
+        "decoder_start_token_id": start,
+        "no_timestamps_token_id": no_timestamps,
+        "prev_sot_token_id": previous,
+        "is_multilingual": end == MULTILINGUAL_END_TOKEN,
+    }
+    if rules["is_multilingual"]:
+        # every token between the start and the tasks is a language: 99, or 100 since large-v3
+        rules["lang_to_id"] = {tokenizer.convert_ids_to_tokens(i): i for i in range(start + 1, translate)}
+        rules["task_to_id"] = {"transcribe": transcribe, "translate": translate}
+    return rules
 
 
 def _write_json(path: Path, content: dict[str, Any], *, sort: bool) -> None:

@@ -27,9 +27,27 @@ import httpx
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from src.models.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    content_files,
+    missing_part,
+    model_type,
+    read_settings,
+    weight_files,
+)
 from src.utils.config import VARIANTS
-from src.utils.errors import ModelError, did_you_mean, first_line
-from src.utils.files import atomic_folder, expand_path, hidden_folder, locked, recover_folder, remove_folder, sha256_of
+from src.utils.errors import ConfigError, ModelError, did_you_mean, first_line
+from src.utils.files import (
+    atomic_folder,
+    expand_path,
+    hidden_folder,
+    load_json,
+    locked,
+    recover_folder,
+    remove_folder,
+    sha256_of,
+)
 from src.utils.runtime import installed_version
 
 logger = logging.getLogger(__name__)
@@ -38,7 +56,7 @@ CONVERSION_VERSION = 1  # part of the folder's name: raise it when the converter
 MANIFEST_FILE = "conversion.json"
 HUB_TIMEOUT_SEC = 5.0  # for the first answer; the Hub's client itself waits forever
 HUB_ERRORS = (httpx.TransportError, HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError)
-HUB_FILES = ["*.json", "*.txt", "model.safetensors", "model-?????-of-?????.safetensors"]
+HUB_FILES = ["*.json", "*.txt", "model.safetensors", "model-?????-of-?????.safetensors", ADAPTER_WEIGHTS]
 HUB_REPOSITORIES = {
     **{name: f"openai/whisper-{name}" for name in VARIANTS},
     "distil": "distil-whisper/distil-large-v3",
@@ -128,9 +146,10 @@ def resolve_weights(variant_or_path: str, *, cache_dir: Path) -> ResolvedWeights
     """Find weights in Hugging Face format.
 
     Args:
-        variant_or_path: a variant such as "base"; a folder with a Hugging Face or a CTranslate2 checkpoint (write
-            `./base` for a folder that is named like a variant); or a repository of the Hub, "owner/name", of
-            which "owner/name@revision" takes a branch, tag or commit.
+        variant_or_path: a variant such as "base"; a folder with a Hugging Face or a CTranslate2 checkpoint, or with an
+            adapter of PEFT, which is merged into its base model (write `./base` for a folder that is named like a
+            variant); or a repository of the Hub, "owner/name", of which "owner/name@revision" takes a branch, tag or
+            commit.
         cache_dir: conversions are kept under `cache_dir/weights`; downloads stay in the Hub's own cache.
 
     Returns:
@@ -156,7 +175,7 @@ def resolve_weights(variant_or_path: str, *, cache_dir: Path) -> ResolvedWeights
             )
         attempts.append(f"folder {name}: does not exist")
     repository, packaged = HUB_REPOSITORIES.get(name, name), PACKAGED_MODELS.get(name)
-    found = _from_hub(repository, attempts)
+    found = _from_hub(repository, cache_dir, attempts)
     if found is None and packaged is not None:
         found = _from_package(name, packaged, cache_dir, attempts)
     if found is not None:
@@ -169,21 +188,60 @@ def resolve_weights(variant_or_path: str, *, cache_dir: Path) -> ResolvedWeights
 
 
 def _from_folder(folder: Path, cache_dir: Path) -> ResolvedWeights:
-    if (folder / "model.bin").is_file() and _model_type(folder) is None:
+    if (folder / "model.bin").is_file() and model_type(folder) is None:
         label = f"CTranslate2 folder {folder}"
         digest = combined_sha256([folder / name for name in ("model.bin", "config.json", "tokenizer.json")])
         name = folder.resolve().name
         path = convert_once(name, digest, label, cache_dir=cache_dir, convert=lambda target: _convert(folder, target))
         return ResolvedWeights(path, f"{label} (converted)")
-    problem = _incomplete(folder)
-    if problem:
-        raise ModelError(
-            f"{folder}: not a complete Whisper checkpoint: {problem}; save model and processor there again"
-        )
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _from_adapter(folder, cache_dir)
+    if problem := missing_part(folder):
+        raise ModelError(f"{folder}: not a complete Whisper checkpoint: {problem}")
     return ResolvedWeights(folder, "local folder")
 
 
-def _from_hub(repository: str, attempts: list[str]) -> ResolvedWeights | None:
+def _from_adapter(folder: Path, cache_dir: Path) -> ResolvedWeights:
+    """Find the model that an adapter of PEFT changes, and merge the two once into the cache."""
+    base = read_settings(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{folder}: a PEFT adapter whose {ADAPTER_CONFIG} names no base_model_name_or_path; add it")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        fix = "save the adapter with safe_serialization=True; pickled weights can run code, and are not read"
+        raise ModelError(f"{folder}: a PEFT adapter of {base!r} without {ADAPTER_WEIGHTS}; {fix}")
+    if any(path.is_file() for path in weight_files(folder)):
+        raise ModelError(
+            f"{folder}: holds a whole model ({weight_files(folder)[0].name}) and a PEFT adapter of {base!r}; move the "
+            "files of one of them elsewhere"
+        )
+    variants = {repository: name for name, repository in HUB_REPOSITORIES.items()}  # may be in a package
+    try:
+        if (expand_path(base) / ADAPTER_CONFIG).is_file():
+            raise ModelError("it is an adapter itself; merge that one first")
+        found = resolve_weights(variants.get(base, base), cache_dir=cache_dir)
+    except (ModelError, ConfigError) as err:
+        raise ModelError(
+            f"{folder}: a PEFT adapter of {base!r}, which cannot be loaded: {err}\nOr set base_model_name_or_path in "
+            f"{folder / ADAPTER_CONFIG} to the folder of that model"
+        ) from err
+    own = [folder / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    own += [path for path in content_files(folder) if path.is_file()]
+    digest = combined_sha256([*own, *content_files(found.path)])
+    label = f"PEFT adapter {folder} of {base} ({found.source})"
+
+    def convert(target: Path) -> None:
+        from src.models.loading import merge_adapter  # brings torch and transformers: only where it is needed
+
+        merge_adapter(folder, found.path, target)
+
+    try:
+        path = convert_once(folder.resolve().name, digest, label, cache_dir=cache_dir, convert=convert)
+    except ModelError as err:
+        raise ModelError(f"{folder}: a PEFT adapter of {base!r} that cannot be merged into it: {err}") from err
+    return ResolvedWeights(path, f"{label} (merged)")
+
+
+def _from_hub(repository: str, cache_dir: Path, attempts: list[str]) -> ResolvedWeights | None:
     """Take the local copy, else ask the Hub, else take another commit's copy; what failed is added to the attempts."""
     repository, _, asked = repository.partition("@")
     pinned = HUB_REVISIONS.get(repository)
@@ -210,7 +268,12 @@ def _from_hub(repository: str, attempts: list[str]) -> ResolvedWeights | None:
         except OSError as err:  # the disk is full, or the Hub's cache belongs to somebody else
             attempts.append(f"{where}: {type(err).__name__}: {first_line(err)}; free space, or set HF_HOME")
             continue
-        problem = _incomplete(path)
+        if (path / ADAPTER_CONFIG).is_file():
+            return _from_adapter(path, cache_dir)
+        try:
+            problem = missing_part(path)
+        except ModelError as err:
+            problem = str(err)
         if problem is None:
             if revision is None and pinned:
                 logger.warning("%s: commit %s is there, %s is not", where, path.name, pinned)
@@ -239,39 +302,6 @@ def _convert(ct2_dir: Path, target: Path) -> None:
     from src.models.ct2_to_hf import convert_ct2_to_hf  # brings torch and transformers: only where it is needed
 
     convert_ct2_to_hf(ct2_dir, target)
-
-
-def _incomplete(folder: Path) -> str | None:
-    """Say what a Hugging Face checkpoint lacks, None if nothing."""
-    if _model_type(folder) != "whisper":
-        return "config.json is absent or not that of a Whisper model"
-    wanted = [
-        ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
-        ("tokenizer.json", "vocab.json"),
-        ("preprocessor_config.json", "processor_config.json"),
-    ]
-    missing = [" or ".join(names) for names in wanted if not any((folder / name).is_file() for name in names)]
-    missing += absent_shards(folder)
-    return f"no {', no '.join(missing)}" if missing else None
-
-
-def absent_shards(folder: Path) -> list[str]:
-    """Return the files of weights that a checkpoint's index lists and its folder lacks."""
-    index = folder / "model.safetensors.index.json"
-    try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return [f"{index.name} that is whole"]
-    return sorted(shard for shard in set(shards) if not (folder / shard).is_file())
-
-
-def _model_type(folder: Path) -> str | None:
-    """Return `model_type` of config.json, which Hugging Face has and CTranslate2 has not."""
-    file = folder / "config.json"
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))).get("model_type") if file.exists() else None
-    except (ValueError, TypeError) as err:
-        raise ModelError(f"{file}: not a configuration: {err}") from err
 
 
 def assemble_packaged_model(model: PackagedModel, folder: Path) -> None:
@@ -340,10 +370,13 @@ def _make_conversion(
 def _damage(folder: Path, source_sha256: str) -> str | None:
     """Say what is wrong with a conversion, None if nothing."""
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest = load_json(folder / MANIFEST_FILE)
         if manifest["source_sha256"] != source_sha256:
             return f"made from another source ({manifest['source']})"
-        damaged = [name for name, sha256 in manifest["files"].items() if sha256_of(folder / name) != sha256]
+        files = manifest["files"]
+        if files.keys() != {path.name for path in folder.iterdir()} - {MANIFEST_FILE}:
+            return f"not the files that {MANIFEST_FILE} lists"
+        damaged = [name for name, sha256 in files.items() if sha256_of(folder / name) != sha256]
         return f"{', '.join(damaged)} damaged" if damaged else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as err:
         return f"incomplete ({err})"
@@ -353,5 +386,5 @@ def combined_sha256(paths: Sequence[Path]) -> str:
     """Return one SHA-256 over several files, all of which must exist."""
     try:
         return hashlib.sha256("".join(map(sha256_of, paths)).encode()).hexdigest()
-    except FileNotFoundError as err:
-        raise ModelError(f"{err.filename}: no such file") from err
+    except OSError as err:
+        raise ModelError(f"{err.filename}: cannot be read: {err.strerror}") from err

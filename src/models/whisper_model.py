@@ -5,11 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
-from transformers import WhisperProcessor
-from transformers import logging as transformers_logging
-
 from src.models.dynamic_context import DynamicWhisper, get_language
+from src.models.loading import load_checkpoint
 from src.models.weights import ResolvedWeights, resolve_weights
 from src.utils.config import Config
 from src.utils.runtime import get_device, keep_cudnn_out_of_attention
@@ -35,19 +32,15 @@ class WhisperModelManager:
             generation config has the configured language and task; with `auto` those of the checkpoint stay.
 
         Raises:
-            ModelError: no weights are available; the message lists what was tried.
+            ModelError: no weights are available, the message lists what was tried; or they are damaged or no Whisper's.
             DeviceError: no such device.
         """
         settings, device = self._config.model, get_device(self._config.device)
         variant = variant or settings.variant
         keep_cudnn_out_of_attention(device)
         self.weights = resolve_weights(variant, cache_dir=self._config.paths.cache_dir)
-        transformers_logging.disable_progress_bar()  # one bar per file of weights says nothing
-        model = DynamicWhisper.from_pretrained(self.weights.path, dtype=torch.float32)
-        processor = WhisperProcessor.from_pretrained(self.weights.path)
+        model, processor = load_checkpoint(self.weights.path)
         generation = model.generation_config
-        model.config.forced_decoder_ids = None  # of old checkpoints; contradicts language and task
-        generation.forced_decoder_ids = None
         if getattr(generation, "is_multilingual", False):
             if settings.language is not None:
                 generation.language, generation.task = settings.language, settings.task

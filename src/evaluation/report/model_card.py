@@ -5,7 +5,6 @@ Its limits follow from what was measured; what was not measured is said to be so
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from src.evaluation.report import summary as run_summary
 from src.evaluation.report.run_files import Row, best_epoch, bootstrap_of, guard_name, public, read_origin
 from src.evaluation.slices import slice_columns, slice_rates
 from src.models.export.huggingface import read_provenance
+from src.models.folder import read_settings
 from src.models.weights import HUB_REPOSITORIES
 from src.utils.config import flatten
 from src.utils.errors import DataError, ModelError
@@ -128,7 +128,7 @@ def write_model_card(
 
 def _assumed_languages(folder: Path, result: Row, model: Row, base: str) -> list[str]:
     """Return the languages of a run without a data report: of the checkpoint, of the test set, or of the settings."""
-    trained = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tokens_per_sec")
+    trained = read_settings(folder / "config.json").get("tokens_per_sec")
     if model.get("task") == "translate":  # the rates are those of the transcripts, which are English
         trained = None
     configured = model.get("language") or ("en" if base.endswith(".en") else None)

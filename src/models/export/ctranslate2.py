@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import ctranslate2
 import numpy as np
 import torch
-from ctranslate2.converters import TransformersConverter
+from ctranslate2.converters.transformers import WhisperLoader
 from ctranslate2.specs.model_spec import ACCEPTED_MODEL_TYPES
 from transformers import WhisperProcessor
 
@@ -22,8 +23,6 @@ from src.models.export.verify import ClipBatch, SpokenClip, load_clips, verify_t
 from src.utils.errors import ModelError
 
 logger = logging.getLogger(__name__)
-
-FASTER_WHISPER_FILES = ["tokenizer.json", "preprocessor_config.json"]
 
 
 def export_ctranslate2(
@@ -57,8 +56,14 @@ def export_ctranslate2(
     output_dir = Path(output_dir)
     with loaded_source(source, processor) as (hf_dir, model, own), new_export(output_dir, ["model.bin"]) as folder:
         existing_heads(model)  # CTranslate2 copies the list as it is
-        converter = TransformersConverter(str(hf_dir), copy_files=FASTER_WHISPER_FILES)
-        converter.convert(str(folder), quantization=quantization, force=True)
+        # what `TransformersConverter` does, with a copy of the model that is loaded and checked already
+        with torch.no_grad():
+            spec = WhisperLoader()(copy.deepcopy(model), own.tokenizer)  # which is quantised in place
+        spec.validate()
+        spec.optimize(quantization=quantization)
+        spec.save(str(folder))
+        own.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))  # these two for faster-whisper
+        own.feature_extractor.save_pretrained(folder)
         config_file = folder / "config.json"
         config = {**json.loads(config_file.read_text(encoding="utf-8")), **_own_settings(model)}
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

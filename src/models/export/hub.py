@@ -15,7 +15,7 @@ import httpx
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
-from src.models.weights import absent_shards
+from src.models.folder import absent_shards
 from src.utils.errors import ModelError, WhisperASRError
 
 logger = logging.getLogger(__name__)

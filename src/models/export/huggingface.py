@@ -22,9 +22,10 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from src.data.audio import Waveform
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export.verify import SpokenClip, keeps_length, save_clips, verify_transcripts
+from src.models.loading import load_checkpoint
 from src.models.processor import save_processor
 from src.utils.errors import ModelError
-from src.utils.files import atomic_folder, recover_folder, writing
+from src.utils.files import atomic_folder, load_json, recover_folder, writing
 
 logger = logging.getLogger(__name__)
 
@@ -98,14 +99,13 @@ def loaded_source(source: str | Path | Any, processor: Any) -> Iterator[tuple[Pa
                 raise ModelError("a model needs its processor: pass processor=, or a Hugging Face folder instead")
             with writing(folder):
                 _save(source, processor, folder)
-        model = DynamicWhisper.from_pretrained(folder, dtype=torch.float32).eval()
-        yield folder, model, WhisperProcessor.from_pretrained(folder)
+        yield folder, *load_checkpoint(folder)
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """Return the provenance of an export; empty if it has none that can be read."""
     try:
-        return dict(json.loads((folder / PROVENANCE).read_text(encoding="utf-8")))
+        return dict(load_json(folder / PROVENANCE))
     except (OSError, ValueError, TypeError):
         return {}
 

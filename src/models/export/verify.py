@@ -35,6 +35,7 @@ from src.data.sources.parquet import read_parquet
 from src.data.utterance import stable_hash
 from src.models.dynamic_context import DynamicWhisper, evaluation_mode, get_cap_rates, get_language
 from src.utils.errors import DataError, ModelError
+from src.utils.files import parse_json
 from src.utils.languages import UNSPACED, known_language, max_tokens_per_sec, parse_language, text_language
 
 CLIPS_FILE = ".verification_clips.safetensors"  # in a checkpoint's folder; hidden, since `push_to_hub` leaves such out
@@ -177,7 +178,7 @@ def load_clips(folder: Path) -> tuple[SpokenClip, ...]:
         return ()
     try:
         with safe_open(path, framework="pt") as file:
-            languages = json.loads((file.metadata() or {}).get("languages", "{}"))
+            languages = parse_json((file.metadata() or {}).get("languages", "{}"))
             audios = {name: file.get_tensor(name).float().flatten() / INT16_MAX for name in sorted(file.keys())}
         return tuple(
             SpokenClip(audio.numpy(), parse_language(languages[name]) if name in languages else None)

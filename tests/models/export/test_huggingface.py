@@ -167,14 +167,14 @@ def test_exports_of_a_model_tuned_to_another_language_are_saved_and_broken_ones_
     (source / export_check.CLIPS_FILE).unlink()
     export_ctranslate2(source, tmp_path / "int8", quantization="int8")  # with English clips in this language
 
-    load_model = ct2_export.TransformersConverter.load_model
+    convert = ct2_export.WhisperLoader.get_model_spec
 
-    def load_damaged(self: Any, *args: Any, **options: Any) -> Any:
-        loaded = load_model(self, *args, **options)
-        loaded.model.decoder.layers[-1].fc1.weight.data.zero_()
-        return loaded
+    def convert_damaged(self: Any, model: Any) -> Any:
+        damaged = copy.deepcopy(model)
+        damaged.model.decoder.layers[-1].fc1.weight.data.zero_()
+        return convert(self, damaged)
 
-    monkeypatch.setattr(ct2_export.TransformersConverter, "load_model", load_damaged)
+    monkeypatch.setattr(ct2_export.WhisperLoader, "get_model_spec", convert_damaged)
     for given in (clips, None):
         with pytest.raises(ModelError, match=r"20%.*nats"):
             export_ctranslate2(source, tmp_path / "broken", quantization="int8", verify_clips=given)
@@ -196,14 +196,14 @@ def test_export_that_says_something_else_is_removed(
     tiny_en: Any, tmp_path: Path, jfk: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = tiny_en
-    load_model = ct2_export.TransformersConverter.load_model
+    convert = ct2_export.WhisperLoader.get_model_spec
 
-    def load_damaged(self: Any, *args: Any, **options: Any) -> Any:
-        loaded = load_model(self, *args, **options)
-        loaded.model.decoder.layers[0].fc1.weight.data.zero_()
-        return loaded
+    def convert_damaged(self: Any, model: Any) -> Any:
+        damaged = copy.deepcopy(model)
+        damaged.model.decoder.layers[0].fc1.weight.data.zero_()
+        return convert(self, damaged)
 
-    monkeypatch.setattr(ct2_export.TransformersConverter, "load_model", load_damaged)
+    monkeypatch.setattr(ct2_export.WhisperLoader, "get_model_spec", convert_damaged)
     with pytest.raises(ModelError, match="20%"):
         export_ctranslate2(model, tmp_path / "out", processor=processor, verify_clips=[jfk])
     assert list(tmp_path.iterdir()) == []
