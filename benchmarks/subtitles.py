@@ -213,7 +213,8 @@ def train(clips: Sequence[Utterance], base: DatasetSplits, config: Config, epoch
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny.en", help="that listens")
+    parser.add_argument("--model", default="tiny.en", help="that listens (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, action="append", help="of a recording; may repeat; default: 10, 30")
     parser.add_argument("--epochs", type=int, default=2, help="of each training (default: %(default)s)")
     parser.add_argument("--no-training", action="store_true", help="leave out the two trainings")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for recordings and clips; default: none")
@@ -221,12 +222,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="under a minute: a short recording, one epoch of little")
     arguments = parser.parse_args()
     setup_logging("WARNING")
-    lengths = (QUICK_MINUTES,) if arguments.quick else MINUTES
+    lengths = (QUICK_MINUTES,) if arguments.quick else arguments.minutes or MINUTES
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
         caps = dict.fromkeys(("data.max_validation", "data.max_test"), 4) if arguments.quick else {}
         config = load_config(None, overrides={
-            "model.variant": arguments.model, "augmentation.enabled": False, "data.num_workers": 0, **caps,
+            "model.variant": "tiny.en", "augmentation.enabled": False, "data.num_workers": 0, **caps,
             "training": {"batch_size": 8, "learning_rate": 1e-4, "full_context_prob": 0.0},
             "paths": {"runs_dir": str(folder / "runs"), "checkpoints_dir": str(folder / "checkpoints")},
             "checkpoints.save_minutes": None,

@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ TRANSCRIPT_SUFFIXES = (
 )  # fmt: skip
 _DAMAGED = (pysubs2.Pysubs2Error, ParseError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 _PYSUBS2 = {".ssa": "ass", ".smi": "sami"}  # formats that are not named as their suffix
+MAX_BYTES = 64 << 20  # of a transcript; a word with its times takes 100 bytes of JSON
 _ROLLING = 0.3  # share of the cues that begin with the line before: captions that scroll
 _NAMED_OFTEN = 3  # lines that begin with one name and a colon
 _MAX_CREDIT_CHARS = 100
@@ -51,7 +52,7 @@ _PLAIN_TIER = regex.compile(r"utt|text|trans|sent|word|orth?|ipu|phrase|\d", reg
 _NO_SPEECH = frozenset({"sil", "sp", "spn", "silence", "<sil>", "<unk>", "<eps>", "#", "xxx", "noise", "laugh"})
 
 _VOICE = regex.compile(r"<v[\w.]*[ \t]+([^>]+)>")
-_TAG = regex.compile(r"\{\\[^}]*\}|</?[\w.:][^<>]*>|</?>")
+_TAG = regex.compile(r"\{\\[^{}]{0,300}\}|</?[\w.:][^<>]{0,300}>|</?>")
 _INVISIBLE = regex.compile(r"[\p{Cc}\p{Cf}--[\n\u00AD\u200B\u200C\u200D]]", regex.VERSION1)
 _SUNG = regex.compile(r"[♩♪♫♬]|^\s*#.*#\s*$")
 _BRACKETED = regex.compile(r"\[[^\[\]]*\]|【[^【】]*】|\*[^*\n]*\*")
@@ -97,16 +98,23 @@ def find_transcribed(folder: Path) -> list[TranscribedRecording]:
     if not folder.is_dir() or find_manifests(folder):
         return []
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    recordings = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES]
+    stems = Counter(audio.stem for audio in recordings)
+    by_stem: dict[str, list[TranscribedRecording]] = defaultdict(list)
+    for path in (path for path in files if path.suffix.lower() in TRANSCRIPT_SUFFIXES):
+        stem, _, mark = path.stem.rpartition(".")
+        by_stem[path.stem].append(TranscribedRecording(path, path))
+        if stem and f".{mark}".lower() in AUDIO_SUFFIXES:  # talk.mp3.srt
+            by_stem[stem].append(TranscribedRecording(path, path))
+        elif stem and code_of_language(mark) is not None:
+            by_stem[stem].append(TranscribedRecording(path, path, code_of_language(mark)))
     found: list[TranscribedRecording] = []
     without: list[str] = []
-    for audio in (path for path in files if path.suffix.lower() in AUDIO_SUFFIXES):
-        own = []
-        for path in (p for p in files if p.suffix.lower() in TRANSCRIPT_SUFFIXES and p.name.startswith(audio.stem)):
-            rest = path.name.removeprefix(audio.stem)[: -len(path.suffix)].removeprefix(audio.suffix)
-            mark = rest.removeprefix(".").split(".")[0]
-            if not rest or (rest.startswith(".") and code_of_language(mark) is not None):
-                own.append(TranscribedRecording(audio, path, code_of_language(mark) if mark else None))
-        own = [each for each in own if each.transcript.parent == audio.parent] or own
+    for audio in recordings:
+        own = [replace(each, audio=audio) for each in by_stem[audio.stem]]
+        beside = [each for each in own if each.transcript.parent == audio.parent]
+        if beside or stems[audio.stem] > 1:  # one in another folder could be that of several recordings
+            own = beside
         own.sort(key=lambda each: (TRANSCRIPT_SUFFIXES.index(each.transcript.suffix.lower()), each.transcript.name))
         own = [each for each in own if each.transcript.suffix == own[0].transcript.suffix]
         if len(own) > 1:
@@ -145,6 +153,8 @@ def read_transcript(path: Path) -> list[Passage]:
 def read_any_encoding(path: Path) -> str:
     """Read a text file, which older subtitle tools wrote in any encoding; line ends become newlines."""
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(f"{path}: over {MAX_BYTES >> 20} MB, which is no transcript; remove it")
         data = path.read_bytes()
     except OSError as err:
         raise DataError(f"{path}: cannot be read: {err.strerror}") from err
@@ -213,7 +223,7 @@ def _read_textgrid(content: str) -> list[Passage]:
         if tokens[at] != (True, "IntervalTier"):
             at += 1
             continue
-        name, count = tokens[at + 1][1], int(tokens[at + 4][1])
+        name, count = tokens[at + 1][1], min(int(tokens[at + 4][1]), len(tokens))
         rows = [tokens[at + 5 + 3 * i : at + 8 + 3 * i] for i in range(count)]
         at += 5 + 3 * count
         speaker = None if _PLAIN_TIER.search(name) else name.strip()

@@ -290,9 +290,9 @@ class _Matcher:
         self._rate = sum(len(self._said[i].key) for i in anchored) / max(
             0.1, sum(self._speech_sec(word.start_sec, word.end_sec) for word in heard)
         )
-        edges = [(-1, 0.0, 0.0), *((i, w.start_sec, w.end_sec) for i, w in zip(anchored, heard, strict=True))]
-        edges.append((len(self._said), self._gaps[-1].end, math.inf))
-        for (before, _, start_sec), (after, end_sec, _) in itertools.pairwise(edges):
+        edges = [(-1, 0.0), *((i, self._heard_mids[self._said[i].anchor or 0]) for i in anchored)]
+        edges.append((len(self._said), self._gaps[-1].end))
+        for (before, start_sec), (after, end_sec) in itertools.pairwise(edges):
             if after - before <= UNSPOKEN_WORDS:
                 continue
             characters = sum(len(word.key) for word in self._said[before + 1 : after])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from src.data.sources import subtitles
 from src.data.sources.catalog import SAMPLE_CLIP
 from src.data.sources.folder import read_folder
 from src.data.sources.subtitles import Passage, clean_passages, find_transcribed, read_transcript
@@ -158,7 +159,7 @@ def test_rolling_captions_say_each_line_once() -> None:
     ("a.json", "[1, 2]"), ("a.json", "{"), ("a.json", '{"a": 1}'), ("a.json", "[" * 100_000), ("a.TextGrid", "nothing"),
     ("a.TextGrid", SHORT_TEXTGRID[:90]), ("a.ttml", "<tt"), ("a.srt", ""), ("a.vtt", "WEBVTT\n"), ("a.txt", "[music]"),
     ("a.json", '{"segments": [{"start": NaN, "end": 1, "text": "x"}]}'), ("a.lrc", "no times"),
-])  # fmt: skip
+], ids=lambda text: text[:20])  # fmt: skip
 def test_files_that_are_no_transcript_are_refused_by_name(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=name.replace(".", r"\.")):
@@ -177,6 +178,24 @@ def test_recordings_are_paired_with_transcripts_of_their_name(tmp_path: Path, ca
         ("e.wav", "e.TextGrid", None),
     ]  # fmt: skip
     assert "2 recording(s) without a transcript left out: d.flac, f.wav" in caplog.text
+
+
+def test_a_transcript_in_another_folder_is_taken_where_the_name_is_the_only_one(tmp_path: Path) -> None:
+    for name in ("audio/a.wav", "audio/b.wav", "more/b.wav", "texts/a.srt", "texts/b.srt", "more/b.de.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = {each.audio.relative_to(tmp_path).as_posix(): each.transcript.name for each in find_transcribed(tmp_path)}
+    assert found == {"audio/a.wav": "a.srt", "more/b.wav": "b.de.txt"}
+
+
+def test_hostile_transcripts_cost_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.TextGrid").write_text(SHORT_TEXTGRID.replace("\n2\n0\n", "\n999999999999\n0\n"))
+    assert [p.text for p in read_transcript(tmp_path / "a.TextGrid")] == ["Hello", "there"]
+    (tmp_path / "a.srt").write_text(SRT + "{\\" * 100_000 + "<a" * 100_000 + "[" * 100_000)
+    read_transcript(tmp_path / "a.srt")
+    monkeypatch.setattr(subtitles, "MAX_BYTES", 1000)
+    with pytest.raises(DataError, match=r"a\.srt: over 0 MB"):
+        read_transcript(tmp_path / "a.srt")
 
 
 def test_transcripts_in_two_languages_must_be_chosen_from(tmp_path: Path) -> None:
