@@ -42,6 +42,7 @@ MIN_GAP_SEC = 0.1  # a shorter silence is within a word
 PAUSE_SEC = 0.8  # ends a sentence in a transcript without punctuation; between two cues 0.3 s do
 CUE_PAUSE_SEC = 0.3
 MAX_WINDOW_TOKENS = MAX_LABEL_TOKENS - SPECIAL_TOKENS - 20
+ROOM_WORDS = 3
 UNSPOKEN_WORDS = 6  # so many in a row that nobody heard may not have been spoken
 FAST, SLOW = 2.5, 0.2  # times the median number of characters per second of the recording
 NGRAM = 4  # so many words in a row that occur once in both texts are safe anchors; of characters twice as many
@@ -50,7 +51,7 @@ MIN_WORD_SEC, CHARACTER_SEC = 0.3, 0.08  # the room of a word
 LATE_SEC = 0.2  # that words seem to begin after they do, at most
 MORE_HEARD, MORE_HEARD_CHARS = 1.5, 10  # characters
 SURE_LANGUAGE = 0.8  # probability
-MOVE_GAIN = 1.0  # of log-probability, for a word to move to the other side of a silence
+MOVE_GAIN, MOVE_HEARD_GAIN = 1.0, 5.0  # of log-probability, for a word to move to the other side of a silence
 _QUIET = np.zeros(5 * SAMPLE_RATE, dtype=np.float32)  # tells how likely words are without audio
 _END = regex.compile(r"[\p{Sentence_Terminal}…][\p{Pe}\p{Pf}\p{Po}\"']*$")
 
@@ -292,11 +293,17 @@ class _Matcher:
         )
         edges = [(-1, 0.0), *((i, self._heard_mids[self._said[i].anchor or 0]) for i in anchored)]
         edges.append((len(self._said), self._gaps[-1].end))
-        for (before, start_sec), (after, end_sec) in itertools.pairwise(edges):
+        for at, ((before, _), (after, _)) in enumerate(itertools.pairwise(edges)):
             if after - before <= UNSPOKEN_WORDS:
                 continue
-            characters = sum(len(word.key) for word in self._said[before + 1 : after])
+            # with a few of the words around: they seem to take the time of speech that the recogniser passed over
+            (first, start_sec), (last, end_sec) = (
+                edges[max(0, at - ROOM_WORDS)],
+                edges[at + 1 : at + 2 + ROOM_WORDS][-1],
+            )
+            characters = sum(len(word.key) for word in self._said[first + 1 : last])
             if characters > FAST * self._rate * self._speech_sec(start_sec, end_sec):
+                start_sec, end_sec = edges[at][1], edges[at + 1][1]
                 yield self._excerpt(before + 1, after, reason="nobody says it there", around=(start_sec, end_sec))
                 for word in self._said[before + 1 : after]:
                     word.is_dropped = True
@@ -452,7 +459,7 @@ class _Matcher:
     # judgement of single clips
 
     def _settle(self, left: _Unit, right: _Unit) -> None:
-        """Move words that nobody heard to the other side of a silence, where the audio speaks more for them there."""
+        """Move words to the other side of a silence, where the audio speaks more for them there."""
         gap = self._said[right.first].before
         while gap is not None:
             sure = self._total(left, left.first, left.stop) + self._total(right, right.first, right.stop)
@@ -460,11 +467,12 @@ class _Matcher:
             for at in (self._active(left.first, left.stop)[-1], self._active(right.first, right.stop)[1:2]):
                 at = at if isinstance(at, int) else next(iter(at), right.first)
                 moved = range(min(at, right.first), max(at, right.first))
-                if left.first < at < right.stop and moved and all(self._said[i].anchor is None for i in moved):
+                if left.first < at < right.stop and moved:
                     total = self._total(left, left.first, at) + self._total(right, at, right.stop)
-                    choices.append((total, at))
+                    is_heard = any(self._said[i].anchor is not None for i in moved)
+                    choices.append((total - (MOVE_HEARD_GAIN if is_heard else MOVE_GAIN), at))
             best, at = max(choices, default=(-math.inf, 0))
-            if best < sure + MOVE_GAIN:
+            if best <= sure:
                 return
             for i in self._active(left.first, right.stop):
                 if self._said[i].before is gap:
