@@ -42,7 +42,7 @@ MIN_GAP_SEC = 0.1  # a shorter silence is within a word
 PAUSE_SEC = 0.8  # ends a sentence in a transcript without punctuation; between two cues 0.3 s do
 CUE_PAUSE_SEC = 0.3
 MAX_WINDOW_TOKENS = MAX_LABEL_TOKENS - SPECIAL_TOKENS - 20
-ROOM_WORDS = 3
+ROOM_WORDS, CROWDED = 3, 1.8  # words on either side; times the rate of the recording
 UNSPOKEN_WORDS = 6  # so many in a row that nobody heard may not have been spoken
 FAST, SLOW = 2.5, 0.2  # times the median number of characters per second of the recording
 NGRAM = 4  # so many words in a row that occur once in both texts are safe anchors; of characters twice as many
@@ -302,7 +302,7 @@ class _Matcher:
                 edges[at + 1 : at + 2 + ROOM_WORDS][-1],
             )
             characters = sum(len(word.key) for word in self._said[first + 1 : last])
-            if characters > FAST * self._rate * self._speech_sec(start_sec, end_sec):
+            if characters > CROWDED * self._rate * self._speech_sec(start_sec, end_sec):
                 start_sec, end_sec = edges[at][1], edges[at + 1][1]
                 yield self._excerpt(before + 1, after, reason="nobody says it there", around=(start_sec, end_sec))
                 for word in self._said[before + 1 : after]:
