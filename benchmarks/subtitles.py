@@ -53,8 +53,7 @@ MERGED_SHARE, SPLIT_SHARE = 0.2, 0.2  # of the cues
 NEAR_SEC = 0.2
 NOTE = (
     "Right speech is that of clips whose subtitles are there and have no wrong word; boundaries are those that are "
-    "known, where a bundled clip begins or ends. Non-native speakers, many of them children: tiny.en hears 30% of the "
-    "words wrongly."
+    "known, where a bundled clip begins or ends. The speakers are learners, many of them children."
 )
 
 
