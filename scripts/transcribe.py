@@ -155,7 +155,7 @@ def run(arguments: argparse.Namespace) -> list[Failure]:
     if world_size() > 1:
         raise DataError("several processes need --output: FILE.jsonl, or a folder for captions")
     failed = []
-    cut_off, heard = [], []
+    cut_off, gaps, heard = [], [], []
     for each in transcribe(sources, languages, arguments, config):
         if each.error is not None:
             failed.append((each.source, each.error))
@@ -163,9 +163,10 @@ def run(arguments: argparse.Namespace) -> list[Failure]:
         text = visible(each.text)
         print(f"{visible(each.source)}\t{text}" if len(sources) > 1 else text, flush=True)
         cut_off += [each.source] * each.truncated
+        gaps += [each.source] * bool(each.uncovered)
         heard.append(each.language)
     say_languages(heard, arguments)
-    warn_of_limits(cut_off)
+    warn_of_losses(cut_off, gaps)
     return failed
 
 
@@ -189,12 +190,14 @@ def say_languages(heard: Sequence[str | None], arguments: argparse.Namespace) ->
         print("languages of the recordings:", ", ".join(names), file=sys.stderr)
 
 
-def warn_of_limits(sources: Sequence[str]) -> None:
-    """Name the recordings whose text may go on."""
-    if sources:
-        fix = "raise inference.max_tokens_per_sec, or check the language"
-        names = map(visible, sources)
-        print(f"{len(sources)} text(s) ended at a limit of tokens; {fix}:", *names, sep="\n  ", file=sys.stderr)
+def warn_of_losses(cut_off: Sequence[str], gaps: Sequence[str]) -> None:
+    """Name the recordings whose text may go on, and those whose text leaves speech out."""
+    for sources, what in (
+        (cut_off, "ended at a limit of tokens; raise inference.max_tokens_per_sec, or check the language"),
+        (gaps, "leave speech out, at the times above; check the language, or set a lower inference.max_segment_sec"),
+    ):
+        if sources:
+            print(f"{len(sources)} text(s) {what}:", *map(visible, sources), sep="\n  ", file=sys.stderr)
 
 
 def is_rows(output: Path | None) -> bool:
@@ -286,7 +289,7 @@ def run_rows(
     if is_main_process():
         held = f"{report.recordings} recordings, {report.audio_sec / 3600:.2f} h of audio"
         print(f"{arguments.output}: {held}", file=sys.stderr)
-        warn_of_limits(report.truncated)
+        warn_of_losses(report.truncated, report.uncovered)
     return list(report.failed)
 
 
@@ -299,7 +302,7 @@ def run_captions(recordings: Sequence[Recording], arguments: argparse.Namespace,
         print(f"{len(wanted) - len(pending)} have captions already; --overwrite writes them again", file=sys.stderr)
     mine = from_main(lambda: deal(pending, world_size()))[rank()]
     words = arguments.words or (arguments.mode == "segments" and bool(TIMED_BY_WORDS & set(asked)))
-    failed, cut_off, heard = [], [], []
+    failed, cut_off, gaps, heard = [], [], [], []
     languages = languages_of(recordings)
     for each in transcribe(mine, languages, arguments, config, words=words):
         if each.error is not None:
@@ -312,13 +315,14 @@ def run_captions(recordings: Sequence[Recording], arguments: argparse.Namespace,
             failed.append((each.source, str(err)))
             continue
         cut_off += [each.source] * each.truncated
+        gaps += [each.source] * bool(each.uncovered)
         heard.append(each.language)
-    failed, cut_off, heard = (
-        [each for part in gather_objects(mine) for each in part] for mine in (failed, cut_off, heard)
+    failed, cut_off, gaps, heard = (
+        [each for part in gather_objects(mine) for each in part] for mine in (failed, cut_off, gaps, heard)
     )
     if is_main_process():
         say_languages(heard, arguments)
-        warn_of_limits(cut_off)
+        warn_of_losses(cut_off, gaps)
     return failed
 
 
@@ -354,7 +358,8 @@ def write_caption(path: Path, name: str, transcription: Transcription, *, task: 
             return
         words, options = transcription.words, CaptionOptions.of(text_language(transcription.language, task))
         cues = cues_of_segments(transcription.segments, options) if words is None else make_cues(words, options)
-        write_captions(path, cues, language=transcription.language, truncated=transcription.truncated)
+        losses: Any = {"truncated": transcription.truncated, "uncovered": transcription.uncovered}
+        write_captions(path, cues, language=transcription.language, **losses)
     except OSError as err:
         if err.errno == errno.ENAMETOOLONG:
             raise AudioError(f"{visible(path)}: the name is too long for captions; rename the recording") from err

@@ -31,6 +31,7 @@ from src.utils.files import write_text_atomic, writing
 from src.utils.languages import graphemes, is_unspaced_character, join_texts, space_between
 
 if TYPE_CHECKING:
+    from src.data.vad import SpeechSegment
     from src.inference.files.segmentation import TranscribedSegment
     from src.inference.streaming.commit import Event
 
@@ -357,12 +358,17 @@ def _spelt(word: Word) -> str:
 
 
 def write_captions(
-    path: str | Path, cues: Sequence[Cue], *, language: str | None = None, truncated: bool = False
+    path: str | Path,
+    cues: Sequence[Cue],
+    *,
+    language: str | None = None,
+    truncated: bool = False,
+    uncovered: Sequence[SpeechSegment] = (),
 ) -> Path:
     """Write cues in the format of the suffix: .json (see `to_json`), .srt, .tsv or .vtt, all or nothing."""
     path = Path(path)
     writers: dict[str, Callable[[Sequence[Cue]], str]] = {
-        ".json": partial(to_json, language=language, truncated=truncated),
+        ".json": partial(to_json, language=language, truncated=truncated, uncovered=uncovered),
         ".srt": to_srt,
         ".tsv": to_tsv,
         ".vtt": to_vtt,
@@ -387,11 +393,18 @@ def to_tsv(cues: Sequence[Cue]) -> str:
     return "".join(f"{start}\t{end}\t{text}\n" for start, end, text in [("start", "end", "text"), *rows])
 
 
-def to_json(cues: Sequence[Cue], *, language: str | None = None, truncated: bool = False) -> str:
+def to_json(
+    cues: Sequence[Cue],
+    *,
+    language: str | None = None,
+    truncated: bool = False,
+    uncovered: Sequence[SpeechSegment] = (),
+) -> str:
     """Return JSON in openai/whisper's format: one segment per cue, with words where they are known.
 
     Each text and word begins with the space before it, if any: segments, and words, concatenated give the text.
-    `truncated`, a text that ended at a limit of tokens, is said only where it is so.
+    `truncated`, a text that ended at a limit of tokens, and `uncovered`, the speech that it leaves out, are said only
+    where it is so.
     """
     segments: list[dict[str, Any]] = []
     for number, cue in enumerate(cues):
@@ -409,6 +422,8 @@ def to_json(cues: Sequence[Cue], *, language: str | None = None, truncated: bool
             segments[-1]["words"] = words
     text = "".join(segment["text"] for segment in segments)
     content = {"text": text, "language": language, "segments": segments, **({"truncated": True} if truncated else {})}
+    if uncovered:
+        content["uncovered"] = [{"start": gap.start_sec, "end": gap.end_sec} for gap in uncovered]
     return json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
 
 

@@ -124,32 +124,19 @@ def decode_with_fallback(
     of those that are no loops if there are any. Where the model doubts that there is speech, and where it loops, the
     VAD is asked: without speech there is no text.
     """
-
-    def is_loop(result: DecodingResult) -> bool:
-        return _exceeds(result.compression_ratio, rules.compression_ratio_threshold)
-
-    def is_guess(result: DecodingResult) -> bool:
-        return rules.logprob_threshold is not None and result.avg_logprob < rules.logprob_threshold
-
-    def is_silence(result: DecodingResult) -> bool:
-        return _exceeds(result.no_speech_prob, rules.no_speech_threshold) and is_guess(result)
-
-    def fails(result: DecodingResult) -> bool:
-        return not is_silence(result) and (is_loop(result) or is_guess(result))
-
     asked = replace(options, no_speech=True, temperature=rules.temperatures[0])
     tried = [[result] for result in transcribe(engine, audios, asked)]
     doubtful = [
         i
         for i, (result,) in enumerate(tried)
-        if result.text and (_exceeds(result.no_speech_prob, DOUBTFUL_NO_SPEECH_PROB) or is_loop(result))
+        if result.text and (_exceeds(result.no_speech_prob, DOUBTFUL_NO_SPEECH_PROB) or _is_loop(result, rules))
     ]
     silent: set[int] = set()
     if vad is not None and doubtful:
         heard = vad.speech_segments_batch([audios[i] for i in doubtful])
         silent = {i for i, speech in zip(doubtful, heard, strict=True) if not speech}
     for temperature in rules.temperatures[1:]:
-        failed = [i for i, results in enumerate(tried) if i not in silent and fails(results[-1])]
+        failed = [i for i, results in enumerate(tried) if i not in silent and fails(results[-1], rules)]
         if not failed:
             break
         logger.debug("%d of %d clips are decoded again at temperature %g", len(failed), len(audios), temperature)
@@ -158,15 +145,33 @@ def decode_with_fallback(
             tried[i].append(result)
 
     def likelier(result: DecodingResult) -> tuple[bool, float]:
-        return not is_loop(result), result.avg_logprob
+        return not _is_loop(result, rules), result.avg_logprob
 
-    chosen = [max(results, key=likelier) if fails(results[-1]) else results[-1] for results in tried]
+    chosen = [max(results, key=likelier) if fails(results[-1], rules) else results[-1] for results in tried]
     return [
         replace(result, text="", tokens=(), words=None if result.words is None else (), truncated=False)
-        if i in silent or is_silence(result)
+        if i in silent or is_silence(result, rules)
         else result
         for i, result in enumerate(chosen)
     ]
+
+
+def is_silence(result: DecodingResult, rules: InferenceConfig) -> bool:
+    """Whether a text is a guess on what the model takes for silence."""
+    return _exceeds(result.no_speech_prob, rules.no_speech_threshold) and _is_guess(result, rules)
+
+
+def fails(result: DecodingResult, rules: InferenceConfig) -> bool:
+    """Whether a text is a loop or a guess, on what the model does not take for silence."""
+    return not is_silence(result, rules) and (_is_loop(result, rules) or _is_guess(result, rules))
+
+
+def _is_loop(result: DecodingResult, rules: InferenceConfig) -> bool:
+    return _exceeds(result.compression_ratio, rules.compression_ratio_threshold)
+
+
+def _is_guess(result: DecodingResult, rules: InferenceConfig) -> bool:
+    return rules.logprob_threshold is not None and result.avg_logprob < rules.logprob_threshold
 
 
 def _exceeds(value: float | None, limit: float | None) -> bool:

@@ -18,6 +18,7 @@ from scripts import transcribe
 from scripts.recordings import caption_paths, find_recordings
 from src.data.audio import SAMPLE_RATE
 from src.data.sources.catalog import SAMPLE_CLIP
+from src.data.vad import SpeechSegment
 from src.inference.files.segmentation import TranscribedSegment
 from src.inference.files.transcribe import Transcription, _reading
 from src.models.export.ctranslate2 import export_ctranslate2
@@ -203,7 +204,8 @@ def test_it_says_which_language_was_taken_and_which_texts_ended_at_a_limit(
                 segment = TranscribedSegment(
                     0.0, 1.0, "你好", -0.1, None, 1.0, 0.0, None, "zh", truncated="b" in source
                 )
-                yield Transcription(source, "你好", 1.0, (segment,), language="zh")
+                gaps = (SpeechSegment(2.0, 4.5),) * ("b" in source)
+                yield Transcription(source, "你好", 1.0, (segment,), language="zh", uncovered=gaps)
 
     def load(model: str, config: Any, *, workers: int | None) -> Inference:
         asked.append(config.model.language)
@@ -218,6 +220,7 @@ def test_it_says_which_language_was_taken_and_which_texts_ended_at_a_limit(
         f"1 text(s) ended at a limit of tokens; raise inference.max_tokens_per_sec, or check the language:\n  {talks}"
         in err
     )
+    assert "1 text(s) leave speech out" in err
     assert asked == [None, {}]
 
     (talks / "list.csv").write_text("file_name,language\na.wav,deu\n")
@@ -228,12 +231,16 @@ def test_it_says_which_language_was_taken_and_which_texts_ended_at_a_limit(
     assert "language: Chinese (zh)" in err
     assert "1 text(s) ended at a limit" in err
     assert json.loads((tmp_path / "out" / "b.json").read_text())["truncated"] is True
-    assert "truncated" not in json.loads((tmp_path / "out" / "a.wav.json").read_text())
+    assert json.loads((tmp_path / "out" / "b.json").read_text())["uncovered"] == [{"start": 2.0, "end": 4.5}]
+    assert not {"truncated", "uncovered"} & set(json.loads((tmp_path / "out" / "a.wav.json").read_text()))
 
     rows = tmp_path / "rows.jsonl"
     assert call(monkeypatch, talks / "day 2", "--model", "base", "--output", rows) == 0
     assert json.loads(rows.read_text())["truncated"] is True
-    assert "1 text(s) ended at a limit" in capsys.readouterr().err
+    assert json.loads(rows.read_text())["uncovered"] == [{"start_sec": 2.0, "end_sec": 4.5}]
+    err = capsys.readouterr().err
+    assert "1 text(s) ended at a limit" in err
+    assert "1 text(s) leave speech out" in err
 
 
 @pytest.mark.slow

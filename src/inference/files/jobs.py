@@ -41,6 +41,7 @@ class JobReport:
     audio_sec: float  # of those with a text
     failed: tuple[tuple[str, str], ...]  # (source, reason) of those without
     truncated: tuple[str, ...] = ()  # sources whose text ended at a limit of tokens
+    uncovered: tuple[str, ...] = ()  # sources whose text leaves speech out
 
 
 def run_job(
@@ -169,6 +170,7 @@ class _Row:
     duration_sec: float
     error: str | None
     truncated: bool
+    uncovered: bool
     stamp: Mapping[str, int | None]  # empty in rows of older versions
 
     @cached_property
@@ -203,9 +205,10 @@ def _scan(path: Path) -> Iterator[_Row]:
             try:
                 fields = parse_json(line) if line.endswith(b"\n") else {}
                 source, error = fields["source"], fields["error"]
-                duration_sec, truncated = float(fields["duration_sec"] or 0), bool(fields.get("truncated"))
+                truncated, uncovered = bool(fields.get("truncated")), bool(fields.get("uncovered"))
+                duration_sec = float(fields["duration_sec"] or 0)
                 stamp = {key: fields[key] for key in ("size_bytes", "modified_ns") if key in fields}
-                yield _Row(path, offset, len(line), source, duration_sec, error, truncated, stamp)
+                yield _Row(path, offset, len(line), source, duration_sec, error, truncated, uncovered, stamp)
             except (ValueError, TypeError, KeyError):
                 damaged = number
             offset += len(line)
@@ -235,4 +238,5 @@ def _finish(output: Path, sources: Sequence[str]) -> JobReport:
     asked = [rows[source] for source in sources]
     failed = tuple((row.source, row.error) for row in asked if row.error is not None)
     truncated = tuple(row.source for row in asked if row.truncated)
-    return JobReport(len(asked), sum(row.duration_sec for row in asked), failed, truncated)
+    uncovered = tuple(row.source for row in asked if row.uncovered)
+    return JobReport(len(asked), sum(row.duration_sec for row in asked), failed, truncated, uncovered)

@@ -4,7 +4,8 @@ It is cut where silero-vad hears no speech. Speech that goes on for longer than 
 which lies between words far more often than a fixed grid. What fits into one segment stays whole.
 
 The decoder writes at most 448 tokens, which a language with many tokens per second fills in 7 s. So segments are cut
-again once the language is known, and a text that still ended at a limit is decoded again in two halves.
+again once the language is known, and a text that still ended at a limit is decoded again in two halves. So is one that
+leaves speech out, cut at its longest pause; where it only stops early, the rest is decoded by itself.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -21,13 +23,14 @@ import numpy as np
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import CONTEXT_SAMPLES
 from src.data.labels import MAX_LABEL_TOKENS, RATE_MARGIN, TIMESTAMP_STEP_SEC, TimedTokens
-from src.data.vad import VADEvent, VoiceActivityDetector
+from src.data.vad import SpeechSegment, VADEvent, VoiceActivityDetector
+from src.inference.coverage import UNCOVERED_SEC, uncovered_speech
 from src.inference.engine_base import DecodingResult, Engine
-from src.inference.engines import decode_with_fallback
+from src.inference.engines import decode_with_fallback, fails, is_silence
 from src.inference.options import DecodingOptions
 from src.inference.words import BROKEN, Vocabulary, Word, shifted
 from src.utils.config import InferenceConfig
-from src.utils.languages import language_name, text_language, tokens_per_sec
+from src.utils.languages import join_texts, language_name, text_language, tokens_per_sec
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +43,11 @@ SPECIAL_TOKENS = 5  # start, language, task, no timestamps, end
 FAST_SPEECH = 1.4  # times the ordinary rate of tokens
 USED_POSITIONS = 0.8  # of the decoder's, by the text that is expected
 SHORTEST_HALF_SEC = 2.0  # a text that ends at a limit is decoded again in halves, down to it
+NEAR_LAST_WORD_SEC = (-0.1, 0.3)  # from its end: what is decoded after it begins at the quietest moment there
 DETECTION_SEC = 30.0  # of speech: decides the language of a recording
 DETECTION_LOOK_SEC = 300.0  # of a recording, to find so much speech
 UNSURE_LANGUAGE = 0.5  # a probability below it is a warning
+GUESS_LOGPROB = -1.0  # what a text left out is no text below it: openai/whisper's threshold
 RESET_TEMPERATURE = 0.5  # a text that was drawn above it is no context to trust
 
 
@@ -60,6 +65,7 @@ class TranscribedSegment:
     words: tuple[Word, ...] | None
     language: str | None
     truncated: bool = False  # the text ended at a limit, and there may be more
+    uncovered: tuple[SpeechSegment, ...] = ()  # stretches of speech that the text leaves out
 
     @classmethod
     def of(cls, result: DecodingResult, start_sec: float, end_sec: float, clip_sec: float) -> TranscribedSegment:
@@ -75,6 +81,7 @@ class Segment(NamedTuple):
     start_sec: float
     end_sec: float
     audio: Waveform
+    speech: tuple[SpeechSegment, ...] | None = None  # in it, without padding; None where nobody has listened yet
 
 
 def cut_at_silences(
@@ -93,8 +100,8 @@ def cut_at_silences(
         yield from _Cutter(vad, max_samples, join_samples).cut(itertools.chain([held], coming))
     elif len(held):  # fits: it is cut only at pauses that may not be in a segment
         whole = Segment(0.0, len(held) / SAMPLE_RATE, held)
-        pieces = list(_Cutter(vad, sys.maxsize, join_samples).cut([held])) if len(held) > join_samples else []
-        yield from pieces if len(pieces) > 1 else [whole]
+        pieces = list(_Cutter(vad, sys.maxsize, join_samples).cut([held])) if len(held) > join_samples else [whole]
+        yield from pieces if len(pieces) > 1 else [whole._replace(speech=pieces[0].speech if pieces else ())]
 
 
 def _filled(held: Waveform, coming: Iterator[Waveform], samples: int) -> Waveform:
@@ -116,6 +123,7 @@ class _Cutter:
         self._from = 0  # position of the first sample held
         self._speech: int | None = None  # where speech that goes on began
         self._window: tuple[int, int] | None = None  # speech that waits for more, or to be given out
+        self._spans: list[tuple[int, int]] = []  # its stretches
         self._cut = 0  # no segment begins before it
 
     def cut(self, blocks: Iterable[Waveform]) -> Iterator[Segment]:
@@ -152,6 +160,7 @@ class _Cutter:
             return
         yield from self._cut_long(at)
         begin, self._speech = (at if self._speech is None else self._speech), None
+        self._spans.append((begin, at))
         if self._window is not None:
             start, last = self._window
             if begin - last <= self._join and at - start + 2 * self._pad <= self._max:
@@ -169,6 +178,7 @@ class _Cutter:
             if self._window is not None:
                 yield self._give(*self._window, before=begin)
                 self._window = None
+            self._spans.append((begin, at))
             yield self._give(begin, at, before=at)
             self._speech = self._cut = at
 
@@ -178,7 +188,9 @@ class _Cutter:
         heard = self._from + len(self._held)
         self._cut = stop = min(end + self._pad, heard if before is None else max(end, (end + before) // 2))
         audio = self._held[start - self._from : stop - self._from].copy()
-        return Segment(start / SAMPLE_RATE, stop / SAMPLE_RATE, audio)
+        speech = tuple(SpeechSegment(a / SAMPLE_RATE, b / SAMPLE_RATE) for a, b in self._spans if b <= end)
+        self._spans = [span for span in self._spans if span[1] > end]
+        return Segment(start / SAMPLE_RATE, stop / SAMPLE_RATE, audio, speech)
 
 
 def _quietest(samples: Waveform) -> int:
@@ -241,15 +253,21 @@ def _cut_between(segment: Segment, first: int, last: int) -> tuple[Segment, Segm
     """Cut a segment at its quietest moment between two samples."""
     at = first + _quietest(segment.audio[first:last])
     cut_sec = segment.start_sec + at / SAMPLE_RATE
-    return segment._replace(end_sec=cut_sec, audio=segment.audio[:at]), segment._replace(
-        start_sec=cut_sec, audio=segment.audio[at:]
+    before: tuple[SpeechSegment, ...] | None = None
+    after: tuple[SpeechSegment, ...] | None = None
+    if segment.speech is not None:
+        before = tuple(replace(s, end_sec=min(s.end_sec, cut_sec)) for s in segment.speech if s.start_sec < cut_sec)
+        after = tuple(replace(s, start_sec=max(s.start_sec, cut_sec)) for s in segment.speech if s.end_sec > cut_sec)
+    return (
+        Segment(segment.start_sec, cut_sec, segment.audio[:at], before),
+        Segment(cut_sec, segment.end_sec, segment.audio[at:], after),
     )
 
 
-def _halves(segment: Segment) -> tuple[Segment, Segment] | None:
-    """Cut a segment in its middle half; None if it is too short."""
+def _halves(segment: Segment) -> tuple[Segment, ...]:
+    """Cut a segment in its middle half; none if it is too short."""
     if len(segment.audio) < 2 * SHORTEST_HALF_SEC * SAMPLE_RATE:
-        return None
+        return ()
     return _cut_between(segment, len(segment.audio) // 4, len(segment.audio) * 3 // 4)
 
 
@@ -260,30 +278,98 @@ def decode_segments(
     rules: InferenceConfig,
     *,
     vad: VoiceActivityDetector | None = None,
+    part: bool = False,
 ) -> list[tuple[TranscribedSegment, ...]]:
-    """Transcribe segments of at most 30 s as one batch; a text that ended at a limit is decoded again in two halves.
+    """Transcribe segments of at most 30 s as one batch; a text that is not whole is decoded again in parts.
 
-    See `decode_with_fallback` for `rules` and `vad`.
+    A text that ended at a limit is decoded in two halves. With a `vad`, one that stops early is continued, and one that
+    skips speech is decoded in two parts, cut at the longest pause, which are kept if they leave at most half as much
+    out. Translations are not checked: the times of their words say little. See `decode_with_fallback` for `rules` and
+    `vad`; a `part` has no text where it would be decoded again at another temperature.
 
     Returns:
         For each segment itself, or the parts in which its text is whole.
     """
-    results = decode_with_fallback(engine, [segment.audio for segment in segments], options, rules, vad=vad)
-    found: list[tuple[TranscribedSegment, ...]] = [
-        (TranscribedSegment.of(result, segment.start_sec, segment.end_sec, segment.start_sec),)
-        for segment, result in zip(segments, results, strict=True)
-    ]
-    cut_off = {i: halves for i, result in enumerate(results) if result.truncated and (halves := _halves(segments[i]))}
-    for language in {results[i].language for i in cut_off}:
-        again = {i: halves for i, halves in cut_off.items() if results[i].language == language}
-        logger.debug("%d texts ended at a limit: decoded again in halves", len(again))
-        options = replace(options, language=language)
-        first, second = (
-            decode_segments(engine, half, options, rules, vad=vad) for half in zip(*again.values(), strict=True)
-        )
-        for i, *parts in zip(again, first, second, strict=True):
-            found[i] = tuple(itertools.chain(*parts))
+    if part:
+        limit = rules.logprob_threshold or GUESS_LOGPROB
+        rules = rules.model_copy(update={"temperatures": rules.temperatures[:1], "logprob_threshold": limit})
+    checks = vad is not None and options.task == "transcribe"
+    asked = replace(options, word_timestamps=options.word_timestamps or checks)
+    results = decode_with_fallback(engine, [segment.audio for segment in segments], asked, rules, vad=vad)
+    found: list[tuple[TranscribedSegment, ...]] = []
+    again: dict[tuple[str | None, bool], dict[int, Sequence[Segment]]] = defaultdict(dict)  # parts by place
+    for i, (segment, result) in enumerate(zip(segments, results, strict=True)):
+        if part and fails(result, rules):
+            result = replace(result, text="", tokens=(), words=(), truncated=False)
+        whole = TranscribedSegment.of(result, segment.start_sec, segment.end_sec, segment.start_sec)
+        parts: Sequence[Segment] = ()
+        if result.truncated:
+            parts = _halves(segment)
+        elif vad is not None and checks:
+            whole, parts = _check(segment, whole, vad)
+            if not whole.text and (part or is_silence(result, rules)):
+                parts = ()
+        if parts:
+            again[result.language, part or not result.truncated][i] = parts
+        found.append((whole if options.word_timestamps else replace(whole, words=None),))
+    for (language, are_parts), by_place in again.items():
+        logger.debug("%d texts are not whole: decoded again in parts", len(by_place))
+        pieces, own = [piece for parts in by_place.values() for piece in parts], replace(options, language=language)
+        decoded = iter(decode_segments(engine, pieces, own, rules, vad=vad, part=are_parts))
+        for i, parts in by_place.items():
+            (whole,) = found[i]
+            found[i] = _fuller(whole, tuple(itertools.chain(*itertools.islice(decoded, len(parts)))))
     return found
+
+
+def _check(
+    segment: Segment, whole: TranscribedSegment, vad: VoiceActivityDetector
+) -> tuple[TranscribedSegment, Sequence[Segment]]:
+    """Return a segment with what its text leaves out, and the parts to decode again: the rest, two parts, or none."""
+    if whole.words is None:
+        return whole, ()
+    everything, rate = [SpeechSegment(segment.start_sec, segment.end_sec)], tokens_per_sec(whole.language)
+    if not any(uncovered_speech(whole.words, everything, tokens_per_sec=rate)):
+        return whole, ()
+    if segment.speech is None:
+        segment = segment._replace(speech=_listen(segment, vad))
+    uncovered = uncovered_speech(whole.words, segment.speech or (), tokens_per_sec=rate)
+    whole = replace(whole, uncovered=tuple(gap for gap in uncovered if gap is not None))
+    if not whole.uncovered:
+        return whole, ()
+
+    def samples(sec: float) -> int:
+        return min(max(round((sec - segment.start_sec) * SAMPLE_RATE), 0), len(segment.audio))
+
+    if uncovered.skipped is None and whole.words:
+        return whole, _cut_between(segment, *(samples(whole.words[-1].end_sec + sec) for sec in NEAR_LAST_WORD_SEC))[1:]
+    pauses = [(b.start_sec - a.end_sec, a.end_sec, b.start_sec) for a, b in itertools.pairwise(segment.speech or ())]
+    if not pauses:
+        return whole, _halves(segment)
+    _, *longest = max(pauses)
+    return whole, _cut_between(segment, *map(samples, longest))
+
+
+def _listen(segment: Segment, vad: VoiceActivityDetector) -> tuple[SpeechSegment, ...]:
+    """Return the speech in a segment, without padding."""
+    stream = vad.stream()
+    times = [segment.start_sec + event.time_sec for event in stream.feed(segment.audio) + stream.finish()]
+    return tuple(itertools.starmap(SpeechSegment, zip(times[::2], times[1::2], strict=True)))
+
+
+def _fuller(whole: TranscribedSegment, parts: tuple[TranscribedSegment, ...]) -> tuple[TranscribedSegment, ...]:
+    """Return parts instead of a text that ended at a limit, after one that they continue, or if they have more."""
+    texts = [part.text for part in parts if part.text]
+    if whole.truncated:
+        return parts
+    if parts[0].start_sec > whole.start_sec:  # the rest
+        return (replace(whole, end_sec=parts[0].start_sec, uncovered=()), *parts) if texts else (whole,)
+
+    def left_out_sec(*segments: TranscribedSegment) -> float:
+        return sum(gap.end_sec - gap.start_sec for segment in segments for gap in segment.uncovered)
+
+    is_fuller = len(join_texts(texts)) > len(whole.text) and left_out_sec(*parts) <= left_out_sec(whole) / 2
+    return parts if is_fuller else (whole,)
 
 
 def decode_windows(
@@ -300,8 +386,9 @@ def decode_windows(
     The long-form algorithm of openai/whisper (Radford et al. 2022, section 3.8): the model writes segment times into
     its tokens, and the next window begins where the last whole segment ended. It keeps context over cuts, but decodes
     one window at a time: segments cut at silences are several times faster. The prompt of `options` precedes the first
-    window. Windows are shorter where 30 s of the language have no room in the decoder. See `decode_with_fallback` for
-    `rules` and `vad`; `name` is for the log.
+    window. Windows are shorter where 30 s of the language have no room in the decoder. With a `vad`, the next window
+    hears speech after a window's last segment again, and speech of a window without text is reported. See
+    `decode_with_fallback` for `rules` and `vad`; `name` is for the log.
     """
     coming, vocabulary, with_words = iter(blocks), engine.vocabulary, options.word_timestamps
     options = replace(options, timestamps=True, word_timestamps=False)
@@ -326,9 +413,19 @@ def decode_windows(
             texts, end_sec = split_at_timestamps(result.tokens, vocabulary, window.end_sec, truncated=result.truncated)
             # the next window hears what is lost, unless no time says where
             is_lost = result.truncated and end_sec == window.end_sec
-            if not is_lost or (halves := _halves(window)) is None:
+            if not is_lost or not (halves := _halves(window)):
                 break
             window = halves[0]
+        uncovered: tuple[SpeechSegment, ...] = ()
+        if vad is not None and options.task == "transcribe" and not is_lost and end_sec == window.end_sec:
+            last_sec = texts[-1].end_sec if texts else 0.0
+            at = round(last_sec * SAMPLE_RATE)
+            rest = Segment(start_sec + last_sec, start_sec + end_sec, window.audio[at:])
+            if rest.end_sec - rest.start_sec >= UNCOVERED_SEC:
+                gaps = uncovered_speech((), _listen(rest, vad), tokens_per_sec=tokens_per_sec(result.language))
+                uncovered = tuple(gap for gap in gaps if gap is not None)
+            if uncovered and last_sec >= SHORTEST_HALF_SEC:
+                uncovered, end_sec = (), last_sec
         if result.text:
             options = replace(options, language=result.language)
         words = _words_of_texts(engine, window.audio, texts, options, end_sec) if with_words else itertools.repeat(None)
@@ -340,7 +437,12 @@ def decode_windows(
                 words=spoken,
                 truncated=is_lost and text is texts[-1],
             )
-            yield TranscribedSegment.of(part, start_sec + text.start_sec, start_sec + text.end_sec, start_sec)
+            placed = TranscribedSegment.of(part, start_sec + text.start_sec, start_sec + text.end_sec, start_sec)
+            yield replace(placed, uncovered=uncovered) if text is texts[-1] else placed
+        if uncovered and not texts:
+            silent = replace(result, text="", tokens=(), words=() if with_words else None)
+            placed = TranscribedSegment.of(silent, start_sec, start_sec + window.end_sec, start_sec)
+            yield replace(placed, uncovered=uncovered)
         used = round(end_sec * SAMPLE_RATE)
         held, start = held[used:], start + used
         heard = "".join(vocabulary.decode(text.tokens) for text in texts)  # not what the next window hears again

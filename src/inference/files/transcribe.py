@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from src.data.audio import SAMPLE_RATE, Waveform, stream_audio, to_mono_16k
 from src.data.sources.folder import language_of_row
-from src.data.vad import VoiceActivityDetector
+from src.data.vad import SpeechSegment, VoiceActivityDetector
 from src.inference.engine_base import Engine
 from src.inference.engines import engine_of
 from src.inference.files.segmentation import (
@@ -74,6 +74,7 @@ class Transcription:
     segments: tuple[TranscribedSegment, ...] = ()  # those with text, in order
     words: tuple[Word, ...] | None = None  # times from the recording's start; None unless asked for
     language: str | None = None  # None for English-only models and silence
+    uncovered: tuple[SpeechSegment, ...] = ()  # speech that the text leaves out, though it was decoded again
     error: str | None = None  # why there is no text
 
     @property
@@ -139,7 +140,7 @@ class _Recording:
         """Join the segments; with an error there is no text, whatever was decoded before it."""
         if self.error is not None:
             return Transcription(self.source, None, float("nan"), error=self.error)
-        in_order = itertools.chain.from_iterable(parts for _, parts in sorted(self.decoded.items()))
+        in_order = tuple(itertools.chain.from_iterable(parts for _, parts in sorted(self.decoded.items())))
         spoken = tuple(segment for segment in in_order if segment.text)
         if words:
             befores = ["", *(segment.text for segment in spoken)]
@@ -151,6 +152,7 @@ class _Recording:
             spoken,
             tuple(word for segment in spoken for word in segment.words or ()) if words else None,
             spoken[0].language if spoken else None,
+            tuple(gap for segment in in_order for gap in segment.uncovered),
         )
 
 
@@ -238,6 +240,9 @@ class BatchInference:
                     logger.warning(
                         "%s: texts from %s ended at a limit of tokens", visible(done.source), ", ".join(cut_off[:5])
                     )
+                if done.uncovered:
+                    gaps = ", ".join(f"{gap.start_sec:.1f} to {gap.end_sec:.1f} s" for gap in done.uncovered[:5])
+                    logger.warning("%s: speech has no text, or too little: %s", visible(done.source), gaps)
                 yield done
 
     def _one_by_one(

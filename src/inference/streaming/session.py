@@ -26,6 +26,7 @@ import soxr
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.labels import MAX_LABEL_TOKENS
 from src.data.vad import WINDOW_SAMPLES, SpeechTimeline, VADEvent, VoiceActivityDetector, check_waveform
+from src.inference.coverage import ALIGN_SLACK_SEC, UNCOVERED_SEC
 from src.inference.engine_base import Engine
 from src.inference.engines import engine_of
 from src.inference.options import DecodingOptions
@@ -49,8 +50,6 @@ KEEP_SEC = 4.0  # audio kept as context where a full buffer is cut
 UNSETTLED_SEC = 2.0  # newest words that are not forced out of a full buffer
 ONSET_SEC = 0.2  # kept before speech, beyond the VAD's own padding and delay
 SETTLED_SEC = 0.2  # audio after the last speech that an update must have heard to count as the last one
-UNCOVERED_SEC = 0.8  # speech after the last word that shows that the decoder stopped early
-ALIGN_SLACK_SEC = 0.2  # how far a word's time may lie outside padded speech
 BUSY_FACTOR = 1.2  # an update is worth starting after this many times its own duration
 EMA_WEIGHT = 0.3  # of the newest update time in the running mean
 

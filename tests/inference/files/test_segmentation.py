@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -278,6 +279,113 @@ def spelt(text: str, *, quiet: Sequence[int] = ()) -> Waveform:
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz" * 3
+
+
+class Forgetful(Windows):
+    """Writes a letter for each quarter of a second, of at most so many sentences; it skips or stops, and is sure."""
+
+    def __init__(self, *, skips: bool = False, most: int = 1, logprob: float = -0.03) -> None:
+        super().__init__()
+        self._skips, self._most, self._logprob = skips, most, logprob
+        self.heard: list[float] = []
+
+    def decode(self, encoded: Any, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
+        return [self._hear(audio, options) for audio in audios]
+
+    def _hear(self, audio: Waveform, options: DecodingOptions) -> DecodingResult:
+        self.heard.append(len(audio) / SAMPLE_RATE)
+        letters = [(at / SAMPLE_RATE, round(float(audio[at]) * 1_000)) for at in range(2_000, len(audio), 4_000)]
+        sentences: list[list[tuple[float, int]]] = [[]]
+        for sec, code in letters:
+            if code > 90:
+                sentences[-1].append((sec, code))
+            elif sentences[-1]:
+                sentences.append([])
+        sentences = [sentence for sentence in sentences if sentence]
+        kept = sentences[: self._most]
+        if self._skips and len(sentences) > 2:
+            kept = [sentences[0], sentences[-1]]
+        spoken = [letter for sentence in kept for letter in sentence]
+        ends = [*(sec - 0.125 for sec, _ in spoken[1:]), spoken[-1][0] + 0.125 if spoken else 0.0]
+        words = tuple(
+            Word(chr(code), sec - 0.125, end, tokens=1, space=False)
+            for (sec, code), end in zip(spoken, ends, strict=True)
+        )
+        text = "".join(word.text for word in words)
+        return DecodingResult(
+            text, tuple(ord(c) for c in text), self._logprob, words if options.word_timestamps else None
+        )
+
+
+def sentences(*texts: str, pause_sec: float = 0.75) -> Waveform:
+    """A letter in each quarter of a second, and a pause after each text."""
+    pause = np.zeros(round(pause_sec * SAMPLE_RATE), dtype=np.float32)
+    return np.concatenate([part for text in texts for part in (spelt(text), pause)])
+
+
+SENTENCES = ("abcdefghijkl", "mnopqrstuvwx", "yzabcdefghij", "klmnopqrstuv")
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("with_words", [False, True])
+def test_speech_that_a_text_leaves_out_is_decoded_again(skips: bool, with_words: bool) -> None:
+    audio = sentences(*SENTENCES)
+    engine = Forgetful(skips=skips)
+    options = DecodingOptions(word_timestamps=with_words)
+    given = [
+        Segment(5.0, 5.0 + len(audio) / SAMPLE_RATE, audio),
+        Segment(0.0, 3.75, audio[: round(3.75 * SAMPLE_RATE)]),
+    ]
+    vad: Any = LoudDetector()
+    parts, short = decode_segments(engine, given, options, InferenceConfig(), vad=vad)  # type: ignore[arg-type]
+    assert "".join(part.text for part in parts) == "".join(SENTENCES)
+    assert [part.text for part in short] == [SENTENCES[0]]
+    assert not any(part.uncovered for part in (*parts, *short))
+    assert (parts[0].start_sec, parts[-1].end_sec) == (5.0, given[0].end_sec)
+    assert all(a.end_sec <= b.start_sec for a, b in itertools.pairwise(parts))
+    if with_words:
+        times = [word.start_sec for part in parts for word in part.words or ()]
+        assert times == sorted(times)
+        assert times[-1] == pytest.approx(5.0 + 3 * 3.75 + 2.75, abs=0.1)
+    else:
+        assert [part.words for part in parts] == [None] * len(parts)
+
+
+def test_what_stays_uncovered_is_told_and_a_guess_on_it_is_no_text() -> None:
+    audio, vad = sentences(*SENTENCES), LoudDetector()
+    segment = Segment(5.0, 5.0 + len(audio) / SAMPLE_RATE, audio)
+
+    class Unsure(Forgetful):
+        def _hear(self, audio: Waveform, options: DecodingOptions) -> DecodingResult:
+            self._logprob = -0.03 if not self.heard else -3.0
+            return super()._hear(audio, options)
+
+    engine = Unsure()
+    ((found,),) = decode_segments(engine, [segment], DecodingOptions(), InferenceConfig(), vad=vad)  # type: ignore[arg-type]
+    assert found.text == SENTENCES[0]
+    assert [(gap.start_sec, gap.end_sec) for gap in found.uncovered] == [(8.0, 19.25)]
+    assert len(engine.heard) == 2  # a guess is not decoded again, and at no other temperature
+    translated = DecodingOptions(task="translate")
+    ((alone,),) = decode_segments(Forgetful(), [segment], translated, InferenceConfig(), vad=vad)  # type: ignore[arg-type]
+    assert (alone.text, alone.uncovered) == (SENTENCES[0], ())
+
+
+def test_a_window_that_ends_early_is_followed_by_one_that_hears_the_rest() -> None:
+    class Early(Windows):
+        def decode(self, encoded: Any, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
+            loud = float(np.abs(audios[0]).max())
+            text = " one" if loud > 0.3 else ""
+            self.prompts.append(text)
+            return [DecodingResult(text, tuple(tokens(0.0, text, 12.0) if text else ()), -0.1)]
+
+    audio = np.concatenate([np.full(24 * SAMPLE_RATE, 0.5), np.zeros(SAMPLE_RATE), np.full(5 * SAMPLE_RATE, 0.2)])
+    vad: Any = LoudDetector()
+    found = list(decode_windows(Early(), [audio.astype(np.float32)], DecodingOptions(), InferenceConfig(), vad=vad))  # type: ignore[arg-type]
+    assert [(part.start_sec, part.end_sec, part.text) for part in found if part.text] == [
+        (0.0, 12.0, "one"),
+        (12.0, 24.0, "one"),
+    ]
+    assert [(gap.start_sec, gap.end_sec) for part in found for gap in part.uncovered] == [(25.0, 30.0)]
 
 
 def test_a_text_that_ended_at_a_limit_is_decoded_in_halves_until_it_is_whole() -> None:

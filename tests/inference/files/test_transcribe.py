@@ -173,7 +173,8 @@ def test_segments_are_joined_as_their_script_is_words_too_and_what_ended_at_a_li
     def said(text: str, *words: Word, truncated: bool = False) -> DecodingResult:
         return DecodingResult(text, (1,), -0.1, words, "zh", truncated=truncated)
 
-    you, are, good = Word("你", 0.0, 0.2, space=False), Word("好", 0.3, 0.4, space=False), Word("OK", 0.0, 0.3)
+    you, are = Word("你", 0.0, 2.0, tokens=6, space=False), Word("好", 2.0, 4.0, tokens=6, space=False)
+    good = Word("OK", 0.0, 3.0, tokens=9)
     results = said("你好", you, are), said("OK", good), said("OK", good), said("好", are, truncated=True)
     config = load_config(None, overrides={"inference.batch_size": 1})
     batch = BatchInference(config=config, engine=Saying(results), vad=LoudDetector())  # type: ignore[arg-type]
@@ -187,6 +188,19 @@ def test_segments_are_joined_as_their_script_is_words_too_and_what_ended_at_a_li
     row = result.to_json()
     assert row["truncated"] is row["segments"][3]["truncated"] is True
     assert [word.get("space", True) for word in row["words"]] == [False, False, False, True, False]
+
+
+def test_speech_that_nothing_was_written_for_is_in_the_result_and_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    def said(text: str, *words: Word) -> DecodingResult:
+        return DecodingResult(text, (1,) * bool(text), -0.1, words, "zh")
+
+    results = said("你", Word("你", 0.0, 1.0, tokens=3, space=False)), said("")  # of 5 s of speech, then of the rest
+    batch = BatchInference(engine=Saying(results), vad=LoudDetector())  # type: ignore[arg-type]
+    (result,) = batch.transcribe_batch([clip(5)])
+    assert (result.text, result.words) == ("你", None)
+    assert [(gap.start_sec, gap.end_sec) for gap in result.uncovered] == [(1.0, 5.0)]
+    assert result.to_json()["uncovered"] == [{"start_sec": 1.0, "end_sec": 5.0}]
+    assert "array 0: speech has no text, or too little: 1.0 to 5.0 s" in caplog.text
 
 
 def test_where_memory_runs_out_the_batch_is_halved() -> None:
