@@ -16,9 +16,9 @@ from src.inference.words import Word
 UNCOVERED_SEC = 0.8  # speech after the last word that shows that the decoder stopped early
 ALIGN_SLACK_SEC = 0.2  # how far a word's time may lie outside padded speech
 
-# Words in a row take up to 2.5 times the ordinary time of their tokens, and 1.5 s. One of 91 clips of slow learners is
-# above (SpeechOcean762, tuned tiny.en), and 12 of 15 segments of which a model tuned on single Mandarin sentences left
-# sentences out; the other three end early (2026-11-30).
+# Words in a row take up to 2.5 times the ordinary time of their tokens, and 1.5 s. Of 87 segments of slow learners one
+# is above (SpeechOcean762, tuned tiny.en). Tuned on single Mandarin sentences, base left some out in 12 of 15:
+# nine are above, the other three stop early (2026-11-30).
 SLOW_SPEECH = 2.5
 SKIPPED_SEC = 1.5
 
