@@ -31,8 +31,7 @@ from scripts.command_line import check_model_path, model_argument, parse_setting
 from src.data import create_loader
 from src.data.preparation import DatasetSplits, RecordingChecker, enforce_skip_policy
 from src.data.sources.catalog import load_utterances, unpack, with_clips
-from src.data.sources.folder import find_manifests
-from src.data.sources.manifest import is_manifest
+from src.data.sources.manifest import find_manifests, is_manifest
 from src.data.utterance import SPLIT_NAMES, Utterance
 from src.evaluation import EvaluationResult, ModelEvaluator, fill_languages
 from src.evaluation.evaluator import compare_predictions

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.data.sources.folder import AUDIO_SUFFIXES, language_of_row
-from src.data.sources.manifest import AUDIO_COLUMNS, find_audio, is_manifest, pick_column, read_rows, read_text, text_of
+from src.data.audio import AUDIO_SUFFIXES
+from src.data.sources.manifest import AUDIO_COLUMNS, find_audio, is_manifest, pick_column, read_rows, read_text
+from src.data.utterance import language_of_row, text_of
 from src.utils.errors import DataError, visible
 from src.utils.languages import parse_language
 

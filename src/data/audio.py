@@ -73,6 +73,15 @@ _RAW = frozenset({"aac", "ac3", "dts", "eac3", "flac", "loas", "mp3"})
 _MAX_ERRORS = 100  # of a container in one place
 _CANCELLED = 0.4  # power of the sum over that of the loudest channel; 1 for unrelated channels, 4 for two equal ones
 _PCM_STEPS = 1 << 15  # of a 16-bit sample, on either side of 0
+# fmt: off
+AUDIO_SUFFIXES = frozenset({  # of what is decoded
+    ".wav", ".bwf", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".ogv", ".opus", ".spx", ".mp3", ".mp2", ".mpga",
+    ".m4a", ".m4b", ".m4v", ".mp4", ".mov", ".qt", ".3gp", ".3g2", ".3ga", ".webm", ".weba", ".mkv", ".mka", ".aac",
+    ".ac3", ".eac3", ".dts", ".wma", ".wmv", ".asf", ".avi", ".flv", ".f4v", ".mpg", ".mpeg", ".vob", ".ts", ".mts",
+    ".m2ts", ".mxf", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".sph", ".nist", ".amr", ".awb", ".wv",
+    ".tta", ".ape", ".voc", ".dss",
+})
+# fmt: on
 _CONVERT = "convert it: ffmpeg -i IN -ar 16000 -ac 1 OUT.wav"
 
 Waveform = NDArray[np.float32]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from src.utils.errors import visible
+from src.utils.languages import code_of_language
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {
@@ -17,6 +20,11 @@ SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
+NO_SPEAKER = frozenset({"nan", "NaN", "None", "null", "NULL", "N/A", "<NA>"})
+LANGUAGE_COLUMNS = ("language", "lang", "locale", "language_code", "lang_id")
+NO_LANGUAGE = frozenset({"auto", "und", "mul", "mis", "zxx", "nan", "none", "null", "n/a", "unknown", "other"})
+_LINE_END = re.compile(r"\s*[\n\r\t\v\f\x1c-\x1f\x85\u2028\u2029]\s*")
 
 
 @runtime_checkable
@@ -81,6 +89,68 @@ class SkippedUtterance:
 
     id: str
     reason: str
+
+
+def utterance_from_row(
+    row: Mapping[str, Any], audio: Path | bytes | EncodedAudio, *, text_column: str, fallback_id: str,
+    language: str | None = None,
+) -> Utterance:  # fmt: skip
+    """Build an utterance from a row's plain columns; `fallback_id` and `language` are for rows without their own.
+
+    Line ends inside a transcript become spaces. Control characters and lone surrogates are escapes in ids and all that
+    is printed; a transcript that has them, or is no text at all, is the utterance's `problem`.
+    """
+    problem = None
+    cells = {"id": "", text_column: "", "speaker": ""}
+    for name, columns in {"id": ("id",), text_column: (text_column,), "speaker": SPEAKER_COLUMNS}.items():
+        try:
+            cells[name] = next(filter(None, (text_of(row.get(column)).strip() for column in columns)), "")
+        except ValueError as err:
+            what = "transcript" if name == text_column else name
+            problem = f"the {what} is wrong: {err}; write a text"
+    text = _LINE_END.sub(" ", cells[text_column])
+    if visible(text) != text:
+        strange = next(visible(char) for char in text if visible(char) != char)
+        problem = f"the transcript has the character {strange}, which is no text; remove it"
+    speaker = re.sub(r"^(\d+)\.0+$", r"\1", cells["speaker"])  # a column of numbers that pandas made floats
+    taken = {text_column, "id", "path", "file", *SPEAKER_COLUMNS, *LANGUAGE_COLUMNS}
+    meta = {key: visible(value.strip()) if isinstance(value, str) else value for key, value in row.items()}
+    return Utterance(
+        id=visible(cells["id"] or fallback_id),
+        audio=audio,
+        text=text,
+        speaker=visible(speaker) if speaker and speaker not in NO_SPEAKER else None,
+        language=language_of_row(row) or language,
+        meta={key: value for key, value in meta.items() if key not in taken and _is_plain(value)},
+        problem=problem,
+    )
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | int | type(None)) or (isinstance(value, float) and math.isfinite(value))
+
+
+def language_of_row(row: Mapping[str, Any]) -> str | None:
+    """Return Whisper's code for a row's language, its own mark where Whisper has none, None where it has no mark."""
+    marks = [visible(row[c].strip()) for c in LANGUAGE_COLUMNS if isinstance(row.get(c), str)]
+    marks = [mark for mark in marks if mark.lower() not in NO_LANGUAGE and any(map(str.isalpha, mark))]
+    return next(filter(None, map(code_of_language, marks)), marks[0] if marks else None)
+
+
+def text_of(value: object) -> str:
+    """Return a cell as text, empty where it has no value; ValueError for what is neither text nor a number.
+
+    A whole number is written without a point, also where pandas made it a float because another row has none.
+    """
+    if value is None or (isinstance(value, float | Decimal) and math.isnan(value)):
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not math.isfinite(value):
+        raise ValueError(f"{value!r:.60} is no text")
+    return str(int(value)) if value == int(value) else str(value)
 
 
 def stable_hash(seed: int, text: str) -> str:

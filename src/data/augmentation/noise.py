@@ -13,8 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from src.data.audio import SAMPLE_RATE, SILENCE_PEAK, load_audio
-from src.data.sources.folder import AUDIO_SUFFIXES
+from src.data.audio import AUDIO_SUFFIXES, SAMPLE_RATE, SILENCE_PEAK, load_audio
 from src.utils.errors import AudioError, DataError
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 import httpx
 from huggingface_hub.errors import HfHubHTTPError
 
-from src.data.sources.folder import utterance_from_row
 from src.data.sources.manifest import AUDIO_COLUMNS, TEXT_COLUMNS, pick_column
-from src.data.utterance import SPLIT_NAMES, Utterance, with_unique_ids
+from src.data.utterance import SPLIT_NAMES, Utterance, utterance_from_row, with_unique_ids
 from src.utils.config import HubConfig
 from src.utils.errors import DataError, SourceUnavailableError, first_line
 from src.utils.files import expand_path

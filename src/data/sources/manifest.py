@@ -10,18 +10,18 @@ import codecs
 import csv
 import gzip
 import io
+import itertools
 import logging
-import math
 import os
 import re
 import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
 
+from src.data.audio import AUDIO_SUFFIXES
 from src.utils.errors import DataError, SourceUnavailableError, did_you_mean, first_line, visible
 from src.utils.files import parse_json
 
@@ -33,6 +33,7 @@ AUDIO_COLUMNS = (
 )  # fmt: skip
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")
 MANIFEST_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.tsv", "metadata.parquet", "wav.scp")
+MAX_DEPTH = 3  # of folders below a set's own, in which manifests are looked for
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".jsonl.gz", ".json", ".json.gz")
 MAX_UNPACKED_BYTES, MAX_RATIO = 64 << 20, 100  # of a .gz, the larger one; manifests of a million rows have about 20
 _BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -49,6 +50,34 @@ Row = dict[str, Any]
 def is_manifest(path: Path) -> bool:
     """Whether a file's name is that of a manifest."""
     return path.name.lower() in MANIFEST_NAMES or path.name.lower().endswith(MANIFEST_SUFFIXES)
+
+
+def find_manifests(folder: Path, depth: int = MAX_DEPTH) -> list[Path]:
+    """Return the manifest of a folder by its name, else all there are in it, else those of the folders in it.
+
+    Captions that a tool wrote for a recording there, such as `talk.tsv` for `talk.mp3`, are none.
+    """
+    named = [folder / name for name in MANIFEST_NAMES if (folder / name).is_file()][:1]
+    inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    listed = [] if named else [path for path in inside if is_manifest(path) and path.is_file()]
+    captioned = {path.stem for path in inside if path.suffix.lower() in AUDIO_SUFFIXES} if listed else set()
+    found = named or [path for path in listed if path.stem not in captioned and _is_listing(path)]
+    for wanted in ("cuts", "supervisions"):  # of lhotse; the recordings are read with them
+        if any("recordings" in path.name for path in found):
+            found = [path for path in found if wanted in path.name and ".json" in path.name] or found
+    if found or not depth:
+        return found
+    return [path for each in inside if each.is_dir() for path in find_manifests(each, depth - 1)]
+
+
+def _is_listing(path: Path) -> bool:
+    """Whether a file lists recordings; of `.json` files, which may be anything, if its first line does."""
+    if not path.name.lower().endswith((".json", ".json.gz")):
+        return True
+    try:
+        return any(set(AUDIO_COLUMNS) & row.keys() for _, row in itertools.islice(read_rows(path), 1))
+    except DataError:
+        return False
 
 
 def read_rows(manifest: Path, *, quoted: bool = True) -> Iterator[tuple[int, Row]]:
@@ -86,22 +115,6 @@ def find_audio(folder: Path, name: str) -> Path:
     spellings += [unicodedata.normalize(form, spelling) for form in ("NFC", "NFD") for spelling in spellings]
     there = (folder / s for s in dict.fromkeys(spellings) if s and os.path.exists(folder / s))  # noqa: PTH110
     return next(there, written)
-
-
-def text_of(value: object) -> str:
-    """Return a cell as text, empty where it has no value; ValueError for what is neither text nor a number.
-
-    A whole number is written without a point, also where pandas made it a float because another row has none.
-    """
-    if value is None or (isinstance(value, float | Decimal) and math.isnan(value)):
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not math.isfinite(value):
-        raise ValueError(f"{value!r:.60} is no text")
-    return str(int(value)) if value == int(value) else str(value)
 
 
 def pick_column(columns: Sequence[str], known: Sequence[str], meaning: str, where: str) -> str:

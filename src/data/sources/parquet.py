@@ -19,9 +19,8 @@ import pyarrow.parquet as pq
 
 from src.data.audio import open_regular
 from src.data.sources.archives import ALLOWED_BYTES, MAX_RATIO
-from src.data.sources.folder import utterance_from_row
 from src.data.sources.manifest import AUDIO_COLUMNS, TEXT_COLUMNS, find_audio, pick_column
-from src.data.utterance import Utterance, split_of, with_unique_ids
+from src.data.utterance import Utterance, split_of, utterance_from_row, with_unique_ids
 from src.utils.errors import AudioError, DataError, SourceUnavailableError
 
 KEPT_BYTES = 256 << 20  # of row groups, per process

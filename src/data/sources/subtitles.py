@@ -22,7 +22,8 @@ import charset_normalizer
 import pysubs2
 import regex
 
-from src.data.sources.folder import AUDIO_SUFFIXES, find_manifests
+from src.data.audio import AUDIO_SUFFIXES
+from src.data.sources.manifest import find_manifests
 from src.data.sources.parts import parse_seconds
 from src.utils.errors import DataError, first_line
 from src.utils.languages import code_of_language, join_texts

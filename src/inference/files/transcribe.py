@@ -25,7 +25,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from src.data.audio import SAMPLE_RATE, Waveform, stream_audio, to_mono_16k
-from src.data.sources.folder import language_of_row
+from src.data.utterance import language_of_row
 from src.data.vad import SpeechSegment, VoiceActivityDetector
 from src.inference.engine_base import Engine
 from src.inference.engines import engine_of

@@ -15,10 +15,10 @@ import pytest
 
 from src.data.preparation import check_utterance, prepare_datasets
 from src.data.sources.catalog import SAMPLE_CLIP
-from src.data.sources.folder import find_manifests, read_folder
-from src.data.sources.manifest import find_audio, read_rows, text_of
+from src.data.sources.folder import read_folder
+from src.data.sources.manifest import find_audio, find_manifests, read_rows
 from src.data.sources.parquet import read_parquet
-from src.data.utterance import Utterance
+from src.data.utterance import Utterance, text_of
 from src.utils.config import DataConfig, load_config
 from src.utils.errors import DataError
 
