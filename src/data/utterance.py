@@ -148,7 +148,9 @@ def text_of(value: object) -> str:
         return value
     if isinstance(value, bytes):
         return value.decode()
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not math.isfinite(value):
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, float | Decimal) or not math.isfinite(value):
         raise ValueError(f"{value!r:.60} is no text")
     return str(int(value)) if value == int(value) else str(value)
 
@@ -169,10 +171,12 @@ def split_of(path: Path) -> str | None:
 
 def with_unique_ids(utterances: Iterable[Utterance]) -> Iterator[Utterance]:
     """Number ids that were seen before: file names inside archives repeat, and nobody can change them there."""
-    seen: set[str] = set()
+    seen: dict[str, int] = {}  # ids, with the last number that each was given
     for utterance in utterances:
-        unique, number = utterance.id, 2
+        unique, number = utterance.id, seen.get(utterance.id, 1)
         while unique in seen:
-            unique, number = f"{utterance.id}#{number}", number + 1
-        seen.add(unique)
+            number += 1
+            unique = f"{utterance.id}#{number}"
+        seen[utterance.id] = number
+        seen.setdefault(unique, 1)
         yield utterance if unique == utterance.id else replace(utterance, id=unique)

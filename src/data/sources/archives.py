@@ -69,7 +69,7 @@ def unpack(path: Path) -> Path:
     found = path.stat()
     named = f"{path.resolve()}\t{found.st_size}\t{found.st_mtime_ns}".encode(errors="backslashreplace")
     digest = hashlib.sha256(named).hexdigest()[:16]
-    folder = _private_folder() / digest
+    folder = private_folder("archives") / digest
     try:
         with FileLock(f"{folder}.lock"):  # a second process waits, then finds the first one's work
             recover_folder(folder)
@@ -94,10 +94,10 @@ def unpack(path: Path) -> Path:
     return folder
 
 
-def _private_folder() -> Path:
+def private_folder(kind: str) -> Path:
     """Return a folder for temporary files that this user alone can enter; of a random name if its own is taken."""
     user = os.getuid() if hasattr(os, "getuid") else 0
-    folder = Path(tempfile.gettempdir()) / f"whisper_asr_archives-{user}"
+    folder = Path(tempfile.gettempdir()) / f"whisper_asr_{kind}-{user}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
@@ -110,7 +110,7 @@ def _private_folder() -> Path:
         raise DataError(f"{folder}: cannot be made: {err.strerror}; set TMPDIR to a folder of yours") from err
     if not (own := _elsewhere.get(folder, folder)).is_dir() or own == folder:
         own = _elsewhere[folder] = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))  # 0700
-        logger.warning("%s is a link, or open to others: archives of this process are unpacked to %s", folder, own)
+        logger.warning("%s is a link, or open to others: this process uses %s", folder, own)
     return own
 
 

@@ -80,21 +80,26 @@ def utterances_from_rows(
         cell = row.pop(audio_column, None)
         cell = cell.get("path") if isinstance(cell, dict) else cell  # as datasets writes it
         row = {key: None if value != value else value for key, value in row.items()}
-        name, problem = "", "the row names no recording; fill it in or remove the row"
+        name, problem = "", None
         try:
             name = text_of(cell).strip()
+            problem = None if name else "the row names no recording; fill it in or remove the row"
         except ValueError as err:
             problem = f"the row's {audio_column} is {err}; write a path"
         path = find_audio(audio_dir or manifest.parent, name)
-        part = part_of_row(row, path, f"{manifest}, line {line}")
-        shown = f"{name} {part.times}" if part else name
+        part = None
+        try:
+            part = part_of_row(row, path)
+        except DataError as err:
+            problem = str(err)
+        shown = f"{name} {part.times}" if part else f"{name} line {line}".strip() if problem else name
         utterance = utterance_from_row(
             {**row, "line": line, **({} if row.get("split") else meta)},
             part or path,
             text_column=text_column,  # an empty text is refused by name when the data set is checked
-            fallback_id=f"{prefix}{shown}" if name else f"line {line}",
+            fallback_id=f"{prefix}{shown}",
         )
-        if not name:
+        if problem:
             utterance = replace(utterance, problem=problem)
         if lines.setdefault(utterance.id, line) != line:
             twice = f"the id {utterance.id!r} occurs twice, first in line {lines[utterance.id]}"

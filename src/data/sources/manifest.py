@@ -55,13 +55,14 @@ def is_manifest(path: Path) -> bool:
 def find_manifests(folder: Path, depth: int = MAX_DEPTH) -> list[Path]:
     """Return the manifest of a folder by its name, else all there are in it, else those of the folders in it.
 
-    Captions that a tool wrote for a recording there, such as `talk.tsv` for `talk.mp3`, are none.
+    Captions that a tool wrote for a recording there, such as `talk.tsv` for `talk.mp3`, name no file and are none.
     """
     named = [folder / name for name in MANIFEST_NAMES if (folder / name).is_file()][:1]
     inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     listed = [] if named else [path for path in inside if is_manifest(path) and path.is_file()]
     captioned = {path.stem for path in inside if path.suffix.lower() in AUDIO_SUFFIXES} if listed else set()
-    found = named or [path for path in listed if path.stem not in captioned and _is_listing(path)]
+    unclear = [path for path in listed if path.stem in captioned or path.name.lower().endswith((".json", ".json.gz"))]
+    found = named or [path for path in listed if path not in unclear or _is_listing(path)]
     for wanted in ("cuts", "supervisions"):  # of lhotse; the recordings are read with them
         if any("recordings" in path.name for path in found):
             found = [path for path in found if wanted in path.name and ".json" in path.name] or found
@@ -71,9 +72,7 @@ def find_manifests(folder: Path, depth: int = MAX_DEPTH) -> list[Path]:
 
 
 def _is_listing(path: Path) -> bool:
-    """Whether a file lists recordings; of `.json` files, which may be anything, if its first line does."""
-    if not path.name.lower().endswith((".json", ".json.gz")):
-        return True
+    """Whether the first row of a file names a recording; of `.json` files, which may be anything, and captions."""
     try:
         return any(set(AUDIO_COLUMNS) & row.keys() for _, row in itertools.islice(read_rows(path), 1))
     except DataError:

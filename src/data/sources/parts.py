@@ -8,16 +8,17 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import tempfile
-import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import soundfile as sf
+from filelock import FileLock
 
-from src.data.audio import SAMPLE_RATE, stream_audio
+from src.data.audio import SAMPLE_RATE, open_regular, stream_audio
+from src.data.sources.archives import private_folder
 from src.utils.errors import AudioError, DataError
 from src.utils.files import atomic_file
 
@@ -25,8 +26,6 @@ START_COLUMNS = ("offset", "start", "start_sec", "start_time", "begin", "begin_t
 END_COLUMNS = ("end", "end_sec", "end_time", "stop")
 DURATION_COLUMNS = ("duration", "duration_sec")
 TOLERANCE_SEC = 0.1  # times are rounded; a file that is as long as its part is that part, cut already
-
-_decoding = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,11 @@ class AudioPart:
     track: int | None = None  # of its audio tracks, from 1; None: the default one
 
     def read(self) -> bytes:
-        """Return the part as the bytes of a WAV file, 16 kHz mono."""
+        """Return the part as the bytes of a WAV file, 16 kHz mono; or the file, if it is nothing but the part."""
+        if self.track is None and self.end_sec is not None:
+            with suppress(OSError, TypeError, sf.LibsndfileError), open_regular(self.path) as whole:
+                if abs(sf.info(whole).duration - (self.end_sec - self.start_sec)) <= TOLERANCE_SEC:
+                    return self.path.read_bytes()
         with sf.SoundFile(_decode_once(self.path, self.track)) as file:
             whole_sec = file.frames / SAMPLE_RATE
             end_sec = whole_sec if self.end_sec is None else self.end_sec
@@ -64,15 +67,15 @@ class AudioPart:
         return f"{self.start_sec:g}-{'end' if self.end_sec is None else f'{self.end_sec:g}'} s"
 
 
-def part_of_row(row: Mapping[str, Any], path: Path, where: str) -> AudioPart | None:
+def part_of_row(row: Mapping[str, Any], path: Path) -> AudioPart | None:
     """Return the part of a recording that a row names; None where it has no start and no end: the whole recording.
 
-    A duration alone is a description of the file. `where` is for errors.
+    A duration alone is a description of the file.
     """
 
     def seconds(columns: tuple[str, ...]) -> float | None:
         column = next((c for c in columns if row.get(c) not in (None, "")), None)
-        return None if column is None else parse_seconds(row[column], f"{where}: {column}")
+        return None if column is None else parse_seconds(row[column], column)
 
     start_sec, end_sec, duration_sec = map(seconds, (START_COLUMNS, END_COLUMNS, DURATION_COLUMNS))
     if start_sec is None and end_sec is None:
@@ -81,7 +84,7 @@ def part_of_row(row: Mapping[str, Any], path: Path, where: str) -> AudioPart | N
     if end_sec is None and duration_sec is not None:
         end_sec = start_sec + duration_sec
     if end_sec is not None and end_sec <= start_sec:
-        raise DataError(f"{where}: the part begins at {start_sec:g} s and ends at {end_sec:g} s; correct the row")
+        raise DataError(f"the part begins at {start_sec:g} s and ends at {end_sec:g} s; correct the row")
     return AudioPart(path, start_sec, end_sec)
 
 
@@ -95,7 +98,7 @@ def parse_seconds(value: Any, where: str) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise DataError(f"{where} is {value!r}; expected seconds from the beginning of the recording, such as 12.5")
+        raise DataError(f"{where} is {value!r:.60}; expected seconds from the beginning of the recording, such as 12.5")
     return seconds
 
 
@@ -107,17 +110,19 @@ def _decode_once(path: Path, track: int | None) -> Path:
         raise AudioError(f"{path}: {'no such file' if isinstance(err, FileNotFoundError) else err.strerror}") from err
     named = f"{path.resolve()}\t{found.st_size}\t{found.st_mtime_ns}\t{track}".encode(errors="backslashreplace")
     digest = hashlib.sha256(named).hexdigest()[:16]
-    decoded = Path(tempfile.gettempdir()) / "whisper_asr_recordings" / f"{digest}.flac"
-    with _decoding:  # threads ask for parts of one recording at the same time
-        if not decoded.exists():
-            try:
+    decoded = private_folder("recordings") / f"{digest}.flac"
+    if decoded.exists():
+        return decoded
+    try:
+        with FileLock(f"{decoded}.lock"):  # other threads and processes ask for parts of it at the same time
+            if not decoded.exists():
                 with (
                     atomic_file(decoded) as partial,
                     sf.SoundFile(partial, "w", SAMPLE_RATE, 1, subtype="PCM_16", format="FLAC") as file,
                 ):
                     for block in stream_audio(path, track=track, strict=True):
                         file.write(block)
-            except OSError as err:
-                fix = "free space there, or set TMPDIR to another disk"
-                raise AudioError(f"{path}: cannot be decoded to {decoded}: {err.strerror or err}; {fix}") from err
+    except OSError as err:
+        fix = "free space there, or set TMPDIR to another disk"
+        raise AudioError(f"{path}: cannot be decoded to {decoded}: {err.strerror or err}; {fix}") from err
     return decoded

@@ -114,6 +114,7 @@ def find_transcribed(folder: Path) -> list[TranscribedRecording]:
     for audio in recordings:
         own = [replace(each, audio=audio) for each in by_stem[audio.stem]]
         beside = [each for each in own if each.transcript.parent == audio.parent]
+        beside = beside or [each for each in own if each.transcript.parent.name == audio.parent.name]  # txt/ann/1.txt
         if beside or stems[audio.stem] > 1:  # one in another folder could be that of several recordings
             own = beside
         own.sort(key=lambda each: (TRANSCRIPT_SUFFIXES.index(each.transcript.suffix.lower()), each.transcript.name))

@@ -253,6 +253,7 @@ def test_a_value_is_text_or_refused() -> None:
         with pytest.raises(ValueError, match=r".+"):
             text_of(value)
     assert text_of(b"caf\xc3\xa9") == "café"
+    assert text_of(10**400) == f"1{'0' * 400}"  # beyond what a float holds
 
 
 # layouts of corpora
@@ -414,6 +415,13 @@ def test_lhotses_manifests_are_read(tmp_path: Path, files: dict[str, list[dict[s
 def test_lhotses_faults_are_named(tmp_path: Path, files: dict[str, list[dict[str, Any]]], said: str) -> None:
     with pytest.raises(DataError, match=said):
         read_folder(write(tmp_path, {name: lines(*rows) for name, rows in files.items()}))
+
+
+def test_a_table_of_one_recordings_name_is_a_manifest_if_it_names_files_and_captions_if_not(tmp_path: Path) -> None:
+    folder = write(tmp_path, {"a.flac": None, "a.csv": "file,start,end,text\na.flac,0,1,hello\n"})
+    assert [(u.id, u.text) for u in read_folder(folder)] == [("a.flac 0-1 s", "hello")]
+    write(tmp_path, {"a.csv": "start,end,text\n0,1,hello\n", "a.json": '{"text": "hello", "segments": []}'})
+    assert find_manifests(folder) == []
 
 
 def test_manifests_are_not_looked_for_endlessly(tmp_path: Path) -> None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import stat
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
 
-from src.data.audio import load_audio
-from src.data.preparation import prepare_datasets
+from src.data.audio import decode, load_audio
+from src.data.preparation import check_utterance, prepare_datasets
 from src.data.sources.catalog import SAMPLE_CLIP
 from src.data.sources.folder import read_folder
 from src.data.sources.parts import AudioPart
-from src.utils.config import load_config
+from src.utils.config import DataConfig, load_config
 from src.utils.errors import AudioError, DataError
 
 
@@ -27,6 +29,7 @@ def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     folder = tmp_path / "data"
     folder.mkdir()
+    (tmp_path / "temporary").mkdir()
     shutil.copy(SAMPLE_CLIP, folder / "talk.flac")
     return folder
 
@@ -65,7 +68,9 @@ def test_a_duration_alone_describes_the_file_and_an_offset_alone_goes_to_its_end
 
 def test_a_clip_that_was_cut_already_is_taken_whole(talk: Path) -> None:
     write_rows(talk, [{"start": 125.5, "end": 136.5}])  # where it was in a recording that is not here
-    assert len(load_audio(read_folder(talk)[0].audio)) == 11 * 16_000
+    (utterance,) = read_folder(talk)
+    decoded = decode(utterance.audio)
+    assert (len(decoded.samples), decoded.sample_rate) == (11 * 16_000, sf.info(SAMPLE_CLIP).samplerate)
 
 
 @pytest.mark.parametrize(("row", "reason"), [
@@ -73,10 +78,12 @@ def test_a_clip_that_was_cut_already_is_taken_whole(talk: Path) -> None:
     ({"offset": "nan", "duration": 1}, "offset is 'nan'"), ({"start": True, "end": 2}, "start is True"),
     ({"start": "soon", "end": 2}, "start is 'soon'"), ({"start": [1], "end": 2}, r"start is \[1\]"),
 ])  # fmt: skip
-def test_times_that_cannot_be_are_refused_with_their_line(talk: Path, row: dict, reason: str) -> None:
-    write_rows(talk, [{"start": 1, "end": 2}, row])
-    with pytest.raises(DataError, match=rf"line 2: .*{reason}"):
-        read_folder(talk)
+def test_times_that_cannot_be_cost_their_row(talk: Path, row: dict, reason: str) -> None:
+    write_rows(talk, [{"start": 1, "end": 2}, row, row])
+    good, bad, worse = read_folder(talk)
+    assert (good.problem, bad.id, worse.id) == (None, "talk.flac line 2", "talk.flac line 3")
+    with pytest.raises(DataError, match=rf"line 2 of the manifest.*{reason}"):
+        check_utterance(bad, DataConfig())
 
 
 def test_a_part_beyond_the_end_and_an_absent_recording_are_named(talk: Path) -> None:
@@ -102,3 +109,11 @@ def test_a_changed_recording_is_decoded_again(talk: Path) -> None:
     sf.write(talk / "talk.flac", np.random.default_rng(0).uniform(-0.5, 0.5, 32_000), 16_000)
     assert part.read() != before
     assert sf.info(io.BytesIO(part.read())).duration == 1.0
+
+
+def test_threads_decode_a_recording_once_into_a_folder_that_others_cannot_enter(talk: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(lambda at: AudioPart(talk / "talk.flac", at, at + 1.0).read(), range(8)))
+    assert len(set(parts)) == 8
+    (decoded,) = Path(tempfile.gettempdir()).rglob("*.flac")
+    assert stat.S_IMODE(decoded.parent.stat().st_mode) == 0o700

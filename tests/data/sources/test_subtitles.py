@@ -181,11 +181,15 @@ def test_recordings_are_paired_with_transcripts_of_their_name(tmp_path: Path, ca
 
 
 def test_a_transcript_in_another_folder_is_taken_where_the_name_is_the_only_one(tmp_path: Path) -> None:
-    for name in ("audio/a.wav", "audio/b.wav", "more/b.wav", "texts/a.srt", "texts/b.srt", "more/b.de.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    names = ("audio/a.wav", "audio/b.wav", "more/b.wav", "texts/a.srt", "texts/b.srt", "more/b.de.txt",
+             "wav/ann/1.wav", "wav/bob/1.wav", "txt/ann/1.txt", "txt/bob/1.txt")  # fmt: skip
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found = {each.audio.relative_to(tmp_path).as_posix(): each.transcript.name for each in find_transcribed(tmp_path)}
-    assert found == {"audio/a.wav": "a.srt", "more/b.wav": "b.de.txt"}
+    pairs = ((each.audio, each.transcript) for each in find_transcribed(tmp_path))
+    found = dict(tuple(path.relative_to(tmp_path).as_posix() for path in pair) for pair in pairs)
+    assert found == {"audio/a.wav": "texts/a.srt", "more/b.wav": "more/b.de.txt",
+                     "wav/ann/1.wav": "txt/ann/1.txt", "wav/bob/1.wav": "txt/bob/1.txt"}  # fmt: skip
 
 
 def test_hostile_transcripts_cost_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
