@@ -163,15 +163,6 @@ class Vocabulary:
         return int(token)
 
 
-def split_words(vocabulary: Vocabulary, tokens: Sequence[int]) -> list[tuple[str, int]]:
-    """Return the text and the number of tokens of each word, as `Word` has them.
-
-    A word is what stands between spaces; in scripts without spaces it is a grapheme cluster with the punctuation after
-    it, as in openai/whisper, but where a token has several of them, too.
-    """
-    return [(word.text, word.tokens) for word in place_words(vocabulary, tokens)]
-
-
 def place_words(
     vocabulary: Vocabulary,
     tokens: Sequence[int],

@@ -153,6 +153,13 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
+def file_stamp(path: Path) -> str:
+    """Return a short hash of a file's path, size and time of change: of what was made from it, and not since."""
+    found = path.stat()
+    named = f"{path.resolve()}\t{found.st_size}\t{found.st_mtime_ns}"
+    return hashlib.sha256(named.encode(errors="backslashreplace")).hexdigest()[:16]
+
+
 def parse_json(text: str | bytes) -> Any:
     """Parse JSON; whatever is wrong with it, also numbers of 5,000 digits and deep nesting, is a ValueError."""
     try:

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from src.inference.words import Vocabulary, join_words, place_words, split_words
+from src.inference.words import Vocabulary, join_words, place_words
 
 TEXTS = [
     "My brother bought three kilos of apples and a bottle of milk.",
@@ -56,7 +56,7 @@ def test_words_join_to_the_text_and_tile_its_tokens_and_times(
     ],
 )
 def test_punctuation_stays_with_its_word(base_vocabulary: Vocabulary, text: str, words: list[str]) -> None:
-    assert [word for word, _ in split_words(base_vocabulary, base_vocabulary.encode(text))] == words
+    assert [word.text for word in place_words(base_vocabulary, base_vocabulary.encode(text))] == words
 
 
 def test_graphemes_of_one_token_share_its_time(base_vocabulary: Vocabulary) -> None:

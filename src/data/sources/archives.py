@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import hashlib
 import logging
 import lzma
 import os
@@ -27,7 +26,7 @@ from typing import IO, Any, NamedTuple
 from filelock import FileLock
 
 from src.utils.errors import DataError, first_line
-from src.utils.files import atomic_folder, recover_folder
+from src.utils.files import atomic_folder, file_stamp, recover_folder
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +65,7 @@ def unpack(path: Path) -> Path:
     """
     if not path.is_file() or not path.name.lower().endswith(ARCHIVE_SUFFIXES):
         return path
-    found = path.stat()
-    named = f"{path.resolve()}\t{found.st_size}\t{found.st_mtime_ns}".encode(errors="backslashreplace")
-    digest = hashlib.sha256(named).hexdigest()[:16]
-    folder = private_folder("archives") / digest
+    folder = private_folder("archives") / file_stamp(path)
     try:
         with FileLock(f"{folder}.lock"):  # a second process waits, then finds the first one's work
             recover_folder(folder)

@@ -56,6 +56,8 @@ def read_folder(path: Path) -> list[Utterance]:
             f"{path}: {audio} recording(s), no manifest; add metadata.csv (file_name,text), "
             "or their transcripts (talk.srt or talk.txt for talk.mp3)"
         )
+    if any(path.rglob("*.parquet")):
+        raise SourceUnavailableError(f"{path}: no manifest, but Parquet files; set data.source: parquet")
     raise SourceUnavailableError(f"{path}: no recording and no manifest; add audio and metadata.csv (file_name,text)")
 
 

@@ -5,7 +5,6 @@ NeMo and lhotse write `offset` and `duration`, Kaldi's `segments` and most sprea
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from filelock import FileLock
 from src.data.audio import SAMPLE_RATE, open_regular, stream_audio
 from src.data.sources.archives import private_folder
 from src.utils.errors import AudioError, DataError
-from src.utils.files import atomic_file
+from src.utils.files import atomic_file, file_stamp
 
 START_COLUMNS = ("offset", "start", "start_sec", "start_time", "begin", "begin_time")
 END_COLUMNS = ("end", "end_sec", "end_time", "stop")
@@ -105,12 +104,9 @@ def parse_seconds(value: Any, where: str) -> float:
 def _decode_once(path: Path, track: int | None) -> Path:
     """Return a FLAC file of the whole recording, 16 kHz mono: any part of it can be read without the rest."""
     try:
-        found = path.stat()
+        decoded = private_folder("recordings") / f"{file_stamp(path)}-{track or 0}.flac"
     except OSError as err:
         raise AudioError(f"{path}: {'no such file' if isinstance(err, FileNotFoundError) else err.strerror}") from err
-    named = f"{path.resolve()}\t{found.st_size}\t{found.st_mtime_ns}\t{track}".encode(errors="backslashreplace")
-    digest = hashlib.sha256(named).hexdigest()[:16]
-    decoded = private_folder("recordings") / f"{digest}.flac"
     if decoded.exists():
         return decoded
     try:

@@ -27,7 +27,7 @@ from src.inference.engines import load_engine
 from src.inference.files.matching import MIN_SCORE, Excerpt, MatchedRecording, match_transcript
 from src.utils.config import Config
 from src.utils.errors import DataError
-from src.utils.files import atomic_folder, write_json, write_text_atomic
+from src.utils.files import atomic_folder, file_stamp, write_json, write_text_atomic
 from src.utils.languages import join_texts
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,6 @@ def cut_recordings(config: Config, path: Path, *, engine: Engine | None = None) 
     if not found:
         return path
     files = sorted({file for each in found for file in (each.audio, each.transcript)})
-    stats = [(str(file.resolve()), (state := file.stat()).st_size, state.st_mtime_ns) for file in files]
     chosen = (
         config.data.audio_track,
         config.model.variant,
@@ -76,7 +75,7 @@ def cut_recordings(config: Config, path: Path, *, engine: Engine | None = None) 
         config.inference.max_segment_sec,
         config.vad.model_dump(),
     )
-    key = repr((PREPARATION_VERSION, stats, chosen)).encode()
+    key = repr((PREPARATION_VERSION, [file_stamp(file) for file in files], chosen)).encode()
     folder = config.paths.cache_dir / "clips" / hashlib.sha256(key).hexdigest()[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # other processes wait, then find the clips

@@ -46,6 +46,7 @@ def test_folder_reads_each_kind_of_manifest(tmp_path: Path, name: str, content: 
     ("files", "reason"),
     [
         ({}, "no recording and no manifest"),
+        ({"train.parquet": ""}, "set data.source: parquet"),
         ({"a.wav": ""}, "1 recording.*no manifest"),
         ({"metadata.csv": "file_name,text\n"}, "no rows"),
         ({"metadata.csv": "file_name,words\na.wav,x\n"}, "no text column among file_name, words"),
