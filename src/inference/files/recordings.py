@@ -11,8 +11,9 @@ import io
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import soundfile as sf
@@ -73,6 +74,7 @@ def cut_recordings(config: Config, path: Path, *, engine: Engine | None = None) 
         config.model.variant,
         config.model.language,
         config.inference.max_segment_sec,
+        config.data.on_error,
         config.vad.model_dump(),
     )
     key = repr((PREPARATION_VERSION, [file_stamp(file) for file in files], chosen)).encode()
@@ -102,7 +104,8 @@ def prepare_recordings(
         min_score: see `Excerpt.score`; a higher one accepts less.
 
     Raises:
-        DataError: no recording with a transcript, one that cannot be read, or nothing of them matches.
+        DataError: no recording with a transcript; one that cannot be read, unless `data.on_error` is "skip"; or
+            nothing of them matches.
     """
     found = find_transcribed(unpack(path))
     if not found:
@@ -111,23 +114,19 @@ def prepare_recordings(
     rows: list[dict[str, object]] = []
     recordings: list[dict[str, object]] = []
     rejected: list[dict[str, object]] = []
+    listener = cache(lambda: engine or load_engine(config.model.variant, config))
     try:
         with atomic_folder(output) as partial:
             names = _clip_names(found)
             for each in found:
-                passages = read_transcript(each.transcript)
-                track = config.data.audio_track
-                audio = load_audio(each.audio if track is None else AudioTrack(each.audio, track), allow_silence=True)
-                duration_sec, is_prose = len(audio) / SAMPLE_RATE, each.transcript.suffix.lower() == ".txt"
-                if is_prose and duration_sec <= config.inference.max_segment_sec:  # a clip already
-                    whole = Excerpt(join_texts(p.text for p in passages), 0.0, duration_sec, 0.0, duration_sec)
-                    language = each.language or config.model.language
-                    matched = MatchedRecording((whole,), duration_sec, duration_sec, duration_sec, language)
-                else:
-                    engine = engine or load_engine(config.model.variant, config)
-                    matched = match_transcript(
-                        audio, passages, engine, config, language=each.language, min_score=min_score
-                    )
+                try:
+                    audio, matched = _match(each, config, listener, min_score)
+                except DataError as err:
+                    if config.data.on_error == "raise":
+                        raise
+                    logger.warning("left out: %s", err)
+                    rejected.append({"recording": each.audio.name, "reason": str(err)})
+                    continue
                 accepted = [excerpt for excerpt in matched.excerpts if excerpt.reason is None]
                 rows += [_write_clip(partial, audio, names[each.audio], e, each, matched) for e in accepted]
                 recordings.append(_summary(each, matched, len(accepted)))
@@ -154,13 +153,31 @@ def prepare_recordings(
     return Preparation(output, len(rows), tuple(recordings), tuple(rejected))
 
 
+def _match(
+    source: TranscribedRecording, config: Config, listener: Callable[[], Engine], min_score: float
+) -> tuple[Waveform, MatchedRecording]:
+    passages = read_transcript(source.transcript)
+    track = config.data.audio_track
+    file = source.audio if track is None else AudioTrack(source.audio, track)
+    audio = load_audio(file, allow_silence=True)
+    duration_sec = len(audio) / SAMPLE_RATE
+    if source.transcript.suffix.lower() != ".txt" or duration_sec > config.inference.max_segment_sec:
+        heard = match_transcript(audio, passages, listener(), config, language=source.language, min_score=min_score)
+        return audio, heard
+    load_audio(file, allow_silence=True, strict=True)  # a clip already, unless a part of it is missing
+    whole = Excerpt(join_texts(p.text for p in passages), 0.0, duration_sec, 0.0, duration_sec)
+    language = source.language or config.model.language
+    return audio, MatchedRecording((whole,), duration_sec, duration_sec, duration_sec, language)
+
+
 def _clip_names(found: Sequence[TranscribedRecording]) -> dict[Path, str]:
     """Return the beginning of the names of each recording's clips."""
     names: dict[Path, str] = {}
+    taken: Counter[str] = Counter()
     for each in found:
         name = re.sub(r"[^\w.-]+", "_", each.audio.stem)[:_MAX_STEM]
-        taken = sum(other == name or other.startswith(f"{name}~") for other in names.values())
-        names[each.audio] = f"{name}~{taken + 1}" if taken else name
+        taken[name] += 1
+        names[each.audio] = name if taken[name] == 1 else f"{name}~{taken[name]}"
     return names
 
 

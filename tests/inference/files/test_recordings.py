@@ -127,6 +127,12 @@ def test_short_recordings_with_plain_text_are_clips_already(
     assert [u.text for u in found] == sorted((u.text.lower() for u in sample[:4]), key=[u.text for u in found].index)
     assert {u.speaker for u in found} == {None}
 
+    # a text does not fit to half of its clip
+    clip = source / f"{sample[0].id}.wav"
+    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    with pytest.raises(DataError, match=rf"{clip.name}: truncated"):
+        prepare_recordings(source, tmp_path / "more", config)
+
 
 def test_speakers_are_names_else_recordings_else_unknown() -> None:
     def speakers(*rows: tuple[str, str | None]) -> list[object]:
@@ -153,6 +159,19 @@ def test_what_cannot_be_cut_is_refused_and_leaves_nothing(
     with pytest.raises(DataError, match=reason):
         prepare_recordings(folder, tmp_path / "out", config)
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_what_cannot_be_cut_is_left_out_where_bad_recordings_are_skipped(
+    folder: Path, config: Config, tmp_path: Path
+) -> None:
+    (folder / "a.srt").write_text("x")
+    (folder / "b.wav").write_bytes(b"RIFF")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"on_error": "skip"})})
+    prepared = prepare_recordings(folder, tmp_path / "out", config)
+    assert (prepared.clips, len(prepared.recordings)) == (2, 1)
+    assert [(row["recording"], str(folder) in str(row["reason"])) for row in prepared.rejected[:2]] == [
+        ("a.wav", True), ("b.wav", True),
+    ]  # fmt: skip
 
 
 def test_a_taken_output_and_a_transcript_without_a_match_are_refused(
