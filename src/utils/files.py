@@ -48,7 +48,7 @@ _UNWRITABLE = _DISK_FULL | {
     errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EBUSY, errno.EXDEV,
     errno.ENOTEMPTY,
 }  # fmt: skip
-_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, 524}  # the last: NFS's ENOTSUPP
 _PROCESS_TOKEN = secrets.token_hex(4)  # starts all tokens: a restarted container may reuse the old process id
 _HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.(?P<token>[0-9a-f]+)\.(?P<kind>partial|replaced)")
 _counter = itertools.count()
@@ -68,10 +68,13 @@ def expand_path(path: str | Path) -> Path:
         raise ConfigError(f"{text[:200]!r}: the variable {unset[0][:99]} is not set; set it or write the path in full")
     if expanded.startswith("~") and not os.path.lexists(expanded):
         raise ConfigError(f"{text[:200]!r}: no such user; write the path in full")
-    if "\0" in expanded:
-        raise ConfigError(f"{text[:200]!r}: a path has no NUL character; check where it comes from")
-    longest = max(len(part.encode("utf-8", "surrogatepass")) for part in expanded.split("/"))
-    if longest > 255 or len(expanded) > 4_000:
+    try:
+        raw = os.fsencode(expanded)
+    except UnicodeEncodeError:  # half of a character
+        raw = b"\0"
+    if b"\0" in raw:
+        raise ConfigError(f"{text[:200]!r}: no file can have this name; check where it comes from")
+    if max(map(len, raw.split(b"/"))) > 255 or len(raw) > 4_000:
         raise ConfigError(f"'{text[:200]}...': too long for a path (255 bytes a name, 4,000 in all); check it")
     return Path(expanded)
 
@@ -210,12 +213,26 @@ def locked(path: Path) -> Iterator[None]:
     """Wait for a lock file, and hold it; other threads wait too. A dead process holds none, and none is left behind."""
     from filelock import FileLock
 
-    with FileLock(path):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # Windows refuses; one that waits sees that the file is gone
-                path.unlink()
+    lock = FileLock(path, fallback_to_soft=False)
+    _acquire(lock, path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows refuses; one that waits sees that the file is gone
+            path.unlink()
+        lock.release()
+
+
+def _acquire(lock: Any, path: Path) -> None:
+    """Acquire a lock file if its file system has locks, which that of Google Drive in Colab has not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except OSError as err:
+        if err.errno not in _NO_LOCKS:
+            raise
+        logger.warning("%s: its file system has no locks; let one process at a time write there", path.parent)
+        path.unlink(missing_ok=True)
 
 
 def claim(
@@ -238,25 +255,21 @@ def claim(
 
     lock = FileLock(path, timeout=0, is_singleton=shared, thread_local=False, fallback_to_soft=False)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        _acquire(lock, path)
     except Timeout as err:
         holder = ""
         with contextlib.suppress(OSError, UnicodeDecodeError):
             holder = path.read_text(encoding="utf-8")
         raise error(f"{what}: {holder or 'another process'} writes there; wait until it ends, or {fix}") from err
     except OSError as err:
-        if err.errno not in _NO_LOCKS:
-            raise error(f"{what}: cannot be written: {err.strerror}; {fix}") from err
-        logger.warning("%s: its file system has no locks; let one process at a time write there", what)
-        return lambda: None
+        raise error(f"{what}: cannot be written: {err.strerror}; {fix}") from err
     if lock.lock_counter == 1:
         program, since = Path(sys.argv[0] or sys.executable).name, time.strftime("%Y-%m-%d %H:%M")
         with contextlib.suppress(OSError):  # a full disk, or Windows: it is locked, but without a name
             path.write_text(f"process {os.getpid()} ({program}, since {since})", encoding="utf-8")
 
     def give_back() -> None:
-        if lock.lock_counter == 1:  # 0 in a forked process
+        if lock.lock_counter == 1:  # 0 in a forked process, or without locks
             with contextlib.suppress(OSError):  # Windows
                 path.unlink()
         lock.release()

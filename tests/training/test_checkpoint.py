@@ -318,6 +318,12 @@ def test_auto_passes_over_a_state_that_somebody_changed(
         assert report.checkpoint == older or ("config" in change and wanted is None and report.checkpoint == newest)
 
 
+def test_of_any_training_tensors_alone_are_a_checkpoint(tmp_path: Path) -> None:
+    state = TrainingState(make_state().tensors, {"saved_at": 0.0})
+    saved = [store(tmp_path).save(state, step) for step in (2, 1)]
+    assert find_checkpoint([tmp_path], None).checkpoint == saved[-1]
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
@@ -328,6 +334,8 @@ def test_auto_passes_over_a_state_that_somebody_changed(
         ("manifest.json", b'{"files": {"state.json": {"size": 1e999, "sha256": ""}}}'),
         ("manifest.json", b'{"files": {"../a": {"size": 0, "sha256": ""}}}'),
         ("manifest.json", b'{"files": {"/dev/zero": {"size": 0, "sha256": ""}}}'),
+        ("manifest.json", rb'{"files": {"a\u0000b": {"size": 0, "sha256": ""}}}'),
+        ("manifest.json", rb'{"files": {"\ud800": {"size": 0, "sha256": ""}}}'),
         ("manifest.json", b'{"files": [1]}'),
         ("metrics.jsonl", None),
         ("manifest.json", None),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import math
 import multiprocessing
 import os
@@ -17,11 +18,13 @@ from safetensors import SafetensorError
 
 from src.utils.errors import DataError, WhisperASRError, WriteError
 from src.utils.files import (
+    LOCK,
     atomic_folder,
     claim,
     fsync_folder,
     json_line,
     load_english_spelling,
+    locked,
     parse_json,
     read_hidden_name,
     read_json,
@@ -289,6 +292,24 @@ def test_one_process_writes_at_a_time_and_a_killed_one_holds_nothing(tmp_path: P
 
 
 @can_fork
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, 524])
+def test_where_the_file_system_has_no_locks_work_goes_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path / "a" / "x.lock"):
+        pass
+    owner = logging.getLogger()
+    claim(tmp_path / LOCK, owner, what=tmp_path, error=DataError, fix="wait")()
+    assert "has no locks" in caplog.text
+    assert [*tmp_path.rglob("*lock")] == []
+
+
 def test_a_forked_process_neither_holds_nor_gives_back_its_parents_lock(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
     give_back = claim_here(lock)

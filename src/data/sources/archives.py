@@ -23,10 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from filelock import FileLock
-
 from src.utils.errors import DataError, first_line
-from src.utils.files import atomic_folder, file_stamp, recover_folder
+from src.utils.files import atomic_folder, file_stamp, locked, recover_folder
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +65,7 @@ def unpack(path: Path) -> Path:
         return path
     folder = private_folder("archives") / file_stamp(path)
     try:
-        with FileLock(f"{folder}.lock"):  # a second process waits, then finds the first one's work
+        with locked(Path(f"{folder}.lock")):  # a second process waits, then finds the first one's work
             recover_folder(folder)
             if not folder.exists():
                 logger.info("unpacking %s to %s", path, folder)

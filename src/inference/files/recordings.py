@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 
 import soundfile as sf
-from filelock import FileLock
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.sources.archives import unpack
@@ -28,7 +27,7 @@ from src.inference.engines import load_engine
 from src.inference.files.matching import MIN_SCORE, Excerpt, MatchedRecording, match_transcript
 from src.utils.config import Config
 from src.utils.errors import DataError
-from src.utils.files import atomic_folder, file_stamp, write_json, write_text_atomic
+from src.utils.files import atomic_folder, file_stamp, locked, write_json, write_text_atomic
 from src.utils.languages import join_texts
 
 logger = logging.getLogger(__name__)
@@ -79,8 +78,7 @@ def cut_recordings(config: Config, path: Path, *, engine: Engine | None = None) 
     )
     key = repr((PREPARATION_VERSION, [file_stamp(file) for file in files], chosen)).encode()
     folder = config.paths.cache_dir / "clips" / hashlib.sha256(key).hexdigest()[:16]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # other processes wait, then find the clips
+    with locked(Path(f"{folder}.lock")):  # other processes wait, then find the clips
         if folder.is_dir():
             logger.info("%s: %d recordings with transcripts, cut before into %s", path, len(found), folder)
         else:
