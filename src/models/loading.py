@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 MAX_LAYERS = 100  # of a model that is described although its file has fewer tensors; large has 32
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names; others are quantised
+ENGLISH_START = 50_257  # default of `WhisperConfig.decoder_start_token_id`
 _EMBEDDING, _PROJECTION = "model.decoder.embed_tokens.weight", "proj_out.weight"
 _NETWORK = frozenset(WhisperConfig.__annotations__)  # keys of config.json; others may name code, kernels, label counts
 # ways to begin a LoRA that change the base model, too: the adapter does not fit the one it names
@@ -203,7 +204,8 @@ def load_processor(folder: Path, config: WhisperConfig) -> WhisperProcessor:
         tokenizer = WhisperTokenizer.from_pretrained(folder, **_added_tokens(folder))
         rules = token_rules(tokenizer)
     end, start = rules["eos_token_id"], rules["decoder_start_token_id"]
-    fits = config.decoder_start_token_id == start or config.eos_token_id == end  # one of them may be a default
+    # a config that was made in code may have the defaults, which are those of English
+    fits = config.decoder_start_token_id in (start, ENGLISH_START) or config.eos_token_id == end
     if len(tokenizer) > config.vocab_size or not fits:
         raise ModelError(
             f"{folder}: the tokenizer is another model's: {len(tokenizer)} tokens, text ends with {end}; by "

@@ -232,6 +232,21 @@ def test_the_tokenizer_of_another_model_is_refused(folder: Path, base: tuple[Any
         load_checkpoint(folder)
 
 
+def test_of_two_multilingual_signs_none_may_contradict(small: Any, base: tuple[Any, Any], tmp_path: Path) -> None:
+    model, processor = small
+    model.config.decoder_start_token_id, model.config.eos_token_id = 50_258, 50_257
+    model.save_pretrained(tmp_path)
+    save_processor(processor, tmp_path)
+    with pytest.raises(ModelError, match="another model's"):
+        load_checkpoint(tmp_path)
+    model.resize_token_embeddings(51_865)
+    model.config.decoder_start_token_id, model.config.eos_token_id = 50_257, 50_256  # defaults of `WhisperConfig`
+    model.save_pretrained(tmp_path)
+    save_processor(base[1], tmp_path)
+    loaded, _ = load_checkpoint(tmp_path)
+    assert loaded.generation_config.is_multilingual
+
+
 # adapters of PEFT
 
 
