@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from scripts.command_line import check_model_path, model_argument, parse_setting, path_argument, run_main
 from src.data import create_loader
 from src.data.preparation import DatasetSplits, RecordingChecker, enforce_skip_policy
-from src.data.sources.catalog import load_utterances, unpack, with_clips
+from src.data.sources.catalog import load_utterances, unpack
 from src.data.sources.manifest import find_manifests, is_manifest
 from src.data.utterance import SPLIT_NAMES, Utterance
 from src.evaluation import EvaluationResult, ModelEvaluator, fill_languages
@@ -38,6 +38,7 @@ from src.evaluation.evaluator import compare_predictions
 from src.evaluation.report.html import write_html_report
 from src.evaluation.report.run_files import DATA_VERSIONS_DIR, MEASURED_EVENT, STOCK, TUNED, bootstrap_of
 from src.evaluation.report.summary import format_comparison, headline
+from src.inference import with_clips
 from src.models import WhisperModelManager
 from src.models.dynamic_context import get_language
 from src.utils import DataVersionManager, ExperimentLogger, load_config, setup_logging

@@ -26,9 +26,10 @@ from scripts.evaluate import source_of
 from src.data.audio import load_audio
 from src.data.labels import apply_case, resolve_case
 from src.data.preparation import with_language
-from src.data.sources.catalog import load_utterances, with_clips
+from src.data.sources.catalog import load_utterances
 from src.data.utterance import SPLIT_NAMES, Utterance
 from src.inference.alignment_heads import DEFAULT_COUNT, HeadSearch, find_alignment_heads, write_alignment_heads
+from src.inference.files.recordings import with_clips
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import MAX_AUDIO_SEC, Config, load_config
 from src.utils.errors import ModelError, WhisperASRError

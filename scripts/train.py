@@ -24,6 +24,7 @@ from accelerate import PartialState
 from scripts.command_line import parse_setting, path_argument, run_main
 from src.data import create_dataloaders, prepare_datasets
 from src.evaluation import fill_languages
+from src.inference import with_clips
 from src.models import WhisperModelManager
 from src.training import WhisperTrainer
 from src.utils import load_config, setup_logging
@@ -69,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def train(config: Config, *, fresh: bool) -> dict[str, Any]:
     """Run one training in this process and the others of the launcher."""
-    splits = prepare_datasets(config)
+    splits = prepare_datasets(with_clips(config))
     model, processor = WhisperModelManager(config).initialize_model()
     splits = fill_languages(splits, model, processor, config)
     loaders = create_dataloaders(splits, processor, config)

@@ -32,7 +32,7 @@ from src.data.labels import (
     timed_parts,
 )
 from src.data.preprocessing import ClipStats, measure_clip
-from src.data.sources.catalog import open_source, with_clips
+from src.data.sources.catalog import open_source
 from src.data.sources.parts import AudioPart
 from src.data.utterance import SPLIT_NAMES, SPLITS, AudioTrack, SkippedUtterance, Utterance, stable_hash
 from src.data.vad import VoiceActivityDetector
@@ -109,7 +109,6 @@ def resolve_styles(parts: Parts, label_case: LabelCase) -> dict[str | None, Labe
 def prepare_datasets(config: Config, *, vad: VoiceActivityDetector | None = None) -> DatasetSplits:
     """List, check, split and recase the configured source; every recording is decoded once.
 
-    Long recordings with transcripts are cut into clips first, see `with_clips`.
     Of `data.sources`, one that is unavailable gives way to the next; any other fault is raised.
 
     `vad` looks for speech in a sample of at most `MAX_VAD_CLIPS` recordings, for the data report.
@@ -119,7 +118,6 @@ def prepare_datasets(config: Config, *, vad: VoiceActivityDetector | None = None
         DataError: nothing usable, too few speakers to split, more than `max_skip_fraction` skipped; with
             `on_error="raise"` the first unusable recording, with a count of the others.
     """
-    config = with_clips(config)
     *others, last = config.data.chosen_sources
     for source in others:
         try:

@@ -1,6 +1,7 @@
 from .alignment_heads import HeadSearch, find_alignment_heads, write_alignment_heads
 from .captions import CaptionOptions, LiveCaptionWriter, cues_of_segments, make_cues, write_captions
 from .engines import load_engine
+from .files.recordings import with_clips
 from .files.transcribe import BatchInference, Transcription
 from .options import DecodingOptions
 from .server.client import stream_to_server
@@ -29,6 +30,7 @@ __all__ = [
     "load_engine",
     "make_cues",
     "stream_to_server",
+    "with_clips",
     "write_alignment_heads",
     "write_captions",
 ]

@@ -21,6 +21,7 @@ from src.data.preparation import DatasetSplits, prepare_datasets
 from src.data.report.report import DataReport
 from src.data.sources.catalog import SAMPLES_DIR
 from src.evaluation.data_checks import choose_label_case, fill_languages
+from src.inference.files.recordings import with_clips
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export.huggingface import read_provenance
 from src.models.weights import HUB_REPOSITORIES, PACKAGED_MODELS
@@ -84,7 +85,7 @@ def restart(mirror_dir: Path | None = None, *, config_path: str | Path = DEFAULT
         ) from err
     experiment = ExperimentLogger(config, run_id=report.whole.values["run"])
     set_seed(config.seed)
-    splits = prepare_datasets(config)
+    splits = prepare_datasets(with_clips(config))
     data_version = DataVersionManager(experiment.dir / "data_versions").log_dataset_version(
         dataset_name=splits.source, version=experiment.run_id, metadata={}, utterances=splits.utterances
     )

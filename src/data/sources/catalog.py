@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 
 from src.data.sources.archives import unpack
 from src.data.sources.folder import read_folder, utterances_from_rows
@@ -18,30 +17,14 @@ from src.data.sources.parquet import read_parquet
 from src.data.sources.parts import AudioPart
 from src.data.sources.subtitles import find_transcribed
 from src.data.utterance import AudioTrack, Utterance
-from src.utils.config import Config, DataConfig, SourceName
+from src.utils.config import DataConfig, SourceName
 from src.utils.errors import DataError, SourceUnavailableError
 
 SAMPLES_DIR = Path(__file__).parents[1] / "samples"
 SAMPLE_PARQUET = SAMPLES_DIR / "speechocean762-mini.parquet"  # 500 clips of SpeechOcean762, see samples/README.md
 SAMPLE_CLIP = SAMPLES_DIR / "jfk.flac"
-# Cuts recordings by their transcripts. It needs a model, and this package imports none, so it is found by its name.
-CUTTER = "src.inference.files.recordings:cut_recordings"
 
 Streams = dict[str, Iterator[Utterance]]
-
-
-def with_clips(config: Config) -> Config:
-    """Return settings whose `data.path` is the folder of clips, where that of the user has recordings with transcripts.
-
-    They are cut once, with `model.variant`, and kept in `paths.cache_dir`. Other settings are returned as they are.
-    """
-    if "folder" not in config.data.chosen_sources:
-        return config
-    folder = _path(config.data)
-    if not find_transcribed(folder):
-        return config
-    clips = resolve_name(CUTTER)(config, folder)
-    return config.model_copy(update={"data": config.data.model_copy(update={"path": clips, "audio_track": None})})
 
 
 def load_utterances(config: DataConfig) -> list[Utterance]:
@@ -89,6 +72,14 @@ def _load_common_voice(config: DataConfig) -> list[Utterance]:
     return listed
 
 
+def _load_folder(config: DataConfig) -> list[Utterance]:
+    folder = _path(config)
+    if find_transcribed(folder):
+        fix = "cut them first: config = with_clips(config), from src.inference, or scripts/prepare.py"
+        raise DataError(f"{folder}: long recordings with transcripts are no clips yet; {fix}")
+    return read_folder(folder)
+
+
 def _path(config: DataConfig) -> Path:
     assert config.path is not None  # DataConfig requires it for these sources
     return unpack(config.path)
@@ -96,7 +87,7 @@ def _path(config: DataConfig) -> Path:
 
 SOURCES: dict[SourceName, Callable[[DataConfig], list[Utterance]]] = {  # all others are of the Hub
     "sample": lambda c: read_parquet(SAMPLE_PARQUET, language="en"),
-    "folder": lambda c: read_folder(_path(c)),
+    "folder": _load_folder,
     "parquet": lambda c: read_parquet(_path(c), audio_column=c.hub.audio_column, text_column=c.hub.text_column),
     "common_voice": _load_common_voice,
 }

@@ -59,14 +59,17 @@ class Preparation:
         return Counter(re.sub(r"'.*'|[\d.]+ ?", "", str(row["reason"])).strip() for row in self.rejected)
 
 
-def cut_recordings(config: Config, path: Path, *, engine: Engine | None = None) -> Path:
-    """Return the folder of clips of the recordings in `path`, made once in `paths.cache_dir`; another path as it is.
+def with_clips(config: Config, *, engine: Engine | None = None) -> Config:
+    """Return settings whose `data.path` is the folder of clips, where that of the user has recordings with transcripts.
 
-    `prepare_datasets` calls it, by its name, for `data.source: folder`.
+    They are cut once, with `model.variant`, and kept in `paths.cache_dir`. Other settings are returned as they are.
     """
+    if "folder" not in config.data.chosen_sources or config.data.path is None:
+        return config
+    path = unpack(config.data.path)
     found = find_transcribed(path)
     if not found:
-        return path
+        return config
     files = sorted({file for each in found for file in (each.audio, each.transcript)})
     chosen = (
         config.data.audio_track,
@@ -83,7 +86,7 @@ def cut_recordings(config: Config, path: Path, *, engine: Engine | None = None) 
             logger.info("%s: %d recordings with transcripts, cut before into %s", path, len(found), folder)
         else:
             prepare_recordings(path, folder, config, engine=engine)
-    return folder
+    return config.model_copy(update={"data": config.data.model_copy(update={"path": folder, "audio_track": None})})
 
 
 def prepare_recordings(

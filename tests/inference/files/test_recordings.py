@@ -18,7 +18,7 @@ from src.data.sources.folder import read_folder
 from src.data.utterance import Utterance
 from src.inference.files import recordings
 from src.inference.files.matching import Excerpt, MatchedRecording
-from src.inference.files.recordings import prepare_recordings
+from src.inference.files.recordings import prepare_recordings, with_clips
 from src.utils.config import Config, load_config
 from src.utils.errors import DataError
 from src.utils.files import atomic_folder
@@ -87,20 +87,22 @@ def test_clips_have_their_audio_their_text_and_where_they_are_from(
 
 
 def test_a_folder_source_cuts_its_recordings_once(config: Config, matched: list[int], folder: Path) -> None:
-    splits = prepare_datasets(config)
+    with pytest.raises(DataError, match=r"in: long recordings .* config = with_clips\(config\)"):
+        prepare_datasets(config)
+    splits = prepare_datasets(with_clips(config))
     assert matched == [3, 3, 3]
     assert {u.speaker for u in splits.utterances} == {f"{name}.wav SPEAKER_00" for name in "abc"}
     assert not splits.shared_speakers
     assert sorted(u.text for u in splits.utterances) == [f"Sentence {i} of {n}." for i in (1, 2) for n in "abc"]
-    prepare_datasets(config)
+    prepare_datasets(with_clips(config))
     assert len(matched) == 3
     (folder / "a.srt").write_text((folder / "a.srt").read_text().replace("Sentence", "Phrase"))
-    assert any(u.text.startswith("Phrase") for u in prepare_datasets(config).utterances)
+    assert any(u.text.startswith("Phrase") for u in prepare_datasets(with_clips(config)).utterances)
     assert len(matched) == 6
 
 
 def test_the_data_report_says_what_was_left_out_and_what_to_listen_to(config: Config, tmp_path: Path) -> None:
-    report = build_data_report(prepare_datasets(config), config)
+    report = build_data_report(prepare_datasets(with_clips(config)), config)
     assert report.recordings is not None and report.rejected is not None and report.doubtful is not None
     assert report.recordings["covered_sec"].tolist() == [10.0] * 3
     assert len(report.rejected) == 3
