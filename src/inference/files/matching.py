@@ -157,7 +157,8 @@ def match_transcript(
     kept = [(e.start_sec, e.end_sec) for e in excerpts if e.reason is None]
     covered_sec = sum(max(0.0, min(b, end) - max(a, start)) for a, b in kept for start, end in speech)
     speech_sec = sum(end - start for start, end in speech)
-    return MatchedRecording(excerpts, len(audio) / SAMPLE_RATE, speech_sec, covered_sec, matcher.language)
+    known = matcher.language if engine.vocabulary.multilingual else "en"
+    return MatchedRecording(excerpts, len(audio) / SAMPLE_RATE, speech_sec, covered_sec, known)
 
 
 class _Matcher:

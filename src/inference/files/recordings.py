@@ -21,7 +21,6 @@ import soundfile as sf
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.sources.archives import unpack
 from src.data.sources.subtitles import PREPARATION_FILE, TranscribedRecording, find_transcribed, read_transcript
-from src.data.utterance import AudioTrack
 from src.inference.engine_base import Engine
 from src.inference.engines import load_engine
 from src.inference.files.matching import MIN_SCORE, Excerpt, MatchedRecording, match_transcript
@@ -159,13 +158,13 @@ def _match(
 ) -> tuple[Waveform, MatchedRecording]:
     passages = read_transcript(source.transcript)
     track = config.data.audio_track
-    file = source.audio if track is None else AudioTrack(source.audio, track)
-    audio = load_audio(file, allow_silence=True)
+    audio = load_audio(source.audio, allow_silence=True, track=track)
     duration_sec = len(audio) / SAMPLE_RATE
     if source.transcript.suffix.lower() != ".txt" or duration_sec > config.inference.max_segment_sec:
         heard = match_transcript(audio, passages, listener(), config, language=source.language, min_score=min_score)
         return audio, heard
-    load_audio(file, allow_silence=True, strict=True)  # a clip already, unless a part of it is missing
+    # a clip already, unless a part of it is missing
+    load_audio(source.audio, allow_silence=True, track=track, strict=True)
     whole = Excerpt(join_texts(p.text for p in passages), 0.0, duration_sec, 0.0, duration_sec)
     language = source.language or config.model.language
     return audio, MatchedRecording((whole,), duration_sec, duration_sec, duration_sec, language)
