@@ -140,16 +140,20 @@ def read_text(manifest: Path) -> str:
         return data.decode(encoding)
     except UnicodeDecodeError as err:
         line = data.count(b"\n", 0, err.start) + 1
-        western = data.decode("cp1252", "replace")
-        # not UTF-8 of which a byte is damaged
-        is_whole = not _UTF8.search(data) and err.reason != "unexpected end of data" and encoding == "utf-8-sig"
+        is_whole = err.reason != "unexpected end of data" and encoding == "utf-8-sig"
         is_table = manifest.suffix.lower() in (".csv", ".tsv")
-        if is_table and is_whole and _WESTERN.fullmatch(western) and not _FOREIGN.search(western):
+        if is_table and is_whole and (western := decode_western(data)) is not None:
             word = next(word for word in re.split(r"[\s,;|]+", western) if not word.isascii())
             what = "not UTF-8, read as Windows-1252, for example %r; if that is wrong, save it again as UTF-8"
             logger.warning(f"%s, line %d: {what}", manifest, line, word)
             return western
         raise DataError(f"{manifest}, line {line}: not UTF-8 (byte {err.start}); save it again as UTF-8") from err
+
+
+def decode_western(data: bytes) -> str | None:
+    """Read a text in Windows-1252 if it can be no other: neither another code page, nor UTF-8 with damaged bytes."""
+    text = data.decode("cp1252", "replace")
+    return text if not _UTF8.search(data) and _WESTERN.fullmatch(text) and not _FOREIGN.search(text) else None
 
 
 def _read_bytes(manifest: Path) -> bytes:

@@ -23,8 +23,9 @@ import pysubs2
 import regex
 
 from src.data.audio import AUDIO_SUFFIXES
-from src.data.sources.manifest import find_manifests
+from src.data.sources.manifest import decode_western, find_manifests
 from src.data.sources.parts import parse_seconds
+from src.data.utterance import text_of
 from src.utils.errors import DataError, first_line
 from src.utils.languages import code_of_language, join_texts
 
@@ -160,17 +161,16 @@ def read_any_encoding(path: Path) -> str:
         data = path.read_bytes()
     except OSError as err:
         raise DataError(f"{path}: cannot be read: {err.strerror}") from err
-    best = None
-    if not data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        try:
-            return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-        except UnicodeDecodeError:
-            pass
-    best = charset_normalizer.from_bytes(data).best()
-    if best is None:
-        raise DataError(f"{path}: not a text in any known encoding; save it again as UTF-8")
-    logger.info("%s: read as %s", path, best.encoding)
-    return str(best).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as err:
+        western = decode_western(data)  # a guess needs more text
+        best = None if western is not None else charset_normalizer.from_bytes(data).best()
+        if western is None and best is None:
+            raise DataError(f"{path}: not a text in any known encoding; save it again as UTF-8") from err
+        logger.info("%s: read as %s", path, "cp1252" if best is None else best.encoding)
+        text = western or str(best).removeprefix("\ufeff")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _read_subtitles(content: str, suffix: str) -> list[Passage]:
@@ -197,10 +197,10 @@ def _read_json(content: str) -> list[Passage]:
         return math.nan if value is None else parse_seconds(value, name)
 
     passages = [
-        Passage(str(s["text"]), seconds(s, "start", "from"), seconds(s, "end", "to"), s.get("speaker") or None)
+        Passage(text_of(s["text"]), seconds(s, "start", "from"), seconds(s, "end", "to"), s.get("speaker") or None)
         for s in segments
     ]
-    return passages or [Passage(str(found["text"]))]
+    return passages or [Passage(text_of(found["text"]))]
 
 
 def _read_lrc(content: str) -> list[Passage]:
@@ -216,7 +216,10 @@ def _read_lrc(content: str) -> list[Passage]:
 
 def _read_textgrid(content: str) -> list[Passage]:
     """Read the interval tiers of utterances, or of words; names of other tiers are taken as the speakers'."""
-    tokens = [(m[1] is not None, (m[1] or m[2]).replace('""', '"')) for m in _TEXTGRID_TOKEN.finditer(content)]
+    tokens = [
+        (m[1] is not None, (m[2] if m[1] is None else m[1]).replace('""', '"'))
+        for m in _TEXTGRID_TOKEN.finditer(content)
+    ]
     if ("TextGrid" not in content[:200]) or not tokens:
         raise ValueError("no TextGrid header")
     tiers: dict[str, list[Passage]] = {}

@@ -100,6 +100,9 @@ def rows(passages: list[Passage]) -> list[tuple]:
     ("a.json", json.dumps({"transcription": [{"offsets": {"from": 1000, "to": 2500}, "text": " Hello there."}]}),
      EXPECTED[:1]),
     ("a.TextGrid", TEXTGRID, [('Hello "you"', 0.0, 1.0, "Anna"), ("two of 3", 2.5, 4.0, "Anna")]),
+    ("a.TextGrid", SHORT_TEXTGRID.replace('"there"', '""'), [("Hello", 0.0, 1.0, None)]),  # as Praat writes silence
+    ("a.json", json.dumps({"segments": [{"start": 0, "end": 1, "text": None}, {"start": 1, "end": 2, "text": 7}]}),
+     [("7", 1.0, 2.0, None)]),
     ("a.TextGrid", SHORT_TEXTGRID, [("Hello", 0.0, 1.0, None), ("there", 1.0, 2.5, None)]),
     ("a.ass", "[Script Info]\n\n[Events]\nFormat: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, "
               "Text\nDialogue: 0,0:00:01.00,0:00:02.50,Default,,0,0,0,,{\\an8}Hello\\Nthere.\n", EXPECTED[:1]),
@@ -119,6 +122,11 @@ def test_other_encodings_are_read(tmp_path: Path, encoding: str) -> None:
     said = "Сегодня хорошая погода, и мы пойдём гулять в большой парк."
     (tmp_path / "a.srt").write_bytes(SRT.replace("<i>Hello</i> there.", said).encode(encoding))
     assert read_transcript(tmp_path / "a.srt")[0].text == said
+
+
+def test_a_short_western_text_needs_no_guess(tmp_path: Path) -> None:
+    (tmp_path / "a.srt").write_bytes("1\r\n00:00:01,000 --> 00:00:02,000\r\nGrüße\r\n".encode("cp1252"))
+    assert [p.text for p in read_transcript(tmp_path / "a.srt")] == ["Grüße"]
 
 
 @pytest.mark.parametrize(("text", "expected"), [
