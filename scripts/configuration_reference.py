@@ -82,8 +82,10 @@ def describe(field: Mapping[str, Any]) -> str:
         return " or ".join(map(describe, field["anyOf"]))
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
-    if field["type"] == "array":
+    if field.get("type") == "array":
         return f"list of: {describe(field['items'])}"
+    if "$ref" in field:
+        return "mapping"
     kind = "path" if field.get("format") == "path" else _TYPES[field["type"]]
     bounds = ", ".join(f"{word} {field[key]:g}" for key, word in _BOUNDS.items() if key in field)
     return f"{kind} ({bounds})" if bounds else kind

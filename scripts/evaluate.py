@@ -198,7 +198,9 @@ def read_clips(config: Config) -> list[Utterance]:
     checker = RecordingChecker(config)
     checked = checker.take("test", tested, config.data.max_test)
     enforce_skip_policy(checker.skipped, len(checked) + len(checker.skipped), config.data.max_skip_fraction)
-    splits = DatasetSplits([], [], checked, label_case="keep", task=config.model.task)
+    splits = DatasetSplits(
+        [], [], checked, label_case="keep", task=config.model.task, label_cases=config.data.label_cases
+    )
     return splits.with_label_case(config.data.label_case).test
 
 

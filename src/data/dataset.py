@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -215,7 +215,7 @@ class DataCollator:
 
 
 class ExamplePlanner:
-    """Decides for each epoch which clips are joined, timed and prompted; every clip is in exactly one example.
+    """Decides for each epoch which clips are heard, joined, timed and prompted; without weights each is heard once.
 
     Whisper was trained on 30 s of running speech with timestamps and the text before. A data set of single sentences
     takes that away from it; joining sentences of one speaker gives some of it back. What is made of which clip is a
@@ -224,13 +224,19 @@ class ExamplePlanner:
     Clips of one speaker and language are neighbours in the order of the data set; clips without a speaker count as one.
     A clip without text stands alone. The shares of `config` are of clips (`concatenate_prob`) or of examples, where
     there is room. `token_counts` are without special tokens, `prefix_tokens` those before a text.
+
+    `weights` say how often clips are heard per epoch, by their `meta["source"]`: with 2.5 each twice, and half of them
+    once more. That half changes from epoch to epoch, so that after some all were heard alike.
     """
 
     def __init__(
         self, utterances: Sequence[Utterance], token_counts: Sequence[int], *, prefix_tokens: int,
-        config: CompositionConfig, seed: int,
+        config: CompositionConfig, seed: int, weights: Mapping[str, float] | None = None,
     ) -> None:  # fmt: skip
         self.config = config
+        self.weights = dict(weights or {})
+        sources = [str(utterance.meta.get("source")) for utterance in utterances]
+        self._weighted = {name: [i for i, source in enumerate(sources) if source == name] for name in self.weights}
         self._durations = [utterance.duration_sec or 0.0 for utterance in utterances]
         self._counts = token_counts
         self._times = [TIMESTAMPS_PER_PART * max(1, len(utterance.parts)) for utterance in utterances]
@@ -263,22 +269,45 @@ class ExamplePlanner:
             self._planned = epoch, self._compose(epoch)
         return self._planned[1]
 
+    def _times_heard(self, epoch: int) -> list[int]:
+        """Return how often each clip is heard in an epoch."""
+        times = [1] * len(self._durations)
+        for name, indices in self._weighted.items():
+            whole, share = divmod(self.weights[name], 1)
+            extra = max(round(share * len(indices)), not whole)
+            order = sorted(indices, key=lambda index: stable_hash(self._seed, f"{name} {index}"))
+            for index in indices:
+                times[index] = int(whole)
+            for place in range(extra):  # goes round the clips from epoch to epoch
+                times[order[(epoch * extra + place) % len(order)]] += 1
+        return times
+
     def _compose(self, epoch: int) -> list[Example]:
+        times = self._times_heard(epoch)
+        passes = ([count > number for count in times] for number in range(max(times, default=0)))
+        examples = [
+            example for number, heard in enumerate(passes) for example in self._compose_once(epoch, number, heard)
+        ]
+        return sorted(examples, key=lambda example: example.indices)
+
+    def _compose_once(self, epoch: int, number: int, heard: Sequence[bool]) -> Iterator[Example]:
+        """Yield the examples of the clips that are heard in one of the passes of an epoch."""
         # one number of each kind for each clip: changing one share leaves the others' draws alone
-        rng = np.random.default_rng((self._seed, epoch))
+        rng = np.random.default_rng((self._seed, epoch, number) if number else (self._seed, epoch))
         join, target, gap, timed, prompted = rng.random((5, len(self._durations))).tolist()
         # the pause before each clip in whole samples, so that sums in seconds are exact in samples
         gaps = [round((MIN_GAP_SEC + g * (MAX_GAP_SEC - MIN_GAP_SEC)) * SAMPLE_RATE) / SAMPLE_RATE for g in gap]
-        examples = [Example((i,), duration_sec=self._durations[i]) for i, n in enumerate(self._counts) if not n]
-        for group in self._groups:
-            at = 0
+        yield from (
+            Example((i,), duration_sec=self._durations[i]) for i, n in enumerate(self._counts) if not n and heard[i]
+        )
+        for whole in self._groups:
+            group, at = [index for index in whole if heard[index]], 0
             while at < len(group):
                 run = self._run(group, at, gaps, target[group[at]]) if self.config.concatenate_prob else [group[at]]
                 at += len(run)
                 # each clip is in one run, so that keeping a run with this probability joins this share of the clips
                 runs = [run] if join[run[0]] < self.config.concatenate_prob else [[index] for index in run]
-                examples += [self._example(run, gaps, timed[run[0]], prompted[run[0]]) for run in runs]
-        return sorted(examples, key=lambda example: example.indices)
+                yield from (self._example(run, gaps, timed[run[0]], prompted[run[0]]) for run in runs)
 
     def _run(self, group: list[int], at: int, gaps: list[float], target: float) -> list[int]:
         """Return the clip at a place and its following neighbours up to a drawn length, at least two where two fit."""

@@ -11,12 +11,13 @@ import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from src.data.utterance import TimedText, Utterance
+from src.utils.config import REPLAY
 from src.utils.errors import DataError
 from src.utils.languages import (
     UNSPACED,
@@ -41,6 +42,7 @@ RATE_MARGIN = 1.5  # of the highest rate in the training transcripts, for faster
 TIMESTAMP_STEP_SEC = 0.02  # one encoder position
 NUM_TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>
 LabelCase = Literal["auto", "keep", "lower", "sentence"]
+Group = tuple[str | None, str | None]  # of transcripts: source of a mix, language
 
 
 MAX_LATE_SEC = 0.5  # of a time after the end of its recording: many tools write whole seconds
@@ -356,12 +358,32 @@ def source_text(utterance: Utterance) -> str:
     return without_times(str(utterance.meta.get("source_text", utterance.text)))
 
 
-def group_texts(utterances: Iterable[Utterance]) -> dict[str | None, list[str]]:
-    """Return the transcripts of each language in their source's case."""
-    texts: dict[str | None, list[str]] = {}
+def letters_of(text: str) -> str:
+    """Return the letters and digits of a transcript in lower case, by which one is recognised in any style."""
+    return "".join(c for c in text.lower() if unicodedata.category(c)[0] in "LMN")  # vowel signs are marks
+
+
+def group_of(utterance: Utterance, sources: Container[str]) -> Group:
+    """Return which transcripts are styled with an utterance's: those of its source, if mixed, and its language."""
+    source = utterance.meta.get("source")
+    return (source if source in sources else None, utterance.language)
+
+
+def group_texts(utterances: Iterable[Utterance], sources: Container[str]) -> dict[Group, list[str]]:
+    """Return the transcripts of each group in their source's case."""
+    texts: dict[Group, list[str]] = {}
     for utterance in utterances:
-        texts.setdefault(utterance.language, []).append(source_text(utterance))
+        texts.setdefault(group_of(utterance, sources), []).append(source_text(utterance))
     return texts
+
+
+def case_in(group: Group, label_case: LabelCase, label_cases: Mapping[str, LabelCase]) -> LabelCase:
+    """Return the configured case of a group: its source's own, else the general one.
+
+    General speech is not written as the data's transcripts are, except in lower case: "auto".
+    """
+    own = label_cases.get(group[0] or "", "auto")
+    return label_case if own == "auto" and (group[0] != REPLAY or label_case == "lower") else own
 
 
 def restyle(utterance: Utterance, style: LabelStyle, task: str = "transcribe") -> Utterance:

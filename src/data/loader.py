@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from src.data.audio import load_audio
 from src.data.dataset import DataCollator, Example, ExamplePlanner, WhisperDataset, make_no_speech
 from src.data.labels import LabelEncoder
-from src.data.preparation import DatasetSplits, audio_cache, enforce_skip_policy
+from src.data.preparation import DatasetSplits, audio_cache, enforce_skip_policy, source_weights
 from src.data.utterance import Utterance
 from src.utils.config import MAX_AUDIO_SEC, CompositionConfig, Config
 from src.utils.errors import CheckpointError, DataError, WhisperASRError
@@ -56,7 +56,8 @@ def create_loader(
 ) -> SpeechLoader:
     """Build one loader over checked utterances of one split.
 
-    With `shuffle`, for training: composed examples in a new order each epoch, shared out where several processes train.
+    With `shuffle`, for training: composed examples in a new order each epoch, shared out where several processes train,
+    and clips of a mix as often as `source_weights` says.
     Otherwise, for evaluation: single clips from long to short, dealt out in whole batches to the processes.
 
     Raises:
@@ -70,8 +71,9 @@ def create_loader(
     enforce_skip_policy(dataset.skipped, len(utterances), config.data.max_skip_fraction)
     prefix_tokens = len(dataset.prefix_of(0)) if len(dataset) else 0  # as many in each language
     planner = ExamplePlanner(
-        dataset.utterances, dataset.token_counts, prefix_tokens=prefix_tokens, config=composition, seed=config.seed
-    )
+        dataset.utterances, dataset.token_counts, prefix_tokens=prefix_tokens, config=composition, seed=config.seed,
+        weights=source_weights(dataset.utterances, config.data) if shuffle else {},
+    )  # fmt: skip
     size = config.training.batch_size if shuffle else config.inference.batch_size
     seconds = config.training.batch_seconds if shuffle else None
     if seconds is not None and config.model.audio_context == "full":  # every clip is padded to 30 s
@@ -166,6 +168,10 @@ class SpeechLoader:
         """Tokens of the longest label of the current epoch, special tokens and prompt included."""
         return self._planner.longest_label(self._epoch)
 
+    def durations_sec(self, epoch: int) -> list[float]:
+        """Return the seconds of an epoch's examples in all processes, pauses included."""
+        return self._planner.durations_sec(epoch)
+
     @property
     def data_version(self) -> str:
         """Number of utterances, and a hash of their ids, lengths, texts, and languages other than English."""
@@ -177,11 +183,12 @@ class SpeechLoader:
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch, the number of batches handed over, and what both depend on; it can be saved as JSON."""
         sampler = self.batch_sampler
+        weights = {"weights": self._planner.weights} if self._planner.weights else {}
         made_from = {
             "utterances": self.data_version,
             **{name: getattr(sampler, name) for name in ("batch_size", "batch_seconds", "shuffle", "seed")},
             "world_size": sampler.world_size,
-            "composition": self._planner.config.model_dump(mode="json"),
+            "composition": self._planner.config.model_dump(mode="json") | weights,
         }
         return {"epoch": self._epoch, "batches": self._handed_over, "made_from": made_from}
 

@@ -22,9 +22,13 @@ from tqdm.auto import tqdm
 from src.data.audio import SAMPLE_RATE, AudioCache, decode
 from src.data.labels import (
     CAPITAL_NOUNS,
+    Group,
     LabelCase,
     LabelStyle,
+    case_in,
+    group_of,
     group_texts,
+    letters_of,
     resolve_case,
     restyle,
     source_text,
@@ -32,11 +36,12 @@ from src.data.labels import (
     timed_parts,
 )
 from src.data.preprocessing import ClipStats, measure_clip
-from src.data.sources.catalog import open_source
+from src.data.sources.catalog import CLIP_TEXT, in_mix, load_utterances, open_source
+from src.data.sources.hub import MIN_SPEAKERS, spread, stream_general
 from src.data.sources.parts import AudioPart
 from src.data.utterance import SPLIT_NAMES, SPLITS, AudioTrack, SkippedUtterance, Utterance, stable_hash
 from src.data.vad import VoiceActivityDetector
-from src.utils.config import MAX_AUDIO_SEC, Config, DataConfig, ModelConfig, SourceName
+from src.utils.config import MAX_AUDIO_SEC, REPLAY, Config, DataConfig, ModelConfig, SourceName
 from src.utils.errors import AudioError, DataError, SourceUnavailableError
 from src.utils.languages import code_of_language, language_name, normalize_plain, text_language
 from src.utils.runtime import thread_pool
@@ -63,10 +68,11 @@ class DatasetSplits:
     test: list[Utterance]  # to measure the result on, once
     label_case: LabelCase  # how transcripts were recased, "auto" if languages differ; `with_label_case` changes it
     task: str = "transcribe"  # "translate": transcripts are English, whatever is spoken
+    label_cases: Mapping[str, LabelCase] = field(default_factory=dict)  # as configured, by source of a mix
     skipped: list[SkippedUtterance] = field(default_factory=list)  # what `on_error="skip"` left out
     shared_speakers: tuple[str, ...] = ()  # in more than one split (the source's own splits may)
     shared_texts: int = 0  # test transcripts that also occur in training
-    source: str = "sample"  # the one that was taken
+    source: str = "sample"  # the one that was taken, or those of a mix
     stats: Mapping[str, ClipStats] = field(default_factory=dict, repr=False)  # of each recording, by utterance id
 
     def summary(self) -> list[dict[str, object]]:
@@ -88,93 +94,98 @@ class DatasetSplits:
         """Of all splits."""
         return [*self.train, *self.validation, *self.test]
 
-    def with_label_case(self, chosen: LabelCase | Mapping[str | None, LabelStyle]) -> DatasetSplits:
-        """Return the same utterances with their source's transcripts in another case, or a style for each language."""
-        resolved = resolve_styles(self.parts, "auto" if isinstance(chosen, Mapping) else chosen)
-        styles = {**resolved, **(chosen if isinstance(chosen, Mapping) else {})}
-        cases = {styles[u.language].case for u in self.train}
+    def with_label_case(
+        self, chosen: LabelCase | Mapping[str | None, LabelStyle] | Mapping[Group, LabelStyle]
+    ) -> DatasetSplits:
+        """Return the same utterances with their source's transcripts in another case, or a style for each language.
+
+        In a mix it is one for each source and language, and sources that have a case of their own keep it.
+        """
+        names = self.label_cases
+        styles = resolve_styles(self.parts, "auto" if isinstance(chosen, Mapping) else chosen, names)
+        if isinstance(chosen, Mapping):
+            styles |= {key if isinstance(key, tuple) else (None, key): style for key, style in chosen.items()}
+        cases = {styles[group_of(u, names)].case for u in self.train}
         styled: dict[str, Any] = {
-            name: [restyle(u, styles[u.language], self.task) for u in part] for name, part in self.parts.items()
+            name: [restyle(u, styles[group_of(u, names)], self.task) for u in part] for name, part in self.parts.items()
         }
         return replace(self, **styled, label_case=cases.pop() if len(cases) == 1 else "auto")
 
 
-def resolve_styles(parts: Parts, label_case: LabelCase) -> dict[str | None, LabelStyle]:
-    """Choose the case of each language as `resolve_case` does, by its training transcripts if there are any."""
-    everything = group_texts(chain(*parts.values()))
-    texts = {**everything, **group_texts(parts["train"])}
-    return {language: LabelStyle(resolve_case(texts[language], label_case)) for language in everything}
+def resolve_styles(
+    parts: Parts, label_case: LabelCase, label_cases: Mapping[str, LabelCase]
+) -> dict[Group, LabelStyle]:
+    """Choose the case of each group as `resolve_case` does, by its training transcripts if there are any."""
+    everything = group_texts(chain(*parts.values()), label_cases)
+    texts = {**everything, **group_texts(parts["train"], label_cases)}
+    return {
+        group: LabelStyle(resolve_case(texts[group], case_in(group, label_case, label_cases))) for group in everything
+    }
 
 
 def prepare_datasets(config: Config, *, vad: VoiceActivityDetector | None = None) -> DatasetSplits:
-    """List, check, split and recase the configured source; every recording is decoded once.
+    """List, check, split and recase the configured sources; every recording is decoded once.
 
-    Of `data.sources`, one that is unavailable gives way to the next; any other fault is raised.
+    Of `data.sources`, one that is unavailable gives way to the next; any other fault is raised. The sources of
+    `data.mix` become one set: `meta["source"]` is the name of each, ids begin with it, and no speaker is in two splits,
+    where the same name is the same person. Clips of `data.replay` are added to the training set.
 
     `vad` looks for speech in a sample of at most `MAX_VAD_CLIPS` recordings, for the data report.
 
     Raises:
-        SourceUnavailableError: the source, or every one of `data.sources`, is unavailable.
+        SourceUnavailableError: the source, one of `data.mix`, or every one of `data.sources`, is unavailable; or there
+            is no general speech for `data.replay`.
         DataError: nothing usable, too few speakers to split, more than `max_skip_fraction` skipped; with
             `on_error="raise"` the first unusable recording, with a count of the others.
     """
+    if config.data.mix:
+        return _prepare({name: data.source for name, data in config.data.parts.items()}, config, vad)
     *others, last = config.data.chosen_sources
     for source in others:
         try:
-            return _prepare(source, config, vad)
+            return _prepare({None: source}, config, vad)
         except SourceUnavailableError as err:
             logger.warning("source %r is unavailable, going on to the next of data.sources: %s", source, err)
-    return _prepare(last, config, vad)
+    return _prepare({None: last}, config, vad)
 
 
-def _prepare(source: SourceName, config: Config, vad: VoiceActivityDetector | None) -> DatasetSplits:
+def _prepare(
+    sources: Mapping[str | None, SourceName], config: Config, vad: VoiceActivityDetector | None
+) -> DatasetSplits:
     data = config.data
-    caps = {"train": data.max_train, "validation": data.max_validation, "test": data.max_test}
-    opened = open_source(data, source)
-    if isinstance(opened, dict):
-        # of a stream, a split that is missing is cut from train: more is fetched there, and cut after the check
-        fetched, fractions = dict(caps), {"validation": data.validation_fraction, "test": data.test_fraction}
-        for_missing = sum(fraction for name, fraction in fractions.items() if name not in opened)
-        if fetched["train"] is not None and for_missing:
-            fetched["train"] = round(fetched["train"] / (1 - for_missing))
-            logger.info("train: fetching %d clips, since validation or test is cut from them", fetched["train"])
-        asked = [fetched[name] for name in opened]
-        checker = RecordingChecker(config, vad=vad, expected=None if None in asked else sum(cap or 0 for cap in asked))
-        taken = {n: checker.take(n, opened[n], fetched[n]) if n in opened else [] for n in SPLITS}
-        parts = {name: part[: caps[name]] for name, part in cut_missing(taken, data, config.seed).items()}
-    else:
-        if data.cut:
-            pieces = [piece for utterance in opened for piece in cut_at_pauses(utterance, data.max_duration_sec)]
-            if len(pieces) > len(opened):
-                logger.info("data.cut: %d recordings became %d clips", len(opened), len(pieces))
-            opened = pieces
-        given: Parts = {name: [] for name in SPLITS}
-        for utterance in opened:
-            split = str(utterance.meta.get("split") or "train").lower()
-            if split not in SPLIT_NAMES:
-                raise DataError(f"utterance {utterance.id}: unknown split {split!r}; use {', '.join(SPLIT_NAMES)}")
-            given[SPLIT_NAMES[split]].append(utterance)
-        if not given["train"]:
-            raise DataError("no utterance is in the train split")
-        parts = cut_missing(given, data, config.seed)
-        expected = sum(min(len(part), caps[name] or len(part)) for name, part in parts.items())
-        checker = RecordingChecker(config, vad=vad, expected=expected)
-        parts = {name: checker.take(name, parts[name], caps[name]) for name in SPLITS}
-    surplus = [found.duration_sec for found in checker.stats.values() if found.duration_sec > MAX_AUDIO_SEC]
-    if surplus:
-        what = "%d clip(s) are up to %.2f s longer than %g s; what is beyond is left out"
-        logger.warning(what, len(surplus), max(surplus) - MAX_AUDIO_SEC, MAX_AUDIO_SEC)
-    skipped = checker.skipped
-    enforce_skip_policy(skipped, sum(map(len, parts.values())) + len(skipped), data.max_skip_fraction)
+    opened = [_open(name, source, config, vad) for name, source in sources.items()]
+    _split_by_speaker(opened, config)
+    parts: Parts = {name: [] for name in SPLITS}
+    for each in opened:
+        each.check()
+        for name, part in each.parts.items():
+            parts[name] += part
+    if data.mix:
+        for name, cap in _caps(data).items():
+            chosen = {u.id for u in sorted(parts[name], key=lambda u: stable_hash(config.seed, u.id))[:cap]}
+            parts[name] = [u for u in parts[name] if u.id in chosen]
+    checkers = [each.checker for each in opened]
+    skipped = [row for checker in checkers for row in checker.skipped]
     for name, part in parts.items():
         if not part:
             raise DataError(f"the {name} split is empty after checking; {len(skipped)} recording(s) were skipped")
-    for mark, count in checker.tokenless.items():
+    if data.replay.share:
+        replayed, checker = take_replay(parts, config)
+        parts["train"] += replayed
+        checkers.append(checker)
+    stats = {key: found for checker in checkers for key, found in checker.stats.items()}
+    surplus = [found.duration_sec for found in stats.values() if found.duration_sec > MAX_AUDIO_SEC]
+    if surplus:
+        what = "%d clip(s) are up to %.2f s longer than %g s; what is beyond is left out"
+        logger.warning(what, len(surplus), max(surplus) - MAX_AUDIO_SEC, MAX_AUDIO_SEC)
+    for mark, count in sum((checker.tokenless for checker in checkers), Counter[str]()).items():
         what = "%d utterance(s) in %r, which has no token in Whisper: taken as model.language (%s)"
         logger.warning(what, count, mark, config.model.language)
+    names = [name or source for name, source in sources.items()] + [REPLAY] * bool(data.replay.share)
     splits = DatasetSplits(
         parts["train"], parts["validation"], parts["test"], label_case="keep", task=config.model.task,
-        skipped=skipped, source=source, stats=checker.stats, shared_speakers=find_shared_speakers(parts.values()),
+        label_cases=data.label_cases, skipped=skipped, source=" + ".join(names), stats=stats,
+        shared_speakers=find_shared_speakers(parts.values()),
     ).with_label_case(data.label_case)  # fmt: skip
     train_texts = {normalize_plain(u.text) for u in splits.train}
     splits = replace(splits, shared_texts=sum(normalize_plain(u.text) in train_texts for u in splits.test))
@@ -184,13 +195,190 @@ def _prepare(source: SourceName, config: Config, vad: VoiceActivityDetector | No
         logger.warning("%d speaker(s) are in more than one split: results flatter the model", shared)
     if splits.shared_texts:
         logger.info("%d of %d test transcripts also occur in training", splits.shared_texts, len(splits.test))
-    for language, style in resolve_styles(parts, data.label_case).items():
+    for (source, language), style in resolve_styles(parts, data.label_case, data.label_cases).items():
         if style.case != "keep":
             named = "transcripts" if language is None else f"{language_name(language)} transcripts"
+            named += "" if source is None else f" of {source}"
             is_written_so = text_language(language, config.model.task) in CAPITAL_NOUNS and style.case == "sentence"
             small = "; nouns stay in lower case" if is_written_so else ""
             logger.info("%s recased to %r%s", named, style.case, small)
     return splits
+
+
+@dataclass
+class _Opened:
+    """One source of a data set on its way: listed, then split, then checked; a stream is checked as it comes."""
+
+    data: DataConfig
+    parts: Parts
+    caps: Mapping[str, int | None]
+    checker: RecordingChecker
+    is_checked: bool
+
+    def check(self) -> None:
+        """Check the recordings of all splits, up to their caps."""
+        if self.is_checked:
+            self.parts = {name: part[: self.caps[name]] for name, part in self.parts.items()}
+        else:
+            self.checker.expect(sum(min(len(part), self.caps[name] or len(part)) for name, part in self.parts.items()))
+            self.parts = {name: self.checker.take(name, self.parts[name], self.caps[name]) for name in SPLITS}
+        skipped = self.checker.skipped
+        enforce_skip_policy(skipped, sum(map(len, self.parts.values())) + len(skipped), self.data.max_skip_fraction)
+
+
+def _caps(data: DataConfig) -> dict[str, int | None]:
+    return {"train": data.max_train, "validation": data.max_validation, "test": data.max_test}
+
+
+def _open(name: str | None, source: SourceName, config: Config, vad: VoiceActivityDetector | None) -> _Opened:
+    """List a source, by the splits that it gives; of a stream fetch and check as many as are wanted."""
+    data = config.data.parts[name]
+    whole, caps = _caps(config.data), _caps(data)  # the sources of a mix have no more than the whole
+    caps = {split: min((n for n in (cap, whole[split]) if n is not None), default=None) for split, cap in caps.items()}
+    checker = RecordingChecker(config.model_copy(update={"data": data}), vad=vad)
+    opened = open_source(data, source)
+    if isinstance(opened, dict):
+        # of a stream, a split that is missing is cut from train: more is fetched there, and cut after the check
+        fetched, fractions = dict(caps), {"validation": data.validation_fraction, "test": data.test_fraction}
+        for_missing = sum(fraction for split, fraction in fractions.items() if split not in opened)
+        if fetched["train"] is not None and for_missing:
+            fetched["train"] = round(fetched["train"] / (1 - for_missing))
+            logger.info("train: fetching %d clips, since validation or test is cut from them", fetched["train"])
+        asked = [fetched[split] for split in opened]
+        checker.expect(None if None in asked else sum(cap or 0 for cap in asked))
+        streams = {split: (in_mix(u, name) for u in stream) for split, stream in opened.items()}
+        taken = {n: checker.take(n, streams[n], fetched[n]) if n in streams else [] for n in SPLITS}
+        return _Opened(data, taken, caps, checker, is_checked=True)
+    if data.cut:
+        pieces = [piece for utterance in opened for piece in cut_at_pauses(utterance, data.max_duration_sec)]
+        if len(pieces) > len(opened):
+            logger.info("data.cut: %d recordings became %d clips", len(opened), len(pieces))
+        opened = pieces
+    given: Parts = {split: [] for split in SPLITS}
+    for utterance in opened:
+        split = str(utterance.meta.get("split") or "train").lower()
+        if split not in SPLIT_NAMES:
+            raise DataError(f"utterance {utterance.id}: unknown split {split!r}; use {', '.join(SPLIT_NAMES)}")
+        given[SPLIT_NAMES[split]].append(in_mix(utterance, name))
+    if not given["train"] and name is None:
+        raise DataError("no utterance is in the train split")
+    return _Opened(data, given, caps, checker, is_checked=False)
+
+
+def _split_by_speaker(opened: Sequence[_Opened], config: Config) -> None:
+    """Cut the splits that sources lack; in a mix no speaker is in two, and those of a test are left out of training."""
+    if not config.data.mix:
+        for each in opened:
+            each.parts = cut_missing(each.parts, each.data, config.seed)
+        return
+    # where the speakers are by the splits that sources give themselves; a test goes first
+    given = [(name, each) for name in SPLITS for each in opened if name != "train" or all(each.parts.values())]
+    held = {u.speaker: name for name, each in given for u in each.parts[name] if u.speaker is not None}
+    left_out = 0
+    for each in opened:
+        cut = cut_missing(each.parts, each.data, config.seed, held=held)
+        each.parts = {name: [u for u in part if held.get(u.speaker or "", name) == name] for name, part in cut.items()}
+        left_out += sum(map(len, cut.values())) - sum(map(len, each.parts.values()))
+        held |= {u.speaker: name for name, part in each.parts.items() for u in part if u.speaker is not None}
+    if left_out:
+        what = "%d clip(s) left out: their speakers are in the test or validation of another source or their own"
+        logger.warning("data.mix: " + what + "; if they are other people, give them other names", left_out)
+
+
+def source_weights(utterances: Iterable[Utterance], data: DataConfig) -> dict[str, float]:
+    """Return how often clips are seen per epoch, by source, where that is not once.
+
+    For `data.replay` it is what makes its clips the wanted share of all training examples.
+    """
+    weights = {name: each.weight for name, each in data.mixed.items()}
+    counts = Counter(str(u.meta.get("source")) for u in utterances)
+    if data.replay.share and (replayed := counts.pop(REPLAY, 0)):
+        others = sum(count * weights.get(name, 1.0) for name, count in counts.items())
+        weights[REPLAY] = data.replay.share / (1 - data.replay.share) * others / replayed
+    return {name: weight for name, weight in weights.items() if weight != 1.0}
+
+
+def take_replay(parts: Parts, config: Config) -> tuple[list[Utterance], RecordingChecker]:
+    """Take as much general speech as `data.replay.share` needs, in the languages of the training set, and check it.
+
+    It has no text or speaker of validation and test, and no text of the guard set. Clips that are in the training set
+    already are taken only where there are no others.
+    """
+    replay = config.data.replay
+    weights = source_weights(parts["train"], config.data)
+    others = sum(weights.get(str(u.meta.get("source")), 1.0) for u in parts["train"])
+    wanted = max(1, round(replay.share / (1 - replay.share) * others))
+    measured = [*parts["validation"], *parts["test"]]
+    texts = {letters_of(source_text(u)) for u in measured} | {letters_of(text) for text in _guard_texts(config)}
+    trained = {letters_of(source_text(u)) for u in parts["train"]}
+    speakers = {u.speaker for u in measured} - {None}
+    languages = Counter(u.language for u in parts["train"] if u.language) or Counter([config.model.language or "en"])
+    if not any(u.language for u in parts["train"]) and not config.model.variant.endswith(".en"):
+        logger.warning("data.replay: in English, since no row says its language; set model.language")
+
+    def usable(listed: Iterable[Utterance]) -> Iterator[Utterance]:
+        for utterance in listed:
+            is_spoken = utterance.language is None or code_of_language(utterance.language) in languages
+            is_measured = letters_of(source_text(utterance)) in texts or utterance.speaker in speakers
+            if is_spoken and not is_measured:
+                yield in_mix(utterance, REPLAY)
+
+    def is_new(utterance: Utterance) -> bool:
+        return letters_of(source_text(utterance)) not in trained
+
+    def take_listed(data: DataConfig, cap: int) -> list[Utterance]:
+        listed = load_utterances(data)
+        usual = [u for u in listed if SPLIT_NAMES.get(str(u.meta.get("split") or "train").lower()) == "train"]
+        candidates = list(usable(usual))
+        new = [utterance for utterance in candidates if is_new(utterance)]
+        if candidates and not new:
+            logger.warning("data.replay: all of its clips are in the training set; set data.replay.source to others")
+        return checker.take("replay", new or candidates, cap)
+
+    checker = RecordingChecker(config.model_copy(update={"data": config.data.model_copy(update={"on_error": "skip"})}))
+    taken: list[Utterance] = []
+    names, missing = [], dict[str, str]()
+    if replay.source in ("sample", "folder", "parquet"):
+        names.append(str(replay.path or "the bundled sample"))
+        taken += take_listed(DataConfig(source=replay.source, path=replay.path), wanted)
+    else:
+        only = Counter({"en": 1}) if replay.source == "librispeech" else languages
+        for language, count in only.most_common():
+            cap = math.ceil(wanted * count / only.total())
+            try:
+                name, stream = stream_general(language, "train", task=config.model.task)
+                spoken = spread(filter(is_new, usable(stream)), max_per_speaker=math.ceil(cap / MIN_SPEAKERS))
+                taken += checker.take("replay", spoken, cap)
+                names.append(name)
+            except SourceUnavailableError as err:
+                if replay.source == "librispeech":
+                    raise
+                if language == "en":
+                    logger.warning("data.replay: the bundled sample, since LibriSpeech is unavailable (%s)", err)
+                    taken += take_listed(DataConfig(), cap)
+                    names.append("the bundled sample")
+                else:
+                    missing[language] = str(err)
+    enforce_skip_policy(checker.skipped, len(taken) + len(checker.skipped), config.data.max_skip_fraction)
+    reasons = "".join(f"; {language_name(language)}: {reason}" for language, reason in missing.items())
+    if not taken:
+        what = f"data.replay: no clip of {' or '.join(names) or 'general speech'} can be used{reasons}"
+        raise SourceUnavailableError(f"{what}; set data.replay.source: folder or parquet, or data.replay.share: 0")
+    if missing:
+        logger.warning("data.replay: not in each language of the data%s", reasons)
+    what = "replay: %d clip(s) of %s, each seen %.2f times per epoch: %.0f%% of the training examples"
+    logger.info(what, len(taken), " + ".join(names), wanted / len(taken), 100 * replay.share)
+    return taken, checker
+
+
+def _guard_texts(config: Config) -> list[str]:
+    """Return what is known of the texts of a guard set that is not made yet; of corpora it takes the test splits."""
+    guard = config.guard
+    if guard.source not in ("folder", "parquet"):
+        return [CLIP_TEXT]
+    listed = load_utterances(DataConfig(source=guard.source, path=guard.path))
+    chosen = sorted(listed, key=lambda u: stable_hash(config.seed, u.id))[: guard.max_clips]
+    return [source_text(utterance) for utterance in chosen]
 
 
 def cut_at_pauses(utterance: Utterance, max_sec: float) -> list[Utterance]:
@@ -306,20 +494,22 @@ def _line(utterance: Utterance) -> str:
 class RecordingChecker:
     """Checks recordings until enough have passed, and keeps what was measured (`stats`) and left out (`skipped`).
 
-    `vad` looks for speech in at most `MAX_VAD_CLIPS` of them, chosen by hash among the number `expected` in all.
+    `vad` looks for speech in at most `MAX_VAD_CLIPS` of them, chosen by hash among the number that is expected in all.
     """
 
-    def __init__(
-        self, config: Config, *, vad: VoiceActivityDetector | None = None, expected: int | None = None
-    ) -> None:
+    def __init__(self, config: Config, *, vad: VoiceActivityDetector | None = None) -> None:
         self.stats: dict[str, ClipStats] = {}
         self.skipped: list[SkippedUtterance] = []
         self.tokenless: Counter[str] = Counter()  # utterances by a mark of a language without a token in Whisper
         self._config = config
         self._cache = audio_cache(config)
         self._vad = vad
-        self._sampled_share = 1.0 if not expected else MAX_VAD_CLIPS / expected
+        self._sampled_share = 1.0
         self._sampled = 0
+
+    def expect(self, number: int | None) -> None:
+        """Say how many recordings will be checked in all, among which `vad` looks at a sample; None is unknown."""
+        self._sampled_share = MAX_VAD_CLIPS / number if number else 1.0
 
     def take(self, name: str, part: Sequence[Utterance] | Iterator[Utterance], cap: int | None) -> list[Utterance]:
         """Check a list in hashed order, or a stream in its own, until `cap` have passed; return them as they came."""
@@ -401,27 +591,33 @@ def enforce_skip_policy(skipped: Sequence[SkippedUtterance], total: int, max_ski
 # splitting
 
 
-def cut_missing(parts: Parts, config: DataConfig, seed: int) -> Parts:
-    """Cut validation and test, where they are missing, from the training set: whole speakers, in hashed order."""
+def cut_missing(parts: Parts, config: DataConfig, seed: int, *, held: Mapping[str, str] | None = None) -> Parts:
+    """Cut validation and test, where they are missing, from the training set: whole speakers, in hashed order.
+
+    `held` is for a source among others: the splits in which speakers are already. Those move there, others do not
+    follow them, and a source with one speaker has no split but training.
+    """
     train, cut = parts["train"], dict(parts)
     total = len(train)
     for name, fraction in (("test", config.test_fraction), ("validation", config.validation_fraction)):
-        if cut[name]:
+        if cut[name] or (held is not None and not train):
             continue
         if any(u.speaker is None for u in train):
             logger.warning("%s: speakers are unknown, so the split is by clip; one speaker may be on both sides", name)
         keys = [u.speaker if u.speaker is not None else f"clip:{u.id}" for u in train]
         counts = Counter(keys)
-        if len(counts) < 2:
+        if len(counts) < 2 and held is None:
             raise DataError(
                 f"cannot cut a {name} split: {len(counts)} speaker(s) among {len(train)} training utterances, at least "
                 "2 are needed; add recordings, or a column `split`: train, validation, test"
             )
-        moved: set[str] = set()
+        elsewhere = held or {}
+        moved = {speaker for speaker in counts if elsewhere.get(speaker) == name}
         for speaker in sorted(counts, key=lambda s: stable_hash(seed, name + s))[:-1]:
             if sum(counts[s] for s in moved) >= max(1, round(fraction * total)):
                 break
-            moved.add(speaker)
+            if speaker not in elsewhere:
+                moved.add(speaker)
         cut[name] = [u for u, key in zip(train, keys, strict=True) if key in moved]
         train = [u for u, key in zip(train, keys, strict=True) if key not in moved]
     return {**cut, "train": train}

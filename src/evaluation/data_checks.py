@@ -20,10 +20,13 @@ from src.data.dataset import decode_audio
 from src.data.labels import (
     CAPITAL_NOUNS,
     IGNORE_INDEX,
+    Group,
     LabelCase,
     LabelEncoder,
     LabelStyle,
     apply_case,
+    case_in,
+    group_of,
     resolve_case,
     source_text,
 )
@@ -116,9 +119,10 @@ def add_model_checks(
     hard = find_hard_clips(model, processor, utterances, config, max_clips=max_hard_clips)
 
     findings = [finding for finding in report.findings if finding.topic not in (_STYLE_TOPIC, _HARD_TOPIC)]
-    for language, table in styles.groupby("language", sort=False, dropna=False):
-        current, best, gap_nats = _likeliest(table, config.data.label_case)
-        name = "" if styles["language"].nunique() < 2 else f"{language_name(str(language))}: "
+    groups = _groups(styles)
+    for (source, language), table in groups.items():
+        current, best, gap_nats = _likeliest(table, _configured_case((source, language), config))
+        name = "" if len(groups) < 2 else f"{', '.join(filter(None, (source, language_name(str(language)))))}: "
         costs = {_named(style): nats for style, nats in _costs(table).items()}
         listed = ", ".join(f"{style} {nats:.1f}" for style, nats in costs.items())
         message = f"{name}nats per transcript on {table['clips'].iloc[0]} of {count_clips(len(utterances))}: {listed}"
@@ -140,11 +144,13 @@ def add_model_checks(
     return replace(report, findings=sort_findings(findings), label_styles=styles, hard_clips=hard)
 
 
-def choose_label_case(report: DataReport, config: Config) -> LabelCase | dict[str | None, LabelStyle]:
+def choose_label_case(
+    report: DataReport, config: Config
+) -> LabelCase | dict[str | None, LabelStyle] | dict[Group, LabelStyle]:
     """Return how to write the transcripts in training, for `DatasetSplits.with_label_case`.
 
     With "auto" it is the likeliest case by `add_model_checks`, else the configured one; and the space that labels begin
-    with is the likelier one. Where languages differ in that, it is one style for each.
+    with is the likelier one. Where languages or the sources of a mix differ in that, it is one style for each.
 
     Raises:
         DataError: the report has no label styles, or older ones.
@@ -153,12 +159,28 @@ def choose_label_case(report: DataReport, config: Config) -> LabelCase | dict[st
         if config.data.label_case != "auto":
             return config.data.label_case
         raise DataError("the report has no label styles; pass it through add_model_checks first")
-    chosen: dict[str | None, LabelStyle] = {}
-    for language, table in report.label_styles.groupby("language", sort=False, dropna=False):
-        current, best, gap_nats = _likeliest(table, config.data.label_case)
-        chosen[language if isinstance(language, str) else None] = best if gap_nats >= MIN_GAP_NATS else current
+    chosen: dict[Group, LabelStyle] = {}
+    for group, table in _groups(report.label_styles).items():
+        current, best, gap_nats = _likeliest(table, _configured_case(group, config))
+        chosen[group] = best if gap_nats >= MIN_GAP_NATS else current
+    if "source" in report.label_styles:
+        return chosen
     first, *others = set(chosen.values())
-    return first.case if not others and first.space is None else chosen
+    if not others and first.space is None:
+        return first.case
+    return {language: style for (_, language), style in chosen.items()}
+
+
+def _groups(styles: pd.DataFrame) -> dict[Group, pd.DataFrame]:
+    """Return the rows of each group of transcripts; a table without a mix has no column source."""
+    keys = [styles.get("source", pd.Series(None, styles.index, dtype=object)), styles["language"]]
+    named = [column.astype(object).where(column.notna(), None) for column in keys]
+    groups = pd.Series(list(zip(*named, strict=True)), styles.index)
+    return {group: styles[[each == group for each in groups]] for group in dict.fromkeys(groups)}
+
+
+def _configured_case(group: Group, config: Config) -> LabelCase:
+    return case_in(group, config.data.label_case, config.data.label_cases)
 
 
 def _costs(table: pd.DataFrame) -> dict[LabelStyle, float]:
@@ -189,33 +211,36 @@ def measure_label_styles(
     """Measure how likely the transcripts of clips chosen by hash are to a model in each style of writing.
 
     Returns:
-        One row per language, style and space: language, style ("keep" is the source's own), space (whether the text
-        begins with one), nats (teacher-forced negative log-likelihood of text and end token, summed over a transcript,
-        mean of the clips), clips, example (the first clip's transcript), configured (by `data.label_case`, with the
-        space that is usual in the language).
+        One row per language, style and space, in a mix per source too (a column source): language, style ("keep" is
+        the source's own), space (whether the text begins with one), nats (teacher-forced negative log-likelihood of
+        text and end token, summed over a transcript, mean of the clips), clips, example (the first clip's transcript),
+        configured (by `data.label_case`, with the space that is usual in the language).
     """
     if model.training:
         raise ModelError("the model is in training mode, whose dropout blurs the result; call model.eval() first")
     if not utterances:
         raise DataError("no utterance: there is nothing to measure")
-    by_language: dict[str | None, list[Utterance]] = {}
+    sources = config.data.label_cases
+    groups: dict[Group, list[Utterance]] = {}
     for utterance in utterances:
-        by_language.setdefault(utterance.language or config.model.language, []).append(utterance)
-    each = max(num_clips // 4, num_clips // len(by_language))
+        source, language = group_of(utterance, sources)
+        groups.setdefault((source, language or config.model.language), []).append(utterance)
+    each = max(num_clips // 4, num_clips // len(groups))
     rows = []
-    for language, spoken in by_language.items():
+    for (source, language), spoken in groups.items():
         written = text_language(language, config.model.task)
         usual = written not in UNSPACED
-        configured = resolve_case([source_text(u) for u in spoken], config.data.label_case)
+        configured = resolve_case([source_text(u) for u in spoken], _configured_case((source, language), config))
         chosen = hashed_choice(spoken, each, config.seed)
         nats = _measure_styles(model, processor, chosen, language, config)
         first = source_text(chosen[0])
         rows += [
-            (language, case, space, total / len(chosen), len(chosen), apply_case(first, case, written),
+            (source, language, case, space, total / len(chosen), len(chosen), apply_case(first, case, written),
              (case, space) == (configured, usual))
             for (case, space), total in nats.items()
         ]  # fmt: skip
-    return pd.DataFrame(rows, columns=["language", "style", "space", "nats", "clips", "example", "configured"])
+    columns = ["source", "language", "style", "space", "nats", "clips", "example", "configured"]
+    return pd.DataFrame(rows, columns=columns).drop(columns=[] if sources else ["source"])
 
 
 def _measure_styles(

@@ -1,50 +1,31 @@
 """A guard set: speech of another kind, measured with the stock and the tuned model, to show what training forgot.
 
-It is in the languages of the training data: LibriSpeech for English, FLEURS (Conneau et al. 2022, arXiv:2205.12446) for
-others. LibriSpeech is sorted by speaker, so that its beginning would be two voices: rows are skipped until ten speakers
-were heard, at the cost of downloading the rows in between.
+It is in the languages of the training data: the test splits of LibriSpeech for English, and of FLEURS for others.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-
-from src.data.labels import apply_case, resolve_case
+from src.data.labels import apply_case, letters_of, resolve_case
 from src.data.loader import create_loader
 from src.data.preparation import RecordingChecker, enforce_skip_policy
-from src.data.sources.catalog import SAMPLE_CLIP, load_utterances
-from src.data.sources.hub import CORPORA, stream_hub
+from src.data.sources.catalog import CLIP_TEXT, SAMPLE_CLIP, load_utterances
+from src.data.sources.hub import MIN_SPEAKERS, spread, stream_general
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
 from src.evaluation.report.run_files import guard_name
-from src.models.weights import HUB_ERRORS, HUB_TIMEOUT_SEC
-from src.utils.config import Config, DataConfig, HubConfig
-from src.utils.errors import DataError, SourceUnavailableError, first_line
-from src.utils.languages import language_name, parse_language
+from src.utils.config import Config, DataConfig
+from src.utils.errors import DataError, SourceUnavailableError
+from src.utils.languages import language_name
 from src.utils.tracking import ExperimentLogger
 
 logger = logging.getLogger(__name__)
-
-CLIP_TEXT = "And so my fellow Americans ask not what your country can do for you, ask what you can do for your country."
-MIN_SPEAKERS = 10  # of a streamed guard set: an interval over fewer is clearly too narrow
-# Subsets of FLEURS in languages of Whisper.
-_FLEURS = (
-    "af_za am_et ar_eg as_in az_az be_by bg_bg bn_in bs_ba ca_es cmn_hans_cn cs_cz cy_gb da_dk de_de el_gr en_us "
-    "es_419 et_ee fa_ir fi_fi fil_ph fr_fr gl_es gu_in ha_ng he_il hi_in hr_hr hu_hu hy_am id_id is_is it_it "
-    "ja_jp jv_id ka_ge kk_kz km_kh kn_in ko_kr lb_lu ln_cd lo_la lt_lt lv_lv mi_nz mk_mk ml_in mn_mn mr_in ms_my "
-    "mt_mt my_mm nb_no ne_np nl_nl oc_fr pa_in pl_pl ps_af pt_br ro_ro ru_ru sd_in sk_sk sl_si sn_zw so_so sr_rs "
-    "sv_se sw_ke ta_in te_in tg_tj th_th tr_tr uk_ua ur_pk uz_uz vi_vn yo_ng yue_hant_hk"
-)
 
 
 @dataclass(frozen=True)
@@ -82,8 +63,10 @@ def prepare_guard_set(config: Config, *, exclude: Sequence[Utterance] = ()) -> G
     if guard.source == "none":
         logger.info("no guard set (guard.source: none): what training forgets is not measured")
         return None
-    same_path = guard.path is not None and data.path is not None and guard.path.resolve() == data.path.resolve()
-    if same_path or (guard.source in ("auto", "librispeech") and "librispeech" in data.chosen_sources):
+    parts_of_data = data.parts.values()
+    same_path = guard.path is not None and guard.path.resolve() in {d.path.resolve() for d in parts_of_data if d.path}
+    is_librispeech = any("librispeech" in d.chosen_sources for d in parts_of_data)
+    if same_path or (guard.source in ("auto", "librispeech") and is_librispeech):
         logger.warning(
             "guard set: %s is among the sources of the training data too; speech from there is not speech of "
             "another kind", guard.path if same_path else "LibriSpeech",
@@ -132,54 +115,35 @@ def _recase(utterances: Sequence[Utterance]) -> list[Utterance]:
 
 def _identity(utterance: Utterance) -> tuple[str, str]:
     """The id and the letters of the text: recasing keeps both, and two corpora may both have a clip 0001."""
-    letters = [c for c in utterance.text.lower() if unicodedata.category(c)[0] in "LMN"]  # vowel signs are marks
-    return utterance.id, "".join(letters)
+    return utterance.id.removeprefix(f"{utterance.meta.get('source')}/"), letters_of(utterance.text)
 
 
 def _in_language(
     language: str, config: Config, known: Container[tuple[str, str]], cap: int
 ) -> tuple[str, list[Utterance]]:
     """Take speech of one language from the Hub; if that does not answer, the bundled clip for English."""
-    source = "librispeech" if language == "en" else "fleurs"
     try:
-        if source == "fleurs" and config.model.task == "translate":
-            raise SourceUnavailableError("FLEURS has transcripts, not translations")
-        if source == "fleurs" and language not in _fleurs():
-            raise SourceUnavailableError(f"FLEURS has no {language_name(language)}")
-        corpus = CORPORA[source].id
-        if not Path(corpus).is_dir():  # without a network `datasets` itself asks for half a minute
-            HfApi().dataset_info(corpus, timeout=HUB_TIMEOUT_SEC)
-        return _take(source, config, known, cap, language=language)
-    except (*HUB_ERRORS, SourceUnavailableError) as err:
-        reason = str(err) if isinstance(err, DataError) else f"{type(err).__name__}: {first_line(err)}"
-        if source == "fleurs":
-            raise SourceUnavailableError(reason) from err
+        return _take("librispeech" if language == "en" else "fleurs", config, known, cap, language=language)
+    except SourceUnavailableError as err:
+        if language != "en":
+            raise
         logger.warning(
             "guard set: the bundled public clip, which shows only a model that has lost everything; LibriSpeech is "
-            "unavailable (%s). guard.source: folder or parquet takes speech of yours", reason,
+            "unavailable (%s). guard.source: folder or parquet takes speech of yours", err,
         )  # fmt: skip
         return _take("clip", config, known, cap)
 
 
-@cache
-def _fleurs() -> dict[str, str]:
-    return {parse_language(subset.split("_")[0]): subset for subset in _FLEURS.split()}
-
-
 def _take(
-    source: str, config: Config, known: Container[tuple[str, str]], cap: int, *, language: str | None = None
+    source: str, config: Config, known: Container[tuple[str, str]], cap: int, *, language: str = "en"
 ) -> tuple[str, list[Utterance]]:
     """Return a source's name and its checked clips, without those that are known."""
     name, data = str(config.guard.path), DataConfig(on_error="skip")  # corpora have clips beyond 30 s
     listed: Iterator[Utterance]
     if source == "clip":
         name, listed = "bundled public clip", iter([Utterance("jfk", SAMPLE_CLIP, CLIP_TEXT, language="en")])
-    elif source == "librispeech":
-        name, listed = "LibriSpeech test-clean", stream_hub(source, HubConfig())["test"]
-    elif source == "fleurs":
-        subset = _fleurs()[str(language)]
-        streamed = stream_hub(source, HubConfig(config=subset))["test"]
-        name, listed = f"FLEURS {subset}", (replace(u, language=language) for u in streamed)
+    elif source in ("librispeech", "fleurs"):
+        name, listed = stream_general(language, "test", task=config.model.task)
     else:
         keys = ("min_duration_sec", "max_duration_sec", "on_error", "max_skip_fraction")
         policy = {key: getattr(config.data, key) for key in keys}
@@ -198,7 +162,7 @@ def _take(
     checker = RecordingChecker(config.model_copy(update={"data": data}))
     clips: Iterator[Utterance] | list[Utterance] = fresh()
     if source == "librispeech":
-        clips = _spread(fresh(), max_per_speaker=math.ceil(cap / MIN_SPEAKERS))
+        clips = spread(fresh(), max_per_speaker=math.ceil(cap / MIN_SPEAKERS))
     elif source != "fleurs":
         clips = list(fresh())
     checked = checker.take("guard", clips, None if source == "clip" else cap)
@@ -209,14 +173,6 @@ def _take(
     if left_out:
         logger.warning("guard set %s: %d clip(s) of the training data left out", name, left_out)
     return name, checked
-
-
-def _spread(stream: Iterator[Utterance], *, max_per_speaker: int) -> Iterator[Utterance]:
-    taken: Counter[str | None] = Counter()
-    for utterance in stream:
-        if utterance.speaker is None or taken[utterance.speaker] < max_per_speaker:
-            taken[utterance.speaker] += 1
-            yield utterance
 
 
 def evaluate_guard(

@@ -24,10 +24,9 @@ from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.augmentation.noise import EXPONENTS, coloured_noise, mix_at_snr
 from src.data.dataset import decode_audio
 from src.data.labels import LabelEncoder, apply_case, resolve_case
-from src.data.sources.catalog import SAMPLE_CLIP
+from src.data.sources.catalog import CLIP_TEXT, SAMPLE_CLIP
 from src.data.utterance import Utterance
 from src.data.vad import SpeechSegment, VoiceActivityDetector
-from src.evaluation.guard import CLIP_TEXT
 from src.inference.alignment import force_align
 from src.inference.torch_engine import encode
 from src.inference.words import Word

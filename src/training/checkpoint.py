@@ -326,11 +326,12 @@ def find_checkpoint(
 
 
 def config_differences(saved: Mapping[str, Any], config: Config) -> list[str]:
-    """Return "key: then, now" for each changed setting that decides what is learnt."""
-    before, now = (
+    """Return "key: then, now" for each changed setting that decides what is learnt; a new one had its default."""
+    default, before, now = (
         flatten({section: tree[section] for section in _COMPARED if section in tree})
-        for tree in (saved, config.model_dump(mode="json"))
+        for tree in (Config().model_dump(mode="json"), saved, config.model_dump(mode="json"))
     )
+    before = {**default, **before}
     return [
         f"{key}: {before.get(key)} then, {now.get(key)} now"
         for key in sorted({**before, **now}.keys() - _FREE_KEYS)

@@ -160,11 +160,11 @@ def _measure_batches(model: DynamicWhisper, loader: SpeechLoader, config: Config
             compute_sec += time.perf_counter() - began
             padded_sec += features.shape[0] * features.shape[2] / FRAMES_PER_SEC
             recorded_sec += sum(batch["durations"])
-    clips = loader.dataset.utterances
-    own_sec = sum(clip.duration_sec or 0.0 for clip in clips) * padded_sec / recorded_sec
+    examples = [loader.durations_sec(epoch) for epoch in range(training.epochs)]
+    own_sec = sum(map(sum, examples)) * padded_sec / recorded_sec
     full = 1.0 if config.model.audio_context == "full" else config.training.full_context_prob
-    audio_sec = (1 - full) * own_sec + full * MAX_AUDIO_SEC * len(clips)
-    return config.training.epochs * audio_sec / world_size() * compute_sec / padded_sec
+    audio_sec = (1 - full) * own_sec + full * MAX_AUDIO_SEC * sum(map(len, examples))
+    return audio_sec / world_size() * compute_sec / padded_sec
 
 
 def _judge(name: str, is_ok: bool, found: str, fix: str = "", *, otherwise: Status = "warning") -> Check:

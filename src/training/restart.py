@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import try_to_load_from_cache
 
-from src.data.labels import LabelCase, LabelStyle
+from src.data.labels import Group, LabelCase, LabelStyle
 from src.data.loader import Loaders, create_dataloaders
 from src.data.preparation import DatasetSplits, prepare_datasets
 from src.data.report.report import DataReport
@@ -107,7 +107,7 @@ def _label_as_trained(
 ) -> tuple[DatasetSplits, Loaders]:
     """Find the style of the transcripts: a checkpoint has their checksum, the run's data report what was likeliest."""
     data_version, found = checkpoint.values["data_version"], []
-    cases: list[LabelCase | dict[str | None, LabelStyle]] = [splits.label_case]
+    cases: list[LabelCase | dict[str | None, LabelStyle] | dict[Group, LabelStyle]] = [splits.label_case]
     with contextlib.suppress(DataError):  # no report
         cases.append(choose_label_case(DataReport.load(run_dir), config))
     cases += ["keep", "lower", "sentence"]

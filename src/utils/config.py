@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from src.utils.errors import ConfigError, DataError, did_you_mean
+from src.utils.errors import ConfigError, DataError, did_you_mean, visible
 from src.utils.files import expand_path
 from src.utils.languages import parse_language
 
@@ -121,11 +121,18 @@ class HubConfig(Section):
     text_column: str | None = None
 
 
-class DataConfig(Section):
-    """Where utterances come from and which are accepted."""
+def _check_path(section: GuardConfig | ReplayConfig, key: str) -> None:
+    needs_path = section.source in ("folder", "parquet")
+    if needs_path and section.path is None:
+        raise ValueError(f"{key}.source {section.source!r} needs {key}.path")
+    if section.path is not None and not needs_path:
+        raise ValueError(f"{key}.source {section.source!r} takes no {key}.path; set {key}.source: folder or parquet")
+
+
+class SourceConfig(Section):
+    """A source of utterances, and which of them are accepted."""
 
     source: SourceName = "sample"
-    sources: tuple[SourceName, ...] = ()
     path: Path | None = None
     hub: HubConfig = HubConfig()
     max_train: int | None = Field(None, ge=1)
@@ -140,13 +147,11 @@ class DataConfig(Section):
     label_case: Literal["auto", "keep", "lower", "sentence"] = "auto"
     on_error: Literal["raise", "skip"] = "raise"
     max_skip_fraction: float = Field(0.1, ge=0, le=1)
-    num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    cache_decoded: bool = False
 
     @property
     def chosen_sources(self) -> tuple[SourceName, ...]:
-        """The sources in the order in which they are tried: `sources`, or `source` alone."""
-        return self.sources or (self.source,)
+        """The sources in the order in which they are tried."""
+        return (self.source,)
 
     @model_validator(mode="after")
     def _options_fit_sources(self) -> Self:
@@ -159,14 +164,117 @@ class DataConfig(Section):
             raise ValueError(f"data.sources has {' and '.join(on_disk)}, but there is one data.path; keep one")
         if on_disk and self.path is None:
             raise ValueError(f"source {on_disk[0]!r} needs data.path: {PATH_SOURCES[on_disk[0]]}")
-        if self.path is not None and not on_disk:
+        if self.path is not None and chosen and not on_disk:
             raise ValueError(f"source {chosen[0]!r} takes no data.path; set data.source: {' or '.join(PATH_SOURCES)}")
         if "hub" in on_hub and self.hub.id is None:
             raise ValueError("source 'hub' needs data.hub.id, for example 'google/fleurs'")
-        if self.hub != HubConfig() and len(on_hub) != 1:
+        if self.hub != HubConfig() and chosen and len(on_hub) != 1:
             raise ValueError(f"data.hub describes one data set; of the sources, {len(on_hub)} are on the Hub")
         if self.min_duration_sec >= self.max_duration_sec:
             raise ValueError("min_duration_sec must be below max_duration_sec")
+        return self
+
+
+# what the sources of `data.mix` take from `data` where they do not say it themselves
+_SHARED = (
+    "validation_fraction", "test_fraction", "min_duration_sec", "max_duration_sec", "cut", "label_case", "on_error",
+    "max_skip_fraction",
+)  # fmt: skip
+REPLAY = "replay"  # the name of general speech in `meta["source"]`
+
+
+class MixedSourceConfig(SourceConfig):
+    """One of several sources that are trained on together."""
+
+    name: str | None = Field(None, pattern=r"^[^\s/\x00-\x1f]([^/\x00-\x1f]{0,58}[^\s/\x00-\x1f])?$")
+    weight: float = Field(1.0, gt=0, le=100)
+
+    @property
+    def default_name(self) -> str:
+        """The name of its folder, file or data set, else of the source."""
+        parts = [self.hub.id.rpartition("/")[2] if self.hub.id else self.source, self.hub.config or ""]
+        return visible(self.path.stem) if self.path is not None and self.path.stem else "-".join(filter(None, parts))
+
+
+class ReplayConfig(Section):
+    """General speech among the training examples, against forgetting; a number alone is its share."""
+
+    share: float = Field(0.0, ge=0, le=0.5)
+    source: Literal["auto", "sample", "librispeech", "folder", "parquet"] = "auto"
+    path: Path | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_alone(cls, value: Any) -> Any:
+        return {"share": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _path_fits_source(self) -> Self:
+        _check_path(self, "data.replay")
+        return self
+
+
+class DataConfig(SourceConfig):
+    """Where utterances come from and which are accepted."""
+
+    sources: tuple[SourceName, ...] = ()
+    mix: tuple[MixedSourceConfig, ...] = Field((), max_length=50)
+    replay: ReplayConfig = ReplayConfig()
+    num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    cache_decoded: bool = False
+
+    @property
+    def chosen_sources(self) -> tuple[SourceName, ...]:
+        """The sources in the order in which they are tried: `sources`, or `source` alone; none where they are mixed."""
+        return () if self.mix else self.sources or (self.source,)
+
+    @property
+    def mixed(self) -> dict[str, MixedSourceConfig]:
+        """The sources of `mix` by name: their own, or that of their data, numbered where several have the same."""
+        taken = {each.name for each in self.mix}
+        found: dict[str, MixedSourceConfig] = {}
+        for each in self.mix:
+            name, number = each.name or each.default_name, 2
+            while each.name is None and (name in found or name in taken or name == REPLAY):
+                name, number = f"{each.default_name}-{number}", number + 1
+            found[name] = each
+        return found
+
+    @property
+    def parts(self) -> dict[str | None, DataConfig]:
+        """The settings of each source of `mix` by its name, as if it were alone; or of these, without a name."""
+        if not self.mix:
+            return {None: self}
+        common = {"num_workers": self.num_workers, "cache_decoded": self.cache_decoded}
+        return {
+            name: DataConfig.model_validate({**each.model_dump(exclude={"name", "weight"}), **common})
+            for name, each in self.mixed.items()
+        }
+
+    @property
+    def label_cases(self) -> dict[str, Literal["auto", "keep", "lower", "sentence"]]:
+        """`label_case` of each source that is mixed with others, by name; replay included."""
+        cases = {name: each.label_case for name, each in self.mixed.items()}
+        return {**cases, REPLAY: "auto"} if self.replay.share else cases
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_with_mix(cls, tree: Any) -> Any:
+        if not isinstance(tree, Mapping) or not isinstance(tree.get("mix"), list | tuple):
+            return tree
+        shared = {key: tree[key] for key in _SHARED if key in tree}
+        mix = [{**shared, **each} if isinstance(each, Mapping) else each for each in tree["mix"]]
+        return {**tree, "mix": mix}
+
+    @model_validator(mode="after")
+    def _mix_is_alone(self) -> Self:
+        names = [each.name for each in self.mix if each.name is not None]
+        if self.mix and self.sources:
+            raise ValueError("data.mix trains on all of its sources, data.sources on the first available; set one")
+        if self.mix and (self.path is not None or self.hub != HubConfig()):
+            raise ValueError("each source of data.mix has its own path and hub; remove data.path and data.hub")
+        if len(set(names)) < len(names) or REPLAY in names:
+            raise ValueError(f"the names in data.mix must differ from one another and from {REPLAY!r}: {names}")
         return self
 
 
@@ -284,11 +392,7 @@ class GuardConfig(Section):
 
     @model_validator(mode="after")
     def _path_fits_source(self) -> Self:
-        needs_path = self.source in ("folder", "parquet")
-        if needs_path and self.path is None:
-            raise ValueError(f"guard.source {self.source!r} needs guard.path")
-        if self.path is not None and not needs_path:
-            raise ValueError(f"guard.source {self.source!r} takes no guard.path; set guard.source: folder or parquet")
+        _check_path(self, "guard")
         return self
 
 
@@ -515,7 +619,9 @@ def _describe(error: dict[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         section: type[BaseModel] = Config
         for part in parents:
-            section = section.model_fields[part].annotation  # type: ignore[assignment]
+            if not part.isdigit():  # else the place in a list
+                kind: Any = section.model_fields[part].annotation
+                section = get_args(kind)[0] if get_args(kind) else kind
         return f"{dotted}: unknown key{did_you_mean(leaf, list(section.model_fields))}"
     try:
         given = "" if error["type"] == "value_error" else f" (given: {repr(error['input'])[:100]})"

@@ -11,10 +11,11 @@ import soundfile as sf
 
 from src.data.audio import load_audio
 from src.data.sources import hub
-from src.data.sources.catalog import SAMPLE_CLIP
+from src.data.sources.catalog import CLIP_TEXT, SAMPLE_CLIP
+from src.data.sources.hub import fleurs_subsets
 from src.data.utterance import Utterance
 from src.evaluation import guard as guard_module
-from src.evaluation.guard import CLIP_TEXT, GuardSet, evaluate_guard
+from src.evaluation.guard import GuardSet, evaluate_guard
 from src.evaluation.report.run_files import latest_evaluations, load_metrics, load_predictions
 from src.evaluation.report.summary import summarize_run
 from src.utils.config import Config, load_config
@@ -93,7 +94,7 @@ def test_a_connection_that_breaks_gives_way_to_the_clip(
         yield next(stream)
         raise SourceUnavailableError("connection reset")
 
-    monkeypatch.setattr(guard_module, "_spread", broken)
+    monkeypatch.setattr(guard_module, "spread", broken)
     assert prepare({}).utterances[0].audio == SAMPLE_CLIP
     assert "connection reset" in caplog.text
 
@@ -155,7 +156,7 @@ def test_each_language_has_its_corpus_and_what_has_none_is_said(
 
 
 def test_every_subset_of_fleurs_belongs_to_one_language() -> None:
-    subsets = guard_module._fleurs()
+    subsets = fleurs_subsets()
     assert len(subsets) == 83
     assert set(subsets) <= set(WHISPER_LANGUAGES)
     assert [subsets[code] for code in ("zh", "yue", "no", "tl", "jw", "es")] == [

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from src.data.labels import LabelEncoder
+from src.data.labels import LabelEncoder, group_of
 from src.data.preparation import DatasetSplits
 from src.data.report.findings import CLIPPED_FRACTION, LEVELS, Finding, find_all, sort_findings, text_keys
 from src.data.sources.subtitles import PREPARATION_FILE
@@ -29,12 +29,12 @@ from src.utils.files import read_json, write_json, write_text_atomic
 from src.utils.languages import is_unspaced_text, language_name
 
 CLIP_TYPES = {
-    "id": "str", "split": "str", "speaker": "object", "language": "object", "duration_sec": "float64", "text": "str",
-    "characters": "int64", "chars_per_sec": "float64", "chars_per_sec_outlier": "bool", "sample_rate": "int64",
-    "channels": "int64", "peak_dbfs": "float64", "clipped_fraction": "float64", "loudness_dbfs": "float64",
-    "silent_fraction": "float64", "bandwidth_hz": "float64", "leading_silence_sec": "float64",
-    "trailing_silence_sec": "float64", "speech_fraction": "float64", "tokens": "Int64", "duplicate_audio_of": "object",
-    "duplicate_text_count": "int64", "audio_sha256": "str",
+    "id": "str", "split": "str", "speaker": "object", "language": "object", "source": "object",
+    "duration_sec": "float64", "text": "str", "characters": "int64", "chars_per_sec": "float64",
+    "chars_per_sec_outlier": "bool", "sample_rate": "int64", "channels": "int64", "peak_dbfs": "float64",
+    "clipped_fraction": "float64", "loudness_dbfs": "float64", "silent_fraction": "float64", "bandwidth_hz": "float64",
+    "leading_silence_sec": "float64", "trailing_silence_sec": "float64", "speech_fraction": "float64",
+    "tokens": "Int64", "duplicate_audio_of": "object", "duplicate_text_count": "int64", "audio_sha256": "str",
 }  # fmt: skip
 _TEXT_COLUMNS = [name for name, kind in CLIP_TYPES.items() if kind in ("str", "object")]
 _FORMULA = re.compile(r"'*(\s*[=+\-@＝＋－＠]|[\t\r\n])")  # what begins one in some spreadsheet
@@ -92,12 +92,23 @@ class DataReport:
 
     def languages(self) -> pd.DataFrame:
         """Return one row per language, the largest first; words are NA in texts without spaces between them."""
+        table = self._counted_by("language").rename(columns={"language": "code"})
+        names = [language_name(str(code)) if code else "not marked" for code in table["code"]]
+        table.insert(0, "language", names)
+        return table.assign(code=table["code"].where(table["code"] != "", None))
+
+    def sources(self) -> pd.DataFrame:
+        """Return one row per source of a mix, the largest first, with the columns of `languages`; else none."""
+        if self.clips["source"].isna().all():
+            return pd.DataFrame()
+        return self._counted_by("source").replace({"source": {"": "data"}})
+
+    def _counted_by(self, column: str) -> pd.DataFrame:
         rows = []
-        for code, clips in self.clips.groupby(self.clips["language"].fillna(""), sort=False):
+        for value, clips in self.clips.groupby(self.clips[column].fillna(""), sort=False):
             texts = clips["text"]
             rows.append({
-                "language": language_name(str(code)) if code else "not marked",
-                "code": code or None,
+                column: value,
                 **{name: int((clips["split"] == name).sum()) for name in SPLITS},
                 "hours": clips["duration_sec"].sum() / 3600,
                 "words": pd.NA if is_unspaced_text("".join(texts[:100])) else texts.str.split().str.len().sum(),
@@ -116,7 +127,8 @@ class DataReport:
     def to_text(self) -> str:
         """Return the summary and the findings as plain text."""
         lines = [f"data: {self.source}, label case {self.label_case}", "", self._shown_summary().to_string()]
-        lines += ["", self._shown_languages().to_string(index=False)]
+        for table in (self.languages(), self.sources()):
+            lines += ["", _rounded(table).to_string(index=False)] if len(table) else []
         if self.recordings is not None:
             lines += ["", self.recordings.to_string(index=False)]
         for finding in self.findings:
@@ -131,7 +143,8 @@ class DataReport:
         tables = (
             (f"Data report: {self.source}, label case {self.label_case}; findings: {counts}",
              self._shown_summary().rename_axis(None, axis=1).reset_index(names="")),
-            ("Languages", self._shown_languages()),
+            ("Languages", _rounded(self.languages())),
+            ("Sources", _rounded(self.sources())),
             ("Findings", self.findings_table()),
             ("Label styles", self.label_styles),
             ("Hard clips", self.hard_clips),
@@ -157,17 +170,13 @@ class DataReport:
         rounded = self.summary().round({**digits, "hours": 2, "clipped_share": 3, "no_speech_share": 3})
         return rounded.astype(object).where(rounded.notna(), "-").set_index("split").T
 
-    def _shown_languages(self) -> pd.DataFrame:
-        """Return the languages rounded for reading, with a dash where something has no value."""
-        rounded = self.languages().round({"hours": 2, "chars_per_sec": 1})
-        return rounded.astype(object).where(rounded.notna(), "-")
-
     def save(self, run_dir: str | Path) -> tuple[Path, Path]:
         """Write data_report.json and data_report_clips.csv, each whole or not at all; return both paths."""
         report, clips = Path(run_dir) / REPORT_FILE, Path(run_dir) / CLIPS_FILE
         tables = {
             "summary": self.summary(),
             "languages": self.languages(),
+            "sources": self.sources(),
             "label_styles": self.label_styles,
             "hard_clips": self.hard_clips,
             "recordings": self.recordings,
@@ -231,6 +240,7 @@ def build_data_report(splits: DatasetSplits, config: Config, *, tokenizer: Any |
     clips["split"] = [name for name, part in splits.parts.items() for _ in part]
     clips["speaker"] = [u.speaker for u in utterances]
     clips["language"] = pd.Series([u.language for u in utterances], dtype=object)
+    clips["source"] = pd.Series([group_of(u, splits.label_cases)[0] for u in utterances], dtype=object)
     clips["text"] = [u.text for u in utterances]
     clips["characters"] = clips["text"].str.strip().str.len()
     clips["chars_per_sec"] = clips["characters"] / clips["duration_sec"]
@@ -310,6 +320,12 @@ def hashed_choice(utterances: Sequence[Utterance], count: int, seed: int) -> lis
     return sorted(utterances, key=lambda u: stable_hash(seed, u.id))[:count]
 
 
+def _rounded(table: pd.DataFrame) -> pd.DataFrame:
+    """Return counted clips rounded for reading, with a dash where something has no value."""
+    rounded = table.round({"hours": 2, "chars_per_sec": 1})
+    return rounded.astype(object).where(rounded.notna(), "-")
+
+
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Return rows of plain Python values, None for NA."""
     records: list[dict[str, Any]] = json.loads(table.to_json(orient="records", double_precision=12))
@@ -324,7 +340,8 @@ def _quote_formula(cell: Any) -> Any:
 def _read_clips(path: Path) -> pd.DataFrame:
     """Read the table of clips; an empty cell is NA, but a transcript may well read "NA" or "None"."""
     cells = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    cells = cells.assign(language=cells.get("language", ""))[list(CLIP_TYPES)]  # older reports have none
+    older = {name: cells.get(name, "") for name in ("language", "source")}  # reports of before have none
+    cells = cells.assign(**older)[list(CLIP_TYPES)]
     others = [name for name in CLIP_TYPES if name not in ("id", "split", "text")]
     for name in _TEXT_COLUMNS:
         cells[name] = cells[name].map(lambda cell: cell[1:] if cell[:1] == "'" and _FORMULA.match(cell) else cell)

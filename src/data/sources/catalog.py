@@ -23,14 +23,27 @@ from src.utils.errors import DataError, SourceUnavailableError
 SAMPLES_DIR = Path(__file__).parents[1] / "samples"
 SAMPLE_PARQUET = SAMPLES_DIR / "speechocean762-mini.parquet"  # 500 clips of SpeechOcean762, see samples/README.md
 SAMPLE_CLIP = SAMPLES_DIR / "jfk.flac"
+CLIP_TEXT = "And so my fellow Americans ask not what your country can do for you, ask what you can do for your country."
 
 Streams = dict[str, Iterator[Utterance]]
 
 
 def load_utterances(config: DataConfig) -> list[Utterance]:
-    """List all utterances of the first source; one of the Hub is read to its end: `open_source` takes the first N."""
+    """List all utterances of the first source, or of each that is mixed.
+
+    One of the Hub is read to its end: `open_source` takes the first N.
+    """
+    if config.mix:
+        return [in_mix(u, name) for name, data in config.parts.items() for u in load_utterances(data)]
     opened = open_source(config, config.chosen_sources[0])
     return opened if isinstance(opened, list) else [u for stream in opened.values() for u in stream]
+
+
+def in_mix(utterance: Utterance, name: str | None) -> Utterance:
+    """Return an utterance whose id and `meta` say its source; of a source without a name, as it is."""
+    if name is None:
+        return utterance
+    return replace(utterance, id=f"{name}/{utterance.id}", meta={**utterance.meta, "source": name})
 
 
 def open_source(config: DataConfig, source: SourceName) -> list[Utterance] | Streams:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import httpx
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from src.data.sources.manifest import AUDIO_COLUMNS, TEXT_COLUMNS, pick_column
@@ -21,7 +24,7 @@ from src.data.utterance import SPLIT_NAMES, Utterance, utterance_from_row, with_
 from src.utils.config import HubConfig
 from src.utils.errors import DataError, SourceUnavailableError, first_line
 from src.utils.files import expand_path
-from src.utils.languages import code_of_language
+from src.utils.languages import code_of_language, language_name, parse_language
 
 _T = TypeVar("_T")
 
@@ -31,7 +34,18 @@ _OFFLINE_CHOICES = (
     "and common_voice (an archive of the corpus)"
 )
 # OSError has ConnectionError, FileNotFoundError (datasets' name for an unknown or unreachable data set) and time-outs
-_UNREACHABLE = (OSError, httpx.HTTPError, HfHubHTTPError)
+UNREACHABLE = (OSError, httpx.HTTPError, HfHubHTTPError)
+
+
+ANSWER_SEC = 5.0  # for the Hub's first answer; its client itself waits forever
+MIN_SPEAKERS = 10  # of a streamed set: an interval over fewer is clearly too narrow
+_FLEURS = (  # subsets in languages of Whisper
+    "af_za am_et ar_eg as_in az_az be_by bg_bg bn_in bs_ba ca_es cmn_hans_cn cs_cz cy_gb da_dk de_de el_gr en_us "
+    "es_419 et_ee fa_ir fi_fi fil_ph fr_fr gl_es gu_in ha_ng he_il hi_in hr_hr hu_hu hy_am id_id is_is it_it "
+    "ja_jp jv_id ka_ge kk_kz km_kh kn_in ko_kr lb_lu ln_cd lo_la lt_lt lv_lv mi_nz mk_mk ml_in mn_mn mr_in ms_my "
+    "mt_mt my_mm nb_no ne_np nl_nl oc_fr pa_in pl_pl ps_af pt_br ro_ro ru_ru sd_in sk_sk sl_si sn_zw so_so sr_rs "
+    "sv_se sw_ke ta_in te_in tg_tj th_th tr_tr uk_ua ur_pk uz_uz vi_vn yo_ng yue_hant_hk"
+)
 
 
 @dataclass(frozen=True)
@@ -147,7 +161,7 @@ def _guarded(data_set: str, action: Callable[[], _T]) -> _T:
     """Do something that needs the network; say what went wrong and what can be done."""
     try:
         return action()
-    except _UNREACHABLE as err:
+    except UNREACHABLE as err:
         raise SourceUnavailableError(
             f"data set {data_set!r} cannot be reached ({type(err).__name__}: {first_line(err)}). Check the "
             f"name and the network; for a gated one accept its terms and set HF_TOKEN. {_OFFLINE_CHOICES}"
@@ -159,3 +173,47 @@ def _guarded(data_set: str, action: Callable[[], _T]) -> _T:
         raise DataError(f"data set {data_set!r} is a script, which datasets no longer runs; {fix}") from err
     except ValueError as err:  # unknown subset: the message lists those that exist; or a file that is not Parquet
         raise DataError(f"data set {data_set!r}: {err}; check data.hub.config, or fetch damaged files again") from err
+
+
+# general speech: LibriSpeech for English, FLEURS (Conneau et al. 2022, arXiv:2205.12446) for others
+
+
+@cache
+def fleurs_subsets() -> dict[str, str]:
+    """Return the subset of FLEURS in each language of Whisper that it has."""
+    return {parse_language(subset.split("_")[0]): subset for subset in _FLEURS.split()}
+
+
+def stream_general(language: str, split: str, *, task: str) -> tuple[str, Iterator[Utterance]]:
+    """Open one split of the corpus of a language; return its name, and its clips in that language.
+
+    Raises:
+        SourceUnavailableError: no network, no corpus in the language, or one without translations; also on the way.
+    """
+    source, name, options = "librispeech", f"LibriSpeech {split}-clean", HubConfig()
+    if language != "en":
+        if task == "translate":
+            raise SourceUnavailableError("FLEURS has transcripts, not translations")
+        if language not in fleurs_subsets():
+            raise SourceUnavailableError(f"FLEURS has no {language_name(language)}")
+        options = HubConfig(config=fleurs_subsets()[language])
+        source, name = "fleurs", f"FLEURS {options.config}"
+    corpus = CORPORA[source].id
+    try:
+        if not Path(corpus).is_dir():  # without a network `datasets` itself asks for half a minute
+            HfApi().dataset_info(corpus, timeout=ANSWER_SEC)
+    except UNREACHABLE as err:
+        raise SourceUnavailableError(f"{corpus}: {type(err).__name__}: {first_line(err)}") from err
+    return name, (replace(u, language=language) for u in stream_hub(source, options)[split])
+
+
+def spread(stream: Iterator[Utterance], *, max_per_speaker: int) -> Iterator[Utterance]:
+    """Yield at most so many clips of each speaker; all without one.
+
+    LibriSpeech is sorted by speaker, so that its beginning would be two voices. The rows in between are downloaded.
+    """
+    taken: Counter[str | None] = Counter()
+    for utterance in stream:
+        if utterance.speaker is None or taken[utterance.speaker] < max_per_speaker:
+            taken[utterance.speaker] += 1
+            yield utterance

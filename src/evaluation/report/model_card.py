@@ -68,9 +68,11 @@ def write_model_card(
 
     # front matter
     model, data, base = origin.config.get("model", {}), origin.config.get("data", {}), origin.base
-    source = data.get("source")
-    hub_id = CORPORA[source].id if source in CORPORA else data.get("hub", {}).get("id")
-    results = _eval_results(result, origin.data, hub_id or str(source or "unknown"), split="test")
+    sources = data.get("mix") or [data]
+    found = [CORPORA[s["source"]].id if s.get("source") in CORPORA else s.get("hub", {}).get("id") for s in sources]
+    hub_ids = list(dict.fromkeys(filter(None, found)))
+    one_id = found[0] or sources[0].get("source") if len(sources) == 1 else "mix"
+    results = _eval_results(result, origin.data, str(one_id or "unknown"), split="test")
     if guard is not None:
         guard_set = str((summary.guard_set or {}).get("set", "guard set"))
         results += _eval_results(guard, guard_set, guard_set.lower().replace(" ", "-"), split=None)
@@ -84,7 +86,7 @@ def write_model_card(
         library_name="transformers",
         pipeline_tag="automatic-speech-recognition",
         tags=["whisper", "automatic-speech-recognition", "speech"] + ["speech-translation"] * translates,
-        datasets=[hub_id] if hub_id else None,
+        datasets=hub_ids or None,
         metrics=list(dict.fromkeys(each.metric_type for each in results)) or None,
         model_name=name or folder.resolve().name,
         eval_results=results,
