@@ -280,9 +280,13 @@ def _split_by_speaker(opened: Sequence[_Opened], config: Config) -> None:
         each.parts = {name: [u for u in part if held.get(u.speaker or "", name) == name] for name, part in cut.items()}
         left_out += sum(map(len, cut.values())) - sum(map(len, each.parts.values()))
         held |= {u.speaker: name for name, part in each.parts.items() for u in part if u.speaker is not None}
+    for name in SPLITS[::-1]:
+        if not any(each.parts[name] for each in opened):
+            fix = "add recordings of others, or a column `split`: train, validation, test"
+            raise DataError(f"data.mix: no source has the speakers for a {name} split, which takes at least 2; {fix}")
     if left_out:
-        what = "%d clip(s) left out: their speakers are in the test or validation of another source or their own"
-        logger.warning("data.mix: " + what + "; if they are other people, give them other names", left_out)
+        what = "mix: %d clip(s) left out: their speakers are in the test or validation, maybe of another source; "
+        logger.warning(what + "if they are other people, give them other names", left_out)
 
 
 def source_weights(utterances: Iterable[Utterance], data: DataConfig) -> dict[str, float]:
@@ -347,7 +351,8 @@ def take_replay(parts: Parts, config: Config) -> tuple[list[Utterance], Recordin
             cap = math.ceil(wanted * count / only.total())
             try:
                 name, stream = stream_general(language, "train", task=config.model.task)
-                spoken = spread(filter(is_new, usable(stream)), max_per_speaker=math.ceil(cap / MIN_SPEAKERS))
+                marked = (in_mix(u, language) for u in stream)  # FLEURS has the same ids in all languages
+                spoken = spread(filter(is_new, usable(marked)), max_per_speaker=math.ceil(cap / MIN_SPEAKERS))
                 taken += checker.take("replay", spoken, cap)
                 names.append(name)
             except SourceUnavailableError as err:
@@ -362,8 +367,9 @@ def take_replay(parts: Parts, config: Config) -> tuple[list[Utterance], Recordin
     enforce_skip_policy(checker.skipped, len(taken) + len(checker.skipped), config.data.max_skip_fraction)
     reasons = "".join(f"; {language_name(language)}: {reason}" for language, reason in missing.items())
     if not taken:
-        what = f"data.replay: no clip of {' or '.join(names) or 'general speech'} can be used{reasons}"
-        raise SourceUnavailableError(f"{what}; set data.replay.source: folder or parquet, or data.replay.share: 0")
+        asked = " or ".join(names) or "general speech"
+        fix = "set data.replay.source: folder or parquet, or data.replay.share: 0"
+        raise SourceUnavailableError(f"data.replay: no clip of {asked} can be used{reasons}; {fix}")
     if missing:
         logger.warning("data.replay: not in each language of the data%s", reasons)
     what = "replay: %d clip(s) of %s, each seen %.2f times per epoch: %.0f%% of the training examples"

@@ -20,9 +20,11 @@ from src.data.report.report import DataReport
 from src.data.sources import hub
 from src.data.sources.catalog import load_utterances
 from src.data.utterance import Utterance
+from src.evaluation import ModelEvaluator
+from src.evaluation.slices import slice_columns, slice_rates
 from src.utils.config import CompositionConfig, Config, load_config
 from src.utils.errors import CheckpointError, ConfigError, DataError, SourceUnavailableError
-from tests.data.hub_layout import write_librispeech
+from tests.data.hub_layout import write_librispeech, write_minds14
 from tests.data.word_tokenizer import word_processor
 
 
@@ -111,10 +113,10 @@ def test_speakers_of_a_given_test_are_left_out_of_the_training_of_other_sources(
 ) -> None:
     clips = [clip for part in by_speaker[:4] for clip in part]
     given = write(tmp_path / "a", clips, split=["test"] * 4 + ["validation"] * 4 + ["train"] * 8)
-    other = write(tmp_path / "b", clips[:8], split=["train"] * 4 + ["test"] * 4)  # the other way round
+    other = write(tmp_path / "b", clips[:4] + clips[8:12], split=["train"] * 4 + ["test"] * 4)  # the other way round
     found = prepare_datasets(mixed(given, other))
     assert found.shared_speakers == ()
-    assert names(found.train) == {"a": 8}
+    assert [names(part) for part in found.parts.values()] == [{"a": 4}, {"a": 4}, {"a": 4, "b": 4}]
     assert "left out" in caplog.text
     free = write(tmp_path / "c", clips[:12])  # its speakers follow those of a
     found = prepare_datasets(mixed(given, free))
@@ -127,7 +129,7 @@ def test_one_voice_may_be_one_of_the_sources(tmp_path: Path, by_speaker: list[li
     others = write(tmp_path / "others", [clip for part in by_speaker[1:5] for clip in part])
     found = prepare_datasets(mixed(own, others))
     assert names(found.train)["own"] == 4
-    with pytest.raises(DataError, match="test split is empty"):
+    with pytest.raises(DataError, match="no source has the speakers for a test split"):
         prepare_datasets(mixed(own))
 
 
@@ -301,3 +303,23 @@ def test_replay_comes_from_the_training_split_of_the_corpus_of_its_language(
 
 def test_sources_of_a_mix_are_listed_with_their_names(two: tuple[dict[str, Any], ...]) -> None:
     assert names(load_utterances(mixed(*two).data)) == {"loud": 24, "quiet": 28}
+
+
+def test_a_stream_is_one_of_the_sources(
+    tmp_path: Path, two: tuple[dict[str, Any], ...], by_speaker: list[list[Utterance]]
+) -> None:
+    calls = write_minds14(tmp_path / "calls", [clip for part in by_speaker[20:24] for clip in part])
+    stream = {"source": "minds14", "hub": {"id": str(calls)}, "max_train": 8, "max_validation": 1, "max_test": 1}
+    found = prepare_datasets(mixed(two[0], stream))
+    assert [names(part)["calls"] for part in found.parts.values()] == [8, 1, 1]
+    assert all(clip.id.startswith("calls/") for clip in found.train if clip.meta["source"] == "calls")
+
+
+def test_rates_are_sliced_by_source(
+    splits: DatasetSplits, two: tuple[dict[str, Any], ...], small: tuple[Any, Any]
+) -> None:
+    test = [clip for name in ("loud", "quiet") for clip in splits.test if clip.meta["source"] == name][1:4]
+    config = mixed(*two, device="cpu")
+    rows = ModelEvaluator(*small, config).evaluate_dataset(create_loader(test, small[1], config)).rows
+    assert "source" in slice_columns(rows)
+    assert {part.value: part.n for part in slice_rates(rows, "source")} == names(test)
