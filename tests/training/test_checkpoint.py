@@ -404,3 +404,7 @@ def test_only_what_decides_what_is_learnt_must_be_the_same(configure: Configure)
     renamed = json.loads(json.dumps(saved))
     renamed["training"]["of_an_older_version"] = 1
     assert config_differences(renamed, configure()) == ["training.of_an_older_version: 1 then, None now"]
+    older = json.loads(json.dumps(saved))
+    del older["data"]["mix"], older["data"]["replay"]  # settings that are newer than the checkpoint
+    assert config_differences(older, configure()) == []
+    assert len(config_differences(older, configure(data__replay={"share": 0.1}))) == 1
