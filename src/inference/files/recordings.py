@@ -63,6 +63,14 @@ def with_clips(config: Config, *, engine: Engine | None = None) -> Config:
 
     They are cut once, with `model.variant`, and kept in `paths.cache_dir`. Other settings are returned as they are.
     """
+    data = config.data
+    if data.mix:
+        each = [with_clips(config.model_copy(update={"data": one}), engine=engine).data for one in data.parts.values()]
+        mix = tuple(
+            source.model_copy(update={"name": name, "path": one.path, "audio_track": one.audio_track})
+            for (name, source), one in zip(data.mixed.items(), each, strict=True)
+        )
+        return config.model_copy(update={"data": data.model_copy(update={"mix": mix})})
     if "folder" not in config.data.chosen_sources or config.data.path is None:
         return config
     path = unpack(config.data.path)
