@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from scripts.command_line import check_model_path, model_argument, parse_setting, path_argument, run_main
 from src.inference.server.host import LOOPBACK, ServerLimits
 from src.inference.server.page import MAX_UPLOAD_SEC, Demo, launch_demo
+from src.inference.server.served import ServedPage
 from src.utils.config import load_config
 from src.utils.errors import WhisperASRError
 from src.utils.logging_config import setup_logging
@@ -95,13 +96,13 @@ def named(models: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def serve(demo: Demo) -> None:
+def serve(page: ServedPage) -> None:
     """Serve until the process is told to stop."""
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    with demo:
-        print(f"open {demo.share_url or demo.url}", flush=True)
+    with page:
+        print(f"open {page.share_url or page.url}", flush=True)
         stopped.wait()
 
 

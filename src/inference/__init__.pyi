@@ -7,6 +7,7 @@ from .options import DecodingOptions
 from .server.client import stream_to_server
 from .server.host import ServerLimits
 from .server.page import launch_demo
+from .server.recorder import launch_recorder
 from .server.server import CaptionServer
 from .streaming.session import StreamingASR
 from .streaming.view import LiveCaptions
@@ -27,6 +28,7 @@ __all__ = [
     "decode",
     "find_alignment_heads",
     "launch_demo",
+    "launch_recorder",
     "load_engine",
     "make_cues",
     "stream_to_server",

@@ -17,7 +17,6 @@ import asyncio
 import base64
 import binascii
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,8 @@ from src.inference.engines import load_engine, transcribe
 from src.inference.files.transcribe import BatchInference, Transcriptions
 from src.inference.options import DecodingOptions
 from src.inference.server.host import LOOPBACK, LiveHost, LiveSession, ServerLimits, complaint
-from src.inference.server.protocol import MAX_WIRE_RATE, MIN_WIRE_RATE, StreamError, read_samples
+from src.inference.server.protocol import MAX_CHARS, MAX_WIRE_RATE, MIN_WIRE_RATE, StreamError, read_samples
+from src.inference.server.served import ServedPage
 from src.inference.streaming.commit import Event
 from src.inference.streaming.session import StreamingASR
 from src.utils.config import Config
@@ -43,26 +43,18 @@ from src.utils.errors import AudioError, ConfigError, MissingDependencyError, Mo
 from src.utils.languages import language_name, text_language
 
 MAX_UPLOAD_SEC = 3600.0  # 230 MB of samples
-MAX_CHARS = 1 << 18  # of a message's audio: 1 s of int16 at the highest rate, in base64
 CPU_BATCH = 1  # segments of a file in a turn: live captions wait for one, not for sixteen; on a CPU it is as fast
 CONTEXTS = {"full": "padded to 30 s", "dynamic": "at the audio's own length"}
 ModelSource = str | Path | Engine
 NOBODY_WAITS: ContextVar[Flag | None] = ContextVar("NOBODY_WAITS", default=None)  # for the job of this context
 
 
-class Demo(ExitStack):
-    """A page that is served until `close`, or the end of a `with` block; a model call that runs comes to its end."""
+class Demo(ServedPage):
+    """The page of models; a model call that runs while it is closed comes to its end."""
 
-    def __init__(self, page: Any, host: LiveHost) -> None:
-        super().__init__()
-        self.url: str = page.local_url  # on this machine
-        self.share_url: str | None = page.share_url  # for everybody; None unless shared
+    def __init__(self, page: Any, host: LiveHost, **address: Any) -> None:
         self.host = host
-        self.callback(host.worker.shutdown, wait=False, cancel_futures=True)
-        self.callback(page.close, verbose=False)  # the first to be called
-
-    def __repr__(self) -> str:
-        return f"Demo({self.share_url or self.url}); close() ends it"
+        super().__init__(page, ending=partial(host.worker.shutdown, wait=False, cancel_futures=True), **address)
 
 
 def launch_demo(
@@ -118,16 +110,7 @@ def launch_demo(
         transcribe=backend.transcribe,
         task=config.model.task,
     )
-    try:
-        page_layout.serve(page, share=share, server_name=server_name, server_port=port)
-    except (OSError, ValueError) as err:
-        host.worker.shutdown()
-        raise ConfigError(f"the page cannot listen on {server_name}:{port}: {err}; choose another port") from err
-    demo = Demo(page, host)
-    if share and demo.share_url is None:
-        demo.close()
-        raise ConfigError("share=True, and no tunnel can be opened: see what is printed above; or leave share out")
-    return demo
+    return Demo(page, host, serve=page_layout.serve, share=share, server_name=server_name, port=port)
 
 
 class Backend:

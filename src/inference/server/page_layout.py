@@ -102,8 +102,32 @@ def build_page(
     return page
 
 
-def serve(page: gr.Blocks, **address: Any) -> None:
-    """Begin to serve a page, and return; OSError: no port is free, ValueError: the host cannot be reached."""
+def build_recorder(next_sentence: Hear, take_part: Hear, **props: Any) -> gr.Blocks:
+    """Return the page that records sentences, not yet served; its script has `props`."""
+
+    async def find(message: dict[str, Any]) -> dict[str, Any]:  # the page's script calls both by these names
+        return await next_sentence(message)
+
+    async def hear(message: dict[str, Any]) -> dict[str, Any]:
+        return await take_part(message)
+
+    with gr.Blocks(title="Record sentences", analytics_enabled=False, delete_cache=(SWEEP_SEC, SWEEP_SEC)) as page:
+        gr.HTML(
+            html_template=_template("record.html"),
+            js_on_load=_template("audio_source.js") + _template("record.js"),
+            server_functions=[find, hear],
+            apply_default_css=False,
+            elem_id="record",
+            **props,
+        )
+    return page
+
+
+def serve(page: gr.Blocks, *, uploads: bool = True, **address: Any) -> None:
+    """Begin to serve a page, and return; OSError: no port is free, ValueError: the host cannot be reached.
+
+    Without `uploads`, one that is larger than `MAX_BODY` is refused as any other request is.
+    """
     font = gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700))  # in 6.24 its file of 600 lacks most letters
     theme = gr.themes.Base(
         primary_hue="blue", neutral_hue="zinc", radius_size="lg", font=[font, "system-ui", "sans-serif"]
@@ -111,7 +135,7 @@ def serve(page: gr.Blocks, **address: Any) -> None:
     page.queue(max_size=MAX_QUEUE)
     page.launch(
         **address,
-        app_kwargs={"middleware": [Middleware(_SmallBodies)]},
+        app_kwargs={"middleware": [Middleware(_SmallBodies, uploads=uploads)]},
         height=860,  # of the frame in a notebook, pixels
         prevent_thread_lock=True,
         quiet=True,
@@ -218,11 +242,12 @@ def _file_tab(
 class _SmallBodies:
     """Lets no request but an upload bring more than `MAX_BODY` bytes, which Gradio would read into memory."""
 
-    def __init__(self, app: Any) -> None:
-        self._app = app
+    def __init__(self, app: Any, *, uploads: bool) -> None:
+        self._app, self._uploads = app, uploads
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["path"].rstrip("/").endswith("/upload"):
+        is_upload = self._uploads and scope.get("path", "").rstrip("/").endswith("/upload")
+        if scope["type"] != "http" or is_upload:
             await self._app(scope, receive, send)
             return
         if int(dict(scope["headers"]).get(b"content-length", b"0")) > MAX_BODY:

@@ -52,12 +52,16 @@ function release(stream) {
   stream.getTracks().forEach((track) => track.stop());
 }
 
-function toBase64(blocks) {
-  // of int16, as `read_samples` takes "s16le"
+function toInt16(blocks) {
   const pcm = new Int16Array(blocks.reduce((frames, block) => frames + block.length, 0));
   let at = 0;
   for (const block of blocks) {
     for (const sample of block) pcm[at++] = Math.max(-32768, Math.min(32767, Math.round(32768 * sample)));
   }
-  return btoa(Array.from(new Uint8Array(pcm.buffer), (byte) => String.fromCharCode(byte)).join(""));
+  return pcm;
+}
+
+function toBase64(blocks) {
+  // as `read_samples` takes "s16le"
+  return btoa(Array.from(new Uint8Array(toInt16(blocks).buffer), (byte) => String.fromCharCode(byte)).join(""));
 }
