@@ -27,6 +27,7 @@ import numpy as np
 import soundfile as sf
 
 from scripts.benchmarking import show
+from scripts.command_line import path_argument
 from src.data import create_dataloaders, prepare_datasets
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.labels import source_text
@@ -216,7 +217,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, action="append", help="of a recording; may repeat; default: 10, 30")
     parser.add_argument("--epochs", type=int, default=2, help="of each training (default: %(default)s)")
     parser.add_argument("--no-training", action="store_true", help="leave out the two trainings")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for recordings and clips; default: none")
+    parser.add_argument("--keep", type=path_argument, metavar="FOLDER", help="for recordings and clips; default: none")
     parser.add_argument("--record", action="store_true", help="append the table to docs/BENCHMARKS.md")
     parser.add_argument("--quick", action="store_true", help="under a minute: a short recording, one epoch of little")
     arguments = parser.parse_args()

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path, parse_setting
+from scripts.command_line import check_model_path, model_argument, parse_setting, path_argument, run_main
 from src.inference.files.matching import MIN_SCORE
 from src.inference.files.recordings import prepare_recordings
 from src.utils.config import load_config
@@ -39,15 +39,15 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recordings", type=Path, help="folder, or archive, of recordings with transcripts")
-    parser.add_argument("--output", type=Path, required=True, help="new folder for the clips")
-    parser.add_argument("--model", help="that listens: a name or a folder; default: model.variant")
+    parser.add_argument("recordings", type=path_argument, help="folder, or archive, of recordings with transcripts")
+    parser.add_argument("--output", type=path_argument, required=True, help="new folder for the clips")
+    parser.add_argument("--model", type=model_argument, help="that listens: a name or a folder; default: model.variant")
     parser.add_argument("--language", help="of the recordings; default: model.language, else what the model hears")
     parser.add_argument(
         "--min-score", type=float, default=MIN_SCORE,
         help="of the least certain word of a clip, 0 at most; higher leaves out more (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--config", type=Path, default=ROOT / "config.yaml")
+    parser.add_argument("--config", type=path_argument, default=ROOT / "config.yaml")
     parser.add_argument("--profile", help="one of the file's profiles")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting; may repeat"
@@ -76,4 +76,4 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)
