@@ -10,6 +10,11 @@ insertions count: a hallucination on silence is an error. Clips of one speaker a
 resample speakers (Bisani & Ney, ICASSP 2004, with speakers as blocks). Without two known speakers, clips are resampled:
 the interval then speaks of this voice's next clips, not of other voices.
 
+Percentiles of resamples of n blocks are too narrow: by sqrt((n - 1) / n), and as the normal quantile is to Student's
+(Hesterberg, What Teachers Should Know About the Bootstrap, 2015). Both ends are moved away from the estimate by the
+inverse of these; his own way, percentiles further out, stops at the extremes of the blocks, of which there are few. Of
+the verdicts on equal systems 5 to 7 % are then false, with 5 speakers as with 40; of plain percentiles 16 and 7 %.
+
 Rates are measured under two normalisers, because they disagree: the plain one changes case and punctuation only, and
 keeps combining marks, which are vowels in many scripts; Whisper's own, kept as published, joins English digit words
 (`one five` is `15`), reads `BOB'S` as `bob is`, and drops combining marks. The headline of English is Whisper's, that
@@ -30,6 +35,7 @@ from typing import Any, Literal, NamedTuple
 import jiwer
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri, stdtrit
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from src.data.labels import MIN_NEW_TOKENS
@@ -71,7 +77,8 @@ _CHUNK_CELLS = 5_000_000  # resampled cells held at once: 40 MB
 FloatArray = NDArray[np.float64]
 Blocks = Literal["speaker", "clip"]
 Metric = Literal["WER", "CER", "mean"]
-Verdict = Literal["better", "no difference shown", "worse"]
+Verdict = Literal["better", "no difference shown", "worse", "too few to tell"]
+MIN_BLOCKS = 5  # for a verdict: four that agree do so by chance one time in eight
 
 
 def headline_normalizer(language: str | None, texts: Iterable[str] = ()) -> str:
@@ -247,7 +254,7 @@ def align_words(reference: str, hypothesis: str, normalizer: str) -> tuple[Align
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How percentile intervals are drawn: number of resamples, confidence, seed."""
+    """How intervals are drawn: number of resamples, confidence, seed."""
 
     samples: int = 2000
     confidence: float = 0.95
@@ -301,14 +308,42 @@ class Bootstrap:
                 for (block_errors, _), denominator in zip(sums, denominators, strict=True)
             ]
             rates.append(np.mean(parts, axis=0))
-        return self.percentiles(np.concatenate(rates))
+        whole = [(of_errors.sum() / of_words.sum(), of_words.sum()) for of_errors, of_words in sums]
+        pulls = np.sum(  # (blocks,): of each block on the mean
+            [(each[0] - rate * each[1]) / total for each, (rate, total) in zip(sums, whole, strict=True)], axis=0
+        )
+        moved = [own for own in members if len(own) > 1]
+        return self.ends(
+            np.concatenate(rates),
+            float(np.mean([rate for rate, _ in whole])),
+            [len(own) for own in moved],
+            [len(own) * float(pulls[own].var(ddof=1)) for own in moved],
+        )
 
-    def percentiles(self, drawn: Sequence[float] | FloatArray) -> tuple[float, float]:
-        """Return the ends of the interval, given resampled values; nan without any."""
+    def ends(
+        self,
+        drawn: Sequence[float] | FloatArray,
+        estimate: float,
+        blocks: Sequence[int],
+        variances: Sequence[float] = (1.0,),
+    ) -> tuple[float, float]:
+        """Return the ends of the interval, given resampled values; nan without any.
+
+        Args:
+            drawn: the values.
+            estimate: the value of the whole.
+            blocks: number of blocks in each stratum, at least two.
+            variances: what each stratum adds to that of the estimate, in any unit; they weigh the strata's degrees of
+                freedom (Satterthwaite).
+        """
         if not len(drawn):
             return math.nan, math.nan
-        tail = 100 * (1 - self.confidence) / 2
-        low, high = np.percentile(drawn, [tail, 100 - tail])
+        sizes, weights = np.array(blocks, dtype=float), np.array(variances)
+        weights = weights / weights.sum() if weights.sum() else np.full(len(sizes), 1 / len(sizes))
+        freedom = 1 / (weights**2 / (sizes - 1)).sum()
+        tail = (1 - self.confidence) / 2
+        widening = stdtrit(freedom, 1 - tail) / ndtri(1 - tail) / math.sqrt((weights * (sizes - 1) / sizes).sum())
+        low, high = estimate + widening * (np.quantile(drawn, [tail, 1 - tail]) - estimate)
         return float(low), float(high)
 
 
@@ -324,7 +359,7 @@ _POOLED = Kind(UNKNOWN, PLAIN)  # of rows that are counted together whatever the
 
 @dataclass(frozen=True, kw_only=True)
 class RateEstimate:
-    """A headline with its bootstrap interval, which is nan with one block and too narrow under about ten."""
+    """A headline with its bootstrap interval, which is nan with one block."""
 
     metric: Metric  # "mean": of the headlines of several languages, each counting alike
     rate: float
@@ -354,6 +389,7 @@ def estimate_rate(
     if words.any():
         rate = _mean_rate(errors, words, strata)
         low, high = (bootstrap or Bootstrap()).interval(errors, words, block_ids, strata)
+        low = 0.0 if low < 0 else low  # no rate is below
     return RateEstimate(
         metric=metric, rate=rate, low=low, high=high, blocks=blocks, num_blocks=int(block_ids.max()) + 1
     )
@@ -370,7 +406,7 @@ class PairedComparison:
     difference: float  # negative is better
     low: float
     high: float
-    verdict: Verdict  # "better" or "worse" only if zero is outside the interval
+    verdict: Verdict  # "better" or "worse" only if zero is outside the interval, of `MIN_BLOCKS` or more
     blocks: Blocks
     num_blocks: int
     metric: Metric = "WER"
@@ -394,8 +430,11 @@ def compare_counts(
     (errors, words), (second_errors, _) = _columns(first), _columns(second)
     difference = _mean_rate(second_errors, words, strata) - _mean_rate(errors, words, strata)
     low, high = (bootstrap or Bootstrap()).interval(second_errors - errors, words, block_ids, strata)
+    num_blocks = int(block_ids.max()) + 1
     verdict: Verdict = "better" if high < 0 else "worse" if low > 0 else "no difference shown"  # nan: neither
-    return PairedComparison(difference, low, high, verdict, blocks, int(block_ids.max()) + 1, metric)
+    if num_blocks < MIN_BLOCKS:
+        verdict = "too few to tell"
+    return PairedComparison(difference, low, high, verdict, blocks, num_blocks, metric)
 
 
 def _find_strata(
@@ -480,7 +519,7 @@ class ErrorRates(EditCounts):
     hallucinated_words: int  # put out on them; these count in `insertions` too
     truncated: int  # rows whose text ended at a limit
     blocks: Blocks  # what was resampled
-    num_blocks: int  # under about ten the interval is too narrow
+    num_blocks: int
     confidence: float  # of the `Bootstrap`, like the next two: the interval can be drawn again
     bootstrap_samples: int
     bootstrap_seed: int

@@ -252,6 +252,7 @@ def summarize_latency(
         if len(values) >= MIN_CALLS[q]:
             estimates[f"p{q}"] = np.percentile(values, q), _percentile_interval(values, blocks, q, bootstrap)
     for name, (value, (low, high)) in estimates.items():
+        low = max(low, float(values.min()))  # a few clips widen an interval beyond what can be
         row |= {f"{name}_sec": float(value), f"{name}_low_sec": low, f"{name}_high_sec": high}
     return row
 
@@ -270,7 +271,7 @@ def _percentile_interval(
         times = np.bincount(rng.integers(0, count, size=count), minlength=count)  # how often each block was drawn
         reached = times[blocks[order]].cumsum()
         found.append(values[order[reached.searchsorted(q / 100 * reached[-1])]])
-    return bootstrap.percentiles(found)
+    return bootstrap.ends(found, float(np.percentile(values, q)), [count])
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,9 @@ def scipy_interval(errors: Any, words: Any) -> tuple[float, float]:
         (errors, words), lambda e, w, axis: e.sum(axis) / w.sum(axis), paired=True, vectorized=True,
         n_resamples=9999, method="percentile", rng=np.random.default_rng(1),
     ).confidence_interval  # fmt: skip
-    return pytest.approx((found.low, found.high), abs=0.005)
+    rate, n = errors.sum() / words.sum(), len(words)
+    factor = scipy.stats.t.ppf(0.975, n - 1) / scipy.stats.norm.ppf(0.975) * np.sqrt(n / (n - 1))
+    return pytest.approx((rate + factor * (found.low - rate), rate + factor * (found.high - rate)), abs=0.005)
 
 
 def test_rates_are_those_of_jiwer() -> None:
@@ -144,7 +146,7 @@ def test_loops_are_found_in_every_script(language: str, phrase: str, copies: int
     assert many.loop_rate == 1  # more tokens than the fastest speech has
 
 
-def test_intervals_are_those_of_scipy() -> None:
+def test_intervals_are_those_of_scipy_widened_for_few_blocks() -> None:
     references, hypotheses = corpus(200)
     counts = metrics.word_counts(references, hypotheses, PLAIN)
     errors, words = np.array([c.errors for c in counts]), np.array([c.reference_words for c in counts])
@@ -160,6 +162,58 @@ def test_intervals_are_those_of_scipy() -> None:
     paired = metrics.compare_counts(counts, half, bootstrap=Bootstrap(9999))
     assert paired.difference == pytest.approx(metrics.error_rate(half) - metrics.error_rate(counts))
     assert (paired.low, paired.high) == scipy_interval(np.array([c.errors for c in half]) - errors, words)
+
+
+@pytest.mark.parametrize("n", [5, 10, 40])
+def test_with_blocks_of_one_size_the_interval_is_near_students(n: int) -> None:
+    changes = np.random.default_rng(n).normal(3, 10, n)
+    student = scipy.stats.ttest_1samp(changes / 100, 0).confidence_interval()
+    found = Bootstrap(9999).interval(changes, np.full(n, 100.0), np.arange(n))
+    assert found == pytest.approx(student, abs=0.06 * (student.high - student.low))
+
+
+def paired_counts(speakers: int, change: float, rng: np.random.Generator) -> tuple[Any, Any, list[str]]:
+    """Return counts of two systems, summed over 20 clips of each speaker; speakers differ as learners do."""
+    words = np.maximum(1, rng.poisson(6.3, (20, speakers))).sum(0)
+    voices = rng.beta(2, 8, speakers)
+    first, second = (
+        rng.binomial(words, np.clip(voices + each + rng.normal(0, 0.03, speakers), 0, 1)) for each in (0, change)
+    )
+    counts = [
+        [EditCounts(int(errors), 0, 0, int(n)) for errors, n in zip(system, words, strict=True)]
+        for system in (first, second)
+    ]
+    return counts[0], counts[1], [f"s{i}" for i in range(speakers)]
+
+
+@pytest.mark.parametrize("speakers", [3, 5, 10, 40])
+def test_few_verdicts_on_equal_systems_are_false(speakers: int) -> None:
+    rng = np.random.default_rng(speakers)
+    found = []
+    for seed in range(800 if speakers >= metrics.MIN_BLOCKS else 50):
+        *systems, groups = paired_counts(speakers, 0.0, rng)
+        found.append(metrics.compare_counts(*systems, groups, Bootstrap(500, seed=seed)).verdict)
+    false = sum(each in ("better", "worse") for each in found) / len(found)
+    if speakers < metrics.MIN_BLOCKS:
+        assert set(found) == {"too few to tell"}
+    else:
+        assert 0.03 < false < 0.08  # percentiles alone: 0.16 with 5 speakers
+
+
+def test_a_difference_of_four_points_is_seen_with_forty_speakers() -> None:
+    rng = np.random.default_rng(0)
+    found = []
+    for seed in range(100):
+        *systems, groups = paired_counts(40, 0.04, rng)
+        found.append(metrics.compare_counts(*systems, groups, Bootstrap(500, seed=seed)).verdict)
+    assert found.count("worse") >= 90
+
+
+def test_no_end_of_a_rate_is_below_zero() -> None:
+    counts = [EditCounts(errors, 0, 0, 10) for errors in (0, 0, 3)]
+    found = metrics.estimate_rate(counts, ["a", "b", "c"])
+    assert (found.low, found.rate) == (0.0, 0.1)
+    assert found.high > 0.3  # by Student's with two degrees of freedom 0.53
 
 
 def test_speakers_are_resampled_where_two_are_known() -> None:
@@ -181,7 +235,7 @@ def test_paired_comparison_names_better_worse_and_no_difference() -> None:
     same = calculator.compare(references, noisy, noisy)
     assert (same.verdict, same.difference) == ("no difference shown", 0.0)
     one = calculator.compare(["the cat"], ["a dog"], ["the cat"])
-    assert (one.difference, one.verdict) == (-1.0, "no difference shown")
+    assert (one.difference, one.verdict) == (-1.0, "too few to tell")
     assert np.isnan([one.low, calculator.compute(["the cat"], ["the dog"]).wer_low]).all()
     first, again, other = (MetricsCalculator("en", bootstrap=Bootstrap(seed=n)).compute(*corpus(40)) for n in (1, 1, 2))
     assert first == again != other  # the seed decides
@@ -320,6 +374,10 @@ def test_the_interval_of_a_mean_is_that_of_each_language_drawn_by_itself() -> No
     ).confidence_interval  # fmt: skip
     low, high = Bootstrap(9999).interval(errors, words, np.arange(120), strata)
     assert (low, high) == pytest.approx((found.low, found.high), abs=0.005)
+    short, long = rng.normal(0, 1, 6), rng.normal(0, 9, 30)
+    welch = scipy.stats.ttest_ind(short, -long, equal_var=False).confidence_interval()
+    few = Bootstrap(9999).interval(np.hstack([short, long]), np.ones(36), np.arange(36), np.repeat([0, 1], [6, 30]))
+    assert few == pytest.approx((welch.low / 2, welch.high / 2), abs=0.03 * (welch.high - welch.low) / 2)
     alone = strata.copy()
     alone[:] = 0
     alone[7] = 1  # one clip in its language: nothing to draw

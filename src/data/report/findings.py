@@ -31,7 +31,7 @@ SILENT_FRACTION = 0.8
 QUIET_DBFS = -45.0  # 16-bit noise is at -98
 LONG_SILENCE_SEC = 2.0
 SHORT_SEC = 0.5
-FEW_TEST_SPEAKERS = 10  # below it a bootstrap interval over speakers is clearly too narrow
+FEW_TEST_SPEAKERS = 10  # below it an interval over speakers shows large differences only
 MANY = 0.05  # of the clips: a fault of the set, not of a few recordings
 FLATTERING_SHARE = 0.2  # of the test's texts that are in training too
 _SAME_SCRIPT = 0.9  # of the most letters that are of a script of one language: Japanese is half Chinese characters
@@ -327,6 +327,6 @@ def _between_splits(clips: pd.DataFrame) -> Iterator[Finding]:
     n = named.loc[named["split"] == "test", "speaker"].nunique()
     if 0 < n < FEW_TEST_SPEAKERS:
         yield Finding(
-            "warning", "few test speakers", f"the test has {n} speaker{'s' * (n != 1)}: their intervals are too narrow",
+            "warning", "few test speakers", f"the test has {n} speaker{'s' * (n != 1)}: their intervals are wide",
             f"take at least {FEW_TEST_SPEAKERS} speakers for the test",
         )  # fmt: skip

@@ -38,7 +38,7 @@ UNREACHABLE = (OSError, httpx.HTTPError, HfHubHTTPError)
 
 
 ANSWER_SEC = 5.0  # for the Hub's first answer; its client itself waits forever
-MIN_SPEAKERS = 10  # of a streamed set: an interval over fewer is clearly too narrow
+MIN_SPEAKERS = 10  # of a streamed set: an interval over fewer shows large differences only
 _FLEURS = (  # subsets in languages of Whisper
     "af_za am_et ar_eg as_in az_az be_by bg_bg bn_in bs_ba ca_es cmn_hans_cn cs_cz cy_gb da_dk de_de el_gr en_us "
     "es_419 et_ee fa_ir fi_fi fil_ph fr_fr gl_es gu_in ha_ng he_il hi_in hr_hr hu_hu hy_am id_id is_is it_it "

@@ -15,7 +15,7 @@ import regex
 from markupsafe import Markup
 
 from src.evaluation.evaluator import Prediction, compare_predictions
-from src.evaluation.metrics import PLAIN, PairedComparison
+from src.evaluation.metrics import MIN_BLOCKS, PLAIN, PairedComparison
 from src.evaluation.report import run_files
 from src.evaluation.report.run_files import STOCK, TUNED, PredictionsByModel, Row, guard_name, is_guard, stock_first
 from src.evaluation.slices import slice_rates
@@ -25,7 +25,7 @@ from src.utils.languages import WHISPER_LANGUAGES, language_name
 
 NOT_MEASURED = "not measured"
 MAX_NAMED = 5  # clips in a sentence
-FEW_BLOCKS = 10  # below it a percentile interval is clearly too narrow
+FEW_BLOCKS = 10  # below it an interval is so wide that only large differences show
 _BARE_MARK = regex.compile(r"(?<!\S)(?=\p{M})")
 _MORE_RATES = {
     "match error rate (MER)": "mer",
@@ -332,18 +332,18 @@ def describe_comparison(comparison: PairedComparison, *, tuned: str = TUNED, sto
         "better": f"the {tuned} model is better than the {stock} one",
         "worse": f"the {tuned} model is WORSE: keep the {stock} model",
         "no difference shown": f"no difference shown: keep the {stock} model, or measure on more speakers",
+        "too few to tell": f"too few to tell: keep the {stock} model, or measure on {MIN_BLOCKS} speakers or more",
     }[comparison.verdict]
     return f"{tuned} against {stock}: {describe_difference(comparison)}; {advice}"
 
 
 def describe_difference(comparison: PairedComparison) -> str:
-    """Return a difference in the headline with its interval, what was resampled, and whether that was too little."""
+    """Return a difference in the headline with its interval and what was resampled."""
     blocks = counted(comparison.num_blocks, comparison.blocks)
     points = f"{headline(vars(comparison)).name} {100 * comparison.difference:+.1f} points"
     if math.isnan(comparison.low):
         return f"{points} (no interval from {blocks})"
-    few = "; so few that the interval is too narrow" if comparison.num_blocks < FEW_BLOCKS else ""
-    return f"{points} [{100 * comparison.low:+.1f}, {100 * comparison.high:+.1f}] over {blocks}{few}"
+    return f"{points} [{100 * comparison.low:+.1f}, {100 * comparison.high:+.1f}] over {blocks}"
 
 
 def describe_guard_set(row: Row | None) -> str:

@@ -18,7 +18,6 @@ from src.evaluation.metrics import PLAIN, UNKNOWN, align_words, sum_counts
 from src.evaluation.report import run_files
 from src.evaluation.report.run_files import STOCK, TUNED, Row
 from src.evaluation.report.summary import (
-    FEW_BLOCKS,
     NOT_MEASURED,
     Headline,
     counted,
@@ -129,8 +128,6 @@ class EvaluationVisualizer:
         notes = [f"{len(shown)} of {len(values)} slices are drawn"] if len(values) > len(shown) else []
         over = " or ".join(sorted({f"{part.blocks}s" for part in measured}))
         notes += [f"bootstrap intervals over {over}"] if over else []
-        if any(part.num_blocks < FEW_BLOCKS for part in measured):
-            notes.append(f"too narrow where there are fewer than {FEW_BLOCKS}")
         with new_figure(8, min(4.0, 1.5 + 0.4 * len(labels)), "; ".join(notes)) as figure:
             axes = figure.subplots()
             for index, (name, table) in enumerate(models.items()):

@@ -71,7 +71,8 @@ def test_one_clip_has_no_interval_and_a_missing_rate_no_change(tmp_path: Path) -
     summary = summarize_run(write(tmp_path / "r", metrics, [prediction("stock", 0, 0), prediction("tuned", 0, 1)]))
     table = comparison_table(summary.evaluations, summary.predictions)
     assert list(table.loc["tuned", ["WER change", "CER change"]]) == ["", ""]
-    assert "no interval" in summary.to_text()
+    assert table.loc["tuned", "verdict"] == "too few to tell"
+    assert "no interval from 1 clip); too few to tell: keep the stock model, or measure on 5" in summary.to_text()
 
 
 def test_the_table_puts_stock_first_with_change_and_verdict(run_dir: Path) -> None:
