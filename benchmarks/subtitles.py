@@ -53,8 +53,8 @@ MISSING_SEC = 20.0  # of speech without subtitles
 MERGED_SHARE, SPLIT_SHARE = 0.2, 0.2  # of the cues
 NEAR_SEC = 0.2
 NOTE = (
-    "Right speech is that of clips whose subtitles are there and have no wrong word; boundaries are those that are "
-    "known, where a bundled clip begins or ends. The speakers are learners, many of them children."
+    "Right speech is that of clips whose subtitles are there and have no wrong word, without pauses; boundaries "
+    "are those that are known, where a bundled clip begins or ends. The speakers are learners, many of them children."
 )
 
 
@@ -64,8 +64,15 @@ class Said:
 
     words: tuple[str, ...]  # as they are spoken
     written: tuple[str, ...]  # as the subtitles have them; none where they are missing
-    start_sec: float  # where its speech begins and ends
-    end_sec: float
+    speech: tuple[tuple[float, float], ...]  # seconds from where to where
+
+    @property
+    def start_sec(self) -> float:
+        return self.speech[0][0]
+
+    @property
+    def end_sec(self) -> float:
+        return self.speech[-1][1]
 
     @property
     def is_right(self) -> bool:
@@ -94,14 +101,15 @@ def build(
             for word in words
         )
         begin = at / SAMPLE_RATE
-        said.append(Said(words, written, begin + spans[0].start_sec, begin + spans[-1].end_sec))
+        speech = tuple((begin + span.start_sec, begin + span.end_sec) for span in spans)
+        said.append(Said(words, written, speech))
         pause = np.zeros(round(rng.uniform(0.2, 1.5) * SAMPLE_RATE), dtype=np.float32)
         pieces += [audio, pause]
         used.add(clips[index].id)
         at += len(audio) + len(pause)
-    speech = np.concatenate(pieces)
-    level = float(np.sqrt(np.mean(speech**2))) * 10 ** (-NOISE_DB / 20)
-    noisy = (speech + rng.normal(0, level, len(speech))).astype(np.float32)
+    joined = np.concatenate(pieces)
+    level = float(np.sqrt(np.mean(joined**2))) * 10 ** (-NOISE_DB / 20)
+    noisy = (joined + rng.normal(0, level, len(joined))).astype(np.float32)
 
     # a passage without subtitles
     missing_sec = min(MISSING_SEC, 6 * minutes)
@@ -192,12 +200,10 @@ def judge(name: str, said: Sequence[Said], prepared: Preparation, seconds: float
         off += [abs(end - said[last].end_sec)] if m + 1 == len(said[last].written) else []
         bounded += bool(off)
         near += bool(off) and max(off) <= NEAR_SEC
-    right = [clip for clip in said if clip.is_right]
-    recovered = sum(
-        max(0.0, min(end, clip.end_sec) - max(start, clip.start_sec)) for clip in right for start, end in covered
-    )
+    right = [span for clip in said if clip.is_right for span in clip.speech]
+    recovered = sum(max(0.0, min(end, b) - max(start, a)) for a, b in right for start, end in covered)
     given = sum(a != b for clip in said if clip.written for a, b in zip(clip.words, clip.written, strict=True))
-    total = sum(clip.end_sec - clip.start_sec for clip in right)
+    total = sum(b - a for a, b in right)
     return Figures(name, total, recovered, len(clips), bounded, near, words, wrong, given, len(rejected), seconds)
 
 

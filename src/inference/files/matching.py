@@ -44,7 +44,8 @@ CUE_PAUSE_SEC = 0.3
 MAX_WINDOW_TOKENS = MAX_LABEL_TOKENS - SPECIAL_TOKENS - 20
 ROOM_WORDS, CROWDED = 3, 1.8  # words on either side; times the rate of the recording
 UNSPOKEN_WORDS = 6  # so many in a row that nobody heard may not have been spoken
-FAST, SLOW = 2.5, 0.2  # times the median number of characters per second of the recording
+FAST, SLOW = 2.5, 0.2  # times the usual number of characters of the recording in such a time, and
+FEW_CHARS = 3  # more or less: a short word is slow by nature
 NGRAM = 4  # so many words in a row that occur once in both texts are safe anchors; of characters twice as many
 NEAR_WORDS, LONG_WORD = 8, 7
 MIN_WORD_SEC, CHARACTER_SEC = 0.3, 0.08  # the room of a word
@@ -515,15 +516,15 @@ class _Matcher:
         low, high = (bisect.bisect_left(self._heard_mids, at) for at in (start_sec - 0.1, end_sec + 0.1))
         heard = sum(map(len, self._heard_keys[low:high]))
         written = sum(len(word.key) for word in words)
-        pace = written / max(1e-3, self._speech_sec(start_sec, end_sec)) / self._rate
+        usual = max(0.1, self._speech_sec(start_sec, end_sec) * self._rate)
         worst = min(words, key=lambda word: word.certainty)
         reason = None
         if end_sec - start_sec > self._max_sec:
             reason = f"longer than {self._max_sec:g} s without a pause"
         elif words[0].foreign is not None:
             reason = f"sounds like {language_name(words[0].foreign)}"
-        elif not SLOW < pace < FAST:
-            reason = f"{pace:.1f} times as many characters per second as in the whole recording"
+        elif not SLOW * usual - FEW_CHARS < written < FAST * usual + FEW_CHARS:
+            reason = f"{written / usual:.1f} times as many characters per second as in the whole recording"
         elif worst.certainty < self._min_score:
             reason = f"{self._text[worst.start : worst.stop]!r} is not what is heard"
         elif heard > MORE_HEARD * written + MORE_HEARD_CHARS:
