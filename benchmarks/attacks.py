@@ -296,27 +296,16 @@ def weights_of_others(folder: Path) -> None:
     assert load() == "loaded"
 
 
-def _checkpoints(folder: Path, clock: Callable[[int], float], steps: int = 5) -> list[Path]:
+def _checkpoints(folder: Path) -> list[Path]:
     import torch
 
     from src.training.checkpoint import CheckpointStore, TrainingState
 
     store, saved = CheckpointStore(folder / "run", save_total_limit=2), []
-    for step in range(1, steps + 1):
+    for step in (1, 2):
         tensors = {"model": {"a": torch.zeros(2)}, "optimizer": {}, "rng": {}}
-        saved.append(store.save(TrainingState(tensors, {"saved_at": clock(step)}), step))
-        os.utime(saved[-1] / "manifest.json", (clock(step), clock(step)))
+        saved.append(store.save(TrainingState(tensors, {"saved_at": float(step)}), step))
     return saved
-
-
-@attack()
-def clock_back(folder: Path) -> None:
-    """Set the clock back by an hour between two checkpoints."""
-    from src.training.checkpoint import find_checkpoint
-
-    newest = _checkpoints(folder, lambda step: 5000.0 + 60 * step - (3600 if step > 2 else 0))[-1]
-    if (found := find_checkpoint([folder], None).checkpoint) != newest:
-        raise BrokenError(f"the newest checkpoint is {newest.name}, found {found}")
 
 
 @attack()
@@ -326,7 +315,7 @@ def tampered_checkpoints(folder: Path) -> None:
 
     from src.training.checkpoint import find_checkpoint, verify_checkpoint
 
-    older, newest = _checkpoints(folder, float)[-2:]
+    older, newest = _checkpoints(folder)
     kept = folder / "kept"
     shutil.copytree(newest, kept)
     manifest = json.loads((newest / "manifest.json").read_text())
@@ -381,23 +370,12 @@ def run_names(folder: Path) -> None:
     taken.close()
 
 
-@attack(limit_sec=150.0)
-def full_disks(folder: Path) -> None:
-    """Fill the disk in every writer; benchmarks/full_disk.py has more steps."""
-    from benchmarks.full_disk import fill_disks
-
-    if broken := fill_disks(folder, 3):
-        raise BrokenError("; ".join(broken)[:1000])
-
-
 # clocks, other processes, full disks, Ctrl-C
 
 
 @attack()
 def clock_set_back(folder: Path) -> None:
     """Save checkpoints while the clock goes back by an hour."""
-    import os
-
     from src.training.checkpoint import CheckpointStore, TrainingState, find_checkpoint, list_checkpoints
 
     store = CheckpointStore(folder / "run", save_total_limit=2)
@@ -407,6 +385,37 @@ def clock_set_back(folder: Path) -> None:
     kept = [int(path.name[-8:]) for path in list_checkpoints(store.folder)]
     if kept != [30, 40] or find_checkpoint([folder], None).checkpoint != path:
         raise BrokenError(f"kept {kept}, would resume from {find_checkpoint([folder], None).checkpoint}")
+
+
+@attack()
+def secrets_and_places(folder: Path) -> None:
+    """Look for a token and for the places of files in what a run and a data report tell others."""
+    from src.data import prepare_datasets
+    from src.data.report.report import build_data_report
+    from src.data.sources.catalog import SAMPLE_CLIP
+    from src.utils import ExperimentLogger, load_config
+
+    for name in ("HF_TOKEN", "WANDB_API_KEY"):
+        os.environ[name] = "hf_secretsecretsecretsecret"
+    data = folder / "data"
+    data.mkdir()
+    rows = [{"file": f"{i}.flac", "text": f"clip {i}"} for i in range(10)]
+    for row in rows[1:]:
+        (data / row["file"]).write_bytes(SAMPLE_CLIP.read_bytes())
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = {f"paths.{name}_dir": str(folder / name) for name in ("runs", "cache")}
+    options = {"data.source": "folder", "data.path": str(data), "data.on_error": "skip", "device": "cpu"}
+    config = load_config(None, overrides={**paths, **options, "data.max_skip_fraction": 0.5})
+    report = build_data_report(prepare_datasets(config), config)
+    assert report.skipped, "the absent clip was not skipped"
+    with ExperimentLogger(config) as experiment:
+        report.save(experiment.dir)
+    told = {path.name: path.read_text() for path in experiment.dir.glob("*.*")} | {"html": report._repr_html_()}
+    for name, text in told.items():
+        if "secretsecret" in text:
+            raise BrokenError(f"{name} has a token")
+        if str(folder) in text and name != "config.yaml":
+            raise BrokenError(f"{name} has the place of a file")
 
 
 @attack()
@@ -477,7 +486,7 @@ def killed_conversion(folder: Path) -> None:
 
 @attack(limit_sec=120.0)
 def full_disk(folder: Path) -> None:
-    """Let every writer replace an older version on a disk with a few free bytes."""
+    """Let every writer replace an older version on a disk with a few free bytes; benchmarks/full_disk.py has more."""
     from benchmarks.full_disk import fill_disks
 
     if problems := fill_disks(folder, steps=3):

@@ -8,9 +8,11 @@ from __future__ import annotations
 import base64
 import html
 import json
+import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +161,9 @@ class DataReport:
             for title, table in tables:
                 if table is not None and len(table):
                     shown = table.round(3).to_html(index=False, border=0, na_rep="", classes="data-report-table")
-                    for player in re.findall(r"<td>(/[^<]*\.flac)</td>", shown) if table is self.doubtful else ():
-                        shown = shown.replace(f"<td>{player}</td>", f"<td>{_player(Path(html.unescape(player)))}</td>")
+                    for clip in table.get("audio", ()) if table is self.doubtful else ():
+                        cell = html.escape(str(clip), quote=False)
+                        shown = shown.replace(f"<td>{cell}</td>", f"<td>{_player(Path(str(clip)))}</td>")
                     parts.append(f"<p><b>{html.escape(title)}</b></p>{shown}")
         return "\n".join(parts)
 
@@ -183,6 +186,9 @@ class DataReport:
             "rejected": self.rejected,
             "doubtful": self.doubtful,
         }
+        if self.doubtful is not None and "audio" in self.doubtful:
+            names = self.doubtful["audio"].map(lambda clip: Path(str(clip)).name)
+            tables["doubtful"] = self.doubtful.assign(audio=names)
         content = {
             "source": self.source,
             "label_case": self.label_case,
@@ -256,7 +262,7 @@ def build_data_report(splits: DatasetSplits, config: Config, *, tokenizer: Any |
         special = 1 + len(encoder.prefix_for(config.model.language or "en"))  # as many in each language
         clips["tokens"] = [len(encoder.tokenize(u.text, u.language)) + special for u in utterances]
     clips = clips[list(CLIP_TYPES)].astype(CLIP_TYPES)
-    skipped = tuple(splits.skipped)
+    skipped = tuple(replace(row, reason=_without_places(row.reason, config)) for row in splits.skipped)
     tables = _tables_of_recordings(utterances)
     findings = [*find_all(clips, skipped, config.model.task), *_of_recordings(tables)]
     return DataReport(splits.source, splits.label_case, clips, sort_findings(findings), skipped, **tables)
@@ -292,9 +298,19 @@ def _of_recordings(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
     return [Finding("warning" if share < LITTLE_COVERED else "info", "recordings", message, advice)]
 
 
+def _without_places(text: str, config: Config) -> str:
+    """Return a text whose paths begin below the data, the cache or the like: a report is shown to others."""
+    places = [config.paths.cache_dir, Path(tempfile.gettempdir()), Path.cwd(), Path.home()]
+    if config.data.path is not None:
+        places = [config.data.path, config.data.path.parent, *places]
+    for place in (form for each in places for form in (each, each.absolute(), each.resolve())):
+        text = text.replace(f"{place}{os.sep}", "") if place.is_absolute() else text
+    return text
+
+
 def _player(path: Path) -> str:
     """Return an HTML player that holds a recording, or the path of one that is not there any more."""
-    if not path.is_file():
+    if not path.is_absolute() or path.suffix != ".flac" or not path.is_file():
         return html.escape(str(path))
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<audio controls preload="none" src="data:audio/flac;base64,{data}"></audio>'

@@ -285,6 +285,19 @@ def test_a_report_comes_back_as_it_was_saved(bundled_report: DataReport, tmp_pat
     assert again.to_text() == report.to_text()
 
 
+def test_a_report_tells_no_private_place(
+    clean: list[Utterance], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = Config.model_validate({"data": {"source": "folder", "path": tmp_path / "data"}})
+    places = [tmp_path / "data" / "b" / "x.wav", Path.cwd() / "x.wav", Path("/home/somebody/x.wav")]
+    skipped = [SkippedUtterance(f"{i}", f"utterance {i}: {place}: no such file") for i, place in enumerate(places)]
+    report = build_data_report(replace(splits_of(clean), skipped=skipped), config)
+    assert [row.reason for row in report.skipped] == [
+        "utterance 0: b/x.wav: no such file", "utterance 1: x.wav: no such file", "utterance 2: x.wav: no such file"
+    ]  # fmt: skip
+
+
 def test_no_cell_of_the_table_of_clips_is_a_formula(clean: list[Utterance], tmp_path: Path) -> None:
     texts = ["=1+1", "+1", "-2 degrees", "@SUM(A1)", "'=1", "''@x", "'tis", " =cmd|x", "＝1", "a=b", "NA", "'", "-"]
     train = [replace(clean[i], id=f"={i}", text=text, speaker=text) for i, text in enumerate(texts)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,11 @@ def test_the_data_report_says_what_was_left_out_and_what_to_listen_to(config: Co
     loaded = DataReport.load(tmp_path / "run")
     assert loaded.doubtful is not None and loaded.doubtful["id"].tolist() == report.doubtful["id"].tolist()
     assert "a.wav" in loaded.to_text()
+    assert str(config.paths.cache_dir) not in (tmp_path / "run" / "data_report.json").read_text()
+    assert "<audio" not in loaded._repr_html_()
+    (tmp_path / "private.flac").write_bytes(b"private")
+    texts = report.doubtful.assign(text=str(tmp_path / "private.flac"))
+    assert replace(report, doubtful=texts)._repr_html_().count("<audio") == 6
 
 
 def test_short_recordings_with_plain_text_are_clips_already(
