@@ -57,12 +57,14 @@ def find_manifests(folder: Path, depth: int = MAX_DEPTH) -> list[Path]:
 
     Captions that a tool wrote for a recording there, such as `talk.tsv` for `talk.mp3`, name no file and are none.
     """
-    named = [folder / name for name in MANIFEST_NAMES if (folder / name).is_file()][:1]
+    for name in MANIFEST_NAMES:
+        if (folder / name).is_file():
+            return [folder / name]
     inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    listed = [] if named else [path for path in inside if is_manifest(path) and path.is_file()]
+    listed = [path for path in inside if is_manifest(path) and path.is_file()]
     captioned = {path.stem for path in inside if path.suffix.lower() in AUDIO_SUFFIXES} if listed else set()
     unclear = [path for path in listed if path.stem in captioned or path.name.lower().endswith((".json", ".json.gz"))]
-    found = named or [path for path in listed if path not in unclear or _is_listing(path)]
+    found = [path for path in listed if path not in unclear or _is_listing(path)]
     for wanted in ("cuts", "supervisions"):  # of lhotse; the recordings are read with them
         if any("recordings" in path.name for path in found):
             found = [path for path in found if wanted in path.name and ".json" in path.name] or found

@@ -447,8 +447,9 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str
 
 
 def escape_markdown(text: object) -> str:
-    """Return a text of the data on one line, without the characters that would begin a cell or an HTML element."""
-    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
+    """Return a text of the data on one line, without what would begin a cell, an HTML element or a picture."""
+    line = visible(" ".join(str(text).split()))
+    return line.replace("|", "\\|").replace("<", "&lt;").replace("![", "!\\[")
 
 
 def render(template: str, **values: object) -> str:

@@ -10,6 +10,7 @@ from src.evaluation.report.summary import (
     NOT_MEASURED,
     comparison_table,
     describe_comparison,
+    escape_markdown,
     format_comparison,
     headline,
     language_table,
@@ -95,6 +96,14 @@ def test_cells_of_a_markdown_table_cannot_break_it() -> None:
     table = markdown_table(["a", "b|c"], [("# x\n| y", "<b>"), ("---", 1)])
     assert [line.replace("\\|", "").count("|") for line in table.splitlines()] == [3] * 4
     assert "<" not in table
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("a\x1b[31m\0", r"a\x1b[31m\x00"), ("![x](http://e/x.png)", r"!\[x](http://e/x.png)"), ("a\nb<i>", "a b&lt;i>")],
+)
+def test_a_text_brings_no_control_character_picture_or_element_into_a_card(text: str, shown: str) -> None:
+    assert escape_markdown(text) == shown
 
 
 @pytest.mark.parametrize(("tuned", "verdict"), [(3, "worse"), (1, "no difference shown"), (0, "better")])
