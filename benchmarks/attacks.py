@@ -399,7 +399,7 @@ def secrets_and_places(folder: Path) -> None:
         os.environ[name] = "hf_secretsecretsecretsecret"
     data = folder / "data"
     data.mkdir()
-    rows = [{"file": f"{i}.flac", "text": f"clip {i}"} for i in range(10)]
+    rows = [{"file": f"{i}.flac", "text": f"clip {i}"} for i in range(24)]
     for row in rows[1:]:
         (data / row["file"]).write_bytes(SAMPLE_CLIP.read_bytes())
     (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -264,6 +264,8 @@ def build_data_report(splits: DatasetSplits, config: Config, *, tokenizer: Any |
     clips = clips[list(CLIP_TYPES)].astype(CLIP_TYPES)
     skipped = tuple(replace(row, reason=_without_places(row.reason, config)) for row in splits.skipped)
     tables = _tables_of_recordings(utterances)
+    if "reason" in (rejected := tables.get("rejected", pd.DataFrame())):
+        rejected["reason"] = rejected["reason"].map(lambda reason: _without_places(str(reason), config))
     findings = [*find_all(clips, skipped, config.model.task), *_of_recordings(tables)]
     return DataReport(splits.source, splits.label_case, clips, sort_findings(findings), skipped, **tables)
 
@@ -303,8 +305,9 @@ def _without_places(text: str, config: Config) -> str:
     places = [config.paths.cache_dir, Path(tempfile.gettempdir()), Path.cwd(), Path.home()]
     if config.data.path is not None:
         places = [config.data.path, config.data.path.parent, *places]
-    for place in (form for each in places for form in (each, each.absolute(), each.resolve())):
-        text = text.replace(f"{place}{os.sep}", "") if place.is_absolute() else text
+    forms = {str(form) for each in places for form in (each.absolute(), each.resolve())}
+    for place in sorted(forms, key=len, reverse=True):  # one may lie below another
+        text = text.replace(f"{place}{os.sep}", "")
     return text
 
 
