@@ -304,7 +304,7 @@ def tamper(checkpoint: Path, file: str, content: bytes) -> None:
         {"config": {"training": [[]]}},
         {"data_version": 3},
     ],
-    ids=str,
+    ids=lambda change: ",".join(change),  # the values are drawn: each process that collects has its own
 )
 def test_auto_passes_over_a_state_that_somebody_changed(
     tmp_path: Path, configure: Configure, change: dict[str, Any]
