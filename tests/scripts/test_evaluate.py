@@ -72,7 +72,7 @@ def test_a_checkpoint_is_compared_with_the_stock_model_and_reported(
     assert [summary.evaluations[name]["audio_context"] for name in ("stock", "tuned")] == ["full", "dynamic"]
     page = report.read_text(encoding="utf-8")
     assert "data:audio/mpeg" in page
-    assert f"--model {checkpoint} --stock {stock} --max-clips 8" in page
+    assert f"--model {checkpoint.name} --stock {stock.name} --max-clips 8" in page  # no private path
     written = {path.name for path in run_dir.iterdir()}
     assert written >= {"config.yaml", "env.json", "metrics.jsonl", "predictions.jsonl"}
     assert call(*given) == 1
