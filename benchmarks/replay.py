@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.benchmarking import show
+from scripts.command_line import path_argument
 from src.data import Utterance, create_dataloaders, create_loader, prepare_datasets
 from src.data.preparation import DatasetSplits
 from src.evaluation import EvaluationResult, ModelEvaluator, fill_languages, prepare_guard_set
@@ -70,8 +71,8 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", type=Path, help="a Parquet file in the Hugging Face audio layout")
-    parser.add_argument("--general", type=Path, help="a folder source of general speech")
+    parser.add_argument("--train", type=path_argument, help="a Parquet file in the Hugging Face audio layout")
+    parser.add_argument("--general", type=path_argument, help="a folder source of general speech")
     parser.add_argument("--guard-clips", type=int, default=100)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--variant", default="tiny.en")
