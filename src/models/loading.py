@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-from peft.tuners.lora import Linear as LoraLinear
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -275,6 +273,9 @@ def merge_adapter(folder: Path, base_dir: Path, target: Path) -> None:
     Raises:
         ModelError: the adapter is damaged, of a kind that cannot be merged, or of another model.
     """
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict  # only adapters need it
+    from peft.tuners.lora import Linear as LoraLinear
+
     model, processor = load_checkpoint(base_dir)
     file = folder / ADAPTER_WEIGHTS
     tensors = {name: tensor.load() for name, tensor in _open_tensors(file).items()}

@@ -71,11 +71,11 @@ def save_processor(processor: WhisperProcessor, folder: Path) -> None:
 
 def token_rules(tokenizer: Any) -> dict[str, Any]:
     """Return what a generation config says about the tokens of a Whisper tokenizer."""
-    vocabulary, end = tokenizer.get_vocab(), tokenizer.convert_tokens_to_ids(END_TOKEN)
     names = (END_TOKEN, START_TOKEN, "<|startofprev|>", "<|transcribe|>", "<|translate|>", NO_TIMESTAMPS_TOKEN)
-    if missing := [name for name in names if name not in vocabulary]:
+    ids = [tokenizer.backend_tokenizer.token_to_id(name) for name in names]  # None: the token is absent
+    if missing := [name for name, at in zip(names, ids, strict=True) if at is None]:
         raise ModelError(f"not a Whisper tokenizer: it has no {', '.join(missing)}")
-    start, previous, transcribe, translate, no_timestamps = (vocabulary[name] for name in names[1:])
+    end, start, previous, transcribe, translate, no_timestamps = ids
     rules: dict[str, Any] = {
         "eos_token_id": end,
         "decoder_start_token_id": start,
