@@ -339,7 +339,6 @@ def convert_once(
     if (problem := _damage(folder, source_sha256)) is not None:
         with ExitStack() as stack:
             try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(Path(f"{folder}.lock")))
             except OSError as err:
                 fix = "set paths.cache_dir to a folder of yours"
@@ -356,10 +355,10 @@ def _make_conversion(
 ) -> None:
     if os.path.lexists(folder):
         logger.warning("%s: %s; converting %s again", folder, problem, source)
+        if not folder.is_dir():  # a file, or a link to nowhere
+            remove_folder(folder)
     else:
         logger.info("converting %s into %s", source, folder)
-    if not folder.is_dir() and os.path.lexists(folder):
-        remove_folder(folder)
     with atomic_folder(folder, replace=True) as partial:
         convert(partial)
         files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}

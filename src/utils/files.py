@@ -210,7 +210,10 @@ def read_run_rows(path: Path, *, key: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait for a lock file, and hold it; other threads wait too. A dead process holds none, and none is left behind."""
+    """Wait for a lock file, and hold it; other threads wait too. A dead process holds none, and none is left behind.
+
+    The folder is made; raises `OSError` if it cannot be written.
+    """
     from filelock import FileLock
 
     lock = FileLock(path, fallback_to_soft=False)

@@ -222,7 +222,6 @@ class ModelRegistry:
             raise ModelError("register_model: model_id is empty; give the model a name")
         checked = {name: _finite(value, f"{model_id}: metric {name}") for name, value in metrics.items()}
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
             with locked(Path(f"{self.file}.lock")):
                 models = self.list_models()
                 version = 1 + max((m.version for m in models if m.model_id == model_id), default=0)
@@ -231,7 +230,7 @@ class ModelRegistry:
                     None if checkpoint is None else str(checkpoint), base_model, notes,
                 )  # fmt: skip
                 write_json(self.file, asdict(_Registry(1, [*models, model])), durable=True)
-        except (OSError, NotImplementedError) as err:
+        except OSError as err:
             raise DataError(f"{self.file}: cannot be locked for writing: {err}; choose a local disk") from err
         logger.info("registered %s version %d in %s", model_id, model.version, self.file)
         return model
