@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from src.evaluation.evaluator import EvaluationResult
-from src.utils.errors import CheckpointError
+from src.utils.errors import CheckpointError, listed_problems
 
 HISTORY_KEYS = ("epoch", "train_loss", "val_loss", "val_wer", "val_cer", "learning_rate", "val_rate")
 _SAVE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -132,7 +132,7 @@ def check_values(values: Mapping[str, Any]) -> None:
         run = _Values.model_validate(dict(values)).run
         Progress.from_state(values["progress"])
     except ValidationError as err:
-        raise ValueError("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in err.errors()[:3])) from err
+        raise ValueError(listed_problems(err.errors())) from err
     if run != Path(run).name:
         raise ValueError(f"run: {run!r} is not a name")
     _restore_generators(values["rng"], random.Random(), np.random.RandomState())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 MAX_MESSAGE_BYTES = 9000  # a damaged file may put megabytes into a message
 
@@ -72,6 +73,11 @@ class WriteError(WhisperASRError, OSError):
     def __str__(self) -> str:
         """Name the path and the fix."""
         return f"{self.filename}: cannot be written: {self.strerror}; free space there, or choose another folder"
+
+
+def listed_problems(errors: Sequence[Mapping[str, Any]]) -> str:
+    """Return the first three of a pydantic `ValidationError`, whose own first line only counts them."""
+    return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in errors[:3])
 
 
 def first_line(error: BaseException) -> str:

@@ -33,7 +33,7 @@ from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from src.utils.errors import ConfigError, DataError, WhisperASRError, WriteError, first_line
+from src.utils.errors import ConfigError, DataError, WhisperASRError, WriteError, first_line, listed_problems
 
 logger = logging.getLogger(__name__)
 
@@ -292,8 +292,8 @@ def read_json(path: Path, parse: Callable[[Any], T], *, what: str, fix: str) -> 
         raise DataError(f"{path}: cannot be read: {err.strerror}; {fix}") from err
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as err:
         problem = first_line(err)
-        if callable(errors := getattr(err, "errors", None)):  # pydantic's first line only counts them
-            problem = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in errors()[:3])
+        if callable(errors := getattr(err, "errors", None)):  # of pydantic
+            problem = listed_problems(errors())
         raise DataError(f"{path}: not {what} ({problem}); {fix}") from err
 
 
