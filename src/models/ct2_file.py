@@ -23,7 +23,7 @@ from src.utils.files import load_json
 BINARY_VERSIONS = range(4, 7)  # since 4 each variable says its type
 DTYPES = ("float32", "int8", "int16", "int32", "float16", "bfloat16")  # indices of CTranslate2's DataType
 SPEC_NAME = "WhisperSpec"
-HEAD_DIM = 64  # of every Whisper; revisions 1 and 2 of the format do not store the number of heads
+_HEAD_DIM = 64  # of every Whisper
 # of a layer, in units of the width d, "f" for that of the feed-forward network
 _LAYER = {
     "self_attention/layer_norm/gamma": (1,), "self_attention/layer_norm/beta": (1,),
@@ -85,7 +85,7 @@ def check_ct2_folder(folder: Path, config: Mapping[str, Any]) -> tuple[int, int]
         listed = load_json(vocabulary) if vocabulary.suffix == ".json" else _lines(vocabulary)
         if not isinstance(listed, list) or len(listed) != tokens:
             raise ValueError(f"{vocabulary.name} does not list the {tokens} tokens of model.bin")
-        return layers["decoder"], int(np.ravel(variables.get("decoder/num_heads", width // HEAD_DIM))[0])
+        return layers["decoder"], count_heads(variables, "decoder", width)
     except (OSError, struct.error, LookupError, TypeError, ValueError, ArithmeticError) as err:
         problem = f"no {err}" if isinstance(err, KeyError) else first_line(err)
         raise ModelError(f"{folder}: not a whole Whisper of CTranslate2: {problem}; export the model again") from err
@@ -99,6 +99,11 @@ def _check_settings(config: Mapping[str, Any], tokens: int) -> None:
     for layer, head in config.get("alignment_heads") or ():
         if not (type(layer) is type(head) is int and min(layer, head) >= 0):
             raise ValueError(f"config.json: alignment_heads has {[layer, head]}, which is no layer and head")
+
+
+def count_heads(variables: Variables, side: str, width: int) -> int:
+    """Return the heads of "encoder" or "decoder", which revisions 1 and 2 of the format do not store."""
+    return int(np.ravel(variables.get(f"{side}/num_heads", width // _HEAD_DIM))[0])
 
 
 def _lines(file: Path) -> list[str]:

@@ -23,12 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 
-from src.data.labels import MAX_LABEL_TOKENS
-from src.models.ct2_file import HEAD_DIM, Variables, read_variables
+from src.models.ct2_file import Variables, count_heads, read_variables
 from src.models.dynamic_context import upper_half_heads
 from src.models.folder import own_settings
 from src.models.loading import check_finite, fitting_model
-from src.models.processor import MAX_INITIAL_TIMESTAMP_INDEX, START_TOKEN, build_processor, save_processor, token_rules
+from src.models.processor import START_TOKEN, build_processor, generation_defaults, save_processor, token_rules
 from src.utils.errors import ModelError, first_line
 from src.utils.files import atomic_folder, load_json
 
@@ -140,7 +139,7 @@ def _model_config(variables: Variables, state: dict[str, Tensor], processor: Whi
     sizes = {}
     for side in ("encoder", "decoder"):
         sizes[f"{side}_layers"] = sum(name.startswith(f"model.{side}.layers.") for name in state if "fc1.bias" in name)
-        sizes[f"{side}_attention_heads"] = int(np.ravel(variables.get(f"{side}/num_heads", d_model // HEAD_DIM))[0])
+        sizes[f"{side}_attention_heads"] = count_heads(variables, side, d_model)
         sizes[f"{side}_ffn_dim"] = rows(f"{side}.layers.0.fc1")
     return WhisperConfig(
         architectures=[WhisperForConditionalGeneration.__name__],
@@ -169,10 +168,7 @@ def _generation_config(
         **rules,
         "suppress_tokens": ct2_config["suppress_ids"],
         "begin_suppress_tokens": ct2_config["suppress_ids_begin"],
-        "bos_token_id": end,
-        "pad_token_id": end,
-        "max_initial_timestamp_index": MAX_INITIAL_TIMESTAMP_INDEX,
-        "max_length": MAX_LABEL_TOKENS,
+        **generation_defaults(end),
         "return_timestamps": False,
     }
     if heads != upper_half_heads(config):  # else CTranslate2's converter wrote them for want of a list

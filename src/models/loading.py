@@ -28,7 +28,6 @@ from transformers import (
 from transformers import logging as transformers_logging
 from transformers.models.whisper.configuration_whisper import NON_SPEECH_TOKENS, NON_SPEECH_TOKENS_MULTI
 
-from src.data.labels import MAX_LABEL_TOKENS
 from src.models.dynamic_context import DynamicWhisper
 from src.models.folder import (
     ADAPTER_WEIGHTS,
@@ -41,7 +40,7 @@ from src.models.folder import (
     read_settings,
     weight_files,
 )
-from src.models.processor import MAX_INITIAL_TIMESTAMP_INDEX, save_processor, token_rules
+from src.models.processor import generation_defaults, save_processor, token_rules
 from src.utils.errors import ModelError, first_line
 
 logger = logging.getLogger(__name__)
@@ -242,10 +241,7 @@ def _read_generation(folder: Path, config: WhisperConfig, tokenizer: Any) -> Gen
         standard = {
             "suppress_tokens": config.suppress_tokens or [*(i for i in not_speech if i < end), *special],
             "begin_suppress_tokens": [token_id("Ġ"), end],
-            "bos_token_id": end,
-            "pad_token_id": end,
-            "max_initial_timestamp_index": MAX_INITIAL_TIMESTAMP_INDEX,
-            "max_length": MAX_LABEL_TOKENS,
+            **generation_defaults(end),
         }
         for key, value in standard.items():
             if getattr(generation, key, None) is None:

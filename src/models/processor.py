@@ -20,7 +20,6 @@ from src.utils.files import load_english_spelling, load_json
 END_TOKEN = "<|endoftext|>"
 START_TOKEN = "<|startoftranscript|>"
 NO_TIMESTAMPS_TOKEN = "<|notimestamps|>"
-MAX_INITIAL_TIMESTAMP_INDEX = 50  # 1 s: the latest beginning of a first segment
 ORDINARY = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
 
 
@@ -88,6 +87,16 @@ def token_rules(tokenizer: Any) -> dict[str, Any]:
         rules["lang_to_id"] = {tokenizer.convert_ids_to_tokens(i): i for i in range(start + 1, translate)}
         rules["task_to_id"] = {"transcribe": transcribe, "translate": translate}
     return rules
+
+
+def generation_defaults(end: int) -> dict[str, int]:
+    """Return what the generation configs of all Whisper models have in common besides `token_rules`."""
+    return {
+        "bos_token_id": end,
+        "pad_token_id": end,
+        "max_initial_timestamp_index": 50,  # 1 s: the latest beginning of a first segment
+        "max_length": MAX_LABEL_TOKENS,
+    }
 
 
 def _write_json(path: Path, content: dict[str, Any], *, sort: bool) -> None:
