@@ -180,13 +180,17 @@ def put_weights(model: DynamicWhisper, tensors: dict[str, Tensor], place: Path) 
 
 def check_finite(tensors: Mapping[str, Tensor], place: Path) -> None:
     """Raise `ModelError` if a tensor has values that are not finite."""
-    # the sum first: it takes no memory
-    wrong = [name for name, each in tensors.items() if not (each.sum().isfinite() or each.isfinite().all())]
-    if wrong:
+    if wrong := not_finite(tensors):
         raise ModelError(
             f"{place}: {_listed('with nan or infinity', wrong)}; that training diverged or the file is damaged, take "
             "an earlier checkpoint"
         )
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors with nan or infinity."""
+    # the sum first: it takes no memory
+    return [name for name, each in tensors.items() if not (each.sum().isfinite() or each.isfinite().all())]
 
 
 def _listed(what: str, names: list[str]) -> str:

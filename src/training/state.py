@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from src.evaluation.evaluator import EvaluationResult
+from src.models.loading import not_finite
 from src.utils.errors import CheckpointError, listed_problems
 
 HISTORY_KEYS = ("epoch", "train_loss", "val_loss", "val_wer", "val_cer", "learning_rate", "val_rate")
@@ -161,7 +162,7 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             f"{len(wrong)} trained parameters differ from this model's, first {wrong[0]}: {saved.get(wrong[0])} in "
             f"the checkpoint, {here.get(wrong[0])} here; take the same model.variant and training.method"
         )
-    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+    if wrong := not_finite(tensors):
         raise CheckpointError(
             f"{len(wrong)} parameters have nan or infinity, first {wrong[0]}; take an older checkpoint"
         )

@@ -34,8 +34,9 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _usable(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, int | float) and abs(value) > (MAX_SEED if info.field_name == "seed" else MAX_NUMBER):
-            raise ValueError(f"larger than {MAX_SEED if info.field_name == 'seed' else MAX_NUMBER}")
+        limit = MAX_SEED if info.field_name == "seed" else MAX_NUMBER
+        if isinstance(value, int | float) and abs(value) > limit:
+            raise ValueError(f"larger than {limit}")
         if isinstance(value, str) and re.search(r"[\ud800-\udfff]", value):
             raise ValueError("half of a character (a surrogate); write the text in UTF-8")
         is_name = isinstance(value, str) and info.field_name in ("variant", "id")  # or the path of a folder
