@@ -1,7 +1,7 @@
 """Files of a CTranslate2 Whisper folder, read and compared with each other without torch.
 
-CTranslate2 itself finds out while it computes that a variable is absent, of another shape or not finite; heads that the
-decoder lacks end the process.
+CTranslate2 itself notices only during inference that a variable is absent, of another shape or not finite; alignment
+heads that the decoder lacks end the process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files of a checkpoint in Hugging Face format, looked at without torch: what is there, what is absent, what fits."""
+"""Files of a checkpoint in Hugging Face format: which are present or absent, and their settings, without torch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILE = "config.json", "generation_config
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS_FILE = "model.safetensors"
 _INDEX = f"{WEIGHTS_FILE}.index.json"
+_TOKENIZERS = ((TOKENIZER_FILE,), ("vocab.json", "merges.txt"))  # either is enough
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -43,11 +44,8 @@ def missing_part(folder: Path) -> str | None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has the files of a tokenizer, in the form of today or that of slow tokenizers."""
+    """Whether a folder has the files of a tokenizer, in the current format or that of slow tokenizers."""
     return any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS)
-
-
-_TOKENIZERS = ((TOKENIZER_FILE,), ("vocab.json", "merges.txt"))
 
 
 def absent_shards(folder: Path) -> list[str]:
@@ -86,7 +84,7 @@ def model_type(folder: Path) -> str | None:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """Return the object that a JSON file of a model holds; `ModelError` if it is absent, special, damaged or none."""
+    """Return the object that a JSON file of a model holds; `ModelError` if it cannot be read or is no object."""
     try:
         settings = load_json(file)
     except (OSError, ValueError) as err:

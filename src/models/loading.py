@@ -1,8 +1,8 @@
 """Loading of a folder in Hugging Face format: every tensor is the model's and finite, and nothing in it runs code.
 
-transformers draws weights at random that a file lacks, allocates what config.json says, and raises whatever its
-libraries raise. Here config.json, the heads of the files and each other are compared before anything is allocated, and
-what does not fit is a `ModelError` that names it. Of config.json only what describes the network is taken.
+transformers initialises weights that a file lacks at random, allocates what config.json says, and passes on the errors
+of its libraries. Here config.json is compared with the headers of the weight files before anything is allocated, and
+what does not fit is named by a `ModelError`. Only the settings of the network are taken from config.json.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names; others are quantis
 ENGLISH_START = 50_257  # default of `WhisperConfig.decoder_start_token_id`
 _EMBEDDING, _PROJECTION = "model.decoder.embed_tokens.weight", "proj_out.weight"
 _NETWORK = frozenset(WhisperConfig.__annotations__)  # keys of config.json; others may name code, kernels, label counts
-# ways to begin a LoRA that change the base model, too: the adapter does not fit the one it names
+# LoRA initialisations that also change the base model: the adapter does not fit the model that it names
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -118,18 +118,18 @@ def _open_weights(folder: Path) -> dict[str, _Tensor]:
 
 
 def _open_tensors(file: Path) -> dict[str, _Tensor]:
-    """Return the tensors of a safetensors file, of which only the head is read yet."""
+    """Return the tensors of a safetensors file; only its header is read at this point."""
     found: dict[str, _Tensor] = {}
     with _reading(file, "damaged or no weights in safetensors", "fetch the file again"):
         opened = safe_open(file, framework="pt")
         for name in opened.keys():  # noqa: SIM118
-            head = opened.get_slice(name)
-            if head.get_dtype() not in FLOATS:
+            header = opened.get_slice(name)
+            if header.get_dtype() not in FLOATS:
                 raise ModelError(
-                    f"{file}: {name} is stored as {head.get_dtype()}; quantised weights are not read, save the model "
+                    f"{file}: {name} is stored as {header.get_dtype()}; quantised weights are not read, save the model "
                     "in float16 or float32"
                 )
-            found[name] = _Tensor((*head.get_shape(),), partial(_load_tensor, opened, name))
+            found[name] = _Tensor((*header.get_shape(),), partial(_load_tensor, opened, name))
     return found
 
 
@@ -139,7 +139,7 @@ def _load_tensor(opened: Any, name: str) -> Tensor:
 
 
 def fitting_model(config: WhisperConfig, shapes: Mapping[str, tuple[int, ...]], place: Path) -> DynamicWhisper:
-    """Return a model without memory for its weights; `ModelError` if tensors of these names and shapes are not its."""
+    """Return a model without memory for its weights; `ModelError` if names or shapes do not fit it."""
     with _reading(place, f"{CONFIG_FILE} does not describe a Whisper", "fetch the folder again"):
         if max(config.encoder_layers, config.decoder_layers) > max(len(shapes), MAX_LAYERS):
             layers = f"{config.encoder_layers} and {config.decoder_layers} layers"

@@ -27,7 +27,7 @@ MAX_LISTED, MAX_PROBLEM_CHARS = 30, 250  # in an error
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, unknown keys and numbers without a use are refused, paths expanded."""
+    """A part of the configuration: frozen; unknown keys and huge or infinite numbers are refused, paths expanded."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 

@@ -227,7 +227,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _acquire(lock: Any, path: Path) -> None:
-    """Acquire a lock file if its file system has locks, which that of Google Drive in Colab has not."""
+    """Acquire a lock file if its file system supports locks; Google Drive in Colab does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire()
