@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import soundfile as sf
-from filelock import FileLock
 
 from src.data.audio import SAMPLE_RATE, open_regular, stream_audio
 from src.data.sources.archives import private_folder
 from src.utils.errors import AudioError, DataError
-from src.utils.files import atomic_file, file_stamp
+from src.utils.files import atomic_file, file_stamp, locked
 
 START_COLUMNS = ("offset", "start", "start_sec", "start_time", "begin", "begin_time")
 END_COLUMNS = ("end", "end_sec", "end_time", "stop")
@@ -110,7 +109,7 @@ def _decode_once(path: Path, track: int | None) -> Path:
     if decoded.exists():
         return decoded
     try:
-        with FileLock(f"{decoded}.lock"):  # other threads and processes ask for parts of it at the same time
+        with locked(Path(f"{decoded}.lock")):  # other threads and processes ask for parts of it at the same time
             if not decoded.exists():
                 with (
                     atomic_file(decoded) as partial,
