@@ -39,7 +39,15 @@ from src.data.preprocessing import ClipStats, measure_clip
 from src.data.sources.catalog import CLIP_TEXT, in_mix, load_utterances, open_source
 from src.data.sources.hub import MIN_SPEAKERS, spread, stream_general
 from src.data.sources.parts import AudioPart
-from src.data.utterance import SPLIT_NAMES, SPLITS, AudioTrack, SkippedUtterance, Utterance, stable_hash
+from src.data.utterance import (
+    SPLIT_NAMES,
+    SPLITS,
+    AudioTrack,
+    SkippedUtterance,
+    Utterance,
+    hashed_choice,
+    stable_hash,
+)  # fmt: skip
 from src.data.vad import VoiceActivityDetector
 from src.utils.config import MAX_AUDIO_SEC, REPLAY, Config, DataConfig, ModelConfig, SourceName
 from src.utils.errors import AudioError, DataError, SourceUnavailableError
@@ -162,7 +170,7 @@ def _prepare(
             parts[name] += part
     if data.mix:
         for name, cap in _caps(data).items():
-            chosen = {u.id for u in sorted(parts[name], key=lambda u: stable_hash(config.seed, u.id))[:cap]}
+            chosen = {u.id for u in hashed_choice(parts[name], cap, config.seed)}
             parts[name] = [u for u in parts[name] if u.id in chosen]
     checkers = [each.checker for each in opened]
     skipped = [row for checker in checkers for row in checker.skipped]
@@ -383,8 +391,7 @@ def _guard_texts(config: Config) -> list[str]:
     if guard.source not in ("folder", "parquet"):
         return [CLIP_TEXT]
     listed = load_utterances(DataConfig(source=guard.source, path=guard.path))
-    chosen = sorted(listed, key=lambda u: stable_hash(config.seed, u.id))[: guard.max_clips]
-    return [source_text(utterance) for utterance in chosen]
+    return [source_text(utterance) for utterance in hashed_choice(listed, guard.max_clips, config.seed)]
 
 
 def cut_at_pauses(utterance: Utterance, max_sec: float) -> list[Utterance]:
@@ -524,7 +531,7 @@ class RecordingChecker:
         if isinstance(part, Sequence):
             chunk_size, position = _CHUNK, {u.id: index for index, u in enumerate(part)}
             if cap is not None:
-                queue = sorted(part, key=lambda u: stable_hash(self._config.seed, u.id))
+                queue = hashed_choice(part, None, self._config.seed)
         elif cap is None:
             logger.warning("%s: data.max_%s is not set, so the whole stream is downloaded", name, name)
         free_bytes = MAX_MEMORY_SHARE * psutil.virtual_memory().available

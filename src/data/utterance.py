@@ -160,6 +160,11 @@ def stable_hash(seed: int, text: str) -> str:
     return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
 
 
+def hashed_choice(utterances: Iterable[Utterance], count: int | None, seed: int) -> list[Utterance]:
+    """Choose `count` utterances by a hash of their ids, all if there are fewer: a sample of the whole, not a head."""
+    return sorted(utterances, key=lambda u: stable_hash(seed, u.id))[:count]
+
+
 def split_of(path: Path) -> str | None:
     """Return the split that a file's or folder's name says, the nearest first; None where none does."""
     for part in (path.stem, *(parent.name for parent in path.parents)):

@@ -33,8 +33,8 @@ from src.data.labels import (
 from src.data.loader import create_loader
 from src.data.preparation import DatasetSplits
 from src.data.report.findings import Finding, count_clips, fits_script, languages_of_script, sort_findings
-from src.data.report.report import DataReport, hashed_choice
-from src.data.utterance import Utterance
+from src.data.report.report import DataReport
+from src.data.utterance import Utterance, hashed_choice
 from src.evaluation.evaluator import ModelEvaluator, sum_loss
 from src.evaluation.metrics import second_normalizer, word_counts
 from src.inference.torch_engine import encode, language_logprobs

@@ -24,7 +24,7 @@ from src.data.labels import LabelEncoder, group_of
 from src.data.preparation import DatasetSplits
 from src.data.report.findings import CLIPPED_FRACTION, LEVELS, Finding, find_all, sort_findings, text_keys
 from src.data.sources.subtitles import PREPARATION_FILE
-from src.data.utterance import SPLITS, SkippedUtterance, Utterance, stable_hash
+from src.data.utterance import SPLITS, SkippedUtterance, Utterance
 from src.utils.config import Config
 from src.utils.errors import DataError
 from src.utils.files import read_json, write_json, write_text_atomic
@@ -332,11 +332,6 @@ def find_rate_outliers(rates: NDArray[np.float64]) -> NDArray[np.bool_]:
     distances = np.abs(logs - np.median(logs))
     outliers: NDArray[np.bool_] = distances > OUTLIER_SCORE * max(1.4826 * float(np.median(distances)), _MIN_LOG_SPREAD)
     return outliers
-
-
-def hashed_choice(utterances: Sequence[Utterance], count: int, seed: int) -> list[Utterance]:
-    """Choose `count` utterances by a hash of their ids, all if there are fewer: a sample of the whole, not a head."""
-    return sorted(utterances, key=lambda u: stable_hash(seed, u.id))[:count]
 
 
 def _rounded(table: pd.DataFrame) -> pd.DataFrame:

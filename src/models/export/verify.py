@@ -32,7 +32,7 @@ from src.data.features import CONTEXT_SAMPLES, LogMel, padded_samples
 from src.data.labels import MIN_NEW_TOKENS
 from src.data.sources.catalog import SAMPLE_PARQUET
 from src.data.sources.parquet import read_parquet
-from src.data.utterance import stable_hash
+from src.data.utterance import hashed_choice
 from src.models.dynamic_context import DynamicWhisper, evaluation_mode, get_cap_rates, get_language
 from src.utils.errors import DataError, ModelError
 from src.utils.files import parse_json
@@ -149,7 +149,7 @@ def choose_clips(loader: Any, seed: int) -> tuple[SpokenClip, ...]:
     dataset = getattr(loader, "dataset", None)
     if not isinstance(dataset, WhisperDataset):
         return ()
-    order = sorted((u for u in dataset.utterances if u.text.strip()), key=lambda u: stable_hash(seed, u.id))
+    order = hashed_choice((u for u in dataset.utterances if u.text.strip()), None, seed)
     first = {u.language: u for u in reversed(order)}  # of each language
     others = [u for u in order if u is not first[u.language]]
     chosen = [*first.values(), *others[: max(0, KEPT_CLIPS - len(first))]]

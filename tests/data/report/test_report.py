@@ -24,9 +24,8 @@ from src.data.report.report import (
     DataReport,
     build_data_report,
     find_rate_outliers,
-    hashed_choice,
 )  # fmt: skip
-from src.data.utterance import SPLITS, SkippedUtterance, Utterance
+from src.data.utterance import SPLITS, SkippedUtterance, Utterance, hashed_choice
 from src.data.vad import VoiceActivityDetector
 from src.utils.config import Config
 from src.utils.errors import DataError
