@@ -32,7 +32,7 @@ from src.data import create_loader
 from src.data.preparation import DatasetSplits, RecordingChecker, enforce_skip_policy
 from src.data.sources.catalog import load_utterances, unpack
 from src.data.sources.manifest import find_manifests, is_manifest
-from src.data.utterance import SPLIT_NAMES, Utterance
+from src.data.utterance import Utterance
 from src.evaluation import EvaluationResult, ModelEvaluator, fill_languages
 from src.evaluation.evaluator import compare_predictions
 from src.evaluation.report.html import write_html_report
@@ -186,7 +186,7 @@ def stock_variant(model_config: Any) -> str:
 def read_clips(config: Config) -> list[Utterance]:
     """List, check and recase the clips to measure on."""
     listed = load_utterances(with_clips(config).data)
-    tested = [clip for clip in listed if SPLIT_NAMES.get(str(clip.meta.get("split")).lower()) == "test"]
+    tested = [clip for clip in listed if clip.split == "test"]
     if not tested:
         logger.info("no test split in the data: all %d rows are measured", len(listed))
         tested = listed

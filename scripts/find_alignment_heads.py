@@ -27,7 +27,7 @@ from src.data.audio import load_audio
 from src.data.labels import apply_case, resolve_case
 from src.data.preparation import with_language
 from src.data.sources.catalog import load_utterances
-from src.data.utterance import SPLIT_NAMES, Utterance
+from src.data.utterance import Utterance
 from src.inference.alignment_heads import DEFAULT_COUNT, HeadSearch, find_alignment_heads, write_alignment_heads
 from src.inference.files.recordings import with_clips
 from src.models.whisper_model import WhisperModelManager
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> HeadSearch:
 def choose_clips(config: Config, count: int) -> list[Utterance]:
     """Take clips at a stride, but none of a test split, and recase their transcripts where they are all capitals."""
     listed = load_utterances(with_clips(config).data)
-    usable = [clip for clip in listed if SPLIT_NAMES.get(str(clip.meta.get("split")).lower()) != "test"] or listed
+    usable = [clip for clip in listed if clip.split != "test"] or listed
     taken = [with_language(clip, config.model) for clip in usable[:: max(1, len(usable) // count)][:count]]
     case = resolve_case([clip.text for clip in taken], config.data.label_case)
     return [replace(clip, text=apply_case(clip.text, case, clip.language)) for clip in taken]

@@ -264,10 +264,10 @@ def _open(name: str | None, source: SourceName, config: Config, vad: VoiceActivi
         opened = pieces
     given: Parts = {split: [] for split in SPLITS}
     for utterance in opened:
-        split = str(utterance.meta.get("split") or "train").lower()
-        if split not in SPLIT_NAMES:
-            raise DataError(f"utterance {utterance.id}: unknown split {split!r}; use {', '.join(SPLIT_NAMES)}")
-        given[SPLIT_NAMES[split]].append(in_mix(utterance, name))
+        if utterance.split is None:
+            unknown = str(utterance.meta["split"]).lower()
+            raise DataError(f"utterance {utterance.id}: unknown split {unknown!r}; use {', '.join(SPLIT_NAMES)}")
+        given[utterance.split].append(in_mix(utterance, name))
     if not given["train"] and name is None:
         raise DataError("no utterance is in the train split")
     return _Opened(data, given, caps, checker, is_checked=False)
@@ -339,9 +339,7 @@ def take_replay(parts: Parts, config: Config) -> tuple[list[Utterance], Recordin
         return letters_of(source_text(utterance)) not in trained
 
     def take_listed(data: DataConfig, cap: int) -> list[Utterance]:
-        listed = load_utterances(data)
-        usual = [u for u in listed if SPLIT_NAMES.get(str(u.meta.get("split") or "train").lower()) == "train"]
-        candidates = list(usable(usual))
+        candidates = list(usable(u for u in load_utterances(data) if u.split == "train"))
         new = [utterance for utterance in candidates if is_new(utterance)]
         if candidates and not new:
             logger.warning("data.replay: all of its clips are in the training set; set data.replay.source to others")

@@ -82,6 +82,11 @@ class Utterance:
         """What to call the recording in an error."""
         return visible(self.audio) if isinstance(self.audio, Path | EncodedAudio) else "embedded audio"
 
+    @property
+    def split(self) -> str | None:
+        """The split that its source gives, "train" by default; None for an unknown name."""
+        return SPLIT_NAMES.get(str(self.meta.get("split") or "train").lower())
+
 
 @dataclass(frozen=True)
 class SkippedUtterance:
