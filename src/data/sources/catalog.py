@@ -87,10 +87,13 @@ def _load_common_voice(config: DataConfig) -> list[Utterance]:
 
 def _load_folder(config: DataConfig) -> list[Utterance]:
     folder = _path(config)
-    if find_transcribed(folder):
+    try:
+        return read_folder(folder)
+    except SourceUnavailableError as err:
+        if not find_transcribed(folder):
+            raise
         fix = "cut them first: config = with_clips(config), from src.inference, or scripts/prepare.py"
-        raise DataError(f"{folder}: long recordings with transcripts are no clips yet; {fix}")
-    return read_folder(folder)
+        raise DataError(f"{folder}: long recordings with transcripts are no clips yet; {fix}") from err
 
 
 def _path(config: DataConfig) -> Path:
