@@ -408,9 +408,11 @@ def cut_at_pauses(utterance: Utterance, max_sec: float) -> list[Utterance]:
     if not timed or not isinstance(whole, AudioPart) or timed[-1].end_sec <= max_sec:
         return [utterance]
     # half of each pause, and at most `PAD_SEC` of it, stays on either side
-    ends = [min(a.end_sec + PAD_SEC, (a.end_sec + b.start_sec) / 2) for a, b in pairwise(timed)]
-    starts = [0.0, *(max(b.start_sec - PAD_SEC, (a.end_sec + b.start_sec) / 2) for a, b in pairwise(timed))]
-    starts[0] = max(timed[0].start_sec - PAD_SEC, 0.0)
+    starts, ends = [max(timed[0].start_sec - PAD_SEC, 0.0)], list[float]()
+    for a, b in pairwise(timed):
+        middle_sec = (a.end_sec + b.start_sec) / 2
+        ends.append(min(a.end_sec + PAD_SEC, middle_sec))
+        starts.append(max(b.start_sec - PAD_SEC, middle_sec))
     ends.append(timed[-1].end_sec + PAD_SEC)
     pieces, at = [], 0
     while at < len(timed):
@@ -419,10 +421,11 @@ def cut_at_pauses(utterance: Utterance, max_sec: float) -> list[Utterance]:
         if last < len(timed) - 1:
             late = [i for i in range(at, last + 1) if ends[i] - begin_sec >= max_sec / 2] or [last]
             last = max(late, key=lambda i: timed[i + 1].start_sec - timed[i].end_sec)
-        end_sec = None if last == len(timed) - 1 and math.isinf(ends[last]) else whole.start_sec + ends[last]
+        end_sec = whole.start_sec + ends[last]
         if last == len(timed) - 1 and whole.end_sec is not None:
-            end_sec = whole.end_sec if end_sec is None else min(end_sec, whole.end_sec)
-        part = replace(whole, start_sec=whole.start_sec + begin_sec, end_sec=end_sec)
+            end_sec = min(end_sec, whole.end_sec)
+        known_sec = None if math.isinf(end_sec) else end_sec
+        part = replace(whole, start_sec=whole.start_sec + begin_sec, end_sec=known_sec)
         spoken = [
             f"<|{t.start_sec - begin_sec:.2f}|>{t.text}<|{t.end_sec - begin_sec:.2f}|>" for t in timed[at : last + 1]
         ]
