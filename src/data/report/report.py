@@ -262,10 +262,11 @@ def build_data_report(splits: DatasetSplits, config: Config, *, tokenizer: Any |
         special = 1 + len(encoder.prefix_for(config.model.language or "en"))  # as many in each language
         clips["tokens"] = [len(encoder.tokenize(u.text, u.language)) + special for u in utterances]
     clips = clips[list(CLIP_TYPES)].astype(CLIP_TYPES)
-    skipped = tuple(replace(row, reason=_without_places(row.reason, config)) for row in splits.skipped)
+    places = _private_places(config)
+    skipped = tuple(replace(row, reason=_without_places(row.reason, places)) for row in splits.skipped)
     tables = _tables_of_recordings(utterances)
     if "reason" in (rejected := tables.get("rejected", pd.DataFrame())):
-        rejected["reason"] = rejected["reason"].map(lambda reason: _without_places(str(reason), config))
+        rejected["reason"] = rejected["reason"].map(lambda reason: _without_places(str(reason), places))
     findings = [*find_all(clips, skipped, config.model.task), *_of_recordings(tables)]
     return DataReport(splits.source, splits.label_case, clips, sort_findings(findings), skipped, **tables)
 
@@ -300,13 +301,18 @@ def _of_recordings(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
     return [Finding("warning" if share < LITTLE_COVERED else "info", "recordings", message, advice)]
 
 
-def _without_places(text: str, config: Config) -> str:
-    """Return a text whose paths begin below the data, the cache or the like: a report is shown to others."""
+def _private_places(config: Config) -> list[str]:
+    """Return the folders of the data, the cache and the like, the longest first: one may lie below another."""
     places = [config.paths.cache_dir, Path(tempfile.gettempdir()), Path.cwd(), Path.home()]
     if config.data.path is not None:
         places = [config.data.path, config.data.path.parent, *places]
     forms = {str(form) for each in places for form in (each.absolute(), each.resolve())}
-    for place in sorted(forms, key=len, reverse=True):  # one may lie below another
+    return sorted(forms, key=len, reverse=True)
+
+
+def _without_places(text: str, places: Sequence[str]) -> str:
+    """Return a text whose paths begin below private folders: a report is shown to others."""
+    for place in places:
         text = text.replace(f"{place}{os.sep}", "")
     return text
 
