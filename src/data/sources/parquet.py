@@ -6,7 +6,6 @@ file lives in memory, and one larger than the memory works.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from src.data.sources.archives import ALLOWED_BYTES, MAX_RATIO
 from src.data.sources.manifest import AUDIO_COLUMNS, TEXT_COLUMNS, find_audio, pick_column
 from src.data.utterance import Utterance, split_of, utterance_from_row, with_unique_ids
 from src.utils.errors import AudioError, DataError, SourceUnavailableError
+from src.utils.files import parse_json
 
 KEPT_BYTES = 256 << 20  # of row groups, per process
 ROW_BYTES = 256  # that a row takes at least, whatever is in it
@@ -161,8 +161,8 @@ def _is_plain(kind: pa.DataType) -> bool:
 def _class_names(schema: pa.Schema) -> dict[str, dict[Any, str]]:
     """Return the names of the numbers in columns that datasets wrote as `ClassLabel`."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError, AttributeError):
         return {}
     labels = {name: f["names"] for name, f in features.items() if isinstance(f, dict) and "names" in f}
     return {name: dict(enumerate(classes)) for name, classes in labels.items()}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import itertools
-import json
 import logging
 import math
 from collections import Counter, defaultdict
@@ -27,6 +26,7 @@ from src.data.sources.manifest import decode_western, find_manifests
 from src.data.sources.parts import parse_seconds
 from src.data.utterance import text_of
 from src.utils.errors import DataError, first_line
+from src.utils.files import parse_json
 from src.utils.languages import code_of_language, join_texts
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def _read_subtitles(content: str, suffix: str) -> list[Passage]:
 
 def _read_json(content: str) -> list[Passage]:
     """Read segments of whisper, faster-whisper, whisperX, whisper.cpp or this project."""
-    found = json.loads(content)
+    found = parse_json(content)
     segments = found if isinstance(found, list) else found.get("segments") or found.get("transcription") or []
 
     def seconds(segment: Mapping[str, Any], name: str, of_cpp: str) -> float:
