@@ -169,9 +169,7 @@ class DataReport:
 
     def _shown_summary(self) -> pd.DataFrame:
         """Return the summary rounded for reading, one column per split, with a dash where nothing was measured."""
-        digits = dict.fromkeys(("median_sec", "p5_sec", "p95_sec", "chars_per_sec", "loudness_dbfs"), 1)
-        rounded = self.summary().round({**digits, "hours": 2, "clipped_share": 3, "no_speech_share": 3})
-        return rounded.astype(object).where(rounded.notna(), "-").set_index("split").T
+        return _rounded(self.summary()).set_index("split").T
 
     def save(self, run_dir: str | Path) -> tuple[Path, Path]:
         """Write data_report.json and data_report_clips.csv, each whole or not at all; return both paths."""
@@ -211,9 +209,8 @@ class DataReport:
 
         def parse(content: dict[str, Any]) -> DataReport:
             tables = {name: content[name] for name in ("label_styles", "hard_clips")}
-            tables |= {
-                name: content.get(name) for name in ("recordings", "rejected", "doubtful")
-            }  # older reports: none
+            later = ("recordings", "rejected", "doubtful")  # older reports have none
+            tables |= {name: content.get(name) for name in later}
             return cls(
                 source=content["source"],
                 label_case=content["label_case"],
@@ -264,14 +261,12 @@ def build_data_report(splits: DatasetSplits, config: Config, *, tokenizer: Any |
     clips = clips[list(CLIP_TYPES)].astype(CLIP_TYPES)
     places = _private_places(config)
     skipped = tuple(replace(row, reason=_without_places(row.reason, places)) for row in splits.skipped)
-    tables = _tables_of_recordings(utterances)
-    if "reason" in (rejected := tables.get("rejected", pd.DataFrame())):
-        rejected["reason"] = rejected["reason"].map(lambda reason: _without_places(str(reason), places))
+    tables = _tables_of_recordings(utterances, places)
     findings = [*find_all(clips, skipped, config.model.task), *_of_recordings(tables)]
     return DataReport(splits.source, splits.label_case, clips, sort_findings(findings), skipped, **tables)
 
 
-def _tables_of_recordings(utterances: Sequence[Utterance]) -> dict[str, pd.DataFrame]:
+def _tables_of_recordings(utterances: Sequence[Utterance], places: Sequence[str]) -> dict[str, pd.DataFrame]:
     """Return what became of long recordings, if the clips were cut from some."""
     folders = {u.audio.parent for u in utterances if isinstance(u.audio, Path) and "recording_start" in u.meta}
     files = [folder / PREPARATION_FILE for folder in sorted(folders) if (folder / PREPARATION_FILE).is_file()]
@@ -283,9 +278,10 @@ def _tables_of_recordings(utterances: Sequence[Utterance]) -> dict[str, pd.DataF
     doubtful = [
         {"id": u.id, "score": score, "text": u.text, "audio": str(Path(u.audio_name).resolve())} for score, u in worst
     ]
+    rejected = [row for part in found for row in part["rejected"]]
     return {
         "recordings": pd.DataFrame([row for part in found for row in part["recordings"]]),
-        "rejected": pd.DataFrame([row for part in found for row in part["rejected"]]),
+        "rejected": pd.DataFrame([row | {"reason": _without_places(str(row["reason"]), places)} for row in rejected]),
         "doubtful": pd.DataFrame(doubtful),
     }
 
@@ -342,7 +338,8 @@ def find_rate_outliers(rates: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 def _rounded(table: pd.DataFrame) -> pd.DataFrame:
     """Return counted clips rounded for reading, with a dash where something has no value."""
-    rounded = table.round({"hours": 2, "chars_per_sec": 1})
+    digits = dict.fromkeys(("median_sec", "p5_sec", "p95_sec", "chars_per_sec", "loudness_dbfs"), 1)
+    rounded = table.round({**digits, "hours": 2, "clipped_share": 3, "no_speech_share": 3})
     return rounded.astype(object).where(rounded.notna(), "-")
 
 
@@ -360,7 +357,7 @@ def _quote_formula(cell: Any) -> Any:
 def _read_clips(path: Path) -> pd.DataFrame:
     """Read the table of clips; an empty cell is NA, but a transcript may well read "NA" or "None"."""
     cells = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    older = {name: cells.get(name, "") for name in ("language", "source")}  # reports of before have none
+    older = {name: cells.get(name, "") for name in ("language", "source")}  # older reports have none
     cells = cells.assign(**older)[list(CLIP_TYPES)]
     others = [name for name in CLIP_TYPES if name not in ("id", "split", "text")]
     for name in _TEXT_COLUMNS:
