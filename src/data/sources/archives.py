@@ -36,6 +36,7 @@ MIN_MEMBER_BYTES = 1024  # of the archive per file, on average over more than:
 ALLOWED_MEMBERS = 20_000
 MAX_DEPTH = 32  # folders within folders
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 2000  # file systems have 255 for a name, and 4096 for a path
+MORE_SPACE = "free space there, or set TMPDIR to another disk"  # what to do where `private_folder` is full
 BLOCK_BYTES = 64 << 10  # read at once; a larger header in a tar file is refused
 _OPENERS = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\0", lzma.open))
 _DAMAGED = (
@@ -77,8 +78,7 @@ def unpack(path: Path) -> Path:
     except OSError as err:
         if err.errno is None:  # of gzip and bz2: damaged
             raise _damaged(path, err) from err
-        fix = "free space there, or set TMPDIR to another disk"
-        raise DataError(f"{path}: cannot be unpacked to {folder}: {err.strerror}; {fix}") from err
+        raise DataError(f"{path}: cannot be unpacked to {folder}: {err.strerror}; {MORE_SPACE}") from err
     inside = [folder]
     while len(inside) == 1 and inside[0].is_dir():
         folder = inside[0]
@@ -160,8 +160,8 @@ class _Limits:
             fix = "if that is right, unpack it yourself and set data.path to the folder"
             raise DataError(f"{self._path}: unpacks to {MAX_RATIO} times its own size or more; {fix}")
         if size > self._size:
-            fix = "free space there, or set TMPDIR to another disk"
-            raise DataError(f"{self._path}: unpacks to more than the {self._size >> 20:,} MB of {self._where}; {fix}")
+            what = f"unpacks to more than the {self._size >> 20:,} MB of {self._where}"
+            raise DataError(f"{self._path}: {what}; {MORE_SPACE}")
 
 
 def _place(path: Path, name: str) -> PurePosixPath:
@@ -194,6 +194,10 @@ def _twice(path: Path, place: PurePosixPath) -> DataError:
     return DataError(f"{path}: has two members of the name {_shown(place)}; pack it again with one of them")
 
 
+def _neither(path: Path, name: str) -> DataError:
+    return DataError(f"{path}: {_shown(name)} is neither file nor folder; pack the archive again without it")
+
+
 def _shown(name: PurePosixPath | str) -> str:
     return repr(str(name) if len(str(name)) <= 120 else f"{str(name)[:60]}...{str(name)[-60:]}")
 
@@ -220,7 +224,7 @@ def _read_zip(path: Path, limits: _Limits) -> Iterator[_Member]:
                 yield _Member(info.filename)
                 continue
             if kind not in (0, stat.S_IFREG, stat.S_IFLNK):
-                raise DataError(f"{path}: {shown} is neither file nor folder; pack the archive again without it")
+                raise _neither(path, info.filename)
             try:
                 content = archive.open(info)
             except NotImplementedError as err:
@@ -255,8 +259,7 @@ def _read_tar(path: Path, limits: _Limits) -> Iterator[_Member]:
                 elif info.isfile() and (content := archive.extractfile(info)) is not None:
                     yield _Member(info.name, content.raw)  # type: ignore[attr-defined]  # else it reads larger blocks
                 else:
-                    what = f"{_shown(info.name)} is neither file nor folder"
-                    raise DataError(f"{path}: {what}; pack the archive again without it")
+                    raise _neither(path, info.name)
         if stream.last != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
             raise tarfile.ReadError("a header is damaged, or the end is absent")
         while block := stream.read(BLOCK_BYTES):  # to the checksum of the compressed data

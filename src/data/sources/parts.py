@@ -16,7 +16,7 @@ from typing import Any
 import soundfile as sf
 
 from src.data.audio import SAMPLE_RATE, open_regular, stream_audio
-from src.data.sources.archives import private_folder
+from src.data.sources.archives import MORE_SPACE, private_folder
 from src.utils.errors import AudioError, DataError
 from src.utils.files import atomic_file, file_stamp, locked
 
@@ -118,6 +118,5 @@ def _decode_once(path: Path, track: int | None) -> Path:
                     for block in stream_audio(path, track=track, strict=True):
                         file.write(block)
     except OSError as err:
-        fix = "free space there, or set TMPDIR to another disk"
-        raise AudioError(f"{path}: cannot be decoded to {decoded}: {err.strerror or err}; {fix}") from err
+        raise AudioError(f"{path}: cannot be decoded to {decoded}: {err.strerror or err}; {MORE_SPACE}") from err
     return decoded
