@@ -284,9 +284,10 @@ class ExamplePlanner:
 
     def _compose(self, epoch: int) -> list[Example]:
         times = self._times_heard(epoch)
-        passes = ([count > number for count in times] for number in range(max(times, default=0)))
         examples = [
-            example for number, heard in enumerate(passes) for example in self._compose_once(epoch, number, heard)
+            example
+            for number in range(max(times, default=0))
+            for example in self._compose_once(epoch, number, [count > number for count in times])
         ]
         return sorted(examples, key=lambda example: example.indices)
 
