@@ -49,7 +49,7 @@ def in_mix(utterance: Utterance, name: str | None) -> Utterance:
 def open_source(config: DataConfig, source: SourceName) -> list[Utterance] | Streams:
     """Open a source: a list, with its splits in `meta["split"]`, or for the Hub one iterator per split.
 
-    Raises `SourceUnavailableError` where it is unavailable, another `DataError` where it is not in order.
+    Raises `SourceUnavailableError` if it is unavailable, another `DataError` if it is invalid.
     """
     opened = SOURCES[source](config) if source in SOURCES else stream_hub(source, config.hub)
     if not opened:

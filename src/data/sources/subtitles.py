@@ -269,16 +269,16 @@ def clean_passages(passages: Sequence[Passage], *, is_prose: bool = False) -> li
             if name or bare != line:
                 said.append((name or (speaker if len(said) == 1 else None), []))
             said[-1][1].append(" ".join(bare.split()))
-        for who, parts in said:
+        for said_by, parts in said:
             text = join_texts(filter(None, parts)).strip(" _~\\|")
             is_credit = not is_prose and len(text) <= _MAX_CREDIT_CHARS and _CREDIT.search(text)
             if any(map(str.isalnum, text)) and not is_credit:
-                cleaned.append(replace(passage, text=text, speaker=who))
+                cleaned.append(replace(passage, text=text, speaker=said_by))
     return cleaned
 
 
 def _unrolled(passages: Iterable[Passage]) -> Iterator[Passage]:
-    """Drop lines that stand in the cue before, too, where a file does that all the time."""
+    """Drop lines repeated from the cue before, if the file repeats lines throughout, as rolling captions do."""
     given = [(p, [line for line in p.text.split("\n") if _TAG.sub("", line).strip()]) for p in passages]
     plain = [[_TAG.sub("", line).strip() for line in lines] for _, lines in given]
     repeats = sum(bool(own) and own[0] in before for before, own in itertools.pairwise(plain))
