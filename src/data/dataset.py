@@ -236,7 +236,13 @@ class ExamplePlanner:
         self.config = config
         self.weights = dict(weights or {})
         sources = [str(utterance.meta.get("source")) for utterance in utterances]
-        self._weighted = {name: [i for i, source in enumerate(sources) if source == name] for name in self.weights}
+        self._weighted = {  # clips of each source, in hashed order
+            name: sorted(
+                (index for index, source in enumerate(sources) if source == name),
+                key=lambda index: stable_hash(seed, f"{name} {index}"),
+            )
+            for name in self.weights
+        }
         self._durations = [utterance.duration_sec or 0.0 for utterance in utterances]
         self._counts = token_counts
         self._times = [TIMESTAMPS_PER_PART * max(1, len(utterance.parts)) for utterance in utterances]
@@ -272,11 +278,10 @@ class ExamplePlanner:
     def _times_heard(self, epoch: int) -> list[int]:
         """Return how often each clip is heard in an epoch."""
         times = [1] * len(self._durations)
-        for name, indices in self._weighted.items():
+        for name, order in self._weighted.items():
             whole, share = divmod(self.weights[name], 1)
-            extra = max(round(share * len(indices)), not whole)
-            order = sorted(indices, key=lambda index: stable_hash(self._seed, f"{name} {index}"))
-            for index in indices:
+            extra = max(round(share * len(order)), not whole)
+            for index in order:
                 times[index] = int(whole)
             for place in range(extra):  # goes round the clips from epoch to epoch
                 times[order[(epoch * extra + place) % len(order)]] += 1
