@@ -17,7 +17,7 @@ import difflib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,6 +125,7 @@ class _Unit:
     stop: int
     encoded: Any = None  # its audio, once it was heard by itself
     clip: Waveform | None = None
+    aligned: dict[tuple[int, int], Sequence[Word]] = field(default_factory=dict)  # words with that audio, by place
 
 
 def match_transcript(
@@ -155,8 +156,7 @@ def match_transcript(
         audio, passages, speech, heard.words or (), engine, config, heard.language or language, min_score
     )
     excerpts = tuple(sorted(matcher.run(), key=lambda e: e.start_sec))
-    kept = [(e.start_sec, e.end_sec) for e in excerpts if e.reason is None]
-    covered_sec = sum(max(0.0, min(b, end) - max(a, start)) for a, b in kept for start, end in speech)
+    covered_sec = sum(matcher.speech_sec(e.start_sec, e.end_sec) for e in excerpts if e.reason is None)
     speech_sec = sum(end - start for start, end in speech)
     known = matcher.language if engine.vocabulary.multilingual else "en"
     return MatchedRecording(excerpts, len(audio) / SAMPLE_RATE, speech_sec, covered_sec, known)
@@ -284,6 +284,10 @@ class _Matcher:
         """Return the silence before a word that was heard."""
         return self._gap(self._heard_mids[j - 1], self._heard_mids[j])
 
+    def _heard_in(self, start_sec: float, end_sec: float) -> slice:
+        """Return the place of the words that were heard between two times."""
+        return slice(*(bisect.bisect_left(self._heard_mids, at) for at in (start_sec - 0.1, end_sec + 0.1)))
+
     # from anchors to windows
 
     def _drop_unspoken(self) -> Iterator[Excerpt]:
@@ -291,7 +295,7 @@ class _Matcher:
         anchored = [i for i, word in enumerate(self._said) if word.anchor is not None]
         heard = [self._heard[self._said[i].anchor or 0] for i in anchored]
         self._rate = sum(len(self._said[i].key) for i in anchored) / max(
-            0.1, sum(self._speech_sec(word.start_sec, word.end_sec) for word in heard)
+            0.1, sum(self.speech_sec(word.start_sec, word.end_sec) for word in heard)
         )
         edges = [(-1, 0.0), *((i, self._heard_mids[self._said[i].anchor or 0]) for i in anchored)]
         edges.append((len(self._said), self._gaps[-1].end))
@@ -304,19 +308,16 @@ class _Matcher:
                 edges[at + 1 : at + 2 + ROOM_WORDS][-1],
             )
             characters = sum(len(word.key) for word in self._said[first + 1 : last])
-            if characters > CROWDED * self._rate * self._speech_sec(start_sec, end_sec):
+            if characters > CROWDED * self._rate * self.speech_sec(start_sec, end_sec):
                 start_sec, end_sec = edges[at][1], edges[at + 1][1]
                 yield self._excerpt(before + 1, after, reason="nobody says it there", around=(start_sec, end_sec))
                 for word in self._said[before + 1 : after]:
                     word.is_dropped = True
 
-    def _speech_sec(self, start_sec: float, end_sec: float) -> float:
-        return sum(min(end_sec, end) - max(start_sec, start) for start, end in self._spans(start_sec, end_sec))
-
-    def _spans(self, start_sec: float, end_sec: float) -> list[tuple[float, float]]:
-        """Return the stretches of speech that have something of a stretch of time."""
+    def speech_sec(self, start_sec: float, end_sec: float) -> float:
+        """Return how much speech lies between two times."""
         first, last = bisect.bisect_right(self._ends, start_sec), bisect.bisect_left(self._starts, end_sec)
-        return list(self._speech[first:last])
+        return sum(min(end_sec, end) - max(start_sec, start) for start, end in self._speech[first:last])
 
     def _islands(self) -> Iterator[_Island]:
         """Cut where the words on both sides of a silence were heard, and leave out speech that was not written."""
@@ -466,10 +467,9 @@ class _Matcher:
         while gap is not None:
             sure = self._total(left, left.first, left.stop) + self._total(right, right.first, right.stop)
             choices = []
-            for at in (self._active(left.first, left.stop)[-1], self._active(right.first, right.stop)[1:2]):
-                at = at if isinstance(at, int) else next(iter(at), right.first)
+            for at in self._active(left.first, left.stop)[-1:] + self._active(right.first, right.stop)[1:2]:
                 moved = range(min(at, right.first), max(at, right.first))
-                if left.first < at < right.stop and moved:
+                if left.first < at < right.stop:
                     total = self._total(left, left.first, at) + self._total(right, at, right.stop)
                     is_heard = any(self._said[i].anchor is not None for i in moved)
                     choices.append((total - (MOVE_HEARD_GAIN if is_heard else MOVE_GAIN), at))
@@ -488,8 +488,8 @@ class _Matcher:
         """Return the log-probability of words in the audio of a clip."""
         return sum(word.logprob * max(1, word.tokens) for word in self._hear(unit, first, stop))
 
-    def _hear(self, unit: _Unit, first: int, stop: int, *, prior: bool = False) -> Sequence[Word]:
-        """Align words with the audio of a clip, or with silence."""
+    def _hear(self, unit: _Unit, first: int, stop: int) -> Sequence[Word]:
+        """Align words with the audio of a clip, which stays that of its first words."""
         if unit.clip is None:
             active = self._active(unit.first, unit.stop)
             start_sec, end_sec = self._span(unit.first, unit.stop)
@@ -497,9 +497,14 @@ class _Matcher:
             cut = _padded(before or _Gap(start_sec, start_sec), after or _Gap(end_sec, end_sec))
             unit.clip = self._audio[slice(*(round(sec * SAMPLE_RATE) for sec in cut))][:CONTEXT_SAMPLES]
             unit.encoded = self._engine.encode([unit.clip], self._options.trailing_silence_sec)
+        if (first, stop) not in unit.aligned:
+            unit.aligned[first, stop] = self._align_text(unit.encoded, unit.clip, first, stop)
+        return unit.aligned[first, stop]
+
+    def _align_text(self, encoded: Any, clip: Waveform, first: int, stop: int) -> Sequence[Word]:
+        """Align words with any audio that was encoded."""
         text = apply_case(self._spelt(first, stop), self._case, self.language)
         tokens = self._engine.vocabulary.encode(text, language=self.language)[:MAX_WINDOW_TOKENS]
-        encoded, clip = (self._silence, _QUIET) if prior else (unit.encoded, unit.clip)
         (words,) = self._engine.align(encoded, [clip], [tokens], self._options)
         return words
 
@@ -508,15 +513,15 @@ class _Matcher:
         start_sec, end_sec = self._span(first, stop)
         active = self._active(first, stop)
         words = [self._said[i] for i in active]
-        found, priors = self._hear(unit, first, stop), self._hear(unit, first, stop, prior=True)
-        if len(found) == len(priors) == len(words):
-            for said, word, prior in zip(words, found, priors, strict=True):
-                if said.anchor is None and said.key:
-                    said.certainty = min(0.0, 2 * word.logprob - prior.logprob)
-        low, high = (bisect.bisect_left(self._heard_mids, at) for at in (start_sec - 0.1, end_sec + 0.1))
-        heard = sum(map(len, self._heard_keys[low:high]))
+        if any(said.anchor is None and said.key for said in words):
+            found, priors = self._hear(unit, first, stop), self._align_text(self._silence, _QUIET, first, stop)
+            if len(found) == len(priors) == len(words):
+                for said, word, prior in zip(words, found, priors, strict=True):
+                    if said.anchor is None and said.key:
+                        said.certainty = min(0.0, 2 * word.logprob - prior.logprob)
+        heard = sum(map(len, self._heard_keys[self._heard_in(start_sec, end_sec)]))
         written = sum(len(word.key) for word in words)
-        usual = max(0.1, self._speech_sec(start_sec, end_sec) * self._rate)
+        usual = max(0.1, self.speech_sec(start_sec, end_sec) * self._rate)
         worst = min(words, key=lambda word: word.certainty)
         reason = None
         if end_sec - start_sec > self._max_sec:
@@ -541,10 +546,10 @@ class _Matcher:
         cut_start_sec, cut_end_sec = _padded(
             words[0].before or _Gap(start_sec, start_sec), words[-1].after or _Gap(end_sec, end_sec)
         )
-        low, high = (bisect.bisect_left(self._heard_mids, at) for at in (start_sec - 0.1, end_sec + 0.1))
+        heard = join_words(self._heard[self._heard_in(start_sec, end_sec)])
         return Excerpt(
             self._spelt(first, stop), start_sec, end_sec, cut_start_sec, cut_end_sec,
-            self._passages[words[0].passage].speaker, join_words(self._heard[low:high]), score, reason,
+            self._passages[words[0].passage].speaker, heard, score, reason,
         )  # fmt: skip
 
 
