@@ -25,7 +25,7 @@ from src.data.audio import Waveform
 from src.inference.server.protocol import StreamError
 from src.inference.streaming.commit import Event
 from src.inference.streaming.session import StreamingASR
-from src.utils.errors import ConfigError, WhisperASRError, first_line
+from src.utils.errors import ConfigError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -137,14 +137,6 @@ class LiveHost:
             notes = "".join(f", {note}" for note in getattr(err, "__notes__", ()))
             fix = "stream again from where the commits end; the server's log has the traceback"
             raise StreamError("engine_failed", f"{type(err).__name__}: {first_line(err)}{notes}", fix=fix) from err
-
-
-def complaint(err: Exception) -> str:
-    """Return an error in a line; log the traceback of one that no user has caused."""
-    if isinstance(err, WhisperASRError):
-        return first_line(err)
-    logger.error("a request failed", exc_info=err)
-    return f"{type(err).__name__}: {first_line(err)}; the server's log has the traceback"
 
 
 class LiveSession:

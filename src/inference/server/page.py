@@ -14,8 +14,6 @@ next answer gives the captions of what was heard until then, and what the browse
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
@@ -24,7 +22,7 @@ from threading import Event as Flag
 from typing import Any, cast
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from src.data.audio import SAMPLE_RATE, Waveform, stream_audio
 from src.data.vad import VoiceActivityDetector
@@ -33,9 +31,9 @@ from src.inference.engine_base import Engine
 from src.inference.engines import load_engine, transcribe
 from src.inference.files.transcribe import BatchInference, Transcriptions
 from src.inference.options import DecodingOptions
-from src.inference.server.host import LOOPBACK, LiveHost, LiveSession, ServerLimits, complaint
-from src.inference.server.protocol import MAX_CHARS, MAX_WIRE_RATE, MIN_WIRE_RATE, StreamError, read_samples
-from src.inference.server.served import ServedPage
+from src.inference.server.host import LOOPBACK, LiveHost, LiveSession, ServerLimits
+from src.inference.server.protocol import StreamError, read_samples
+from src.inference.server.served import AudioMessage, ServedPage, complaint
 from src.inference.streaming.commit import Event
 from src.inference.streaming.session import StreamingASR
 from src.utils.config import Config
@@ -188,17 +186,11 @@ def read_upload(path: Path, *, max_sec: float) -> Waveform:
     return np.concatenate(blocks)
 
 
-class LiveMessage(BaseModel):
-    """A message of a tab: samples as base64 of "s16le"; a recording begins with `first` and ends with `last`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class LiveMessage(AudioMessage):
+    """A message of a tab."""
 
     tab: str = Field(min_length=1, max_length=100)
     model: str
-    rate: int = Field(ge=MIN_WIRE_RATE, le=MAX_WIRE_RATE)
-    pcm: str = Field(max_length=MAX_CHARS)
-    first: bool = False
-    last: bool = False
 
 
 class LiveTabs:
@@ -222,7 +214,7 @@ class LiveTabs:
         try:
             valid = LiveMessage.model_validate(message)
         except ValidationError as err:
-            return {"error": f"not a message of this page: {err.errors()[0]['msg']}; reload the page"}
+            return {"error": complaint(err)}
         if valid.tab in self._heard:
             return {"error": "the last message of this tab is not answered yet; wait for it, and press Start again"}
         self._heard.add(valid.tab)
@@ -240,10 +232,7 @@ class LiveTabs:
             live.close()
 
     async def _hear(self, message: LiveMessage) -> dict[str, Any]:
-        try:
-            samples = read_samples(base64.b64decode(message.pcm, validate=True), "s16le")
-        except binascii.Error as err:
-            raise StreamError("bad_audio", f"the audio is not base64: {err}", fix="reload the page") from err
+        samples = read_samples(message.decoded(), "s16le")
         if message.first:
             await self._begin(message)
         if (live := self._tabs.get(message.tab)) is None:

@@ -27,7 +27,7 @@ from starlette.responses import PlainTextResponse
 
 from src.inference.captions import CaptionOptions, make_cues, to_srt, to_vtt
 from src.inference.files.transcribe import Transcriptions
-from src.inference.server.host import complaint
+from src.inference.server.served import complaint
 from src.inference.streaming.commit import word_key
 from src.inference.words import Word
 from src.utils.errors import WhisperASRError

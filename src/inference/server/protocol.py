@@ -41,7 +41,6 @@ from src.inference.words import Word
 from src.utils.errors import WhisperASRError
 
 MIN_WIRE_RATE, MAX_WIRE_RATE = 8_000, 96_000  # Hz: telephony, studio; bounds what a second of backlog may hold
-MAX_CHARS = 1 << 18  # of a message's audio as text: 1 s of int16 at the highest rate, in base64
 FULL_SCALE = 32_768  # of int16
 MAX_PROBLEMS = 5  # named in an error; a message may have thousands
 

@@ -11,8 +11,6 @@ Whoever reaches the page may record under any name, but only the sentences of th
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import csv
 import hashlib
 import io
@@ -25,12 +23,12 @@ from datetime import UTC, datetime
 from itertools import chain, islice
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import soundfile as sf
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from src.data.audio import DecodedAudio, to_mono_16k
 from src.data.preprocessing import ClipStats, measure_clip, measure_clipping
@@ -39,9 +37,9 @@ from src.data.sources.catalog import open_source
 from src.data.sources.manifest import find_audio, find_manifests, read_rows, read_text
 from src.data.utterance import NO_SPEAKER, Utterance, text_of
 from src.data.vad import VoiceActivityDetector
-from src.inference.server.host import LOOPBACK, complaint
-from src.inference.server.protocol import MAX_CHARS, MAX_WIRE_RATE, MIN_WIRE_RATE, read_samples
-from src.inference.server.served import ServedPage
+from src.inference.server.host import LOOPBACK
+from src.inference.server.protocol import FULL_SCALE, read_samples
+from src.inference.server.served import AudioMessage, PageMessage, ServedPage, complaint
 from src.utils.config import Config
 from src.utils.errors import AudioError, DataError, MissingDependencyError, visible
 from src.utils.files import LOCK, claim, write_bytes_atomic, write_text_atomic
@@ -56,6 +54,7 @@ MAX_LISTED = 2_000  # recordings of the data whose transcripts are looked at
 FROM_DATA = 100  # sentences
 MAX_ARRIVING, ARRIVAL_SEC = 8, 30.0  # takes that arrive at once, 46 MB at most; since the last message of one
 Row = dict[str, Any]
+SpeakerName = Annotated[str, Field(min_length=1, max_length=60)]
 _WRITING = Lock()  # a cell that is run again serves a second page on its folder
 
 
@@ -228,7 +227,7 @@ def check_take(samples: NDArray[np.int16], rate: int, vad: VoiceActivityDetector
         raise AudioError(f"shorter than {SHORT_SEC} s; read the whole sentence before you press Stop")
     if not samples.any():
         raise AudioError("the microphone gave silence only; is it muted, or another one chosen in the browser?")
-    wave = read_samples(samples.astype("<i2").tobytes(), "s16le")
+    wave = samples.astype(np.float32) / FULL_SCALE
     stats = measure_clip(DecodedAudio(to_mono_16k(wave, rate, name="the take"), rate, 1), vad=vad)
     clipped = measure_clipping(wave)  # resampling blurs flat tops
     before, after = stats.leading_silence_sec, stats.trailing_silence_sec
@@ -246,28 +245,20 @@ def check_take(samples: NDArray[np.int16], rate: int, vad: VoiceActivityDetector
 # The page's requests
 
 
-class _Reader(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    speaker: str = Field(min_length=1, max_length=60)
-
-
-class Place(_Reader):
+class Place(PageMessage):
     """Asks for the sentence at a place; where `unread`, for the next one from there that the speaker has to read."""
 
+    speaker: SpeakerName
     at: int = Field(ge=0, le=MAX_SENTENCES)
     unread: bool = True
 
 
-class TakeMessage(_Reader):
-    """A part of a take, samples as base64 of "s16le"; the first has `first`, the last has `last`."""
+class TakeMessage(AudioMessage):
+    """A part of a take."""
 
+    speaker: SpeakerName
     take: str = Field(min_length=1, max_length=100)
     text: str = Field(max_length=MAX_SENTENCE_CHARS)
-    rate: int = Field(ge=MIN_WIRE_RATE, le=MAX_WIRE_RATE)
-    pcm: str = Field(max_length=MAX_CHARS)
-    first: bool = False
-    last: bool = False
 
 
 class Recorder:
@@ -317,7 +308,7 @@ class Recorder:
         if message.take not in self._arriving:
             raise AudioError("the beginning of this take is lost; record it again")
         data, _ = self._arriving[message.take]
-        data += base64.b64decode(message.pcm, validate=True)
+        data += message.decoded()
         if len(data) > 2 * MAX_TAKE_SEC * message.rate:
             raise AudioError(f"longer than {MAX_TAKE_SEC:g} s; record it again, faster")
         self._arriving[message.take] = data, now
@@ -345,9 +336,6 @@ class Recorder:
 
     def _complaint(self, err: Exception) -> str:
         """Return an error in a line, without the folder's place on this machine."""
-        if isinstance(err, ValidationError | binascii.Error):
-            wrong = err.errors()[0]["msg"] if isinstance(err, ValidationError) else str(err)
-            return f"not a message of this page: {wrong}; reload the page"
         return complaint(err).replace(str(self.folder.path), self.folder.path.name)
 
 

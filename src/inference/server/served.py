@@ -1,12 +1,22 @@
-"""A web page that is served by this process; it knows nothing of Gradio."""
+"""What the web pages of this process share: serving, messages of their scripts, errors in a line; nothing of Gradio."""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from src.utils.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from src.inference.server.protocol import MAX_WIRE_RATE, MIN_WIRE_RATE
+from src.utils.errors import ConfigError, WhisperASRError, first_line
+
+logger = logging.getLogger(__name__)
+
+MAX_CHARS = 1 << 18  # of a message's audio: 1 s of int16 at the highest rate, in base64
 
 
 class ServedPage(ExitStack):
@@ -43,3 +53,33 @@ class ServedPage(ExitStack):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.share_url or self.url}); close() ends it"
+
+
+class PageMessage(BaseModel):
+    """What the script of a page sends."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AudioMessage(PageMessage):
+    """A part of a recording, samples as base64 of "s16le"; the first has `first`, the last has `last`."""
+
+    rate: int = Field(ge=MIN_WIRE_RATE, le=MAX_WIRE_RATE)
+    pcm: str = Field(max_length=MAX_CHARS)
+    first: bool = False
+    last: bool = False
+
+    def decoded(self) -> bytes:
+        """Return the audio; `binascii.Error` if it is no base64."""
+        return base64.b64decode(self.pcm, validate=True)
+
+
+def complaint(err: Exception) -> str:
+    """Return an error in a line; log the traceback of one that no user has caused."""
+    if isinstance(err, ValidationError | binascii.Error):
+        wrong = err.errors()[0]["msg"] if isinstance(err, ValidationError) else str(err)
+        return f"not a message of this page: {wrong}; reload the page"
+    if isinstance(err, WhisperASRError):
+        return first_line(err)
+    logger.error("a request failed", exc_info=err)
+    return f"{type(err).__name__}: {first_line(err)}; the server's log has the traceback"
