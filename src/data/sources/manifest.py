@@ -16,7 +16,7 @@ import os
 import re
 import unicodedata
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
@@ -97,6 +97,15 @@ def read_rows(manifest: Path, *, quoted: bool = True) -> Iterator[tuple[int, Row
     if name.endswith((".csv", ".tsv")):
         return _read_csv(manifest, text, quoted)
     return _without_lhotse(manifest, _read_json(manifest, text))
+
+
+def to_csv(columns: Iterable[str], rows: Iterable[Mapping[str, object]]) -> str:
+    """Return rows as a manifest's text, as `read_rows` takes it; a column that a row lacks stays empty."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue()
 
 
 def find_audio(folder: Path, name: str) -> Path:

@@ -5,9 +5,7 @@ Next to the clips, `preparation.json` says what became of each recording, and wh
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import logging
 import re
 from collections import Counter
@@ -20,6 +18,7 @@ import soundfile as sf
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.sources.archives import unpack
+from src.data.sources.manifest import to_csv
 from src.data.sources.subtitles import PREPARATION_FILE, TranscribedRecording, find_transcribed, read_transcript
 from src.inference.engine_base import Engine
 from src.inference.engines import load_engine
@@ -149,11 +148,7 @@ def prepare_recordings(
                 fix = "check the pairs and the language; a larger model.variant hears more"
                 raise DataError(f"{path}: nothing of {len(found)} transcript(s) matches its recording {reasons}; {fix}")
             _fill_speakers(rows)
-            table = io.StringIO()
-            writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_text_atomic(partial / "metadata.csv", table.getvalue())
+            write_text_atomic(partial / "metadata.csv", to_csv(COLUMNS, rows))
             content = {"version": PREPARATION_VERSION, "source": str(path), "model": config.model.variant}
             write_json(partial / PREPARATION_FILE, {**content, "recordings": recordings, "rejected": rejected})
     except OSError as err:

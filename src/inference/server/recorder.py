@@ -11,7 +11,6 @@ Whoever reaches the page may record under any name, but only the sentences of th
 from __future__ import annotations
 
 import asyncio
-import csv
 import hashlib
 import io
 import re
@@ -34,7 +33,7 @@ from src.data.audio import DecodedAudio, to_mono_16k
 from src.data.preprocessing import ClipStats, measure_clip, measure_clipping
 from src.data.report.findings import CLIPPED_FRACTION, LONG_SILENCE_SEC, QUIET_DBFS, SHORT_SEC, SILENT_FRACTION
 from src.data.sources.catalog import open_source
-from src.data.sources.manifest import find_audio, find_manifests, read_rows, read_text
+from src.data.sources.manifest import find_audio, find_manifests, read_rows, read_text, to_csv
 from src.data.utterance import NO_SPEAKER, Utterance, text_of
 from src.data.vad import VoiceActivityDetector
 from src.inference.server.host import LOOPBACK
@@ -193,12 +192,8 @@ class RecordingFolder:
             if len(rows) >= MAX_TAKES:
                 raise DataError(f"{self.path}: has {len(rows):,} recordings, the most that a folder takes; use another")
             write_bytes_atomic(file, encoded.getvalue(), durable=True)
-            table = io.StringIO()
-            names = dict.fromkeys([*COLUMNS, *chain(*rows)])
-            writer = csv.DictWriter(table, names, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows([*rows, row])
-            write_text_atomic(self.path / MANIFEST, table.getvalue(), durable=True)
+            table = to_csv(dict.fromkeys([*COLUMNS, *chain(*rows)]), [*rows, row])
+            write_text_atomic(self.path / MANIFEST, table, durable=True)
         return file
 
     def _rows(self) -> list[Row]:
