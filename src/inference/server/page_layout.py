@@ -112,14 +112,7 @@ def build_recorder(next_sentence: Hear, take_part: Hear, **props: Any) -> gr.Blo
         return await take_part(message)
 
     with gr.Blocks(title="Record sentences", analytics_enabled=False, delete_cache=(SWEEP_SEC, SWEEP_SEC)) as page:
-        gr.HTML(
-            html_template=_template("record.html"),
-            js_on_load=_template("audio_source.js") + _template("record.js"),
-            server_functions=[find, hear],
-            apply_default_css=False,
-            elem_id="record",
-            **props,
-        )
+        _microphone("record", find, hear, elem_id="record", **props)
     return page
 
 
@@ -154,6 +147,17 @@ def _template(name: str) -> str:
     return read_template("src.inference", name)
 
 
+def _microphone(script: str, *functions: Callable[..., Any], **props: Any) -> Any:
+    """Lay out what a script does with the microphone; it calls the functions by their names, and has `props`."""
+    return gr.HTML(
+        html_template=_template(f"{script}.html"),
+        js_on_load=_template("audio_source.js") + _template(f"{script}.js"),
+        server_functions=list(functions),
+        apply_default_css=False,
+        **props,
+    )
+
+
 def _model_choice(names: list[str], chosen: str, label: str) -> gr.Dropdown:
     return gr.Dropdown(
         names, value=chosen, label=label, show_label=False, container=False, filterable=False, elem_classes="model"
@@ -170,15 +174,7 @@ def _live_tab(page: Any, answer: Hear, leave: Callable[[str], None], model: str)
     async def unload(request: gr.Request) -> None:
         leave(str(request.session_hash))
 
-    live = gr.HTML(
-        html_template=_template("demo_live.html"),
-        js_on_load=_template("audio_source.js") + _template("demo_live.js"),
-        server_functions=[hear],
-        apply_default_css=False,
-        elem_id="live",
-        tab="",
-        model=model,
-    )
+    live = _microphone("demo_live", hear, elem_id="live", tab="", model=model)
     page.load(name_tab, None, live, queue=False, **PRIVATE)
     page.unload(unload)
     return live

@@ -1,6 +1,7 @@
 // What the pages that listen share: the microphone as a source of blocks, and its samples as text.
 const AUDIO = { channelCount: 1, echoCancellation: false, noiseSuppression: false }; // for calls; they cut words
 const MONO = { channelCount: 1, channelCountMode: "explicit" };
+const INSECURE = "Browsers give a microphone to pages of this machine (127.0.0.1) and of https alone; open one of those.";
 const WORKLET = `registerProcessor("blocks", class extends AudioWorkletProcessor {
   constructor({ processorOptions }) {
     super();
@@ -50,6 +51,24 @@ async function makeListener(context, frames, hear) {
 
 function release(stream) {
   stream.getTracks().forEach((track) => track.stop());
+}
+
+async function openMicrophone(sampleRate, frames, begin) {
+  // returns what `begin` makes of the stream and its context: its `hear` gets blocks, its `stop` is called where the
+  // microphone is unplugged
+  if (!navigator.mediaDevices) throw new Error(INSECURE);
+  const stream = await navigator.mediaDevices.getUserMedia({ audio: AUDIO });
+  try {
+    const source = openSource(stream, sampleRate), begun = begin(stream, source.context);
+    const listener = await makeListener(source.context, frames, (block) => begun.hear(block));
+    stream.getAudioTracks()[0].onended = () => begun.stop();
+    source.connect(listener).connect(source.context.destination);
+    await source.context.resume(); // Safari forgets the click while it asks the user
+    return begun;
+  } catch (error) {
+    release(stream);
+    throw error;
+  }
 }
 
 function toInt16(blocks) {

@@ -5,7 +5,6 @@ const MESSAGE_SEC = 0.2, TURN_SEC = 0.5; // of audio in a message, at least and 
 const PARAGRAPH_SEC = 2; // a pause that begins a new paragraph
 const UNREACHABLE = "The server does not answer. What is on this page stays; press Start to try again.";
 const REFUSED = "The browser does not let this page use the microphone; allow it, and press Start.";
-const INSECURE = "Browsers give a microphone to pages of this machine (127.0.0.1) and of https alone; open one of those.";
 
 const find = selector => element.querySelector(selector);
 const [live, toggle, clear, page, files] = [".live", ".toggle", ".clear", ".page", ".files"].map(find);
@@ -56,26 +55,6 @@ class Recording {
 }
 
 const level = block => Math.sqrt(block.reduce((sum, sample) => sum + sample * sample, 0) / block.length);
-
-async function start() {
-  if (!navigator.mediaDevices) throw new Error(INSECURE);
-  const stream = await navigator.mediaDevices.getUserMedia({audio: AUDIO});
-  try {
-    return await listen(stream);
-  } catch (error) {
-    release(stream);
-    throw error;
-  }
-}
-
-async function listen(stream) {
-  const source = openSource(stream, 16000), begun = new Recording(stream, source.context);
-  const listener = await makeListener(source.context, BLOCK_FRAMES, block => begun.hear(block));
-  stream.getAudioTracks()[0].onended = () => begun.stop(); // unplugged
-  source.connect(listener).connect(source.context.destination);
-  await source.context.resume(); // Safari forgets the click while it asks the user
-  return begun;
-}
 
 async function run() {
   let first = true, last = false;
@@ -175,7 +154,7 @@ toggle.addEventListener("click", async () => {
   enter("busy");
   wipe();
   try {
-    recording = await start();
+    recording = await openMicrophone(16000, BLOCK_FRAMES, (stream, context) => new Recording(stream, context));
     enter("live");
     await run();
   } catch (error) {

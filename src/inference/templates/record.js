@@ -7,7 +7,6 @@ const FLOOR_DB = -60; // left end of the meter
 const NAME = "whisper-recorder-speaker"; // in the browser's storage
 const UNREACHABLE = "The server does not answer; the last take is not kept. Try again when it does.";
 const REFUSED = "The browser does not let this page use the microphone; allow it, and press Record.";
-const INSECURE = "Browsers give a microphone to pages of this machine (127.0.0.1) and of https alone; open one of those.";
 const NAMELESS = "Write a name for your voice first: recordings are kept by speaker.";
 
 const find = selector => element.querySelector(selector);
@@ -40,32 +39,19 @@ async function look(at, unread) {
   toggle.focus({preventScroll: true}); // one key records, stops and goes on
 }
 
-async function start() {
-  if (!navigator.mediaDevices) throw new Error(INSECURE);
-  const stream = await navigator.mediaDevices.getUserMedia({audio: AUDIO});
-  try {
-    const source = openSource(stream, RATE), blocks = [];
-    const begun = {stream, blocks, context: source.context, rate: source.context.sampleRate};
-    const listener = await makeListener(source.context, BLOCK_FRAMES, block => hear(begun, block));
-    stream.getAudioTracks()[0].onended = () => take === begun && stop(); // unplugged
-    source.connect(listener).connect(source.context.destination);
-    await source.context.resume(); // Safari forgets the click while it asks the user
-    return begun;
-  } catch (error) {
-    release(stream);
-    throw error;
-  }
+function begin(stream, context) {
+  const begun = {stream, context, rate: context.sampleRate, blocks: []};
+  return Object.assign(begun, {hear: block => take === begun && hear(block), stop: () => take === begun && stop()});
 }
 
-function hear(begun, block) {
-  if (take !== begun) return;
-  const frames = BLOCK_FRAMES * (begun.blocks.length + 1);
-  if (frames > props.max_sec * begun.rate) return stop();
-  begun.blocks.push(block);
+function hear(block) {
+  const frames = BLOCK_FRAMES * (take.blocks.length + 1);
+  if (frames > props.max_sec * take.rate) return stop();
+  take.blocks.push(block);
   const peak = 20 * Math.log10(Math.max(1e-6, ...block.map(Math.abs)));
   root.style.setProperty("--level", Math.max(0, 1 - peak / FLOOR_DB));
   root.classList.toggle("loud", peak > -1);
-  find(".time").textContent = `${(frames / begun.rate).toFixed(1)} s`;
+  find(".time").textContent = `${(frames / take.rate).toFixed(1)} s`;
 }
 
 async function stop() {
@@ -141,7 +127,7 @@ toggle.addEventListener("click", async () => {
   figures({});
   player.pause();
   try {
-    take = await start();
+    take = await openMicrophone(RATE, BLOCK_FRAMES, begin);
     enter("live");
     toggle.focus();
   } catch (error) {
