@@ -18,7 +18,7 @@ import soundfile as sf
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.sources.archives import unpack
-from src.data.sources.manifest import to_csv
+from src.data.sources.manifest import Row, to_csv
 from src.data.sources.subtitles import PREPARATION_FILE, TranscribedRecording, find_transcribed, read_transcript
 from src.inference.engine_base import Engine
 from src.inference.engines import load_engine
@@ -43,18 +43,18 @@ class Preparation:
 
     folder: Path  # with the clips and metadata.csv
     clips: int
-    recordings: tuple[dict[str, object], ...]  # one row each, as in preparation.json
-    rejected: tuple[dict[str, object], ...]  # one row per passage
+    recordings: tuple[Row, ...]  # one row each, as in preparation.json
+    rejected: tuple[Row, ...]  # one row per passage
 
     @property
     def speech_share(self) -> float:
         """Share of all speech that is in the clips."""
-        speech = sum(float(str(row["speech_sec"])) for row in self.recordings)
-        return sum(float(str(row["covered_sec"])) for row in self.recordings) / speech if speech else float("nan")
+        speech = sum(row["speech_sec"] for row in self.recordings)
+        return sum(row["covered_sec"] for row in self.recordings) / speech if speech else float("nan")
 
     def reasons(self) -> Counter[str]:
         """Count the passages that were left out by reason."""
-        return Counter(re.sub(r"'.*'|[\d.]+ ?", "", str(row["reason"])).strip() for row in self.rejected)
+        return Counter(re.sub(r"'.*'|[\d.]+ ?", "", row["reason"]).strip() for row in self.rejected)
 
 
 def with_clips(config: Config, *, engine: Engine | None = None) -> Config:
@@ -118,9 +118,9 @@ def prepare_recordings(
     if not found:
         what = "no recording with a transcript of its name, or there is a manifest already"
         raise DataError(f"{path}: {what}; put talk.srt, .vtt, .lrc, .json, .TextGrid or .txt next to talk.mp3")
-    rows: list[dict[str, object]] = []
-    recordings: list[dict[str, object]] = []
-    rejected: list[dict[str, object]] = []
+    rows: list[Row] = []
+    recordings: list[Row] = []
+    rejected: list[Row] = []
     listener = cache(lambda: engine or load_engine(config.model.variant, config))
     try:
         with atomic_folder(output) as partial:
@@ -144,7 +144,7 @@ def prepare_recordings(
                     len(matched.excerpts) - len(accepted),
                 )  # fmt: skip
             if not rows:
-                reasons = Counter(str(row["reason"]) for row in rejected).most_common(3)
+                reasons = Counter(row["reason"] for row in rejected).most_common(3)
                 fix = "check the pairs and the language; a larger model.variant hears more"
                 raise DataError(f"{path}: nothing of {len(found)} transcript(s) matches its recording {reasons}; {fix}")
             _fill_speakers(rows)
@@ -186,23 +186,24 @@ def _clip_names(found: Sequence[TranscribedRecording]) -> dict[Path, str]:
 
 def _write_clip(
     folder: Path, audio: Waveform, name: str, excerpt: Excerpt, source: TranscribedRecording, matched: MatchedRecording
-) -> dict[str, object]:
+) -> Row:
     """Write one clip and return its row; `recording_start` and `_end` are those of its speech."""
     file = folder / f"{name}-{round(excerpt.start_sec * 1000):09d}.flac"
     clip = audio[round(excerpt.cut_start_sec * SAMPLE_RATE) : round(excerpt.cut_end_sec * SAMPLE_RATE)]
     sf.write(file, clip, SAMPLE_RATE, subtype="PCM_16")
     row = _row(source, excerpt)
-    values = {"file_name": file.name, "language": matched.language, "recording_start": row["start_sec"]}
-    return {key: {**row, **values, "recording_end": row["end_sec"]}.get(key) for key in COLUMNS}
+    values = {**row, "file_name": file.name, "language": matched.language}
+    values |= {"recording_start": row["start_sec"], "recording_end": row["end_sec"]}
+    return {key: values[key] for key in COLUMNS}
 
 
-def _row(source: TranscribedRecording, excerpt: Excerpt) -> dict[str, object]:
+def _row(source: TranscribedRecording, excerpt: Excerpt) -> Row:
     fields = {key: value for key, value in asdict(excerpt).items() if not key.startswith("cut_")}
     rounded = {k: (None if v != v else round(v, 3)) if isinstance(v, float) else v for k, v in fields.items()}
     return {"recording": source.audio.name, **rounded}
 
 
-def _summary(source: TranscribedRecording, matched: MatchedRecording, clips: int) -> dict[str, object]:
+def _summary(source: TranscribedRecording, matched: MatchedRecording, clips: int) -> Row:
     return {
         "recording": source.audio.name,
         "transcript": source.transcript.name,
@@ -215,13 +216,13 @@ def _summary(source: TranscribedRecording, matched: MatchedRecording, clips: int
     }
 
 
-def _fill_speakers(rows: Sequence[dict[str, object]]) -> None:
+def _fill_speakers(rows: Sequence[Row]) -> None:
     """Let splits be cut by speaker, else by recording; where there are too few of both, by clip.
 
     Recognisers number the speakers of each recording: SPEAKER_00 of another one is somebody else.
     """
     for row in rows:
-        speaker = str(row["speaker"] or "")
+        speaker = row["speaker"] or ""
         if _NUMBERED_SPEAKER.fullmatch(speaker):
             row["speaker"] = f"{row['recording']} {speaker}"
     if not all(row["speaker"] for row in rows) or len({row["speaker"] for row in rows}) < MIN_GROUPS:

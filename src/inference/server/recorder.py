@@ -33,7 +33,7 @@ from src.data.audio import DecodedAudio, to_mono_16k
 from src.data.preprocessing import ClipStats, measure_clip, measure_clipping
 from src.data.report.findings import CLIPPED_FRACTION, LONG_SILENCE_SEC, QUIET_DBFS, SHORT_SEC, SILENT_FRACTION
 from src.data.sources.catalog import open_source
-from src.data.sources.manifest import find_audio, find_manifests, read_rows, read_text, to_csv
+from src.data.sources.manifest import Row, find_audio, find_manifests, read_rows, read_text, to_csv
 from src.data.utterance import NO_SPEAKER, Utterance, text_of
 from src.data.vad import VoiceActivityDetector
 from src.inference.server.host import LOOPBACK
@@ -52,7 +52,6 @@ MAX_SENTENCES, MAX_SENTENCE_CHARS = 10_000, 500  # read aloud in 30 s
 MAX_LISTED = 2_000  # recordings of the data whose transcripts are looked at
 FROM_DATA = 100  # sentences
 MAX_ARRIVING, ARRIVAL_SEC = 8, 30.0  # takes that arrive at once, 46 MB at most; since the last message of one
-Row = dict[str, Any]
 SpeakerName = Annotated[str, Field(min_length=1, max_length=60)]
 _WRITING = Lock()  # a cell that is run again serves a second page on its folder
 
