@@ -91,7 +91,7 @@ def with_clips(config: Config, *, engine: Engine | None = None) -> Config:
         if folder.is_dir():
             logger.info("%s: %d recordings with transcripts, cut before into %s", path, len(found), folder)
         else:
-            prepare_recordings(path, folder, config, engine=engine)
+            _prepare(found, path, folder, config, engine, MIN_SCORE)
     return config.model_copy(update={"data": config.data.model_copy(update={"path": folder, "audio_track": None})})
 
 
@@ -118,6 +118,18 @@ def prepare_recordings(
     if not found:
         what = "no recording with a transcript of its name, or there is a manifest already"
         raise DataError(f"{path}: {what}; put talk.srt, .vtt, .lrc, .json, .TextGrid or .txt next to talk.mp3")
+    return _prepare(found, path, output, config, engine, min_score)
+
+
+def _prepare(
+    found: Sequence[TranscribedRecording],
+    path: Path,
+    output: Path,
+    config: Config,
+    engine: Engine | None,
+    min_score: float,
+) -> Preparation:
+    """Cut the recordings that were found in a folder or an archive; see `prepare_recordings`."""
     rows: list[Row] = []
     recordings: list[Row] = []
     rejected: list[Row] = []
