@@ -4,7 +4,7 @@ The folder holds a FLAC file per speaker and sentence, at the browser's rate, an
 recorded: however a page or the process ended, the next one goes on with the sentences that a speaker has not read yet.
 A new take of a sentence replaces the older one.
 
-A page sends a take in messages of at most `MAX_CHARS`, and plays what it sent; the server sends no recording to anyone.
+A page sends a take in several messages, and plays what it sent; the server sends no recording to anyone.
 Whoever reaches the page may record under any name, but only the sentences of the page, and `MAX_TAKES` in all.
 """
 
