@@ -22,7 +22,7 @@ from threading import Event as Flag
 from typing import Any, cast
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from src.data.audio import SAMPLE_RATE, Waveform, stream_audio
 from src.data.vad import VoiceActivityDetector
@@ -212,8 +212,8 @@ class LiveTabs:
             Or `error` alone, and the recording is over.
         """
         try:
-            valid = LiveMessage.model_validate(message)
-        except ValidationError as err:
+            valid = LiveMessage.read(message)
+        except StreamError as err:
             return {"error": complaint(err)}
         if valid.tab in self._heard:
             return {"error": "the last message of this tab is not answered yet; wait for it, and press Start again"}

@@ -268,7 +268,7 @@ class Recorder:
     async def find(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Answer a `Place` with the sentence `text` there, its place `at`, whether it is `recorded`; or `error`."""
         try:
-            place = Place.model_validate(message)
+            place = Place.read(message)
             recorded = await asyncio.to_thread(self.folder.recorded, _speaker(place.speaker))
         except Exception as err:  # noqa: BLE001 - the page's boundary
             return {"error": self._complaint(err)}
@@ -282,7 +282,7 @@ class Recorder:
     async def hear(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Take a `TakeMessage`; the answer to the last says what was found and whether it is `kept`; or `error`."""
         try:
-            valid = TakeMessage.model_validate(message)
+            valid = TakeMessage.read(message)
             if valid.text not in self.sentences:
                 raise DataError("this sentence is not on the page any more; reload the page")
             take = self._collect(valid)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import binascii
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from src.inference.server.protocol import MAX_WIRE_RATE, MIN_WIRE_RATE
+from src.inference.server.protocol import MAX_WIRE_RATE, MIN_WIRE_RATE, StreamError
 from src.utils.errors import ConfigError, WhisperASRError, first_line
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,14 @@ class PageMessage(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @classmethod
+    def read(cls, message: Mapping[str, Any]) -> Self:
+        """Return a message that is one of this page, else raise StreamError."""
+        try:
+            return cls.model_validate(message)
+        except ValidationError as err:
+            raise _foreign(err.errors()[0]["msg"]) from err
+
 
 class AudioMessage(PageMessage):
     """A part of a recording, samples as base64 of "s16le"; the first has `first`, the last has `last`."""
@@ -70,15 +78,19 @@ class AudioMessage(PageMessage):
     last: bool = False
 
     def decoded(self) -> bytes:
-        """Return the audio; `binascii.Error` if it is no base64."""
-        return base64.b64decode(self.pcm, validate=True)
+        """Return the audio, or raise StreamError."""
+        try:
+            return base64.b64decode(self.pcm, validate=True)
+        except binascii.Error as err:
+            raise _foreign(f"the audio is not base64: {err}") from err
+
+
+def _foreign(wrong: str) -> StreamError:
+    return StreamError("bad_message", f"not a message of this page: {wrong}", fix="reload the page")
 
 
 def complaint(err: Exception) -> str:
     """Return an error in a line; log the traceback of one that no user has caused."""
-    if isinstance(err, ValidationError | binascii.Error):
-        wrong = err.errors()[0]["msg"] if isinstance(err, ValidationError) else str(err)
-        return f"not a message of this page: {wrong}; reload the page"
     if isinstance(err, WhisperASRError):
         return first_line(err)
     logger.error("a request failed", exc_info=err)
