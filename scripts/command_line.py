@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentTypeError
-from collections.abc import Callable
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from src.utils.config import parse_yaml
+from src.utils.config import Config, load_config, parse_yaml
 from src.utils.errors import ConfigError, ModelError
 from src.utils.files import expand_path
 
+ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
@@ -22,6 +23,28 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         print("stopped; nothing is left half-written, and the same command can be given again", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def add_settings(parser: ArgumentParser, *, has_profiles: bool = True) -> None:
+    """Add the options that `load_settings` reads."""
+    parser.add_argument("--config", type=path_argument, default=ROOT / "config.yaml")
+    parser.set_defaults(profile=None)
+    if has_profiles:
+        parser.add_argument("--profile", help="one of the file's profiles")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting; may repeat"
+    )
+
+
+def load_settings(arguments: Namespace, options: Mapping[str, Any] | None = None) -> Config:
+    """Lay what other options mean over the configuration; `--set` has the last word."""
+    overrides = {**(options or {}), **parse_settings(arguments)}
+    return load_config(arguments.config, profile=arguments.profile, overrides=overrides)
+
+
+def parse_settings(arguments: Namespace) -> dict[str, Any]:
+    """Read all `--set`."""
+    return dict(map(parse_setting, arguments.set))
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -46,6 +69,13 @@ def path_argument(text: str) -> Path:
 def model_argument(text: str) -> str:
     """Read a name of a model or the path of its folder; `./base` stays distinct from `base`."""
     return str(path_argument(text)) if text.startswith("~") or "$" in text else text
+
+
+def add_model(parser: ArgumentParser) -> None:
+    """Add the option that names a model."""
+    parser.add_argument(
+        "--model", type=model_argument, required=True, help="folder of a checkpoint, or a name such as tiny.en"
+    )
 
 
 def check_model_path(model: str) -> None:

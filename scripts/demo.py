@@ -20,11 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path, model_argument, parse_setting, path_argument, run_main
+from scripts.command_line import add_settings, check_model_path, load_settings, model_argument, run_main
 from src.inference.server.host import LOOPBACK, ServerLimits
 from src.inference.server.page import MAX_UPLOAD_SEC, Demo, launch_demo
 from src.inference.server.served import ServedPage
-from src.utils.config import load_config
 from src.utils.errors import WhisperASRError
 from src.utils.logging_config import setup_logging
 
@@ -61,10 +60,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-upload-sec", type=float, default=MAX_UPLOAD_SEC, metavar="SEC", help="of a file; default: %(default)g"
     )
-    parser.add_argument("--config", type=path_argument, default=ROOT / "config.yaml")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting; may repeat"
-    )
+    add_settings(parser, has_profiles=False)
     return parser.parse_args(given)
 
 
@@ -75,7 +71,7 @@ def make_demo(arguments: argparse.Namespace) -> Demo:
     return launch_demo(
         models=named(arguments.model),
         stock=arguments.stock,
-        config=load_config(arguments.config, overrides=dict(parse_setting(text) for text in arguments.set)),
+        config=load_settings(arguments),
         share=arguments.share,
         server_name=arguments.host,
         port=arguments.port,

@@ -27,7 +27,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path, model_argument, parse_setting, path_argument, run_main
+from scripts.command_line import (
+    add_model,
+    add_settings,
+    check_model_path,
+    model_argument,
+    parse_settings,
+    path_argument,
+    run_main,
+)
 from src.data import create_loader
 from src.data.preparation import DatasetSplits, RecordingChecker, enforce_skip_policy
 from src.data.sources.catalog import load_utterances, unpack
@@ -84,9 +92,7 @@ def main() -> int:
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", type=model_argument, required=True, help="folder of a checkpoint, or a name such as tiny.en"
-    )
+    add_model(parser)
     parser.add_argument("--stock", type=model_argument, help="to compare with; default: that of the checkpoint's size")
     parser.add_argument("--no-stock", action="store_true", help="measure the checkpoint alone: no verdict")
     parser.add_argument("--data", type=path_argument, help="Parquet file, or a folder with audio and metadata.csv")
@@ -97,11 +103,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--run-dir", type=path_argument, help="for the run's files; default: a new one under paths.runs_dir"
     )
-    parser.add_argument("--config", type=path_argument, default=ROOT / "config.yaml")
-    parser.add_argument("--profile", help="one of the file's profiles")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting; may repeat"
-    )
+    add_settings(parser)
     parser.add_argument("--quick", action="store_true", help="a few clips: shows that everything runs")
     arguments = parser.parse_args(given)
     if arguments.stock and arguments.no_stock:
@@ -149,7 +151,7 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
         overrides |= {"data.source": source_of(arguments.data), "data.path": str(arguments.data)}
     overrides |= QUICK if arguments.quick else {}
     overrides |= {} if arguments.max_clips is None else {"data.max_test": arguments.max_clips}
-    return overrides | dict(parse_setting(text) for text in arguments.set)
+    return overrides | parse_settings(arguments)
 
 
 def source_of(data: Path) -> str:

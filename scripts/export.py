@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path, model_argument, path_argument, run_main
+from scripts.command_line import add_model, check_model_path, path_argument, run_main
 from src.models.export.ctranslate2 import export_ctranslate2
 from src.models.export.huggingface import export_huggingface
 from src.models.export.onnx import export_onnx, require_onnx
@@ -42,9 +42,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def add_model_and_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=model_argument, required=True, help="folder of a checkpoint, or a name such as tiny.en"
-    )
+    add_model(parser)
     parser.add_argument("--output", required=True, type=path_argument, help="folder; an older export there is replaced")
 
 

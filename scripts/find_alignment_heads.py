@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path, model_argument, path_argument, run_main
+from scripts.command_line import add_model, check_model_path, path_argument, run_main
 from scripts.evaluate import source_of
 from src.data.audio import load_audio
 from src.data.labels import apply_case, resolve_case
@@ -41,9 +41,7 @@ SHOWN_BELOW = 3  # heads that were just not taken
 
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", type=model_argument, required=True, help="folder of a checkpoint, or a name such as tiny.en"
-    )
+    add_model(parser)
     parser.add_argument("--data", type=path_argument, help="Parquet file, or a folder with audio and metadata.csv")
     parser.add_argument("--language", help="of clips that do not say theirs; by default the checkpoint's, or detected")
     parser.add_argument("--clips", type=int, default=DEFAULT_CLIPS, help="to search with, at a stride over all")

@@ -19,10 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path, model_argument, parse_setting, path_argument, run_main
+from scripts.command_line import add_settings, check_model_path, load_settings, model_argument, path_argument, run_main
 from src.inference.files.matching import MIN_SCORE
 from src.inference.files.recordings import prepare_recordings
-from src.utils.config import load_config
 from src.utils.errors import WhisperASRError
 from src.utils.logging_config import setup_logging
 
@@ -47,19 +46,13 @@ def parse_arguments() -> argparse.Namespace:
         "--min-score", type=float, default=MIN_SCORE,
         help="of the least certain word of a clip, 0 at most; higher leaves out more (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--config", type=path_argument, default=ROOT / "config.yaml")
-    parser.add_argument("--profile", help="one of the file's profiles")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting; may repeat"
-    )
+    add_settings(parser)
     return parser.parse_args()
 
 
 def run(arguments: argparse.Namespace) -> int:
     named = {"model.variant": arguments.model, "model.language": arguments.language}
-    overrides = {key: value for key, value in named.items() if value}
-    overrides |= dict(parse_setting(text) for text in arguments.set)
-    config = load_config(arguments.config, profile=arguments.profile, overrides=overrides)
+    config = load_settings(arguments, {key: value for key, value in named.items() if value})
     check_model_path(config.model.variant)
     prepared = prepare_recordings(arguments.recordings, arguments.output, config, min_score=arguments.min_score)
     for reason, count in prepared.reasons().most_common():

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import parse_setting, path_argument, run_main
+from scripts.command_line import add_settings, parse_settings, path_argument, run_main
 from scripts.demo import serve
 from src.inference.server.host import LOOPBACK
 from src.inference.server.recorder import launch_recorder
@@ -34,15 +34,11 @@ def main() -> int:
     parser.add_argument("--host", default=LOOPBACK, help="to listen on; default: %(default)s, this machine only")
     parser.add_argument("--port", type=int, help="default: a free one from 7860 on")
     parser.add_argument("--share", action="store_true", help="open a public address through Gradio's servers")
-    parser.add_argument("--config", type=path_argument, default=ROOT / "config.yaml")
-    parser.add_argument("--profile", help="one of the file's profiles")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting; may repeat"
-    )
+    add_settings(parser)
     given = parser.parse_args()
     setup_logging("INFO")
     try:
-        overrides = dict(parse_setting(text) for text in given.set)
+        overrides = parse_settings(given)
         overrides |= {"model.language": given.language} if given.language else {}
         config = load_config(given.config, profile=given.profile, overrides=overrides)
         page = launch_recorder(

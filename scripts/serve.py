@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path, model_argument, parse_setting, path_argument, run_main
+from scripts.command_line import add_model, add_settings, check_model_path, load_settings, run_main
 from scripts.stream_client import read_token
 from src.data.vad import VoiceActivityDetector
 from src.inference.engine_base import Engine
@@ -28,7 +28,7 @@ from src.inference.engines import load_engine
 from src.inference.server.host import LOOPBACK, ServerLimits
 from src.inference.server.server import DEFAULT_PORT, CaptionServer, SessionFactory
 from src.inference.streaming.session import StreamingASR
-from src.utils import load_config, setup_logging
+from src.utils import setup_logging
 from src.utils.config import Config
 from src.utils.errors import ConfigError, DataError, WhisperASRError
 from src.utils.languages import known_language, parse_language
@@ -50,9 +50,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     limits = ServerLimits()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", type=model_argument, required=True, help="folder of a checkpoint, or a name such as tiny.en"
-    )
+    add_model(parser)
     parser.add_argument("--host", default=LOOPBACK, help="to listen on; default: %(default)s, this machine only")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes a free one; default: %(default)s")
     parser.add_argument("--token-env", metavar="NAME", help="environment variable with the token of clients")
@@ -62,19 +60,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-sessions", type=int, default=limits.max_sessions, help="default: %(default)s")
     parser.add_argument("--max-session-sec", type=float, default=limits.max_session_sec, help="default: %(default)s")
     parser.add_argument("--idle-sec", type=float, default=limits.idle_sec, help="default: %(default)s")
-    parser.add_argument("--config", type=path_argument, default=ROOT / "config.yaml")
-    parser.add_argument("--profile", help="one of the file's profiles")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting; may repeat"
-    )
+    add_settings(parser)
     return parser.parse_args()
 
 
 def make_server(arguments: argparse.Namespace) -> CaptionServer:
     """Load what all sessions share."""
     check_model_path(arguments.model)
-    overrides = {"model.variant": arguments.model} | dict(parse_setting(text) for text in arguments.set)
-    config = load_config(arguments.config, profile=arguments.profile, overrides=overrides)
+    config = load_settings(arguments, {"model.variant": arguments.model})
     limits = ServerLimits(
         max_sessions=arguments.max_sessions, max_session_sec=arguments.max_session_sec, idle_sec=arguments.idle_sec
     )

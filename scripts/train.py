@@ -21,13 +21,13 @@ sys.path.insert(0, str(ROOT))
 
 from accelerate import PartialState
 
-from scripts.command_line import parse_setting, path_argument, run_main
+from scripts.command_line import add_settings, load_settings, run_main
 from src.data import create_dataloaders, prepare_datasets
 from src.evaluation import fill_languages
 from src.inference import with_clips
 from src.models import WhisperModelManager
 from src.training import WhisperTrainer
-from src.utils import load_config, setup_logging
+from src.utils import setup_logging
 from src.utils.config import Config
 from src.utils.errors import WhisperASRError
 from src.utils.runtime import is_main_process, world_size
@@ -44,9 +44,7 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    config = load_config(
-        arguments.config, profile=arguments.profile, overrides=dict(parse_setting(text) for text in arguments.set)
-    )
+    config = load_settings(arguments)
     PartialState(cpu=config.device == "cpu")  # joins the processes that the launcher has started
     setup_logging("INFO" if is_main_process() else "WARNING")
     if world_size() > 1 and config.device == "auto":
@@ -59,11 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=path_argument, default=ROOT / "config.yaml")
-    parser.add_argument("--profile", help="one of the file's profiles")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting; may repeat"
-    )
+    add_settings(parser)
     parser.add_argument("--fresh", action="store_true", help="start from the beginning, although there is a checkpoint")
     return parser.parse_args()
 

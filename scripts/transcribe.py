@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import check_model_path, model_argument, parse_setting, path_argument
+from scripts.command_line import add_settings, check_model_path, load_settings, model_argument, path_argument
 from scripts.recordings import Recording, caption_paths, find_recordings
 from src.inference.captions import CaptionOptions, cues_of_segments, make_cues, write_captions
 from src.inference.files.jobs import deal, run_job
 from src.inference.files.transcribe import Transcription
-from src.utils.config import Config, flatten, load_config
+from src.utils.config import Config, flatten
 from src.utils.errors import AudioError, DataError, WhisperASRError, did_you_mean, visible
 from src.utils.files import write_text_atomic
 from src.utils.languages import language_name, text_language
@@ -116,8 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, metavar="N", help="segments decoded at once")
     parser.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="of a bad recording")
     parser.add_argument("--retry-errors", action="store_true", help="try recordings again that failed before")
-    parser.add_argument("--config", type=path_argument, default=ROOT / "config.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a setting")
+    add_settings(parser, has_profiles=False)
     parser.add_argument("--verbose", action="store_true", help="log what is done, and why")
 
 
@@ -228,8 +227,7 @@ def configure(arguments: argparse.Namespace, *, device: str | None) -> Config:
         "model.task": arguments.task,
         "device": device,
     }
-    given = {key: value for key, value in options.items() if value is not None}
-    return load_config(arguments.config, overrides=given | dict(parse_setting(text) for text in arguments.set))
+    return load_settings(arguments, {key: value for key, value in options.items() if value is not None})
 
 
 def own_device() -> str | None:
