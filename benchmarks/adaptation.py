@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from scripts.benchmarking import append_table, read, strided
+from scripts.benchmarking import append_table, read, recased, strided
 from scripts.command_line import path_argument
-from src.data.labels import apply_case, resolve_case
 from src.data.loader import create_loader
-from src.data.preparation import check_utterance, find_shared_speakers
+from src.data.preparation import find_shared_speakers
 from src.data.sources.catalog import load_utterances
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import EvaluationResult, ModelEvaluator, compare_predictions
@@ -70,7 +68,7 @@ def run(arguments: argparse.Namespace) -> tuple[Results, AdaptationResult]:
     set_seed(config.seed)
     train, dev = load_sets(arguments)
     model, processor = WhisperModelManager(config).initialize_model()
-    loader = create_loader([checked(utterance) for utterance in dev], processor, config)
+    loader = create_loader([recased(utterance, config.data) for utterance in dev], processor, config)
     evaluator = ModelEvaluator(model, processor, config)
     stock = measure(evaluator, model, loader, "stock")
     chosen: dict[str, Any] = {} if arguments.steps is None else {"steps": arguments.steps}
@@ -91,12 +89,6 @@ def load_sets(arguments: argparse.Namespace) -> tuple[list[Utterance], list[Utte
     if shared:
         raise DataError(f"speakers {', '.join(shared)} are in both sets; measure on speakers that were not adapted to")
     return train, dev
-
-
-def checked(utterance: Utterance) -> Utterance:
-    """Return it with its duration, and its text as a sentence."""
-    known = check_utterance(utterance, Config().data)
-    return replace(known, text=apply_case(known.text, resolve_case([known.text], "auto")))
 
 
 def measure(evaluator: ModelEvaluator, model: Any, loader: Any, weights: str) -> Results:

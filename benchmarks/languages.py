@@ -33,7 +33,7 @@ import regex
 import soundfile as sf
 
 from benchmarks.synthetic_speech import write_folder
-from scripts.benchmarking import show
+from scripts.benchmarking import percent, percent_interval, show
 from scripts.command_line import path_argument
 from src.data import Utterance, VoiceActivityDetector, create_dataloaders, prepare_datasets
 from src.data.audio import SAMPLE_RATE
@@ -48,6 +48,7 @@ from src.models import WhisperModelManager, export_ctranslate2
 from src.training import WhisperTrainer
 from src.utils import Config, load_config, set_seed
 from src.utils.errors import ModelError
+from src.utils.files import jsonable
 from src.utils.languages import UNSPACED
 
 CLIPS = 48  # of each language, by eight speakers
@@ -145,8 +146,7 @@ def main() -> int:
     missed = [f"{f.tuned_on} {f.language}: {bar}" for f in figures for bar, holds in f.bars.items() if not holds]
     untrained = " (after so few updates a model does not know when to stop)" if arguments.quick else ""
     print(f"bars missed{untrained}:", "; ".join(missed) or "none")
-    rows = [{key: None if value != value else value for key, value in asdict(f).items()} for f in figures]
-    print(json.dumps({"figures": rows, "bars_missed": missed}, ensure_ascii=False))
+    print(json.dumps(jsonable({"figures": list(map(asdict, figures)), "bars_missed": missed}), ensure_ascii=False))
     return 0
 
 
@@ -307,7 +307,7 @@ def table(figures: Sequence[Figures]) -> list[dict[str, str]]:
         {
             "tuned on": each.tuned_on,
             "language": each.language,
-            "rate [95% interval]": f"{each.metric} {percent(each.rate)} [{percent(each.low)}, {percent(each.high)}]",
+            "rate [95% interval]": f"{each.metric} {percent_interval(each.rate, each.low, each.high)}",
             "by hand": percent(each.by_hand),
             "ended by a limit": str(each.truncated),
             "suppressed": str(each.suppressed),
@@ -320,10 +320,6 @@ def table(figures: Sequence[Figures]) -> list[dict[str, str]]:
         }
         for each in figures
     ]
-
-
-def percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.1f}"
 
 
 def note(figures: Sequence[Figures]) -> str:

@@ -38,13 +38,11 @@ import soundfile as sf
 
 from benchmarks.real_speech import fetch, read_g722
 from benchmarks.streaming import Measured, measure
-from scripts.benchmarking import load_clips, number, show, strided
-from scripts.command_line import parse_setting, path_argument
+from scripts.benchmarking import load_clips, number, percent, percent_interval, points, recased, show, strided
+from scripts.command_line import parse_settings, path_argument
 from src.data import Utterance, create_dataloaders, prepare_datasets
 from src.data.audio import SAMPLE_RATE
-from src.data.labels import apply_case, resolve_case
 from src.data.loader import create_loader
-from src.data.preparation import check_utterance
 from src.data.sources.catalog import load_utterances
 from src.evaluation import EvaluationResult, MetricsCalculator, ModelEvaluator
 from src.evaluation.evaluator import compare_predictions
@@ -57,6 +55,7 @@ from src.models import WhisperModelManager
 from src.training import WhisperTrainer
 from src.utils import Config, load_config, set_seed
 from src.utils.config import MAX_AUDIO_SEC, DataConfig
+from src.utils.files import jsonable
 from src.utils.languages import join_texts
 from src.utils.runtime import usable_cores
 
@@ -109,7 +108,7 @@ def main() -> int:
             folders |= {"recipe": arguments.model} | (
                 {"clips only": arguments.clips_only} if arguments.clips_only else {}
             )
-        clips = [checked(clip, config) for clip in load_clips(arguments.data, arguments.clips)]
+        clips = [recased(clip, config.data) for clip in load_clips(arguments.data, arguments.clips)]
         aligner = WordAligner(
             *WhisperModelManager(config).initialize_model(arguments.aligner), language=arguments.language
         )
@@ -132,7 +131,7 @@ def main() -> int:
     rows = [row_of(figures, models) for figures in models.values()]
     show(f"One recipe: clips, files and live ({arguments.variant})", rows, note,
          record=not (arguments.quick or arguments.no_record))  # fmt: skip
-    print(json.dumps(last_line(models)))
+    print(json.dumps(jsonable(last_line(models))))
     return 0
 
 
@@ -179,7 +178,7 @@ def train(arguments: argparse.Namespace, folder: Path, trained_sec: dict[str, fl
     }  # fmt: skip
     folders: dict[str, str] = {}
     updates = 0
-    for name, own in (("recipe", dict(map(parse_setting, arguments.set))), ("clips only", CLIPS_ONLY)):
+    for name, own in (("recipe", parse_settings(arguments)), ("clips only", CLIPS_ONLY)):
         paths = {f"paths.{key}": str(folder / name.replace(" ", "_") / key) for key in ("runs_dir", "checkpoints_dir")}
         config = load_config(None, overrides={**common, **own, **paths})
         set_seed(config.seed)
@@ -271,7 +270,7 @@ def guard_clips(arguments: argparse.Namespace, config: Config) -> list[Utterance
         listed = read_english_prompts(config.paths.cache_dir / "speech")
     else:
         listed = load_utterances(DataConfig(source="folder", path=arguments.guard))
-    return [checked(clip, config) for clip in listed]
+    return [recased(clip, config.data) for clip in listed]
 
 
 def read_english_prompts(cache: Path) -> list[Utterance]:
@@ -290,22 +289,15 @@ def read_english_prompts(cache: Path) -> list[Utterance]:
     return prompts
 
 
-def checked(clip: Utterance, config: Config) -> Utterance:
-    """Return it with its duration, and its text as a sentence."""
-    known = check_utterance(clip, config.data)
-    return replace(known, text=apply_case(known.text, resolve_case([known.text], "auto")))
-
-
 def row_of(figures: Figures, models: Mapping[str, Figures]) -> dict[str, str]:
     """Lay one model out."""
     clips, live = figures.clips, figures.live
     against, other = "-", models.get("clips only")
     if other is not None and other is not figures:
-        found = compare_predictions(other.clips.rows, clips.rows)
-        against = f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+        against = points(compare_predictions(other.clips.rows, clips.rows))
     return {
         "model": figures.name,
-        "clips [95% interval]": f"{percent(clips.rate)} [{percent(clips.low)}, {percent(clips.high)}]",
+        "clips [95% interval]": percent_interval(clips.rate, clips.low, clips.high),
         "against clips only": against,
         "general speech": percent(figures.guard),
         "file": percent(figures.long),
@@ -323,14 +315,10 @@ def row_of(figures: Figures, models: Mapping[str, Figures]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def percent(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
-
-
 def last_line(models: Mapping[str, Figures]) -> dict[str, float | int | None]:
-    """Return the figures by name; null where one was not measured."""
+    """Return the figures by name; nan or None where one was not measured."""
     recipe, stock, only = models["recipe"], models["stock"], models.get("clips only")
-    rates = {
+    return {
         "clips_wer": recipe.clips.rate,
         "clips_only_wer": only and only.clips.rate,
         "long_wer": recipe.long,
@@ -348,9 +336,7 @@ def last_line(models: Mapping[str, Figures]) -> dict[str, float | int | None]:
         "words_without_speech": recipe.invented,
         "training_sec": recipe.trained_sec,
         "training_clips_only_sec": only and only.trained_sec,
-    }
-    return {key: None if value is None or value != value else value for key, value in rates.items()} | {
-        key: recipe.live.get(name) for key, name in STREAM.items()
+        **{key: recipe.live.get(name) for key, name in STREAM.items()},
     }
 
 

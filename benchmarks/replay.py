@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.benchmarking import show
+from scripts.benchmarking import percent_interval, points, show
 from scripts.command_line import path_argument
 from src.data import Utterance, create_dataloaders, create_loader, prepare_datasets
 from src.data.preparation import DatasetSplits
@@ -140,17 +140,15 @@ def row(
     """Lay one model out."""
     against = "-"
     if name != STOCK:
-        change = compare_predictions(found[STOCK]["guard"].rows, found[name]["guard"].rows)
-        against = f"{100 * change.difference:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
+        against = points(compare_predictions(found[STOCK]["guard"].rows, found[name]["guard"].rows))
     replayed = sum(clip.id.startswith("replay/") for clip in splits.train) if splits else 0
     return {
         "replay": name if name == STOCK else f"{100 * float(name):g} %",
         "its clips": str(replayed),
-        **{f"{key} WER": f"{100 * each.rate:.1f} [{100 * each.low:.1f}, {100 * each.high:.1f}]"
-           for key, each in found[name].items()},
+        **{f"{key} WER": percent_interval(each.rate, each.low, each.high) for key, each in found[name].items()},
         "guard, against stock": against,
         "training": f"{seconds[name]:.0f} s" if name in seconds else "-",
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.benchmarking import append_table, load_clips
-from scripts.command_line import model_argument, parse_setting, path_argument
+from scripts.benchmarking import append_table, load_clips, percent, percent_interval
+from scripts.command_line import model_argument, parse_settings, path_argument
 from src.data.vad import VoiceActivityDetector
 from src.evaluation.streaming import ReplayClock, WordTiming, measure_stream, replay, time_words
 from src.evaluation.streams import PUBLIC_CLIP, SpeechStream, WordAligner, add_noise, join_clips
@@ -139,7 +139,7 @@ def config_for(arguments: argparse.Namespace, policy: str) -> Config:
         "model": {"language": arguments.language},
         "streaming": {"policy": policy},
     }
-    return load_config(None, overrides=overrides | dict(map(parse_setting, arguments.set)))
+    return load_config(None, overrides=overrides | parse_settings(arguments))
 
 
 def streams(arguments: argparse.Namespace) -> tuple[Measured, Measured, Measured]:
@@ -178,13 +178,10 @@ def table_row(name: str, row: dict[str, Any]) -> dict[str, str]:
     def seconds(key: str) -> str:
         return "-" if row[key] is None else f"{row[key]:.2f}"
 
-    def percent(key: str) -> str:
-        return "-" if row[key] is None else f"{100 * row[key]:.1f}"
-
     return {
         "system": name,
-        f"{row['metric']} %": f"{percent('rate')} [{percent('low')}, {percent('high')}]",
-        "offline %": percent("offline_rate"),
+        f"{row['metric']} %": percent_interval(row["rate"], row["low"], row["high"]),
+        "offline %": percent(row["offline_rate"]),
         "S/D/I": f"{row['substitutions']}/{row['deletions']}/{row['insertions']}",
         "commit p50": seconds("commit_aware_p50_sec"),
         "p95": seconds("commit_aware_p95_sec"),

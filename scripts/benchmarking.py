@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import platform
 import statistics
@@ -13,6 +15,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # a peer measures its own memory: nothing of this library is imported before it ends
     from src.data.utterance import Utterance
+    from src.evaluation.metrics import PairedComparison
+    from src.utils.config import DataConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "docs" / "BENCHMARKS.md"
@@ -45,6 +49,15 @@ def strided(utterances: list[Utterance], count: int) -> list[Utterance]:
     """Take clips from all over a corpus, which is often in order of its speakers."""
     count = min(count, len(utterances))
     return [utterances[index * len(utterances) // count] for index in range(count)]
+
+
+def recased(clip: Utterance, data: DataConfig) -> Utterance:
+    """Return a checked clip with its duration, and with its text as a sentence where that is all capitals."""
+    from src.data.labels import apply_case, resolve_case
+    from src.data.preparation import check_utterance
+
+    known = check_utterance(clip, data)
+    return dataclasses.replace(known, text=apply_case(known.text, resolve_case([known.text], "auto")))
 
 
 def median_sec(action: Callable[[], object], repeats: int) -> float:
@@ -82,6 +95,21 @@ def show(title: str, rows: Sequence[Mapping[str, str]], note: str, *, record: bo
 def number(value: float | None, unit: str = "") -> str:
     """Return three digits, or a dash."""
     return "-" if value is None else f"{value:.3g}{unit}"
+
+
+def percent(value: float | None, sign: str = "-") -> str:
+    """Return a fraction in percent, or a dash for what was not measured; `sign` is that of a format."""
+    return "-" if value is None or math.isnan(value) else f"{100 * value:{sign}.1f}"
+
+
+def percent_interval(rate: float | None, low: float | None, high: float | None, sign: str = "-") -> str:
+    """Return a rate in percent with its interval."""
+    return f"{percent(rate, sign)} [{percent(low, sign)}, {percent(high, sign)}]"
+
+
+def points(comparison: PairedComparison) -> str:
+    """Return a difference in points of percent with its interval."""
+    return percent_interval(comparison.difference, comparison.low, comparison.high, sign="+")
 
 
 def append_table(title: str, rows: Sequence[Mapping[str, str]], *, note: str = "") -> None:
