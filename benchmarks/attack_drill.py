@@ -10,17 +10,16 @@ to a caption server together with 4 hostile ones. The last line printed is one J
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import logging
-import multiprocessing
 import os
 import resource
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,10 @@ for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(threads, "1")  # the processes below are forked
 
 from benchmarks import live_attacks
-from benchmarks.attacks import ATTACKS, Attack, BrokenError, WeakError
+from benchmarks.attacks import ATTACKS, FORK, AttackFunction, BrokenError, WeakError
 
 MAX_FILE_BYTES = 2 << 30
 DRILL_SEC = 500.0  # for all attacks; with the load, less than 10 minutes
-FORK = multiprocessing.get_context("fork")
 
 
 def main() -> int:
@@ -68,7 +66,7 @@ def main() -> int:
     return 0 if not not_held else 1
 
 
-def run_apart(attack: Callable[[Path], object], limit_sec: float) -> tuple[str, str]:
+def run_apart(attack: AttackFunction, limit_sec: float) -> tuple[str, str]:
     """Run an attack in a process group of its own; return "held", "weak" or "broken", and why."""
     ours, theirs = FORK.Pipe()
     with tempfile.TemporaryDirectory(prefix="attack-", ignore_cleanup_errors=True) as name:
@@ -86,7 +84,7 @@ def run_apart(attack: Callable[[Path], object], limit_sec: float) -> tuple[str, 
     return outcome
 
 
-def child(attack: Attack, folder: Path, pipe: Connection) -> None:
+def child(attack: AttackFunction, folder: Path, pipe: Connection) -> None:
     """Run an attack, and send what came of it."""
     os.setsid()
     os.chdir(folder)
@@ -100,7 +98,9 @@ def child(attack: Attack, folder: Path, pipe: Connection) -> None:
         contextlib.redirect_stderr(output),
     ):
         try:
-            attack(folder)
+            outcome = attack(folder)
+            if asyncio.iscoroutine(outcome):
+                asyncio.run(outcome)
             pipe.send(("held", ""))
         except WeakError as err:
             pipe.send(("weak", str(err)))

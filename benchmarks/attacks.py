@@ -10,18 +10,19 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import struct
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 MAX_MESSAGE = 10_000  # characters of an error
-AttackFunction = Callable[[Path], object]
+AttackFunction = Callable[[Path], object]  # or a coroutine function
 
 
 class Attack(NamedTuple):
@@ -39,6 +40,7 @@ class WeakError(Exception):
     """It did no lasting harm, and was not answered well."""
 
 
+FORK = multiprocessing.get_context("fork")
 ATTACKS: dict[str, Attack] = {}
 
 
@@ -70,6 +72,23 @@ def must_refuse(call: Callable[[], object], *names: str, what: str = "it") -> st
     if missing := [name for name in names if name not in text]:
         raise WeakError(f"{what}: the message lacks {missing}: {text[:200]}")
     return text
+
+
+@contextlib.contextmanager
+def stopped_in(work: Callable[[Callable[[], None]], None], *, within_sec: float) -> Iterator[int]:
+    """Fork a process that works until it calls its argument; yield its id, and kill it."""
+    stopped = FORK.Event()
+
+    def stop() -> None:
+        stopped.set()
+        time.sleep(3600)
+
+    process = FORK.Process(target=work, args=(stop,))
+    process.start()
+    assert stopped.wait(within_sec)
+    yield process.pid or 0
+    process.kill()
+    process.join()
 
 
 # files of others
@@ -296,16 +315,19 @@ def weights_of_others(folder: Path) -> None:
     assert load() == "loaded"
 
 
+def _state(saved_at: float, **weights: Any) -> Any:
+    from src.training.checkpoint import TrainingState
+
+    return TrainingState({"model": weights, "optimizer": {}, "rng": {}}, {"saved_at": saved_at})
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     import torch
 
-    from src.training.checkpoint import CheckpointStore, TrainingState
+    from src.training.checkpoint import CheckpointStore
 
-    store, saved = CheckpointStore(folder / "run", save_total_limit=2), []
-    for step in (1, 2):
-        tensors = {"model": {"a": torch.zeros(2)}, "optimizer": {}, "rng": {}}
-        saved.append(store.save(TrainingState(tensors, {"saved_at": float(step)}), step))
-    return saved
+    store = CheckpointStore(folder / "run", save_total_limit=2)
+    return [store.save(_state(float(step), a=torch.zeros(2)), step) for step in (1, 2)]
 
 
 @attack()
@@ -376,11 +398,11 @@ def run_names(folder: Path) -> None:
 @attack()
 def clock_set_back(folder: Path) -> None:
     """Save checkpoints while the clock goes back by an hour."""
-    from src.training.checkpoint import CheckpointStore, TrainingState, find_checkpoint, list_checkpoints
+    from src.training.checkpoint import CheckpointStore, find_checkpoint, list_checkpoints
 
     store = CheckpointStore(folder / "run", save_total_limit=2)
     for step, now in ((10, 5000.0), (20, 5060.0), (30, 1500.0), (40, 1560.0)):
-        path = store.save(TrainingState({"model": {}, "optimizer": {}, "rng": {}}, {"saved_at": now}), step)
+        path = store.save(_state(now), step)
         os.utime(path / "manifest.json", (now, now))
     kept = [int(path.name[-8:]) for path in list_checkpoints(store.folder)]
     if kept != [30, 40] or find_checkpoint([folder], None).checkpoint != path:
@@ -421,9 +443,7 @@ def secrets_and_places(folder: Path) -> None:
 @attack()
 def second_writer(folder: Path) -> None:
     """Write a run and checkpoints that another process writes, then kill that process."""
-    import multiprocessing
-
-    from src.training.checkpoint import CheckpointStore, TrainingState
+    from src.training.checkpoint import CheckpointStore
     from src.utils import ExperimentLogger, load_config
 
     config = load_config(None, overrides={"paths.runs_dir": str(folder / "runs")})
@@ -431,54 +451,38 @@ def second_writer(folder: Path) -> None:
     def write() -> tuple[ExperimentLogger, CheckpointStore]:
         experiment = ExperimentLogger(config, run_id="same")
         store = CheckpointStore(folder / "checkpoints", save_total_limit=2)
-        store.save(TrainingState({"model": {}, "optimizer": {}, "rng": {}}, {"saved_at": 0.0}), 1)
+        store.save(_state(0.0), 1)
         return experiment, store
 
-    def write_and_wait(ready: Any) -> None:
+    def write_and_stop(stop: Callable[[], None]) -> None:
         held = write()
-        ready.set()
-        time.sleep(3600)
+        stop()
         del held
 
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    other = context.Process(target=write_and_wait, args=(ready,))
-    other.start()
-    assert ready.wait(30)
-    must_refuse(lambda: ExperimentLogger(config, run_id="same"), "same", str(other.pid), what="a run in use")
-    store = CheckpointStore(folder / "checkpoints", save_total_limit=2)
-    state = TrainingState({"model": {}, "optimizer": {}, "rng": {}}, {"saved_at": 0.0})
-    must_refuse(lambda: store.save(state, 2), "checkpoints", str(other.pid), what="a folder of checkpoints in use")
-    other.kill()
-    other.join()
+    with stopped_in(write_and_stop, within_sec=30) as pid:
+        must_refuse(lambda: ExperimentLogger(config, run_id="same"), "same", str(pid), what="a run in use")
+        store = CheckpointStore(folder / "checkpoints", save_total_limit=2)
+        must_refuse(lambda: store.save(_state(0.0), 2), "checkpoints", str(pid), what="a folder of checkpoints in use")
     write()[0].close()
 
 
 @attack()
 def killed_conversion(folder: Path) -> None:
     """Kill a process inside of a conversion, then convert."""
-    import multiprocessing
-
     from src.models import weights
 
-    def convert_and_wait(ready: Any) -> None:
+    def convert_and_stop(stop: Callable[[], None]) -> None:
         convert = weights._convert
 
-        def wait(*given: Path) -> None:
+        def convert_alone(*given: Path) -> None:
             convert(*given)
-            ready.set()
-            time.sleep(3600)
+            stop()
 
-        weights._convert = wait
+        weights._convert = convert_alone
         weights.resolve_weights("tiny.en", cache_dir=folder)
 
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    killed = context.Process(target=convert_and_wait, args=(ready,))
-    killed.start()
-    assert ready.wait(50)
-    killed.kill()
-    killed.join()
+    with stopped_in(convert_and_stop, within_sec=50):
+        pass
     found = weights.resolve_weights("tiny.en", cache_dir=folder).path
     if left := [path.name for path in found.parent.iterdir() if path != found]:
         raise WeakError(f"left {left}")

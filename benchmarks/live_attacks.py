@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import multiprocessing
 import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -19,8 +18,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 
-from benchmarks.attacks import BrokenError, WeakError, attack
+from benchmarks.attacks import FORK, BrokenError, WeakError, attack
 
 TOKEN = "a token of the drill"
 RATE = 16_000
@@ -28,7 +28,6 @@ WORD_SEC, SEC_PER_UNIT = 0.4, 200.0  # of the numbered words; of the fraction of
 GOOD, LOAD_SEC, BLOCK_SEC = 20, 60.0, 0.1
 CALL_SEC = 0.003  # that a call of the model sleeps
 MAX_LAG_SEC, MAX_GROWTH_MB = 0.5, 16.0
-FORK = multiprocessing.get_context("fork")
 
 
 def speech(speaker: int, duration_sec: float) -> np.ndarray:
@@ -123,68 +122,58 @@ def port_of(url: str) -> int:
 
 
 @attack()
-def silent_strangers(folder: Path) -> None:
+async def silent_strangers(folder: Path) -> None:
     """Hold sockets without a word, and connections without the token."""
-
-    async def run() -> None:
-        async with serving() as url:
-            mute = [await asyncio.open_connection("127.0.0.1", port_of(url)) for _ in range(200)]
-            silent = [await connected(url, token=None) for _ in range(40)]
-            await must_serve(url)
-            last = await connected(url, token=None)  # a browser's, with the token in its hello
-            await last.send(f'{{"type": "hello", "token": "{TOKEN}"}}')
-            if '"ready"' not in await last.recv():
-                raise BrokenError("a browser with the token was kept out")
-            for _, writer in mute:
-                writer.close()
-            await asyncio.gather(last.close(), *(client.close() for client in silent))
-
-    asyncio.run(run())
+    async with serving() as url:
+        mute = [await asyncio.open_connection("127.0.0.1", port_of(url)) for _ in range(200)]
+        silent = [await connected(url, token=None) for _ in range(40)]
+        await must_serve(url)
+        last = await connected(url, token=None)  # a browser's, with the token in its hello
+        await last.send(f'{{"type": "hello", "token": "{TOKEN}"}}')
+        if '"ready"' not in await last.recv():
+            raise BrokenError("a browser with the token was kept out")
+        for _, writer in mute:
+            writer.close()
+        await asyncio.gather(last.close(), *(client.close() for client in silent))
 
 
 @attack()
-def wrong_tokens(folder: Path) -> None:
+async def wrong_tokens(folder: Path) -> None:
     """Send no token, empty ones, wrong ones, and audio without asking."""
+    from websockets.exceptions import InvalidStatus
+
     hellos = ['{"type":"hello"}', '{"type":"hello","token":""}', '{"type":"hello","token":"wrong"}', bytes(6400)]
-
-    async def run() -> None:
-        from websockets.exceptions import InvalidStatus
-
-        async with serving() as url:
-            for token in ("wrong", " ", TOKEN[:-1], TOKEN + "x", "\u00e4"):
-                with contextlib.suppress(InvalidStatus):
-                    await connected(url, token=token.encode().decode("latin-1"))
-                    raise BrokenError(f"token {token!r} was let in")
-            for hello in hellos:
-                async with connected(url, token=None) as client:
-                    await client.send(hello)
-                    if "unauthorized" not in (answer := await client.recv()):
-                        raise BrokenError(f"{hello[:40]!r} was answered with {answer[:80]!r}")
-            await must_serve(url)
-
-    asyncio.run(run())
+    async with serving() as url:
+        for token in ("wrong", " ", TOKEN[:-1], TOKEN + "x", "\u00e4"):
+            with contextlib.suppress(InvalidStatus):
+                await connected(url, token=token.encode().decode("latin-1"))
+                raise BrokenError(f"token {token!r} was let in")
+        for hello in hellos:
+            async with connected(url, token=None) as client:
+                await client.send(hello)
+                if "unauthorized" not in (answer := await client.recv()):
+                    raise BrokenError(f"{hello[:40]!r} was answered with {answer[:80]!r}")
+        await must_serve(url)
 
 
 @attack()
-def foreign_pages(folder: Path) -> None:
+async def foreign_pages(folder: Path) -> None:
     """Connect as web pages of other origins do."""
+    from websockets.exceptions import InvalidStatus
+    from websockets.typing import Origin
 
-    async def run() -> None:
-        from websockets.exceptions import InvalidStatus
-        from websockets.typing import Origin
-
-        async with serving(token=None) as url:
-            for origin in ("https://evil.example", "null", url.replace("ws", "http"), "http://localhost"):
-                with contextlib.suppress(InvalidStatus):
-                    await connected(url, token=None, origin=Origin(origin))
-                    raise BrokenError(f"a page of {origin} was let in")
-
-    asyncio.run(run())
+    async with serving(token=None) as url:
+        for origin in ("https://evil.example", "null", url.replace("ws", "http"), "http://localhost"):
+            with contextlib.suppress(InvalidStatus):
+                await connected(url, token=None, origin=Origin(origin))
+                raise BrokenError(f"a page of {origin} was let in")
 
 
 @attack()
-def garbage_messages(folder: Path) -> None:
+async def garbage_messages(folder: Path) -> None:
     """Send what is no message of the protocol; each gets its error, and the next client is served."""
+    from websockets.exceptions import ConnectionClosed
+
     hello = '{"type":"hello"}'
     given: list[list[str | bytes]] = [
         ["garbage"], ["[" * 100_000], ["\0"], ['{"type":"end"}'], [hello, hello], ["9" * 100_000], [b"\0"],
@@ -192,107 +181,86 @@ def garbage_messages(folder: Path) -> None:
         ['{"type":"hello","sample_rate":-1}'], ['{"type":"hello","speed":' + "1" * 100_000 + "}"],
     ]  # fmt: skip
 
-    async def run() -> None:
-        async with serving(token=None) as url:
-            for messages in given:
-                async with connected(url, token=None) as client:
-                    answers = []
-                    from websockets.exceptions import ConnectionClosed
-
-                    with contextlib.suppress(ConnectionClosed):
-                        for message in messages:
-                            await client.send(message)
-                        while True:
-                            answers.append(await asyncio.wait_for(client.recv(), 10.0))
-                    if not answers or '"error"' not in str(answers[-1]) or client.close_code != 1007:
-                        raise BrokenError(f"{messages[-1][:40]!r}: {answers[-1:]} and code {client.close_code}")
-                    if len(str(answers[-1])) > 10_000:
-                        raise WeakError(f"{messages[-1][:40]!r}: an answer of {len(str(answers[-1]))} characters")
-            await must_serve(url, token=None)
-
-    asyncio.run(run())
+    async with serving(token=None) as url:
+        for messages in given:
+            async with connected(url, token=None) as client:
+                answers = []
+                with contextlib.suppress(ConnectionClosed):
+                    for message in messages:
+                        await client.send(message)
+                    while True:
+                        answers.append(await asyncio.wait_for(client.recv(), 10.0))
+                if not answers or '"error"' not in str(answers[-1]) or client.close_code != 1007:
+                    raise BrokenError(f"{messages[-1][:40]!r}: {answers[-1:]} and code {client.close_code}")
+                if len(str(answers[-1])) > 10_000:
+                    raise WeakError(f"{messages[-1][:40]!r}: an answer of {len(str(answers[-1]))} characters")
+        await must_serve(url, token=None)
 
 
 @attack()
-def large_messages(folder: Path) -> None:
+async def large_messages(folder: Path) -> None:
     """Send a message beyond the limit, at once and in a thousand fragments."""
-
-    async def run() -> None:
-        async with serving() as url:
-            for message in (bytes(1 << 24), [bytes(1 << 14)] * 1000, [b""] * 5000):
-                client = await connected(url)
-                with contextlib.suppress(Exception):  # of the client, whose server hangs up
-                    await client.send(message)
-                await asyncio.wait_for(client.wait_closed(), 20.0)
-            await must_serve(url)
-
-    asyncio.run(run())
+    async with serving() as url:
+        for message in (bytes(1 << 24), [bytes(1 << 14)] * 1000, [b""] * 5000):
+            client = await connected(url)
+            with contextlib.suppress(Exception):  # of the client, whose server hangs up
+                await client.send(message)
+            await asyncio.wait_for(client.wait_closed(), 20.0)
+        await must_serve(url)
 
 
 @attack()
-def trickle(folder: Path) -> None:
+async def trickle(folder: Path) -> None:
     """Keep a place with a sample now and then."""
+    from websockets.exceptions import ConnectionClosed
 
-    async def run() -> None:
-        from websockets.exceptions import ConnectionClosed
-
-        async with serving(max_sessions=1, idle_sec=1.0) as url:
-            client = await connected(url)
-            with contextlib.suppress(ConnectionClosed):
-                for _ in range(40):
-                    await client.send(bytes(4))
-                    await asyncio.sleep(0.1)
-                raise BrokenError("a client that sends 10 samples per second keeps its place")
-            await must_serve(url)
-
-    asyncio.run(run())
+    async with serving(max_sessions=1, idle_sec=1.0) as url:
+        client = await connected(url)
+        with contextlib.suppress(ConnectionClosed):
+            for _ in range(40):
+                await client.send(bytes(4))
+                await asyncio.sleep(0.1)
+            raise BrokenError("a client that sends 10 samples per second keeps its place")
+        await must_serve(url)
 
 
 @attack()
-def close_after_a_flood(folder: Path) -> None:
+async def close_after_a_flood(folder: Path) -> None:
     """Send a minute of audio, and leave: nobody waits for it to be heard."""
-
-    async def run() -> None:
-        async with serving(max_sessions=1, call_sec=0.5) as url:
-            for leave in ("close", "abort"):
-                client = await connected(url)
-                for block in np.split(speech(2, 50.0), 50):
-                    await client.send(block.tobytes())
-                await (client.close() if leave == "close" else asyncio.sleep(0))
-                client.transport.abort()
-                began = time.monotonic()
-                while True:
-                    with contextlib.suppress(Exception):
-                        await must_serve(url)
-                        break
-                if time.monotonic() - began > 15.0:
-                    raise WeakError(f"after {leave} the place was free in {time.monotonic() - began:.0f} s")
-
-    asyncio.run(run())
-
-
-@attack()
-def ping_flood(folder: Path) -> None:
-    """Send nothing but pings, whose answers nobody reads."""
-
-    async def run() -> None:
-        async with serving() as url:
+    async with serving(max_sessions=1, call_sec=0.5) as url:
+        for leave in ("close", "abort"):
             client = await connected(url)
-            await client.send('{"type":"hello"}')
-            client.transport.pause_reading()
-            for _ in range(200):
-                client.transport.write(b"\x89\xfd\0\0\0\0" + bytes(125))
-                if _ % 20 == 0:
-                    await asyncio.sleep(0)
-            client.transport.write((b"\x89\xfd\0\0\0\0" + bytes(125)) * 50_000)
-            await must_serve(url)
+            for block in np.split(speech(2, 50.0), 50):
+                await client.send(block.tobytes())
+            await (client.close() if leave == "close" else asyncio.sleep(0))
             client.transport.abort()
-
-    asyncio.run(run())
+            began = time.monotonic()
+            while True:
+                with contextlib.suppress(Exception):
+                    await must_serve(url)
+                    break
+            if time.monotonic() - began > 15.0:
+                raise WeakError(f"after {leave} the place was free in {time.monotonic() - began:.0f} s")
 
 
 @attack()
-def page_messages(folder: Path) -> None:
+async def ping_flood(folder: Path) -> None:
+    """Send nothing but pings, whose answers nobody reads."""
+    async with serving() as url:
+        client = await connected(url)
+        await client.send('{"type":"hello"}')
+        client.transport.pause_reading()
+        for _ in range(200):
+            client.transport.write(b"\x89\xfd\0\0\0\0" + bytes(125))
+            if _ % 20 == 0:
+                await asyncio.sleep(0)
+        client.transport.write((b"\x89\xfd\0\0\0\0" + bytes(125)) * 50_000)
+        await must_serve(url)
+        client.transport.abort()
+
+
+@attack()
+async def page_messages(folder: Path) -> None:
     """Send 80 messages of one tab of the page at once, and some of other tabs that are none."""
     import base64
 
@@ -305,26 +273,23 @@ def page_messages(folder: Path) -> None:
     config = load_config(None, overrides={"streaming.policy": "local_agreement"})
     pcm = base64.b64encode(bytes(16_000)).decode()  # half a second
 
-    async def run() -> None:
-        host = LiveHost(ServerLimits())
-        tabs = LiveTabs(host, lambda model: StreamingASR(engine=engine, config=config))
+    host = LiveHost(ServerLimits())
+    tabs = LiveTabs(host, lambda model: StreamingASR(engine=engine, config=config))
 
-        async def send(tab: str, **fields: Any) -> dict[str, Any]:
-            message: dict[str, Any] = {"tab": tab, "model": "m", "rate": RATE, "pcm": pcm, **fields}
-            return await asyncio.wait_for(tabs.answer(message), 20.0)
+    async def send(tab: str, **fields: Any) -> dict[str, Any]:
+        message: dict[str, Any] = {"tab": tab, "model": "m", "rate": RATE, "pcm": pcm, **fields}
+        return await asyncio.wait_for(tabs.answer(message), 20.0)
 
-        await send("a", first=True)
-        answers = await asyncio.gather(*(send("a") for _ in range(80)), send("b", first=True))
-        if sum("error" not in each for each in answers[:-1]) != 1 or "error" in answers[-1]:
-            raise BrokenError("messages of one tab take the turns of others")
-        for fields in ({"pcm": "A" * (1 << 20)}, {"pcm": "!"}, {"rate": 1}, {"x": 1}, {"model": 7}):
-            if "error" not in await send("c", **{"first": True, **fields}):
-                raise BrokenError(f"{list(fields)} was taken")
-        if len(host.sessions) != 2:
-            raise WeakError(f"{len(host.sessions)} sessions are open")
-        host.worker.shutdown()
-
-    asyncio.run(run())
+    await send("a", first=True)
+    answers = await asyncio.gather(*(send("a") for _ in range(80)), send("b", first=True))
+    if sum("error" not in each for each in answers[:-1]) != 1 or "error" in answers[-1]:
+        raise BrokenError("messages of one tab take the turns of others")
+    for fields in ({"pcm": "A" * (1 << 20)}, {"pcm": "!"}, {"rate": 1}, {"x": 1}, {"model": 7}):
+        if "error" not in await send("c", **{"first": True, **fields}):
+            raise BrokenError(f"{list(fields)} was taken")
+    if len(host.sessions) != 2:
+        raise WeakError(f"{len(host.sessions)} sessions are open")
+    host.worker.shutdown()
 
 
 # the load: processes of their own for the server, the good clients and the hostile ones
@@ -341,7 +306,7 @@ def load(load_sec: float = LOAD_SEC) -> tuple[dict[str, Any], list[str]]:
     began, memory = time.monotonic(), list[tuple[float, float]]()
     results, good = start(stream_all, url, load_sec)
     while not results.poll(1.0):
-        memory.append((time.monotonic() - began, memory_mb(pid)))
+        memory.append((time.monotonic() - began, psutil.Process(pid).memory_info().rss / 2**20))
         if time.monotonic() - began > 2 * load_sec + 60:
             break
     heard = results.recv() if results.poll() else []
@@ -381,13 +346,6 @@ def start(target: Callable[..., None], *arguments: Any) -> tuple[Connection, Any
     process = FORK.Process(target=target, args=(theirs, *arguments), daemon=True)
     process.start()
     return ours, process
-
-
-def memory_mb(pid: int) -> float:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
 
 
 def serve_until_told(pipe: Connection) -> None:
