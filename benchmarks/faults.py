@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +67,32 @@ def make_trainer(stock: Path, folder: Path, **checkpoints: Any) -> Any:
     return WhisperTrainer(model, processor, *loaders, config, experiment=ExperimentLogger(config, run_id="drill"))
 
 
+@contextlib.contextmanager
+def files_up_to(n_bytes: int) -> Iterator[None]:
+    """Let no file grow beyond a number of bytes in a block, whichever library writes it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def full_disk(stock: Path, folder: Path) -> Outcome:
     """Let no file grow beyond 1 MB from the sixth update on: every write of a checkpoint breaks off in the middle."""
     trainer = make_trainer(stock, folder)
-    at, warnings, before = count_updates(trainer), Warnings(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    at, warnings, small_files = count_updates(trainer), Warnings(), contextlib.ExitStack()
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def limit(step: int) -> None:
         if step == 6:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+            small_files.enter_context(files_up_to(1_000_000))
         if step == 9:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            small_files.close()
 
     at.append(limit)
-    try:
+    with small_files:
         trainer.train(1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     failed = warnings.count("no checkpoint was saved")
     whole = [path for path in (folder / "checkpoints" / "drill").iterdir() if is_whole(path)]
     return (

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks.faults import make_stock_model, make_trainer
+from benchmarks.faults import files_up_to, make_stock_model, make_trainer
 
 DISK_MB = 64
 PAGE_BYTES = 4096
@@ -128,12 +127,8 @@ def free_bytes(disk: Path, free: int) -> Iterator[None]:
         finally:
             filler.unlink()
         return
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (free, before[1]))
-    try:
+    with files_up_to(free):
         yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def make_writers(folder: Path) -> dict[str, Writer]:

@@ -17,13 +17,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from benchmarks.faults import files_up_to
 from src.inference import captions
 from src.inference.captions import CaptionOptions, Cue, LiveCaptionWriter, make_cues, to_json, to_srt, to_vtt
 from src.inference.streaming.commit import Event
 from src.inference.words import Word, join_words
 from src.utils.errors import ConfigError, DataError, WriteError
 from src.utils.languages import graphemes, is_unspaced_character
-from tests.utils.full_disk import files_up_to
 
 # Words of the bundled clip and their ends, as stock tiny.en gives them: no gap anywhere, pauses are inside words.
 JFK = (

@@ -5,9 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +27,3 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         return whole(self, mode, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", half)
-
-
-@contextmanager
-def files_up_to(n_bytes: int) -> Iterator[None]:
-    """Let no file grow beyond a number of bytes in a block, whichever library writes it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
