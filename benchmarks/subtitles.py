@@ -37,6 +37,7 @@ from src.data.sources.subtitles import Passage
 from src.data.utterance import Utterance
 from src.data.vad import VoiceActivityDetector
 from src.evaluation import ModelEvaluator
+from src.inference.captions import Cue, to_srt
 from src.inference.engines import load_engine
 from src.inference.files.recordings import Preparation, prepare_recordings
 from src.models import WhisperModelManager
@@ -140,17 +141,6 @@ def build(
     return noisy, said, cues, used
 
 
-def write_srt(path: Path, cues: Sequence[Passage]) -> None:
-    def clock(sec: float) -> str:
-        ms = max(0, round(sec * 1000))
-        return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02},{ms % 1000:03}"
-
-    blocks = [
-        f"{n}\n{clock(cue.start_sec)} --> {clock(cue.end_sec)}\n{cue.text}\n" for n, cue in enumerate(cues, start=1)
-    ]
-    path.write_text("\n".join(blocks), encoding="utf-8")
-
-
 @dataclasses.dataclass(frozen=True)
 class Figures:
     """Of one recording; counts, so that several can be added."""
@@ -247,7 +237,8 @@ def main() -> int:
             source.mkdir(parents=True)
             audio, said, cues, used = build(base.train, minutes, seed=number)
             sf.write(source / f"{name}.wav", audio, SAMPLE_RATE)
-            write_srt(source / f"{name}.srt", cues)
+            shown = [Cue(max(0.0, cue.start_sec), max(0.0, cue.end_sec), (cue.text,)) for cue in cues]
+            (source / f"{name}.srt").write_text(to_srt(shown), encoding="utf-8")
             began = time.perf_counter()
             prepared = prepare_recordings(source, folder / f"out_{number}", config, engine=engine)
             figures.append(judge(name, said, prepared, time.perf_counter() - began))
