@@ -96,7 +96,7 @@ def write_html_report(run_dir: str | Path, path: str | Path, *, audio: Iterable[
 
     # where the results come from
     times = [row["time"] for row in load_metrics(run) if "time" in row]
-    facts = {**origin.environment, **dict(origin.environment.get("packages") or {})}
+    facts = {**origin.environment, **origin.environment.get("packages", {})}
     facts = {key: "none" if value is None else str(value) for key, value in facts.items() if key != "packages"}
     page = run_summary.render(
         "report.html",
