@@ -32,7 +32,7 @@ import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
 from transformers import logging as transformers_logging
 
-from scripts.benchmarking import load_clips, number, show
+from scripts.benchmarking import add_data, load_clips, number, show
 from scripts.command_line import path_argument
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
@@ -65,9 +65,7 @@ print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=path_argument, required=True, help="folder of a tuned checkpoint")
-    parser.add_argument(
-        "--data", type=path_argument, help="Parquet in the Hugging Face audio layout; default: bundled test set"
-    )
+    add_data(parser)
     parser.add_argument("--clips", type=int, default=100, help="at a stride over all")
     parser.add_argument("--rounds", type=int, default=3, help="of all systems; medians are reported")
     parser.add_argument("--long-minutes", type=float, default=30.0, help="of the long recording")

@@ -23,8 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.benchmarking import append_table, load_clips, percent, percent_interval
-from scripts.command_line import model_argument, parse_settings, path_argument
+from scripts.benchmarking import add_data, append_table, load_clips, percent, percent_interval
+from scripts.command_line import model_argument, parse_settings
 from src.data.vad import VoiceActivityDetector
 from src.evaluation.streaming import ReplayClock, WordTiming, measure_stream, replay, time_words
 from src.evaluation.streams import PUBLIC_CLIP, SpeechStream, WordAligner, add_noise, join_clips
@@ -103,9 +103,7 @@ def parse_arguments() -> argparse.Namespace:
         "--stock", type=model_argument, default="tiny.en", help="weights to compare with, padded to 30 s"
     )
     parser.add_argument("--aligner", default="base", help="weights that place the words of the transcripts")
-    parser.add_argument(
-        "--data", type=path_argument, help="Parquet in the Hugging Face audio layout; default: bundled test set"
-    )
+    add_data(parser)
     parser.add_argument("--language", default="en", help="of the speech, code or name; default: %(default)s")
     parser.add_argument("--clips", type=int, default=40, help="at a stride over all")
     parser.add_argument("--minutes", type=float, default=10.0, help="of the long stream")

@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from scripts.benchmarking import append_table, load_clips
-from scripts.command_line import model_argument, path_argument
+from scripts.benchmarking import add_data, append_table, load_clips
+from scripts.command_line import model_argument
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
 from src.data.vad import VoiceActivityDetector
@@ -40,9 +40,7 @@ def main() -> int:
     parser.add_argument(
         "--model", type=model_argument, default="tiny.en", help="variant, or a folder with a model or its export"
     )
-    parser.add_argument(
-        "--data", type=path_argument, help="Parquet in the Hugging Face audio layout; default: bundled test set"
-    )
+    add_data(parser)
     parser.add_argument("--hours", type=float, default=10.0)
     parser.add_argument("--pause-sec", type=float, default=10.0, help="before each clip")
     parser.add_argument("--quick", action="store_true", help="under a minute: six minutes, nothing recorded")

@@ -22,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.benchmarking import append_table, load_clips
-from scripts.command_line import model_argument, path_argument
+from scripts.benchmarking import add_data, append_table, load_clips
+from scripts.command_line import model_argument
 from src.data.utterance import Utterance
 from src.evaluation.variants import ENGINES, VariantComparison, VariantFigures, compare_models
 from src.utils.config import Config, load_config
@@ -38,9 +38,7 @@ def main() -> int:
         "--model", type=model_argument, action="append", default=[], help="folder of a tuned checkpoint; may repeat"
     )
     parser.add_argument("--engine", action="append", choices=ENGINES, help="may repeat; default: all")
-    parser.add_argument(
-        "--data", type=path_argument, help="Parquet in the Hugging Face audio layout; default: bundled test set"
-    )
+    add_data(parser)
     parser.add_argument("--clips", type=int, default=100, help="at a stride")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-record", action="store_true", help="print only")

@@ -31,7 +31,7 @@ import torch
 from transformers import WhisperForConditionalGeneration
 from transformers import logging as transformers_logging
 
-from scripts.benchmarking import load_clips, number, show
+from scripts.benchmarking import add_data, load_clips, number, show
 from scripts.command_line import path_argument
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
@@ -75,9 +75,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variant", action="append", help="may be given several times; default: tiny.en")
     parser.add_argument("--model", type=path_argument, action="append", default=[], help="folder of a tuned checkpoint")
-    parser.add_argument(
-        "--data", type=path_argument, help="Parquet in the Hugging Face audio layout; default: bundled test set"
-    )
+    add_data(parser)
     parser.add_argument("--language", default="en", help="of the clips and their transcripts")
     parser.add_argument("--clips", type=int, default=100, help="at a stride over all")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])

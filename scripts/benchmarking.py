@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import os
@@ -25,6 +26,15 @@ _HEADER = """# Benchmarks
 Each table was appended by the script that its command names; anyone can run it. The machines are shared, so ratios and
 medians mean more than absolute times.
 """
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names the file of `load_clips`."""
+    from scripts.command_line import path_argument
+
+    parser.add_argument(
+        "--data", type=path_argument, help="Parquet in the Hugging Face audio layout; default: bundled test set"
+    )
 
 
 def load_clips(data: Path | None, count: int) -> list[Utterance]:
