@@ -447,7 +447,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str
 
 
 def escape_markdown(text: object) -> str:
-    """Return a text of the data on one line, without what would begin a cell, an HTML element or a picture."""
+    """Return a text of the data on one line, without what would begin a cell, an HTML element or an image."""
     line = visible(" ".join(str(text).split()))
     return line.replace("|", "\\|").replace("<", "&lt;").replace("![", "!\\[")
 
