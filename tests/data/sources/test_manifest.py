@@ -39,6 +39,11 @@ def lines(*rows: Mapping[str, Any]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def packed(text: str) -> bytes:
+    """Return a text as gzip packs it, the same at any time of day: it is part of a test's name."""
+    return gzip.compress(text.encode(), mtime=0)
+
+
 def told(utterances: list[Utterance]) -> dict[str, tuple[str, str | None]]:
     """Text and speaker by the name of the recording."""
     return {Path(str(u.audio)).name: (u.text, u.speaker) for u in utterances}
@@ -191,7 +196,7 @@ def test_other_columns_keep_what_json_can_hold(tmp_path: Path) -> None:
         ("m.jsonl", lines({"file": "a.wav", "text": "x"}, {"file": "b.wav", "text": "y"})),
         ("m.json", lines({"audio_filepath": "a.wav", "text": "x"}, {"audio_filepath": "b.wav", "text": "y"})),
         ("m.json", json.dumps([{"file": "a.wav", "text": "x"}, {"file": "b.wav", "text": "y"}], indent=1)),
-        ("m.jsonl.gz", gzip.compress(lines({"file": "a.wav", "text": "x"}, {"file": "b.wav", "text": "y"}).encode())),
+        ("m.jsonl.gz", packed(lines({"file": "a.wav", "text": "x"}, {"file": "b.wav", "text": "y"}))),
         ("m.csv", "wav_filename,wav_filesize,transcript\na.wav,1,x\nb.wav,1,y\n"),
     ],
 )
@@ -391,8 +396,8 @@ LHOTSE = {
 def test_lhotses_manifests_are_read(tmp_path: Path, files: dict[str, list[dict[str, Any]]]) -> None:
     write(tmp_path, {"corpus/audio/a.flac": None})
     for name, rows in files.items():
-        content = lines(*rows).encode()
-        write(tmp_path, {f"corpus/manifests/{name}": gzip.compress(content) if name.endswith("gz") else content})
+        content = lines(*rows)
+        write(tmp_path, {f"corpus/manifests/{name}": packed(content) if name.endswith("gz") else content})
     whole, part = read_folder(tmp_path / "corpus" / "manifests")
     assert (whole.id, whole.text, whole.speaker, whole.language) == ("u0", "all of it", "s0", "en")
     assert whole.audio == tmp_path / "corpus" / "audio" / "a.flac"
