@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import struct
@@ -18,7 +17,9 @@ from src.inference.engines import transcribe
 from src.inference.options import DecodingOptions
 from src.models.export.ctranslate2 import export_ctranslate2
 from src.utils.errors import ModelError
+from tests.models.conftest import change, make_pipe
 
+CONFIG = "config.json"
 CONV = b"encoder/conv1/weight\0"
 
 
@@ -42,16 +43,6 @@ def after_conv(data: bytearray, skip: int, content: bytes) -> None:
     data[at : at + len(content)] = content
 
 
-def settings(folder: Path, **values: Any) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
-
-
-def pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
 HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda f: os.truncate(f / "model.bin", 0), "empty"),
     "cut": (lambda f: os.truncate(f / "model.bin", 1_000_000), "whole"),
@@ -64,13 +55,13 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "words": (lambda f: (f / "vocabulary.json").write_text('["a"]'), "vocabulary.*51864"),
     "no words": (lambda f: (f / "vocabulary.json").unlink(), "vocabulary"),
     "deep words": (lambda f: (f / "vocabulary.json").write_text("[" * 100_000), "deep"),
-    "pipe of words": (lambda f: pipe(f / "vocabulary.json"), "plain file"),
-    "pipe": (lambda f: pipe(f / "config.json"), r"config\.json"),
-    "suppressed": (lambda f: settings(f, suppress_ids=[99_999]), "suppress_ids.*99999"),
-    "suppressed text": (lambda f: settings(f, suppress_ids_begin="a"), "suppress_ids_begin"),
-    "heads": (lambda f: settings(f, alignment_heads=[["a", 0]]), "alignment_heads"),
-    "context": (lambda f: settings(f, audio_context="short"), "audio_context"),
-    "rates": (lambda f: settings(f, tokens_per_sec=[1]), "tokens_per_sec"),
+    "pipe of words": (lambda f: make_pipe(f / "vocabulary.json"), "plain file"),
+    "pipe": (lambda f: make_pipe(f / CONFIG), r"config\.json"),
+    "suppressed": (lambda f: change(f / CONFIG, suppress_ids=[99_999]), "suppress_ids.*99999"),
+    "suppressed text": (lambda f: change(f / CONFIG, suppress_ids_begin="a"), "suppress_ids_begin"),
+    "heads": (lambda f: change(f / CONFIG, alignment_heads=[["a", 0]]), "alignment_heads"),
+    "context": (lambda f: change(f / CONFIG, audio_context="short"), "audio_context"),
+    "rates": (lambda f: change(f / CONFIG, tokens_per_sec=[1]), "tokens_per_sec"),
 }
 
 
@@ -86,7 +77,7 @@ def test_a_damaged_folder_is_refused_and_named(whole: Path, tmp_path: Path, harm
 
 def test_heads_of_a_teacher_cost_the_word_times_alone(whole: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "mine"))
-    settings(folder, alignment_heads=[[7, 0]])
+    change(folder / CONFIG, alignment_heads=[[7, 0]])
     engine, audio = CTranslate2Engine(folder, device="cpu"), np.zeros(16_000, dtype=np.float32)
     assert transcribe(engine, [audio], DecodingOptions())
     with pytest.raises(ModelError, match=r"alignment_heads.*\[7, 0\]"):

@@ -22,6 +22,7 @@ from src.models.processor import save_processor
 from src.models.weights import resolve_weights
 from src.utils.config import load_config
 from src.utils.errors import ModelError
+from tests.models.conftest import change, make_pipe
 
 WEIGHTS, CONFIG, GENERATION = "model.safetensors", "config.json", "generation_config.json"
 CONV, NORM = "model.encoder.conv1.weight", "model.decoder.layer_norm.weight"
@@ -40,12 +41,6 @@ def whole(_small: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "mine"))
-
-
-def change(file: Path, **values: Any) -> None:
-    """Change keys of a JSON file; None removes one."""
-    content = {**json.loads(file.read_text()), **values}
-    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 def retensor(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -161,11 +156,6 @@ def infinite(tensors: dict[str, torch.Tensor]) -> None:
     tensors[CONV][0, 0, 0] = float("inf")
 
 
-def special(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
 def pickled(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
 
@@ -191,10 +181,10 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep config": (lambda f: (f / CONFIG).write_text("[" * 100_000), r"config\.json.*deep"),
     "no UTF-8": (lambda f: (f / CONFIG).write_bytes(b'{"model_type": "\xff\xfe"}'), r"config\.json"),
     "list": (lambda f: (f / CONFIG).write_text("[]"), r"config\.json"),
-    "pipe": (lambda f: special(f / CONFIG), r"config\.json"),
-    "pipe of generation": (lambda f: special(f / GENERATION), r"generation_config\.json"),
-    "pipe of weights": (lambda f: special(f / WEIGHTS), WEIGHTS),
-    "pipe of tokens": (lambda f: [special(f / "tokenizer.json"), (f / "vocab.json").unlink()], r"tokenizer\.json"),
+    "pipe": (lambda f: make_pipe(f / CONFIG), r"config\.json"),
+    "pipe of generation": (lambda f: make_pipe(f / GENERATION), r"generation_config\.json"),
+    "pipe of weights": (lambda f: make_pipe(f / WEIGHTS), WEIGHTS),
+    "pipe of tokens": (lambda f: [make_pipe(f / "tokenizer.json"), (f / "vocab.json").unlink()], r"tokenizer\.json"),
     "architecture": (lambda f: change(f / CONFIG, model_type="wav2vec2"), "wav2vec2"),
     "terabytes": (lambda f: change(f / CONFIG, d_model=1 << 40), "another shape|describe"),
     "endless layers": (lambda f: change(f / CONFIG, decoder_layers=10**12), "1000000000000 layers"),
@@ -298,7 +288,7 @@ ADAPTER_HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "base no name": (lambda f: change(f / ADAPTER, base_model_name_or_path="a" * 5_000), "which cannot be loaded"),
     "kind": (lambda f: change(f / ADAPTER, peft_type="MAGIC"), "MAGIC"),
     "deep": (lambda f: (f / ADAPTER).write_text("[" * 100_000), ADAPTER),
-    "pipe": (lambda f: special(f / ADAPTED), ADAPTED),
+    "pipe": (lambda f: make_pipe(f / ADAPTED), ADAPTED),
     "pickle": (lambda f: (f / ADAPTED).rename(f / "adapter_model.bin"), "safe_serialization"),
     "empty": (lambda f: (f / ADAPTED).write_bytes(b""), ADAPTED),
     "missing": (lambda f: save_file(dict(list(load_file(f / ADAPTED).items())[1:]), f / ADAPTED), "1 tensors missing"),
@@ -310,10 +300,16 @@ ADAPTER_HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("harm", ADAPTER_HARMS)
-def test_an_adapter_that_cannot_be_merged_is_refused_and_named(whole: Path, harm: str, tmp_path: Path) -> None:
-    folder = tmp_path / "lora"
+@pytest.fixture(scope="module")
+def adapter(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter") / "lora"
     save_adapter(folder, whole, str(whole))
+    return folder
+
+
+@pytest.mark.parametrize("harm", ADAPTER_HARMS)
+def test_an_adapter_that_cannot_be_merged_is_refused_and_named(adapter: Path, harm: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "lora"))
     damage, message = ADAPTER_HARMS[harm]
     damage(folder)
     with pytest.raises(ModelError, match=f"(?s){message}") as caught:
