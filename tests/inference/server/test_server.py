@@ -65,6 +65,19 @@ def hear(audio: Waveform, options: DecodingOptions | None = None) -> list[Word]:
     return words
 
 
+def hear_when_free() -> tuple[Hear, list[int], threading.Event]:
+    """Return what hears as `hear` does, but not before it is free; the speakers of its calls; and what frees it."""
+    calls: list[int] = []
+    free = threading.Event()
+
+    def busy(audio: Waveform, options: DecodingOptions) -> list[Word]:
+        calls.append(int(audio[0]))
+        assert free.wait(GIVE_UP_SEC)
+        return hear(audio)
+
+    return busy, calls, free
+
+
 def expected_events(audio: Waveform) -> list[Event]:
     session = StreamingASR(engine=ScriptedEngine(hear), config=CONFIG, clock=lambda: 0.0)
     return session.feed(audio) + session.flush()
@@ -176,14 +189,7 @@ async def test_audio_is_float32_at_16_khz_without_hello_and_whatever_hello_says(
 
 
 async def test_a_client_with_much_to_say_does_not_keep_the_worker_from_others() -> None:
-    calls: list[int] = []
-    arrived = threading.Event()
-
-    def slow(audio: Waveform, options: DecodingOptions) -> list[Word]:
-        calls.append(int(audio[0]))
-        assert arrived.wait(GIVE_UP_SEC)
-        return hear(audio)
-
+    slow, calls, arrived = hear_when_free()
     async with serving(slow, queue_sec=60) as (url, _):
         long = asyncio.create_task(captions(url, [speech(1, 40.0)]))
         async with connect(url) as client:
@@ -212,13 +218,7 @@ def accepted(monkeypatch: pytest.MonkeyPatch) -> list[ServerConnection]:
 
 
 async def test_a_server_that_is_behind_stops_reading_and_says_its_lag(accepted: list[Any]) -> None:
-    free = threading.Event()
-
-    def busy(audio: Waveform, options: DecodingOptions) -> list[Word]:
-        assert free.wait(GIVE_UP_SEC)
-        return hear(audio)
-
-    audio = speech(1, 40.0)
+    audio, (busy, _, free) = speech(1, 40.0), hear_when_free()
     async with serving(busy, queue_sec=1.5) as (url, _):
         streaming = asyncio.create_task(captions(url, in_blocks(audio, 1.0)))
         while not accepted or accepted[0].transport.is_reading():
@@ -452,14 +452,7 @@ async def test_a_stopped_server_decodes_what_it_heard_and_says_done() -> None:
 
 
 async def test_a_close_is_noticed_before_the_audio_that_waits_is_heard() -> None:
-    calls: list[int] = []
-    free = threading.Event()
-
-    def busy(audio: Waveform, options: DecodingOptions) -> list[Word]:
-        calls.append(int(audio[0]))
-        assert free.wait(GIVE_UP_SEC)
-        return hear(audio)
-
+    busy, calls, free = hear_when_free()
     async with serving(busy, max_sessions=1) as (url, _):
         async with connect(url) as client:
             await send_all(client, [block.tobytes() for block in in_blocks(speech(1, 50.0), 0.02)])
