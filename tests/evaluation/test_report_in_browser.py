@@ -18,13 +18,10 @@ from src.evaluation.metrics import WHISPER_ENGLISH, word_counts
 from src.evaluation.report.clips import clip_kinds
 from src.evaluation.report.html import write_html_report
 from src.evaluation.report.run_files import load_predictions
-from tests.browser import CHROMIUM, CONTRASTS, READABLE
+from tests.browser import CHROMIUM, CONTRASTS, NO_BROWSER, READABLE
 from tests.evaluation.run_files import epoch, evaluation, prediction, steps, write
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHROMIUM, reason="no chromium on the PATH: apt-get install chromium"),
-]
+pytestmark = [pytest.mark.slow, NO_BROWSER]
 CLIPS = 2_000
 ATTACK = "</script><script>document.title = 'attacked'</script><img src=x onerror=\"document.title = 'attacked'\">"
 SENTENCE = "the cat sat by a quiet river and listens to every window in the mountain"

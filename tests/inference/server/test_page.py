@@ -34,13 +34,10 @@ from src.inference.streaming.commit import Event
 from src.inference.words import Word, join_words
 from src.utils.config import load_config
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError, ModelError
-from tests.browser import CHROMIUM, CONTRASTS, READABLE
+from tests.browser import CONTRASTS, NO_BROWSER, PATIENCE_SEC, READABLE, launch_hearing, watched_page
 from tests.inference.scripted import ScriptedEngine
 from tests.inference.test_captions import parsed
 
-MICROPHONE = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-NO_BROWSER = pytest.mark.skipif(not CHROMIUM, reason="no chromium on the PATH: apt-get install chromium")
-PATIENCE_SEC = 120.0  # a test must not fail because the machine is busy
 MAX_UPLOAD_SEC = 20.0
 ATTACK = "<img src=x onerror=\"document.title = 'attacked'\">"
 WATCH = """() => {
@@ -370,8 +367,7 @@ def browsers(jfk: Waveform, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         for number, clip in enumerate([jfk[cut : 8 * SAMPLE_RATE], jfk[:cut]]):
             path = folder / f"{number}.wav"
             sf.write(path, np.concatenate([second, clip, second]), SAMPLE_RATE)
-            arguments = [*MICROPHONE, f"--use-file-for-fake-audio-capture={path}%noloop"]
-            started.append(playwright.chromium.launch(executable_path=CHROMIUM, args=arguments))
+            started.append(launch_hearing(playwright, f"{path}%noloop"))
         yield started
         for each in started:
             each.close()
@@ -379,19 +375,10 @@ def browsers(jfk: Waveform, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @contextmanager
 def opened(browser: Browser, demo: Demo, *, width: int = 1280, scheme: Any = "light") -> Iterator[Page]:
-    """A page without errors that asks nothing of other hosts."""
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    page.set_default_timeout(PATIENCE_SEC * 1000)
-    said: list[str] = []
-    own = (demo.url, "data:", "blob:")
-    page.on("pageerror", lambda error: said.append(f"error: {error}"))
-    page.on("console", lambda line: said.append(line.text) if "js_on_load" in line.text else None)
-    page.on("request", lambda request: None if request.url.startswith(own) else said.append(request.url))
-    page.goto(demo.url)
-    page.locator(".toggle:enabled").wait_for()
-    yield page
-    assert said == []
-    page.close()
+    """A page that is ready to record."""
+    with watched_page(browser, demo.url, viewport={"width": width, "height": 900}, color_scheme=scheme) as page:
+        page.locator(".toggle:enabled").wait_for()
+        yield page
 
 
 TEXTS = "h1, h3, p, dt, dd, time, a, button:enabled, .word, .partial, mark, [data-start], .legend span"

@@ -34,9 +34,8 @@ from src.inference.server.recorder import (
 from src.inference.server.served import ServedPage
 from src.utils.config import Config, load_config
 from src.utils.errors import AudioError, ConfigError, DataError
-from tests.browser import CHROMIUM, CONTRASTS, READABLE
+from tests.browser import CONTRASTS, NO_BROWSER, READABLE, launch_hearing, watched_page
 
-PATIENCE_SEC = 120.0
 SENTENCES = ["And so my fellow Americans.", "Größe <b>und</b> Maß.", "Third."]
 DATE = datetime(2026, 11, 30, 11, 0, tzinfo=UTC)
 
@@ -248,9 +247,6 @@ class TestRequests:
         assert self.send(recorder, np.zeros(0))["error"].startswith("shorter than")
 
 
-MICROPHONE = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-
-
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[ServedPage]:
     pytest.importorskip("gradio")
@@ -260,22 +256,13 @@ def served(tmp_path: Path) -> Iterator[ServedPage]:
 
 @pytest.fixture
 def opened(served: ServedPage, spoken: Waveform, tmp_path: Path) -> Iterator[Page]:
-    """A page whose microphone hears one sentence again and again; it asks nothing of other hosts."""
+    """A page whose microphone hears one sentence again and again."""
     heard = tmp_path / "heard.wav"
     sf.write(heard, padded(0.7 * spoken, 0.2, 0.3), SAMPLE_RATE)
     with sync_playwright() as playwright:
-        arguments = [*MICROPHONE, f"--use-file-for-fake-audio-capture={heard}"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        page = browser.new_page()
-        page.set_default_timeout(PATIENCE_SEC * 1000)
-        said: list[str] = []
-        page.on("pageerror", lambda error: said.append(f"error: {error}"))
-        page.on("console", lambda line: said.append(line.text) if "js_on_load" in line.text else None)
-        own = (served.url, "data:", "blob:")
-        page.on("request", lambda request: None if request.url.startswith(own) else said.append(request.url))
-        page.goto(served.url)
-        yield page
-        assert said == []
+        browser = launch_hearing(playwright, str(heard))
+        with watched_page(browser, served.url) as page:
+            yield page
         browser.close()
 
 
@@ -295,7 +282,7 @@ def recorded(page: Page, sec: float = 3.0) -> str:
     return page.locator(".note").inner_text()
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no chromium on the PATH: apt-get install chromium")
+@NO_BROWSER
 @pytest.mark.slow
 class TestInABrowser:
     def test_sentences_are_recorded_checked_played_and_trained_on(
