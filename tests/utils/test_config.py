@@ -253,7 +253,7 @@ def test_home_and_variables_are_expanded_in_every_path(key: str, monkeypatch: py
     monkeypatch.setenv("SPEECH", "/data/speech")
     for given, expected in {
         "~/a b": "/home/me/a b", "$SPEECH/x": "/data/speech/x", "${SPEECH}2/x": "/data/speech2/x",
-        "$HOME/$SPEECH": "/home/me//data/speech".replace("//", "/"), "plain/x~": "plain/x~",
+        "$HOME/$SPEECH": "/home/me/data/speech", "plain/x~": "plain/x~",
     }.items():  # fmt: skip
         config = load_config(None, overrides={**PATHS[key], key: given})
         assert str(flatten(config.model_dump())[key]) == expected
