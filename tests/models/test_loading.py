@@ -38,6 +38,12 @@ def whole(_small: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def loaded(whole: Path) -> tuple[Any, Any]:
+    """Its model and processor; do not change them."""
+    return load_checkpoint(whole)
+
+
 @pytest.fixture
 def folder(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "mine"))
@@ -118,9 +124,9 @@ FORMS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_folder_of_any_version_is_the_same_model(whole: Path, folder: Path, form: str, tmp_path: Path) -> None:
+def test_a_folder_of_any_version_is_the_same_model(loaded: Any, folder: Path, form: str, tmp_path: Path) -> None:
     FORMS[form](folder)
-    (expected, processor), (model, own) = load_checkpoint(whole), load_checkpoint(folder)
+    (expected, processor), (model, own) = loaded, load_checkpoint(folder)
     rounded = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(form, torch.float32)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor.to(rounded).float()), name
