@@ -30,9 +30,11 @@ DOCUMENTS = sorted(
     path for place in ("*.md", "docs/**/*.md", "src/**/*.md", "checkpoints/*.md") for path in ROOT.glob(place)
 )
 CODE = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "scripts").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
-# sizes of the README's examples, so that they run in two minutes on one core
+# each page's examples go on from those of the pages before
+PAGES = ("README", *(f"docs/{page}" for page in "data training evaluation transcription export streaming".split()))
+# sizes of the examples, so that they run in a minute on one core
 SMALLER = {
-    '"data.max_train": 32,': '"data.max_train": 32, "data.max_validation": 8, "data.max_test": 12,',
+    '"data.max_train": 32,': '"data.max_train": 16, "data.max_validation": 4, "data.max_test": 6,',
     'splits.test[:16], variants=["tiny.en", "base"]': 'splits.test[:2], variants=["tiny.en"], engines=["torch"]',
 }
 
@@ -91,6 +93,10 @@ def test_links_and_named_files_lead_somewhere_and_code_is_where_it_is_said_to_be
     for document in DOCUMENTS:
         for path in re.findall(r"\b(?:src|scripts|tests|docs)/[\w./-]*\w\.\w+", text_of(document)):
             assert (ROOT / path).exists(), f"{name_of(document)}: {path}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len(text_of(ROOT / "README.md").split()) <= 1500
 
 
 def test_settings_that_are_named_exist_and_take_the_value() -> None:
@@ -207,13 +213,12 @@ def lines_of(text: str) -> list[str]:
 
 @pytest.mark.slow
 def test_python_examples_run_in_order(tmp_path: Path) -> None:
-    """In one namespace, the README's first, in a folder with the code and its settings."""
-    readme = text_of(ROOT / "README.md")
-    for shown in SMALLER:
-        assert readme.count(shown) == 1, f"the README no longer says {shown}"
-    others = [text_of(document) for document in DOCUMENTS if document.name != "README.md"]
-    script = "\n".join(block for text in (readme, *others) for block in blocks(text, "python"))
+    """In one namespace, in a folder with the code and its settings."""
+    pages = [ROOT / f"{page}.md" for page in PAGES]
+    assert {page for page in DOCUMENTS if blocks(text_of(page), "python")} == set(pages)
+    script = "\n".join(block for page in pages for block in blocks(text_of(page), "python"))
     for shown, smaller in SMALLER.items():
+        assert script.count(shown) == 1, f"the examples no longer say {shown}"
         script = script.replace(shown, smaller)
     for name in ("src", "config.yaml"):
         (tmp_path / name).symlink_to(ROOT / name)
