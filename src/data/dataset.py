@@ -30,6 +30,7 @@ from src.data.labels import (
     TimedTokens,
 )
 from src.data.utterance import SkippedUtterance, Utterance, stable_hash
+from src.data.vad import speech_edges
 from src.utils.config import MAX_AUDIO_SEC, CompositionConfig
 from src.utils.errors import AudioError, DataError
 from src.utils.languages import join_texts
@@ -135,7 +136,7 @@ class WhisperDataset(Dataset[dict[str, Any]]):
         """Return one utterance, or one composed example.
 
         A dict: `utterance` (of several clips: ids joined by "+", texts by `join_texts`), `audio` (T,) float32 at 16 kHz
-        with zeros in the pauses, `label`, and `timed`: the label holds times.
+        with zeros in the pauses, `label`, and `timed`: the label holds times, those of the source or of the speech.
         """
         example = key if isinstance(key, Example) else Example((key,))
         clips = [self.utterances[index] for index in example.indices]
@@ -151,8 +152,9 @@ class WhisperDataset(Dataset[dict[str, Any]]):
             pieces += [audio, torch.zeros(round(gap_sec * SAMPLE_RATE))]
             said = self._tokens_after(before, clip, self.tokens[index])
             tokens += said
-            parts = self._timed(before, clip) if example.timestamps else []
-            timed += [part.shifted(start_sec) for part in parts or [TimedTokens(said, 0.0, duration_sec)]]
+            if example.timestamps:
+                parts = self._timed(before, clip) or [TimedTokens(said, *speech_edges(audio.numpy()))]
+                timed += [part.shifted(start_sec) for part in parts]
             start_sec, before = start_sec + duration_sec + gap_sec, clip.text.strip()
         if example.timestamps:
             label = self._encoder.timed_label(timed, previous=previous, language=clips[0].language)

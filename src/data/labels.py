@@ -41,6 +41,7 @@ MIN_NEW_TOKENS = 8  # of a text, at most, in a clip of any length: a short one m
 RATE_MARGIN = 1.5  # of the highest rate in the training transcripts, for faster speech
 TIMESTAMP_STEP_SEC = 0.02  # one encoder position
 NUM_TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>
+MAX_FIRST_TIME_SEC = 1.0  # as `max_initial_timestamp` in openai/whisper, transformers and faster-whisper
 LabelCase = Literal["auto", "keep", "lower", "sentence"]
 Group = tuple[str | None, str | None]  # of transcripts: source of a mix, language
 
@@ -216,10 +217,14 @@ class LabelEncoder:
     def timed_label(
         self, parts: Sequence[TimedTokens], *, previous: Sequence[int] = (), language: str | None = None
     ) -> EncodedLabel:
-        """Make the label of a text with times, to 0.02 s, as `<|0.00|> one<|3.20|><|3.60|> two<|7.80|>`."""
+        """Make the label of a text with times, to 0.02 s, as `<|0.00|> one<|3.20|><|3.60|> two<|7.80|>`.
+
+        The first time is at most 1 s: decoding never begins with a later one.
+        """
         tokens: list[int] = []
         for part in parts:
-            begin, end = (round(sec / TIMESTAMP_STEP_SEC) for sec in (part.start_sec, part.end_sec))
+            start_sec = part.start_sec if tokens else min(part.start_sec, MAX_FIRST_TIME_SEC)
+            begin, end = (round(sec / TIMESTAMP_STEP_SEC) for sec in (start_sec, part.end_sec))
             if begin < 0 or end >= NUM_TIMESTAMPS:
                 span = f"{part.start_sec:.2f} to {part.end_sec:.2f} s"
                 raise DataError(f"no timestamp tokens for {span}: Whisper's go from 0 to 30 s; cut the recording")

@@ -88,6 +88,12 @@ class VoiceActivityDetector:
         return VADStream(self._network, self.config)
 
 
+def speech_edges(audio: Waveform) -> tuple[float, float]:
+    """Return when the speech of (T,) float32 at 16 kHz begins and ends, in seconds; all of it where none is heard."""
+    segments = VoiceActivityDetector(VADConfig(pad_sec=0.0)).speech_segments(audio)
+    return (segments[0].start_sec, segments[-1].end_sec) if segments else (0.0, len(audio) / SAMPLE_RATE)
+
+
 class VADStream:
     """Speech detection on audio that arrives in pieces; any piece sizes give the same events."""
 

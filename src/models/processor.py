@@ -13,7 +13,13 @@ from typing import Any
 
 from transformers import WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
 
-from src.data.labels import MAX_LABEL_TOKENS, MULTILINGUAL_END_TOKEN, NUM_TIMESTAMPS, TIMESTAMP_STEP_SEC
+from src.data.labels import (
+    MAX_FIRST_TIME_SEC,
+    MAX_LABEL_TOKENS,
+    MULTILINGUAL_END_TOKEN,
+    NUM_TIMESTAMPS,
+    TIMESTAMP_STEP_SEC,
+)
 from src.utils.errors import ModelError
 from src.utils.files import load_english_spelling, load_json
 
@@ -94,7 +100,7 @@ def generation_defaults(end: int) -> dict[str, int]:
     return {
         "bos_token_id": end,
         "pad_token_id": end,
-        "max_initial_timestamp_index": 50,  # 1 s: the latest beginning of a first segment
+        "max_initial_timestamp_index": round(MAX_FIRST_TIME_SEC / TIMESTAMP_STEP_SEC),  # 50
         "max_length": MAX_LABEL_TOKENS,
     }
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import re
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile as sf
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +21,7 @@ from src.data.labels import IGNORE_INDEX, MAX_LABEL_TOKENS, EncodedLabel, LabelE
 from src.data.loader import create_loader
 from src.data.preparation import check_utterance
 from src.data.utterance import Utterance
+from src.data.vad import speech_edges
 from src.utils.config import CompositionConfig, Config, load_config
 from src.utils.errors import AudioError, DataError
 
@@ -138,20 +142,42 @@ def test_joined_audio_is_its_parts_with_zeros_between(
 
 
 @pytest.mark.slow
-def test_times_stand_around_each_clip_and_the_text_before_is_a_prompt(
+def test_times_stand_where_speech_begins_and_ends_and_the_text_before_is_a_prompt(
     dataset: WhisperDataset, clips: list[Utterance], encoder: LabelEncoder, _tiny_en: tuple[Any, Any]
 ) -> None:
     item = dataset[Example((0, 1), gaps_sec=(0.4,), timestamps=True)]
-    first = len(load_audio(clips[0].audio)) / SAMPLE_RATE  # 3.735 s
-    whole = len(item["audio"]) / SAMPLE_RATE
+    audio = [load_audio(clip.audio) for clip in clips[:2]]
+    (a, b), (c, d) = (speech_edges(part) for part in audio)
+    assert 0 < a < b < len(audio[0]) / SAMPLE_RATE  # 3.735 s, with silence around the speech
+    later = len(audio[0]) / SAMPLE_RATE + 0.4
+    times = [f"<|{round(sec * 50) / 50:.2f}|>" for sec in (a, b, later + c, later + d)]
     tokens = [t for t in item["label"].labels if t != IGNORE_INDEX]
     assert _tiny_en[1].tokenizer.decode(tokens, decode_with_timestamps=True) == (
-        f"<|0.00|> {clips[0].text}<|{round(first * 50) / 50:.2f}|><|{round((first + 0.4) * 50) / 50:.2f}|>"
-        f" {clips[1].text}<|{round(whole * 50) / 50:.2f}|><|endoftext|>"
+        f"{times[0]} {clips[0].text}{times[1]}{times[2]} {clips[1].text}{times[3]}<|endoftext|>"
     )
     assert DataCollator(9)([dataset[0], item])["timed"].tolist() == [False, True]
     prompted, prompt = dataset[Example((1,), previous=0)]["label"], encoder.tokenize(clips[0].text)
     assert prompted.decoder_input_ids == (50360, *prompt, *dataset[1]["label"].decoder_input_ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("silence_sec", "first_sec"), [((0.4, 0.9), None), ((2.0, 0.0), 1.0)])
+def test_silence_around_a_clip_is_outside_its_times(
+    clips: list[Utterance], encoder: LabelEncoder, _tiny_en: tuple[Any, Any],
+    silence_sec: tuple[float, float], first_sec: float | None,
+) -> None:  # fmt: skip
+    spoken, noise = load_audio(clips[0].audio), np.random.default_rng(0).normal(0, 1e-4, 4 * SAMPLE_RATE)
+    lead, rest = (noise[: round(sec * SAMPLE_RATE)].astype(np.float32) for sec in silence_sec)
+    file = io.BytesIO()
+    sf.write(file, np.concatenate([lead, spoken, rest]), SAMPLE_RATE, format="WAV", subtype="FLOAT")
+    seconds = len(spoken) / SAMPLE_RATE + sum(silence_sec)
+    clip = replace(clips[0], audio=file.getvalue(), duration_sec=seconds)
+    label = WhisperDataset([clip], encoder)[Example((0,), timestamps=True)]["label"]
+    text = _tiny_en[1].tokenizer.decode([t for t in label.labels if t >= 0], decode_with_timestamps=True)
+    begin, end = (float(sec) for sec in re.findall(r"<\|([\d.]+)\|>", text))
+    start_sec, end_sec = speech_edges(spoken)
+    assert begin == pytest.approx(silence_sec[0] + start_sec if first_sec is None else first_sec, abs=0.1)
+    assert end == pytest.approx(silence_sec[0] + end_sec, abs=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +226,8 @@ def test_times_of_the_transcript_go_before_those_of_the_clip(
     item = dataset[Example((0, 1), gaps_sec=(0.25,), timestamps=True)]
     tokens = [t for t in item["label"].labels if t != IGNORE_INDEX]
     text = _tiny_en[1].tokenizer.decode(tokens, decode_with_timestamps=True)
-    assert text.startswith("<|0.20|> One<|1.00|><|1.40|> two.<|2.00|><|3.98|> ")
+    start_sec = len(load_audio(clips[0].audio)) / SAMPLE_RATE + 0.25 + speech_edges(load_audio(clips[1].audio))[0]
+    assert text.startswith(f"<|0.20|> One<|1.00|><|1.40|> two.<|2.00|><|{round(start_sec * 50) / 50:.2f}|> ")
     plain = [t for t in dataset[0]["label"].labels if t != IGNORE_INDEX]
     assert _tiny_en[1].tokenizer.decode(plain) == " One two.<|endoftext|>"
 
