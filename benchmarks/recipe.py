@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import io
+import itertools
 import json
 import logging
 import math
@@ -50,6 +51,7 @@ from src.evaluation.streaming import match_stream
 from src.evaluation.streams import PUBLIC_CLIP, SpeechStream, WordAligner, add_noise, join_clips
 from src.inference import BatchInference, load_engine
 from src.inference.ct2_engine import ct2_folder
+from src.inference.engines import EngineName
 from src.inference.words import Word, cut_words
 from src.models import WhisperModelManager
 from src.training import WhisperTrainer
@@ -88,7 +90,7 @@ class Figures:
     long: float = math.nan
     long_peer: float = math.nan
     words_off_sec: float | None = None  # median distance of word times from the truth, here
-    segments_off_sec: float | None = None  # of segment times, in faster-whisper
+    segments_off_sec: dict[str, float | None] = field(default_factory=dict)  # of segment times, by engine
     live: dict[str, Any] = field(default_factory=dict)  # of `measure_stream`
     invented: int | None = None  # words in the stretches without speech
     trained_sec: float | None = None
@@ -126,7 +128,8 @@ def main() -> int:
     note = (
         f"{arguments.variant}; {len(clips)} clips, one by one; {long.duration_sec / 60:.0f} min of them joined; "
         f"{live.duration_sec:.0f} s of them live, on the int8 export; rates in percent, times in seconds. "
-        f"Guard: {arguments.guard or 'the public clip'}. Peer: faster-whisper with its defaults on the int8 export."
+        f"Guard: {arguments.guard or 'the public clip'}. Peer: faster-whisper with its defaults on the int8 export. "
+        "Segment times: those that the model writes itself, here with CTranslate2, here with torch, in faster-whisper."
     )
     rows = [row_of(figures, models) for figures in models.values()]
     show(f"One recipe: clips, files and live ({arguments.variant})", rows, note,
@@ -221,15 +224,26 @@ def measure_long(figures: Figures, folder: str, spoken: SpeechStream, config: Co
     figures.long = calculator.compute([spoken.text], [found.text or ""]).rate
     figures.words_off_sec = time_off(spoken, found.words or (), ends_only=False)
 
+    # times that the model writes itself, here in windows of 30 s
+    kinds: tuple[EngineName, ...] = ("ctranslate2", "torch")
+    for kind in kinds:
+        engine = load_engine(folder, config, engine=kind)
+        transcriber = BatchInference(engine=engine, config=config)
+        (found,) = transcriber.transcribe_batch([spoken.audio], mode="sequential")
+        segments = [(each.text, each.start_sec, each.end_sec) for each in found.segments]
+        figures.segments_off_sec[kind] = segments_off(spoken, segments)
     peer = WhisperModel(str(exported), device="cpu", compute_type="int8", cpu_threads=usable_cores())
-    segments = list(peer.transcribe(spoken.audio, language=config.model.language)[0])
-    figures.long_peer = calculator.compute([spoken.text], [join_texts(each.text.strip() for each in segments)]).rate
-    words = [
-        Word(word.text, each.start, each.end)
-        for each in segments
-        for word in cut_words([Word(text, each.start, each.end) for text in each.text.split()])
-    ]
-    figures.segments_off_sec = time_off(spoken, words, ends_only=True)
+    theirs = list(peer.transcribe(spoken.audio, language=config.model.language)[0])
+    figures.long_peer = calculator.compute([spoken.text], [join_texts(each.text.strip() for each in theirs)]).rate
+    figures.segments_off_sec["faster-whisper"] = segments_off(
+        spoken, [(each.text, each.start, each.end) for each in theirs]
+    )
+
+
+def segments_off(spoken: SpeechStream, segments: Sequence[tuple[str, float, float]]) -> float | None:
+    """Return the median distance in seconds of the ends of segments, (text, start, end), from the truth."""
+    words = [cut_words([Word(text, start, end) for text in said.split()]) for said, start, end in segments]
+    return time_off(spoken, list(itertools.chain(*words)), ends_only=True)
 
 
 def time_off(spoken: SpeechStream, words: Sequence[Word], *, ends_only: bool) -> float | None:
@@ -303,7 +317,7 @@ def row_of(figures: Figures, models: Mapping[str, Figures]) -> dict[str, str]:
         "file": percent(figures.long),
         "word times off": number(figures.words_off_sec),
         "file, faster-whisper": percent(figures.long_peer),
-        "segment times off": number(figures.segments_off_sec),
+        "segment times off": ", ".join(number(off) for off in figures.segments_off_sec.values()) or "-",
         "live": percent(live.get("rate")),
         "its clips one by one": percent(live.get("offline_rate")),
         "commit p50": number(live.get("commit_aware_p50_sec")),
@@ -331,8 +345,10 @@ def last_line(models: Mapping[str, Figures]) -> dict[str, float | int | None]:
         "guard_clips_only_wer": only and only.guard,
         "guard_stock_wer": stock.guard,
         "words_off_sec": recipe.words_off_sec,
-        "segments_off_faster_whisper_sec": recipe.segments_off_sec,
-        "segments_off_stock_faster_whisper_sec": stock.segments_off_sec,
+        "segments_off_sec": recipe.segments_off_sec.get("ctranslate2"),
+        "segments_off_torch_sec": recipe.segments_off_sec.get("torch"),
+        "segments_off_faster_whisper_sec": recipe.segments_off_sec.get("faster-whisper"),
+        "segments_off_stock_faster_whisper_sec": stock.segments_off_sec.get("faster-whisper"),
         "words_without_speech": recipe.invented,
         "training_sec": recipe.trained_sec,
         "training_clips_only_sec": only and only.trained_sec,
