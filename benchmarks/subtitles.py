@@ -17,6 +17,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from src.data.vad import VoiceActivityDetector
 from src.evaluation import ModelEvaluator
 from src.inference.captions import Cue, to_srt
 from src.inference.engines import load_engine
-from src.inference.files.recordings import Preparation, prepare_recordings
+from src.inference.files.recordings import Preparation, kind_of, prepare_recordings
 from src.models import WhisperModelManager
 from src.training import WhisperTrainer
 from src.utils.config import Config, VADConfig, load_config
@@ -156,45 +157,53 @@ class Figures:
     wrong_given: int  # in all subtitles
     rejected: int
     seconds: float  # that it took
+    lost_sec: dict[str, float]  # of right speech, by cause
 
 
 def judge(name: str, said: Sequence[Said], prepared: Preparation, seconds: float) -> Figures:
     """Compare clips with the truth: each word of the subtitles is one of a bundled clip."""
     clips = [u for u in read_folder(prepared.folder) if u.meta["recording"] == f"{name}.wav"]
-    found = [(float(u.meta["recording_start"]), float(u.meta["recording_end"]), u.text, True) for u in clips]
-    rejected = [row for row in prepared.rejected if row["recording"] == f"{name}.wav"]
-    found += [(float(row["start_sec"]), float(row["end_sec"]), str(row["text"]), False) for row in rejected]  # type: ignore[arg-type]
+    found = [(float(u.meta["recording_start"]), float(u.meta["recording_end"]), u.text, "") for u in clips]
+    for row in prepared.rejected:
+        if row["recording"] == f"{name}.wav":
+            found.append((row["start_sec"], row["end_sec"], row["text"], kind_of(row["reason"])))
     written = [(i, k) for i, clip in enumerate(said) for k in range(len(clip.written))]
     texts = [said[i].written[k] for i, k in written]
     bounded = near = words = wrong = at = 0
-    covered: list[tuple[float, float]] = []
-    for start, end, text, is_accepted in sorted(found):
+    causes: dict[int, str] = {}  # why a bundled clip is not in a clip, or not as a whole
+    for start, end, text, reason in sorted(found):
         spelt = text.split()
         place = next((p for p in range(at, len(texts)) if texts[p : p + len(spelt)] == spelt), None)
+        pairs: list[tuple[int, int]] = []
         if place is not None:
             at = place + len(spelt)
-        if not is_accepted:
+            pairs = written[place:at]
+        right = [said[i].words[k] == said[i].written[k] for i, k in pairs]
+        if reason:
+            cause = f"{reason}{', in words that are wrong' * (not all(right))}"
+            causes |= {i: cause for i, _ in pairs}
             continue
-        covered.append((start, end))
         words += len(spelt)
-        if place is None:
-            wrong += len(spelt)
+        there = [said[i].start_sec - 1 < end and start < said[i].end_sec + 1 for i, _ in pairs]
+        wrong += len(spelt) - sum(a and b for a, b in zip(right, there, strict=True))
+        if not pairs:
             continue
-        pairs = written[place:at]
-        for i, k in pairs:
-            clip = said[i]
-            is_there = clip.start_sec - 1 < end and start < clip.end_sec + 1
-            wrong += not is_there or clip.words[k] != clip.written[k]
         (first, k), (last, m) = pairs[0], pairs[-1]
         off = [abs(start - said[first].start_sec)] if k == 0 else []
         off += [abs(end - said[last].end_sec)] if m + 1 == len(said[last].written) else []
         bounded += bool(off)
         near += bool(off) and max(off) <= NEAR_SEC
-    right = [span for clip in said if clip.is_right for span in clip.speech]
-    recovered = sum(max(0.0, min(end, b) - max(start, a)) for a, b in right for start, end in covered)
+    lost: Counter[str] = Counter()
+    for i, clip in enumerate(said):
+        if clip.is_right:
+            kept = [max(0.0, min(b, d) - max(a, c)) for a, b in clip.speech for c, d, _, reason in found if not reason]
+            lost[causes.get(i, "cut off")] += sum(b - a for a, b in clip.speech) - sum(kept)
     given = sum(a != b for clip in said if clip.written for a, b in zip(clip.words, clip.written, strict=True))
-    total = sum(b - a for a, b in right)
-    return Figures(name, total, recovered, len(clips), bounded, near, words, wrong, given, len(rejected), seconds)
+    total = sum(b - a for clip in said if clip.is_right for a, b in clip.speech)
+    return Figures(
+        name, total, total - lost.total(), len(clips), bounded, near, words, wrong, given, len(found) - len(clips),
+        seconds, {cause: round(sec, 2) for cause, sec in lost.most_common()},
+    )  # fmt: skip
 
 
 def train(clips: Sequence[Utterance], base: DatasetSplits, config: Config, epochs: int) -> float:
@@ -253,6 +262,10 @@ def main() -> int:
                 for clips in (original, recovered)
             ]
     show("Long recordings with subtitles", table(figures, wers), NOTE, record=arguments.record)
+    lost = sum((Counter(f.lost_sec) for f in figures), Counter[str]())
+    whole = sum(f.speech_sec for f in figures)
+    for cause, sec in lost.most_common():
+        print(f"{sec / whole:6.1%} of right speech is lost: {cause}")
     print(json.dumps(summary(figures, wers)))
     return 0
 
@@ -283,6 +296,9 @@ def table(figures: Sequence[Figures], wers: Sequence[float | None]) -> list[dict
             "boundaries within 0.2 s": f"{f.near} of {f.bounded}",
             "wrong words given": str(f.wrong_given),
             "wrong words accepted": f"{f.wrong} of {f.words}",
+            "lost most": ", ".join(
+                f"{sec / f.speech_sec:.1%} ({cause})" for cause, sec in list(f.lost_sec.items())[:3]
+            ),
             "took": f"{f.seconds:.0f} s",
             "test WER": "-",
         }

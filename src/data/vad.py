@@ -90,7 +90,8 @@ class VoiceActivityDetector:
 
 def speech_edges(audio: Waveform) -> tuple[float, float]:
     """Return when the speech of (T,) float32 at 16 kHz begins and ends, in seconds; all of it where none is heard."""
-    segments = VoiceActivityDetector(VADConfig(pad_sec=0.0)).speech_segments(audio)
+    short = VADConfig(pad_sec=0.0, min_silence_sec=0.1)  # a longer one would not end speech before the end of a clip
+    segments = VoiceActivityDetector(short).speech_segments(audio)
     return (segments[0].start_sec, segments[-1].end_sec) if segments else (0.0, len(audio) / SAMPLE_RATE)
 
 

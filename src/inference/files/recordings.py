@@ -54,7 +54,12 @@ class Preparation:
 
     def reasons(self) -> Counter[str]:
         """Count the passages that were left out by reason."""
-        return Counter(re.sub(r"'.*'|[\d.]+ ?", "", row["reason"]).strip() for row in self.rejected)
+        return Counter(kind_of(row["reason"]) for row in self.rejected)
+
+
+def kind_of(reason: str) -> str:
+    """Return a reason without the words and numbers of its passage."""
+    return re.sub(r"'.*'|[\d.]+ ?", "", reason).strip()
 
 
 def with_clips(config: Config, *, engine: Engine | None = None) -> Config:
