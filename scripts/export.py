@@ -4,8 +4,9 @@
     python scripts/export.py --model tiny.en --format onnx --quantization int8 --output exports/onnx
 
 The clips are those of your data that training kept in the folder, else five bundled English ones. hf is for
-transformers, ct2 for CTranslate2 and faster-whisper, onnx for ONNX Runtime, Optimum and transformers.js. The last line
-printed is the folder; an error is one line, with exit code 2.
+transformers, ct2 for CTranslate2 and faster-whisper, onnx for ONNX Runtime, Optimum and transformers.js, ggml for
+whisper.cpp, peft are the adapters of a LoRA training, not merged. The last line printed is the folder; an error is one
+line, with exit code 2.
 """
 
 from __future__ import annotations
@@ -20,16 +21,20 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.command_line import add_model, check_model_path, path_argument, run_main
+from src.models.export.adapter import export_peft
 from src.models.export.ctranslate2 import export_ctranslate2
+from src.models.export.ggml import export_ggml, require_whisper_cpp
 from src.models.export.huggingface import export_huggingface
 from src.models.export.onnx import export_onnx, require_onnx
 from src.models.export.verify import load_clips
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import load_config
 from src.utils.errors import ModelError, WhisperASRError
+from src.utils.files import expand_path
 from src.utils.logging_config import setup_logging
 
-FORMATS = ("hf", "ct2", "onnx")
+FORMATS = ("hf", "ct2", "onnx", "ggml", "peft")
+QUANTISED = ("ct2", "onnx")
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -63,19 +68,24 @@ def export(model: str, target: str, quantization: str | None, output: Path) -> P
     Raises: WhisperASRError: no such checkpoint, a quantization that the format does not have, an absent package, or an
         export that says something else.
     """
-    if target == "hf" and quantization not in (None, "none"):
-        raise ModelError(f"--quantization {quantization}: hf keeps the weights as they are; leave it out, or take ct2")
+    if target not in QUANTISED and quantization not in (None, "none"):
+        raise ModelError(f"--quantization {quantization}: {target} has one form of weights; leave it out, or take ct2")
     if target == "onnx":
         require_onnx()  # before minutes of download
+    if target == "ggml":
+        require_whisper_cpp()
     check_model_path(model)
-    manager = WhisperModelManager(load_config(None, overrides={"device": "cpu"}))
+    config = load_config(None, overrides={"device": "cpu"})
+    if target == "peft":
+        return export_peft(expand_path(model), output, cache_dir=config.paths.cache_dir)
+    manager = WhisperModelManager(config)
     source, processor = manager.initialize_model(model)
     assert manager.weights is not None  # of a model that is loaded
     clips = load_clips(manager.weights.path)
     if target == "hf":
         return export_huggingface(source, processor, output, verify_clips=clips)
-    options: dict[str, Any] = {} if quantization is None else {"quantization": quantization}
-    convert = export_ctranslate2 if target == "ct2" else export_onnx
+    options: dict[str, Any] = {"quantization": quantization} if quantization and target in QUANTISED else {}
+    convert: Callable[..., Path] = {"ct2": export_ctranslate2, "onnx": export_onnx, "ggml": export_ggml}[target]
     return convert(source, output, processor=processor, verify_clips=clips or None, **options)
 
 

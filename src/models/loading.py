@@ -268,7 +268,7 @@ def _read_generation(folder: Path, config: WhisperConfig, tokenizer: Any) -> Gen
 def merge_adapter(folder: Path, base_dir: Path, target: Path) -> None:
     """Merge the adapter that PEFT saved in a folder into its base model, and save the result as a checkpoint.
 
-    Tokenizer and generation config are those of the adapter's folder where it has them.
+    Tokenizer, generation config and audio context are those of the adapter's folder where it has them.
 
     Raises:
         ModelError: the adapter is damaged, of a kind that cannot be merged, or of another model.
@@ -298,5 +298,9 @@ def merge_adapter(folder: Path, base_dir: Path, target: Path) -> None:
         processor = load_processor(folder, merged.config)
     if (folder / GENERATION_FILE).exists():
         merged.generation_config = _read_generation(folder, merged.config, processor.tokenizer)
+    if (folder / CONFIG_FILE).exists():
+        merged.audio_context, rates = own_settings(read_settings(folder / CONFIG_FILE), folder / CONFIG_FILE)
+        if rates:
+            merged.config.tokens_per_sec = rates
     merged.save_pretrained(target)
     save_processor(processor, target)

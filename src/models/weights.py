@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,9 +201,29 @@ def _from_folder(folder: Path, cache_dir: Path) -> ResolvedWeights:
     return ResolvedWeights(folder, "local folder")
 
 
+def base_settings(variant_or_path: str) -> dict[str, str | None]:
+    """Return how PEFT's `adapter_config.json` names a base model: a repository and its revision, or a folder."""
+    if variant_or_path not in HUB_REPOSITORIES and (folder := expand_path(variant_or_path)).is_dir():
+        return {"base_model_name_or_path": str(folder.absolute()), "revision": None}
+    name, _, revision = HUB_REPOSITORIES.get(variant_or_path, variant_or_path).partition("@")
+    return {"base_model_name_or_path": name, "revision": revision or None}
+
+
+def resolve_base(settings: Mapping[str, Any], *, cache_dir: Path) -> ResolvedWeights:
+    """Find the base model that settings of PEFT name; a stock one may be in a package."""
+    name, revision = settings["base_model_name_or_path"], settings.get("revision")
+    if (expand_path(name) / ADAPTER_CONFIG).is_file():
+        raise ModelError("it is an adapter itself; merge that one first")
+    if isinstance(revision, str) and revision not in ("", "main") and not expand_path(name).is_dir():
+        return resolve_weights(f"{name}@{revision}", cache_dir=cache_dir)
+    variants = {repository: variant for variant, repository in HUB_REPOSITORIES.items()}
+    return resolve_weights(variants.get(name, name), cache_dir=cache_dir)
+
+
 def _from_adapter(folder: Path, cache_dir: Path) -> ResolvedWeights:
     """Find the model that an adapter of PEFT changes, and merge the two once into the cache."""
-    base = read_settings(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    settings = read_settings(folder / ADAPTER_CONFIG)
+    base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ModelError(f"{folder}: a PEFT adapter whose {ADAPTER_CONFIG} names no base_model_name_or_path; add it")
     if not (folder / ADAPTER_WEIGHTS).is_file():
@@ -214,11 +234,8 @@ def _from_adapter(folder: Path, cache_dir: Path) -> ResolvedWeights:
             f"{folder}: holds a whole model ({weight_files(folder)[0].name}) and a PEFT adapter of {base!r}; move the "
             "files of one of them elsewhere"
         )
-    variants = {repository: name for name, repository in HUB_REPOSITORIES.items()}  # may be in a package
     try:
-        if (expand_path(base) / ADAPTER_CONFIG).is_file():
-            raise ModelError("it is an adapter itself; merge that one first")
-        found = resolve_weights(variants.get(base, base), cache_dir=cache_dir)
+        found = resolve_base(settings, cache_dir=cache_dir)
     except (ModelError, ConfigError) as err:
         raise ModelError(
             f"{folder}: a PEFT adapter of {base!r}, which cannot be loaded: {err}\nOr set base_model_name_or_path in "

@@ -9,6 +9,7 @@ steps in each process and could not exchange parameters in step.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any, Literal, cast
@@ -24,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from src.data.dataset import WhisperDataset
 from src.models.dynamic_context import DynamicWhisper, get_cap_rates
+from src.models.weights import base_settings
 from src.training.loss import TokenLoss
 from src.utils.config import LoRAConfig, TrainingConfig
 from src.utils.errors import ConfigError, DeviceError, ModelError
@@ -129,6 +131,13 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def has_adapters(model: nn.Module) -> bool:
     """Whether a model holds LoRA adapters."""
     return any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def adapter_settings(model: DynamicWhisper, variant: str) -> dict[str, Any]:
+    """Return PEFT's settings of a model's adapters as JSON has them; `variant` is the model that was trained."""
+    settings = model.peft_config[_ADAPTER].to_dict()
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=sorted))  # sets of names
+    return plain | base_settings(variant)
 
 
 @torch.no_grad()

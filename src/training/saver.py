@@ -22,7 +22,7 @@ from src.models.export.verify import SpokenClip
 from src.training import checkpoint as checkpoints
 from src.training import state as run_state
 from src.training.checkpoint import CheckpointStore, ResumeReport, TrainingState, WholeCheckpoint, verify_checkpoint
-from src.training.methods import has_adapters, merged_model
+from src.training.methods import adapter_settings, has_adapters, merged_model
 from src.training.state import Progress
 from src.training.updates import Updater
 from src.utils.config import Config
@@ -206,12 +206,14 @@ class RunSaver:
             "validation_rate": progress.best_rate, "validation_metric": progress.metric,
             "git_revision": get_git_revision(), "data_version": self._loader.data_version,
         }  # fmt: skip
-        adapters = run_state.model_tensors(whole) if has_adapters(whole) else None
+        adapters, settings = None, None
+        if has_adapters(whole):
+            adapters, settings = run_state.model_tensors(whole), adapter_settings(whole, self._config.model.variant)
         try:
             plain = merged_model(whole)
             export_huggingface(
                 plain, self._processor, self.best_model_dir, provenance=made, adapters=adapters,
-                verify_clips=self._verify_clips(),
+                adapter_settings=settings, verify_clips=self._verify_clips(),
             )  # fmt: skip
         except (OSError, SafetensorError) as err:
             raise CheckpointError(

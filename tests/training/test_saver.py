@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from src.data.utterance import Utterance
 from src.models.dynamic_context import DynamicWhisper
+from src.models.export.adapter import read_adapters
 from src.models.export.huggingface import read_provenance
 from src.models.export.verify import load_clips
 from src.training import saver as saving
@@ -129,6 +130,8 @@ def test_of_adapters_the_merged_model_is_saved_with_the_adapters_and_its_origin(
     assert made["data_version"].startswith("6 (")
     (clip,) = load_clips(trainer.best_model_dir)  # of the validation set
     assert clip.language == "en"
+    _, settings = read_adapters(trainer.best_model_dir)
+    assert (settings["r"], settings["base_model_name_or_path"]) == (4, "openai/whisper-tiny.en")
     saved = DynamicWhisper.from_pretrained(trainer.best_model_dir).state_dict()
     merged = trainer.merged_model().state_dict()
     assert set(saved) == set(merged)

@@ -15,7 +15,8 @@ import httpx
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
-from src.models.folder import absent_shards
+from src.models.export.ggml import MODEL_FILE, USAGE_FILE
+from src.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, absent_shards
 from src.utils.errors import ModelError, WhisperASRError
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ _ALWAYS = ("config.json", "tokenizer.json", "preprocessor_config.json")
 # Files of each kind of export, as patterns; the key is the file that the kind is recognised by.
 _EXPORTS = {
     "model.bin": ("model.bin", "vocabulary.*", *_ALWAYS),
+    ADAPTER_CONFIG: (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *_ALWAYS),
+    MODEL_FILE: (MODEL_FILE, USAGE_FILE),
     "onnx": ("onnx/encoder_model*.onnx", "onnx/decoder_model_merged*.onnx", "generation_config.json", *_ALWAYS),
     "config.json": ("model*.safetensors", "generation_config.json", *_ALWAYS),
 }
@@ -36,7 +39,7 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True, token
     """Upload an exported folder as a new repository; one that an earlier, broken upload left empty is filled.
 
     Args:
-        folder: of `export_huggingface`, `export_ctranslate2` or `export_onnx`, with a model card.
+        folder: of `export_huggingface` or another export, with a model card.
         repo_id: "owner/name"; the owner is you, or an organisation in which you may write.
         private: False publishes the model.
         token: with the right to write; by default HF_TOKEN, the one of `hf auth login`, or Colab's secret HF_TOKEN.
@@ -80,7 +83,7 @@ def _check_export(folder: Path) -> None:
     wanted = next((files for mark, files in _EXPORTS.items() if (folder / mark).exists()), None)
     if wanted is None:
         raise ModelError(
-            f"{folder}: no exported model; export_huggingface, export_ctranslate2 and export_onnx write one"
+            f"{folder}: no exported model; export_huggingface, or another export of src.models, writes one"
         )
     missing = [pattern for pattern in wanted if not any(folder.glob(pattern))]
     if wanted is _EXPORTS["config.json"] and not missing:

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 PROVENANCE = "provenance.json"
 ADAPTERS_FILE = "adapters.safetensors"
+ADAPTER_SETTINGS = "adapter_config"  # in its metadata: what `adapter_config.json` of PEFT is to say
 
 
 def export_huggingface(
@@ -40,6 +41,7 @@ def export_huggingface(
     *,
     provenance: Mapping[str, Any] | None = None,
     adapters: Mapping[str, Tensor] | None = None,
+    adapter_settings: Mapping[str, Any] | None = None,
     verify_clips: Sequence[Waveform | SpokenClip] = (),
 ) -> Path:
     """Save a model and its processor, and verify that stock transformers loads the same weights and transcribes alike.
@@ -50,6 +52,7 @@ def export_huggingface(
         output_dir: replaced if it is an older export; appears whole or not at all.
         provenance: how the model was made, saved as `provenance.json`.
         adapters: that were merged into the model, saved as `adapters.safetensors`, with which training can go on.
+        adapter_settings: of PEFT for the adapters, base model included, with which `export_peft` saves them unmerged.
         verify_clips: speech of up to 30 s, transcribed by both, and kept in the folder for later exports, as
             `.verification_clips.safetensors`. Without any, bundled English clips serve.
 
@@ -67,7 +70,8 @@ def export_huggingface(
         if provenance is not None:
             (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
         if adapters is not None:
-            save_file({name: tensor.contiguous() for name, tensor in adapters.items()}, folder / ADAPTERS_FILE)
+            said = None if adapter_settings is None else {ADAPTER_SETTINGS: json.dumps(dict(adapter_settings))}
+            save_file({name: tensor.contiguous() for name, tensor in adapters.items()}, folder / ADAPTERS_FILE, said)
         save_clips(verify_clips, folder)
         _verify_huggingface(model, processor, folder, verify_clips)
     logger.info("saved %s (Hugging Face format, reloaded and compared)", output_dir)

@@ -65,6 +65,7 @@ class SpokenClip:
 class ClipBatch:
     """Input of the source and of its export."""
 
+    audio: Tensor  # (B, T) float32 on the CPU: the clips, padded as the source hears them
     features: Tensor  # (B, mels, frames) on the source's device and in its precision
     languages: list[str | None]  # of the transcripts
     spoken: dict[str, Any]  # task and the language of each clip, for `generate`; empty for an English-only model
@@ -239,6 +240,7 @@ def prepare_batch(model: Any, tokenizer: Any, clips: Sequence[Waveform | SpokenC
     languages = [text_language(code, task) for code in codes]
     rate = max(max_tokens_per_sec(each, get_cap_rates(model.config)) for each in languages)
     return ClipBatch(
+        audio=padded,
         features=features,
         languages=languages,
         spoken=spoken,
