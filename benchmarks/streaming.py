@@ -24,15 +24,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.benchmarking import add_data, append_table, load_clips, percent, percent_interval
-from scripts.command_line import model_argument, parse_settings
+from scripts.command_line import model_argument, parse_settings, path_argument
 from src.data.vad import VoiceActivityDetector
-from src.evaluation.streaming import ReplayClock, WordTiming, measure_stream, replay, time_words
+from src.evaluation.streaming import ReplayClock, WordTiming, log_streams, measure_stream, replay, time_words
 from src.evaluation.streams import PUBLIC_CLIP, SpeechStream, WordAligner, add_noise, join_clips
 from src.evaluation.visualization.speed import draw_emission, draw_tradeoff
 from src.inference.engine_base import Engine
 from src.inference.engines import load_engine, transcribe
 from src.inference.options import DecodingOptions
-from src.inference.streaming.session import StreamingASR
+from src.inference.streaming.session import StreamingASR, StreamingResult
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import Config, load_config
 from src.utils.figures import save_figure
@@ -60,6 +60,7 @@ class Measured:
     stream: SpeechStream
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     timings: dict[str, tuple[WordTiming, ...]] = field(default_factory=dict)
+    results: dict[str, StreamingResult] = field(default_factory=dict)
 
 
 def main() -> int:
@@ -78,6 +79,9 @@ def main() -> int:
                 for other in (long, noisy):
                     measure(other, engine, default, config_for(arguments, arguments.policies[0]))
     record(arguments, [clean, long, noisy])
+    if arguments.simuleval is not None:
+        heard = [(each.stream, each.results[default]) for each in (clean, long, noisy)]
+        log_streams(arguments.simuleval, heard, characters=clean.metrics[default]["metric"] == "CER")
     rows = {
         name: measured.metrics[default]
         for name, measured in zip(["clean", "long", "noisy"], [clean, long, noisy], strict=True)
@@ -120,6 +124,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--full", action="store_true", help="every policy on the other engine and on stock weights too")
     parser.add_argument("--set", action="append", default=[], metavar="streaming.KEY=VALUE", help="overrides a setting")
+    parser.add_argument("--simuleval", type=path_argument, metavar="FOLDER", help="write a log for SimulEval")
     parser.add_argument("--no-record", action="store_true", help="print only")
     parser.add_argument("--quick", action="store_true", help="under a minute: the default system, a few clips")
     arguments = parser.parse_args()
@@ -165,6 +170,7 @@ def measure(measured: Measured, engine: Engine, name: str, config: Config) -> No
     result, ended_at = replay(session, stream.audio, clock)
     language = config.model.language
     measured.metrics[name] = measure_stream(stream, result, ended_at=ended_at, offline=offline, language=language)
+    measured.results[name] = result
     measured.timings[name] = time_words(stream, result.events, on_clock=True)
     row = table_row(name, measured.metrics[name])
     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)

@@ -3,6 +3,8 @@
     python scripts/stream_client.py --file talk.wav --captions talk.srt
     python scripts/stream_client.py --microphone 600 --url wss://captions.example --token-env CAPTION_TOKEN
 
+    python scripts/stream_client.py --file talk.wav --simuleval logs/talk --reference talk.txt
+
 Committed text goes to standard output, a line for each stretch of speech; in a terminal, words that may still change
 are shown dim below it. Ctrl-C ends the audio, and the rest is still captioned.
 """
@@ -15,8 +17,10 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, aclosing
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,8 +33,10 @@ from src.inference.server.client import stream_to_server
 from src.inference.server.protocol import DTYPES, Done, LiveEvent
 from src.inference.streaming.commit import Event
 from src.inference.streaming.microphone import Microphone, in_real_time
+from src.inference.streaming.simuleval import log_instance, write_log
 from src.inference.streaming.view import printable
 from src.utils.errors import ConfigError, WhisperASRError
+from src.utils.languages import is_unspaced_character
 from src.utils.logging_config import setup_logging
 
 CLEAR_BELOW = "\x1b[J"
@@ -72,6 +78,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--token-env", metavar="NAME", help="environment variable with the server's token")
     parser.add_argument("--format", choices=list(DTYPES), default="s16le", help="on the wire; default: %(default)s")
     parser.add_argument("--captions", type=path_argument, metavar="FILE", help="write them too, as .srt or .vtt")
+    parser.add_argument("--simuleval", type=path_argument, metavar="FOLDER", help="write a log of it for SimulEval")
+    parser.add_argument("--reference", type=path_argument, metavar="FILE", help="what is said, for the log")
     return parser.parse_args(given)
 
 
@@ -96,18 +104,40 @@ async def run(arguments: argparse.Namespace, interrupted: threading.Event) -> st
         language=arguments.language,
         token=read_token(arguments.token_env),
     )
+    reference = "" if arguments.reference is None else arguments.reference.read_text(encoding="utf-8")
+    events: list[Event] = []
+    began_sec = time.monotonic()
     follows = False  # a commit on this line, at its end a final
     with ExitStack() as stack:
         writer = None if arguments.captions is None else stack.enter_context(LiveCaptionWriter(arguments.captions))
         async with aclosing(stream) as messages:
             async for message in messages:
                 if isinstance(message, LiveEvent):
+                    events.append(replace(message.event, emitted_at=time.monotonic() - began_sec))
                     print(render(message.event, follows=follows, terminal=sys.stdout.isatty()), end="", flush=True)
                     follows = message.kind == "commit" or (follows and message.kind == "partial")
                     if writer is not None:
                         writer.write(message.event)
+    if arguments.simuleval is not None:
+        log_events(arguments, events, " ".join(reference.split()))
     assert isinstance(message, Done)  # else it has raised
     return message.reason
+
+
+def log_events(arguments: argparse.Namespace, events: Sequence[Event], reference: str) -> None:
+    """Write the log of the stream, on this machine's clock."""
+    heard_sec = max((event.audio_sec for event in events), default=0.0)
+    letters = [c for event in events if event.kind == "commit" for c in event.text if c.isalpha()]
+    unspaced = sum(map(is_unspaced_character, letters))
+    instance = log_instance(
+        events,
+        name="microphone" if arguments.file is None else arguments.file.name,
+        audio_sec=heard_sec,
+        reference=reference,
+        characters=2 * unspaced > len(letters),
+        computed_sec=events[-1].emitted_at if arguments.fast and events else None,
+    )
+    write_log(arguments.simuleval, [instance])
 
 
 def open_source(arguments: argparse.Namespace) -> tuple[Iterable[Waveform], int]:

@@ -8,7 +8,7 @@ from .report.html import write_html_report
 from .report.model_card import write_model_card
 from .report.summary import comparison_table, describe_comparison, headline, summarize_run
 from .slices import slice_rates
-from .streaming import ReplayClock, evaluate_stream, measure_stream, replay, time_words
+from .streaming import ReplayClock, evaluate_stream, log_streams, measure_stream, replay, time_words
 from .streams import WordAligner, add_noise, join_clips, make_stream
 from .variants import compare_models
 from .visualization.evaluation import EvaluationVisualizer
@@ -45,6 +45,7 @@ __all__ = [
     "headline",
     "join_clips",
     "latency_table",
+    "log_streams",
     "make_stream",
     "measure_stream",
     "prepare_guard_set",

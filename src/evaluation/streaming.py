@@ -27,6 +27,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ from src.evaluation.streams import SpeechStream, SpokenWord
 from src.inference.streaming.commit import Event, word_key
 from src.inference.streaming.microphone import BLOCK_SEC
 from src.inference.streaming.session import StreamingASR, StreamingResult
+from src.inference.streaming.simuleval import log_instance, write_log
 from src.inference.words import Word, join_words
 from src.utils.errors import DataError
 from src.utils.languages import join_texts, normalize_plain
@@ -118,8 +120,32 @@ class StreamingEvaluation:
         }  # fmt: skip
 
     def save(self, experiment: ExperimentLogger) -> None:
-        """Append the figures and the transcript to the run's metrics.jsonl."""
+        """Append the figures and the transcript to the run's metrics.jsonl, and write its log for SimulEval."""
         experiment.log("streaming", **self.summary(), text=self.result.text, reference=self.stream.text)
+        characters = self.rates.metric == "CER"
+        log_streams(experiment.dir / "simuleval", [(self.stream, self.result)], characters=characters, live=False)
+
+
+def log_streams(
+    folder: Path, heard: Sequence[tuple[SpeechStream, StreamingResult]], *, characters: bool = False, live: bool = True
+) -> None:
+    """Write `instances.log` and what else SimulEval and OmniSTEval read, see `src.inference.streaming.simuleval`.
+
+    Args:
+        folder: made if absent; an older log is replaced.
+        heard: streams with what a session made of them.
+        characters: of scripts without spaces.
+        live: the events' clock is that of `replay`; else the audio came as fast as it was taken.
+    """
+    instances = [
+        log_instance(
+            result.events, name=f"{stream.name}.wav", audio_sec=stream.duration_sec, reference=stream.text,
+            characters=characters, computed_sec=None if live else result.compute_sec, index=index,
+        )
+        for index, (stream, result) in enumerate(heard)
+    ]  # fmt: skip
+    clips = [[(clip.text, clip.start_sec, clip.end_sec) for clip in stream.clips] for stream, _ in heard]
+    write_log(folder, instances, clips)
 
 
 def evaluate_stream(asr: StreamingASR, stream: SpeechStream, offline: EvaluationResult) -> StreamingEvaluation:

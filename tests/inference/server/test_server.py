@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import json
 import os
 import signal
 import socket
@@ -599,7 +600,8 @@ def test_the_scripts_stream_a_file_until_the_server_is_told_to_stop(
 
     def talk(url: str) -> None:
         given = ["--file", str(tmp_path / "talk.wav"), "--fast", "--format", "f32le", "--url", url]
-        arguments = stream_client.parse_arguments([*given, "--captions", str(tmp_path / "talk.srt")])
+        given += ["--captions", str(tmp_path / "talk.srt"), "--simuleval", str(tmp_path / "log")]
+        arguments = stream_client.parse_arguments(given)
         try:
             ended.append(asyncio.run(stream_client.run(arguments, threading.Event())))
         finally:
@@ -623,6 +625,8 @@ def test_the_scripts_stream_a_file_until_the_server_is_told_to_stop(
     assert ended == ["end"]
     assert capsys.readouterr().out.split() == committed(expected_events(audio)).split()
     assert (tmp_path / "talk.srt").read_text().splitlines()[2].startswith("3.0 3.1")
+    logged = json.loads((tmp_path / "log" / "instances.log").read_text())
+    assert (logged["prediction"].split(), logged["source"]) == (committed(expected_events(audio)).split(), ["talk.wav"])
 
 
 def test_a_client_names_its_language_by_any_mark_or_has_it_detected() -> None:
