@@ -14,10 +14,12 @@ import pytest
 import torch
 from transformers import WhisperConfig
 
+from benchmarks import browser
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export import onnx, onnx_graphs
 from src.models.export.onnx import OnnxWhisper, export_onnx
 from src.models.export.verify import ClipBatch, bundled_clips
+from src.utils.config import load_config
 from src.utils.errors import MissingDependencyError, ModelError
 
 CLIPS = bundled_clips()[:2]  # stock weights do well on these at dynamic context too, which is faster
@@ -47,6 +49,13 @@ def test_an_export_gives_the_text_and_is_laid_out_for_optimum_and_transformers_j
     decoder = (out / "onnx" / "decoder_model_merged.onnx").stat().st_size
     assert decoder < 1.02 * 4 * sum(weight.numel() for weight in model.get_decoder().parameters())  # not twice
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    try:
+        scripts = browser.fetch_packages(load_config(None).paths.cache_dir)
+    except MissingDependencyError as err:
+        pytest.skip(f"the export is right, but was opened in no browser: {err}")
+    found = browser.transcribe_in_browser(out, CLIPS[0], scripts, calls=1)
+    assert found["own length"][1] == "Spending too much time on a game."
+    assert found["padded to 30 s"][1]
 
 
 @pytest.fixture(scope="module")
