@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping
@@ -10,9 +11,8 @@ from typing import Any, NoReturn
 
 from src.utils.config import Config, load_config, parse_yaml
 from src.utils.errors import ConfigError, ModelError
-from src.utils.files import expand_path
+from src.utils.files import expand_path, project_file
 
-ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
@@ -25,9 +25,15 @@ def run_main(main: Callable[[], int]) -> NoReturn:
         sys.exit(INTERRUPTED)
 
 
+def run_command() -> NoReturn:
+    """Run the script that an installed command is named after: `whisper-train` is scripts/train.py."""
+    script = Path(sys.argv[0]).stem.removeprefix("whisper-").replace("-", "_")
+    run_main(importlib.import_module(f"scripts.{script}").main)
+
+
 def add_settings(parser: ArgumentParser, *, has_profiles: bool = True) -> None:
     """Add the options that `load_settings` reads."""
-    parser.add_argument("--config", type=path_argument, default=ROOT / "config.yaml")
+    parser.add_argument("--config", type=path_argument, default=project_file("config.yaml"))
     parser.set_defaults(profile=None)
     if has_profiles:
         parser.add_argument("--profile", help="one of the file's profiles")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, default=ROOT / "config.yaml")
+    parser.add_argument("--config", type=Path, help="default: the project's config.yaml")
     parser.add_argument("--profile", help="profile of the configuration whose needs are checked")
     arguments = parser.parse_args()
     try:
@@ -31,8 +31,11 @@ def main() -> int:
     except ModuleNotFoundError as err:
         print(f"error: {err.name} is not installed\nfix: pip install -r requirements.txt -c constraints.txt")
         return 1
+    from src.utils.files import project_file
+
     loaded: list[Config] = []
-    checks = run_check("config", lambda: load(arguments.config, arguments.profile, loaded))
+    path = arguments.config or project_file("config.yaml")
+    checks = run_check("config", lambda: load(path, arguments.profile, loaded))
     checks += environment_report(loaded[0] if loaded else None).checks
     if loaded:
         checks += run_check("to start from", lambda: list_stored(loaded[0]))

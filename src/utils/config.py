@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from src.utils.errors import ConfigError, DataError, did_you_mean, visible
-from src.utils.files import expand_path
+from src.utils.files import expand_path, project_file
 from src.utils.languages import parse_language
 
 DEFAULT_CONFIG_PATH = Path("config.yaml")
@@ -479,7 +479,7 @@ def load_config(
     """Load, merge and check a configuration.
 
     Args:
-        path: YAML file; None takes the defaults alone.
+        path: YAML file; None takes the defaults alone. Where the working folder has no config.yaml, the project's.
         profile: name under the file's `profiles:`; takes precedence over the file's own `profile:` key.
         overrides: nested (`{"training": {"epochs": 1}}`) or dotted (`{"training.epochs": 1}`), applied last.
 
@@ -531,6 +531,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_yaml(given: str | Path) -> dict[str, Any]:
     path = expand_path(given)
+    if path == DEFAULT_CONFIG_PATH and not path.exists():
+        path = project_file(path.name)
     try:
         if path.exists() and not path.is_file():
             raise ConfigError(f"{path}: not a file; pass the path of a YAML file")

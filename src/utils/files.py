@@ -38,6 +38,7 @@ from src.utils.errors import ConfigError, DataError, WhisperASRError, WriteError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+PROJECT_ROOT = Path(__file__).resolve().parents[2]  # the checkout; of an installed package, site-packages
 LOCK = ".lock"  # in a folder that one process at a time may write
 
 MAX_JSON_BYTES = 256 << 20
@@ -482,6 +483,12 @@ def fsync(path: Path, *, is_required: bool = True) -> None:
 
 
 @cache
+def project_file(name: str) -> Path:
+    """Return a file such as `config.yaml`: that of the checkout, or the copy that an installed package has."""
+    installed = PROJECT_ROOT / "src" / name
+    return installed if installed.is_file() else PROJECT_ROOT / name
+
+
 def read_template(package: str, name: str) -> str:
     """Return a file of `templates/` in a package such as "src.evaluation"."""
     return resources.files(package).joinpath("templates", name).read_text(encoding="utf-8")

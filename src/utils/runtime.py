@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from src.utils.errors import DeviceError, OutOfMemoryError, WhisperASRError, first_line
+from src.utils.files import project_file
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Precision = Literal["float32", "bfloat16", "float16"]
 MOUNT_POINT = Path("/content/drive")
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 def in_colab() -> bool:
@@ -54,7 +54,7 @@ def start_session(drive_folder: str | None = None) -> Path | None:
     Return the folder on Drive, or None if none is named; raise `WhisperASRError` if pip or the mount fails.
     """
     if in_colab():
-        requirements = _ROOT / "requirements.txt"
+        requirements = project_file("requirements.txt")
         done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", str(requirements)])
         if done.returncode:
             raise WhisperASRError(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from src.utils.errors import WhisperASRError, first_line
+from src.utils.files import PROJECT_ROOT, project_file
 from src.utils.runtime import MOUNT_POINT, in_colab, installed_version
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ logger = logging.getLogger(__name__)
 Status = Literal["error", "warning", "absent", "ok"]
 LOW_RAM_MB = 2_000.0  # training tiny.en takes 1.4 to 1.9 GB
 RUN_DISK_MB = 1_000.0  # a run's figures and predictions, and an int8 export
-_ROOT = Path(__file__).resolve().parents[2]
 _PROBE_TIMEOUT_SEC = 600.0  # the first import of torch takes minutes on a cold network disk or a busy machine
 _CELL = 'style="text-align:left;vertical-align:top;white-space:normal;max-width:44em"'
 _LOGINS = {  # token: the file that a login writes, what it then contains, the command, what works without
@@ -168,7 +168,7 @@ def read_requirements(file: str) -> dict[str, Requirement]:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    lines = [line.split("#")[0].strip() for line in (_ROOT / file).read_text(encoding="utf-8").splitlines()]
+    lines = [line.split("#")[0].strip() for line in project_file(file).read_text(encoding="utf-8").splitlines()]
     found = [Requirement(line) for line in lines if line]
     return {canonicalize_name(r.name): r for r in found if r.marker is None or r.marker.evaluate()}
 
@@ -183,7 +183,7 @@ def _check_torch() -> Iterator[Check]:
     """Import torch, then torchaudio, in a separate process, and judge how far it got."""
     command = [sys.executable, "-c", _TORCH_PROBE]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT_SEC, cwd=_ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT_SEC, cwd=PROJECT_ROOT)
     except subprocess.TimeoutExpired:  # its text contains the whole command
         yield Check("torch", "error", f"is not imported within {_PROBE_TIMEOUT_SEC:.0f} s", _torch_fix())
         return

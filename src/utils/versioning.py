@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from pydantic import FiniteFloat, TypeAdapter
 
 from src.utils.errors import DataError, ModelError, did_you_mean
-from src.utils.files import locked, read_json, sha256_of, write_json
+from src.utils.files import PROJECT_ROOT, locked, read_json, sha256_of, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,13 +29,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REGISTRY_FILE = "registry.json"  # in a folder
-_ROOT = Path(__file__).resolve().parents[2]
 _DIGEST_CHARS = 16  # hexadecimal, stored per clip: 64 bits distinguish two clips of one id
 _LISTED_IDS = 20  # of each kind, in an error
 
 
-def get_git_revision(folder: Path = _ROOT) -> str | None:
-    """Return the commit of a checkout, with `+changes` if tracked files differ; None without git or a commit."""
+def get_git_revision(folder: Path = PROJECT_ROOT) -> str | None:
+    """Return the commit of a checkout, with `+changes` if tracked files differ; None without git or a commit.
+
+    None also for an installed package, which may lie within somebody else's checkout.
+    """
+    if not (folder / ".git").exists():
+        return None
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)

@@ -1,0 +1,1 @@
+"""Commands: each runs as `python scripts/NAME.py`, and installed as `whisper-NAME`."""
