@@ -4,16 +4,21 @@ The format is that of whisper.cpp's own converters
 (https://github.com/ggml-org/whisper.cpp/blob/master/models/convert-pt-to-ggml.py), little-endian: a magic number,
 eleven sizes, the mel filters, the ordinary tokens as bytes, and the tensors under OpenAI's names, matrices in float16:
 of float32 files whisper.cpp 1.8.5 cannot compute the convolutions. It knows the special tokens from the size of the
-vocabulary, and pads audio to 30 s unless it is called with `-ac`; the file cannot say that, so `USAGE.md` does.
+vocabulary, and pads audio to 30 s unless it is called with `-ac`; the file cannot say that, so `USAGE.md` does. With
+`-ac` its flash attention must be off, since it also attends to the zeros that fill up the positions to a multiple of
+256: stock tiny.en and base then repeat sentences at whose end they stop without it (2026-11-30, tests/models/export).
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import math
 import re
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,6 +45,34 @@ POSITIONS_PER_SEC = 50  # of the encoder; the unit of `-ac`
 IS_FLOAT16 = 1
 # what stays in 32 bits besides vectors
 _FLOAT32 = re.compile(r"(en|de)coder\.positional_embedding|.*\.conv\d\.bias")
+# gets a file, the language of each clip, samples per clip and options; the samples come by standard input
+_TRANSCRIBE = """
+import json, sys
+import numpy as np
+import _pywhispercpp as cpp
+
+file, languages, samples, given = json.loads(sys.argv[1])
+clips = np.frombuffer(sys.stdin.buffer.read(), dtype=np.float32).reshape(-1, samples)
+settings = cpp.whisper_context_default_params()
+settings.flash_attn = given["audio_ctx"] == 1500
+context = cpp.whisper_init_from_file_with_params(file, settings)
+rows = []
+for clip, language in zip(clips, languages):
+    options = cpp.whisper_full_default_params(cpp.whisper_sampling_strategy.WHISPER_SAMPLING_GREEDY)
+    for key, value in given.items():
+        setattr(options, key, value)
+    options.language = language
+    options.no_timestamps = options.single_segment = options.suppress_nst = True
+    options.print_progress = options.print_timestamps = False
+    options.temperature_inc, options.no_speech_thold = 0.0, 1.0  # as it is heard, without second thoughts
+    if cpp.whisper_full(context, options, clip, len(clip)):
+        sys.exit("a clip could not be transcribed")
+    rows.append([cpp.whisper_full_get_token_id(context, segment, token)
+                 for segment in range(cpp.whisper_full_n_segments(context))
+                 for token in range(cpp.whisper_full_n_tokens(context, segment))])
+cpp.whisper_free(context)
+print(json.dumps(rows))
+"""
 _NAMES = (  # of transformers, and of OpenAI
     (r"^model\.", ""),
     (r"\.layers\.", ".blocks."),
@@ -164,41 +197,30 @@ def audio_context(duration_sec: float) -> int:
 
 
 def whisper_cpp(file: Path) -> Callable[[ClipBatch], list[list[int]]]:
-    """Load a file with whisper.cpp; return what transcribes greedily, with the settings of `ClipBatch`.
+    """Return what transcribes with whisper.cpp greedily, with the settings of `ClipBatch`.
 
-    Audio is padded to 30 s for a source of full context. The file stays in memory as long as the result.
+    It runs in a process of its own: what it cannot compute ends its process.
     """
-    import _pywhispercpp as cpp
-
-    cpp.whisper_log_set(lambda *_: None)
-    context = cpp.whisper_init_from_file_with_params(str(file), cpp.whisper_context_default_params())
-    if context is None:
-        raise ModelError(f"{file}: whisper.cpp cannot read it")
 
     def transcribe(batch: ClipBatch) -> list[list[int]]:
-        return [_transcribe(cpp, context, batch, at) for at in range(len(batch.prompts))]
+        languages = [mark.strip("<|>") for mark in batch.spoken.get("language", ["en"] * len(batch.prompts))]
+        options = {
+            "audio_ctx": batch.features.shape[-1] // 2,
+            "translate": batch.spoken.get("task") == "translate",
+            "max_tokens": batch.max_new_tokens,
+            "n_threads": torch.get_num_threads(),
+        }
+        given = json.dumps([str(file), languages, batch.audio.shape[1], options])
+        done = subprocess.run(
+            [sys.executable, "-c", _TRANSCRIBE, given], input=batch.audio.numpy().tobytes(), capture_output=True
+        )
+        if done.returncode:
+            problem = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+            raise ModelError(f"{file}: whisper.cpp failed ({'; '.join(problem) or done.returncode}); it was not saved")
+        rows: list[list[int]] = json.loads(done.stdout)
+        return rows
 
     return transcribe
-
-
-def _transcribe(cpp: Any, context: Any, batch: ClipBatch, at: int) -> list[int]:
-    audio = batch.audio[at].numpy()
-    options = cpp.whisper_full_default_params(cpp.whisper_sampling_strategy.WHISPER_SAMPLING_GREEDY)
-    options.n_threads = torch.get_num_threads()
-    options.audio_ctx = batch.features.shape[-1] // 2
-    options.language = batch.spoken["language"][at].strip("<|>") if batch.spoken else "en"
-    options.translate = batch.spoken.get("task") == "translate"
-    options.max_tokens = batch.max_new_tokens
-    options.no_timestamps = options.single_segment = options.suppress_nst = True
-    options.print_progress = options.print_timestamps = False
-    options.temperature_inc, options.no_speech_thold = 0.0, 1.0  # as it is heard, without second thoughts
-    if cpp.whisper_full(context, options, audio, len(audio)):
-        raise ModelError("whisper.cpp could not transcribe a clip")
-    segments = range(cpp.whisper_full_n_segments(context))
-    return [
-        cpp.whisper_full_get_token_id(context, segment, token)
-        for segment in segments for token in range(cpp.whisper_full_n_tokens(context, segment))
-    ]  # fmt: skip
 
 
 def _usage(model: Any) -> str:
@@ -212,9 +234,11 @@ This model is tuned to hear audio at its own length, which is faster by as much 
 whisper.cpp pads to 30 s unless `-ac` gives the length in steps of 20 ms, with half a second for the end of the speech.
 For a clip of 4.2 s:
 
-    {call} -nt -ac {audio_context(4.2)} -f clip.wav        # 50 * (4.2 + 0.5)
+    {call} -nt -nfa -ac {audio_context(4.2)} -f clip.wav        # 50 * (4.2 + 0.5)
 
-`-nt` leaves out timestamps. In whisper.cpp's library this is `audio_ctx` of `whisper_full_params`, in pywhispercpp
+`-nt` leaves out timestamps. `-nfa` turns flash attention off, which with `-ac` also attends to what fills up the
+positions to a multiple of 256. In whisper.cpp's library these are `audio_ctx` of `whisper_full_params` and `flash_attn`
+of `whisper_context_params`; in pywhispercpp `Model(file, context_params={{"flash_attn": False}})` and
 `model.transcribe(audio, audio_ctx={audio_context(4.2)})`. Audio of more than 29.5 s must be cut at pauses first: with
 `-ac` whisper.cpp hears the beginning of each window of 30 s only.
 """

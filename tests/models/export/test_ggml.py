@@ -28,7 +28,7 @@ def test_whisper_cpp_gives_the_text_at_the_clips_own_length(
     with (out / MODEL_FILE).open("rb") as file:
         magic, tokens, positions, *_ = struct.unpack("<12i", file.read(48))
     assert (magic, tokens, positions) == (0x67676D6C, vocabulary, 1_500)
-    assert f"-ac {50 * 4.7:.0f} " in (out / USAGE_FILE).read_text()
+    assert f"-nfa -ac {50 * 4.7:.0f} " in (out / USAGE_FILE).read_text()
 
 
 @pytest.mark.slow
