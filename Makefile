@@ -50,7 +50,8 @@ lint: $(READY_DEV) ## ruff and mypy
 	$(BIN)/mypy
 
 doctor: ## check this machine and say how to fix what is missing
-	@$(firstword $(wildcard $(BIN)/python) $(PYTHON)) scripts/doctor.py
+	@for python in $(BIN)/python $(PYTHON) python3; do $$python -c "" 2>/dev/null && exec $$python scripts/doctor.py; done; \
+		echo "error: no Python runs here (tried $(PYTHON) and python3)"; echo "fix: make doctor PYTHON=python3.13"; exit 1
 
 constraints: $(READY_DEV) ## pin the tested set again: Colab's versions where Colab has the package
 	$(COMPILE) --extra dev -c tests/data/colab_packages.txt -o constraints.txt

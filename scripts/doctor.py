@@ -26,6 +26,10 @@ def main() -> int:
     parser.add_argument("--config", type=Path, help="default: the project's config.yaml")
     parser.add_argument("--profile", help="profile of the configuration whose needs are checked")
     arguments = parser.parse_args()
+    if sys.version_info < (3, 11):  # noqa: UP036  what is imported below needs it
+        found = ".".join(map(str, sys.version_info[:3]))
+        print(f"error: this is Python {found}, 3.11 or newer is needed\nfix: make doctor PYTHON=python3.13")
+        return 1
     try:
         from src.utils.validation import CheckReport, environment_report, run_check
     except ModuleNotFoundError as err:

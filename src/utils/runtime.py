@@ -55,7 +55,10 @@ def start_session(drive_folder: str | None = None) -> Path | None:
     """
     if in_colab():
         requirements = project_file("requirements.txt")
-        done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", str(requirements)])
+        lines = [line.split("#")[0].strip() for line in requirements.read_text(encoding="utf-8").splitlines()]
+        # a torchaudio that the image lacks may not fit its torch, and would break transformers
+        packages = [line for line in lines if line and not line.startswith("torchaudio")]
+        done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", *packages])
         if done.returncode:
             raise WhisperASRError(
                 f"pip could not install {requirements}, see above; run the cell again, or take a fresh runtime: "

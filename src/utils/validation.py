@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -48,10 +49,15 @@ import torch
 cuda = torch.cuda
 gpus = [cuda.get_device_properties(i) for i in range(cuda.device_count())] if cuda.is_available() else []
 show(torch=torch.__version__, cuda=torch.version.cuda, mps=torch.backends.mps.is_available(),
-     gpus=[[gpu.name, gpu.total_memory / 1e6] for gpu in gpus])
+     gpus=[[gpu.name, gpu.total_memory / 1e6, gpu.major] for gpu in gpus])
+if gpus:
+    import ctypes
+    try: ctypes.CDLL("libcublas.so.12")  # what CTranslate2 opens at its first encoding
+    except OSError as err: show(cublas=str(err))
 import torchaudio
 show(torchaudio=torchaudio.__version__)
 """
+BFLOAT16_MAJOR = 8  # compute capability from which NVIDIA GPUs have it: Ampere
 
 
 @dataclass(frozen=True)
@@ -117,12 +123,14 @@ def environment_report(config: Config | None = None) -> EnvironmentReport:
     named: dict[str, Callable[[], Iterable[Check]]] = {
         "Python": _check_python,
         "packages": _check_packages,
-        "torch": _check_torch,
+        "torch": lambda: _check_torch(config),
+        "onnxruntime": _check_onnxruntime,
         "FFmpeg": _check_ffmpeg,
         "microphone": _check_microphone,
         "RAM and disk": lambda: _check_room(config),
         "runs and caches": lambda: () if config is None else _check_kept(config),
-        "Google Drive": _check_drive,
+        "folders": lambda: () if config is None else _check_folders(config),
+        "Google Drive": lambda: _check_drive(config),
         "tokens": _check_tokens,
     }
     return EnvironmentReport(tuple(found for name, check in named.items() for found in run_check(name, check)))
@@ -153,13 +161,16 @@ def _check_packages() -> Iterator[Check]:
     unfit, others = [], []
     for name, requirement in needed.items():
         version = installed_version(name)
+        if name == "torchaudio":  # training goes on without it; see `_check_torch`
+            continue
         if version is None or not requirement.specifier.contains(version, prereleases=True):
             found = "is not installed" if version is None else f"{version}, needs {requirement.specifier}"
             unfit.append(Check(name, "error", found, _install(name)))
         elif name in tested and not tested[name].specifier.contains(version, prereleases=True):
             others.append(f"{name} {version} ({str(tested[name].specifier).removeprefix('==')})")
     differing = f"differing from constraints.txt, the tested set: {', '.join(others)}" if others else "none untested"
-    yield Check("packages", "ok", f"{len(needed) - len(unfit)} of {len(needed)} fit requirements.txt; {differing}")
+    required = len(needed.keys() - {"torchaudio"})
+    yield Check("packages", "ok", f"{required - len(unfit)} of {required} fit requirements.txt; {differing}")
     yield from unfit
 
 
@@ -179,7 +190,7 @@ def _install(name: str) -> str:
     return f'pip install "{read_requirements("requirements.txt")[name]}"{constraints}'
 
 
-def _check_torch() -> Iterator[Check]:
+def _check_torch(config: Config | None = None) -> Iterator[Check]:
     """Import torch, then torchaudio, in a separate process, and judge how far it got."""
     command = [sys.executable, "-c", _TORCH_PROBE]
     try:
@@ -195,12 +206,45 @@ def _check_torch() -> Iterator[Check]:
         yield Check("torch", "error", f"does not import: {problem}", _torch_fix())
         return
     yield Check("torch", "ok", f"{found['torch']}, CUDA {found['cuda'] or 'is not in this build'}")
-    if "torchaudio" in found:
-        yield Check("torchaudio", "ok", f"{found['torchaudio']} imports together with it")
-    elif installed_version("torchaudio") is not None:  # else it is among the packages that are not installed
-        text = f"{installed_version('torchaudio')} does not import together with torch {found['torch']} ({problem})"
-        yield Check("torchaudio", "error", f"{text}, so transformers does not either", _torch_fix())
+    yield _judge_torchaudio(found, problem)
     yield _judge_gpu(found)
+    yield from _judge_sixteen_bits(found, config)
+    if "cublas" in found:  # CUDA 13 has libcublas.so.13
+        text = f"needs CUDA 12 on a GPU, torch brings CUDA {found['cuda']}: {found['cublas']}"
+        fix = (
+            "pip install nvidia-cublas-cu12 && export LD_LIBRARY_PATH=$(python -c 'import nvidia.cublas as n; "
+            "print(n.__path__[0])')/lib; or inference.engine: torch"
+        )
+        yield Check("CTranslate2", "warning", text, fix)
+
+
+def _judge_torchaudio(found: dict[str, Any], problem: str) -> Check:
+    """Judge whether torchaudio fits torch; its last release, 2.11, fits that torch and none after it."""
+    if "torchaudio" in found:
+        return Check("torchaudio", "ok", f"{found['torchaudio']} imports together with it")
+    version, release = installed_version("torchaudio"), ".".join(found["torch"].split("+")[0].split(".")[:2])
+    has_one = tuple(map(int, release.split("."))) <= (2, 11)
+    build = found["torch"].partition("+")[2]
+    index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
+    install = f'pip install --no-deps "torchaudio=={release}.*"{index}'
+    if version is None:
+        text = "is not installed: augmentation goes without speed, pitch, rooms and telephone"
+        fix = install if has_one else f"none is made for torch {release}; nothing else needs it"
+        return Check("torchaudio", "absent", text, fix)
+    text = (
+        f"{version} does not import together with torch {found['torch']} ({problem}), so transformers does not either"
+    )
+    if in_colab():  # torch stays as it is
+        return Check("torchaudio", "error", text, install if has_one else "pip uninstall -y torchaudio")
+    return Check("torchaudio", "error", text, _torch_fix())
+
+
+def _judge_sixteen_bits(found: dict[str, Any], config: Config | None) -> Iterator[Check]:
+    older = [gpu[0] for gpu in found["gpus"] if len(gpu) > 2 and gpu[2] < BFLOAT16_MAJOR]
+    if older:
+        text = f"{', '.join(older)} has no bfloat16; training takes float16 and scales its losses"
+        asked = config is not None and config.precision == "bfloat16"
+        yield _judge("bfloat16", not asked, text, "error", "precision: auto")
 
 
 def _torch_fix() -> str:
@@ -212,7 +256,7 @@ def _torch_fix() -> str:
 
 def _judge_gpu(found: dict[str, Any]) -> Check:
     if found["gpus"]:
-        return Check("GPU", "ok", ", ".join(f"{name}, {mb:,.0f} MB" for name, mb in found["gpus"]))
+        return Check("GPU", "ok", ", ".join(f"{name}, {mb:,.0f} MB" for name, mb, *_ in found["gpus"]))
     if found["mps"]:
         return Check("GPU", "ok", "Apple GPU, which shares the RAM")
     if shutil.which("nvidia-smi"):
@@ -221,6 +265,23 @@ def _judge_gpu(found: dict[str, Any]) -> Check:
     if in_colab():
         return Check("GPU", "absent", "none in this runtime", "Runtime > Change runtime type > T4 GPU")
     return Check("GPU", "absent", "none; a CPU is enough for the demo profile, tiny and base models, and streaming")
+
+
+def _check_onnxruntime() -> Iterator[Check]:
+    names = [name for name in ("onnxruntime", "onnxruntime-gpu") if installed_version(name)]
+    if not names:  # among the packages that are not installed
+        return
+    again = f"pip uninstall -y {' '.join(names)} && {_install('onnxruntime')}"
+    try:
+        import onnxruntime  # type: ignore[import-untyped, unused-ignore]
+
+        providers = ", ".join(onnxruntime.get_available_providers())
+    except (ImportError, OSError, AttributeError) as err:  # the last one of two packages in one folder
+        text = f"which detects speech, does not import: {first_line(err)}"
+        yield Check("onnxruntime", "error", text, again)
+        return
+    found = f"{onnxruntime.__version__} imports ({providers})"
+    yield _judge("onnxruntime", len(names) == 1, found, "warning", f"two packages share its folder: {again}")
 
 
 def _check_ffmpeg() -> Iterator[Check]:
@@ -255,8 +316,6 @@ def _check_room(config: Config | None) -> Iterator[Check]:
     """Check RAM and the disks that a run writes to; without a configuration, the disk of the working folder."""
     import psutil
 
-    from src.utils.memory import PARAMETERS_M, run_disk_mb
-
     memory, fix = psutil.virtual_memory(), "close other programs, and restart other notebooks' kernels"
     found = f"{memory.available / 1e6:,.0f} MB available of {memory.total / 1e6:,.0f} MB"
     yield _judge("RAM", memory.available >= 1e6 * LOW_RAM_MB, found, "warning", fix)
@@ -264,9 +323,15 @@ def _check_room(config: Config | None) -> Iterator[Check]:
         yield check_disk("disk", Path(), RUN_DISK_MB)
         return
     yield check_disk("disk of runs", config.paths.runs_dir, RUN_DISK_MB)
+    yield check_disk("disk of checkpoints", config.paths.checkpoints_dir, _checkpoints_mb(config))
+
+
+def _checkpoints_mb(config: Config) -> float:
+    """Return the most that checkpoints and best model of a run take; 0 where the model's size is unknown."""
+    from src.utils.memory import PARAMETERS_M, run_disk_mb
+
     parameters = 1e6 * PARAMETERS_M.get(config.model.variant.removesuffix(".en"), 0.0)
-    needs_mb = run_disk_mb(parameters, trained=parameters, kept=config.checkpoints.save_total_limit)
-    yield check_disk("disk of checkpoints", config.paths.checkpoints_dir, needs_mb)
+    return run_disk_mb(parameters, trained=parameters, kept=config.checkpoints.save_total_limit)
 
 
 def check_disk(name: str, folder: Path, needs_mb: float) -> Check:
@@ -294,11 +359,34 @@ def _check_kept(config: Config) -> Iterator[Check]:
         yield Check("unfinished files", "warning", found, CLEAN_UP_HINT)
 
 
-def _check_drive() -> Iterator[Check]:
+def _check_folders(config: Config) -> Iterator[Check]:
+    """Try whether the folders of runs, checkpoints and caches can be written to."""
+    from src.utils.memory import existing_folder
+
+    for key in ("runs_dir", "checkpoints_dir", "cache_dir"):
+        folder = getattr(config.paths, key)
+        try:
+            tempfile.TemporaryFile(dir=existing_folder(folder)).close()
+        except OSError as err:
+            text = f"{folder} cannot be written: {err.strerror or err}"
+            yield Check(f"paths.{key}", "error", text, f"paths.{key}: a folder of yours, such as /tmp/whisper_asr")
+
+
+def _check_drive(config: Config | None = None) -> Iterator[Check]:
+    if not in_colab():
+        return
     is_mounted, fix = MOUNT_POINT.is_mount(), "from src.utils import mount_drive; mount_drive('whisper_asr')"
-    if in_colab():
-        found = f"mounted at {MOUNT_POINT}" if is_mounted else "not mounted: a lost session loses its checkpoints"
-        yield _judge("Google Drive", is_mounted, found, "absent", fix)
+    found = f"mounted at {MOUNT_POINT}" if is_mounted else "not mounted: a lost session loses its checkpoints"
+    yield _judge("Google Drive", is_mounted, found, "absent", fix)
+    if is_mounted and config is not None:
+        needs_mb = _checkpoints_mb(config)
+        free_mb = shutil.disk_usage(MOUNT_POINT).free / 1e6
+        text = f"{free_mb:,.0f} MB free on Drive; copies of a run take up to {needs_mb:,.0f} MB"
+        fix = (
+            "https://drive.google.com/drive/quota: remove files and empty the trash; "
+            "or checkpoints.save_total_limit: 1, or a smaller model.variant"
+        )
+        yield _judge("Drive's quota", free_mb >= needs_mb, text, "warning", fix)
 
 
 def _check_tokens() -> Iterator[Check]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from src.utils.config import Config, flatten, load_config, load_profiles
+from src.utils.config import FORMER_KEYS, Config, flatten, load_config, load_profiles
 from src.utils.errors import ConfigError, DataError
 from src.utils.runtime import set_seed
 
@@ -275,3 +275,56 @@ def test_no_error_is_longer_than_10_kb() -> None:
         assert message.endswith("end")
         assert len(message.encode("utf-8", "surrogatepass")) <= 10_000
     assert str(DataError("short")) == "short"
+
+
+FORMER_CONFIG = """
+project: {name: multilingual-asr, version: 1.0.0, seed: 42, device: cuda}
+data:
+  sampling_rate: 16000
+  audio_max_length_sec: 30.0
+  vad_threshold: 0.5
+  datasets: [{name: common_voice, language: en, version: "11.0"}]
+  augmentation: {enabled: false, speed_perturbation: [0.9, 1.1], pitch_shift_semitones: [-2, 2], noise_snr: 10}
+model: {variants: {tiny: openai/whisper-tiny}, default_variant: small, language: english, freeze_layers: 0}
+training: {batch_size: 8, num_epochs: 5, warmup_steps: 500, save_steps: 100, early_stopping_patience: 3, fp16: true}
+evaluation: {metrics: [wer, cer], test_sets: [test_clean]}
+inference:
+  streaming: {buffer_size_sec: 2.0, overlap_sec: 0.2, vad_enabled: true, chunk_length: 1}
+  temperature: 0.0
+  num_beams: 1
+mlops: {experiment_tracking: {backend: wandb, project_name: whisper-asr}, logging: {level: INFO}}
+"""
+TODAY = """
+project.name tracking.project | project.seed seed | project.device device | project.version git revision
+data.sampling_rate 16,000 Hz | data.audio_max_length_sec data.max_duration_sec | data.vad_threshold vad.threshold
+data.datasets data.source | data.augmentation.enabled augmentation.enabled
+data.augmentation.speed_perturbation augmentation.speed_factors | data.augmentation.noise_snr augmentation.min_snr_db
+data.augmentation.pitch_shift_semitones augmentation.max_pitch_semitones
+model.variants model.variant | model.default_variant model.variant | model.freeze_layers training.freeze_encoder
+training.num_epochs training.epochs | training.warmup_steps training.warmup_ratio | training.fp16 precision
+training.save_steps checkpoints.save_minutes | training.early_stopping_patience training.patience
+evaluation.metrics language | evaluation.test_sets data.hub.test_split | inference.temperature inference.temperatures
+inference.streaming.buffer_size_sec streaming.buffer_sec | inference.streaming.overlap_sec streaming.buffer_sec
+inference.streaming.vad_enabled vad.threshold | inference.streaming.chunk_length streaming.min_chunk_sec
+mlops.experiment_tracking.backend tracking.trackers | mlops.experiment_tracking.project_name tracking.project
+mlops.logging setup_logging
+"""
+
+
+def test_keys_of_the_project_before_are_refused_with_todays(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(FORMER_CONFIG)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "config.yaml")
+    _, *problems = str(caught.value).split("\n  - ")
+    said = dict(problem.split(": unknown key; ") for problem in problems)
+    expected = dict(pair.strip().split(" ", 1) for pair in TODAY.strip().replace("\n", "|").split("|"))
+    assert said.keys() == expected.keys()
+    for key, today in expected.items():
+        assert today in said[key], f"{key}: {said[key]}"
+
+
+def test_every_former_key_leads_to_a_setting() -> None:
+    known = flatten(Config().model_dump())
+    for former, today in FORMER_KEYS.items():
+        if not today.startswith(("(", "--")):
+            assert re.match(r"[\w.]+", today)[0] in known, former  # type: ignore[index]

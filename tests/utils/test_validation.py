@@ -119,12 +119,86 @@ def test_a_torchaudio_that_does_not_fit_torch_is_found(
     assert (check.name, check.status) == ("torch", "error")
 
 
+TORCH_STUB = """
+from types import SimpleNamespace as N
+__version__ = {build!r}
+version = N(cuda={cuda!r})
+gpu = N(name="Tesla T4", total_memory=15e9, major=7)
+cuda = N(is_available=lambda: {gpu}, device_count=lambda: 1, get_device_properties=lambda index: gpu)
+backends = N(mps=N(is_available=lambda: False))
+"""
+
+
+@pytest.mark.parametrize(
+    ("build", "colab", "status", "fix"),
+    [
+        ("2.14.0", False, "absent", "none is made for torch 2.14; nothing else needs it"),
+        ("2.11.0", False, "absent", 'pip install --no-deps "torchaudio==2.11.*"'),
+        ("2.10.0+cu128", False, "absent",
+         'pip install --no-deps "torchaudio==2.10.*" --index-url https://download.pytorch.org/whl/cu128'),
+        ("2.14.0+cu130", True, "error", "pip uninstall -y torchaudio"),
+    ],
+)  # fmt: skip
+def test_an_absent_torchaudio_is_no_error_and_colabs_torch_stays(
+    build: str, colab: bool, status: str, fix: str, stub: Callable[[str, str], None], installed: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    installed(torch=build, torchaudio="2.11.0" if colab else None)
+    monkeypatch.setattr(validation, "in_colab", lambda: colab)
+    stub("torch", TORCH_STUB.format(build=build, cuda=None, gpu=False))
+    stub("torchaudio", "raise ImportError('no torchaudio')")
+    check = by_name(validation._check_torch())["torchaudio"]
+    assert (check.status, check.fix) == (status, fix)
+    assert "torchaudio" not in by_name(validation._check_packages())
+
+
+def test_cuda_13_and_a_gpu_without_bfloat16_are_found(stub: Callable[[str, str], None]) -> None:
+    stub("torch", TORCH_STUB.format(build="2.14.0+cu130", cuda="13.0", gpu=True))
+    stub("ctypes", "def CDLL(name): raise OSError(name + ': cannot open shared object file')")
+    checks = by_name(validation._check_torch())
+    assert checks["CTranslate2"].status == "warning"
+    assert "CUDA 13.0: libcublas.so.12" in checks["CTranslate2"].found
+    assert checks["CTranslate2"].fix.startswith("pip install nvidia-cublas-cu12")
+    assert checks["bfloat16"].status == "ok"
+    asked = Config.model_validate({"precision": "bfloat16"})
+    refused = by_name(validation._check_torch(asked))["bfloat16"]
+    assert (refused.status, refused.fix) == ("error", "precision: auto")
+
+
+def test_a_broken_onnxruntime_is_an_error_with_its_command(
+    installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(**{"onnxruntime-gpu": "1.27.0"})
+    (both,) = validation._check_onnxruntime()
+    assert both.status == "warning" and "uninstall -y onnxruntime onnxruntime-gpu" in both.fix
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    (check,) = validation._check_onnxruntime()
+    assert check.status == "error" and check.fix.startswith("pip uninstall -y onnxruntime")
+
+
+def test_drives_quota_is_compared_with_what_a_run_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = types.SimpleNamespace(is_mount=lambda: True)
+    monkeypatch.setattr(validation, "MOUNT_POINT", point)
+    monkeypatch.setattr(validation, "in_colab", lambda: True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: types.SimpleNamespace(free=1e9))
+    checks = by_name(validation._check_drive(Config()))
+    assert checks["Google Drive"].status == "ok"
+    assert checks["Drive's quota"].status == "warning"
+    assert "drive.google.com" in checks["Drive's quota"].fix
+
+
+def test_folders_that_cannot_be_written_are_errors() -> None:
+    config = Config.model_validate({"paths": {"cache_dir": "/proc/1/cache"}})
+    (check,) = validation._check_folders(config)
+    assert (check.name, check.status) == ("paths.cache_dir", "error")
+
+
 def test_a_gpu_is_named_and_its_absence_comes_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     def gpu(**found: Any) -> Check:
         return validation._judge_gpu({"torch": "2.11.0", "cuda": "13.0", "mps": False, "gpus": [], **found})
 
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert gpu(gpus=[["Tesla T4", 15_828.3]]) == Check("GPU", "ok", "Tesla T4, 15,828 MB")
+    assert gpu(gpus=[["Tesla T4", 15_828.3, 7]]) == Check("GPU", "ok", "Tesla T4, 15,828 MB")
     assert gpu(mps=True).status == "ok"
     assert gpu().status == "absent"
     monkeypatch.setattr(validation, "in_colab", lambda: True)
@@ -228,6 +302,21 @@ def test_the_doctor_names_what_its_own_import_lacks(stub: Callable[[str, str], N
     done = run_doctor()
     assert done.returncode == 1
     assert done.stdout.startswith("error: lazy_loader is not installed\nfix: pip install -r requirements.txt")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("make -s doctor PYTHON=/no/python", "Environment|Checks|not installed"),  # python3 answers instead
+        ("HOME=/proc/1 {python} scripts/doctor.py", "paths.cache_dir"),
+    ],
+)
+def test_the_doctor_answers_in_a_broken_environment(command: str, said: str, stub: Callable[[str, str], None]) -> None:
+    stub("torch", "raise ImportError('no torch, which takes seconds')")
+    command = command.format(python=sys.executable)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert re.search(said, done.stdout), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def run_doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
