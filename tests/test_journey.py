@@ -26,7 +26,7 @@ from src.data.utterance import Utterance
 from src.utils import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-START, SETTINGS, TRAIN, TABLE = "cell-02", "cell-06b", "cell-22", "cell-25"
+CHOOSE, START, SETTINGS, TRAIN, TABLE = "cell-06", "cell-02", "cell-06b", "cell-22", "cell-25"
 SETTINGS_OF_TESTS = {
     "data.max_train": 16, "data.max_validation": 4, "data.max_test": 8, "training.epochs": 2, "training.batch_size": 4,
     "checkpoints.save_minutes": None, "checkpoints.mirror_mb_per_sec": 1e6, "evaluation.bootstrap_samples": 200,
@@ -58,11 +58,11 @@ class Runtime:
         form: Mapping[str, Any],
         *,
         overrides: Mapping[str, Any] | None = None,
-        first: str = START,
+        first: str = CHOOSE,
         kill_at: str | None = None,
         when: Callable[[], bool] = lambda: True,
     ) -> Cells:
-        """Run the start cell, then all from `first` on, with what a user fills in and ticks.
+        """Run the first two cells, then all from `first` on, with what a user fills in and ticks.
 
         `overrides` are in place of what the form of the data gives. In the cell `kill_at` the kernel is killed as soon
         as `when` is true. Returns the cells that were executed.
@@ -70,7 +70,7 @@ class Runtime:
         notebook = nbformat.read(ROOT / "whisper_asr_colab.ipynb", as_version=4)
         cells = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
         below = list(cells)[list(cells).index(first) :]
-        chosen = [cells[name] for name in dict.fromkeys([START, *below])]
+        chosen = [cells[name] for name in dict.fromkeys([CHOOSE, START, *below])]
         for name, value in form.items():
             (place,) = (cell for cell in chosen if re.search(rf"^{name} = .*#@param", cell.source, re.MULTILINE))
             place.source = re.sub(rf"^{name} = .*?(?=  #@param)", f"{name} = {value!r}", place.source, flags=re.M)
@@ -150,9 +150,11 @@ def test_three_kills_cost_nothing(drive: Path, recordings: Path, tmp_path: Path)
     assert [row["epoch"] for row in third.rows("epoch")] == [1, 2]
 
     fourth = Runtime(tmp_path / "4", drive)
-    last = fourth.run({"USE_DRIVE": True, "QUICK_RESTART": True, "LAUNCH_PAGE": True}, first=TRAIN)
+    last = fourth.run({"USE_DRIVE": True, "QUICK_RESTART": True, "LAUNCH_PAGE": True})
     assert fourth.rows("train_step") == third.rows("train_step")  # none was made again
     assert table(last) == table(done)
+    printed = {cell.id: "".join(o.get("text", "") for o in cell.outputs) for cell in last}
+    assert all("done, from checkpoint" in printed[each] for each in ("cell-09", "cell-16", "cell-18", TRAIN))
     (page,) = (cell for cell in last if cell.id == "page")
     assert "Demo(http://127.0.0.1:" in "".join(output.get("text", "") for output in page.outputs)
     assert (kept / "result" / "model.safetensors").stat().st_size > 0

@@ -9,7 +9,7 @@ from .preparation import DatasetSplits, prepare_datasets
 from .preprocessing import AudioPreprocessor
 from .report.figure import draw_data_report
 from .report.report import DataReport, build_data_report
-from .sources.catalog import SAMPLE_CLIP
+from .sources.catalog import SAMPLE_CLIP, choose_data
 from .utterance import Utterance
 from .vad import VoiceActivityDetector
 
@@ -31,6 +31,7 @@ __all__ = [
     "VoiceActivityDetector",
     "WhisperDataset",
     "build_data_report",
+    "choose_data",
     "create_dataloaders",
     "create_loader",
     "decode_audio",

@@ -3,7 +3,7 @@ from .evaluator import EvaluationResult, ModelComparison, ModelEvaluator
 from .guard import GuardSet, evaluate_guard, prepare_guard_set
 from .latency import LatencyBenchmark, latency_table
 from .metrics import Bootstrap, MetricsCalculator
-from .report.clips import AlignmentView
+from .report.clips import AlignmentView, Highlights
 from .report.html import write_html_report
 from .report.model_card import write_model_card
 from .report.summary import comparison_table, describe_comparison, headline, summarize_run
@@ -22,6 +22,7 @@ __all__ = [
     "EvaluationResult",
     "EvaluationVisualizer",
     "GuardSet",
+    "Highlights",
     "LatencyBenchmark",
     "LivePlot",
     "MetricsCalculator",

@@ -3,7 +3,7 @@ from .figures import save_figure
 from .logging_config import setup_logging
 from .memory import clean_up, watch_resources
 from .mirror import DriveMirror, copy_verified
-from .runtime import get_device, in_colab, mount_drive, set_seed, start_session
+from .runtime import download_results, get_device, in_colab, mount_drive, set_seed, start_session, upload_files
 from .tracking import ExperimentLogger
 from .validation import EnvironmentReport, environment_report
 from .versioning import DataVersionManager, ModelRegistry, get_git_revision
@@ -17,6 +17,7 @@ __all__ = [
     "ModelRegistry",
     "clean_up",
     "copy_verified",
+    "download_results",
     "environment_report",
     "get_device",
     "get_git_revision",
@@ -27,5 +28,6 @@ __all__ = [
     "set_seed",
     "setup_logging",
     "start_session",
+    "upload_files",
     "watch_resources",
 ]

@@ -25,7 +25,7 @@ DEFAULT_CONFIG_PATH = Path("config.yaml")
 MAX_AUDIO_SEC = 30.0  # the length of Whisper's position table
 MAX_NUMBER, MAX_SEED = 2**31 - 1, 2**63 - 1
 MAX_FILE_BYTES, MAX_DEPTH, MAX_NODES = 1 << 20, 20, 10_000  # of a YAML file; nodes with aliases written out
-MAX_LISTED, MAX_PROBLEM_CHARS = 60, 250  # in an error
+MAX_LISTED, MAX_FORMER, MAX_PROBLEM_CHARS = 30, 100, 250  # in an error
 
 
 class Section(BaseModel):
@@ -600,8 +600,10 @@ def load_config(
         tree = _merge(tree, value)
     if problems := _problems(tree) + problems:
         where = f" in {str(path)[:500]}" if path is not None else ""
-        listed = [p if len(p) <= MAX_PROBLEM_CHARS else f"{p[:MAX_PROBLEM_CHARS]}..." for p in problems[:MAX_LISTED]]
-        more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+        shown = problems[:MAX_LISTED]  # and every key of before, each with where it is set today
+        shown += [p for p in problems[MAX_LISTED:] if "; today: " in p or "; gone: " in p][:MAX_FORMER]
+        listed = [p if len(p) <= MAX_PROBLEM_CHARS else f"{p[:MAX_PROBLEM_CHARS]}..." for p in shown]
+        more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
         raise ConfigError("\n  - ".join([f"{len(problems)} problem(s){where}:", *listed, *more]))
     return Config.model_validate(tree)
 
@@ -704,8 +706,8 @@ def _problems(tree: Mapping[str, Any]) -> list[str]:
         Config.model_validate(tree)
     except ValidationError as err:
         errors = [dict(error) for error in err.errors()]
-        found = [problem for error in errors[:MAX_LISTED] for problem in _describe(error)]
-        return found + [".".join(map(str, error["loc"])) for error in errors[MAX_LISTED:]]  # counted, not shown
+        found = [problem for error in errors[:MAX_FORMER] for problem in _describe(error)]
+        return found + [".".join(map(str, error["loc"])) for error in errors[MAX_FORMER:]]  # counted, not shown
     return []
 
 
@@ -732,7 +734,7 @@ def _describe_unknown(dotted: str, value: Any, siblings: list[str]) -> list[str]
     former, typo = FORMER_KEYS.get(dotted) or FORMER_KEYS.get(name), did_you_mean(name, siblings)
     if former is None and not typo:
         if isinstance(value, Mapping) and value:
-            below = [(f"{dotted}.{key}", each) for key, each in [*value.items()][:MAX_LISTED]]
+            below = [(f"{dotted}.{key}", each) for key, each in [*value.items()][:MAX_FORMER]]
             return [line for key, each in below for line in _describe_unknown(key, each, [])]
         keys = _keys_by_name()
         near = [name] if name in keys else difflib.get_close_matches(name, [*keys, *FORMER_KEYS], 1, cutoff=0.75)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -44,12 +44,15 @@ class NotebookFigure(Figure):
         return buffer.getvalue()
 
 
-def save_figure(figure: Figure, folder: str | Path, name: str) -> tuple[Path, Path]:
-    """Write PNG (150 dpi) and SVG, each whole or not at all; return both paths."""
-    png, svg = Path(folder, f"{name}.png"), Path(folder, f"{name}.svg")
+def save_figure(
+    figure: Figure, folder: str | Path, name: str, *, vectors: Literal["svg", "pdf"] = "svg"
+) -> tuple[Path, Path]:
+    """Write PNG (150 dpi) and SVG or PDF, each whole or not at all; return both paths."""
+    png, drawn = Path(folder, f"{name}.png"), Path(folder, f"{name}.{vectors}")
+    undated = {"Date" if vectors == "svg" else "CreationDate": None}
     with matplotlib.rc_context(FIGURE_STYLE):
         with atomic_file(png) as file:
             figure.savefig(file, format="png", dpi=150)
-        with atomic_file(svg) as file:
-            figure.savefig(file, format="svg", metadata={"Date": None})
-    return png, svg
+        with atomic_file(drawn) as file:
+            figure.savefig(file, format=vectors, metadata=undated)
+    return png, drawn

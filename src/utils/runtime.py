@@ -10,8 +10,10 @@ import importlib.util
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,8 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from src.utils.errors import DeviceError, OutOfMemoryError, WhisperASRError, first_line
-from src.utils.files import project_file
+from src.utils.errors import CheckpointError, DeviceError, OutOfMemoryError, WhisperASRError, first_line
+from src.utils.files import atomic_file, project_file
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Precision = Literal["float32", "bfloat16", "float16"]
 MOUNT_POINT = Path("/content/drive")
+TROUBLESHOOTING = "https://github.com/jimmy00415/COMP3057_Project/blob/main/docs/TROUBLESHOOTING.md"
+_SECTIONS = {  # of that page, by class of error
+    "ConfigError": "settings", "DataError": "data", "ModelError": "model", "DeviceError": "set-up",
+    "CheckpointError": "restart", "WriteError": "training", "MissingDependencyError": "set-up",
+}  # fmt: skip
 
 
 def in_colab() -> bool:
@@ -51,8 +58,11 @@ def in_notebook() -> bool:
 def start_session(drive_folder: str | None = None) -> Path | None:
     """Start a session of the notebook: install what Colab's image lacks, and mount Google Drive on request.
 
-    Return the folder on Drive, or None if none is named; raise `WhisperASRError` if pip or the mount fails.
+    From then on, errors of this library end in a link to what explains them. Return the folder on Drive, or None if
+    none is named; raise `WhisperASRError` if pip or the mount fails.
     """
+    if in_notebook():
+        sys.modules["IPython"].get_ipython().set_custom_exc((WhisperASRError,), _show_with_link)
     if in_colab():
         requirements = project_file("requirements.txt")
         lines = [line.split("#")[0].strip() for line in requirements.read_text(encoding="utf-8").splitlines()]
@@ -65,6 +75,15 @@ def start_session(drive_folder: str | None = None) -> Path | None:
                 "Runtime > Disconnect and delete runtime"
             )
     return None if drive_folder is None else mount_drive(drive_folder)
+
+
+def _show_with_link(shell: Any, kind: type, error: WhisperASRError, trace: Any, tb_offset: int | None = None) -> Any:
+    """Show an error as the notebook does, and where it is explained."""
+    lines = shell.InteractiveTB.structured_traceback(kind, error, trace, tb_offset=tb_offset)
+    section = next((_SECTIONS[each.__name__] for each in kind.__mro__ if each.__name__ in _SECTIONS), "set-up")
+    lines.append(f"If this fails again, see {TROUBLESHOOTING}#{section}")
+    shell._showtraceback(kind, error, lines)
+    return lines
 
 
 def mount_drive(folder: str) -> Path:
@@ -81,6 +100,68 @@ def mount_drive(folder: str) -> Path:
         raise WhisperASRError(
             f"Google Drive could not be mounted: {err}; run the cell again, or continue without it"
         ) from err
+    return target
+
+
+def upload_files(folder: str | Path = "uploads") -> Path:
+    """Ask for files with Colab's upload button; return the folder that has them, or a lone archive.
+
+    Raises `WhisperASRError` outside Colab, and if nothing was chosen.
+    """
+    if not in_colab():
+        raise WhisperASRError("files are uploaded in Colab only; elsewhere name their folder or ZIP: DATA_PATH")
+    from google.colab import files
+
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    names = list(files.upload())  # into the working directory
+    if not names:
+        raise WhisperASRError(
+            "no file was uploaded; run the cell again and choose recordings, with their table or texts"
+        )
+    for name in names:
+        shutil.move(name, target / Path(name).name)
+    alone = target / Path(names[0]).name
+    return alone if len(names) == 1 and alone.suffix in (".zip", ".tar", ".gz", ".tgz") else target
+
+
+def download_results(run_dir: Path, *, model_dir: Path, mirror_dir: Path | None = None) -> Path:
+    """Put a run's model, report, captions, tables and figures into one ZIP; in Colab, let the browser download it.
+
+    Checkpoints, exports and hidden files, such as the recordings that verify an export, stay out.
+
+    Args:
+        run_dir: of the run; the archive is written next to it.
+        model_dir: of the best model.
+        mirror_dir: folder on Drive, which gets the archive, too.
+
+    Raises:
+        CheckpointError: there is no model yet.
+        WriteError: the disk is full.
+    """
+    if not (model_dir / "config.json").is_file():
+        raise CheckpointError(
+            f"{model_dir}: no model to download yet. Train first; after an interruption tick QUICK_RESTART in the cell "
+            "Start and run all cells: what was finished is not computed again"
+        )
+    kept = [path for path in run_dir.iterdir() if path.is_file()]
+    kept += [path for name in ("figures", "data_versions") for path in (run_dir / name).glob("*") if path.is_file()]
+    members = {str(path.relative_to(run_dir)): path for path in kept}
+    members |= {f"model/{path.relative_to(model_dir)}": path for path in model_dir.rglob("*") if path.is_file()}
+    target = run_dir.parent / f"{run_dir.name}.zip"
+    with atomic_file(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, path in sorted(members.items()):
+            if not any(part.startswith(".") for part in Path(name).parts):
+                archive.write(path, name)
+    logger.info("%s: %.0f MB", target.absolute(), target.stat().st_size / 1e6)
+    if mirror_dir is not None:
+        shutil.copyfile(target, mirror_dir / target.name)
+        logger.info("on Drive: %s", mirror_dir / target.name)
+    if in_colab():
+        from google.colab import files
+
+        files.download(str(target))
+        logger.info("if the browser asks nothing: Colab's file pane, right-click %s, Download", target.name)
     return target
 
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import types
 import weakref
+import zipfile
 from importlib.machinery import ModuleSpec
 from itertools import chain
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from src.utils import runtime
-from src.utils.errors import DeviceError, OutOfMemoryError, WhisperASRError
+from src.utils.errors import CheckpointError, DeviceError, OutOfMemoryError, WhisperASRError
 
 
 def test_the_seed_reaches_every_library() -> None:
@@ -181,3 +183,48 @@ def test_a_session_installs_what_colab_lacks_and_mounts_drive_if_it_is_wanted(
     monkeypatch.setattr(runtime, "in_colab", lambda: False)
     assert runtime.start_session() is None
     assert len(commands) == 3
+
+
+def test_results_are_one_archive_that_colab_downloads_and_drive_keeps(
+    fake_colab: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, model, drive, downloaded = tmp_path / "runs" / "r1", tmp_path / "best", tmp_path / "mirror", []
+    for name in ("runs/r1/figures/a.png", "runs/r1/report.html", "runs/r1/captions.srt", "runs/r1/checkpoints/state",
+                 "runs/r1/.lock", "best/config.json", "best/model.safetensors", "best/.verification_clips.safetensors",
+                 "mirror/kept"):  # fmt: skip
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    files = types.SimpleNamespace(download=downloaded.append)
+    monkeypatch.setattr(sys.modules["google.colab"], "files", files, raising=False)
+    archive = runtime.download_results(run, model_dir=model, mirror_dir=drive)
+    inside = {"captions.srt", "figures/a.png", "model/config.json", "model/model.safetensors", "report.html"}
+    assert set(zipfile.ZipFile(archive).namelist()) == inside
+    assert set(zipfile.ZipFile(drive / "r1.zip").namelist()) == inside
+    assert downloaded == [str(archive)]
+    with pytest.raises(CheckpointError, match="QUICK_RESTART"):
+        runtime.download_results(run, model_dir=tmp_path / "none")
+
+
+def test_uploaded_files_are_a_folder_or_a_lone_archive(
+    fake_colab: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    chosen: list[str] = ["a.wav", "metadata.csv"]
+
+    def upload() -> dict[str, bytes]:
+        for name in chosen:
+            Path(name).write_text(name)
+        return dict.fromkeys(chosen, b"")
+
+    monkeypatch.setattr(sys.modules["google.colab"], "files", types.SimpleNamespace(upload=upload), raising=False)
+    assert runtime.upload_files("up") == Path("up")
+    assert {path.name for path in Path("up").iterdir()} == set(chosen)
+    chosen[:] = ["talks.zip"]
+    assert runtime.upload_files("up") == Path("up/talks.zip")
+    chosen.clear()
+    with pytest.raises(WhisperASRError, match="no file was uploaded"):
+        runtime.upload_files("up")
+    monkeypatch.setattr(runtime, "in_colab", lambda: False)
+    with pytest.raises(WhisperASRError, match="DATA_PATH"):
+        runtime.upload_files("up")

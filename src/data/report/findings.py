@@ -149,7 +149,8 @@ def _in_recordings(clips: pd.DataFrame) -> Iterator[Finding]:
     lowest = int(rates.min())
     yield from _of(
         clips[rates < SAMPLE_RATE], "warning", "sample rate",
-        f"of {total:,} below {SAMPLE_RATE:,} Hz; at {lowest:,} Hz there is nothing above {lowest // 2:,} Hz",
+        f"of {total:,} below {SAMPLE_RATE:,} Hz, resampled to it; at {lowest:,} Hz there is nothing above "
+        f"{lowest // 2:,} Hz",
         "look for the original recordings; if the model will hear telephone speech, this is the right data",
     )  # fmt: skip
     is_narrow = clips["bandwidth_hz"] <= NARROWBAND_HZ

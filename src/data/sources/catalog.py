@@ -5,10 +5,11 @@ Nothing is decoded here. An unavailable source raises; only `data.sources` names
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from src.data.sources.archives import unpack
 from src.data.sources.folder import read_folder, utterances_from_rows
@@ -18,7 +19,9 @@ from src.data.sources.parts import AudioPart
 from src.data.sources.subtitles import find_transcribed
 from src.data.utterance import AudioTrack, Utterance
 from src.utils.config import DataConfig, SourceName
-from src.utils.errors import DataError, SourceUnavailableError
+from src.utils.errors import ConfigError, DataError, SourceUnavailableError
+from src.utils.languages import parse_language
+from src.utils.runtime import MOUNT_POINT, in_colab, upload_files
 
 SAMPLES_DIR = Path(__file__).parents[1] / "samples"
 SAMPLE_PARQUET = SAMPLES_DIR / "speechocean762-mini.parquet"  # 500 clips of SpeechOcean762, see samples/README.md
@@ -26,6 +29,51 @@ SAMPLE_CLIP = SAMPLES_DIR / "jfk.flac"
 CLIP_TEXT = "And so my fellow Americans ask not what your country can do for you, ask what you can do for your country."
 
 Streams = dict[str, Iterator[Utterance]]
+
+
+MINDS14_SUBSETS = {  # by language; of English also en-GB and en-AU
+    subset[:2]: subset
+    for subset in (
+        "cs-CZ", "de-DE", "en-US", "es-ES", "fr-FR", "it-IT", "ko-KR", "nl-NL", "pl-PL", "pt-PT", "ru-RU", "zh-CN"
+    )
+}  # fmt: skip
+
+
+def choose_data(choice: str, path: str = "", language: str | None = None, *, hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of `data` for what a user of the notebook chose.
+
+    Args:
+        choice: a source; "auto" is in Colab telephone speech of MInDS-14 in the language, for English with the bundled
+            sample where the Hub does not answer, and elsewhere the sample; "upload" asks for files.
+        path: of a folder or archive, also one below "My Drive".
+        language: of the speech, in any notation; None or "auto" takes English for MInDS-14.
+        hub: more of `data.hub`.
+
+    Raises:
+        ConfigError: MInDS-14 has no such language, or the path is nowhere.
+        DataError: the language is none.
+        WhisperASRError: no file was uploaded.
+    """
+    options = {key: value for key, value in hub.items() if value}
+    if choice == "upload":
+        return {"source": "folder", "path": str(upload_files())}
+    spoken = parse_language(language) if language and language != "auto" else "en"
+    if choice == "minds14" or (choice == "auto" and in_colab()):
+        if "config" not in options and spoken not in MINDS14_SUBSETS:
+            known = ", ".join(MINDS14_SUBSETS)
+            raise ConfigError(f"MInDS-14 has no language {language!r}, only {known}; choose another DATA_SOURCE")
+        options = {"config": MINDS14_SUBSETS.get(spoken), **options}
+        falls_back = choice == "auto" and spoken == "en"
+        return {"source": "minds14", "sources": ["minds14", "sample"] if falls_back else [], "hub": options}
+    if not path:
+        return {"source": "sample" if choice == "auto" else choice, "hub": options}
+    found = next(
+        (each for each in (Path(path), MOUNT_POINT / "MyDrive" / path, MOUNT_POINT / path) if each.exists()), None
+    )
+    if found is None:
+        on_drive = "" if MOUNT_POINT.exists() else "; for Google Drive tick USE_DRIVE and run the cell Start first"
+        raise ConfigError(f"DATA_PATH {path!r}: no such file or folder here{on_drive}")
+    return {"source": "folder" if choice == "auto" else choice, "path": str(found), "hub": options}
 
 
 def load_utterances(config: DataConfig) -> list[Utterance]:

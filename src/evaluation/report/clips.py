@@ -7,6 +7,7 @@ thousands of them stay quick. Edits differ in form as well as in colour. Texts o
 from __future__ import annotations
 
 import base64
+import html
 import io
 import itertools
 import math
@@ -110,6 +111,52 @@ class AlignmentView:
         return render("alignment_view.html", note=self._note, data=self._data)
 
     _repr_html_ = to_html
+
+
+class Highlights:
+    """The clip that tuning improved most and the tuned model's worst, to read and hear, as a notebook shows them.
+
+    Args:
+        stock: rows of the stock model.
+        tuned: rows of the tuned model on the same clips.
+        recordings: of the clips.
+    """
+
+    def __init__(
+        self, stock: Sequence[Prediction], tuned: Sequence[Prediction], recordings: Iterable[Utterance]
+    ) -> None:
+        before = {row.id: row for row in stock}
+        rows = [row for row in tuned if row.id in before]
+        if not rows:
+            raise DataError("highlights: the models have no clip in common; evaluate both on one set")
+
+        def gain(row: Prediction) -> tuple[int, float]:
+            return before[row.id].errors - row.errors, -row.duration_sec
+
+        best = max(rows, key=gain)
+        others = [row for row in rows if row is not best] or rows
+        worst = max(others, key=lambda row: (row.errors, 0.0 if math.isnan(row.rate) else row.rate))
+        title = "Most improved" if gain(best)[0] > 0 else "No clip improved; the least changed"
+        self.clips = {title: best, "Worst": worst}
+        self._before = before
+        self._audio = _encode_worst([*self.clips.values()], {clip.id: clip for clip in recordings})
+
+    def _repr_html_(self) -> str:
+        parts = []
+        for title, row in self.clips.items():
+            source = self._audio.get(row.id)
+            said = [("said", row.reference, "")]
+            for name, each in (("stock", self._before[row.id]), ("tuned", row)):
+                unit = {"WER": "word", "CER": "character"}[metric_of(each.normalizer or WHISPER_ENGLISH)]
+                said.append((name, each.hypothesis, f"{each.errors} errors in {counted(each.reference_words, unit)}"))
+            lines = "".join(
+                f'<tr><td><b>{name}</b></td><td style="text-align:left" dir="auto">{html.escape(text)}</td>'
+                f"<td>{count}</td></tr>"
+                for name, text, count in said
+            )
+            player = f'<audio controls preload="none" src="{source}"></audio>' if source else "no recording"
+            parts.append(f"<p><b>{title}</b>: {html.escape(row.id)}<br>{player}</p><table>{lines}</table>")
+        return "".join(parts)
 
 
 def _said(row: Prediction, normalizer: str) -> dict[str, Any]:

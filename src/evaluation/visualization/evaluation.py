@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from src.evaluation.evaluator import compare_predictions
@@ -30,6 +31,7 @@ from src.evaluation.report.summary import (
 )
 from src.evaluation.slices import slice_rates
 from src.evaluation.visualization.style import annotate, drawable, gap, mark_powers, new_figure, show_note, styles_of
+from src.evaluation.visualization.training import TrainingVisualizer
 from src.utils.errors import DataError
 from src.utils.figures import BLUE, GREEN, GREY, ORANGE
 
@@ -45,7 +47,10 @@ _Rate = tuple[float, float, float]  # value, low and high; nan for what was not 
 
 
 class EvaluationVisualizer:
-    """Comparisons of one run; what was not measured stays blank, and is a DataError if it is the whole figure."""
+    """Comparisons of one run; what was not measured stays blank, and is a DataError if it is the whole figure.
+
+    Most figures can be drawn on a part of a page, `on`, as `comprehensive` does.
+    """
 
     def __init__(self, run_dir: str | Path) -> None:
         self._run_dir = run_dir
@@ -58,7 +63,32 @@ class EvaluationVisualizer:
         self._latencies = latest_latencies(rows)
         self._streaming = run_files.last_row(rows, "streaming")
 
-    def stock_against_tuned(self) -> Figure:
+    def comprehensive(self, column: str = "duration_sec") -> Figure:
+        """Draw all on one page: training, comparison, kinds of errors, slices, latency, three ways of inference.
+
+        Args:
+            column: of the slices.
+        """
+        rows: list[list[tuple[str, Callable[..., Figure]]]] = [
+            [("training", lambda on: TrainingVisualizer(self._run_dir).training_analysis(on=on))],
+            [("comparison", self.stock_against_tuned), ("kinds of errors", self.error_types)],
+            [("slices", partial(self.wer_by_slice, column)), ("latency", self.latency_distribution)],
+            [("ways of inference", self.modes)],
+        ]
+        with new_figure(18, 19) as figure:
+            bands = figure.subfigures(len(rows), 1, height_ratios=(6.2, 3.8, 4.4, 3.6))
+            for band, parts in zip(bands, rows, strict=True):
+                ratios = (8, 10)[: len(parts)]  # as wide as they are alone
+                places = np.atleast_1d(band.subfigures(1, len(parts), wspace=0.03, width_ratios=ratios))
+                for place, (name, draw) in zip(places, parts, strict=True):
+                    try:
+                        draw(on=place)
+                    except DataError:
+                        show_note(place.subplots(), f"{name}: {NOT_MEASURED}")
+            figure.suptitle(f"Run {drawable(Path(self._run_dir).name)}", fontsize=14, fontweight="bold")
+        return figure
+
+    def stock_against_tuned(self, *, on: SubFigure | None = None) -> Figure:
         """Draw the headline with intervals under both normalisers, one bar per model, and the models' difference."""
         first = next(iter(self._evaluations.values()))
         caption = counted(first["n"], "clip")
@@ -72,7 +102,7 @@ class EvaluationVisualizer:
             name: [_rate_of(headline(row)), _rate_of(second_headline(row))] for name, row in self._evaluations.items()
         }
         names = first["normalizer"], first.get("second_normalizer", PLAIN)
-        with new_figure(8, 3.6, caption) as figure:
+        with new_figure(8, 3.6, caption, on=on) as figure:
             axes = figure.subplots()
             self._draw_bars(axes, [name.replace(" + ", "\n") for name in names], rates)
             title = headline(first).title
@@ -88,13 +118,14 @@ class EvaluationVisualizer:
         """
         return self.wer_by_slice("duration_sec")
 
-    def wer_by_slice(self, column: str) -> Figure:
+    def wer_by_slice(self, column: str, *, on: SubFigure | None = None) -> Figure:
         """Draw the headline with intervals for each slice of a column, for each model, below the rate over all clips.
 
         Slices have the metrics of their languages, which their labels name if they differ.
 
         Args:
             column: one of `slice_columns`, or another one of the rows; of more than 12 slices the first are drawn.
+            on: a part of a page to draw on, as in the other figures.
         """
         if not self._predictions:
             raise DataError(f"{self._run_dir}: no predictions; evaluate a model and save")
@@ -128,7 +159,7 @@ class EvaluationVisualizer:
         notes = [f"{len(shown)} of {len(values)} slices are drawn"] if len(values) > len(shown) else []
         over = " or ".join(sorted({f"{part.blocks}s" for part in measured}))
         notes += [f"bootstrap intervals over {over}"] if over else []
-        with new_figure(8, min(4.0, 1.5 + 0.4 * len(labels)), "; ".join(notes)) as figure:
+        with new_figure(8, min(4.0, 1.5 + 0.4 * len(labels)), "; ".join(notes), on=on) as figure:
             axes = figure.subplots()
             for index, (name, table) in enumerate(models.items()):
                 _, rates, low, high = table.T
@@ -148,7 +179,7 @@ class EvaluationVisualizer:
             axes.legend(**_OUTSIDE)
         return figure
 
-    def error_types(self) -> Figure:
+    def error_types(self, *, on: SubFigure | None = None) -> Figure:
         """Draw substitutions, deletions and insertions as shares of words or characters, and clips that failed."""
         edits, clips = {}, {}
         counts_cut = any("truncated" in row for row in self._evaluations.values())  # older runs do not
@@ -168,7 +199,7 @@ class EvaluationVisualizer:
         if shown.key == "mean":
             caption = "summed over the units of all languages, words or characters"
         caption += "; what failed is counted on the left too"
-        with new_figure(10, 3.6, caption) as figure:
+        with new_figure(10, 3.6, caption, on=on) as figure:
             left, right = figure.subplots(1, 2, width_ratios=(3, 2))
             self._draw_bars(left, list(EDITS.values()), edits)
             kind = {"WER": "Word errors", "CER": "Character errors"}.get(shown.name, "Errors")
@@ -236,7 +267,7 @@ class EvaluationVisualizer:
                 axes.set_xlabel(f"times; {len(shown)} of {len(counter):,} different")
         return figure
 
-    def latency_distribution(self) -> Figure:
+    def latency_distribution(self, *, on: SubFigure | None = None) -> Figure:
         """Draw how long clips take: each one's share of its batch, and median to 95th percentile of each engine."""
         times = {name: np.array([gap(row.latency_sec) for row in rows]) for name, rows in self._predictions.items()}
         times = {name: values[np.isfinite(values)] for name, values in times.items() if np.isfinite(values).any()}
@@ -244,7 +275,8 @@ class EvaluationVisualizer:
         timings, omitted = measured[:MAX_TIMINGS], len(measured) > MAX_TIMINGS
         if not times and not timings:
             raise DataError(f"{self._run_dir}: no latency to draw; evaluate a model, or {HOW_TO_MEASURE}")
-        with new_figure(10, 4, f"{MAX_TIMINGS} of {len(measured)} timings are drawn" if omitted else "") as figure:
+        caption = f"{MAX_TIMINGS} of {len(measured)} timings are drawn" if omitted else ""
+        with new_figure(10, 4, caption, on=on) as figure:
             left, right = figure.subplots(1, 2)
             left.set_title("In the evaluation's batches")
             for name, values in times.items():
@@ -295,7 +327,7 @@ class EvaluationVisualizer:
             axes.legend(**_OUTSIDE)
         return figure
 
-    def modes(self) -> Figure:
+    def modes(self, *, on: SubFigure | None = None) -> Figure:
         """Draw error rate and real-time factor in batches, as a stream and clip by clip; blank if not measured.
 
         The main model's evaluation comes first. The stream is followed by the same clips in batches; timings with a
@@ -320,7 +352,7 @@ class EvaluationVisualizer:
         errors = [None if rate is None else rate.rate for _, rate, _ in modes]
         factors = [factor for _, _, factor in modes]
         caption = f"batch: {drawable(model)} model; stream and single pass: last measurement of the run; less is better"
-        with new_figure(10, min(4.0, 1.4 + 0.4 * len(modes)), caption) as figure:
+        with new_figure(10, min(4.0, 1.4 + 0.4 * len(modes)), caption, on=on) as figure:
             left, right = figure.subplots(1, 2, sharey=True)
             for axes, values, color in ((left, errors, BLUE), (right, factors, ORANGE)):
                 for place, value in enumerate(values):

@@ -9,12 +9,13 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import regex
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.figure import SubFigure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -69,11 +70,21 @@ def styles_of(names: Iterable[str]) -> dict[str, ModelStyle]:
 
 @contextmanager
 def new_figure(
-    width: float, height: float, caption: str = "", *, layout: Any = "constrained", **changes: Any
-) -> Iterator[NotebookFigure]:
-    """Give a figure of a size in inches, to draw in with `FIGURE_STYLE`, fonts of many scripts, and changes."""
+    width: float, height: float, caption: str = "", *, on: SubFigure | None = None, layout: Any = "constrained",
+    **changes: Any,
+) -> Iterator[NotebookFigure]:  # fmt: skip
+    """Give a figure of a size in inches, to draw in with `FIGURE_STYLE`, fonts of many scripts, and changes.
+
+    Args:
+        width: inches.
+        height: inches.
+        caption: below the figure.
+        on: a part of a page to draw on instead, which has its own size.
+        layout: of the figure.
+        changes: of matplotlib's settings.
+    """
     with matplotlib.rc_context({**FIGURE_STYLE, "font.family": list(_fonts()), **changes}):
-        figure = NotebookFigure(figsize=(width, height), layout=layout)
+        figure = NotebookFigure(figsize=(width, height), layout=layout) if on is None else cast(NotebookFigure, on)
         if caption:
             figure.supxlabel(caption, fontsize=8, color=GREY)
         yield figure

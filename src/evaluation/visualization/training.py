@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
@@ -56,11 +56,11 @@ class TrainingVisualizer:
             raise DataError(f"{run_dir}: no finished epoch yet; train first")
         self._rates = _validation_rates(self._epochs)
 
-    def training_analysis(self) -> Figure:
+    def training_analysis(self, *, on: SubFigure | None = None) -> Figure:
         """Draw loss with the best epoch marked, the headline, CER, and a table with relative changes."""
         best = run_files.best_epoch(self._epochs)
         first, *others = self._rates
-        with new_figure(10, 6.4) as figure:
+        with new_figure(10, 6.4, on=on) as figure:
             places = figure.subplot_mosaic([["loss", first], [*(others or ["summary"]), "summary"]])
             self._draw_loss(places["loss"], best)
             for name, color in ((first, ORANGE), *((other, GREEN) for other in others)):

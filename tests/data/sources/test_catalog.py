@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from src.data.sources.catalog import load_utterances
+from src.data.sources import catalog
+from src.data.sources.catalog import choose_data, load_utterances
 from src.data.utterance import Utterance
-from src.utils.config import DataConfig
-from src.utils.errors import DataError, SourceUnavailableError
+from src.utils.config import DataConfig, load_config
+from src.utils.errors import ConfigError, DataError, SourceUnavailableError
 
 
 def folder(path: Path) -> DataConfig:
@@ -122,3 +123,25 @@ def test_common_voice_is_read_from_its_extracted_archive(tmp_path: Path, sample:
     assert first.audio == tmp_path / "clips" / f"{sample[0].id}.mp3"
     assert first.text == f'"Well," {sample[0].text.lower()}'  # its quotation marks are part of the sentence
     assert (first.speaker, first.language, first.meta["age"]) == (sample[0].speaker, "en", "twenties")
+
+
+def test_what_a_user_of_the_notebook_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drive = tmp_path / "drive"
+    (drive / "MyDrive" / "talks").mkdir(parents=True)
+    monkeypatch.setattr(catalog, "MOUNT_POINT", drive)
+    assert choose_data("auto", hub={"id": "", "config": ""}) == {"source": "sample", "hub": {}}
+    monkeypatch.setattr(catalog, "in_colab", lambda: True)
+    english = choose_data("auto", "", "English", hub={})
+    assert english == {"source": "minds14", "sources": ["minds14", "sample"], "hub": {"config": "en-US"}}
+    german = choose_data("auto", "", "de", hub={})  # the sample is English
+    assert german == {"source": "minds14", "sources": [], "hub": {"config": "de-DE"}}
+    assert choose_data("minds14", "", "auto", hub={"config": "en-GB"})["hub"] == {"config": "en-GB"}
+    with pytest.raises(ConfigError, match=r"MInDS-14 has no language 'hi', only cs, de, en"):
+        choose_data("auto", "", "hi", hub={})
+    assert choose_data("folder", "talks", hub={})["path"] == str(drive / "MyDrive" / "talks")
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        choose_data("folder", "nowhere", hub={})
+    monkeypatch.setattr(catalog, "upload_files", lambda: Path("uploads/a.zip"))
+    assert choose_data("upload", hub={}) == {"source": "folder", "path": "uploads/a.zip"}
+    for chosen in (english, german):
+        load_config(None, overrides={"data": chosen})

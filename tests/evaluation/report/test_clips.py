@@ -17,7 +17,7 @@ from src.data.utterance import Utterance
 from src.evaluation.evaluator import Prediction
 from src.evaluation.metrics import PLAIN, WHISPER_ENGLISH, word_counts
 from src.evaluation.report import clips as view
-from src.evaluation.report.clips import AlignmentView, clip_kinds
+from src.evaluation.report.clips import AlignmentView, Highlights, clip_kinds
 from src.utils.errors import AudioError, DataError
 from tests.evaluation.report.test_html import Page
 from tests.evaluation.run_files import spoken_results
@@ -152,3 +152,24 @@ def test_a_translation_is_english_and_a_cut_text_is_marked() -> None:
     (found,) = payload([made])["rows"]
     assert found["lang"] == "en"
     assert "truncated" in found["kinds"]
+
+
+def test_the_most_improved_and_the_worst_clip_are_shown_with_what_both_models_heard(sample: list[Utterance]) -> None:
+    recordings = sample[:3]
+    ids = [clip.id for clip in recordings]
+    stock, tuned = (
+        [replace(row, id=name) for row, name in zip(clips(*pairs), ids, strict=True)]
+        for pairs in (
+            [("a b c", "x y z"), ("a b", "a b"), ("a b c d", "a b c")],
+            [("a b c", "a b c"), ("a b", "a <b>"), ("a b c d", "a")],
+        )
+    )
+    found = Highlights(stock, tuned, recordings)
+    assert {title: row.id for title, row in found.clips.items()} == {"Most improved": ids[0], "Worst": ids[2]}
+    shown = found._repr_html_()
+    assert shown.count("<audio") == 2
+    assert "3 errors in 3 words" in shown and "0 errors in 3 words" in shown
+    worse = Highlights(tuned[:1], stock[:1], [])
+    assert "No clip improved" in worse._repr_html_() and "no recording" in worse._repr_html_()
+    with pytest.raises(DataError, match="no clip in common"):
+        Highlights(stock[:1], tuned[1:], recordings)

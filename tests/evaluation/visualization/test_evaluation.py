@@ -52,6 +52,17 @@ def visualizer(run: Path, *metrics: dict[str, Any], rows: list[dict[str, Any]] |
     return EvaluationVisualizer(write(run, [evaluation("tuned", 0.27), *metrics], rows))
 
 
+def test_one_page_has_all_and_says_what_was_not_measured(run_dir: Path, tmp_path: Path) -> None:
+    page = EvaluationVisualizer(run_dir).comprehensive("age")
+    titles = {axes.get_title(loc="left") for axes in page.axes}
+    for part in ("Loss", "Summary", "Word error rate by normaliser", "Word errors", "WER by age", "Accuracy", "Speed"):
+        assert part in titles
+    png, pdf = save_figure(page, tmp_path, "page", vectors="pdf")
+    assert png.read_bytes()[:4] == b"\x89PNG" and pdf.read_bytes()[:4] == b"%PDF"
+    untrained = visualizer(tmp_path / "run", rows=[prediction("tuned", 0, 1)]).comprehensive()
+    assert any("training: not measured" in text.get_text() for axes in untrained.axes for text in axes.texts)
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_of_a_run_is_drawn_and_saved(run_dir: Path, tmp_path: Path, name: str) -> None:
     append(run_dir, "metrics", *[timing("torch", size, 0.2) | {"p95_sec": None} for size in (1, 4)])
