@@ -705,7 +705,7 @@ def _problems(tree: Mapping[str, Any]) -> list[str]:
     try:
         Config.model_validate(tree)
     except ValidationError as err:
-        errors = [dict(error) for error in err.errors()]
+        errors: list[dict[str, Any]] = [dict(error) for error in err.errors()]
         found = [problem for error in errors[:MAX_FORMER] for problem in _describe(error)]
         return found + [".".join(map(str, error["loc"])) for error in errors[MAX_FORMER:]]  # counted, not shown
     return []

@@ -248,7 +248,7 @@ class EvaluationVisualizer:
         if not self._predictions.get(model):
             raise DataError(f"{self._run_dir}: no predictions of {model!r}; evaluate it and save")
         most = max(min(MAX_WORDS, len(counter)) for counter in found.values())
-        changes = {"font.size": 9, "axes.titlesize": 10}
+        changes: dict[str, Any] = {"font.size": 9, "axes.titlesize": 10}
         with new_figure(10, 4, f"most frequent errors, {drawable(model)}", **changes) as figure:
             panels = zip(figure.subplots(1, 3), found.items(), (ORANGE, BLUE, GREEN), strict=True)
             for axes, (kind, counter), color in panels:
