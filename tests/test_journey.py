@@ -26,7 +26,7 @@ from src.data.utterance import Utterance
 from src.utils import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-CHOOSE, START, SETTINGS, TRAIN, TABLE = "cell-06", "cell-02", "cell-06b", "cell-22", "cell-25"
+SETTINGS, DATA, TRAIN, TABLE = "cell-06b", "cell-09", "cell-22", "cell-25"
 SETTINGS_OF_TESTS = {
     "data.max_train": 16, "data.max_validation": 4, "data.max_test": 8, "training.epochs": 2, "training.batch_size": 4,
     "checkpoints.save_minutes": None, "checkpoints.mirror_mb_per_sec": 1e6, "evaluation.bootstrap_samples": 200,
@@ -58,19 +58,18 @@ class Runtime:
         form: Mapping[str, Any],
         *,
         overrides: Mapping[str, Any] | None = None,
-        first: str = CHOOSE,
         kill_at: str | None = None,
+        until: str | None = None,
         when: Callable[[], bool] = lambda: True,
     ) -> Cells:
-        """Run the first two cells, then all from `first` on, with what a user fills in and ticks.
+        """Run all cells, with what a user fills in and ticks.
 
         `overrides` are in place of what the form of the data gives. In the cell `kill_at` the kernel is killed as soon
-        as `when` is true. Returns the cells that were executed.
+        as `when` is true; `until` is the last one. Returns the cells that were executed.
         """
         notebook = nbformat.read(ROOT / "whisper_asr_colab.ipynb", as_version=4)
         cells = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
-        below = list(cells)[list(cells).index(first) :]
-        chosen = [cells[name] for name in dict.fromkeys([CHOOSE, START, *below])]
+        chosen = list(cells.values())
         for name, value in form.items():
             (place,) = (cell for cell in chosen if re.search(rf"^{name} = .*#@param", cell.source, re.MULTILINE))
             place.source = re.sub(rf"^{name} = .*?(?=  #@param)", f"{name} = {value!r}", place.source, flags=re.M)
@@ -81,13 +80,15 @@ class Runtime:
         notebook.cells = [mount, *chosen]
         environment = {
             **os.environ, "HF_HUB_OFFLINE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-            "PYTHONPATH": str(ROOT / "tests" / "fake_colab"), "FAKE_COLAB_DRIVE": str(self._drive),
+            "FAKE_COLAB_UPLOADS": str(self._drive / "uploads"), "PYTHONPATH": str(ROOT / "tests" / "fake_colab"), "FAKE_COLAB_DRIVE": str(self._drive),
         }  # fmt: skip
         client = NotebookClient(notebook, timeout=600, kernel_name="python3")
         with client.setup_kernel(cwd=str(self.folder), env=environment):
             for index, cell in enumerate(notebook.cells):
                 if cell.id != kill_at:
                     client.execute_cell(cell, index)
+                    if cell.id == until:
+                        break
                     continue
                 pid = client.km.provisioner.pid  # type: ignore[union-attr]
                 threading.Thread(target=_kill, args=(pid, when), daemon=True).start()
@@ -138,7 +139,7 @@ def recordings(drive: Path, sample: list[Utterance]) -> Path:
 def test_three_kills_cost_nothing(drive: Path, recordings: Path, tmp_path: Path) -> None:
     settings = {**SETTINGS_OF_TESTS, "data.source": "folder", "data.path": str(recordings)}
     session = partial(Runtime.run, form={"PROFILE": "demo", "USE_DRIVE": True}, overrides=settings)
-    session(Runtime(tmp_path / "1", drive), kill_at="cell-09")  # before there is anything to keep
+    session(Runtime(tmp_path / "1", drive), kill_at=DATA)  # before there is anything to keep
     assert not list(drive.rglob("checkpoint-*"))
 
     kept = drive / "MyDrive" / "whisper_asr"
@@ -154,11 +155,26 @@ def test_three_kills_cost_nothing(drive: Path, recordings: Path, tmp_path: Path)
     assert fourth.rows("train_step") == third.rows("train_step")  # none was made again
     assert table(last) == table(done)
     printed = {cell.id: "".join(o.get("text", "") for o in cell.outputs) for cell in last}
-    assert all("done, from checkpoint" in printed[each] for each in ("cell-09", "cell-16", "cell-18", TRAIN))
+    assert all("done, from checkpoint" in printed[each] for each in (DATA, "cell-16", "cell-18", TRAIN))
     (page,) = (cell for cell in last if cell.id == "page")
     assert "Demo(http://127.0.0.1:" in "".join(output.get("text", "") for output in page.outputs)
     assert (kept / "result" / "model.safetensors").stat().st_size > 0
     assert list((kept / "runs").glob("*/report.html"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["auto", "upload", "folder"])
+def test_each_choice_of_data_is_loaded_in_colab(source: str, drive: Path, recordings: Path, tmp_path: Path) -> None:
+    """Without a network: the default falls back as it says, an upload is a ZIP, a folder lies on Drive."""
+    (drive / "uploads").mkdir()
+    shutil.make_archive(str(drive / "uploads" / "speech"), "zip", recordings)
+    form = {"PROFILE": "demo", "USE_DRIVE": True, "DATA_SOURCE": source, "TRAIN_SAMPLES": 8, "VAL_SAMPLES": 2}
+    form |= {"TEST_SAMPLES": 2, "DATA_PATH": "recordings" if source == "folder" else ""}
+    cells = Runtime(tmp_path / "colab", drive).run(form, until=DATA)
+    (cell,) = (cell for cell in cells if cell.id == DATA)
+    printed = "".join(output.get("text", "") for output in cell.outputs)
+    assert f"{'sample' if source == 'auto' else 'folder'} | checksum" in printed
+    assert ("minds14" in printed) == (source == "auto")  # the log says why it was not taken
 
 
 def _pack_common_voice(clips: Sequence[Utterance], folder: Path) -> Path:

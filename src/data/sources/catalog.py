@@ -18,7 +18,7 @@ from src.data.sources.parquet import read_parquet
 from src.data.sources.parts import AudioPart
 from src.data.sources.subtitles import find_transcribed
 from src.data.utterance import AudioTrack, Utterance
-from src.utils.config import DataConfig, SourceName
+from src.utils.config import DataConfig, SourceName, flatten
 from src.utils.errors import ConfigError, DataError, SourceUnavailableError
 from src.utils.languages import parse_language
 from src.utils.runtime import MOUNT_POINT, in_colab, upload_files
@@ -39,7 +39,10 @@ MINDS14_SUBSETS = {  # by language; of English also en-GB and en-AU
 }  # fmt: skip
 
 
-def choose_data(choice: str, path: str = "", language: str | None = None, *, hub: Mapping[str, Any]) -> dict[str, Any]:
+def choose_data(
+    choice: str, path: str = "", language: str | None = None, *, hub: Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Return settings of `data` for what a user of the notebook chose.
 
     Args:
@@ -48,12 +51,15 @@ def choose_data(choice: str, path: str = "", language: str | None = None, *, hub
         path: of a folder or archive, also one below "My Drive".
         language: of the speech, in any notation; None or "auto" takes English for MInDS-14.
         hub: more of `data.hub`.
+        overrides: settings that go before; if they name a source, nothing is chosen.
 
     Raises:
         ConfigError: MInDS-14 has no such language, or the path is nowhere.
         DataError: the language is none.
         WhisperASRError: no file was uploaded.
     """
+    if {"data.source", "data.sources", "data.mix"} & set(flatten(overrides or {})):
+        return {}
     options = {key: value for key, value in hub.items() if value}
     if choice == "upload":
         return {"source": "folder", "path": str(upload_files())}

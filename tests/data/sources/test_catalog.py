@@ -143,5 +143,7 @@ def test_what_a_user_of_the_notebook_chooses(tmp_path: Path, monkeypatch: pytest
         choose_data("folder", "nowhere", hub={})
     monkeypatch.setattr(catalog, "upload_files", lambda: Path("uploads/a.zip"))
     assert choose_data("upload", hub={}) == {"source": "folder", "path": "uploads/a.zip"}
+    for given in ({"data": {"source": "sample"}}, {"data.mix": []}):
+        assert choose_data("auto", hub={}, overrides=given) == {}
     for chosen in (english, german):
         load_config(None, overrides={"data": chosen})
