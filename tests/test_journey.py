@@ -80,7 +80,8 @@ class Runtime:
         notebook.cells = [mount, *chosen]
         environment = {
             **os.environ, "HF_HUB_OFFLINE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-            "FAKE_COLAB_UPLOADS": str(self._drive / "uploads"), "PYTHONPATH": str(ROOT / "tests" / "fake_colab"), "FAKE_COLAB_DRIVE": str(self._drive),
+            "PYTHONPATH": str(ROOT / "tests" / "fake_colab"), "FAKE_COLAB_DRIVE": str(self._drive),
+            "FAKE_COLAB_UPLOADS": str(self._drive / "uploads"),
         }  # fmt: skip
         client = NotebookClient(notebook, timeout=600, kernel_name="python3")
         with client.setup_kernel(cwd=str(self.folder), env=environment):
