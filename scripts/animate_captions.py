@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 from scripts.command_line import model_argument, path_argument
 
 WIDTH, HEIGHT, MARGIN = 720, 116, 20
-COMMITTED, PARTIAL, BAR, BACKGROUND = 0, 1, 2, 3  # places in the palette
-PALETTE = (0x11, 0x11, 0x11, 0x8C, 0x8C, 0x8C, 0x00, 0x72, 0xB2, 0xFF, 0xFF, 0xFF)
+COMMITTED, PARTIAL, BAR, BACKGROUND = "#111111", "#8c8c8c", "#0072b2", "#ffffff"
+COLOURS = 16  # of a frame
 FONT_SIZE, LINES = 24, 2
 HOLD_SEC = 1.5  # the last frame is read before the animation begins again
 Frame = tuple[float, str, str]  # seconds since the recording began, final text, text that may change
@@ -86,11 +86,9 @@ def save_animation(frames: list[Frame], output: Path, seconds: float) -> None:
 
 def draw(committed: str, partial: str, share: float, font: ImageFont.FreeTypeFont) -> Image.Image:
     """Draw one frame: the last lines of the text, and how much of the recording was heard."""
-    image = Image.new("P", (WIDTH, HEIGHT), BACKGROUND)
-    image.putpalette(PALETTE)
+    image = Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
     pen = ImageDraw.Draw(image)
-    pen.fontmode = "1"  # no shades: the palette has four colours
-    lines: list[list[tuple[str, int]]] = [[]]
+    lines: list[list[tuple[str, str]]] = [[]]
     width = 0.0
     for text, colour in ((committed, COMMITTED), (partial, PARTIAL)):
         for word in text.split():
@@ -106,7 +104,7 @@ def draw(committed: str, partial: str, share: float, font: ImageFont.FreeTypeFon
             pen.text((x, MARGIN + row * 1.4 * FONT_SIZE), word, fill=colour, font=font)
             x += font.getlength(f"{word} ")
     pen.rectangle((0, HEIGHT - 5, share * WIDTH, HEIGHT), fill=BAR)
-    return image
+    return image.quantize(COLOURS, dither=Image.Dither.NONE)
 
 
 if __name__ == "__main__":
