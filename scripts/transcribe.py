@@ -31,13 +31,13 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.command_line import add_settings, check_model_path, load_settings, model_argument, path_argument
 from scripts.recordings import Recording, caption_paths, find_recordings
-from src.inference.captions import CaptionOptions, cues_of_segments, make_cues, write_captions
+from src.inference.captions import write_captions
 from src.inference.files.jobs import deal, run_job
 from src.inference.files.transcribe import Transcription
 from src.utils.config import Config, flatten
 from src.utils.errors import AudioError, DataError, WhisperASRError, did_you_mean, visible
 from src.utils.files import write_text_atomic
-from src.utils.languages import language_name, text_language
+from src.utils.languages import language_name
 from src.utils.logging_config import setup_logging
 from src.utils.runtime import from_main, gather_objects, is_main_process, join_processes, rank, world_size
 
@@ -354,10 +354,8 @@ def write_caption(path: Path, name: str, transcription: Transcription, *, task: 
             lines = (" ".join(segment.text.split()) for segment in transcription.segments)
             write_text_atomic(path, "".join(f"{line}\n" for line in lines))
             return
-        words, options = transcription.words, CaptionOptions.of(text_language(transcription.language, task))
-        cues = cues_of_segments(transcription.segments, options) if words is None else make_cues(words, options)
         losses: Any = {"truncated": transcription.truncated, "uncovered": transcription.uncovered}
-        write_captions(path, cues, language=transcription.language, **losses)
+        write_captions(path, transcription.cues(task=task), language=transcription.language, **losses)
     except OSError as err:
         if err.errno == errno.ENAMETOOLONG:
             raise AudioError(f"{visible(path)}: the name is too long for captions; rename the recording") from err

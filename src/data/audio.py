@@ -147,14 +147,19 @@ def decode(
 
 
 def stream_audio(
-    source: AudioSource, *, name: str | None = None, track: int | None = None, strict: bool = False
+    source: AudioSource,
+    *,
+    name: str | None = None,
+    max_sec: float | None = None,
+    track: int | None = None,
+    strict: bool = False,
 ) -> Iterator[Waveform]:
     """Yield (n,) float32 at 16 kHz mono, in memory that does not grow with the recording; silence is allowed.
 
     Errors are those of `load_audio`; one in the middle of a file is raised after the blocks before it.
     """
     asked, samples = _Asked(_label(source, name), track or _track_of(source), strict), 0
-    with _open(source, asked) as recording:
+    with _open(source, asked, max_sec) as recording:
         for block in _blocks_16k(recording.blocks, recording.rate, asked.label):
             samples += len(block)
             yield block

@@ -15,7 +15,7 @@ import logging
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -66,13 +66,16 @@ class TranscribedSegment:
     language: str | None
     truncated: bool = False  # the text ended at a limit, and there may be more
     uncovered: tuple[SpeechSegment, ...] = ()  # stretches of speech that the text leaves out
+    tokens: tuple[int, ...] = field(default=(), repr=False)  # of the text
 
     @classmethod
     def of(cls, result: DecodingResult, start_sec: float, end_sec: float, clip_sec: float) -> TranscribedSegment:
         """Place the result of a clip that begins at `clip_sec`."""
         words = None if result.words is None else shifted(result.words, clip_sec)
         certainty = result.avg_logprob, result.no_speech_prob, result.compression_ratio, result.temperature
-        return cls(start_sec, end_sec, result.text, *certainty, words, result.language, result.truncated)
+        return cls(
+            start_sec, end_sec, result.text, *certainty, words, result.language, result.truncated, tokens=result.tokens
+        )
 
 
 class Segment(NamedTuple):

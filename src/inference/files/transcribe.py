@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from src.data.audio import SAMPLE_RATE, Waveform, stream_audio, to_mono_16k
 from src.data.utterance import language_of_row
 from src.data.vad import SpeechSegment, VoiceActivityDetector
+from src.inference.captions import CaptionOptions, Cue, cues_of_segments, make_cues
 from src.inference.engine_base import Engine
 from src.inference.engines import engine_of
 from src.inference.files.segmentation import (
@@ -47,12 +48,12 @@ from src.inference.options import DecodingOptions
 from src.inference.words import Word
 from src.utils.config import Config
 from src.utils.errors import AudioError, DataError, visible
-from src.utils.languages import join_texts, parse_language, space_between
+from src.utils.languages import join_texts, parse_language, space_between, text_language
 from src.utils.runtime import FittingSize, thread_pool
 
 logger = logging.getLogger(__name__)
 
-Source = str | Path | Waveform
+Source = str | Path | Waveform | Iterator[Waveform]
 Sources = Iterable[Source]
 ROUND_SEC = 900.0  # of audio that is held at once: 58 MB
 ROUND_BATCHES = 8  # per worker: enough to sort by length
@@ -81,6 +82,11 @@ class Transcription:
     def truncated(self) -> bool:
         """Whether a segment's text ended at a limit of tokens, so that there may be more."""
         return any(segment.truncated for segment in self.segments)
+
+    def cues(self, *, task: str = "transcribe") -> tuple[Cue, ...]:
+        """Return its captions, laid out for its language: by the times of words where these are known."""
+        options = CaptionOptions.of(text_language(self.language, task))
+        return cues_of_segments(self.segments, options) if self.words is None else make_cues(self.words, options)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields and `truncated` as JSON takes them; nan becomes None."""
@@ -194,9 +200,9 @@ class BatchInference:
         )
 
     def transcribe_batch(self, sources: Sequence[Source], **options: Any) -> Transcriptions:
-        """Transcribe recordings of any length, paths or (T,) float32 arrays at 16 kHz; options: see `transcribe_iter`.
+        """Transcribe recordings of any length: paths, (T,) float32 arrays at 16 kHz, or iterators over such blocks.
 
-        One `Transcription` per source, in order. Silence gives an empty text.
+        One `Transcription` per source, in order; options: see `transcribe_iter`. Silence gives an empty text.
         """
         if isinstance(sources, str | Path):
             raise DataError(f"transcribe_batch takes a list; write transcribe_batch([{str(sources)!r}])")
@@ -214,6 +220,7 @@ class BatchInference:
         on_error: Literal["raise", "skip"] = "raise",
         mode: Literal["segments", "sequential"] = "segments",
         languages: Mapping[Any, str | None] | None = None,
+        on_progress: Callable[[Transcription], object] | None = None,
     ) -> Iterator[Transcription]:
         """Transcribe any number of recordings, in memory that does not grow with them.
 
@@ -225,6 +232,8 @@ class BatchInference:
                 of 30 s, each with the text before it as context, for models that write timestamps.
             languages: of recordings whose language is known, by source (of an array "array N"): codes or names, as in
                 a manifest. It comes before that of the settings.
+            on_progress: is given what is there of a recording after each batch: a beginning of its text. Batches then
+                go in order, which is a little slower.
         """
         options = replace(self._options, word_timestamps=word_timestamps)
         marks = {str(source): language_of_row({"language": mark}) for source, mark in (languages or {}).items()}
@@ -232,7 +241,7 @@ class BatchInference:
         total = len(sources) if isinstance(sources, Sequence) else None
         by_mode = self._one_by_one if mode == "sequential" else self._in_rounds
         with tqdm(total=total, desc="transcribing", unit="file", disable=total == 1) as bar:
-            for recording in by_mode(sources, spoken, options, on_error):
+            for recording in by_mode(sources, spoken, options, on_error, on_progress):
                 bar.update()
                 done = recording.joined(words=word_timestamps)
                 if done.truncated:
@@ -246,20 +255,34 @@ class BatchInference:
                 yield done
 
     def _one_by_one(
-        self, sources: Sources, languages: Mapping[str, str], options: DecodingOptions, on_error: str
+        self,
+        sources: Sources,
+        languages: Mapping[str, str],
+        options: DecodingOptions,
+        on_error: str,
+        on_progress: Callable[[Transcription], object] | None,
     ) -> Iterator[_Recording]:
         for index, source in enumerate(sources):
             with _reading(source, index, languages, on_error, self._track) as (recording, blocks):
                 own = replace(options, language=recording.language or options.language)
                 found = decode_windows(self._engine, blocks, own, self._settings, vad=self._vad, name=recording.source)
-                recording.decoded = {float(number): (segment,) for number, segment in enumerate(found)}
+                for number, segment in enumerate(found):
+                    recording.decoded[float(number)] = (segment,)
+                    if on_progress is not None:
+                        on_progress(recording.joined(words=options.word_timestamps))
             yield recording
 
     def _in_rounds(
-        self, sources: Sources, languages: Mapping[str, str], options: DecodingOptions, on_error: str
+        self,
+        sources: Sources,
+        languages: Mapping[str, str],
+        options: DecodingOptions,
+        on_error: str,
+        on_progress: Callable[[Transcription], object] | None,
     ) -> Iterator[_Recording]:
         """Gather segments until there are enough of them, or of audio; decode them, and yield what is complete."""
-        max_segments = ROUND_BATCHES * self._settings.batch_size * self._engine.workers
+        batches = 1 if on_progress is not None else ROUND_BATCHES
+        max_segments = batches * self._settings.batch_size * self._engine.workers
         max_sec, pause_sec = self._settings.max_segment_sec, self._settings.join_pause_sec
         pause_sec = JOIN_PAUSE_SEC[self._engine.audio_context] if pause_sec is None else pause_sec
         is_open = is_language_open(self._engine, options)
@@ -270,6 +293,9 @@ class BatchInference:
             ready = [item for item in round_ if not is_open or self._is_heard(item[0])]  # the others wait
             round_[:] = [item for item in round_ if is_open and not self._is_heard(item[0])]
             self._decode_round(ready, options)
+            if on_progress is not None:
+                for recording in {id(item[0]): item[0] for item in ready}.values():
+                    on_progress(recording.joined(words=options.word_timestamps))
             while waiting and waiting[0].is_read and len(waiting[0].decoded) == waiting[0].cut:
                 yield waiting.popleft()
 
@@ -351,6 +377,8 @@ def _reading(
     def blocks() -> Iterator[Waveform]:
         if isinstance(source, str | Path):
             audio = stream_audio(source, track=track)
+        elif isinstance(source, Iterator):
+            audio = source
         else:
             audio = iter([to_mono_16k(np.asarray(source), SAMPLE_RATE, name=recording.source, allow_silence=True)])
         for block in audio:
