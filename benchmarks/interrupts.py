@@ -212,6 +212,7 @@ def serve(place: Path) -> None:
     from src.data.sources.catalog import SAMPLE_CLIP
     from src.data.vad import VoiceActivityDetector
     from src.inference.engines import load_engine
+    from src.inference.server.host import ServedModel
     from src.inference.server.server import CaptionServer
     from src.utils import load_config
 
@@ -219,7 +220,7 @@ def serve(place: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     config = load_config(None, overrides={"device": "cpu", "model.variant": "tiny.en"})
-    make = server.session_factory(load_engine("tiny.en", config), VoiceActivityDetector(config.vad), config)
+    model = ServedModel(load_engine("tiny.en", config), config, VoiceActivityDetector(config.vad))
 
     def listen() -> None:
         options = ["--file", str(SAMPLE_CLIP), "--fast", "--url", f"ws://127.0.0.1:{port}"]
@@ -230,7 +231,7 @@ def serve(place: Path) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
     threading.Timer(0.5, listen).start()
-    asyncio.run(server.serve(CaptionServer(make), "127.0.0.1", port))
+    asyncio.run(server.serve(CaptionServer({"tiny.en": model}), "127.0.0.1", port))
     assert (place / "live.srt").read_text().count("\n\n") == (place / "live.srt").read_text().count("-->")
 
 

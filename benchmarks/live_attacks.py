@@ -1,4 +1,4 @@
-"""Attacks on the caption server, and its load test.
+"""Attacks on the caption server, over its WebSocket and OpenAI's API, and its load test.
 
 The model is scripted: it hears numbered words in numbered samples and sleeps a little for each call, so that two cores
 can serve 24 sessions. What is measured is the server's own work: turns, limits and memory, not a model's speed.
@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
+import itertools
 import statistics
+import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +47,8 @@ class NumberedEngine:
     """An engine that hears a word of `said` for each 0.4 s."""
 
     name, device, precision, workers, audio_context, language = "numbered", "cpu", "float32", 1, "full", None
-    vocabulary: Any = SimpleNamespace(encode=str.split, languages=("en",))
+    vocabulary: Any = SimpleNamespace(encode=str.split, languages=("en",), multilingual=False)
+    cap_rates: dict[str, float] = {}  # noqa: RUF012 - nobody changes it
 
     def __init__(self, call_sec: float = CALL_SEC) -> None:
         self._call_sec = call_sec
@@ -74,16 +78,14 @@ class NumberedEngine:
 
 
 def make_server(*, call_sec: float = CALL_SEC, token: str | None = TOKEN, **limits: Any) -> Any:
-    from src.inference.server.host import ServerLimits
+    from src.inference.server.host import ServedModel, ServerLimits
     from src.inference.server.server import CaptionServer
-    from src.inference.streaming.session import StreamingASR
     from src.utils.config import load_config
 
-    config = load_config(None, overrides={"streaming": {"policy": "local_agreement", "min_chunk_sec": 0.8}})
+    streaming = {"policy": "local_agreement", "min_chunk_sec": 0.8}
+    config = load_config(None, overrides={"streaming": streaming, "model.language": "en"})
     engine: Any = NumberedEngine(call_sec)
-    return CaptionServer(
-        lambda language: StreamingASR(engine=engine, config=config), limits=ServerLimits(**limits), token=token
-    )
+    return CaptionServer({"m": ServedModel(engine, config)}, limits=ServerLimits(**limits), token=token)
 
 
 @contextlib.asynccontextmanager
@@ -257,6 +259,290 @@ async def ping_flood(folder: Path) -> None:
         client.transport.write((b"\x89\xfd\0\0\0\0" + bytes(125)) * 50_000)
         await must_serve(url)
         client.transport.abort()
+
+
+# files over OpenAI's API
+
+
+def recording(duration_sec: float = 4.0, *, silent: bool = False, kind: str = "WAV") -> bytes:
+    """Return a file of `speech`, or of silence."""
+    import soundfile as sf
+
+    file, samples = io.BytesIO(), speech(1, duration_sec)
+    subtype = "FLOAT" if kind == "WAV" else None
+    sf.write(file, samples * 0 if silent else samples, RATE, format=kind, subtype=subtype)
+    return file.getvalue()
+
+
+def form_part(name: str, content: bytes = b"", headers: str = "") -> bytes:
+    head = f'--x\r\nContent-Disposition: form-data; name="{name}"{headers}\r\n\r\n'
+    return head.encode() + content + b"\r\n"
+
+
+def form(file: bytes, *fields: bytes, headers: str = "") -> bytes:
+    return b"".join([form_part("model", b"m"), *fields, form_part("file", file, headers), b"--x--\r\n"])
+
+
+async def post(url: str, body: bytes | AsyncIterator[bytes], *, token: str | None = TOKEN, **headers: str) -> Any:
+    """Send a form as it is; return the answer, whole."""
+    import httpx
+
+    own = {"Content-Type": "multipart/form-data; boundary=x", **headers}
+    own |= {"Authorization": f"Bearer {token}"} if token else {}
+    async with httpx.AsyncClient(timeout=30.0, verify=False) as client:  # else each reads all certificates
+        return await client.post(url.replace("ws", "http", 1) + "/v1/audio/transcriptions", content=body, headers=own)
+
+
+async def send_raw(url: str, request: bytes) -> bytes:
+    """Send bytes; return the beginning of the answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port_of(url))
+    writer.write(request)
+    answer = await asyncio.wait_for(reader.read(1000), 20.0)
+    writer.transport.abort()
+    return answer
+
+
+async def send_endless(url: str, begin: bytes, piece: bytes) -> bytes:
+    """Send a form that goes on with a piece again and again, in chunks; return the beginning of the answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port_of(url))
+    head = f"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+    head += "Content-Type: multipart/form-data; boundary=x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    writer.write(head.encode())
+
+    async def send() -> None:
+        with contextlib.suppress(ConnectionError):
+            for content in itertools.chain([begin] if begin else [], itertools.repeat(piece)):
+                writer.write(b"%x\r\n%b\r\n" % (len(content), content))
+                await writer.drain()
+                await asyncio.sleep(0)
+
+    sending = asyncio.create_task(send())
+    answer = await asyncio.wait_for(reader.read(1000), 20.0)
+    sending.cancel()
+    writer.transport.abort()
+    return answer
+
+
+async def must_transcribe(url: str) -> None:
+    """Check that a client with the token gets the text of its file."""
+    answer = await post(url, form(recording()))
+    if answer.status_code != 200 or answer.json()["text"].split() != said(1, 4.0):
+        raise BrokenError(f"another client's file: {answer.status_code} {answer.text[:200]!r}")
+
+
+async def must_answer(url: str, body: bytes | AsyncIterator[bytes], *statuses: int, what: str, **options: Any) -> None:
+    """Check that a form is refused, shortly, as OpenAI does."""
+    answer = await post(url, body, **options)
+    if answer.status_code not in statuses:
+        raise BrokenError(f"{what}: {answer.status_code} {answer.text[:200]!r}")
+    if set(answer.json()["error"]) != {"message", "type", "param", "code"} or len(answer.text) > 2_000:
+        raise WeakError(f"{what}: {answer.text[:300]!r}")
+
+
+@attack(limit_sec=120.0)
+async def api_forms(folder: Path) -> None:
+    """Send files and fields without end, parts by the thousand, nested and broken forms: nothing is kept of them."""
+
+    file, process = recording(), psutil.Process()
+    tries = {
+        "a huge file": (form(bytes(30 << 20)), 413),
+        "a field of megabytes": (form(file, form_part("prompt", bytes(8 << 20))), 400),
+        "a header of megabytes": (form_part("a", b"", "; a=" + "b" * (4 << 20)), 400),
+        "nested forms": (form_part("a", b"", "\r\nContent-Type: multipart/mixed; boundary=x") * 1000, 400),
+        "two files": (form(file, form_part("file", file)), 400),
+        "two models": (form(file, form_part("model", b"m")), 400),
+        "an unknown field": (form(file, form_part("__class__", b"x")), 400),
+        "no end": (form(file)[:-100], 400),
+        "nothing": (b"", 400),
+    }
+    endless = {
+        "a file without end": (form_part("file")[:-2], bytes(1 << 16), 413),
+        "a preamble without end": (b"", b"preamble\r\n" * 100, 408),
+        "parts without end": (b"", form_part("a"), 400),
+        "a field without end": (form_part("prompt")[:-2], bytes(1 << 16), 400),
+        "headers without end": (form_part("a")[:-4], b"X: y\r\n", 400),
+    }
+    async with serving() as url:
+        await must_transcribe(url)
+        before = process.memory_info().rss
+        for what, (body, status) in tries.items():
+            await must_answer(url, body, status, what=what)
+        for what, (begin, piece, status) in endless.items():
+            if not (answer := await send_endless(url, begin, piece)).startswith(f"HTTP/1.1 {status}".encode()):
+                raise BrokenError(f"{what}: {answer[:200]!r}")
+        if (grown := (process.memory_info().rss - before) / 2**20) > 150:  # of the client's own bodies, too
+            raise WeakError(f"memory grew by {grown:.0f} MB")
+        await must_answer(url, form(file), 415, what="compressed", **{"Content-Encoding": "gzip"})
+        await must_answer(url, form(file), 400, what="no boundary", **{"Content-Type": "multipart/form-data"})
+        await must_answer(url, form(file), 415, what="no form", **{"Content-Type": "application/json"})
+        for length in (10, 1 << 40, -1):  # less and more than there is
+            head = f"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+            head += f"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: {length}\r\n\r\n"
+            if (answer := await send_raw(url, head.encode() + form(file))).split()[1][:1] != b"4":
+                raise BrokenError(f"Content-Length {length}: {answer[:200]!r}")
+        await must_transcribe(url)
+
+
+@attack()
+async def api_paths(folder: Path) -> None:
+    """Write elsewhere by the names of files and fields, and read files by the addresses of models."""
+    import tempfile
+
+    names = [
+        "../VICTIM",
+        str(folder / "VICTIM"),
+        "a/../../VICTIM",
+        "..\\VICTIM",
+        "\0VICTIM",
+        "n" * 5000,
+        "",
+        "%2e%2e/VICTIM",
+    ]
+    (folder / "VICTIM").write_text("original")
+    async with serving() as url:
+        for name in names:
+            for header in (f'; filename="{name}"', f"; filename*=UTF-8''{name}"):
+                await post(url, form(recording(), headers=header))
+                await post(url, form(recording(), form_part(name, b"x")))
+        await must_transcribe(url)
+        left = sorted(
+            each.name
+            for each in Path(tempfile.gettempdir()).rglob("*")
+            if "VICTIM" in each.name or "upload" in each.name
+        )
+        if left != ["VICTIM"] or (folder / "VICTIM").read_text() != "original":
+            raise BrokenError(f"there are now {left}")
+        for path in (
+            "/v1/models/../../etc/passwd",
+            "/v1/models/%2e%2e%2fetc%2fpasswd",
+            "//etc/passwd",
+            "/v1/models/%00",
+        ):
+            answer = await send_raw(
+                url, f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()
+            )
+            if not answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 404")):
+                raise BrokenError(f"{path}: {answer[:200]!r}")
+
+
+@attack(limit_sec=120.0)
+async def api_bombs(folder: Path) -> None:
+    """Upload playlists, damaged files, silence of days in some kilobytes, and headers that promise more."""
+    playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
+    long, header = recording(3600.0, silent=True, kind="FLAC"), bytearray(recording())
+    header[4:8] = header[40:44] = struct.pack("<I", 0xFFFFFFF0)
+    tries = {
+        "a playlist": playlist.encode(),
+        "a list of files": b"ffconcat version 1.0\nfile /etc/passwd\n",
+        "a picture": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
+        "an archive": b"PK\3\4" + bytes(1000),
+        "noise": np.random.default_rng(0).bytes(1 << 20),
+        "zeros": bytes(10 << 20),
+        "hours of silence": long,
+        "nothing": b"",
+    }
+    async with serving(max_session_sec=600.0) as url:
+        for what, content in tries.items():
+            await must_answer(url, form(content), 400, what=what)
+        answer = await post(url, form(bytes(header)))
+        if answer.status_code not in (200, 400):
+            raise BrokenError(f"a header that promises more: {answer.status_code}")
+        await must_transcribe(url)
+
+
+@attack()
+async def api_strangers(folder: Path) -> None:
+    """Ask for everything without the token, with wrong ones, and on a connection that showed it before."""
+    import httpx
+
+    async with serving() as url:
+        address = url.replace("ws", "http", 1)
+        for token in (None, "wrong", TOKEN[:-1], TOKEN + "x"):
+            await must_answer(url, form(recording()), 401, what=f"token {token!r}", token=token)
+            await must_answer(url, form(bytes(20 << 20)), 401, what=f"token {token!r}, a huge file", token=token)
+        async with httpx.AsyncClient() as client:
+            known = {"Authorization": f"Bearer {TOKEN}"}
+            for path in ("/v1/models", "/v1/models/m", "/v1/audio/translations", "/", "/v1/other"):
+                await client.get(address + "/v1/models", headers=known)
+                if (answer := await client.get(address + path)).status_code != 401:
+                    raise BrokenError(f"{path} was answered with {answer.status_code}")
+            for origin in ("https://evil.example", "null", address):
+                answer = await client.get(address + "/v1/models", headers={"Origin": origin, **known})
+                if answer.status_code != 403 or "Access-Control-Allow-Origin" in answer.headers:
+                    raise BrokenError(f"a page of {origin} was let in")
+        await must_transcribe(url)
+
+
+@attack(limit_sec=120.0)
+async def api_slow_loris(folder: Path) -> None:
+    """Hold connections with headers and forms that come byte by byte; take all places with forms that never end."""
+    head = f"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+    head += "Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000000\r\n"
+
+    async def drip(begin: bytes) -> float:
+        """Return how long the server bears it."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(url))
+        writer.write(begin)
+        began = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while not reader.at_eof() and time.monotonic() - began < 60.0:
+                writer.write(b"a")
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(reader.read(1000), 0.2)
+        writer.transport.abort()
+        return time.monotonic() - began
+
+    async with serving(max_files=4) as url:
+        for count, begin in ((100, b"GET /"), (100, head.encode()), (3, (head + "\r\n").encode() + form_part("a"))):
+            slow = [asyncio.create_task(drip(begin)) for _ in range(count)]
+            await asyncio.sleep(1.0)
+            await must_transcribe(url)
+            await must_serve(url)
+            if (longest := max(await asyncio.gather(*slow))) > 25.0:
+                raise BrokenError(f"{begin[:20]!r} was borne for {longest:.0f} s")
+        await must_transcribe(url)
+
+
+@attack()
+async def api_leavers(folder: Path) -> None:
+    """Leave in the middle of uploads, texts and streams: places and the model are free at once."""
+    import httpx
+
+    async def half() -> AsyncIterator[bytes]:
+        yield form(bytes(1 << 20))[:-100]
+        await asyncio.sleep(60.0)
+
+    stream = form_part("stream", b"true")
+    async with serving(max_files=2, call_sec=0.5) as url:
+        for body in (lambda: form(recording(25.0)), lambda: form(recording(25.0), stream), half):
+            for _ in range(6):
+                with contextlib.suppress(TimeoutError, httpx.HTTPError):
+                    await asyncio.wait_for(post(url, body()), 0.3)
+        began = time.monotonic()
+        await must_transcribe(url)
+        await must_serve(url)
+        if time.monotonic() - began > 15.0:
+            raise WeakError(f"the next client waited {time.monotonic() - began:.0f} s")
+
+
+@attack(limit_sec=120.0)
+async def api_crowd(folder: Path) -> None:
+    """Send 30 files at once: some are told to come later, and who speaks keeps all of its words, in time."""
+    async with serving(max_files=6, call_sec=0.05) as url:
+        alone = statistics.median((await good_client(url, 9, 4.0))[1])
+        body = form(recording(20.0))
+        files = [asyncio.create_task(post(url, body)) for _ in range(30)]
+        text, lags = await good_client(url, 7, 8.0)
+        answers = await asyncio.gather(*files)
+        if text.split() != said(7, 8.0):
+            raise BrokenError(f"who speaks lost words: {text[:200]!r}")
+        if (late := sorted(lags)[int(0.95 * len(lags))] - alone) > 1.0:
+            raise BrokenError(f"who speaks waited {late:.1f} s more")
+        refused = [answer for answer in answers if answer.status_code == 429]
+        if len(refused) < 20 or any("Retry-After" not in answer.headers for answer in refused):
+            raise BrokenError(f"{len(refused)} of 30 were told to come later")
+        if {answer.status_code for answer in answers} != {200, 429}:
+            raise BrokenError(f"{ {answer.status_code for answer in answers} }")
 
 
 @attack()

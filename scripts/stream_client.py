@@ -75,6 +75,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--language", help="code or name such as de, German; auto: the model's, else detected; default: the server's"
     )
+    parser.add_argument("--model", metavar="NAME", help="one of those that the server has; default: its first")
     parser.add_argument("--token-env", metavar="NAME", help="environment variable with the server's token")
     parser.add_argument("--format", choices=list(DTYPES), default="s16le", help="on the wire; default: %(default)s")
     parser.add_argument("--captions", type=path_argument, metavar="FILE", help="write them too, as .srt or .vtt")
@@ -102,6 +103,7 @@ async def run(arguments: argparse.Namespace, interrupted: threading.Event) -> st
         sample_rate=sample_rate,
         sample_format=arguments.format,
         language=arguments.language,
+        model=arguments.model,
         token=read_token(arguments.token_env),
     )
     reference = "" if arguments.reference is None else arguments.reference.read_text(encoding="utf-8")

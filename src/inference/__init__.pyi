@@ -5,7 +5,7 @@ from .files.recordings import with_clips
 from .files.transcribe import BatchInference, Transcription
 from .options import DecodingOptions
 from .server.client import stream_to_server
-from .server.host import ServerLimits
+from .server.host import ServedModel, ServerLimits
 from .server.page import launch_demo
 from .server.recorder import launch_recorder
 from .server.server import CaptionServer
@@ -21,6 +21,7 @@ __all__ = [
     "HeadSearch",
     "LiveCaptionWriter",
     "LiveCaptions",
+    "ServedModel",
     "ServerLimits",
     "StreamingASR",
     "Transcription",

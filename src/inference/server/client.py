@@ -23,6 +23,7 @@ async def stream_to_server(
     sample_rate: int = SAMPLE_RATE,
     sample_format: SampleFormat = "f32le",
     language: str | None = None,
+    model: str | None = None,
     token: str | None = None,
 ) -> AsyncIterator[protocol.Ready | protocol.LiveEvent | protocol.Done]:
     """Send audio to a caption server, and yield its answers as they come.
@@ -34,6 +35,7 @@ async def stream_to_server(
         sample_rate: of the blocks, Hz.
         sample_format: on the wire; "s16le" is half as large.
         language: code or name, or "auto": the checkpoint's own, else detected; None leaves it to the server.
+        model: a name of one that the server has; None for its first.
         token: that the server asks for.
 
     Yields:
@@ -42,7 +44,7 @@ async def stream_to_server(
     Raises:
         StreamError: no caption server there, or it refused or failed. What `blocks` raises passes through.
     """
-    hello = protocol.Hello(sample_rate=sample_rate, format=sample_format, language=language)
+    hello = protocol.Hello(sample_rate=sample_rate, format=sample_format, language=language, model=model)
     sender: asyncio.Task[None] | None = None
     source_errors: list[Exception] = []
     source, step = iter(blocks), 0

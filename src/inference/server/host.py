@@ -1,10 +1,10 @@
 """Live sessions on one machine: who is admitted, whose audio is heard next, and when a session ends.
 
 `server` and `page` carry audio in and events out; the host runs on their event loop. All model calls run in one worker
-thread, a turn of at most `TURN_SEC` of audio at a time. The next turn is that of the session that is due first, and a
-turn makes its session due later by the audio heard, at a pace of `PACE` (VirtualClock: Zhang, SIGCOMM 1990). So a
-client that sends a recording waits for those that speak. One that shares the host is at most `BURST_SEC` ahead of that
-pace; one alone is heard as fast as the model can.
+thread, a turn of at most `TURN_SEC` of audio at a time; those that transcribe files run between the turns. The next
+turn is that of the session that is due first, and a turn makes its session due later by the audio heard, at a pace of
+`PACE` (VirtualClock: Zhang, SIGCOMM 1990). So a client that sends a recording waits for those that speak, and for
+files. One that shares the host is at most `BURST_SEC` ahead of that pace; one alone is heard as fast as the model can.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from src.data.audio import Waveform
+from src.data.vad import VoiceActivityDetector
+from src.inference.engine_base import Engine
 from src.inference.server.protocol import StreamError
 from src.inference.streaming.commit import Event
 from src.inference.streaming.session import StreamingASR
-from src.utils.errors import ConfigError, first_line
+from src.utils.config import Config
+from src.utils.errors import ConfigError, DataError, first_line
+from src.utils.languages import known_language, parse_language
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,8 @@ class ServerLimits:
     idle_sec: float = 30.0  # without audio, or with next to none, once all was heard; then the session ends
     max_session_sec: float = 4 * 3600.0  # of audio, and of time
     send_sec: float = 10.0  # for a client to take an event; one that does not read is cut off
+    max_files: int = 8  # requests that upload a file or wait for its text at once; one more is refused
+    max_file_bytes: int = 25 << 20  # of an upload; as long as a session at most
 
     def __post_init__(self) -> None:
         wrong = [f"{name} is {value}" for name, value in asdict(self).items() if not value > 0]
@@ -61,6 +67,35 @@ def idle_error(sec: float) -> StreamError:
     )
 
 
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that clients use, for live sessions and for files; the settings are those of its server."""
+
+    engine: Engine
+    config: Config
+    vad: VoiceActivityDetector | None = None
+
+    def language(self, mark: str | None) -> str | None:
+        """Return the code of a client's mark: None for "auto", the server's own setting without a mark.
+
+        Raises:
+            DataError: no language, or one that the model does not know.
+        """
+        if mark is None:
+            return self.config.model.language
+        if mark.strip().lower() == "auto":
+            return None
+        return known_language(parse_language(mark), self.engine.vocabulary.languages or {"en"})
+
+    def session(self, mark: str | None) -> StreamingASR:
+        """Return a session in a language as `language` takes it; one that is unavailable is a ConfigError."""
+        try:
+            spoken = self.config.model.model_copy(update={"language": self.language(mark)})
+        except DataError as err:
+            raise ConfigError(str(err)) from err
+        return StreamingASR(engine=self.engine, vad=self.vad, config=self.config.model_copy(update={"model": spoken}))
+
+
 class LiveHost:
     """Admits sessions, and runs their calls in turns; other work on the same models waits in `worker` too."""
 
@@ -68,7 +103,8 @@ class LiveHost:
         self.limits = limits or ServerLimits()
         self.worker = ThreadPoolExecutor(1, "live")
         self.sessions: set[LiveSession] = set()  # those that are not closed
-        self._waiting: dict[LiveSession, asyncio.Future[asyncio.Task[list[Event]]]] = {}  # for their turn to begin
+        self._waiting: dict[LiveSession, asyncio.Future[asyncio.Future[list[Event]]]] = {}  # for their turn to begin
+        self._between: dict[asyncio.Future[Any], Callable[[], Any]] = {}  # calls that wait for a gap between turns
         self._hearing = False  # somebody's turn
         self._timer: asyncio.TimerHandle | None = None
 
@@ -100,22 +136,40 @@ class LiveHost:
             self._waiting.pop(live, None)
         return await live.unless_failed(call)
 
+    async def between_turns(self, call: Callable[[], T]) -> T:
+        """Run a call once no session is due that keeps its pace; if the waiting is cancelled, before it or in it."""
+        begun: asyncio.Future[asyncio.Future[T]] = asyncio.get_running_loop().create_future()
+        self._between[begun] = call
+        self.next_turn()
+        try:
+            running = await begun
+        finally:
+            self._between.pop(begun, None)
+        return await asyncio.shield(running)
+
     def next_turn(self) -> None:
-        """Begin the turn that is due, if none goes on."""
-        if self._hearing or not self._waiting:
+        """Begin the turn that is due, if none goes on; with nobody due, a call that waits for a gap."""
+        if self._hearing or not (self._waiting or self._between):
             return
-        loop, live = asyncio.get_running_loop(), min(self._waiting, key=lambda each: each.due)
+        loop = asyncio.get_running_loop()
+        live = min(self._waiting, key=lambda each: each.due, default=None)
         if self._timer is not None:
             self._timer.cancel()
-        if self.sharers() > 1 and live.due > loop.time() + BURST_SEC:
+        begun: asyncio.Future[Any]
+        if self._between and (live is None or live.due > loop.time()):
+            begun = next(iter(self._between))
+            running = loop.run_in_executor(self.worker, self._between.pop(begun))
+        elif live is not None and self.sharers() > 1 and live.due > loop.time() + BURST_SEC:
             self._timer = loop.call_at(live.due - BURST_SEC, self.next_turn)
             return
-        self._hearing, begun = True, self._waiting.pop(live)
-        call = asyncio.ensure_future(self.in_worker(*live.begin_turn()))
-        call.add_done_callback(self._end_turn)
-        begun.set_result(call)
+        elif live is not None:
+            begun = self._waiting.pop(live)
+            running = asyncio.ensure_future(self.in_worker(*live.begin_turn()))
+        self._hearing = True
+        running.add_done_callback(self._end_turn)
+        begun.set_result(running)
 
-    def _end_turn(self, call: asyncio.Task[list[Event]]) -> None:
+    def _end_turn(self, call: asyncio.Future[Any]) -> None:
         self._hearing = False
         if not call.cancelled():
             call.exception()  # its session may have left

@@ -2,9 +2,10 @@
 
 The client sends
 1. optionally, as its first message, text: `{"type": "hello", "version": 1, "sample_rate": 16000, "format": "f32le",
-   "language": "en", "token": "..."}`. All but `type` may be left out. `language` is a mark that `parse_language`
-   takes, or "auto": the checkpoint's own, else detected. Without it the server's own setting holds. `token` is for
-   browsers, which cannot send the header `Authorization: Bearer TOKEN`.
+   "language": "en", "model": "tuned", "token": "..."}`. All but `type` may be left out. `language` is a mark that
+   `parse_language` takes, or "auto": the checkpoint's own, else detected. Without it the server's own setting holds.
+   `model` is one of those that the server names; without it, the first. `token` is for browsers, which cannot send
+   the header `Authorization: Bearer TOKEN`.
 2. binary messages: any number of samples of one channel, in the format that hello named: "f32le" in [-1, 1], or
    "s16le".
 3. text: `{"type": "end"}`. What was sent is then decoded to its end; closing the connection instead discards it.
@@ -52,6 +53,7 @@ CLOSE_CODES = {  # RFC 6455, 7.4.1; 1013 of the IANA registry: try again later
     "unauthorized": 1008,
     "idle": 1008,
     "session_too_long": 1008,
+    "message_too_big": 1009,
     "too_many_sessions": 1013,
     "shutdown": 1001,
     "engine_failed": 1011,
@@ -91,6 +93,7 @@ class Hello(_Message):
     sample_rate: int = Field(SAMPLE_RATE, ge=MIN_WIRE_RATE, le=MAX_WIRE_RATE)
     format: SampleFormat = "f32le"
     language: str | None = None
+    model: str | None = None
     token: str | None = Field(None, repr=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import gc
@@ -20,7 +21,6 @@ import numpy as np
 import pytest
 import soundfile as sf
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Origin
 
@@ -29,7 +29,7 @@ from src.data.audio import SAMPLE_RATE, Waveform
 from src.inference.options import DecodingOptions
 from src.inference.server import server
 from src.inference.server.client import stream_to_server
-from src.inference.server.host import BURST_SEC, PACE, TURN_SEC, LiveHost, LiveSession, ServerLimits
+from src.inference.server.host import BURST_SEC, PACE, TURN_SEC, LiveHost, LiveSession, ServedModel, ServerLimits
 from src.inference.server.protocol import CLOSE_CODES, Done, End, Hello, LiveEvent, Ready, StreamError, read_server
 from src.inference.server.server import MAX_OF_ADDRESS, CaptionServer
 from src.inference.streaming.commit import Event
@@ -91,7 +91,7 @@ class Sessions:
         self.decode = decode
         self.alive: weakref.WeakSet[StreamingASR] = weakref.WeakSet()
 
-    def __call__(self, language: str | None) -> StreamingASR:
+    def session(self, language: str | None) -> StreamingASR:
         if language == "xx":
             raise ConfigError("language 'xx' is not known to this model; known: en")
         session = StreamingASR(engine=ScriptedEngine(self.decode), config=CONFIG, clock=lambda: 0.0)
@@ -108,7 +108,8 @@ async def serving(
     decode: Hear = hear, *, token: str | None = None, origins: Sequence[str] = (), **limits: Any
 ) -> AsyncIterator[tuple[str, Sessions]]:
     sessions = Sessions(decode)
-    made = CaptionServer(sessions, limits=ServerLimits(**limits), token=token, origins=origins)
+    models: Any = {"scripted": sessions}
+    made = CaptionServer(models, limits=ServerLimits(**limits), token=token, origins=origins)
     async with made.listen(port=0) as url:
         yield url, sessions
 
@@ -204,17 +205,17 @@ async def test_a_client_with_much_to_say_does_not_keep_the_worker_from_others() 
 
 
 @pytest.fixture
-def accepted(monkeypatch: pytest.MonkeyPatch) -> list[ServerConnection]:
+def accepted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The server's sides of its connections, with the smallest buffers."""
-    connections: list[ServerConnection] = []
-    handle = CaptionServer._handle
+    connections: list[Any] = []
+    captions = CaptionServer._captions
 
-    async def watched(self: CaptionServer, websocket: ServerConnection) -> None:
-        connections.append(websocket)
-        websocket.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-        await handle(self, websocket)
+    async def watched(self: CaptionServer, request: Any, connection: Any, **options: Any) -> Any:
+        connections.append(connection)
+        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        return await captions(self, request, connection, **options)
 
-    monkeypatch.setattr(CaptionServer, "_handle", watched)
+    monkeypatch.setattr(CaptionServer, "_captions", watched)
     return connections
 
 
@@ -222,7 +223,7 @@ async def test_a_server_that_is_behind_stops_reading_and_says_its_lag(accepted: 
     audio, (busy, _, free) = speech(1, 40.0), hear_when_free()
     async with serving(busy, queue_sec=1.5) as (url, _):
         streaming = asyncio.create_task(captions(url, in_blocks(audio, 1.0)))
-        while not accepted or accepted[0].transport.is_reading():
+        while not accepted or accepted[0]._wire.is_reading():
             await asyncio.sleep(0)
         free.set()
         messages = await streaming
@@ -262,10 +263,9 @@ async def test_garbage_is_answered_with_its_error_and_leaves_nothing_behind(
 async def test_an_error_reaches_a_client_that_has_much_more_to_send(accepted: list[Any]) -> None:
     async with serving() as (url, _):
         received, close_code = await exchange(url, HELLO, b"\xff" * 400, *[bytes(200_000)] * 30)
-        await accepted[0].wait_closed()
         await assert_serves(url)
     assert (received[-1].code, close_code) == ("bad_audio", 1007)
-    assert accepted[0].close_code == 1007  # its answer was read behind all that, and it was not cut off
+    assert accepted[0].websocket.close_code == 1007  # its answer was read behind all that, and it was not cut off
 
 
 async def test_without_the_token_or_from_pages_of_other_origins_nobody_is_served() -> None:
@@ -373,7 +373,11 @@ async def test_a_silent_connection_and_one_with_too_large_a_message_are_closed()
     async with serving(idle_sec=0.2, max_message_bytes=100_000) as (url, _):
         received, close_code = await exchange(url)
         assert ([each.code for each in received], close_code) == (["idle"], 1008)
-        assert await exchange(url, bytes(100_004)) == ([], 1009)
+        received, close_code = await exchange(url, bytes(100_004))
+        assert ([each.code for each in received], close_code) == (["message_too_big"], 1009)
+        client = await connect(url)
+        await send_all(client, [bytes(2 * server.MAX_MESSAGE_BYTES)])
+        await client.wait_closed()
         await assert_serves(url)  # 128,000 bytes: the client cuts them to what fits
 
 
@@ -578,16 +582,19 @@ async def test_a_server_refuses_what_it_cannot_serve_with_and_warns_of_an_open_h
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with serving() as (url, sessions):
+        models: Any = {"scripted": sessions}
         with pytest.raises(ConfigError):
-            async with CaptionServer(sessions).listen(port=port_of(url)):
+            async with CaptionServer(models).listen(port=port_of(url)):
                 pass
     with pytest.raises(ConfigError):
-        CaptionServer(sessions, token="")
+        CaptionServer(models, token="")
+    with pytest.raises(ConfigError, match="no model"):
+        CaptionServer({})
     with pytest.raises(ConfigError, match="max_sessions is 0"):
         ServerLimits(max_sessions=0)
     for host, warned in (("127.0.0.1", False), ("localhost", False), ("127.0.0.2", False), ("0.0.0.0", True)):
         caplog.clear()
-        async with CaptionServer(sessions).listen(host, port=0):
+        async with CaptionServer(models).listen(host, port=0):
             assert ("without a token" in caplog.text) == warned
 
 
@@ -611,12 +618,12 @@ def test_the_scripts_stream_a_file_until_the_server_is_told_to_stop(
         if line.startswith("listening on "):
             threading.Thread(target=talk, args=(line.removeprefix("listening on "),)).start()
 
-    def make_session(language: str | None) -> StreamingASR:
-        return StreamingASR(engine=ScriptedEngine(hear), config=CONFIG)
-
+    engine: Any = ScriptedEngine(hear)
     monkeypatch.setattr(serve, "print", announce, raising=False)
     monkeypatch.setattr(serve, "setup_logging", lambda level: None)  # it would last
-    monkeypatch.setattr(serve, "make_server", lambda arguments: CaptionServer(make_session))
+    monkeypatch.setattr(
+        serve, "make_server", lambda arguments: CaptionServer({"scripted": ServedModel(engine, CONFIG)})
+    )
     monkeypatch.setattr("sys.argv", ["serve.py", "--model", "tiny.en", "--port", "0"])
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     assert serve.main() == 0
@@ -635,11 +642,34 @@ def test_a_client_names_its_language_by_any_mark_or_has_it_detected() -> None:
         ("en", {None: "en", "German": "de", "deu": "de", "yue": "zh", "auto": None}),
         (None, {None: None}),
     ):
-        make_session = serve.session_factory(engine, None, load_config(None, overrides={"model.language": own}))
-        assert {mark: make_session(mark).language for mark in marks} == marks
+        model = ServedModel(engine, load_config(None, overrides={"model.language": own}))
+        assert {mark: model.session(mark).language for mark in marks} == marks
         for unknown in ("xx", "fr"):
             with pytest.raises(ConfigError, match=unknown):
-                make_session(unknown)
+                model.session(unknown)
+
+
+async def test_a_client_names_its_model_and_one_that_is_not_there_is_refused() -> None:
+    first, second = Sessions(), Sessions(lambda audio, options: [Word("other", 0.0, 0.4, 0.9)])
+    models: Any = {"first": first, "second": second}
+    async with CaptionServer(models).listen(port=0) as url:
+        texts = {name: (await captions(url, [speech(1, 2.0)], model=name))[-1] for name in (None, "first", "second")}
+        with pytest.raises(StreamError, match="first, second"):
+            await captions(url, [speech(1, 1.0)], model="third")
+    heard = [getattr(done, "text", "").split() for done in texts.values()]
+    assert heard[0] == heard[1] == committed(expected_events(speech(1, 2.0))).split()
+    assert set(heard[2]) == {"other"}
+
+
+def test_models_are_named_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert serve.named_model("tiny.en") == ("tiny.en", "tiny.en")
+    assert serve.named_model("tuned=runs/demo/best") == ("tuned", "runs/demo/best")
+    assert serve.named_model("runs/a=b/best") == ("best", "runs/a=b/best")
+    with pytest.raises(argparse.ArgumentTypeError, match="name it"):
+        serve.named_model("/")
+    monkeypatch.setattr("sys.argv", ["serve.py", "--model", "tiny.en", "--model", "tiny.en"])
+    with pytest.raises(ConfigError, match=r"tiny\.en is given twice"):
+        serve.make_server(serve.parse_arguments())
 
 
 def test_a_terminal_shows_what_may_change_dim_and_clears_it() -> None:
