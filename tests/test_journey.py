@@ -138,8 +138,8 @@ def recordings(drive: Path, sample: list[Utterance]) -> Path:
 
 @pytest.mark.slow
 def test_three_kills_cost_nothing(drive: Path, recordings: Path, tmp_path: Path) -> None:
-    settings = {**SETTINGS_OF_TESTS, "data.source": "folder", "data.path": str(recordings)}
-    session = partial(Runtime.run, form={"PROFILE": "demo", "USE_DRIVE": True}, overrides=settings)
+    form = {"PROFILE": "demo", "USE_DRIVE": True, "DATA_SOURCE": "folder", "DATA_PATH": "recordings"}
+    session = partial(Runtime.run, form=form, overrides=SETTINGS_OF_TESTS)
     session(Runtime(tmp_path / "1", drive), kill_at=DATA)  # before there is anything to keep
     assert not list(drive.rglob("checkpoint-*"))
 
@@ -164,14 +164,13 @@ def test_three_kills_cost_nothing(drive: Path, recordings: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["auto", "upload", "folder"])
+@pytest.mark.parametrize("source", ["auto", "upload"])  # a folder on Drive is above
 def test_each_choice_of_data_is_loaded_in_colab(source: str, drive: Path, recordings: Path, tmp_path: Path) -> None:
-    """Without a network: the default falls back as it says, an upload is a ZIP, a folder lies on Drive."""
+    """Without a network: the default falls back as it says, an upload is a ZIP."""
     (drive / "uploads").mkdir()
     shutil.make_archive(str(drive / "uploads" / "speech"), "zip", recordings)
     form = {"PROFILE": "demo", "USE_DRIVE": True, "DATA_SOURCE": source, "TRAIN_SAMPLES": 8, "VAL_SAMPLES": 2}
-    form |= {"TEST_SAMPLES": 2, "DATA_PATH": "recordings" if source == "folder" else ""}
-    cells = Runtime(tmp_path / "colab", drive).run(form, until=DATA)
+    cells = Runtime(tmp_path / "colab", drive).run({**form, "TEST_SAMPLES": 2}, until=DATA)
     (cell,) = (cell for cell in cells if cell.id == DATA)
     printed = "".join(output.get("text", "") for output in cell.outputs)
     assert f"{'sample' if source == 'auto' else 'folder'} | checksum" in printed
