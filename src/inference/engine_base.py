@@ -93,7 +93,7 @@ class Engine(ABC):
         written = {text_language(code, options.task) for code in codes}
         style = written.pop() if len(written) == 1 else None  # rows get the same tokens, whatever their languages
         room = MAX_LABEL_TOKENS - len(starts[0])
-        prefix = vocabulary.encode(options.prefix, language=style)[: room - 1]
+        prefix = [*(options.prefix_tokens or vocabulary.encode(options.prefix, language=style))][: room - 1]
         pairs = zip(audios, codes, strict=True)
         caps = [max_tokens or self._token_cap(len(audio), code, options) for audio, code in pairs]
         room -= len(prefix) + math.ceil(max(caps) / CAP_FACTOR)

@@ -30,6 +30,7 @@ class DecodingOptions:
     prompt: str = ""  # previous text, as conditioning only
     hotwords: str = ""  # words to expect, as conditioning only
     prefix: str = ""  # the result begins with it
+    prefix_tokens: tuple[int, ...] = ()  # its tokens, where they are not those of `Vocabulary.encode`
 
     def __post_init__(self) -> None:
         if self.num_beams > 1 and self.temperature > 0:

@@ -41,6 +41,7 @@ class Word:
     tokens: int = field(default=0, compare=False, repr=False)
     space: bool = field(default=True, compare=False, repr=False)  # whether a space precedes it
     logprob: float = field(default=math.nan, compare=False, repr=False)  # mean natural logarithm of its tokens'
+    token_ids: tuple[int, ...] = field(default=(), compare=False, repr=False)  # those that `tokens` counts, if known
 
 
 def shifted(words: Sequence[Word], by_sec: float) -> tuple[Word, ...]:
@@ -51,6 +52,13 @@ def shifted(words: Sequence[Word], by_sec: float) -> tuple[Word, ...]:
 def join_words(words: Iterable[Word]) -> str:
     """Return the words as text, with spaces where they belong."""
     return "".join(" " * word.space + word.text for word in words).strip()
+
+
+def whole_tokens(words: Sequence[Word], count: int) -> int:
+    """Return how many of the first `count` words end with a token, so that none is cut between it and the next word."""
+    while count and not words[count - 1].tokens and any(word.tokens for word in words[count:]):
+        count -= 1
+    return count
 
 
 def cut_words(words: Iterable[Word]) -> tuple[Word, ...]:
@@ -68,7 +76,7 @@ def cut_words(words: Iterable[Word]) -> tuple[Word, ...]:
         for start, stop, space in ranges:
             times = (word.start_sec + start * sec, word.start_sec + stop * sec)
             parts.append(Word(word.text[start:stop], *times, word.probability, space=space if start else word.space))
-        parts[-1] = replace(parts[-1], end_sec=word.end_sec, tokens=word.tokens)
+        parts[-1] = replace(parts[-1], end_sec=word.end_sec, tokens=word.tokens, token_ids=word.token_ids)
     return tuple(parts)
 
 
@@ -121,6 +129,40 @@ class Vocabulary:
         """Return the tokens of a text as `text_tokens`, with the space that the language has and with all symbols."""
         space = None if language is None else language not in UNSPACED
         return list(text_tokens(self._tokenizer, text, space=space if first else True, first=first, whole=True))
+
+    def spell(self, words: Sequence[Word], *, language: str | None = None) -> list[int]:
+        """Return the tokens of words as they were heard; words without theirs, as part of a token, get those of text.
+
+        The same text in other tokens, such as one character of a token of two, is not what the decoder would write.
+        """
+        tokens: list[int] = []
+        part: list[Word] = []
+        for at, word in enumerate(words):
+            part.append(word)
+            if not word.token_ids and at + 1 < len(words):
+                continue
+            text, heard = join_words(part), word.token_ids
+            if "".join(self.decode(heard).split()) == "".join(text.split()):
+                tokens += heard
+            elif tokens:
+                tokens += text_tokens(self._tokenizer, text, space=part[0].space, first=False, whole=True)
+            else:
+                tokens += self.encode(text, language=language)
+            part = []
+        return tokens
+
+    def words_after(self, words: Sequence[Word], count: int) -> tuple[Word, ...]:
+        """Return the words after the first `count` tokens; what these leave of a word is a word, joined to them."""
+        for at, word in enumerate(words):
+            if count <= 0:
+                return tuple(words[at:])
+            count -= word.tokens
+            if count < 0:
+                heard = word.token_ids[count:]
+                text = self.decode(heard).rstrip(BROKEN)
+                rest = replace(word, text=text.strip(), tokens=-count, token_ids=heard, space=text[:1].isspace())
+                return (rest, *words[at + 1 :]) if rest.text else tuple(words[at + 1 :])
+        return ()
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, leading space included; special tokens and timestamps have none."""
@@ -215,7 +257,8 @@ def place_words(
         certainty, logs = sum(certain) / len(certain), [math.log(max(p, LEAST_PROBABILITY)) for p in certain]
         begin_sec, end_sec = moment(begin, after=False), moment(stop - 1, after=True)
         times = begin_sec, max(begin_sec, end_sec)
-        words.append(Word(text[start:stop], *times, float(certainty), size, space, sum(logs) / len(logs)))
+        ids = tuple(tokens[counted - size : counted])
+        words.append(Word(text[start:stop], *times, float(certainty), size, space, sum(logs) / len(logs), ids))
     return tuple(words)
 
 

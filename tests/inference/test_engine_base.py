@@ -111,6 +111,13 @@ def test_names_of_special_tokens_in_a_prompt_a_hotword_or_a_prefix_are_text(engi
     assert engine.vocabulary.decode(given) == f" {spelled}" * 3
 
 
+def test_given_tokens_are_given_as_they_are(engine: Endless) -> None:
+    tokens = tuple(token for char in "爸爸" for token in engine.vocabulary.encode(char, language="zh"))
+    assert list(tokens) != engine.vocabulary.encode("爸爸", language="zh")
+    (result,) = engine.transcribe("zh", prefix="爸爸", prefix_tokens=tokens)
+    assert result.tokens[: len(tokens)] == tokens == tuple(engine.given[0][-len(tokens) :])
+
+
 def test_given_text_has_the_space_of_its_language_and_all_its_symbols(engine: Endless) -> None:
     def prefix(language: str, text: str, **options: Any) -> str:
         engine.transcribe(language, prefix=text, **options)

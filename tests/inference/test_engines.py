@@ -59,9 +59,10 @@ def engines(_tiny_en: Any, folder: Path) -> tuple[Engine, Engine]:
         DecodingOptions(timestamps=True),
         DecodingOptions(num_beams=3, word_timestamps=True),
         DecodingOptions(prompt="He said.", hotwords="Americans", prefix="And so"),
+        DecodingOptions(prefix="And so", prefix_tokens=(1052, 67, 523), word_timestamps=True),  # " An", "d", " so"
         DecodingOptions(max_tokens_per_sec=1.0),
     ],
-    ids=["words", "timestamps", "beams", "context", "cap"],
+    ids=["words", "timestamps", "beams", "context", "tokens", "cap"],
 )
 def test_both_engines_give_the_same_text_times_and_probabilities(
     engines: tuple[Engine, Engine], clips: Sequence[Waveform], options: DecodingOptions
@@ -69,6 +70,7 @@ def test_both_engines_give_the_same_text_times_and_probabilities(
     apart_sec = []
     for expected, found in zip(*(transcribe(engine, clips, options) for engine in engines), strict=True):
         assert (found.text, found.tokens) == (expected.text, expected.tokens)
+        assert found.tokens[: len(options.prefix_tokens)] == options.prefix_tokens
         if options.num_beams == 1 and options.max_tokens_per_sec is None:  # the engines divide by different lengths
             assert found.avg_logprob == pytest.approx(expected.avg_logprob, abs=1e-3)
         if options.no_speech:

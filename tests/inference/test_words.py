@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from src.inference.words import Vocabulary, join_words, place_words
+from src.inference.words import Vocabulary, Word, join_words, place_words, whole_tokens
 
 TEXTS = [
     "My brother bought three kilos of apples and a bottle of milk.",
@@ -32,6 +32,7 @@ def test_words_join_to_the_text_and_tile_its_tokens_and_times(
     words = place_words(base_vocabulary, tokens, entered_sec=range(len(tokens) + 1), probabilities=[0.5] * len(tokens))
     assert join_words(words) == text
     assert sum(word.tokens for word in words) == len(tokens)
+    assert [token for word in words for token in word.token_ids] == tokens
     assert words[0].start_sec == 0 and words[-1].end_sec == len(tokens)
     for before, after in itertools.pairwise(words):
         assert before.start_sec < before.end_sec == after.start_sec
@@ -40,6 +41,42 @@ def test_words_join_to_the_text_and_tile_its_tokens_and_times(
     for i, end in enumerate(ends):
         if words[i].tokens:  # a cut after it leaves whole characters
             assert base_vocabulary.decode(tokens[:end]).strip() == join_words(words[: i + 1])
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("piece", [1, 2, 100])
+def test_words_are_spelled_in_the_tokens_that_were_heard(base_vocabulary: Vocabulary, text: str, piece: int) -> None:
+    def encode(part: str) -> list[int]:
+        return list(base_vocabulary._tokenizer.encode(part, add_special_tokens=False).ids)
+
+    tokens = [token for at in range(0, len(text), piece) for token in encode(text[at : at + piece])]
+    words = place_words(base_vocabulary, tokens)
+    for count in range(len(words) + 1):
+        whole = whole_tokens(words, count)
+        heard = base_vocabulary.spell(words[:whole])
+        assert heard == tokens[: sum(word.tokens for word in words[:count])]
+        rest = base_vocabulary.words_after(words, len(heard))
+        assert (rest, join_words([*words[:whole], *rest])) == (words[whole:], text)
+        # words that end within a token have its text, not its tokens
+        if whole < count:
+            assert base_vocabulary.decode(base_vocabulary.spell(words[:count])).strip() == join_words(words[:count])
+
+
+def test_what_a_given_beginning_leaves_of_a_word_is_joined_to_it(base_vocabulary: Vocabulary) -> None:
+    first, rest, next_word = ([base_vocabulary._tokenizer.token_to_id(name)] for name in ("Ġcat", "s", "Ġsat"))
+    words = place_words(base_vocabulary, first + rest + next_word)
+    assert [word.text for word in words] == ["cats", "sat"]
+    left = base_vocabulary.words_after(words, 1)
+    assert [(word.text, word.space, word.token_ids) for word in left] == [
+        ("s", False, tuple(rest)), ("sat", True, tuple(next_word))
+    ]  # fmt: skip
+    half = [base_vocabulary._tokenizer.token_to_id("à")]  # of a character: no text
+    assert base_vocabulary.words_after(place_words(base_vocabulary, first + half), 1) == ()
+
+
+def test_words_without_tokens_end_anywhere() -> None:
+    words = [Word(text, 0.0, 1.0, tokens=count) for text, count in zip("abcdef", (1, 0, 0, 2, 0, 0), strict=True)]
+    assert [whole_tokens(words, count) for count in range(7)] == [0, 1, 1, 1, 4, 5, 6]
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,8 @@ def expected_tokens_per_sec(engine: Engine, language: str | None, task: str) -> 
 
 def max_speech_sec(engine: Engine, language: str | None, options: DecodingOptions) -> float:
     """Return how much speech has room in the decoder; the text before it gives way."""
-    room = MAX_LABEL_TOKENS - len(engine.vocabulary.encode(options.prefix)) - SPECIAL_TOKENS
+    prefix = options.prefix_tokens or engine.vocabulary.encode(options.prefix)
+    room = MAX_LABEL_TOKENS - len(prefix) - SPECIAL_TOKENS
     return USED_POSITIONS * room / expected_tokens_per_sec(engine, language, options.task)
 
 

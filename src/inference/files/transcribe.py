@@ -96,9 +96,8 @@ class Transcription:
 
 def _for_json(value: Any) -> Any:
     if isinstance(value, dict):  # of words `space` only where there is none, and nothing of their tokens
-        return {
-            k: _for_json(v) for k, v in value.items() if k not in ("tokens", "logprob") and not (k == "space" and v)
-        }
+        without = {"tokens", "token_ids", "logprob", *(["space"] if value.get("space") else [])}
+        return {key: _for_json(each) for key, each in value.items() if key not in without}
     if isinstance(value, list | tuple):
         return [_for_json(each) for each in value]
     return None if isinstance(value, float) and math.isnan(value) else value

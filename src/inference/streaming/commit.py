@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from src.inference.words import Word, cut_words
+from src.inference.words import Word, cut_words, whole_tokens
 from src.utils.config import StreamingConfig
 from src.utils.languages import is_unspaced_character
 
@@ -68,8 +68,9 @@ class Event:
 class CommitPolicy:
     """Decides which words of a hypothesis are final. Nothing committed is ever retracted, and times never decrease.
 
-    In scripts without spaces a word is a character, also where a hypothesis has a run of them as one. Words are
-    compared without case and punctuation; the newer spelling and times are kept.
+    In scripts without spaces a word is a character, also where a hypothesis has a run of them as one; those that share
+    a token are committed together: a decoder that is given a part of them goes on with another word. Words are compared
+    without case and punctuation; the newer spelling and times are kept.
     """
 
     forces_prefix = False  # hypotheses must begin with the committed words whose audio is still held
@@ -85,7 +86,7 @@ class CommitPolicy:
         """Take a hypothesis for all audio held, in absolute time; return the words that became final, and the tail."""
         new = self._new_words(cut_words(words))
         keys = tuple(map(word_key, new))
-        settled = self._settled(new, keys, audio_end_sec)
+        settled = whole_tokens(new, self._settled(new, keys, audio_end_sec))
         self._previous = keys[settled:]
         return self._commit(new[:settled], audio_end_sec), new[settled:]
 
@@ -182,9 +183,10 @@ class ChunkMerge(CommitPolicy):
     def update(self, words: Sequence[Word], *, audio_end_sec: float) -> tuple[tuple[Word, ...], tuple[Word, ...]]:
         """Commit the words of a chunk whose middle lies between the middles of its overlaps."""
         words, until_sec = cut_words(words), audio_end_sec - CHUNK_OVERLAP_SEC / 2
-        committed = self._commit([word for word in self._new_words(words) if _middle_sec(word) <= until_sec])
+        new = self._new_words(words)
+        count = whole_tokens(new, sum(_middle_sec(word) <= until_sec for word in new))
+        committed, tail = self._commit(new[:count]), new[count:]
         self._last_end_sec = max(self._last_end_sec, until_sec)
-        tail = tuple(word for word in words if _middle_sec(word) > until_sec)
         self._previous = tuple(map(word_key, tail))
         return committed, tail
 

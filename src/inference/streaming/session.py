@@ -32,7 +32,7 @@ from src.inference.engines import engine_of
 from src.inference.options import DecodingOptions
 from src.inference.streaming.commit import CHUNK_OVERLAP_SEC, CommitPolicy, Event, find_loop, make_policy
 from src.inference.streaming.microphone import BrowserMicrophone, Microphone, in_real_time
-from src.inference.words import Word, cut_words, join_words, shifted
+from src.inference.words import Word, cut_words, join_words, shifted, whole_tokens
 from src.utils.config import Config
 from src.utils.errors import AudioError
 from src.utils.languages import CAP_FACTOR, space_between, text_language
@@ -318,7 +318,7 @@ class StreamingASR:
         self._hypothesis = self._decode()
         self._tail = self._hypothesis
         if self._language_settled:  # nothing is final in a language that is a guess
-            whole = self._hypothesis[:-1] if self._cut_at_sec is not None else self._hypothesis  # a limit cuts a word
+            whole = self._hypothesis if self._cut_at_sec is None else _without_last(self._hypothesis)
             committed, tail = self._policy.update(whole, audio_end_sec=self.audio_sec)
             self._tail = tail + self._hypothesis[len(whole) :]
             self._commit(committed)
@@ -352,17 +352,18 @@ class StreamingASR:
         start_sec = max(held_from_sec, self.audio_sec - window_sec)
         samples = self._audio[round((start_sec - held_from_sec) * SAMPLE_RATE) : self._heard - self._start]
         prompt = self._prompt()
-        prefix = join_words(self._transcript[self._left :]) if self._policy.forces_prefix else ""
+        forced = self._transcript[self._left :] if self._policy.forces_prefix else []
         before = self._transcript[-1:]
         self._cut_at_sec = None
-        words, is_cut = self._call_model(samples, start_sec, before, prompt, prefix)
-        if (prompt or prefix) and find_loop(words) is not None:
+        words, is_cut = self._call_model(samples, start_sec, before, prompt, forced)
+        if (prompt or forced) and find_loop(words) is not None:
+            forced = []
             words, is_cut = self._call_model(samples, start_sec, before)  # the given text may have begun the loop
         # where the decoder stopped early, decode the rest by itself: at a pause, or at its limit, perhaps within a word
         while words:
             is_cut = is_cut and find_loop(words) is None
-            kept = words[:-1] if is_cut else words
-            at_sec = words[-1].start_sec if is_cut else words[-1].end_sec
+            kept = _without_last(words) if is_cut else words
+            at_sec = words[len(kept)].start_sec if is_cut else words[-1].end_sec
             unread_sec = self._timeline.speech_sec(at_sec + ALIGN_SLACK_SEC, self.audio_sec) if self._vad else 0.0
             if not is_cut and unread_sec < UNCOVERED_SEC:
                 break
@@ -376,23 +377,39 @@ class StreamingASR:
             words, is_cut = kept + rest, rest_is_cut
         self._updated_sec = self.audio_sec
         slack_sec = self._pad_sec + ALIGN_SLACK_SEC
-        return tuple(w for w in words if self._timeline.touches(w.start_sec, w.end_sec, slack_sec=slack_sec))
+        known = len(forced) if words[: len(forced)] == tuple(forced) else 0
+        return words[:known] + tuple(
+            w for w in words[known:] if self._timeline.touches(w.start_sec, w.end_sec, slack_sec=slack_sec)
+        )
 
     def _call_model(
-        self, samples: Waveform, start_sec: float, before: Sequence[Word], prompt: str = "", prefix: str = ""
+        self,
+        samples: Waveform,
+        start_sec: float,
+        before: Sequence[Word],
+        prompt: str = "",
+        forced: Sequence[Word] = (),
     ) -> tuple[tuple[Word, ...], bool]:
         """Decode audio that begins at `start_sec`, and measure the call.
 
         Returns:
-            The words in absolute time, and whether the text ended at a limit. The first word follows `before`: a
-            decoder does not know whether a space belongs there.
+            The words in absolute time, and whether the text ended at a limit. They begin with those that were forced,
+            if the engine knows its tokens. Otherwise the first word follows `before`: a decoder does not know whether
+            a space belongs there.
         """
         began = self._clock()
         try:
             encoded = self._engine.encode([samples], self._options.trailing_silence_sec)
             if not self._language_settled and self._guessed_sec < self.audio_sec:
                 self._guess_language(encoded)
-            options = replace(self._options, language=self._language, prompt=prompt, prefix=prefix)
+            tokens: tuple[int, ...] = ()
+            if any(word.token_ids for word in forced):
+                written = text_language(self._language, self._options.task)
+                tokens = tuple(self._engine.vocabulary.spell(forced, language=written))
+            prefix = join_words(forced)
+            options = replace(
+                self._options, language=self._language, prompt=prompt, prefix=prefix, prefix_tokens=tokens
+            )
             (result,) = self._engine.decode(encoded, [samples], options)
         except Exception as err:
             err.add_note(f"while streaming {self._start / SAMPLE_RATE:.2f} to {self.audio_sec:.2f} s")
@@ -401,8 +418,10 @@ class StreamingASR:
         self._mean_update_sec += (EMA_WEIGHT if self.updates else 1.0) * (spent_sec - self._mean_update_sec)
         self.longest_update_sec = max(self.longest_update_sec, spent_sec)
         self.updates += 1
-        words = cut_words(shifted(result.words or (), start_sec))
-        if words:
+        words = shifted(result.words or (), start_sec)
+        if tokens and result.tokens[: len(tokens)] == tokens:
+            words = (*forced, *cut_words(self._engine.vocabulary.words_after(words, len(tokens))))
+        elif words := cut_words(words):
             space = bool(before and space_between(before[-1].text, words[0].text))
             words = replace(words[0], space=space), *words[1:]
         return words, result.truncated
@@ -470,8 +489,9 @@ class StreamingASR:
         settled_sec = end_sec - min(UNSETTLED_SEC, self._buffer_sec / 4)
         for until_sec in (settled_sec, *(word.end_sec for word in self._tail if word.end_sec > settled_sec)):
             if self._cut_sec() is None:
-                self._commit(self._policy.flush([word for word in self._hypothesis if word.end_sec <= until_sec]))
-                self._tail = tuple(word for word in self._tail if word.end_sec > until_sec)
+                count = whole_tokens(self._hypothesis, sum(word.end_sec <= until_sec for word in self._hypothesis))
+                self._commit(self._policy.flush(self._hypothesis[:count]))
+                self._tail = self._tail[max(0, len(self._tail) - len(self._hypothesis) + count) :]
         cut_sec = self._cut_sec()
         if cut_sec is None:  # no words there: nothing is lost
             cut_sec = end_sec - min(KEEP_SEC, self._buffer_sec / 2)
@@ -480,10 +500,12 @@ class StreamingASR:
         self._drop_audio_before(cut_sec)
 
     def _cut_sec(self) -> float | None:
-        """Return the end of a committed word to cut after: the last one that leaves `KEEP_SEC`, else the first."""
+        """Return the end of a committed token to cut after: the last one that leaves `KEEP_SEC`, else the first."""
         free_at_least_sec = min(1.0, self._buffer_sec / 4)  # otherwise the next cut follows at once
         earliest_sec = self._start / SAMPLE_RATE + free_at_least_sec
-        ends = [word.end_sec for word in self._transcript[self._left :] if word.end_sec >= earliest_sec]
+        held = self._transcript[self._left :]
+        whole = (word for at, word in enumerate(held) if whole_tokens(held, at + 1) == at + 1)
+        ends = [word.end_sec for word in whole if word.end_sec >= earliest_sec]
         old = [end for end in ends if end <= self.audio_sec - KEEP_SEC]
         cut_sec = old[-1] if old else min(ends, default=None)
         return cut_sec if cut_sec is None or self._free_before(cut_sec) >= earliest_sec else None
@@ -499,8 +521,8 @@ class StreamingASR:
         self._policy.discard_before(sec)
         self._timeline.discard_before(sec)
         self._hypothesis = tuple(word for word in self._hypothesis if word.end_sec > sec)
-        while self._left < len(self._transcript) and self._transcript[self._left].end_sec <= sec:
-            self._left += 1
+        held = self._transcript[self._left :]
+        self._left += whole_tokens(held, sum(word.end_sec <= sec for word in held))
 
     def _commit(self, words: tuple[Word, ...]) -> None:
         if words:
@@ -512,3 +534,8 @@ class StreamingASR:
         text, now = join_words(words), self._clock()
         self._outbox.append(Event(kind, words, text, self.audio_sec, now, self._sequence, self._language))
         self._sequence += 1
+
+
+def _without_last(words: tuple[Word, ...]) -> tuple[Word, ...]:
+    """Return the words before those of the last token, which a limit may have cut."""
+    return words[: whole_tokens(words, len(words) - 1)]

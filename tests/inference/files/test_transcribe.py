@@ -188,6 +188,7 @@ def test_segments_are_joined_as_their_script_is_words_too_and_what_ended_at_a_li
     row = result.to_json()
     assert row["truncated"] is row["segments"][3]["truncated"] is True
     assert [word.get("space", True) for word in row["words"]] == [False, False, False, True, False]
+    assert {key for word in row["words"] for key in word} == {"text", "start_sec", "end_sec", "probability", "space"}
 
 
 def test_speech_that_nothing_was_written_for_is_in_the_result_and_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -119,6 +119,26 @@ def test_a_run_without_spaces_is_not_one_word(make: Callable[[], CommitPolicy], 
     assert join_words(committed) == both
 
 
+@pytest.mark.parametrize("make", [LocalAgreement, lambda: AlignAtt(0.55), ChunkMerge])
+def test_characters_of_one_token_are_committed_together(make: Callable[[], CommitPolicy]) -> None:
+    def heard(until_sec: float) -> list[Word]:
+        words = [(char, tokens) for token in ("我", "爸爸", "昨天", "晚上") for char, tokens in _counted(token)]
+        timed = [Word(char, i * 0.25, i * 0.25 + 0.25, 0.9, n, space=False) for i, (char, n) in enumerate(words)]
+        return [word for word in timed if word.end_sec <= until_sec]
+
+    policy, committed = make(), ""
+    for end_sec in (0.75, 1.0, 1.25, 1.5, 1.75, 2.0):  # hypotheses with a half of the last token, too
+        committed += join_words(policy.update(heard(end_sec), audio_end_sec=end_sec)[0])
+        assert committed in ("", "我", "我爸爸", "我爸爸昨天", "我爸爸昨天晚上")
+    if isinstance(policy, AlignAtt):
+        assert committed == "我爸爸昨天"[: len(committed)] != ""
+    assert committed + join_words(policy.flush(heard(2.0))) == "我爸爸昨天晚上"
+
+
+def _counted(token: str) -> list[tuple[str, int]]:
+    return [(char, int(i + 1 == len(token))) for i, char in enumerate(token)]
+
+
 def test_a_word_of_punctuation_keeps_its_text() -> None:
     assert [word_key(Word(text, 0, 0, 1)) for text in ("...", "Don't,", "ន\u200b")] == ["...", "dont", "ន"]
 

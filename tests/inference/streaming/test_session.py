@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tracemalloc
 from collections.abc import Callable, Iterable, Sequence
@@ -22,11 +23,12 @@ from src.inference.options import DecodingOptions
 from src.inference.streaming.commit import AlignAtt, ChunkMerge, CommitPolicy, Event, LocalAgreement, word_key
 from src.inference.streaming.session import StreamingASR
 from src.inference.torch_engine import TorchEngine
-from src.inference.words import Word, join_words
+from src.inference.words import Word, join_words, place_words
 from src.utils.config import VADConfig, load_config
 from src.utils.errors import AudioError, ModelError
-from src.utils.languages import graphemes
+from src.utils.languages import graphemes, join_texts
 from tests.inference.scripted import ScriptedEngine
+from tests.inference.test_words import TEXTS
 
 
 def clock_audio(duration_sec: float) -> Waveform:
@@ -172,6 +174,67 @@ def test_a_script_without_spaces_is_committed_whole_and_once(policy: str, runs: 
         assert any(reader.prefixes) == (policy == "alignatt")
         late_sec = [e.audio_sec - word.end_sec for e in events if e.kind == "commit" for word in e.words]
         assert max(late_sec) < 2.5
+
+
+class Teller(ScriptedEngine):
+    """Hears a text as tokens, whose times it takes otherwise each time; goes on after the tokens that it is given."""
+
+    def __init__(
+        self, vocabulary: Any, text: str, rng: np.random.Generator, pause_sec: float, shake_sec: float
+    ) -> None:
+        super().__init__(lambda *_: [], audio_context="full")
+        self.language = "en"
+        self.vocabulary, self.rng, self.shake_sec = vocabulary, rng, shake_sec
+        cuts = [0, *sorted(rng.integers(1, len(text), len(text) // 4)), len(text)]  # tokens that no encoder makes
+        pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
+        coded = [vocabulary._tokenizer.encode(piece, add_special_tokens=False).ids for piece in pieces]
+        self.tokens = [token for piece in coded for token in piece]
+        counts = [word.tokens for word in place_words(vocabulary, self.tokens)]
+        self.whole = {0, *itertools.accumulate(counts)}  # where whole characters end
+        half = min(self.whole, key=lambda at: abs(at - len(self.tokens) / 2))
+        self.turns = [(0.0, half * 0.12), (half * 0.12 + pause_sec, len(self.tokens) * 0.12 + pause_sec)]
+        at = np.arange(len(self.tokens) + 1)
+        self.begin_sec, self.end_sec = at * 0.12 + (at >= half) * pause_sec, at * 0.12 + (at > half) * pause_sec
+        self.forced: list[tuple[int, ...]] = []
+
+    def decode(self, encoded: Any, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
+        begin, end = float(audios[0][0]) / SAMPLE_RATE, float(audios[0][-1] + 1) / SAMPLE_RATE
+        first = int(np.searchsorted(self.begin_sec, begin - 0.06))
+        stop = int(np.searchsorted(self.end_sec[1:], end + 0.01))
+        self.forced.append(given := options.prefix_tokens)
+        if given:  # the very tokens that were heard there
+            near = [at for at in range(len(self.tokens)) if tuple(self.tokens[at : at + len(given)]) == given]
+            assert near, (given, self.tokens)
+            first = min(near, key=lambda at: abs(at - first))
+        first = min(at for at in self.whole if at >= first)
+        stop = max(at for at in self.whole if at <= max(stop, first + len(given)))
+        heard = self.tokens[first:stop]
+        times = np.append(self.begin_sec[first:stop], self.end_sec[stop]) - begin
+        shake_sec = self.shake_sec if given else 0.0
+        shaken = np.sort(times + self.rng.uniform(-shake_sec, shake_sec, len(times))).clip(0, end - begin)
+        words = place_words(self.vocabulary, heard, entered_sec=shaken, probabilities=[0.9] * len(heard))
+        return [DecodingResult(join_words(words), tuple(heard), -0.1, words, "en")]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+@pytest.mark.parametrize("policy", ["alignatt", "local_agreement"])
+def test_any_script_is_forced_in_the_tokens_that_were_heard(base_vocabulary: Any, policy: str, text: str) -> None:
+    text = join_texts([text] * 2)
+    trials = [(0.0, 29.0, 0, 0.5), (0.0, 3.0, 20, 0.05), (1.0, 4.0, 0, 0.05)]
+    for seed, (pause_sec, buffer_sec, prompt, shake_sec) in enumerate(trials):
+        engine = Teller(base_vocabulary, text, np.random.default_rng(seed), pause_sec, shake_sec)
+        streaming = {"policy": policy, "min_chunk_sec": 0.3, "buffer_sec": buffer_sec, "max_prompt_tokens": prompt}
+        config = load_config(None, overrides={"streaming": streaming})
+        asr = StreamingASR(engine=engine, vad=ScriptedDetector(*engine.turns) if pause_sec else None, config=config)
+        events = feed_in_pieces(asr, clock_audio(engine.turns[-1][1] + pause_sec))
+        commits = [event for event in events if event.kind == "commit"]
+        assert joined(commits) == asr.transcript == text
+        assert [w for e in events if e.kind == "final" for w in e.words] == [w for e in commits for w in e.words]
+        # each commit ends with a token and with a character
+        ends = {base_vocabulary.decode(engine.tokens[:at]).strip() for at in engine.whole}
+        for count in range(1, len(commits) + 1):
+            assert joined(commits[:count]) in ends
+        assert any(engine.forced) == (policy == "alignatt")
 
 
 def unsteady(rng: np.random.Generator, script: Sequence[Word], steady: float) -> Callable[..., list[Word]]:
