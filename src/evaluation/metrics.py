@@ -42,7 +42,7 @@ from src.data.labels import MIN_NEW_TOKENS
 from src.inference.streaming.commit import CALM_PER_SEC, find_loop
 from src.inference.words import Word, word_ranges
 from src.utils.config import Config
-from src.utils.errors import ConfigError, DataError, did_you_mean
+from src.utils.errors import ConfigError, DataError, MissingDependencyError, did_you_mean
 from src.utils.files import load_english_spelling
 from src.utils.languages import (
     UNSPACED,
@@ -123,7 +123,7 @@ def get_normalizer(name: str) -> Callable[[str], str]:
     if name in (PLAIN, PLAIN_TURKIC):
         normalize = partial(normalize_plain, language="tr" if name == PLAIN_TURKIC else None)
     elif name in (PLAIN_UNSPACED, PLAIN_CHINESE):
-        normalize = partial(_normalize_unspaced, simplify=name == PLAIN_CHINESE)
+        normalize = partial(_normalize_unspaced, simplifier=_simplifier() if name == PLAIN_CHINESE else None)
     else:
         english = name == WHISPER_ENGLISH
         whisper = EnglishTextNormalizer(dict(load_english_spelling())) if english else BasicTextNormalizer()
@@ -132,17 +132,21 @@ def get_normalizer(name: str) -> Callable[[str], str]:
     return lru_cache(maxsize=_KEPT_TEXTS)(normalize)
 
 
-def _normalize_unspaced(text: str, *, simplify: bool) -> str:
+def _normalize_unspaced(text: str, *, simplifier: Any) -> str:
     text = unicodedata.normalize("NFC", "".join(normalize_plain(text).split()))
-    if simplify:  # twice: the first time leaves characters of phrases (乾清宮) that simplified texts do not have
-        text = _simplifier().convert(_simplifier().convert(text)).replace("著", "着")  # one character in Taiwan
+    if (
+        simplifier is not None
+    ):  # twice: the first time leaves characters of phrases (乾清宮) that simplified texts do not have
+        text = simplifier.convert(simplifier.convert(text)).replace("著", "着")  # one character in Taiwan
     return text
 
 
-@cache
 def _simplifier() -> Any:
-    from opencc import OpenCC  # loads dictionaries
-
+    try:
+        from opencc import OpenCC  # loads dictionaries
+    except ImportError as err:
+        what = f"Chinese is counted in simplified characters, which needs opencc ({err})"
+        raise MissingDependencyError(f"{what}: pip install opencc, and restart the runtime") from err
     return OpenCC("t2s")
 
 

@@ -34,6 +34,7 @@ _UNSPACED_SCRIPTS = "".join(
     rf"\p{{scx={name}}}" for name in ("Hani", "Hira", "Kana", "Thai", "Laoo", "Khmr", "Mymr", "Tibt")
 )
 _UNSPACED_CHARACTER = regex.compile(rf"[{_UNSPACED_SCRIPTS}\uFF00-\uFFEF--\p{{Hangul}}]", regex.VERSION1)
+_OTHER_DIGITS = regex.compile(r"[\p{Nd}--[0-9]]", regex.VERSION1)
 _SPACING_ACCENTS = regex.compile(r"[\p{Sk}\u2017\u203E]")  # NFKC would leave a space and a combining mark
 _DROPPED = regex.compile(  # characters without a glyph; Armenian writes the marks of a question inside the word
     r"[\p{Default_Ignorable_Code_Point}\u055B\u055C\u055E--[\u200C\u200D]]", regex.VERSION1
@@ -190,10 +191,12 @@ def normalize_plain(text: str, language: str | None = None) -> str:
 
     "well-known" has two words. Characters without a glyph are dropped (soft hyphens, marks of direction), but joiners
     between letters, which are spelling in Persian, Malayalam and Sinhala, are kept. The result is in NFKC, but for the
-    Thai and Lao vowel am, which stays one character.
+    Thai and Lao vowel am, which stays one character. Digits of any script are those from 0 to 9: they are spoken alike,
+    Whisper writes either (५ and 5), and which one a transcript has is its style, not what was said.
     """
     text = _SPACING_ACCENTS.sub(" ", _INNER_OKINA.sub("'", text.translate(_APOSTROPHES)))
     text = lower(unicodedata.normalize("NFKC", _DROPPED.sub("", text)), language).translate(_APOSTROPHES)
+    text = _OTHER_DIGITS.sub(lambda digit: str(unicodedata.decimal(digit[0], digit[0])), text)
     spaced = "".join(c if c == "'" or unicodedata.category(c)[0] not in "PS" else " " for c in text)
     spaced = _LOOSE_APOSTROPHE.sub(" ", _LOOSE_JOINERS.sub("", spaced))
     composed = unicodedata.normalize("NFC", " ".join(spaced.split()))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import unicodedata
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from src.evaluation import metrics
 from src.evaluation.metrics import PLAIN, WHISPER_BASIC, WHISPER_ENGLISH, Bootstrap, EditCounts, MetricsCalculator
-from src.utils.errors import ConfigError, DataError
+from src.utils.errors import ConfigError, DataError, MissingDependencyError
 from src.utils.languages import lower
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "hat", "big", "red"]
@@ -311,6 +312,15 @@ def test_traditional_against_simplified_characters_decides_nothing() -> None:
         assert calculator.compare(traditional, simplified, traditional).difference == 0
 
 
+def test_chinese_without_opencc_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opencc", None)
+    monkeypatch.setattr(metrics, "get_normalizer", metrics.get_normalizer.__wrapped__)
+    for language in ("zh", "yue"):
+        with pytest.raises(MissingDependencyError, match="pip install opencc"):
+            MetricsCalculator(language).compute(["天气很好"], ["天气很好"])
+    assert MetricsCalculator("ja").compute(["天気"], ["天気"]).rate == 0
+
+
 def test_the_second_column_is_named_and_has_its_own_rate() -> None:
     for language, second in (
         ("en", PLAIN),
@@ -433,6 +443,8 @@ def test_what_cannot_be_measured_is_an_error() -> None:
         (PLAIN, "❤️ 👩‍💻 5℃", "5 c"),
         (PLAIN, "O‘zbek oʻzbek o'zbek ʻōlelo", "o'zbek o'zbek o'zbek ʻōlelo"),
         (PLAIN, "ג׳ירפה ג'ירפה צה״ל", "ג'ירפה ג'ירפה צה ל"),  # a geresh is typed as an apostrophe
+        (PLAIN, "५ ٣٫۵ ５ 五 Ⅴ", "5 3 5 5 五 v"),  # digits are spoken alike; numerals that are words stay
+        (metrics.PLAIN_UNSPACED, "๒๕๖๗ 2567", "25672567"),
         (metrics.PLAIN_TURKIC, "IĞDIR İl", "ığdır il"),
         (metrics.PLAIN_UNSPACED, "今日は、 OK です！", "今日はokです"),
         (metrics.PLAIN_UNSPACED, "น้ำ ทำ. ນ້ຳ", "น้ำทำນ້ຳ"),
@@ -468,7 +480,7 @@ def test_any_text_becomes_words_between_single_spaces(name: str, text: str) -> N
 
 
 WORD = st.text(st.characters(categories=["L", "M", "N"]), min_size=1, max_size=8)
-OTHERS = regex.compile(r"\p{Default_Ignorable_Code_Point}|[\u055B\u055C\u055EʼʻՙͺΣ\s]")
+OTHERS = regex.compile(r"\p{Default_Ignorable_Code_Point}|[\u055B\u055C\u055EʼʻՙͺΣ\s]|[\p{Nd}--[0-9]]", regex.VERSION1)
 
 
 @given(WORD)
