@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from tqdm.auto import tqdm
 
 from src.data.audio import SAMPLE_RATE, AudioCache, decode
 from src.data.labels import (
@@ -52,6 +51,7 @@ from src.data.vad import VoiceActivityDetector
 from src.utils.config import MAX_AUDIO_SEC, REPLAY, Config, DataConfig, ModelConfig, SourceName
 from src.utils.errors import AudioError, DataError, SourceUnavailableError
 from src.utils.languages import code_of_language, language_name, normalize_plain, text_language
+from src.utils.logging_config import ProgressBar
 from src.utils.runtime import thread_pool
 
 logger = logging.getLogger(__name__)
@@ -540,7 +540,7 @@ class RecordingChecker:
         skipped: list[SkippedUtterance] = []
         held_bytes, waiting = 0, iter(queue)
         total = cap if is_stream else min(len(position), len(position) if cap is None else cap)
-        with thread_pool(os.cpu_count()) as pool, tqdm(total=total, desc=f"checking {name}", leave=False) as bar:
+        with thread_pool(os.cpu_count()) as pool, ProgressBar(total=total, desc=f"checking {name}", leave=False) as bar:
             while chunk := list(islice(waiting, chunk_size if cap is None else min(chunk_size, cap - len(passed)))):
                 outcomes = pool.map(self._inspect_or_skip, chunk, [self._detector_for(u) for u in chunk])
                 for given, outcome in zip(chunk, outcomes, strict=True):

@@ -14,7 +14,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from src.data.dataset import decode_audio
 from src.data.labels import (
@@ -43,6 +42,7 @@ from src.models.dynamic_context import evaluation_mode
 from src.utils.config import Config
 from src.utils.errors import DataError, ModelError
 from src.utils.languages import UNSPACED, language_name, text_language
+from src.utils.logging_config import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def measure_languages(model: Any, processor: Any, utterances: Sequence[Utterance
     rows: list[list[float]] = []
     size = config.inference.batch_size
     with evaluation_mode(model):
-        for at in tqdm(range(0, len(utterances), size), desc="languages", leave=False):
+        for at in ProgressBar(range(0, len(utterances), size), desc="languages", leave=False):
             audios = [decode_audio(u) for u in utterances[at : at + size]]
             encoded = encode(model, audios, config.inference.trailing_silence_sec)
             rows += language_logprobs(model, vocabulary, encoded).tolist()
@@ -252,7 +252,7 @@ def _measure_styles(
     pad = partial(pad_sequence, batch_first=True)
     sums = {(case, space): 0.0 for space in (True, False) for case in STYLES}
     size = config.inference.batch_size
-    for at in tqdm(range(0, len(utterances), size), desc="label styles", leave=False):
+    for at in ProgressBar(range(0, len(utterances), size), desc="label styles", leave=False):
         batch = utterances[at : at + size]
         encoded = encode(model, [decode_audio(u) for u in batch], config.inference.trailing_silence_sec)
         for case, space in sums:

@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from src.data.labels import IGNORE_INDEX
 from src.evaluation import metrics
@@ -27,6 +26,7 @@ from src.models.dynamic_context import evaluation_mode, get_audio_context
 from src.utils.config import Config
 from src.utils.errors import DataError
 from src.utils.files import json_line, read_run_rows, write_bytes_atomic
+from src.utils.logging_config import ProgressBar
 from src.utils.runtime import FittingSize, gather_objects, is_main_process, world_size
 from src.utils.tracking import ExperimentLogger
 
@@ -216,7 +216,7 @@ class ModelEvaluator:
     def _decode_batches(self, batches: Iterable[Any], *, desc: str, total: int | None = None) -> _Measured:
         parts: list[_Measured] = []
         with evaluation_mode(self._model), torch.inference_mode():
-            for batch in tqdm(batches, desc=desc, total=total, leave=False, disable=not is_main_process()):
+            for batch in ProgressBar(batches, desc=desc, total=total, leave=False, disable=not is_main_process()):
                 parts += self._fitting.run(partial(self._decode_rows, batch), batch["ids"])
         return _Measured.joined(parts)
 

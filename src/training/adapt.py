@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio, to_mono_16k
 from src.data.dataset import decode_audio
@@ -41,6 +40,7 @@ from src.training.updates import build_optimizer, build_schedule, default_learni
 from src.utils.config import Config
 from src.utils.errors import ConfigError, DataError, ModelError
 from src.utils.languages import code_of_language
+from src.utils.logging_config import ProgressBar
 from src.utils.runtime import choose_precision
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def adapt_context(
         optimizer = build_optimizer(model, learning_rate=rate, weight_decay=0.0)
         schedule = build_schedule(optimizer, total_updates=steps, warmup_ratio=WARMUP_RATIO)
         batches = _batches(audio, steps=steps, batch_size=batch_size, seed=seed)
-        bar = tqdm(batches, total=steps, desc="adapting", unit="update")
+        bar = ProgressBar(batches, total=steps, desc="adapting", unit="update")
         for step, batch in enumerate(bar):
             # what the states must be, and what they are
             targets = teacher.targets(batch)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from src.data.audio import SAMPLE_RATE
 from src.data.augmentation.augmenter import AudioAugmenter, SpecAugment
@@ -33,6 +32,7 @@ from src.training.state import tensors_digest
 from src.utils.config import Config
 from src.utils.errors import first_line
 from src.utils.files import load_json, write_text_atomic
+from src.utils.logging_config import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def time_dataset_words(model: DynamicWhisper, tokenizer: Any, dataset: WhisperDa
     order = sorted(range(len(dataset)), key=lambda index: dataset.utterances[index].duration_sec or 0.0)
     times: dict[str, tuple[Word, ...]] = {}
     with evaluation_mode(model):
-        for at in tqdm(range(0, len(order), _ALIGNED_TOGETHER), desc="timing words", leave=False):
+        for at in ProgressBar(range(0, len(order), _ALIGNED_TOGETHER), desc="timing words", leave=False):
             indices = [index for index in order[at : at + _ALIGNED_TOGETHER] if dataset.tokens[index]]
             audios = [dataset[index]["audio"] for index in indices]
             hidden = encode(model, audios, _TRAILING_SILENCE_SEC).last_hidden_state if audios else torch.empty(0)

@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
 
 from src.data.loader import SpeechLoader, batch_generator
 from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
@@ -35,6 +34,7 @@ from src.training.updates import Updater, build_optimizer, build_schedule, count
 from src.utils import runtime
 from src.utils.config import Config
 from src.utils.errors import DataError
+from src.utils.logging_config import ProgressBar
 from src.utils.memory import measure_memory
 from src.utils.tracking import ExperimentLogger
 
@@ -189,7 +189,7 @@ class WhisperTrainer:
             self._saver.finish_export(progress)  # an interrupt may have come between an epoch's end and its export
             self._saver.restore_last(progress)
             hidden = not runtime.is_main_process()
-            with tqdm(total=total, initial=progress.step, desc="training", unit="update", disable=hidden) as bar:
+            with ProgressBar(total=total, initial=progress.step, desc="training", unit="update", disable=hidden) as bar:
                 while not self._has_ended(epochs):
                     waiting = self._train_epoch(schedule, bar)
                     bar.set_postfix_str("validating")
@@ -221,7 +221,7 @@ class WhisperTrainer:
     def _whole_model(self) -> DynamicWhisper:
         return self.model if self._shards is None else self._shards.whole()
 
-    def _train_epoch(self, schedule: LambdaLR, bar: tqdm[Any]) -> float:
+    def _train_epoch(self, schedule: LambdaLR, bar: ProgressBar) -> float:
         """Step the remaining batches of the epoch; return the share of time spent waiting for data."""
         progress, loader = self._progress, self._train_loader
         # each epoch has its own order; a resumed or interrupted one continues after its last update

@@ -1,9 +1,14 @@
-"""Logging setup for the notebook and scripts; the library itself never calls it."""
+"""What is shown while work goes on: progress bars, and the log of the notebook and scripts."""
 
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
+from typing import ClassVar
+from weakref import WeakSet
+
+from tqdm.auto import tqdm
 
 from src.utils.errors import visible
 
@@ -18,7 +23,7 @@ class _SafeFormatter(logging.Formatter):
 
 
 def setup_logging(level: int | str = logging.INFO) -> None:
-    """Log to standard error with time and module; safe to call again.
+    """Log to standard error with time and module; safe to call again. The library itself never calls this.
 
     Uses `force=True`, because Colab installs a root handler of its own that would otherwise swallow every line.
     """
@@ -28,3 +33,22 @@ def setup_logging(level: int | str = logging.INFO) -> None:
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*loss_type=None.*")
+
+
+class ProgressBar(tqdm):  # type: ignore[type-arg]
+    """A bar that may be interrupted at any moment.
+
+    Ctrl-C while a bar of tqdm is drawn leaves the lock of all bars taken; the thread with which tqdm watches them then
+    waits for it, and the process, at its end, for that thread. These have no such thread, and give their lock back.
+    """
+
+    monitor_interval = 0
+    _instances: ClassVar[WeakSet[ProgressBar]] = WeakSet()  # the thread that watches other bars passes over these
+
+    def refresh(self, nolock: bool = False, lock_args: tuple[bool | float, ...] | None = None) -> None:
+        """Draw the bar again."""
+        with self.get_lock():
+            super().refresh(nolock=True)
+
+
+ProgressBar.set_lock(threading.RLock())

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from src.data.audio import SAMPLE_RATE, Waveform, stream_audio, to_mono_16k
 from src.data.utterance import language_of_row
@@ -49,6 +48,7 @@ from src.inference.words import Word
 from src.utils.config import Config
 from src.utils.errors import AudioError, DataError, visible
 from src.utils.languages import join_texts, parse_language, space_between, text_language
+from src.utils.logging_config import ProgressBar
 from src.utils.runtime import FittingSize, thread_pool
 
 logger = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ class BatchInference:
         spoken = {source: parse_language(mark) for source, mark in marks.items() if mark is not None}
         total = len(sources) if isinstance(sources, Sequence) else None
         by_mode = self._one_by_one if mode == "sequential" else self._in_rounds
-        with tqdm(total=total, desc="transcribing", unit="file", disable=total == 1) as bar:
+        with ProgressBar(total=total, desc="transcribing", unit="file", disable=total == 1) as bar:
             for recording in by_mode(sources, spoken, options, on_error, on_progress):
                 bar.update()
                 done = recording.joined(words=word_timestamps)
