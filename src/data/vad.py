@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.utils.config import VADConfig
 from src.utils.errors import AudioError, MissingDependencyError, ModelError
+from src.utils.files import uninterrupted
 
 WINDOW_SAMPLES = 512  # 32 ms: the only window that the 16 kHz network takes
 HYSTERESIS = 0.15  # speech ends below threshold - 0.15, silero's value
@@ -247,7 +248,8 @@ def load_network() -> Any:
             "speech detection needs silero-vad, which is not installed: pip install 'silero-vad>=6.2.3,<7'"
         )
     try:
-        import onnxruntime  # type: ignore[import-untyped]
+        with uninterrupted():  # it would answer Ctrl-C with an ImportError
+            import onnxruntime  # type: ignore[import-untyped]
     except ImportError as err:
         raise MissingDependencyError(
             f"speech detection needs onnxruntime, which cannot be imported ({err}): pip install onnxruntime"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,3 +143,20 @@ def test_unusable_network_is_an_error_never_all_speech(
 def test_unfit_audio_is_named(detector: VoiceActivityDetector, audio: Waveform, named: str) -> None:
     with pytest.raises(AudioError, match=named):
         detector.speech_segments(audio)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_ctrl_c_while_onnxruntime_is_imported_is_no_missing_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import signal\ntry: signal.raise_signal(signal.SIGINT)\nexcept BaseException: raise ImportError('failed')\n"
+    (tmp_path / "onnxruntime.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            load_network()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        sys.modules.pop("onnxruntime", None)

@@ -28,6 +28,7 @@ from src.data.augmentation.noise import EXPONENTS, NoiseKind, NoisePool, mask_pa
 from src.data.features import CONTEXT_SAMPLES
 from src.utils.config import AugmentationConfig
 from src.utils.errors import MissingDependencyError
+from src.utils.files import uninterrupted
 
 NEWEST_TORCHAUDIO = (2, 11, 0)  # its last release line; it follows torch's numbers up to there
 MAX_DENOMINATOR = 100  # of resampling ratios: factors of two decimals stay exact, and kernels small
@@ -405,7 +406,8 @@ def _keep_energy(before: Tensor, after: Tensor, lengths: Tensor) -> Tensor:
 def torchaudio_functional() -> Any:
     """Import torchaudio, once; where it is absent or does not fit torch, the error says how to install it."""
     try:
-        from torchaudio import functional as torchaudio_functional
+        with uninterrupted():  # its libraries may answer Ctrl-C with one of the errors below
+            from torchaudio import functional as torchaudio_functional
     except ModuleNotFoundError as err:
         installed = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:3])
         fitting = ".".join(map(str, min(installed, NEWEST_TORCHAUDIO)))
