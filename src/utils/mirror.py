@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from src.utils.errors import WhisperASRError
 from src.utils.files import LOCK, fsync, load_json, sha256_of, write_text_atomic
@@ -254,7 +254,7 @@ class DriveMirror:
         marker = self.target / MARKER
         try:
             self.target.mkdir(parents=True, exist_ok=True)
-            if marker.exists() and b'"folders"' in marker.read_bytes():
+            if marker.is_file() and b'"folders"' in marker.read_bytes():
                 raise WhisperASRError(
                     f"{self.target}: its {MARKER} is of an earlier version; mirror to a new folder, or delete "
                     "that file: older copies then stay until you delete them, and block their names"
@@ -298,9 +298,11 @@ class DriveMirror:
 
     def _read_marker(self, folder: Path, final: Path | None = None) -> _Marker | None:
         """Return the marker of a copy whose name is, or was, `final`; None if the folder is not the mirror's."""
+        if not (folder / MARKER).is_file():  # a pipe would never end
+            return None
         try:
-            marker = _Marker.model_validate_json((folder / MARKER).read_bytes())
-        except (FileNotFoundError, NotADirectoryError, ValidationError):
+            marker = _Marker.model_validate(load_json(folder / MARKER))
+        except (FileNotFoundError, ValueError):
             return None
         return marker if marker.name == (final or folder).relative_to(self.target).as_posix() else None
 
