@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -33,9 +33,12 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
-    @field_validator("*")
+    @field_validator("*", mode="wrap")
     @classmethod
-    def _usable(cls, value: Any, info: ValidationInfo) -> Any:
+    def _usable(cls, given: Any, parse: Callable[[Any], Any], info: ValidationInfo) -> Any:
+        value = parse(given)
+        if isinstance(given, bool) and type(value) in (int, float):
+            raise ValueError(f"a number is needed, not {str(given).lower()}")
         limit = MAX_SEED if info.field_name == "seed" else MAX_NUMBER
         if isinstance(value, int | float) and abs(value) > limit:
             raise ValueError(f"larger than {limit}")
@@ -583,7 +586,7 @@ def load_config(
     if not isinstance(profiles, dict) or not all(isinstance(preset, dict | None) for preset in profiles.values()):
         problems.append("profiles: expected a mapping of name to settings")
     else:
-        shared, chosen = _problems(tree), profile or tree.get("profile")
+        shared, chosen = set(_problems(tree)), profile or tree.get("profile")
         chosen = chosen if isinstance(chosen, str) else None  # else one of the problems
         for name, preset in profiles.items():  # a typo in a profile that is not chosen is still a typo
             found = _problems(_merge(tree, preset or {})) if name != chosen else []
@@ -661,15 +664,16 @@ class _PlainLoader(yaml.SafeLoader):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self._depth = 0
+        self._depth = self._composed = 0  # the second counts aliases, too
         self._sizes: dict[int, int] = {}  # nodes below a node, with aliases written out
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise yaml.composer.ComposerError(
-                None, None, f"nested deeper than {MAX_DEPTH} levels", self.peek_event().start_mark
-            )
+        self._composed += 1
+        if self._depth > MAX_DEPTH or self._composed > MAX_NODES:
+            is_deep = self._depth > MAX_DEPTH
+            limit = f"nested deeper than {MAX_DEPTH} levels" if is_deep else f"more than {MAX_NODES} values"
+            raise yaml.composer.ComposerError(None, None, limit, self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         if node is not None and id(node) not in self._sizes:  # else an alias

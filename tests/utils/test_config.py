@@ -167,6 +167,10 @@ def bomb(levels: int) -> str:
         (bomb(20), "more than 10000 values"),
         ("a: &a {k: 1}\n" + "".join(f"{y}: &{y} {{<<: [{','.join(['*' + x] * 9)}]}}\n"
                                      for x, y in zip("abcdef", "bcdefg", strict=True)), "more than 10000 values"),
+        ("".join(f"k{i}: 1\n" for i in range(60_000)), "more than 10000 values"),
+        ("a: &a x\nb: [" + "*a," * 200_000 + "*a]", "more than 10000 values"),
+        ("training: {epochs: true}", r"training\.epochs: a number is needed, not true"),
+        ("seed: no", "seed: a number is needed, not false"),
         ("[" * 5000 + "]" * 5000, "nested deeper than 20"), ("{a: " * 5000, "nested deeper"), ("- " * 3000, "nested"),
         ("training: &a {epochs: *a}", r"training\.epochs"), ("a: &a [*a]", "a: unknown key"),
         ("1: 2", "key '1' is no text"), ("null: 2", "is no text"), ("? [a]\n: b", "is no text"),
