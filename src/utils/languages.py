@@ -55,6 +55,7 @@ _TOKENS_PER_SEC = {
     **dict.fromkeys(_codes("bo my"), 46.0),
 }
 _OTHER_TOKENS_PER_SEC = 6.0
+FAST_SPEECH = 1.5  # times the ordinary rate: what must have room in the decoder
 CAP_FACTOR = 2.5  # times the ordinary rate ends a text: the fastest speech is below, a loop is soon above
 
 

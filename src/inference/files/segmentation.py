@@ -30,7 +30,7 @@ from src.inference.engines import decode_with_fallback, fails, is_silence
 from src.inference.options import DecodingOptions
 from src.inference.words import BROKEN, Vocabulary, Word, shifted
 from src.utils.config import InferenceConfig
-from src.utils.languages import join_texts, language_name, text_language, tokens_per_sec
+from src.utils.languages import FAST_SPEECH, join_texts, language_name, text_language, tokens_per_sec
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,6 @@ EARLIEST_CUT = 0.5  # share of `max_sec`; a cut before it would make many short 
 MIN_REST_SEC = 0.5  # a shorter rest after the last window holds no word
 MAX_PROMPT_CHARS = 2_000  # more than the 223 tokens that a prompt may have
 SPECIAL_TOKENS = 5  # start, language, task, no timestamps, end
-FAST_SPEECH = 1.4  # times the ordinary rate of tokens
 USED_POSITIONS = 0.8  # of the decoder's, by the text that is expected
 SHORTEST_HALF_SEC = 2.0  # a text that ends at a limit is decoded again in halves, down to it
 NEAR_LAST_WORD_SEC = (-0.1, 0.3)  # from its end: what is decoded after it begins at the quietest moment there

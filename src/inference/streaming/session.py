@@ -35,7 +35,7 @@ from src.inference.streaming.microphone import BrowserMicrophone, Microphone, in
 from src.inference.words import Word, cut_words, join_words, shifted, whole_tokens
 from src.utils.config import Config
 from src.utils.errors import AudioError
-from src.utils.languages import CAP_FACTOR, space_between, text_language
+from src.utils.languages import CAP_FACTOR, FAST_SPEECH, space_between, text_language
 from src.utils.runtime import in_colab, in_notebook
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,6 @@ CERTAIN = 0.9  # probability that settles it earlier
 
 MIN_REST_SEC = 0.2  # of audio after a text that ended at a limit; less has no word
 START_TOKENS = 5  # before the text: previous text, start, language, task, no timestamps
-FAST_SPEECH = 1.5  # times the ordinary tokens per second: a full buffer of it must fit into the decoder
 
 
 @dataclass(frozen=True)
