@@ -45,7 +45,10 @@ class CTranslate2Engine(Engine):
         self.vocabulary = Vocabulary.from_folder(folder)
         self.audio_context, self.cap_rates = own_settings(config, folder / "config.json")
         mark = config.get("language")
-        self.language = self.vocabulary.language_code(str(mark)) if mark and self.vocabulary.multilingual else None
+        try:
+            self.language = self.vocabulary.language_code(str(mark)) if mark and self.vocabulary.multilingual else None
+        except ModelError as err:
+            raise ModelError(f"{folder / 'config.json'}: {err}") from err
         layers, heads = check_ct2_folder(folder, config)
         # distilled checkpoints list their teacher's; CTranslate2 would end the process
         self._foreign_heads = [h for h in config.get("alignment_heads") or () if h[0] >= layers or h[1] >= heads]

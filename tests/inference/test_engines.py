@@ -130,6 +130,10 @@ def test_multilingual_clips_are_detected_and_aligned_row_by_row(base: Any, tmp_p
         assert english.text != german.text
         (alone,) = transcribe(engine, [jfk], replace(options, language="en"))
         assert english.text == alone.text
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"language": "klingon"}))
+    with pytest.raises(ModelError, match=r"base/config\.json: .*klingon"):
+        CTranslate2Engine(folder)
         times, expected = ([word.end_sec for word in result.words or ()] for result in (english, alone))
         assert times == pytest.approx(expected, abs=0.05)
 
