@@ -33,20 +33,21 @@ SPEECH_DETECTION_SEC = 600
 
 def main() -> int:
     """Measure both sides and print the table."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.compare_commits import checkout_of
+    from scripts.benchmarking import show
+    from scripts.command_line import path_argument
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", metavar="OLD_COMMIT", help="commit to compare the working tree with")
-    parser.add_argument("--old-checkout", type=Path, help="folder in which OLD_COMMIT is checked out already")
+    parser.add_argument("--old-checkout", type=path_argument, help="folder in which OLD_COMMIT is checked out already")
     parser.add_argument(
-        "--data", type=Path, help="Parquet file in the Hugging Face audio layout; default: bundled clips"
+        "--data", type=path_argument, help="Parquet file in the Hugging Face audio layout; default: bundled clips"
     )
     parser.add_argument("--rounds", type=int, default=5, help="pairs of each task (default: 5)")
     parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--quick", action="store_true", help="one pair of the short tasks; records nothing")
     arguments = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
-    from benchmarks.compare_commits import checkout_of
-    from scripts.benchmarking import show
-
     tasks = ["import", "detect"] if arguments.quick else arguments.only
     rounds = 1 if arguments.quick else arguments.rounds
     data = str(arguments.data.resolve()) if arguments.data else ""

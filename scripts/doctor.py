@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, help="default: the project's config.yaml")
+    parser.add_argument("--config", help="default: the project's config.yaml")
     parser.add_argument("--profile", help="profile of the configuration whose needs are checked")
     arguments = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036  what is imported below needs it
@@ -48,12 +48,13 @@ def main() -> int:
     return 0 if report.ok else 1
 
 
-def load(path: Path, profile: str | None, loaded: list[Config]) -> Iterator[Check]:
+def load(path: str | Path, profile: str | None, loaded: list[Config]) -> Iterator[Check]:
     """Load the configuration into the list."""
     from src.utils.config import load_config
+    from src.utils.files import expand_path
     from src.utils.validation import Check
 
-    loaded.append(load_config(path, profile=profile))
+    loaded.append(load_config(expand_path(path), profile=profile))
     yield Check("config", "ok", f"{path}, profile {loaded[0].profile}")
 
 
