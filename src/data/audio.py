@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import logging
+import math
 import os
 import re
 import stat
@@ -72,6 +73,7 @@ _MAX_PADDING = 1 << 22  # bytes of one value, after which FFmpeg's parsers would
 _RAW = frozenset({"aac", "ac3", "dts", "eac3", "flac", "loas", "mp3"})
 _MAX_ERRORS = 100  # of a container in one place
 _CANCELLED = 0.4  # power of the sum over that of the loudest channel; 1 for unrelated channels, 4 for two equal ones
+_INVERTED, _STRETCH = 0.05, 4096  # the same in samples of a block: one channel may be inverted for a while
 _PCM_STEPS = 1 << 15  # of a 16-bit sample, on either side of 0
 # fmt: off
 AUDIO_SUFFIXES = frozenset({  # of what is decoded
@@ -632,15 +634,24 @@ def _mixer(asked: _Asked) -> Callable[[NDArray[np.float32]], Waveform]:
         with np.errstate(over="ignore", invalid="ignore"):  # NaN and infinity are refused afterwards
             mono: Waveform = block.mean(axis=1)
             if block.shape[1] > 1:
-                powers = np.einsum("tc,tc->c", block, block)
-                if float(mono @ mono) * block.shape[1] ** 2 < _CANCELLED * powers.max():
-                    if chosen is None:
-                        chosen = int(powers.argmax())
-                        asked.odd(f"its channels cancel each other, one is inverted: channel {chosen + 1} is used")
-                    mono = np.ascontiguousarray(block[:, chosen])
+                whole = _power_of_sum(block, mono) < _CANCELLED
+                size = len(block) if whole else _STRETCH
+                for at in range(0, len(block), size):
+                    part = block[at : at + size]
+                    if whole or _power_of_sum(part, mono[at : at + size]) < _INVERTED:
+                        if chosen is None:
+                            chosen = int(np.einsum("tc,tc->c", part, part).argmax())
+                            asked.odd(f"its channels cancel each other, one is inverted: channel {chosen + 1} is used")
+                        mono[at : at + size] = part[:, chosen]
         return mono
 
     return mix
+
+
+def _power_of_sum(block: NDArray[np.float32], mono: Waveform) -> float:
+    """Return the power of the sum of all channels over that of the loudest one; infinite for silence."""
+    loudest = float(np.einsum("tc,tc->c", block, block).max())
+    return float(mono @ mono) * block.shape[1] ** 2 / loudest if loudest else math.inf
 
 
 # Checks and resampling

@@ -280,6 +280,17 @@ def test_a_channel_that_cancels_the_others_is_left_out(
     assert np.abs(to_mono_16k(tone(16_000) * np.array([1, -1], np.float32), 16_000)).max() > 0.4
 
 
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "MP3"])
+@pytest.mark.parametrize("first", [True, False])
+def test_no_stretch_is_lost_where_one_channel_is_inverted_for_a_while(kind: str, first: bool) -> None:
+    sound = tone(16_000, 4).repeat(2, axis=1)
+    sound[:27_000, int(first)] *= -1
+    sound = sound if first else sound[::-1]
+    audio = load_audio(encoded(sound, 16_000, kind), name="clip", strict=True)
+    loudness = np.abs(audio[:60_000].reshape(-1, 5_000)).max(axis=1)
+    assert loudness.min() == pytest.approx(loudness.max(), rel=0.1)
+
+
 def test_channels_that_do_not_cancel_are_averaged(caplog: pytest.LogCaptureFixture) -> None:
     noise = np.random.default_rng(0).normal(0, 0.1, (16_000, 2)).astype(np.float32)
     for channels in (noise, noise * [1, 0], np.repeat(noise[:, :1], 2, axis=1), np.pad(noise[:, :1], ((0, 0), (0, 7)))):
