@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 from src.utils.config import Config, flatten
 from src.utils.errors import ConfigError, MissingDependencyError, WhisperASRError
-from src.utils.files import LOCK, claim, json_line, jsonable, parse_json, write_bytes_atomic, write_text_atomic
+from src.utils.files import LOCK, claim, json_line, jsonable, parse_json, public, write_bytes_atomic, write_text_atomic
 from src.utils.runtime import installed_version
 from src.utils.versioning import get_git_revision
 
@@ -472,7 +472,7 @@ _TRACKERS: dict[str, type[_Tracker]] = {"tensorboard": _TensorBoard, "wandb": _W
 
 
 def _parameters(config: Config) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude={"paths"})
+    return dict(public(config.model_dump(mode="json", exclude={"paths"})))
 
 
 @contextmanager

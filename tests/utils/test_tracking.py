@@ -299,6 +299,25 @@ def test_mlflow_reads_the_rows_and_a_continued_run_stays_one(config: Config) -> 
     assert not [name for name in run.data.params if name.startswith("paths")]
 
 
+def test_no_tracker_is_told_a_private_place() -> None:
+    config = load_config(
+        None,
+        overrides={
+            "model.variant": "/home/ann/models/best",
+            "data": {"source": "folder", "path": "/home/ann/secret/speech"},
+            "checkpoints.mirror_dir": "/content/drive/MyDrive/Ann",
+            "augmentation.noise_dir": "/mnt/ann/noise",
+        },
+    )
+    told = tracking._parameters(config)
+    assert (told["model"]["variant"], told["data"]["path"], told["augmentation"]["noise_dir"]) == (
+        "best",
+        "speech",
+        "noise",
+    )
+    assert "/" not in f"{told['checkpoints']['mirror_dir']}"
+
+
 def read_wandb(folders: list[Path], axis: str, key: str) -> list[tuple[Any, Any]]:
     from wandb.proto import wandb_internal_pb2
     from wandb.sdk.internal.datastore import DataStore

@@ -27,7 +27,7 @@ from src.data.sources.subtitles import PREPARATION_FILE
 from src.data.utterance import SPLITS, SkippedUtterance, Utterance
 from src.utils.config import Config
 from src.utils.errors import DataError
-from src.utils.files import read_json, write_json, write_text_atomic
+from src.utils.files import public, read_json, write_json, write_text_atomic
 from src.utils.languages import is_unspaced_text, language_name
 
 CLIP_TYPES = {
@@ -300,8 +300,8 @@ def _of_recordings(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
 def _private_places(config: Config) -> list[str]:
     """Return the folders of the data, the cache and the like, the longest first: one may lie below another."""
     places = [config.paths.cache_dir, Path(tempfile.gettempdir()), Path.cwd(), Path.home()]
-    if config.data.path is not None:
-        places = [config.data.path, config.data.path.parent, *places]
+    for path in filter(None, (config.data.path, *(source.path for source in config.data.mix))):
+        places += [path, path.parent]
     forms = {str(form) for each in places for form in (each.absolute(), each.resolve())}
     return sorted(forms, key=len, reverse=True)
 
@@ -310,7 +310,7 @@ def _without_places(text: str, places: Sequence[str]) -> str:
     """Return a text whose paths begin below private folders: a report is shown to others."""
     for place in places:
         text = text.replace(f"{place}{os.sep}", "")
-    return text
+    return str(public(text))
 
 
 def _player(path: Path) -> str:

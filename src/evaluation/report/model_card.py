@@ -15,14 +15,14 @@ from huggingface_hub import EvalResult, ModelCardData
 from src.data.report.report import REPORT_FILE, DataReport
 from src.data.sources.hub import CORPORA
 from src.evaluation.report import summary as run_summary
-from src.evaluation.report.run_files import Row, best_epoch, bootstrap_of, guard_name, public, read_origin
+from src.evaluation.report.run_files import Row, best_epoch, bootstrap_of, guard_name, read_origin
 from src.evaluation.slices import slice_columns, slice_rates
 from src.models.export.huggingface import read_provenance
 from src.models.folder import read_settings
 from src.models.weights import HUB_REPOSITORIES
 from src.utils.config import flatten
 from src.utils.errors import DataError, ModelError
-from src.utils.files import write_text_atomic
+from src.utils.files import public, write_text_atomic
 from src.utils.languages import WHISPER_LANGUAGES, language_name
 
 CARD_FILE = "README.md"

@@ -6,18 +6,17 @@ Results on the guard set are kept under names such as "tuned (guard)", so that n
 from __future__ import annotations
 
 import math
-import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from src.evaluation.evaluator import Prediction
 from src.evaluation.metrics import Bootstrap
 from src.utils.config import parse_yaml
 from src.utils.errors import ConfigError, DataError, first_line
-from src.utils.files import read_json, read_run_rows
+from src.utils.files import public, read_json, read_run_rows
 from src.utils.versioning import DatasetVersion, DataVersionManager
 
 STOCK, TUNED = "stock", "tuned"
@@ -182,16 +181,3 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not all(isinstance(part, dict) and isinstance(part.get("hub", {}), dict) for part in parts):
         raise DataError(f"{path}: not the configuration of a run; {_FIX}")
     return dict(tree)
-
-
-def public(value: Any) -> Any:
-    """Return a tree without private places: of an absolute path, what lies below the working directory, or its name."""
-    if isinstance(value, Mapping):
-        return {key: public(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [public(each) for each in value]
-    if not isinstance(value, str | Path) or not re.match(r"[/~\\]|[A-Za-z]:[/\\]", str(value)):
-        return value
-    if Path(value).is_relative_to(Path.cwd()):
-        return str(Path(value).relative_to(Path.cwd()))
-    return PureWindowsPath(value).name  # which knows both kinds of slashes

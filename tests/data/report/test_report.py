@@ -288,13 +288,16 @@ def test_a_report_tells_no_private_place(
     clean: list[Utterance], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
-    config = Config.model_validate({"data": {"source": "folder", "path": tmp_path / "data"}})
-    places = [tmp_path / "data" / "b" / "x.wav", Path.cwd() / "x.wav", Path("/home/somebody/x.wav")]
+    mix = [{"source": "folder", "path": tmp_path / name} for name in ("data", "more")]
+    config = Config.model_validate({"data": {"mix": mix}})
+    names = ["data/b/x.wav", "more/b/x.wav"]
+    places = [*(tmp_path / name for name in names), *(Path(p, "x.wav") for p in (Path.cwd(), "/home/somebody", "/a/b"))]
     skipped = [SkippedUtterance(f"{i}", f"utterance {i}: {place}: no such file") for i, place in enumerate(places)]
     report = build_data_report(replace(splits_of(clean), skipped=skipped), config)
+    shown = ["b/x.wav", "b/x.wav", "x.wav", "x.wav", "x.wav"]
     assert [row.reason for row in report.skipped] == [
-        "utterance 0: b/x.wav: no such file", "utterance 1: x.wav: no such file", "utterance 2: x.wav: no such file"
-    ]  # fmt: skip
+        f"utterance {i}: {name}: no such file" for i, name in enumerate(shown)
+    ]
 
 
 def test_no_cell_of_the_table_of_clips_is_a_formula(clean: list[Utterance], tmp_path: Path) -> None:

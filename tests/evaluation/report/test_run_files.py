@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from src.data.utterance import Utterance
-from src.evaluation.report.run_files import last_training, load_metrics, load_predictions, public, read_origin
+from src.evaluation.report.run_files import last_training, load_metrics, load_predictions, read_origin
 from src.utils.errors import DataError
 from src.utils.versioning import DataVersionManager
 from tests.evaluation.run_files import append, epoch, prediction, steps
@@ -110,4 +110,3 @@ def test_no_private_place_is_in_an_origin(run_dir: Path, tmp_path: Path, monkeyp
     assert origin.config["paths"]["runs_dir"] == "runs"
     assert (origin.config["augmentation"]["noise_dir"], origin.config["data"]["path"]) == ("noise", "speech")
     assert "--model best" in origin.commands()[-1]
-    assert public("a/b.wav") == "a/b.wav"
