@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from typing import ClassVar
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 from tqdm.auto import tqdm
@@ -45,7 +45,7 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
     monitor_interval = 0
     _instances: ClassVar[WeakSet[ProgressBar]] = WeakSet()  # the thread that watches other bars passes over these
 
-    def refresh(self, nolock: bool = False, lock_args: tuple[bool | float, ...] | None = None) -> None:
+    def refresh(self, nolock: bool = False, lock_args: Any = None) -> None:
         """Draw the bar again."""
         with self.get_lock():
             super().refresh(nolock=True)
