@@ -29,13 +29,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import resources
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, TypeVar
-from urllib.parse import unquote
 
 from src.utils.errors import ConfigError, DataError, WhisperASRError, WriteError, first_line, listed_problems
-from src.utils.runtime import MOUNT_POINT
 
 logger = logging.getLogger(__name__)
 
@@ -59,16 +57,6 @@ _LONG_NAME, _KEPT_NAME = 200, 150  # bytes; most file systems take names of 255,
 _LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # JSON escapes the others itself
 
 
-_SLASH = r"(?:[/\\]|%2[Ff]|%5[Cc])"
-_BEGIN = rf"(?:file(?::|%3[Aa])|[A-Za-z](?::|%3[Aa])|~[\w.-]*|\$\{{?\w+\}}?|%\w+%)?(?={_SLASH})"
-_PLACE = re.compile(rf"{_BEGIN}|~[\w.-]*$")
-# in a text: a path begins after what is no part of one, and not in a URL; its folders contain no spaces
-_FOLDERS = re.compile(
-    rf"(?<![\w./\\~$%}})\]>-])(?!(?<=:)//)(?:{_BEGIN})(?:{_SLASH}+(?:(?!{_SLASH})[^\s\"'<>|:*?])+)+{_SLASH}+(?=[\w.-])"
-)
-_HOMES = {"home", "Users", "users"}
-
-
 def expand_path(path: str | Path) -> Path:
     """Return a path with `~` and environment variables (`$NAME`, `${NAME}`) replaced.
 
@@ -90,29 +78,6 @@ def expand_path(path: str | Path) -> Path:
     if max(map(len, raw.split(b"/"))) > 255 or len(raw) > 4_000:
         raise ConfigError(f"'{text[:200]}...': too long for a path (255 bytes a name, 4,000 in all); check it")
     return Path(expanded)
-
-
-def public(value: Any) -> Any:
-    """Return a tree without private folders: of what lies below the working directory the path there, else the name.
-
-    Texts are looked through for paths of any system and for file URLs; a path that is a whole text may contain spaces.
-    """
-    if isinstance(value, Mapping):
-        return {public(key): public(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [public(each) for each in value]
-    if not isinstance(value, str | Path):
-        return value
-    text, here = str(value), Path.cwd()
-    if ": " in text or not _PLACE.match(text):
-        below_here = "" if here == Path(here.anchor) else f"{here}{os.sep}"
-        return _FOLDERS.sub("", text.replace(below_here, ""))
-    path = re.sub(r"^file:/*", "/", unquote(text))
-    is_near = here != Path(here.anchor) and Path(path).is_relative_to(here)
-    if is_near and not Path(path).is_relative_to(MOUNT_POINT):
-        return str(Path(path).relative_to(here))
-    found = PureWindowsPath(path)  # which knows both kinds of slashes
-    return "~" if (path.startswith("~") and "~" in found.name) or found.parent.name in _HOMES else found.name
 
 
 def sha256_of(path: Path) -> str:

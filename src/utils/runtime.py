@@ -10,19 +10,21 @@ import importlib.util
 import logging
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from urllib.parse import unquote
 
 from src.utils.errors import CheckpointError, DeviceError, OutOfMemoryError, WhisperASRError, first_line
 from src.utils.files import atomic_file, project_file
@@ -40,6 +42,16 @@ _SECTIONS = {  # of that page, by class of error
     "ConfigError": "settings", "DataError": "data", "ModelError": "model", "DeviceError": "set-up",
     "CheckpointError": "restart", "WriteError": "training", "MissingDependencyError": "set-up",
 }  # fmt: skip
+
+
+_SLASH = r"(?:[/\\]|%2[Ff]|%5[Cc])"
+_BEGIN = rf"(?:file(?::|%3[Aa])|[A-Za-z](?::|%3[Aa])|~[\w.-]*|\$\{{?\w+\}}?|%\w+%)?(?={_SLASH})"
+_PLACE = re.compile(rf"{_BEGIN}|~[\w.-]*$")
+# in a text: a path begins after what is no part of one, and not in a URL; its folders contain no spaces
+_FOLDERS = re.compile(
+    rf"(?<![\w./\\~$%}})\]>-])(?!(?<=:)//)(?:{_BEGIN})(?:{_SLASH}+(?:(?!{_SLASH})[^\s\"'<>|:*?])+)+{_SLASH}+(?=[\w.-])"
+)
+_HOMES = {"home", "Users", "users"}
 
 
 def in_colab() -> bool:
@@ -168,6 +180,29 @@ def download_results(run_dir: Path, *, model_dir: Path, mirror_dir: Path | None 
 def is_on_unmounted_drive(path: Path) -> bool:
     """Whether a path lies on Google Drive while it is not mounted: writing there would fill the local disk."""
     return path.absolute().is_relative_to(MOUNT_POINT) and not MOUNT_POINT.is_mount()
+
+
+def public(value: Any) -> Any:
+    """Return a tree without private folders: of what lies below the working directory the path there, else the name.
+
+    Texts are looked through for paths of any system and for file URLs; a path that is a whole text may contain spaces.
+    """
+    if isinstance(value, Mapping):
+        return {public(key): public(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(each) for each in value]
+    if not isinstance(value, str | Path):
+        return value
+    text, here = str(value), Path.cwd()
+    if ": " in text or not _PLACE.match(text):
+        below_here = "" if here == Path(here.anchor) else f"{here}{os.sep}"
+        return _FOLDERS.sub("", text.replace(below_here, ""))
+    path = re.sub(r"^file:/*", "/", unquote(text))
+    is_near = here != Path(here.anchor) and Path(path).is_relative_to(here)
+    if is_near and not Path(path).is_relative_to(MOUNT_POINT):
+        return str(Path(path).relative_to(here))
+    found = PureWindowsPath(path)  # which knows both kinds of slashes
+    return "~" if (path.startswith("~") and "~" in found.name) or found.parent.name in _HOMES else found.name
 
 
 def installed_version(package: str) -> str | None:

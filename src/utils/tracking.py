@@ -31,8 +31,8 @@ from typing import Any, Literal
 
 from src.utils.config import Config, flatten
 from src.utils.errors import ConfigError, MissingDependencyError, WhisperASRError
-from src.utils.files import LOCK, claim, json_line, jsonable, parse_json, public, write_bytes_atomic, write_text_atomic
-from src.utils.runtime import installed_version
+from src.utils.files import LOCK, claim, json_line, jsonable, parse_json, write_bytes_atomic, write_text_atomic
+from src.utils.runtime import installed_version, public
 from src.utils.versioning import get_git_revision
 
 logger = logging.getLogger(__name__)

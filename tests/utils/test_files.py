@@ -26,7 +26,6 @@ from src.utils.files import (
     load_english_spelling,
     locked,
     parse_json,
-    public,
     read_hidden_name,
     read_json,
     read_run_rows,
@@ -424,47 +423,3 @@ def test_the_spelling_map_is_that_of_openai_whisper_and_read_only() -> None:
     assert (spelling["colour"], spelling["accessorise"]) == ("color", "accessorize")
     with pytest.raises(TypeError):
         spelling["colour"] = "x"  # type: ignore[index]
-
-
-@pytest.mark.parametrize(
-    ("private", "shown"),
-    [
-        ("/home/ann/my speech/x.wav", "x.wav"), ("/x", "x"), ("/home/ann", "~"), ("C:\\Users\\ann", "~"), ("~ann", "~"),
-        ("~/speech", "speech"), ("~ann/a/speech", "speech"), ("$HOME/a/speech", "speech"), ("${DATA}/a/x", "x"),
-        (r"C:\Users\ann\x.wav", "x.wav"), ("d:/ann/x.wav", "x.wav"), (r"%USERPROFILE%\a\x.wav", "x.wav"),
-        (r"\\server\ann\x.wav", "x.wav"), ("//server/ann/x.wav", "x.wav"), (r"\\?\C:\ann\x.wav", "x.wav"),
-        ("file:///home/ann/my%20x.wav", "my x.wav"), ("file:/home/ann/x.wav", "x.wav"),
-        ("file://server/a/x.wav", "x.wav"),
-        ("file:///C:/Users/ann/x.wav", "x.wav"), ("%2Fhome%2Fann%2Fx.wav", "x.wav"), ("file%3A%2F%2Fs%2Fa%2Fx", "x"),
-        ("/content/drive/MyDrive/Ann/x", "x"), ("/content/drive/Shareddrives/Firm/x", "x"),
-        ("clip 3: /home/ann/x.wav: truncated", "clip 3: x.wav: truncated"),
-        ("--data=/home/ann/x.parquet", "--data=x.parquet"),
-        (r"C:\Users\ann\x.wav: no such file", "x.wav: no such file"), ("see 'file:///home/ann/x.wav'", "see 'x.wav'"),
-        (["/a/b", {"/a/k": ("/a/v", 1, None)}], ["b", {"k": ["v", 1, None]}]),
-    ],
-)  # fmt: skip
-def test_no_private_folder_is_shown(private: Any, shown: Any) -> None:
-    assert public(private) == shown
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a/b.wav", "../x", "openai/whisper-tiny", "https://host/a/b/c", "see s3://bucket/a/b: 3", "3/4", "2026/11/30",
-        "a: b/c", "</p>", "w/o: and/or", "C: drive", "", "~", "10% / 20 %",
-    ],
-)  # fmt: skip
-def test_what_is_no_private_folder_is_shown_as_it_is(text: str) -> None:
-    assert public(text) == text
-
-
-def test_a_place_below_the_working_directory_is_shown_from_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert public(tmp_path / "a" / "b") == "a/b"
-    assert public(f"file://{tmp_path}/a%20b/c") == "a b/c"
-    assert public(f"x: {tmp_path}/a/b: damaged") == "x: a/b: damaged"
-    monkeypatch.chdir("/")
-    assert public("/home/ann/x") == "x"
-    assert public("x: /home/ann/y: damaged") == "x: y: damaged"

@@ -27,8 +27,9 @@ from src.data.sources.subtitles import PREPARATION_FILE
 from src.data.utterance import SPLITS, SkippedUtterance, Utterance
 from src.utils.config import Config
 from src.utils.errors import DataError
-from src.utils.files import public, read_json, write_json, write_text_atomic
+from src.utils.files import read_json, write_json, write_text_atomic
 from src.utils.languages import is_unspaced_text, language_name
+from src.utils.runtime import public
 
 CLIP_TYPES = {
     "id": "str", "split": "str", "speaker": "object", "language": "object", "source": "object",

@@ -22,8 +22,9 @@ from src.models.folder import read_settings
 from src.models.weights import HUB_REPOSITORIES
 from src.utils.config import flatten
 from src.utils.errors import DataError, ModelError
-from src.utils.files import public, write_text_atomic
+from src.utils.files import write_text_atomic
 from src.utils.languages import WHISPER_LANGUAGES, language_name
+from src.utils.runtime import public
 
 CARD_FILE = "README.md"
 _PROVENANCE = (

@@ -16,7 +16,8 @@ from src.evaluation.evaluator import Prediction
 from src.evaluation.metrics import Bootstrap
 from src.utils.config import parse_yaml
 from src.utils.errors import ConfigError, DataError, first_line
-from src.utils.files import public, read_json, read_run_rows
+from src.utils.files import read_json, read_run_rows
+from src.utils.runtime import public
 from src.utils.versioning import DatasetVersion, DataVersionManager
 
 STOCK, TUNED = "stock", "tuned"
