@@ -461,4 +461,5 @@ async def _read_audio(
 
 
 def _bearer_tokens(request: web.BaseRequest) -> list[str]:
-    return [value.removeprefix("Bearer ") for value in request.headers.getall("Authorization", ())]
+    pairs = (value.partition(" ") for value in request.headers.getall("Authorization", ()))
+    return [token.strip() if scheme.lower() == "bearer" else scheme for scheme, _, token in pairs]

@@ -93,6 +93,23 @@ def test_a_generator_is_read_no_further_than_a_round_and_its_order_kept() -> Non
     assert engine.batches[0] == (None, [3 * SAMPLE_RATE] * 2)  # from long to short
 
 
+def test_a_text_is_told_as_it_comes_from_blocks_that_may_stop() -> None:
+    told: list[str | None] = []
+    spoken = by_loudness(Scripted(language="en"), batch_size=1)
+    blocks = iter([clip(20), clip(2, 0.0)] * 4)
+    (found,) = spoken.transcribe_iter([blocks], on_progress=lambda so_far: told.append(so_far.text))
+    assert len(told) == len(found.segments) == 4
+    assert told[-1] == found.text
+    assert all((later or "").startswith(earlier or "x") for earlier, later in itertools.pairwise(told))
+
+    def stopping() -> Iterator[Waveform]:
+        yield clip(40)
+        raise ConnectionError("the client left")
+
+    with pytest.raises(ConnectionError):
+        list(spoken.transcribe_iter([stopping()]))
+
+
 def test_a_recording_has_one_language_and_so_has_a_batch() -> None:
     engine = Scripted()
     german = np.concatenate([clip(3.5, 0.3), clip(3, 0.0), clip(3, 0.2)])  # its second half sounds English
