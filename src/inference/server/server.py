@@ -124,27 +124,31 @@ class CaptionServer:
         origins, tokens = request.headers.getall("Origin", ()), _bearer_tokens(request)
         upgrades = request.headers.get("Upgrade", "").strip().lower() == "websocket"
         headers = {"Access-Control-Allow-Origin": origins[0], "Vary": "Origin"} if origins else {}
+        is_known, answer = False, web.StreamResponse()
         try:
             if not self._origins.issuperset(origins):
                 headers = {}
                 raise ApiError(403, "pages of this origin are not served; see --origin", code="origin_not_allowed")
             is_known = self._is_known(tokens)
             if tokens and not is_known:
-                raise ApiError(401, "wrong token; send Authorization: Bearer TOKEN", code="invalid_api_key")
+                wrong = "wrong token; send Authorization: Bearer TOKEN"
+                raise ApiError(401, wrong, code="invalid_api_key", WWW_Authenticate="Bearer")
             if is_known:
                 connection.admit(self._known, waits=upgrades)
             if upgrades:
                 return await self._captions(request, connection, is_known=is_known)
-            return await self._api.answer(request, headers, is_known=is_known, serve=connection.serve)
+            answer = await self._api.answer(request, headers, is_known=is_known, serve=connection.serve)
         except ApiError as err:
             logger.warning("%s: %d: %s", request.remote, err.status, err)
-            return web.Response(status=err.status, text=f"{err}\n") if upgrades else err.response(headers)
+            answer = web.Response(status=err.status, text=f"{err}\n") if upgrades else err.response(headers)
         except ConnectionError as err:
             logger.info("%s: left: %s", request.remote, err)
             connection.abort()
-            return web.Response()  # to nobody
         finally:
             self._busy.discard(task)
+        if not is_known:
+            answer.force_close()
+        return answer
 
     def _is_known(self, tokens: Sequence[str]) -> bool:
         expected = (self._token or "").encode()
