@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import WhisperForConditionalGeneration
 
+from scripts import export as export_script
 from src.models.export.adapter import export_peft
 from src.models.export.huggingface import ADAPTERS_FILE, export_huggingface
 from src.models.export.verify import bundled_clips
@@ -47,9 +48,16 @@ def logits(model: Any, frames: int) -> torch.Tensor:
     return found
 
 
-def test_adapters_of_a_training_are_a_folder_of_peft(small_base: Any, tmp_path: Path) -> None:
+def test_adapters_of_a_training_are_a_folder_of_peft(
+    small_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     merged, tuned, base = make_run(small_base, tmp_path)
     out = export_peft(tuned, tmp_path / "peft", cache_dir=tmp_path / "cache")  # transcribes with both
+    same = ["--model", str(tuned), "--format", "peft", "--output", str(tmp_path / "same")]
+    monkeypatch.setattr(export_script, "setup_logging", lambda level: None)  # it would last
+    assert export_script.main(same) == 0
+    saved, again = (load_file(folder / "adapter_model.safetensors") for folder in (out, tmp_path / "same"))
+    assert saved.keys() == again.keys()
     settings = json.loads((out / "adapter_config.json").read_text())
     assert (settings["peft_type"], settings["r"], settings["lora_alpha"]) == ("LORA", 4, 8)
     assert settings["base_model_name_or_path"] == str(base)

@@ -19,6 +19,8 @@ SECRET = "hf_secretsecretsecret"
 FILES = {
     "huggingface": ["model.safetensors", "generation_config.json"],
     "ctranslate2": ["model.bin", "vocabulary.json"],
+    "ggml": ["ggml-model.bin", "USAGE.md"],
+    "peft": ["adapter_config.json", "adapter_model.safetensors"],
     "onnx": ["generation_config.json", "onnx/encoder_model.onnx", "onnx/decoder_model_merged.onnx"],
 }
 

@@ -353,6 +353,8 @@ def test_the_scripts_export_a_checkpoint_and_say_errors_in_one_line(
     for given, said in (
         (["--model", str(source), "--format", "hf", "--quantization", "int8"], "--quantization int8"),
         (["--model", str(source), "--format", "onnx", "--quantization", "q4"], "'q4'"),
+        (["--model", str(source), "--format", "ggml", "--quantization", "q5_0"], "--quantization q5_0"),
+        (["--model", str(source), "--format", "peft"], "adapters.safetensors"),
         (["--model", "tinny", "--format", "ct2"], "ModelError: 'tinny'"),
         (["--model", str(tmp_path / "gone"), "--format", "ct2"], "gone"),
     ):
