@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -161,6 +162,24 @@ def test_a_stream_is_compared_with_its_clips_decoded_one_by_one() -> None:
     rows.pop()
     with pytest.raises(DataError, match="clip-1"):
         streaming.evaluate_stream(asr, STREAM, offline)
+
+
+@pytest.mark.parametrize(("metric", "units"), [("WER", 4), ("CER", 12)])
+def test_a_saved_evaluation_has_a_log_that_other_tools_score(metric: str, units: int, tmp_path: Path) -> None:
+    rates: Any = SimpleNamespace(
+        metric=metric, rate=0.0, low=0.0, high=0.0, wer=0.0, deletions=0, insertions=0, reference_words=5
+    )
+    events = event("commit", "the cat", 2.0, 10.0), event("commit", "big mat", 4.0, 11.0)
+    found = streaming.StreamingEvaluation(STREAM, result_of(*events, compute_sec=2.0), rates, 0.0)
+    experiment: Any = SimpleNamespace(log=lambda *_, **__: None, dir=tmp_path)
+    found.save(experiment)
+    row = json.loads((tmp_path / "simuleval" / "instances.log").read_text())
+    assert (row["reference"], row["source_length"]) == (STREAM.text, 4_500)
+    assert len(row["delays"]) == len(row["elapsed"]) == row["prediction_length"] == units
+    # 2 s of computing, of which the first commit took one: its 2 s of audio, and that
+    assert (row["delays"][0], row["elapsed"][0], row["elapsed"][-1]) == (2_000, 3_000, 6_000)
+    references = (tmp_path / "simuleval" / "references.txt").read_text().splitlines()
+    assert references == [clip.text for clip in STREAM.clips]
 
 
 def characters(text: str, at: float = 0.0) -> tuple[Word, ...]:

@@ -117,7 +117,8 @@ def test_setup_installs_the_tested_set_by_its_hashes() -> None:
     pin = re.compile(r"^([\w.-]+)==([^\s;]+)", re.M)
     lock = (ROOT / "requirements-dev.lock").read_text()
     assert pin.findall(lock) == pin.findall((ROOT / "constraints.txt").read_text())
-    for entry in re.split(r"\n(?=\w)", lock)[1:]:
+    demo = (ROOT / "requirements-demo.lock").read_text()
+    for entry in (*re.split(r"\n(?=\w)", lock)[1:], *re.split(r"\n(?=\w)", demo)[1:]):
         assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), entry[:80]
     assert "--require-hashes -r requirements-dev.lock" in (ROOT / "Makefile").read_text()
 
