@@ -13,6 +13,7 @@ from src.utils.files import load_json
 CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILE = "config.json", "generation_config.json", "tokenizer.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS_FILE = "model.safetensors"
+GGML_FILE, GGML_USAGE = "ggml-model.bin", "USAGE.md"
 _INDEX = f"{WEIGHTS_FILE}.index.json"
 _TOKENIZERS = ((TOKENIZER_FILE,), ("vocab.json", "merges.txt"))  # either is enough
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -33,11 +33,11 @@ from src.data.audio import Waveform
 from src.models.dynamic_context import get_language
 from src.models.export.huggingface import loaded_source, new_export
 from src.models.export.verify import TRAILING_SILENCE_SEC, ClipBatch, SpokenClip, load_clips, verify_transcripts
+from src.models.folder import GGML_FILE, GGML_USAGE
 from src.utils.errors import MissingDependencyError, ModelError
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILE, USAGE_FILE = "ggml-model.bin", "USAGE.md"
 MAGIC = 0x67676D6C  # "ggml"
 # of English-only, multilingual, and large-v3's vocabulary, which has one language more
 VOCABULARIES = (51_864, 51_865, 51_866)
@@ -122,13 +122,13 @@ def export_ggml(
     """
     require_whisper_cpp()
     output_dir = Path(output_dir)
-    with loaded_source(source, processor) as (hf_dir, model, own), new_export(output_dir, [MODEL_FILE]) as folder:
-        with (folder / MODEL_FILE).open("wb") as file:
+    with loaded_source(source, processor) as (hf_dir, model, own), new_export(output_dir, [GGML_FILE]) as folder:
+        with (folder / GGML_FILE).open("wb") as file:
             write_ggml(model, own, file)
-        (folder / USAGE_FILE).write_text(_usage(model), encoding="utf-8")
+        (folder / GGML_USAGE).write_text(_usage(model), encoding="utf-8")
         clips = (load_clips(hf_dir) or None) if verify_clips is None else verify_clips
         name = f"{output_dir}: the ggml model"
-        verify_transcripts(model, own, whisper_cpp(folder / MODEL_FILE), name=name, clips=clips)
+        verify_transcripts(model, own, whisper_cpp(folder / GGML_FILE), name=name, clips=clips)
     logger.info("saved %s (ggml)", output_dir)
     return output_dir
 
@@ -225,8 +225,8 @@ def whisper_cpp(file: Path) -> Callable[[ClipBatch], list[list[int]]]:
 
 def _usage(model: Any) -> str:
     language = get_language(model) or ("auto" if getattr(model.generation_config, "is_multilingual", False) else "en")
-    title = f"# {MODEL_FILE} for whisper.cpp\n\n"
-    call = f"whisper-cli -m {MODEL_FILE} -l {language}"
+    title = f"# {GGML_FILE} for whisper.cpp\n\n"
+    call = f"whisper-cli -m {GGML_FILE} -l {language}"
     if model.audio_context == "full":
         return f"{title}This model hears audio padded to 30 s, as whisper.cpp pads it:\n\n    {call} -f clip.wav\n"
     return f"""{title}\

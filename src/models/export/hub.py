@@ -15,8 +15,7 @@ import httpx
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
-from src.models.export.ggml import MODEL_FILE, USAGE_FILE
-from src.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, absent_shards
+from src.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, GGML_FILE, GGML_USAGE, absent_shards
 from src.utils.errors import ModelError, WhisperASRError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +26,7 @@ _ALWAYS = ("config.json", "tokenizer.json", "preprocessor_config.json")
 _EXPORTS = {
     "model.bin": ("model.bin", "vocabulary.*", *_ALWAYS),
     ADAPTER_CONFIG: (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *_ALWAYS),
-    MODEL_FILE: (MODEL_FILE, USAGE_FILE),
+    GGML_FILE: (GGML_FILE, GGML_USAGE),
     "onnx": ("onnx/encoder_model*.onnx", "onnx/decoder_model_merged*.onnx", "generation_config.json", *_ALWAYS),
     "config.json": ("model*.safetensors", "generation_config.json", *_ALWAYS),
 }

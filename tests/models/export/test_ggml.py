@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from src.models.export import ggml
-from src.models.export.ggml import MODEL_FILE, USAGE_FILE, audio_context, export_ggml
+from src.models.export.ggml import audio_context, export_ggml
 from src.models.export.verify import bundled_clips
+from src.models.folder import GGML_FILE, GGML_USAGE
 from src.utils.errors import MissingDependencyError, ModelError
 
 CLIPS = bundled_clips()[:1]  # stock weights do well on it at dynamic context too, which is faster
@@ -24,11 +25,11 @@ def test_whisper_cpp_gives_the_text_at_the_clips_own_length(
     model, processor = request.getfixturevalue(variant)
     model.audio_context = "dynamic"
     out = export_ggml(model, tmp_path / "out", processor=processor, verify_clips=CLIPS)
-    assert {path.name for path in out.iterdir()} == {MODEL_FILE, USAGE_FILE}
-    with (out / MODEL_FILE).open("rb") as file:
+    assert {path.name for path in out.iterdir()} == {GGML_FILE, GGML_USAGE}
+    with (out / GGML_FILE).open("rb") as file:
         magic, tokens, positions, *_ = struct.unpack("<12i", file.read(48))
     assert (magic, tokens, positions) == (0x67676D6C, vocabulary, 1_500)
-    assert f"-nfa -ac {50 * 4.7:.0f} " in (out / USAGE_FILE).read_text()
+    assert f"-nfa -ac {50 * 4.7:.0f} " in (out / GGML_USAGE).read_text()
 
 
 @pytest.mark.slow
