@@ -111,7 +111,7 @@ def export_ggml(
             keeps, else five bundled English clips. A checkpoint of dynamic context hears it at its own length.
 
     Returns:
-        output_dir, with `ggml-model.bin`, of which whisper.cpp's `quantize` makes smaller files, and `USAGE.md` on how
+        output_dir, with config.json, `ggml-model.bin`, of which whisper.cpp's `quantize` makes smaller files, and `USAGE.md` on how
         to call whisper.cpp with it.
 
     Raises:
@@ -125,6 +125,7 @@ def export_ggml(
     with loaded_source(source, processor) as (hf_dir, model, own), new_export(output_dir, [GGML_FILE]) as folder:
         with (folder / GGML_FILE).open("wb") as file:
             write_ggml(model, own, file)
+        model.config.save_pretrained(folder)  # has `audio_context`
         (folder / GGML_USAGE).write_text(_usage(model), encoding="utf-8")
         clips = (load_clips(hf_dir) or None) if verify_clips is None else verify_clips
         name = f"{output_dir}: the ggml model"

@@ -26,7 +26,7 @@ _ALWAYS = ("config.json", "tokenizer.json", "preprocessor_config.json")
 _EXPORTS = {
     "model.bin": ("model.bin", "vocabulary.*", *_ALWAYS),
     ADAPTER_CONFIG: (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *_ALWAYS),
-    GGML_FILE: (GGML_FILE, GGML_USAGE),
+    GGML_FILE: (GGML_FILE, GGML_USAGE, "config.json"),
     "onnx": ("onnx/encoder_model*.onnx", "onnx/decoder_model_merged*.onnx", "generation_config.json", *_ALWAYS),
     "config.json": ("model*.safetensors", "generation_config.json", *_ALWAYS),
 }

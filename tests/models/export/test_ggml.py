@@ -25,7 +25,7 @@ def test_whisper_cpp_gives_the_text_at_the_clips_own_length(
     model, processor = request.getfixturevalue(variant)
     model.audio_context = "dynamic"
     out = export_ggml(model, tmp_path / "out", processor=processor, verify_clips=CLIPS)
-    assert {path.name for path in out.iterdir()} == {GGML_FILE, GGML_USAGE}
+    assert {path.name for path in out.iterdir()} == {GGML_FILE, GGML_USAGE, "config.json"}
     with (out / GGML_FILE).open("rb") as file:
         magic, tokens, positions, *_ = struct.unpack("<12i", file.read(48))
     assert (magic, tokens, positions) == (0x67676D6C, vocabulary, 1_500)
