@@ -111,8 +111,8 @@ def export_ggml(
             keeps, else five bundled English clips. A checkpoint of dynamic context hears it at its own length.
 
     Returns:
-        output_dir, with config.json, `ggml-model.bin`, of which whisper.cpp's `quantize` makes smaller files, and `USAGE.md` on how
-        to call whisper.cpp with it.
+        output_dir, with config.json, `ggml-model.bin`, of which whisper.cpp's `quantize` makes smaller files, and
+        `USAGE.md` on how to call whisper.cpp with it.
 
     Raises:
         MissingDependencyError: pywhispercpp, which has whisper.cpp built in, is absent.
