@@ -145,8 +145,10 @@ def _simplifier() -> Any:
     try:
         from opencc import OpenCC  # loads dictionaries
     except ImportError as err:
-        what = f"Chinese is counted in simplified characters, which needs opencc ({err})"
-        raise MissingDependencyError(f"{what}: pip install opencc, and restart the runtime") from err
+        raise MissingDependencyError(
+            f"Chinese is counted in simplified characters, which needs opencc ({err}): pip install opencc, and restart "
+            "the runtime"
+        ) from err
     return OpenCC("t2s")
 
 
