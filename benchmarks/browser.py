@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 from scripts.benchmarking import show
 from scripts.command_line import add_model, path_argument
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
+from src.data.features import padded_samples
 from src.data.sources.catalog import SAMPLE_CLIP
 from src.models.export.onnx import ENCODER_FILES
 from src.models.export.verify import TRAILING_SILENCE_SEC
@@ -151,7 +152,7 @@ def transcribe_in_browser(
     dtype = "fp32" if (folder / ENCODER_FILES[0]).is_file() else "q8"
     ways: dict[str, int | None] = {"padded to 30 s": None}
     if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("audio_context") == "dynamic":
-        ways["own length"] = len(audio) + round(TRAILING_SILENCE_SEC * SAMPLE_RATE)
+        ways["own length"] = padded_samples(len(audio) + round(TRAILING_SILENCE_SEC * SAMPLE_RATE))
     with tempfile.TemporaryDirectory() as scratch:
         site = Path(scratch)
         (site / "model").symlink_to(folder.absolute())
