@@ -42,8 +42,6 @@ _SECTIONS = {  # of that page, by class of error
     "ConfigError": "settings", "DataError": "data", "ModelError": "model", "DeviceError": "set-up",
     "CheckpointError": "restart", "WriteError": "training", "MissingDependencyError": "set-up",
 }  # fmt: skip
-
-
 _SLASH = r"(?:[/\\]|%2[Ff]|%5[Cc])"
 _BEGIN = rf"(?:file(?::|%3[Aa])|[A-Za-z](?::|%3[Aa])|~[\w.-]*|\$\{{?\w+\}}?|%\w+%)?(?={_SLASH})"
 _PLACE = re.compile(rf"{_BEGIN}|~[\w.-]*$")
