@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +240,9 @@ def build_data_report(splits: DatasetSplits, config: Config, *, tokenizer: Any |
     if unmeasured is not None:
         raise DataError(f"utterance {unmeasured}: it was not measured; take the splits from prepare_datasets")
     clips = pd.DataFrame([asdict(splits.stats[u.id]) for u in utterances])
-    clips["id"] = [u.id for u in utterances]
+    places = _private_places(config)
+    names = [_without_places(u.id, places) for u in utterances]  # a manifest may name files by their whole paths
+    clips["id"] = names if len(set(names)) == len(names) else [u.id for u in utterances]
     clips["split"] = [name for name, part in splits.parts.items() for _ in part]
     clips["speaker"] = [u.speaker for u in utterances]
     clips["language"] = pd.Series([u.language for u in utterances], dtype=object)
@@ -260,8 +262,9 @@ def build_data_report(splits: DatasetSplits, config: Config, *, tokenizer: Any |
         special = 1 + len(encoder.prefix_for(config.model.language or "en"))  # as many in each language
         clips["tokens"] = [len(encoder.tokenize(u.text, u.language)) + special for u in utterances]
     clips = clips[list(CLIP_TYPES)].astype(CLIP_TYPES)
-    places = _private_places(config)
-    skipped = tuple(replace(row, reason=_without_places(row.reason, places)) for row in splits.skipped)
+    skipped = tuple(
+        SkippedUtterance(_without_places(row.id, places), _without_places(row.reason, places)) for row in splits.skipped
+    )
     tables = _tables_of_recordings(utterances, places)
     findings = [*find_all(clips, skipped, config.model.task), *_of_recordings(tables)]
     return DataReport(splits.source, splits.label_case, clips, sort_findings(findings), skipped, **tables)

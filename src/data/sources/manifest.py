@@ -65,6 +65,7 @@ def find_manifests(folder: Path, depth: int = MAX_DEPTH) -> list[Path]:
     captioned = {path.stem for path in inside if path.suffix.lower() in AUDIO_SUFFIXES} if listed else set()
     unclear = [path for path in listed if path.stem in captioned or path.name.lower().endswith((".json", ".json.gz"))]
     found = [path for path in listed if path not in unclear or _is_listing(path)]
+    found = found or [path for path in unclear if path.stem == "metadata"]  # reading it says what is wrong with it
     for wanted in ("cuts", "supervisions"):  # of lhotse; the recordings are read with them
         if any("recordings" in path.name for path in found):
             found = [path for path in found if wanted in path.name and ".json" in path.name] or found

@@ -32,6 +32,7 @@ from src.evaluation.metrics import (
 from src.evaluation.report.summary import counted, label_of, on_circle, render
 from src.utils.errors import DataError
 from src.utils.languages import graphemes
+from src.utils.runtime import public
 
 MAX_CLIPS = 5_000  # about 5 MB of text
 MAX_AUDIO_CLIPS = 50
@@ -87,7 +88,12 @@ class AlignmentView:
                 said.append(other)
                 if other.errors != row.errors:
                     labels.append("worse" if row.errors > other.errors else "better")
-            clip = {"id": row.id, "speaker": row.speaker, "sec": round(row.duration_sec, 2), "reference": row.reference}
+            clip = {
+                "id": public(row.id),
+                "speaker": row.speaker,
+                "sec": round(row.duration_sec, 2),
+                "reference": row.reference,
+            }
             # translations are English, whatever is spoken
             clip["lang"] = "en" if row.normalizer == WHISPER_ENGLISH else row.language
             if len(languages) > 1 and row.language:
@@ -155,7 +161,7 @@ class Highlights:
                 for name, text, count in said
             )
             player = f'<audio controls preload="none" src="{source}"></audio>' if source else "no recording"
-            parts.append(f"<p><b>{title}</b>: {html.escape(row.id)}<br>{player}</p><table>{lines}</table>")
+            parts.append(f"<p><b>{title}</b>: {html.escape(public(row.id))}<br>{player}</p><table>{lines}</table>")
         return "".join(parts)
 
 

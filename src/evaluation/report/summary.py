@@ -22,6 +22,7 @@ from src.evaluation.slices import slice_rates
 from src.utils.errors import DataError, visible
 from src.utils.figures import BLUE, GREEN, ORANGE
 from src.utils.languages import WHISPER_LANGUAGES, language_name
+from src.utils.runtime import public
 
 NOT_MEASURED = "not measured"
 MAX_NAMED = 5  # clips in a sentence
@@ -312,7 +313,7 @@ def describe_results(results: Mapping[str, Row], predictions: PredictionsByModel
         if (verdict, verdicts.get(guard_name(name))) == ("better", "worse")
     ]
     for name, row in results.items():
-        cut = [clip.id for clip in _rows_of(name, row, predictions or {}) if clip.truncated]
+        cut = [public(clip.id) for clip in _rows_of(name, row, predictions or {}) if clip.truncated]
         if cut:
             shown = ", ".join(cut[:MAX_NAMED]) + (", ..." if len(cut) > MAX_NAMED else "")
             said.append(

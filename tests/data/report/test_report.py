@@ -298,6 +298,8 @@ def test_a_report_tells_no_private_place(
     assert [row.reason for row in report.skipped] == [
         f"utterance {i}: {name}: no such file" for i, name in enumerate(shown)
     ]
+    named = [replace(clip, id=str(tmp_path / "data" / clip.id)) for clip in clean]
+    assert list(build_data_report(splits_of(named), config).clips["id"]) == [clip.id for clip in clean]
 
 
 def test_no_cell_of_the_table_of_clips_is_a_formula(clean: list[Utterance], tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def test_folder_reads_each_kind_of_manifest(tmp_path: Path, name: str, content: 
         ({}, "no recording and no manifest"),
         ({"train.parquet": ""}, "set data.source: parquet"),
         ({"a.wav": ""}, "1 recording.*no manifest"),
+        ({"a.wav": "", "metadata.json": "[{oops"}, r"metadata\.json, line 1: not JSON"),
         ({"metadata.csv": "file_name,text\n"}, "no rows"),
         ({"metadata.csv": "file_name,words\na.wav,x\n"}, "no text column among file_name, words"),
         ({"metadata.csv": "fil,text\na.wav,x\n"}, "did you mean 'file'"),

@@ -91,6 +91,12 @@ def test_what_users_wrote_is_never_markup() -> None:
     assert not re.search(r"https?://|url\(|@import|fetch\(|XMLHttp|innerHTML", html)  # and it loads nothing
 
 
+def test_a_clip_that_is_named_by_its_whole_path_is_shown_by_its_name() -> None:
+    rows = [replace(clips(("one", "two"))[0], id="/home/ann/speech/a.wav")]
+    assert payload(rows)["rows"][0]["id"] == "a.wav"
+    assert "/home/ann" not in AlignmentView(rows, PLAIN, beside=rows, names=("tuned", "stock")).to_html()
+
+
 def test_the_stock_model_is_shown_too_and_where_tuning_hurt() -> None:
     tuned, stock = clips(("a b", "a x"), ("a b", "a b"), ("a", "a")), clips(("a b", "a b"), ("a b", "x y"), ("a", "a"))
     found = payload(tuned, beside=stock)
