@@ -294,7 +294,7 @@ class EvaluationVisualizer:
                 annotate(right, text, (np.fmax(median, high), place), (6, 0), va="center", fontsize=8)
             labels = [f"{drawable(row['engine'])}, batch of {row['batch_size']}" for row in timings]
             right.set_yticks(range(len(timings)), labels, fontsize=8)
-            right.set(xlabel="seconds", ylim=(len(timings) - 0.5, -0.5))
+            right.set(xlabel="seconds", ylim=(max(len(timings), 1) - 0.5, -0.5))
             right.margins(x=0.3)
             right.grid(axis="y", visible=False)
             for axes, drawn in ((left, times), (right, timings)):
