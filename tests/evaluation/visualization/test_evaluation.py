@@ -55,7 +55,15 @@ def visualizer(run: Path, *metrics: dict[str, Any], rows: list[dict[str, Any]] |
 def test_one_page_has_all_and_says_what_was_not_measured(run_dir: Path, tmp_path: Path) -> None:
     page = EvaluationVisualizer(run_dir).comprehensive("speaker")
     titles = {axes.get_title(loc="left") for axes in page.axes}
-    for part in ("Loss", "Summary", "Word error rate by normaliser", "Word errors", "WER by speaker", "Accuracy", "Speed"):
+    for part in (
+        "Loss",
+        "Summary",
+        "Word error rate by normaliser",
+        "Word errors",
+        "WER by speaker",
+        "Accuracy",
+        "Speed",
+    ):
         assert part in titles
     png, pdf = save_figure(page, tmp_path, "page", vectors="pdf")
     assert png.read_bytes()[:4] == b"\x89PNG" and pdf.read_bytes()[:4] == b"%PDF"
