@@ -59,7 +59,7 @@ def engines(_tiny_en: Any, folder: Path) -> tuple[Engine, Engine]:
         DecodingOptions(timestamps=True),
         DecodingOptions(num_beams=3, word_timestamps=True),
         DecodingOptions(prompt="He said.", hotwords="Americans", prefix="And so"),
-        DecodingOptions(prefix="And so", prefix_tokens=(1052, 67, 523), word_timestamps=True),  # " An", "d", " so"
+        DecodingOptions(prefix="And so", prefix_tokens=(1052, 67, 523)),  # " An", "d", " so"
         DecodingOptions(max_tokens_per_sec=1.0),
     ],
     ids=["words", "timestamps", "beams", "context", "tokens", "cap"],
