@@ -100,6 +100,12 @@ def load_json(path: Path) -> Any:
     return parse_json(path.read_bytes())
 
 
+def read_plain(path: Path) -> bytes:
+    """Return the content of a file; raises `OSError` if it cannot be read or is a folder, device or pipe."""
+    _refuse_special(path)
+    return path.read_bytes()
+
+
 def _refuse_special(path: Path) -> None:
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "not a plain file", str(path))

@@ -31,7 +31,16 @@ from typing import Any, Literal
 
 from src.utils.config import Config, flatten
 from src.utils.errors import ConfigError, MissingDependencyError, WhisperASRError
-from src.utils.files import LOCK, claim, json_line, jsonable, parse_json, write_bytes_atomic, write_text_atomic
+from src.utils.files import (
+    LOCK,
+    claim,
+    json_line,
+    jsonable,
+    parse_json,
+    read_plain,
+    write_bytes_atomic,
+    write_text_atomic,
+)
 from src.utils.runtime import installed_version, public
 from src.utils.versioning import get_git_revision
 
@@ -280,7 +289,7 @@ class _RowFile:
 
 def _repair_end(path: Path) -> None:
     """Complete a last line without a newline, or remove it if it is not a row: readers refuse a broken line."""
-    content = path.read_bytes() if path.exists() else b""
+    content = read_plain(path) if path.exists() else b""
     whole, last = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
     if last and _parse(last):
         write_bytes_atomic(path, content + b"\n")

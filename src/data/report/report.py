@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from src.data.sources.subtitles import PREPARATION_FILE
 from src.data.utterance import SPLITS, SkippedUtterance, Utterance
 from src.utils.config import Config
 from src.utils.errors import DataError
-from src.utils.files import read_json, write_json, write_text_atomic
+from src.utils.files import read_json, read_plain, write_json, write_text_atomic
 from src.utils.languages import is_unspaced_text, language_name
 from src.utils.runtime import public
 
@@ -360,7 +361,7 @@ def _quote_formula(cell: Any) -> Any:
 
 def _read_clips(path: Path) -> pd.DataFrame:
     """Read the table of clips; an empty cell is NA, but a transcript may well read "NA" or "None"."""
-    cells = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+    cells = pd.read_csv(io.BytesIO(read_plain(path)), dtype=str, keep_default_na=False, encoding="utf-8")
     older = {name: cells.get(name, "") for name in ("language", "source")}  # older reports have none
     cells = cells.assign(**older)[list(CLIP_TYPES)]
     others = [name for name in CLIP_TYPES if name not in ("id", "split", "text")]

@@ -23,7 +23,7 @@ from urllib.parse import unquote
 
 from src.data.audio import AUDIO_SUFFIXES
 from src.utils.errors import DataError, SourceUnavailableError, did_you_mean, first_line, visible
-from src.utils.files import parse_json
+from src.utils.files import parse_json, read_plain
 
 logger = logging.getLogger(__name__)
 
@@ -170,10 +170,11 @@ def decode_western(data: bytes) -> str | None:
 
 def _read_bytes(manifest: Path) -> bytes:
     try:
+        content = read_plain(manifest)
         if not manifest.name.lower().endswith(".gz"):
-            return manifest.read_bytes()
-        limit = max(MAX_UNPACKED_BYTES, MAX_RATIO * manifest.stat().st_size)
-        with gzip.open(manifest) as file:
+            return content
+        limit = max(MAX_UNPACKED_BYTES, MAX_RATIO * len(content))
+        with gzip.open(io.BytesIO(content)) as file:
             data = file.read(limit + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as err:
         raise DataError(f"{manifest}: damaged ({first_line(err)}); fetch it again") from err

@@ -26,7 +26,7 @@ from src.data.sources.manifest import decode_western, find_manifests
 from src.data.sources.parts import parse_seconds
 from src.data.utterance import text_of
 from src.utils.errors import DataError, first_line
-from src.utils.files import parse_json
+from src.utils.files import parse_json, read_plain
 from src.utils.languages import code_of_language, join_texts
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def read_any_encoding(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise DataError(f"{path}: over {MAX_BYTES >> 20} MB, which is no transcript; remove it")
-        data = path.read_bytes()
+        data = read_plain(path)
     except OSError as err:
         raise DataError(f"{path}: cannot be read: {err.strerror}") from err
     try:

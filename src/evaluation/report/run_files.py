@@ -16,7 +16,7 @@ from src.evaluation.evaluator import Prediction
 from src.evaluation.metrics import Bootstrap
 from src.utils.config import parse_yaml
 from src.utils.errors import ConfigError, DataError, first_line
-from src.utils.files import read_json, read_run_rows
+from src.utils.files import read_json, read_plain, read_run_rows
 from src.utils.runtime import public
 from src.utils.versioning import DatasetVersion, DataVersionManager
 
@@ -174,7 +174,7 @@ def _environment(tree: dict[str, Any]) -> dict[str, Any]:
 def _read_config(path: Path) -> dict[str, Any]:
     """Read config.yaml, of an older version too; nothing if it is absent."""
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8")) if path.exists() else {}
+        tree = parse_yaml(read_plain(path).decode("utf-8")) if path.exists() else {}
     except (ConfigError, OSError, UnicodeDecodeError) as err:
         raise DataError(f"{path}: damaged: {first_line(err)}; {_FIX}") from err
     tree = {} if tree is None else tree

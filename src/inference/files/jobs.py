@@ -196,7 +196,7 @@ def _read_rows(output: Path) -> dict[str, _Row]:
 def _scan(path: Path) -> Iterator[_Row]:
     """Yield the rows of a file, if it exists; a damaged last line is none, one before it an error."""
     offset, damaged = 0, 0
-    if not path.exists():
+    if not path.is_file():
         return
     with _files_of(path), path.open("rb") as file:
         for number, line in enumerate(file, start=1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -226,3 +227,11 @@ def test_a_manifest_goes_before_transcripts(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("file_name,text\na.flac,hello\n")
     assert find_transcribed(tmp_path) == []
     assert [u.text for u in read_folder(tmp_path)] == ["hello"]
+
+
+def test_a_transcript_that_is_a_pipe_or_a_device_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.srt")
+    (tmp_path / "endless.vtt").symlink_to("/dev/zero")
+    for name in ("pipe.srt", "endless.vtt"):
+        with pytest.raises(DataError, match=rf"{name}: .*not a plain file"):
+            read_transcript(tmp_path / name)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,11 @@ def test_no_private_place_is_in_an_origin(run_dir: Path, tmp_path: Path, monkeyp
     assert origin.config["paths"]["runs_dir"] == "runs"
     assert (origin.config["augmentation"]["noise_dir"], origin.config["data"]["path"]) == ("noise", "speech")
     assert "--model best" in origin.commands()[-1]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "env.json", "metrics.jsonl"])
+def test_a_pipe_in_a_run_is_not_opened(run_dir: Path, name: str) -> None:
+    (run_dir / name).unlink(missing_ok=True)
+    os.mkfifo(run_dir / name)
+    with pytest.raises(DataError, match=rf"{name}: "):
+        read_origin(run_dir)
