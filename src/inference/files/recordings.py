@@ -30,7 +30,7 @@ from src.utils.languages import join_texts
 
 logger = logging.getLogger(__name__)
 
-PREPARATION_VERSION = 2  # raise it when recordings would be cut otherwise: they are cut again
+PREPARATION_VERSION = 3  # raise it when recordings would be cut otherwise: they are cut again
 MIN_GROUPS = 3  # speakers, or recordings, from which three splits can be cut
 COLUMNS = ("file_name", "text", "speaker", "language", "recording", "recording_start", "recording_end", "score")
 _NUMBERED_SPEAKER = re.compile(r"(?i)(speaker|spk|s|sprecher|locuteur)?[ _-]?\d+")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,12 @@ import pytest
 from src.data.audio import SAMPLE_RATE, load_audio
 from src.data.sources.subtitles import Passage
 from src.data.utterance import Utterance
-from src.inference.files.matching import match_transcript, match_words
+from src.data.vad import SpeechSegment, speech_edges
+from src.inference.files.anchors import hear, match_words
+from src.inference.files.matching import match_transcript
+from src.inference.files.transcribe import Transcription
 from src.inference.torch_engine import TorchEngine
+from src.inference.words import Word
 from src.utils.config import load_config
 
 PAUSE = np.zeros(SAMPLE_RATE, dtype=np.float32)
@@ -96,6 +100,43 @@ def test_what_is_said_is_found_and_what_is_not_is_left_out(
     assert next(r for t, r in reasons.items() if "CARDBOARD" in t) == "'CARDBOARD' is not what is heard"
     assert any("NO ROOM FOR THEM" in text for text in reasons)
     assert 0 < matched.covered_sec < matched.speech_sec
+
+
+def test_a_wrong_word_costs_what_no_silence_parts_from_it_and_a_word_of_nobody_itself_alone(
+    said: dict[str, np.ndarray], _tiny_en: tuple[Any, Any]
+) -> None:
+    texts = ["I KNOW HOW TO PROGRAM", "I THOUGHT HE WAS A BRILLIANT MAN", "WE ARE SO HAPPY TO HAVE HELPED"]
+    audio = [said[text][slice(*(round(sec * SAMPLE_RATE) for sec in speech_edges(said[text])))] for text in texts]
+    pause = PAUSE[: round(0.4 * SAMPLE_RATE)]  # too short to end a sentence
+    recording = np.concatenate([PAUSE, audio[0], pause, audio[1], PAUSE, PAUSE, audio[2], PAUSE])
+    lines = [f"{texts[0]} {texts[1].replace('BRILLIANT', 'CARDBOARD')}", f"{texts[2]} SEVENTEEN"]
+    matched = match_transcript(recording, [Passage(line) for line in lines], TorchEngine(*_tiny_en), load_config(None))
+    assert [e.text for e in matched.excerpts if e.reason is None] == [texts[0], texts[2]]
+    assert [(e.text, e.reason) for e in matched.excerpts if e.reason is not None] == [
+        ("I THOUGHT HE WAS A CARDBOARD MAN", "'CARDBOARD' is not what is heard"),
+        ("SEVENTEEN", "'SEVENTEEN' is not what is heard"),
+    ]
+
+
+def test_what_the_recogniser_leaves_out_is_heard_again_between_silences() -> None:
+    asked: list[tuple[int, Any]] = []
+
+    class Recogniser:
+        def transcribe_iter(self, audios: Any, *, word_timestamps: bool, languages: Any) -> Iterator[Transcription]:
+            for audio in audios:
+                asked.append((len(audio), languages))
+                if len(audio) == 20 * SAMPLE_RATE:
+                    words, left_out = (Word("one", 1.0, 2.0), Word("lost", 5.5, 6.0)), (SpeechSegment(5.0, 9.0),)
+                    yield Transcription("x", "one lost", 20.0, words=words, language="en", uncovered=left_out)
+                else:
+                    yield Transcription("y", "two", 2.0, words=(Word("two", 0.25, 1.0),), language="en")
+
+    speech = [(1.0, 2.0), (5.0, 6.0), (6.1, 7.0), (8.0, 9.0), (12.0, 13.0)]
+    words, language = hear(np.zeros(20 * SAMPLE_RATE, np.float32), speech, Recogniser(), None)  # type: ignore[arg-type]
+    assert [(word.text, word.start_sec) for word in words] == [("one", 1.0), ("two", 5.0), ("two", 8.0)]
+    assert language == "en"
+    assert [samples / SAMPLE_RATE for samples, _ in asked] == [20.0, 2.5, 1.5]
+    assert asked[1][1] == {"array 0": "en", "array 1": "en"}
 
 
 def test_nothing_matches_another_recording(said: dict[str, np.ndarray], _tiny_en: tuple[Any, Any]) -> None:
