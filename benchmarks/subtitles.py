@@ -17,7 +17,7 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -154,6 +154,7 @@ class Figures:
     near: int  # of those, both within 0.2 s
     words: int  # that were accepted
     wrong: int  # of them, those that are not said there
+    unwritten: int  # that are said in accepted clips, and left out of their text
     wrong_given: int  # in all subtitles
     rejected: int
     seconds: float  # that it took
@@ -171,6 +172,7 @@ def judge(name: str, said: Sequence[Said], prepared: Preparation, seconds: float
     texts = [said[i].written[k] for i, k in written]
     bounded = near = words = wrong = at = 0
     causes: dict[int, str] = {}  # why a bundled clip is not in a clip, or not as a whole
+    left_out: Counter[int] = Counter()  # its words that are in none
     for start, end, text, reason in sorted(found):
         spelt = text.split()
         place = next((p for p in range(at, len(texts)) if texts[p : p + len(spelt)] == spelt), None)
@@ -182,6 +184,7 @@ def judge(name: str, said: Sequence[Said], prepared: Preparation, seconds: float
         if reason:
             cause = f"{reason}{', in words that are wrong' * (not all(right))}"
             causes |= {i: cause for i, _ in pairs}
+            left_out.update(i for i, _ in pairs)
             continue
         words += len(spelt)
         there = [said[i].start_sec - 1 < end and start < said[i].end_sec + 1 for i, _ in pairs]
@@ -193,16 +196,21 @@ def judge(name: str, said: Sequence[Said], prepared: Preparation, seconds: float
         off += [abs(end - said[last].end_sec)] if m + 1 == len(said[last].written) else []
         bounded += bool(off)
         near += bool(off) and max(off) <= NEAR_SEC
-    lost: Counter[str] = Counter()
+    lost: defaultdict[str, float] = defaultdict(float)
+    unwritten = 0
     for i, clip in enumerate(said):
+        kept = [max(0.0, min(b, d) - max(a, c)) for a, b in clip.speech for c, d, _, reason in found if not reason]
+        lost_sec = sum(b - a for a, b in clip.speech) - sum(kept)
+        share = left_out[i] / len(clip.words)
+        unwritten += left_out[i] * (lost_sec < share / 2 * sum(b - a for a, b in clip.speech))
         if clip.is_right:
-            kept = [max(0.0, min(b, d) - max(a, c)) for a, b in clip.speech for c, d, _, reason in found if not reason]
-            lost[causes.get(i, "cut off")] += sum(b - a for a, b in clip.speech) - sum(kept)
+            lost[causes.get(i, "cut off")] += lost_sec
     given = sum(a != b for clip in said if clip.written for a, b in zip(clip.words, clip.written, strict=True))
     total = sum(b - a for clip in said if clip.is_right for a, b in clip.speech)
+    causes_sec = {cause: round(lost[cause], 2) for cause in sorted(lost, key=lost.__getitem__, reverse=True)}
     return Figures(
-        name, total, total - lost.total(), len(clips), bounded, near, words, wrong, given, len(found) - len(clips),
-        seconds, {cause: round(sec, 2) for cause, sec in lost.most_common()},
+        name, total, total - sum(lost.values()), len(clips), bounded, near, words, wrong, unwritten, given,
+        len(found) - len(clips), seconds, causes_sec,
     )  # fmt: skip
 
 
@@ -262,9 +270,9 @@ def main() -> int:
                 for clips in (original, recovered)
             ]
     show("Long recordings with subtitles", table(figures, wers), NOTE, record=arguments.record)
-    lost = sum((Counter(f.lost_sec) for f in figures), Counter[str]())
     whole = sum(f.speech_sec for f in figures)
-    for cause, sec in lost.most_common():
+    for cause in dict.fromkeys(cause for f in figures for cause in f.lost_sec):
+        sec = sum(f.lost_sec.get(cause, 0.0) for f in figures)
         print(f"{sec / whole:6.1%} of right speech is lost: {cause}")
     print(json.dumps(summary(figures, wers)))
     return 0
@@ -296,6 +304,7 @@ def table(figures: Sequence[Figures], wers: Sequence[float | None]) -> list[dict
             "boundaries within 0.2 s": f"{f.near} of {f.bounded}",
             "wrong words given": str(f.wrong_given),
             "wrong words accepted": f"{f.wrong} of {f.words}",
+            "spoken, but left out": str(f.unwritten),
             "lost most": ", ".join(
                 f"{sec / f.speech_sec:.1%} ({cause})" for cause, sec in list(f.lost_sec.items())[:3]
             ),

@@ -195,7 +195,8 @@ class _Matcher:
                 units = [_Unit(*unit) for unit in self._units(window[0].first, window[-1].stop)]
                 for left, right in itertools.pairwise(units):
                     self._settle(left, right)
-                yield from itertools.chain.from_iterable(map(self._judge, units))
+                for unit, following in itertools.zip_longest(units, units[1:]):
+                    yield from self._judge(unit, following)
             else:
                 sec = window[-1].after.start - window[0].before.end
                 reason = f"hardly a word was recognised for {sec:.0f} s, which is too long to align"
@@ -528,8 +529,8 @@ class _Matcher:
         lead, rest = (i2 - i1 - (j2 - j1) for _, i1, i2, j1, j2 in (pairs[0], pairs[-1]))
         return lead, rest
 
-    def _trim(self, unit: _Unit, surplus: tuple[int, int]) -> Iterator[Excerpt]:
-        """Leave out words at an end of a clip that are its neighbour's: nothing is heard for them."""
+    def _trim(self, unit: _Unit, following: _Unit | None, surplus: tuple[int, int]) -> Iterator[Excerpt]:
+        """Leave out words at an end of a clip for which nothing is heard; the clip that follows has them to judge."""
         active = self._active(unit.first, unit.stop)
         certainties = [self._said[i].certainty for i in active]
         for at_end, count in enumerate(surplus):
@@ -540,9 +541,14 @@ class _Matcher:
             doubtful = min((self._said[i] for i in cut), key=lambda word: word.certainty)
             score = doubtful.certainty
             if score < EDGE_SCORE and min(self._doubt(unit, first, stop)) >= 0 and self._are_right(first, stop):
+                gap = self._said[active[-1]].after
                 self._said[kept[0]].before = self._said[active[0]].before
-                self._said[kept[-1]].after = self._said[active[-1]].after
+                self._said[kept[-1]].after = gap
                 unit.first, unit.stop = first, stop
+                if at_end and following is not None and gap is self._said[following.first].before:
+                    self._said[cut[0]].before, self._said[cut[-1]].after = gap, None
+                    self._said[following.first].before, following.first = None, cut[0]
+                    return
                 edge_sec = self._span(first, stop)[at_end]
                 reason = self._not_heard(doubtful)
                 yield self._excerpt(cut[0], cut[-1] + 1, reason=reason, score=score, around=(edge_sec, edge_sec))
@@ -553,9 +559,9 @@ class _Matcher:
     def _are_right(self, first: int, stop: int) -> bool:
         return all(self._said[i].certainty >= self._min_score for i in self._active(first, stop))
 
-    def _judge(self, unit: _Unit) -> Iterator[Excerpt]:
+    def _judge(self, unit: _Unit, following: _Unit | None) -> Iterator[Excerpt]:
         """Judge a clip; where only some of its words are wrong, what silences part from them stays."""
-        yield from self._trim(unit, self._doubt(unit, unit.first, unit.stop))
+        yield from self._trim(unit, following, self._doubt(unit, unit.first, unit.stop))
         active = self._active(unit.first, unit.stop)
         stops = [j for i, j in itertools.pairwise(active) if _length(self._said[i].after) >= MIN_GAP_SEC]
         runs = itertools.pairwise([unit.first, *stops, unit.stop])  # of words, between silences
