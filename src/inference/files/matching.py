@@ -54,6 +54,7 @@ LATE_SEC = 0.2  # that words seem to begin after they do, at most
 MORE_HEARD, MORE_HEARD_CHARS = 1.5, 10  # characters
 SURE_LANGUAGE = 0.8  # probability
 MOVE_GAIN, MOVE_HEARD_GAIN = 1.0, 5.0  # of log-probability, for a word to move to the other side of a silence
+_QUIET = np.zeros(5 * SAMPLE_RATE, dtype=np.float32)  # tells how likely words are without audio
 _END = regex.compile(r"[\p{Sentence_Terminal}…][\p{Pe}\p{Pf}\p{Po}\"']*$")
 
 
@@ -179,6 +180,7 @@ class _Matcher:
         self._text = join_texts(passage.text for passage in passages)
         self._said = self._words()
         self._case = resolve_case([self._text], "auto")
+        self._silence = engine.encode([_QUIET], self._options.trailing_silence_sec)
         ends = sum(_END.search(self._text[word.start : word.stop]) is not None for word in self._said)
         self._is_punctuated = ends * 40 > len(self._said)
 
@@ -496,12 +498,13 @@ class _Matcher:
 
     def _logprob_of(self, unit: _Unit, text: str) -> float:
         """Return the log-probability of a text in the audio of a clip."""
+        return sum(word.logprob * max(1, word.tokens) for word in self._place(unit.encoded, unit.clip, text))
+
+    def _place(self, encoded: Any, clip: Waveform, text: str) -> Sequence[Word]:
+        """Align a text with any audio that was encoded."""
         text = apply_case(text, self._case, self.language)
         tokens = self._engine.vocabulary.encode(text, language=self.language)[:MAX_WINDOW_TOKENS]
-        if not tokens:
-            return 0.0
-        (words,) = self._engine.align(unit.encoded, [unit.clip], [tokens], self._options)
-        return sum(word.logprob * max(1, word.tokens) for word in words)
+        return self._engine.align(encoded, [clip], [tokens], self._options)[0] if tokens else ()
 
     def _doubt(self, unit: _Unit, first: int, stop: int) -> tuple[int, int]:
         """Compare words that were not heard with what is heard of the clip by itself.
@@ -526,6 +529,13 @@ class _Matcher:
             gain = likely - self._logprob_of(unit, other)
             for word in unheard:
                 word.certainty = min(0.0, gain / math.sqrt(sum(bool(said.key) for said in words[i1:i2])))
+        # of texts that have little in common the audio must speak for each word more than silence does
+        if sum(word.anchor is not None or word.certainty == 0.0 for word in words) * 2 < len(words):
+            text = self._spelt(first, stop)
+            placed, priors = self._place(unit.encoded, unit.clip, text), self._place(self._silence, _QUIET, text)
+            for said, word, prior in zip(words, placed, priors, strict=False):
+                if said.anchor is None and said.key:
+                    said.certainty = min(said.certainty, 2 * word.logprob - prior.logprob)
         lead, rest = (i2 - i1 - (j2 - j1) for _, i1, i2, j1, j2 in (pairs[0], pairs[-1]))
         return lead, rest
 
