@@ -533,9 +533,9 @@ class _Matcher:
         if sum(word.anchor is not None or word.certainty == 0.0 for word in words) * 2 < len(words):
             text = self._spelt(first, stop)
             placed, priors = self._place(unit.encoded, unit.clip, text), self._place(self._silence, _QUIET, text)
-            for said, word, prior in zip(words, placed, priors, strict=False):
+            for said, there, prior in zip(words, placed, priors, strict=False):
                 if said.anchor is None and said.key:
-                    said.certainty = min(said.certainty, 2 * word.logprob - prior.logprob)
+                    said.certainty = min(said.certainty, 2 * there.logprob - prior.logprob)
         lead, rest = (i2 - i1 - (j2 - j1) for _, i1, i2, j1, j2 in (pairs[0], pairs[-1]))
         return lead, rest
 
