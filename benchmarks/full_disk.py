@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -77,6 +78,7 @@ def fill(disk: Path, name: str, write: Writer, steps: int) -> list[str]:
             if not new.startswith(content) and not _is_whole(path, new):  # rows are appended
                 problems.append(f"{name}, {free} bytes free: changed {path}")
     write(place, 99)  # there is space again
+    shutil.rmtree(place)  # for the next writer
     print(f"{name}: {size} bytes, {failed} of {steps} failed, {len(problems)} problems", flush=True)
     return problems
 
