@@ -152,7 +152,7 @@ def test_run_all_with_the_demo_profile_ends_green(tmp_path: Path) -> None:
     page = (run_dir / "notebook.html").read_text()
     # one is the live plot, one in the introduction
     assert page.count('src="data:image/png;base64') == 13, "the pictures are not shown"
-    assert page.count("<audio") == 10  # a clip in seven ways, the best and the worst one, a transcribed file
+    assert page.count("<audio") == 9  # a clip in six ways, the best and the worst one, a transcribed file
     assert page.count('class="alignment-view"') == 1
     assert list((run_dir / "checkpoints").glob("best_*_hf/README.md")), "no model card"
     assert len(list((run_dir / "data_versions").glob("*.json"))) == 1
