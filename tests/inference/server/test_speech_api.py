@@ -213,9 +213,9 @@ def test_curl_sends_a_form_and_only_health_needs_no_token(address: str, tmp_path
     assert head.split()[1] == "415"
 
 
-def test_the_examples_of_the_documentation_work(address: str, talk: Path, tmp_path: Path) -> None:
+def test_the_examples_of_the_documentation_work(address: str, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").replace("http://127.0.0.1:8765", address)
-    sf.write(tmp_path / "talk.wav", sf.read(SAMPLE_CLIP)[0], SAMPLE_RATE)
+    sf.write(tmp_path / "talk.wav", load_audio(SAMPLE_CLIP), SAMPLE_RATE)
     environment = {**os.environ, "CAPTION_TOKEN": TOKEN}
     python, lines = re.findall(r"^```py\n(.*?)^```$", text, re.M | re.S), re.findall(r"^curl .*$", text, re.M)
     commands = [[sys.executable, "-c", code] for code in python] + [["bash", "-c", line] for line in lines]
