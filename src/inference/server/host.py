@@ -67,6 +67,9 @@ def idle_error(sec: float) -> StreamError:
     )
 
 
+SessionFactory = Callable[[str | None], StreamingASR]  # makes a session for a language; None: the server's own
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """A model that clients use, for live sessions and for files; the settings are those of its server."""

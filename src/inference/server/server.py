@@ -28,9 +28,17 @@ from typing import Any
 from aiohttp import WSMsgType, web
 
 from src.inference.server import protocol
-from src.inference.server.host import LOOPBACK, LiveHost, LiveSession, ServedModel, ServerLimits, idle_error
+from src.inference.server.host import (
+    LOOPBACK,
+    LiveHost,
+    LiveSession,
+    ServedModel,
+    ServerLimits,
+    SessionFactory,
+    idle_error,
+)
 from src.inference.server.protocol import StreamError
-from src.inference.server.speech_api import ApiError, SpeechApi
+from src.inference.server.speech_api import DEFAULT_MODEL, ApiError, SpeechApi
 from src.utils.errors import ConfigError, first_line, visible
 
 logger = logging.getLogger(__name__)
@@ -53,7 +61,8 @@ class CaptionServer:
     """Serves live captions, and the texts of files.
 
     Args:
-        models: by the names that clients may use; the first is that of clients who name none, and "whisper-1".
+        models: by the names that clients may use; the first is that of clients who name none, and "whisper-1". Or a
+            function that makes a live session for a language (None: its own): captions only, no texts of files.
         limits: what a client may use.
         token: that clients must know; None admits everyone who reaches the port.
         origins: of web pages that may connect, such as "https://captions.example"; a page of any other is refused,
@@ -65,7 +74,7 @@ class CaptionServer:
 
     def __init__(
         self,
-        models: Mapping[str, ServedModel],
+        models: Mapping[str, ServedModel] | SessionFactory,
         *,
         limits: ServerLimits | None = None,
         token: str | None = None,
@@ -75,11 +84,15 @@ class CaptionServer:
             raise ConfigError("the token is empty; give at least 16 random characters, or None to admit everyone")
         if not models:
             raise ConfigError("no model to serve; give one as {'tiny.en': ServedModel(...)}")
-        self._models, self._host = dict(models), LiveHost(limits)
+        served = {} if callable(models) else dict(models)
+        self._sessions: dict[str, SessionFactory] = {name: model.session for name, model in served.items()}
+        if callable(models):
+            self._sessions = {DEFAULT_MODEL: models}
+        self._host = LiveHost(limits)
         self._limits, self._token, self._origins = self._host.limits, token, frozenset(origins)
         self.strangers, self._known = _Lobby(), _Lobby()
         self._busy: set[asyncio.Task[Any]] = set()
-        self._api = SpeechApi(self._models, self._host)
+        self._api = SpeechApi(served, self._host)
 
     @asynccontextmanager
     async def listen(self, host: str = LOOPBACK, port: int = DEFAULT_PORT) -> AsyncIterator[str]:
@@ -205,11 +218,11 @@ class CaptionServer:
         if not self._is_known([hello.token or "", *_bearer_tokens(request)]):
             fix = "send Authorization: Bearer TOKEN, or token in hello"
             raise StreamError("unauthorized", "no token, or a wrong one", fix=fix)
-        model = self._models.get(hello.model) if hello.model else next(iter(self._models.values()))
-        if model is None:
-            known = f"name one of: {', '.join(self._models)}"
+        make = self._sessions.get(hello.model) if hello.model else next(iter(self._sessions.values()))
+        if make is None:
+            known = f"name one of: {', '.join(self._sessions)}"
             raise StreamError("bad_message", f"no model {visible(hello.model)[:100]!r}", fix=known)
-        live = await self._host.open(partial(model.session, hello.language), hello.sample_rate)
+        live = await self._host.open(partial(make, hello.language), hello.sample_rate)
         try:
             connection.serve(live.fail)
             ready = asdict(limits) | hello.model_dump()

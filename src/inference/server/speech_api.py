@@ -171,7 +171,7 @@ class SpeechApi:
             if self._is_stopping:
                 raise _stopping()
             return web.json_response({"status": "ok"}, headers=headers)
-        names = [*self._models, *([] if DEFAULT_MODEL in self._models else [DEFAULT_MODEL])]
+        names = list(dict.fromkeys([*self._models, DEFAULT_MODEL])) if self._models else []
         models = {
             name: {"id": name, "object": "model", "created": self._created, "owned_by": "whisper-asr"} for name in names
         }
@@ -182,9 +182,9 @@ class SpeechApi:
         return web.json_response(models[name], headers=headers)
 
     def _model(self, name: str) -> ServedModel:
-        model = self._models.get(name) or (next(iter(self._models.values())) if name == DEFAULT_MODEL else None)
+        model = self._models.get(name) or (next(iter(self._models.values()), None) if name == DEFAULT_MODEL else None)
         if model is None:
-            known = f"known: {', '.join(self._models)}"
+            known = f"known: {', '.join(self._models)}" if self._models else "this server has live captions only"
             wrong = f"the model {visible(name)[:100]!r} does not exist; {known}"
             raise ApiError(404, wrong, param="model", code="model_not_found")
         return model

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import soundfile as sf
@@ -682,3 +683,16 @@ def test_a_terminal_shows_what_may_change_dim_and_clears_it() -> None:
     commit, partial, final = (stream_client.render(event, terminal=True) for event in events)
     assert (commit, final) == ("\x1b[Jso", "\x1b[J\n")
     assert "\x1b[2mso\x1b[0m" in partial
+
+
+async def test_a_factory_of_sessions_serves_live_captions_and_no_files() -> None:
+    token = "right-token-0123456789"
+    async with CaptionServer(Sessions().session, token=token).listen(port=0) as url:
+        assert isinstance((await captions(url, [speech(1, 2.0)], token=token))[-1], Done)
+        headers = {"Authorization": f"Bearer {token}"}
+        async with httpx.AsyncClient(base_url=url.replace("ws://", "http://"), headers=headers) as client:
+            assert (await client.get("/v1/models")).json()["data"] == []
+            given = {"data": {"model": "whisper-1"}, "files": {"file": b"RIFF"}}
+            answer = await client.post("/v1/audio/transcriptions", **given)
+            assert answer.status_code == 404
+            assert "live captions only" in answer.json()["error"]["message"]
