@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from src.inference.words import Word, join_words
 from src.utils.errors import ConfigError, DataError, did_you_mean
@@ -32,7 +32,6 @@ from src.utils.languages import graphemes, is_unspaced_character, join_texts, sp
 
 if TYPE_CHECKING:
     from src.data.vad import SpeechSegment
-    from src.inference.files.segmentation import TranscribedSegment
     from src.inference.streaming.commit import Event
 
 SHORT_WORD_COLUMNS = 3
@@ -64,6 +63,22 @@ _HEADERS = {".srt": "", ".vtt": "WEBVTT\n\n"}  # of live files
 _LINE_COLUMNS = {"zh": 32, "yue": 32, "ja": 26, "ko": 32}
 _COLUMNS_PER_SEC = {"en": 20.0, "zh": 18.0, "yue": 18.0, "ja": 8.0, "ko": 24.0}
 _OTHER_COLUMNS_PER_SEC = 17.0
+
+
+class TimedText(Protocol):
+    """A text with its place in a recording, such as a segment."""
+
+    @property
+    def text(self) -> str:
+        """The text, stripped of surrounding spaces."""
+
+    @property
+    def start_sec(self) -> float:
+        """From the start of the recording."""
+
+    @property
+    def end_sec(self) -> float:
+        """Likewise."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +138,7 @@ def make_cues(words: Sequence[Word], options: CaptionOptions = DEFAULT_OPTIONS) 
     return builder.add(words) + builder.finish()
 
 
-def cues_of_segments(
-    segments: Sequence[TranscribedSegment], options: CaptionOptions = DEFAULT_OPTIONS
-) -> tuple[Cue, ...]:
+def cues_of_segments(segments: Sequence[TimedText], options: CaptionOptions = DEFAULT_OPTIONS) -> tuple[Cue, ...]:
     """Lay out text without word times: each segment opens a cue; a long one is cut, its time shared by character."""
     builder, words = CueBuilder(options, segments=True), []
     for before, segment in zip(["", *(segment.text for segment in segments)], segments, strict=False):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from rapidfuzz.distance import Indel
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.inference.files.segmentation import PAD_SEC
-from src.inference.files.transcribe import BatchInference
 from src.inference.words import Word, shifted
 
 APART_SEC = 0.3  # of silence: stretches of speech with it between them are heard again one by one
@@ -16,11 +16,17 @@ NEAR_WORDS, LONG_WORD = 8, 7
 
 
 def hear(
-    audio: Waveform, speech: Sequence[tuple[float, float]], transcriber: BatchInference, language: str | None
+    audio: Waveform,
+    speech: Sequence[tuple[float, float]],
+    transcribe: Callable[..., Iterable[Any]],
+    language: str | None,
 ) -> tuple[list[Word], str | None]:
-    """Transcribe a recording; stretches that its text leaves out once more, each between two silences by itself."""
+    """Transcribe a recording; stretches that its text leaves out once more, each between two silences by itself.
+
+    `transcribe` is `BatchInference.transcribe_iter`.
+    """
     known = {"array 0": language} if language else None
-    (whole,) = transcriber.transcribe_iter([audio], word_timestamps=True, languages=known)
+    (whole,) = transcribe([audio], word_timestamps=True, languages=known)
     language = whole.language or language
     joined: list[list[float]] = []
     for start, end in speech:
@@ -36,7 +42,7 @@ def hear(
     words = list(whole.words or ())
     clips = [audio[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)] for start, end in again]
     known = {f"array {i}": language for i in range(len(clips))} if language else None
-    parts = transcriber.transcribe_iter(clips, word_timestamps=True, languages=known) if clips else ()
+    parts = transcribe(clips, word_timestamps=True, languages=known) if clips else ()
     for (start, end), part in zip(again, parts, strict=True):
         words = [word for word in words if not start < (word.start_sec + word.end_sec) / 2 < end]
         words += shifted(part.words or (), start)

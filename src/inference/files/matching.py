@@ -151,7 +151,7 @@ def match_transcript(
     """
     detector = VoiceActivityDetector(config.vad.model_copy(update={"min_silence_sec": MIN_GAP_SEC, "pad_sec": 0.0}))
     speech = [(span.start_sec, span.end_sec) for span in detector.speech_segments(audio)]
-    heard, language = hear(audio, speech, BatchInference(config=config, engine=engine), language)
+    heard, language = hear(audio, speech, BatchInference(config=config, engine=engine).transcribe_iter, language)
     matcher = _Matcher(audio, passages, speech, heard, engine, config, language, min_score)
     excerpts = tuple(sorted(matcher.run(), key=lambda e: e.start_sec))
     covered_sec = sum(matcher.speech_sec(e.start_sec, e.end_sec) for e in excerpts if e.reason is None)
