@@ -9,9 +9,7 @@ import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache, lru_cache
 
-import langcodes
 import regex
-from langcodes.data_dicts import MACROLANGUAGES
 
 from src.utils.errors import DataError, did_you_mean
 
@@ -82,6 +80,9 @@ def code_of_language(mark: str) -> str | None:
     mark = mark.strip()
     if mark.lower() in WHISPER_LANGUAGES:
         return mark.lower()
+    import langcodes  # here and below: a tenth of a cold process that transcribes, which needs none of it
+    from langcodes.data_dicts import MACROLANGUAGES
+
     tag = mark.partition(".")[0].replace("_", "-")  # `de_DE.UTF-8` of a locale
     try:
         code = langcodes.Language.get(langcodes.standardize_tag(tag, macro=True)).language or ""
@@ -96,6 +97,7 @@ def code_of_language(mark: str) -> str | None:
 
 def _code_of_name(name: str) -> str:
     """Return the code of an English name, or of words that name one language; else nothing."""
+    import langcodes
 
     def find(words: str) -> str:
         """Return the tag of a name; langcodes also takes what begins with one, such as `malayalm` for Malay."""
@@ -117,6 +119,8 @@ def _names() -> dict[str, str]:
 
 def language_name(code: str) -> str:
     """Return the English name of a code of Whisper, such as `Chinese`."""
+    import langcodes
+
     return str(langcodes.Language.get(code).display_name())
 
 

@@ -5,6 +5,7 @@ torch and NumPy are imported where they are used: they take seconds, and the env
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.util
 import logging
@@ -20,14 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from urllib.parse import unquote
 
 from src.utils.errors import CheckpointError, DeviceError, OutOfMemoryError, WhisperASRError, first_line
-from src.utils.files import atomic_file, project_file
+from src.utils.files import PROJECT_ROOT, atomic_file, project_file
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,40 @@ _FOLDERS = re.compile(
     rf"(?<![\w./\\~$%}})\]>-])(?!(?<=:)//)(?:{_BEGIN})(?:{_SLASH}+(?:(?!{_SLASH})[^\s\"'<>|:*?])+)+{_SLASH}+(?=[\w.-])"
 )
 _HOMES = {"home", "Users", "users"}
+CUBLAS_PACKAGE = "nvidia-cublas-cu12"  # CTranslate2 loads its library by name, whatever CUDA torch was built for
+CUBLAS_FIX = f"pip install {CUBLAS_PACKAGE}"
+_CT2_PROBE_SEC = 120.0
+_CT2_PROBE = """
+import sys
+sys.modules["torch"] = None  # whose own libraries would be found, in a process that has imported it
+import tempfile
+import numpy as np
+from src.utils.runtime import load_cublas
+load_cublas()
+import ctranslate2
+from ctranslate2.specs.model_spec import visit_spec
+from ctranslate2.specs.whisper_spec import WhisperSpec
+d, tokens = 64, ["<|endoftext|>", "<|startoftranscript|>", "<|nospeech|>", "<|notimestamps|>", "a"]
+shapes = {"conv1/weight": (d, 80, 3), "conv2/weight": (d, d, 3), "embeddings/weight": (len(tokens), d),
+          "projection/weight": (len(tokens), d), "encodings": (1500, d), "self_attention/linear_0/weight": (3 * d, d),
+          "attention/linear_1/weight": (2 * d, d), "self_attention/linear_1/weight": (d, d), "weight": (d, d),
+          "gamma": (d,), "beta": (d,), "conv1/bias": (d,), "conv2/bias": (d,)}
+random = np.random.default_rng(0)
+def fill(layer, name, value):
+    found = [shape for end, shape in shapes.items() if ("/" + name).endswith("/" + end)]
+    if found and (value is None or "bias" in name or "encodings" in name):
+        layer.__dict__[name.rpartition("/")[2]] = random.normal(size=found[0]).astype(np.float32) / 8
+spec = WhisperSpec(1, 1, 1, 1)
+visit_spec(spec, fill)
+spec.register_vocabulary(tokens)
+spec.validate()
+with tempfile.TemporaryDirectory() as folder:
+    spec.save(folder)
+    model = ctranslate2.models.Whisper(folder, device=sys.argv[1], compute_type=sys.argv[2])
+features = ctranslate2.StorageView.from_array(np.zeros((1, 80, 100), dtype=np.float32))
+encoded = model.encode(features, to_cpu=True).to(ctranslate2.DataType.float32)
+sys.exit(0 if np.isfinite(np.array(encoded)).all() else "its numbers are not finite")
+"""
 
 
 def in_colab() -> bool:
@@ -291,6 +326,44 @@ def allow_tf32(device: torch.device) -> str:
         return f"TF32 off ({torch.cuda.get_device_name(device)} has none)"
     torch.set_float32_matmul_precision("high")
     return f"TF32 on ({torch.cuda.get_device_name(device)} has it)"
+
+
+@cache
+def ctranslate2_cuda_problem() -> str | None:
+    """Return why CTranslate2 cannot compute on this machine's CUDA device, None if it can; tried once per process.
+
+    A child process encodes with a tiny random model in float16: a library that is absent shows at the first product
+    of matrices only, and may end the process.
+    """
+    return _try_ctranslate2("cuda", "float16")
+
+
+def _try_ctranslate2(device: str, compute_type: str) -> str | None:
+    command = [sys.executable, "-c", _CT2_PROBE, device, compute_type]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_CT2_PROBE_SEC, cwd=PROJECT_ROOT)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {_CT2_PROBE_SEC:.0f} s"
+    except OSError as err:
+        return f"it cannot be tried: {err}"
+    if done.returncode == 0:
+        return None
+    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    if "libcublas" in done.stderr:
+        said = [next(line for line in said if "libcublas" in line)]
+    return said[-1] if said else f"its process ended with exit code {done.returncode}"
+
+
+def load_cublas() -> None:
+    """Load pip's libcublas.so.12, from nvidia-cublas-cu12, where CTranslate2 finds it: it looks into no such folder."""
+    try:
+        folder = metadata.distribution(CUBLAS_PACKAGE).locate_file("nvidia/cublas/lib")
+        for library in ("libcublasLt.so.12", "libcublas.so.12"):
+            ctypes.CDLL(str(folder / library), mode=ctypes.RTLD_GLOBAL)
+    except metadata.PackageNotFoundError:
+        logger.debug("%s is not installed: the system's cuBLAS is used, if there is any", CUBLAS_PACKAGE)
+    except OSError as err:
+        logger.debug("%s: %s", CUBLAS_PACKAGE, err)  # CTranslate2 says what it lacks
 
 
 def keep_cudnn_out_of_attention(device: torch.device) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from src.utils.errors import WhisperASRError, first_line
 from src.utils.files import PROJECT_ROOT, project_file
-from src.utils.runtime import MOUNT_POINT, in_colab, installed_version
+from src.utils.runtime import CUBLAS_FIX, MOUNT_POINT, ctranslate2_cuda_problem, in_colab, installed_version
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -209,13 +209,11 @@ def _check_torch(config: Config | None = None) -> Iterator[Check]:
     yield _judge_torchaudio(found, problem)
     yield _judge_gpu(found)
     yield from _judge_sixteen_bits(found, config)
-    if "cublas" in found:  # CUDA 13 has libcublas.so.13
-        text = f"needs CUDA 12 on a GPU, torch brings CUDA {found['cuda']}: {found['cublas']}"
-        fix = (
-            "pip install nvidia-cublas-cu12 && export LD_LIBRARY_PATH=$(python -c 'import nvidia.cublas as n; "
-            "print(n.__path__[0])')/lib; or inference.engine: torch"
-        )
-        yield Check("CTranslate2", "warning", text, fix)
+    if found["gpus"] and installed_version("ctranslate2") is not None:
+        lacking = ctranslate2_cuda_problem()
+        text = f"needs CUDA 12 on a GPU, torch brings CUDA {found['cuda']}: {found.get('cublas', lacking)}"
+        fix = f"{CUBLAS_FIX} (until then a GPU transcribes through torch)"
+        yield _judge("CTranslate2", lacking is None, text if lacking else "computes on the GPU", "warning", fix)
 
 
 def _judge_torchaudio(found: dict[str, Any], problem: str) -> Check:

@@ -274,3 +274,42 @@ def test_a_place_below_the_working_directory_is_shown_from_there(
     monkeypatch.chdir("/")
     assert public("/home/ann/x") == "x"
     assert public("x: /home/ann/y: damaged") == "x: y: damaged"
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        ({"returncode": 0}, None),
+        ({"returncode": -6, "stderr": ""}, "exit code -6"),
+        (
+            {"returncode": 1, "stderr": "Traceback\nRuntimeError: Library libcublas.so.12 is not found\n"},
+            "libcublas.so.12",
+        ),
+        (subprocess.TimeoutExpired("python", 120), "within 120 s"),
+        (OSError("cannot allocate memory"), "cannot allocate memory"),
+    ],
+    ids=["works", "crashes", "lacks a library", "hangs", "cannot be started"],
+)
+def test_ctranslate2_is_tried_on_the_gpu_in_a_child_once(
+    ending: Any, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        if isinstance(ending, Exception):
+            raise ending
+        return subprocess.CompletedProcess(command, **{"stderr": "", **ending})
+
+    monkeypatch.setattr(subprocess, "run", run)
+    runtime.ctranslate2_cuda_problem.cache_clear()
+    problems = [runtime.ctranslate2_cuda_problem() for _ in range(2)]
+    runtime.ctranslate2_cuda_problem.cache_clear()
+    assert len(commands) == 1
+    assert commands[0][-2:] == ["cuda", "float16"]
+    assert (problems[0] is None) if said is None else (said in str(problems[0]))
+
+
+def test_the_child_encodes_with_the_model_that_it_makes() -> None:
+    assert runtime._try_ctranslate2("cpu", "float32") is None
+    assert "int3" in str(runtime._try_ctranslate2("cpu", "int3"))

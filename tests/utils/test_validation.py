@@ -152,7 +152,10 @@ def test_an_absent_torchaudio_is_no_error_and_colabs_torch_stays(
     assert "torchaudio" not in by_name(validation._check_packages())
 
 
-def test_cuda_13_and_a_gpu_without_bfloat16_are_found(stub: Callable[[str, str], None]) -> None:
+def test_cuda_13_and_a_gpu_without_bfloat16_are_found(
+    stub: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validation, "ctranslate2_cuda_problem", lambda: "its process ended with exit code -6")
     stub("torch", TORCH_STUB.format(build="2.14.0+cu130", cuda="13.0", gpu=True))
     stub("ctypes", "def CDLL(name): raise OSError(name + ': cannot open shared object file')")
     checks = by_name(validation._check_torch())
@@ -205,6 +208,20 @@ def test_a_gpu_is_named_and_its_absence_comes_with_advice(monkeypatch: pytest.Mo
     assert gpu().fix == "Runtime > Change runtime type > T4 GPU"
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     assert gpu().status == "warning"
+
+
+@pytest.mark.parametrize("problem", [None, "RuntimeError: Library libcublas.so.12 is not found"])
+def test_the_doctor_says_whether_ctranslate2_works_on_the_gpu(
+    problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = '{"torch": "2.11.0", "cuda": "13.0", "mps": false, "gpus": [["L4", 22000, 8]], "torchaudio": "2.11.0"}'
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, found, ""))
+    monkeypatch.setattr(validation, "ctranslate2_cuda_problem", lambda: problem)
+    check = list(validation._check_torch())[-1]
+    assert check.name == "CTranslate2"
+    assert (check.status, "nvidia-cublas-cu12" in check.fix) == (
+        ("ok", False) if problem is None else ("warning", True)
+    )
 
 
 def test_a_microphone_needs_sounddevice_and_portaudio(
