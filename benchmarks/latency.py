@@ -18,8 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import soundfile
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
@@ -40,11 +42,13 @@ from src.data.sources.catalog import SAMPLE_CLIP
 from src.evaluation.metrics import WHISPER_ENGLISH, error_rate, word_counts
 from src.evaluation.streams import AlignedClip, join_clips
 from src.inference.ct2_engine import CTranslate2Engine, ct2_folder
-from src.inference.engines import load_engine, transcribe
+from src.inference.engine_base import Engine, transcribe
+from src.inference.engines import load_engine
 from src.inference.files.transcribe import BatchInference
 from src.inference.options import DecodingOptions
+from src.models.weights import resolve_weights
 from src.utils.config import Config, load_config
-from src.utils.runtime import usable_cores
+from src.utils.runtime import ctranslate2_cuda_problem, get_device, usable_cores
 
 GREEDY = {"language": "en", "beam_size": 1, "temperature": 0.0, "without_timestamps": True}  # of faster-whisper
 RATIOS = {  # figure: (peer, ours)
@@ -198,6 +202,80 @@ def peer_systems(
         "transformers pipeline": lambda: [hf(clip.copy())["text"] for clip in clips],
         "faster-whisper batched, long": lambda: [text_of(batched.transcribe(joined, batch_size=16, **GREEDY))],
     }
+
+
+def gpu_systems(
+    model: str, config: Config, clips: Sequence[Waveform], joined: Waveform, *, batches: Sequence[int]
+) -> Iterator[tuple[str, Callable[[], list[str]] | str]]:
+    """Give engines and peers on the device of `config`, one after the other; a text instead of a system says why not.
+
+    Each has been warmed up with as many clips as it takes at once.
+    """
+    device, precision = get_device(config.device).type, "float16" if config.device == "cuda" else "float32"
+    half = torch.float16 if device == "cuda" else torch.float32
+    weights = str(resolve_weights(model, cache_dir=config.paths.cache_dir).path)
+
+    def ours(engine: Engine, size: int, audios: Sequence[Waveform]) -> Callable[[], list[str]]:
+        settings = config.model_copy(update={"inference": config.inference.model_copy(update={"batch_size": size})})
+        inference = BatchInference(engine=engine, config=settings)
+        inference.transcribe_batch(clips[:size])
+        return lambda: [item.text or "" for item in inference.transcribe_batch(audios)]
+
+    problem = ctranslate2_cuda_problem() if device == "cuda" else None
+    for name in ("torch", "ctranslate2"):
+        if name == "ctranslate2" and problem is not None:
+            yield f"{name} {precision}", problem
+            continue
+        engine = load_engine(model, config, engine=name, compute_type=precision)  # type: ignore[arg-type]
+        for size in batches:
+            yield f"{name} {precision}, batch {size}", ours(engine, size, clips)
+        yield f"{name} {precision}, batch {batches[-1]}, long", ours(engine, batches[-1], [joined])
+        del engine
+
+    if importlib.util.find_spec("faster_whisper") is None:
+        yield "faster-whisper", "not installed: pip install -r requirements-bench.txt -c constraints.txt"
+    elif problem is not None:
+        yield "faster-whisper", problem
+    else:
+        from faster_whisper import BatchedInferencePipeline, WhisperModel
+
+        folder = ct2_folder(model, quantization=precision, cache_dir=config.paths.cache_dir)
+        whisper = WhisperModel(str(folder), device=device, compute_type=precision)
+        batched = BatchedInferencePipeline(whisper)
+        sec = len(joined) / SAMPLE_RATE
+
+        def at_once(size: int) -> list[str]:  # its batches are pieces of one recording: here one for each clip
+            stream, marks, at = np.concatenate(clips), [], 0.0
+            for clip in clips:
+                marks.append({"start": at, "end": at + len(clip) / SAMPLE_RATE})
+                at = marks[-1]["end"]
+            found, _ = batched.transcribe(stream, batch_size=size, clip_timestamps=marks, vad_filter=False, **GREEDY)
+            return [segment.text for segment in found]
+
+        def long() -> list[str]:
+            marks = None if sec > 30 else [{"start": 0.0, "end": sec}]
+            found, _ = batched.transcribe(joined, batch_size=batches[-1], clip_timestamps=marks, **GREEDY)
+            return [" ".join(segment.text.strip() for segment in found)]
+
+        for size in batches:
+            at_once(size)
+            yield f"faster-whisper {precision}, batch {size}", partial(at_once, size)
+        yield f"faster-whisper {precision}, batch {batches[-1]}, long", long
+
+    stock = WhisperForConditionalGeneration.from_pretrained(weights, dtype=half).to(device)
+    processor = WhisperProcessor.from_pretrained(weights)
+    for size in batches:
+        hf: Any = pipeline(
+            "automatic-speech-recognition", model=stock, tokenizer=processor.tokenizer, dtype=half, device=device,
+            feature_extractor=processor.feature_extractor, batch_size=size, chunk_length_s=30,
+        )  # fmt: skip
+
+        def piped(audios: Sequence[Waveform], hf: Any = hf) -> list[str]:
+            return [found["text"] for found in hf([audio.copy() for audio in audios])]
+
+        piped(clips[:size])
+        yield f"transformers pipeline {precision}, batch {size}", partial(piped, clips)
+    yield f"transformers pipeline {precision}, batch {batches[-1]}, long", partial(piped, [joined])
 
 
 def join_all(clips: Sequence[Waveform], references: Sequence[str], seconds: float) -> tuple[Waveform, str]:

@@ -29,8 +29,8 @@ from src.data.vad import VoiceActivityDetector
 from src.evaluation.streaming import ReplayClock, WordTiming, log_streams, measure_stream, replay, time_words
 from src.evaluation.streams import PUBLIC_CLIP, SpeechStream, WordAligner, add_noise, join_clips
 from src.evaluation.visualization.speed import draw_emission, draw_tradeoff
-from src.inference.engine_base import Engine
-from src.inference.engines import load_engine, transcribe
+from src.inference.engine_base import Engine, transcribe
+from src.inference.engines import load_engine
 from src.inference.options import DecodingOptions
 from src.inference.streaming.session import StreamingASR, StreamingResult
 from src.models.whisper_model import WhisperModelManager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from torch.nn import functional
 from src.data.labels import IGNORE_INDEX
 from src.evaluation import metrics
 from src.evaluation.metrics import Bootstrap, EditCounts, ErrorRates, Kind, MetricsCalculator, PairedComparison
+from src.inference.engine_base import padding_groups
+from src.inference.greedy import release_graphs
 from src.inference.options import DecodingOptions
 from src.inference.torch_engine import decode, encode
 from src.inference.words import Vocabulary
@@ -215,12 +217,26 @@ class ModelEvaluator:
 
     def _decode_batches(self, batches: Iterable[Any], *, desc: str, total: int | None = None) -> _Measured:
         parts: list[_Measured] = []
+        config, silence_sec = self._model.config, self._config.inference.trailing_silence_sec
         with evaluation_mode(self._model), torch.inference_mode():
             for batch in ProgressBar(batches, desc=desc, total=total, leave=False, disable=not is_main_process()):
-                parts += self._fitting.run(partial(self._decode_rows, batch), batch["ids"])
+                # a clip is padded as it would be alone
+                groups = padding_groups(batch["audio_lengths"].tolist(), silence_sec, get_audio_context(config))
+                of_batch = [
+                    part
+                    for rows, sec in groups
+                    for part in self._fitting.run(
+                        partial(self._decode_rows, {key: _rows(values, rows) for key, values in batch.items()}, sec),
+                        _rows(batch["ids"], rows),
+                    )
+                ]
+                joined = _Measured.joined(of_batch)
+                place = {clip: at for at, clip in enumerate(batch["ids"])}
+                parts.append(replace(joined, rows=sorted(joined.rows, key=lambda row: place[row["id"]])))
+        release_graphs(self._model)
         return _Measured.joined(parts)
 
-    def _decode_rows(self, whole: Mapping[str, Any], first: int, last: int) -> _Measured:
+    def _decode_rows(self, whole: Mapping[str, Any], silence_sec: float, first: int, last: int) -> _Measured:
         batch = {key: values[first:last] for key, values in whole.items()}
         audios, lengths, languages = batch["audio"], batch["audio_lengths"].tolist(), batch["languages"]
         options = DecodingOptions.from_config(self._config)
@@ -229,7 +245,7 @@ class ModelEvaluator:
         wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
         wait()
         began = time.perf_counter()
-        encoded = encode(self._model, audios, options.trailing_silence_sec, lengths=lengths)
+        encoded = encode(self._model, audios, silence_sec, lengths=lengths)
         decoded = decode(
             self._model, self._processor, audios, options,
             languages=languages, lengths=lengths, encoder_outputs=encoded,
@@ -252,6 +268,11 @@ class ModelEvaluator:
             for i, result in enumerate(decoded)
         ]
         return _Measured(rows, loss_sum, int((batch["labels"] != IGNORE_INDEX).sum()), compute_sec)
+
+
+def _rows(values: Any, places: list[int]) -> Any:
+    """Return some rows of a tensor or list."""
+    return values[places] if isinstance(values, Tensor) else [values[i] for i in places]
 
 
 def sum_loss(model: Any, encoded: Any, decoder_input_ids: Tensor, labels: Tensor) -> float:

@@ -22,7 +22,7 @@ import torch
 
 from src.data.audio import SAMPLE_RATE, Waveform, to_mono_16k
 from src.data.features import CONTEXT_SAMPLES
-from src.inference.engine_base import Engine
+from src.inference.engine_base import Engine, transcribe
 from src.inference.options import DecodingOptions
 from src.inference.torch_engine import TorchEngine
 from src.utils.config import Config
@@ -56,8 +56,7 @@ def describe_engine(engine: Engine, config: Config) -> MeasuredEngine:
     options = DecodingOptions.from_config(config)
 
     def texts_of(audios: Sequence[Waveform], languages: Sequence[str | None] | None = None) -> list[str]:
-        encoded = engine.encode(audios, options.trailing_silence_sec)
-        return [result.text for result in engine.decode(encoded, audios, options, languages=languages)]
+        return [result.text for result in transcribe(engine, audios, options, languages=languages)]
 
     first_token = (lambda audio: engine.first_token(audio, options)) if options.num_beams == 1 else None
     return MeasuredEngine(engine.name, texts_of, engine.device, engine.precision, engine.audio_context, first_token)

@@ -7,6 +7,7 @@ own length here too. It gives no attention while it generates: word times need a
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +19,16 @@ import numpy as np
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import HOP_SAMPLES, POSITION_SEC, log_mel
 from src.data.labels import MAX_LABEL_TOKENS
-from src.inference.engine_base import Decoded, Engine, batch_samples
+from src.inference.engine_base import Decoded, Engine, batch_samples, gumbel_noise
 from src.inference.options import DecodingOptions
 from src.inference.words import Vocabulary, Word, place_words
 from src.models.ct2_file import check_ct2_folder
 from src.models.folder import content_files, own_settings, read_settings
 from src.utils.errors import DeviceError, ModelError
 from src.utils.files import expand_path, recover_folder
-from src.utils.runtime import cpu_threads
+from src.utils.runtime import CUBLAS_FIX, cpu_threads, ctranslate2_cuda_problem, load_cublas
+
+logger = logging.getLogger(__name__)
 
 
 class CTranslate2Engine(Engine):
@@ -53,6 +56,8 @@ class CTranslate2Engine(Engine):
         # distilled checkpoints list their teacher's; CTranslate2 would end the process
         self._foreign_heads = [h for h in config.get("alignment_heads") or () if h[0] >= layers or h[1] >= heads]
         kind, index = find_device(device)
+        if kind == "cuda":
+            load_cublas()
         try:
             self._model = ctranslate2.models.Whisper(
                 str(folder),
@@ -82,11 +87,10 @@ class CTranslate2Engine(Engine):
     def _generate(
         self, encoded: Any, given: list[list[int]], prefix: list[int], caps: list[int], options: DecodingOptions
     ) -> list[Decoded]:
-        forced, new = len(prefix), len(prefix) + max(caps)  # CTranslate2 counts the forced tokens, too
-        sampling = {}
         if options.temperature:
-            ctranslate2.set_random_seed(0)
-            sampling = {"sampling_topk": 0, "sampling_temperature": options.temperature}
+            texts = zip(given, caps, strict=True)
+            return [self._draw(_row(encoded, i), text, prefix, cap, options) for i, (text, cap) in enumerate(texts)]
+        forced, new = len(prefix), len(prefix) + max(caps)  # CTranslate2 counts the forced tokens, too
         generated = self._model.generate(
             encoded,
             given,
@@ -96,15 +100,50 @@ class CTranslate2Engine(Engine):
             suppress_blank=not prefix,
             return_scores=True,
             return_no_speech_prob=options.no_speech,
-            **sampling,
         )
         rows = []
-        for row, cap in zip(generated, caps, strict=True):
+        for i, (row, cap) in enumerate(zip(generated, caps, strict=True)):
             tokens = row.sequences_ids[0]  # the forced ones too
+            if len(tokens) > forced + cap:  # its score must not count what a neighbour's cap lets it say
+                rows += self._generate(_row(encoded, i), given[i : i + 1], prefix, [cap], options)
+                continue
             # the score is divided by all of these; the end token is in the sum, but not in the number
             logprob = row.scores[0] * len(tokens) / (len(tokens) - forced + (len(tokens) < new))
             rows.append(Decoded(tokens[: forced + cap], logprob, row.no_speech_prob if options.no_speech else None))
         return rows
+
+    def _draw(self, encoded: Any, given: list[int], prefix: list[int], cap: int, options: DecodingOptions) -> Decoded:
+        """Draw one text as the torch engine does: what CTranslate2 itself draws depends on what it drew before.
+
+        The likeliest continuation is taken as far as it is what is drawn; from the first other token there is a new
+        one. At low temperatures that is a few calls.
+        """
+        chosen: list[int] = []  # with the end token
+        logprob, no_speech, end = 0.0, None, self.vocabulary.end
+        while len(chosen) < cap and end not in chosen:
+            forced = len(prefix) + len(chosen)
+            new = forced + cap - len(chosen)
+            (found,) = self._model.generate(
+                encoded,
+                [[*given, *chosen]],
+                beam_size=1,
+                max_length=max(2 * new, len(given) + cap),
+                suppress_blank=not forced,
+                return_logits_vocab=True,
+                return_no_speech_prob=True,
+            )
+            no_speech = found.no_speech_prob if no_speech is None else no_speech
+            for likeliest, view in zip([*found.sequences_ids[0][forced:], end], found.logits[0][forced:], strict=False):
+                logits = np.array(_on_cpu(view)).ravel()
+                scores = logits - logits.max()
+                scores -= np.log(np.exp(scores).sum())
+                noise = gumbel_noise(len(chosen), options.temperature, len(logits))
+                chosen.append(int((logits / options.temperature + noise).argmax()))
+                logprob += float(scores[chosen[-1]])
+                if chosen[-1] != likeliest or len(chosen) == cap:
+                    break
+        text = [token for token in chosen if token != end]
+        return Decoded([*prefix, *text], logprob / len(chosen), no_speech if options.no_speech else None)
 
     def _place(
         self, encoded: Any, audios: Sequence[Waveform], starts: list[list[int]], rows: Sequence[Decoded]
@@ -136,6 +175,16 @@ class CTranslate2Engine(Engine):
         return [(found[0][0].strip("<|>"), found[0][1]) for found in self._model.detect_language(encoded)]
 
 
+def _on_cpu(view: Any) -> Any:
+    """Return a `StorageView` as NumPy takes it."""
+    return view.to_device(ctranslate2.Device.cpu).to(ctranslate2.DataType.float32)
+
+
+def _row(encoded: Any, row: int) -> Any:
+    """Return one row of the encoder's output as a batch."""
+    return ctranslate2.StorageView.from_array(np.ascontiguousarray(np.array(_on_cpu(encoded))[row : row + 1]))
+
+
 def ct2_folder(source: str, *, quantization: str, cache_dir: Path) -> Path:
     """Return a CTranslate2 folder with the weights that `resolve_weights` finds, converted once into `cache_dir`.
 
@@ -163,16 +212,23 @@ def ct2_folder(source: str, *, quantization: str, cache_dir: Path) -> Path:
 
 
 def find_device(name: str) -> tuple[str, int]:
-    """Return kind and number of auto (CUDA if there is any, else the CPU), cpu, cuda or cuda:N, without torch."""
+    """Return kind and number of auto (CUDA if it works, else the CPU), cpu, cuda or cuda:N, without torch."""
     kind, _, number = name.partition(":")
     found = ctranslate2.get_cuda_device_count() if kind in ("auto", "cuda") else 0
+    problem = ctranslate2_cuda_problem() if found else None
     if kind == "auto":
-        return ("cuda", 0) if found else ("cpu", 0)
+        if problem is not None:
+            logger.warning("CTranslate2 on the CPU: on this GPU %s; %s", problem, CUBLAS_FIX)
+        return ("cuda", 0) if found and problem is None else ("cpu", 0)
     if kind not in ("cpu", "cuda"):
         raise ModelError(f"CTranslate2 runs on cpu and cuda, not on {name}; set engine: torch, or device: cpu")
     index = int(number or 0)
     if kind == "cuda" and index >= found:
         raise DeviceError(f"device {name!r}: CTranslate2 sees {found} CUDA device(s); check nvidia-smi, or set auto")
+    if problem is not None:
+        raise DeviceError(
+            f"device {name!r}: CTranslate2 cannot compute there: {problem}; {CUBLAS_FIX}, or engine: torch"
+        )
     return kind, index
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 import zlib
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import CONTEXT_SAMPLES, padded_samples
@@ -17,6 +21,9 @@ from src.inference.options import DecodingOptions
 from src.inference.words import BROKEN, Vocabulary, Word
 from src.utils.errors import ModelError
 from src.utils.languages import CAP_FACTOR, max_tokens_per_sec, text_language
+
+# A clip at its own length is padded, silence included, to a multiple of it: by at most 1 s, which training shows.
+LENGTH_STEP_SEC = 0.5
 
 
 @dataclass(frozen=True)
@@ -90,14 +97,11 @@ class Engine(ABC):
 
         # what the decoder is given: previous text and hotwords, special tokens, the forced beginning of the text
         starts = [vocabulary.start_sequence(code, options.task, timestamps=options.timestamps) for code in codes]
-        written = {text_language(code, options.task) for code in codes}
-        style = written.pop() if len(written) == 1 else None  # rows get the same tokens, whatever their languages
-        room = MAX_LABEL_TOKENS - len(starts[0])
-        prefix = [*(options.prefix_tokens or vocabulary.encode(options.prefix, language=style))][: room - 1]
         pairs = zip(audios, codes, strict=True)
         caps = [max_tokens or self._token_cap(len(audio), code, options) for audio, code in pairs]
-        room -= len(prefix) + math.ceil(max(caps) / CAP_FACTOR)
-        prompt = vocabulary.prompt_tokens(options.prompt, options.hotwords, language=style, room=room - 1)
+        # rows get the same tokens, whatever their languages
+        style = codes[0] if len({text_language(code, options.task) for code in codes}) == 1 else None
+        prompt, prefix = self._context(style, max(caps), options)
 
         given = [[*prompt, *start, *prefix] for start in starts]
         caps = [min(cap, MAX_LABEL_TOKENS - len(given[0])) for cap in caps]
@@ -112,6 +116,26 @@ class Engine(ABC):
             )
             for text, row, placed, code, cap in zip(texts, rows, words, codes, caps, strict=True)
         ]  # fmt: skip
+
+    def contexts(
+        self, lengths: Sequence[int], languages: Sequence[str | None] | None, options: DecodingOptions
+    ) -> list[object]:
+        """Return a key for each clip, equal where the tokens before their texts are: each leaves room for its text."""
+        keys: list[object] = []
+        for i, (length, code) in enumerate(zip(lengths, languages or [None] * len(lengths), strict=True)):
+            code = code or options.language or self.language
+            is_open = code is None and self.vocabulary.multilingual  # its style is known when it is heard
+            context = self._context(code, self._token_cap(length, code, options), options)
+            keys.append(i if is_open else (code, str(context)))
+        return keys
+
+    def _context(self, language: str | None, cap: int, options: DecodingOptions) -> tuple[list[int], list[int]]:
+        """Return the text before with hotwords, and the forced beginning, as far as a text of `cap` tokens has room."""
+        style = text_language(language, options.task)
+        room = MAX_LABEL_TOKENS - (4 if self.vocabulary.multilingual else 2) + options.timestamps
+        prefix = [*(options.prefix_tokens or self.vocabulary.encode(options.prefix, language=style))][: room - 1]
+        room -= len(prefix) + math.ceil(cap / CAP_FACTOR) + 1
+        return self.vocabulary.prompt_tokens(options.prompt, options.hotwords, language=style, room=room), prefix
 
     def align(
         self,
@@ -179,6 +203,59 @@ class Engine(ABC):
     @abstractmethod
     def _detect(self, encoded: Any) -> list[tuple[str, float]]:
         """Return the likeliest language of each row with its probability, for a multilingual model."""
+
+
+def transcribe(
+    engine: Engine,
+    audios: Sequence[Waveform],
+    options: DecodingOptions,
+    *,
+    languages: Sequence[str | None] | None = None,
+) -> list[DecodingResult]:
+    """Encode and decode clips of at most 30 s: one result per clip, in order; `languages` as in `Engine.decode`.
+
+    There is no padding mask, so clips share a batch only if each is padded as it would be alone, and follows the same
+    tokens: a text does not depend on the neighbours of its clip. Many clips of one length are the fastest.
+    """
+    lengths, results = [len(audio) for audio in audios], dict[int, DecodingResult]()
+    before = options.prompt or options.hotwords or options.prefix or options.prefix_tokens
+    has_context = bool(before) and len(audios) > 1
+    keys = engine.contexts(lengths, languages, options) if has_context else [None] * len(audios)
+    for rows, silence_sec in padding_groups(lengths, options.trailing_silence_sec, engine.audio_context, keys):
+        batch = [audios[i] for i in rows]
+        spoken: dict[str, Any] = {} if languages is None else {"languages": [languages[i] for i in rows]}
+        results |= zip(rows, engine.decode(engine.encode(batch, silence_sec), batch, options, **spoken), strict=True)
+    return [results[i] for i in range(len(audios))]
+
+
+def padding_groups(
+    lengths: Sequence[int],
+    trailing_silence_sec: float,
+    audio_context: str,
+    keys: Sequence[object] | None = None,
+) -> list[tuple[list[int], float]]:
+    """Part clips into those that are padded alike, each by its own length: their places, and the silence to add.
+
+    The silence follows the longest clip of a group, as `batch_samples` takes it. Clips of different keys are apart.
+    """
+    batch_samples(lengths, trailing_silence_sec, audio_context)  # refuses what cannot be encoded
+    step, silence = round(LENGTH_STEP_SEC * SAMPLE_RATE), round(trailing_silence_sec * SAMPLE_RATE)
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for i, (length, key) in enumerate(zip(lengths, keys or [None] * len(lengths), strict=True)):
+        groups[0 if audio_context == "full" else -(-(length + silence) // step), key].append(i)
+    return [
+        (rows, (steps * step - max(lengths[i] for i in rows)) / SAMPLE_RATE if steps else trailing_silence_sec)
+        for (steps, _), rows in groups.items()
+    ]
+
+
+def gumbel_noise(step: int, temperature: float, size: int) -> NDArray[np.float32]:
+    """Return the noise whose sum with logits / temperature is highest at a token drawn from their softmax.
+
+    It is the same for every clip, in every batch and engine (Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030).
+    """
+    generator = np.random.default_rng([step, round(1000 * temperature)])
+    return generator.gumbel(size=size).astype(np.float32)
 
 
 def batch_samples(lengths: Sequence[int], trailing_silence_sec: float, audio_context: str) -> int:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from src.data.audio import Waveform
-from src.inference.engine_base import DecodingResult, Engine
+from src.inference.engine_base import DecodingResult, Engine, transcribe
 from src.inference.options import DecodingOptions
 from src.utils.config import Config, InferenceConfig
 from src.utils.errors import ConfigError, ModelError
 from src.utils.files import expand_path
-from src.utils.runtime import get_device, usable_cores
+from src.utils.runtime import CUBLAS_FIX, ctranslate2_cuda_problem, get_device, usable_cores
 
 if TYPE_CHECKING:
     from src.data.vad import VoiceActivityDetector
@@ -29,11 +29,6 @@ EngineName = Literal["auto", "torch", "ctranslate2"]
 # Above it silero-vad is asked whether there is speech at all. tiny.en, stock and tuned, int8 and float32 (2026-11-28):
 # zeros, white and brown noise and hum have 0.53 to 0.95, read and spoken English clips 0.01 to 0.03.
 DOUBTFUL_NO_SPEECH_PROB = 0.2
-
-
-def transcribe(engine: Engine, audios: Sequence[Waveform], options: DecodingOptions) -> list[DecodingResult]:
-    """Encode and decode clips of at most 30 s as one batch."""
-    return engine.decode(engine.encode(audios, options.trailing_silence_sec), audios, options)
 
 
 def load_engine(
@@ -49,8 +44,8 @@ def load_engine(
     Args:
         source: a variant such as "base", a Hugging Face folder, or a CTranslate2 folder.
         config: `device`, `inference`, `model` and `paths.cache_dir`.
-        engine: "auto" takes CTranslate2 for a CTranslate2 folder and on a CPU, otherwise torch, and logs why; by
-            default that of `inference.engine`.
+        engine: "auto" takes CTranslate2 for a CTranslate2 folder, on a CPU, and on a GPU where its CUDA libraries load,
+            otherwise torch, and logs why; by default that of `inference.engine`.
         compute_type: "auto" is float16 on a GPU; on a CPU int8 for CTranslate2, float32 for torch; by default that of
             `inference.compute_type`.
         workers: see `Engine`; of CTranslate2 on a CPU. None takes one per core: more clips per second, each later.
@@ -66,7 +61,7 @@ def load_engine(
     elif asked == "auto" and (device := get_device(config.device).type) == "cpu":
         chosen, reason = "ctranslate2", "8 bits are fastest on a CPU"
     elif asked == "auto":
-        chosen, reason = "torch", f"the weights as they are, on {device}"
+        chosen, reason = _engine_of_gpu(device, compute_type)
     loaded: Engine
     if chosen == "torch":
         import torch
@@ -95,6 +90,16 @@ def load_engine(
         loaded.name, loaded.precision, loaded.device, loaded.audio_context, reason,
     )  # fmt: skip
     return loaded
+
+
+def _engine_of_gpu(device: str, compute_type: str) -> tuple[EngineName, str]:
+    """Return the engine for a kind of GPU, and the reason."""
+    if device != "cuda":
+        return "torch", f"CTranslate2 does not run on {device}"
+    problem = ctranslate2_cuda_problem()
+    if problem is None:
+        return "ctranslate2", f"{'float16' if compute_type == 'auto' else compute_type}: its CUDA libraries load"
+    return "torch", f"CTranslate2 cannot compute on this GPU: {problem}; {CUBLAS_FIX}"
 
 
 def engine_of(model: Any, processor: Any, engine: Engine | None) -> Engine:

@@ -1,8 +1,8 @@
 """Torch engine: log-mel, encoder, greedy or beam search and word times for a batch of clips.
 
-Greedy decoding is a plain loop over the decoder with its cache, so that a forced prefix, a token cap per clip,
-log-probabilities and word times cost nothing extra; it gives the tokens that `generate` gives (tested). Beams go to
-`generate`.
+Greedy decoding is our own loop over the decoder with its cache (greedy.py), so that a forced prefix, a token cap per
+clip, log-probabilities and word times cost little extra; it gives the tokens that `generate` gives (tested). Beams go
+to `generate`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import LogMel
 from src.inference.alignment import alignment_heads, force_align, record_cross_attention, time_tokens
-from src.inference.engine_base import Decoded, DecodingResult, Engine, batch_samples
+from src.inference.engine_base import Decoded, DecodingResult, Engine, batch_samples, transcribe
+from src.inference.greedy import Capture, Greedy, cuda_graph
 from src.inference.options import DecodingOptions
 from src.inference.words import Vocabulary, Word, place_words
 from src.models.dynamic_context import evaluation_mode, get_audio_context, get_cap_rates, get_language
@@ -47,9 +48,10 @@ def encode(
         longest = max(lengths)
         batch = functional.pad(audios[:, :longest].to(device), (0, samples - longest))
     else:
-        batch = torch.zeros(len(audios), samples, device=device)
+        batch = torch.zeros(len(audios), samples, pin_memory=device.type == "cuda")  # one copy, which nothing waits for
         for row, audio in enumerate(audios):
-            batch[row, : len(audio)] = torch.as_tensor(audio, device=device)
+            batch[row, : len(audio)] = torch.as_tensor(audio)
+        batch = batch.to(device, non_blocking=True)
     features = LogMel(model.config.num_mel_bins)(batch)  # (B, mels, frames)
     return model.get_encoder()(features.to(model.dtype))
 
@@ -73,22 +75,29 @@ def decode(
     lengths: Sequence[int] | None = None,
     encoder_outputs: BaseModelOutput | None = None,
 ) -> list[DecodingResult]:
-    """Transcribe clips of at most 30 s as one batch with a `DynamicWhisper`: one result per clip, in order.
+    """Transcribe clips of at most 30 s with a `DynamicWhisper`, as `transcribe` does: one result per clip, in order.
 
     Audios and lengths are those of `encode`; `encoder_outputs`, what it gave for them, saves encoding them twice. A
     clip's entry in `languages` comes before the language of the options.
     """
-    encoded = encoder_outputs or encode(model, audios, options.trailing_silence_sec, lengths=lengths)
     clips: Any = audios if lengths is None else [audio[:n] for audio, n in zip(audios, lengths, strict=True)]
-    return TorchEngine(model, processor).decode(encoded, clips, options, languages=languages)
+    engine = TorchEngine(model, processor)
+    if encoder_outputs is None:
+        return transcribe(engine, clips, options, languages=languages)
+    return engine.decode(encoder_outputs, clips, options, languages=languages)
 
 
 class TorchEngine(Engine):
-    """Decodes with a `DynamicWhisper` on any device, in evaluation mode; the model stays in the mode it is in."""
+    """Decodes with a `DynamicWhisper` on any device, in evaluation mode; the model stays in the mode it is in.
+
+    `capture` makes a step of the decoder a captured graph; by default on CUDA, where the weights are whole.
+    """
 
     name = "torch"
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any, *, capture: Capture | None = None) -> None:
+        is_whole = all(type(weight) is torch.nn.Parameter for weight in model.parameters())
+        self._capture = capture or (cuda_graph if model.device.type == "cuda" and is_whole else None)
         self._model, self._processor = model, processor
         self.vocabulary = Vocabulary.of(processor.tokenizer)
         self.device = str(model.device)
@@ -111,69 +120,33 @@ class TorchEngine(Engine):
         if options.num_beams > 1:
             return self._beam_search(hidden, ids, prefix, caps, options)
         rules, forced, end = model.generation_config, len(prefix), self.vocabulary.end
-        begin, limit_of_row = given[0].index(self.vocabulary.start), torch.tensor(caps, device=device)
-        suppressed = torch.tensor(rules.suppress_tokens or [], dtype=torch.long, device=device)
-        timestamps = WhisperTimeStampLogitsProcessor(rules, begin_index=ids.shape[1]) if options.timestamps else None
-        generator = torch.Generator(device).manual_seed(0)
+        begin = given[0].index(self.vocabulary.start)
         heads = alignment_heads(model) if options.word_timestamps and not options.timestamps else []
-
-        tokens, cache, given_states = ids, None, torch.empty(0)
-        finished = torch.zeros(len(given), dtype=torch.bool, device=device)
-        chosen: list[Tensor] = []  # (B,) per step, as the next two
-        logprobs: list[Tensor] = []
-        probabilities: list[Tensor] = []  # among text tokens alone
-        with evaluation_mode(model), record_cross_attention(model, heads) as recorded:
-            for step in range(max(caps)):
-                output = model.model.decoder(
-                    input_ids=tokens, encoder_hidden_states=hidden, past_key_values=cache, use_cache=True
-                )
-                cache = output.past_key_values
-                given_states = output.last_hidden_state if step == 0 else given_states
-                logits = model.proj_out(output.last_hidden_state[:, -1]).float()  # (B, vocabulary)
-                among_text = logits[:, :end].softmax(dim=-1) if heads else None
-
-                # Whisper's rules for the next token
-                logits[:, suppressed] = -torch.inf
-                if step == 0 and not forced and rules.begin_suppress_tokens:
-                    logits[:, rules.begin_suppress_tokens] = -torch.inf
-                if timestamps is not None:
-                    logits = timestamps(torch.cat([ids, *(token[:, None] for token in chosen)], dim=1), logits)
-
-                # the choice, and the end token for rows that have ended
-                scores = logits.log_softmax(dim=-1)
-                if options.temperature == 0:
-                    score, token = scores.max(dim=-1)
-                else:
-                    drawn = torch.multinomial((logits / options.temperature).softmax(dim=-1), 1, generator=generator)
-                    score, token = scores.gather(1, drawn)[:, 0], drawn[:, 0]
-                token = torch.where(finished, end, token)
-                chosen.append(token)
-                logprobs.append(torch.where(finished, 0.0, score))
-                if among_text is not None:
-                    probabilities.append(among_text.gather(1, token[:, None].clamp(max=end - 1))[:, 0])
-                finished |= (token == end) | (step + 1 >= limit_of_row)
-                if bool(finished.all()):
-                    break
-                tokens = token[:, None]
+        greedy = Greedy(model, end, hidden, ids, caps, forced=forced, capture=self._capture)
+        with evaluation_mode(model):
+            greedy.run(options)
+            if heads:
+                with record_cross_attention(model, heads) as recorded:  # one per layer
+                    greedy.feed_all()
 
         # what each row gives
-        scores = torch.stack(logprobs, dim=1).cpu()  # (B, new tokens)
+        choice, count, states = greedy.choice, greedy.taken, greedy.given_states
+        chosen, scores = choice.tokens[:, :count].tolist(), choice.logprobs[:, :count].cpu()
         no_speech: list[float | None] = [None] * len(given)
         if options.no_speech:
             silence = rules.no_timestamps_token_id - 1  # <|nospeech|> stands before <|notimestamps|> everywhere
-            no_speech = model.proj_out(given_states[:, begin]).float().softmax(dim=-1)[:, silence].tolist()
+            no_speech = model.proj_out(states[:, begin]).float().softmax(dim=-1)[:, silence].tolist()
         if heads:
-            # one record per step and layer: (B, heads, tokens from the start token on, positions)
-            layers = len({layer for layer, _ in heads})
-            by_layer = [torch.cat(list(recorded[layer::layers]), dim=2) for layer in range(layers)]
-            attention = torch.cat(by_layer, dim=1)[:, :, begin:]
-            certainty = torch.stack(probabilities, dim=1)
+            attention = torch.cat(list(recorded), dim=1)[
+                :, :, begin:
+            ]  # (B, heads, tokens from the start on, positions)
+            certainty = choice.probabilities[: len(given), :count]
             if forced:
-                among_text = model.proj_out(given_states[:, -forced - 1 : -1])[..., :end].float().softmax(dim=-1)
+                among_text = model.proj_out(states[:, -forced - 1 : -1])[..., :end].float().softmax(dim=-1)
                 certainty = torch.cat([among_text.gather(2, ids[:, -forced:, None])[..., 0], certainty], dim=1)
             certainty_of_row = certainty.tolist()
         rows = []
-        for i, row in enumerate(torch.stack(chosen, dim=1).tolist()):
+        for i, row in enumerate(chosen[: len(given)]):
             text = row[: row.index(end)] if end in row else row[: caps[i]]
             scored = min(len(text) + 1, caps[i])
             until = ids.shape[1] - begin + len(text)  # a shorter text than its neighbours' was fed end tokens

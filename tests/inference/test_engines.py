@@ -21,8 +21,8 @@ from transformers import WhisperConfig
 
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.inference.ct2_engine import CTranslate2Engine, find_device
-from src.inference.engine_base import DecodingResult, Engine
-from src.inference.engines import decode_with_fallback, load_engine, transcribe
+from src.inference.engine_base import DecodingResult, Engine, batch_samples, padding_groups, transcribe
+from src.inference.engines import _engine_of_gpu, decode_with_fallback, load_engine
 from src.inference.options import DecodingOptions
 from src.inference.torch_engine import TorchEngine
 from src.inference.words import Vocabulary, join_words
@@ -218,6 +218,62 @@ def test_the_text_before_gives_way_to_the_text_that_is_expected(reciters: tuple[
 
 
 @slow
+def test_a_text_does_not_depend_on_its_neighbours(
+    _tiny_en: Any, sample: list[Any], jfk: Waveform, tmp_path: Path
+) -> None:
+    """In both engines, drawn or not; stock weights at their own length loop, where the smallest difference shows."""
+    model, processor = copy.deepcopy(_tiny_en[0]), _tiny_en[1]
+    model.audio_context = "dynamic"
+    export = {"processor": processor, "quantization": "float32", "verify_clips": [jfk[:16_000]]}
+    ct2 = CTranslate2Engine(export_ctranslate2(model, tmp_path / "dynamic", **export))
+    clips = [jfk[:16_000], *(load_audio(u.audio) for u in sample[400:435:7])]
+    shuffled = np.random.default_rng(0).permutation(len(clips))
+    drawn: list[list[str]] = []
+    for engine in (TorchEngine(model, processor), ct2):
+        for temperature, hotwords in ((0.0, ""), (0.6, "Americans")):
+            options = DecodingOptions(max_tokens_per_sec=2, temperature=temperature, hotwords=hotwords)
+            alone = [transcribe(engine, [clip], options)[0] for clip in clips]
+            together = transcribe(engine, [clips[i] for i in shuffled], options)
+            for i, found in zip(shuffled, together, strict=True):
+                assert found.tokens == alone[i].tokens
+                assert found.avg_logprob == pytest.approx(alone[i].avg_logprob, abs=1e-3)
+        drawn.append([result.text for result in alone])
+    assert drawn[0] == drawn[1]  # the engines draw alike
+
+
+def test_clips_are_padded_by_their_own_length_alone() -> None:
+    lengths = [16_000, 23_999, 24_000, 24_001, 8_000]
+    assert padding_groups(lengths, 0.5, "full") == [([0, 1, 2, 3, 4], 0.5)]
+    groups = padding_groups(lengths, 0.5, "dynamic")
+    assert [rows for rows, _ in groups] == [[0], [1, 2], [3], [4]]
+    for rows, silence_sec in groups:
+        padded = batch_samples([lengths[i] for i in rows], silence_sec, "dynamic")
+        assert all(0.5 <= (padded - lengths[i]) / 16_000 < 1.0 for i in rows)
+    with pytest.raises(ModelError, match="empty"):
+        padding_groups([], 0.5, "dynamic")
+
+
+@pytest.mark.parametrize("problem", [None, "RuntimeError: Library libcublas.so.12 is not found or cannot be loaded"])
+def test_auto_takes_ctranslate2_on_a_gpu_where_its_libraries_load(
+    problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("src.inference.engines.ctranslate2_cuda_problem", lambda: problem)
+    monkeypatch.setattr("src.inference.ct2_engine.ctranslate2_cuda_problem", lambda: problem)
+    monkeypatch.setattr("ctranslate2.get_cuda_device_count", lambda: 1)
+    engine, reason = _engine_of_gpu("cuda", "auto")
+    if problem is None:
+        assert (engine, find_device("auto"), find_device("cuda")) == ("ctranslate2", ("cuda", 0), ("cuda", 0))
+        assert "float16" in reason
+    else:
+        assert (engine, find_device("auto")) == ("torch", ("cpu", 0))
+        assert problem in reason
+        assert "nvidia-cublas-cu12" in reason
+        with pytest.raises(DeviceError, match="nvidia-cublas-cu12"):
+            find_device("cuda")
+    assert _engine_of_gpu("mps", "auto")[0] == "torch"
+
+
+@slow
 def test_auto_logs_its_choice_and_converts_once(
     folder: Path, config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -269,6 +325,8 @@ RULES = InferenceConfig(temperatures=(0.0, 0.4, 0.8), logprob_threshold=-1.0)
 
 class Scripted:
     """Gives, for a clip of k samples, what the script has for it at each temperature."""
+
+    audio_context = "full"
 
     def __init__(self, script: dict[int, list[DecodingResult]]) -> None:
         self._script, self.asked = script, list[tuple[float, int, list[int]]]()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from src.inference.ct2_engine import CTranslate2Engine
-from src.inference.engines import transcribe
+from src.inference.engine_base import transcribe
 from src.inference.options import DecodingOptions
 from src.models.export.ctranslate2 import export_ctranslate2
 from src.utils.errors import ModelError

@@ -15,7 +15,8 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from src.inference.engines import load_engine, transcribe
+from src.inference.engine_base import transcribe
+from src.inference.engines import load_engine
 from src.inference.options import DecodingOptions
 from src.models.loading import load_checkpoint
 from src.models.processor import save_processor

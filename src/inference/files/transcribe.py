@@ -27,7 +27,7 @@ from src.data.audio import SAMPLE_RATE, Waveform, stream_audio, to_mono_16k
 from src.data.utterance import language_of_row
 from src.data.vad import SpeechSegment, VoiceActivityDetector
 from src.inference.captions import CaptionOptions, Cue, cues_of_segments, make_cues
-from src.inference.engine_base import Engine
+from src.inference.engine_base import Engine, padding_groups
 from src.inference.engines import engine_of
 from src.inference.files.segmentation import (
     DETECTION_LOOK_SEC,
@@ -346,11 +346,12 @@ class BatchInference:
             by_language: dict[str | None, list[_Item]] = defaultdict(list)
             for item in sorted(items, key=lambda item: len(item[2].audio), reverse=True):
                 by_language[item[0].language or options.language].append(item)
-            size = self._settings.batch_size
+            size, context = self._settings.batch_size, self._engine.audio_context
             batches = [
-                (items[at : at + size], replace(options, language=language))
-                for language, items in by_language.items()
-                for at in range(0, len(items), size)
+                ([alike[i] for i in rows[at : at + size]], replace(options, language=language))
+                for language, alike in by_language.items()
+                for rows, _ in padding_groups([len(s.audio) for *_, s in alike], options.trailing_silence_sec, context)
+                for at in range(0, len(rows), size)
             ]
             list(pool.map(lambda batch: self._decode_batch(*batch), batches))
 

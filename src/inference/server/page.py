@@ -27,8 +27,8 @@ from pydantic import Field
 from src.data.audio import SAMPLE_RATE, Waveform, stream_audio
 from src.data.vad import VoiceActivityDetector
 from src.inference.captions import CaptionOptions, make_cues, to_srt, to_vtt
-from src.inference.engine_base import Engine
-from src.inference.engines import load_engine, transcribe
+from src.inference.engine_base import Engine, transcribe
+from src.inference.engines import load_engine
 from src.inference.files.transcribe import BatchInference, Transcriptions
 from src.inference.options import DecodingOptions
 from src.inference.server.host import LOOPBACK, LiveHost, LiveSession, ServerLimits
