@@ -13,7 +13,7 @@ INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes
 TEST_PROCESSES ?= 2
 COMPILE = $(BIN)/uv pip compile --quiet pyproject.toml --universal --python-version 3.11 --no-annotate \
 	--custom-compile-command "make constraints"
-BENCHMARKS := benchmarks/data benchmarks/training benchmarks/adaptation benchmarks/context_share benchmarks/evaluation \
+BENCHMARKS := benchmarks/gpu benchmarks/data benchmarks/training benchmarks/adaptation benchmarks/context_share benchmarks/evaluation \
 	scripts/benchmark_latency benchmarks/page benchmarks/variants
 
 .DEFAULT_GOAL := help

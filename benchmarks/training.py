@@ -72,6 +72,7 @@ class Job:
     full_context_prob: float
     peer_workers: int = 0
     peak_tflops: float | None = None  # by the device's name where None
+    batch_seconds: float | None = None  # of audio per update of our side; None: `batch_size` clips
     augment: bool = False
     evaluate: bool = True
     resumable: bool = False

@@ -99,6 +99,7 @@ def side_figures(job: Any, rows: Sequence[Mapping[str, Any]], flops: FlopCounter
         "long_run_samples_per_sec": long_run_speed(rows, padded, job) if padded else None,
         "peak_mb": peak_mb,
         "tflop_per_update": tflop_per_update,
+        "peak_tflops": peak,
         "mfu": tflop_per_update * len(rows) / speed.train_sec / peak if peak and tflop_per_update else None,
     }
 

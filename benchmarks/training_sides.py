@@ -94,6 +94,7 @@ def job_config(job: Any) -> Config:
         "training": {
             "epochs": job.epochs,
             "batch_size": job.batch_size,
+            "batch_seconds": job.batch_seconds,
             "method": "full",
             "learning_rate": job.learning_rate,
             "warmup_ratio": job.warmup_updates / job.planned_updates,
