@@ -112,7 +112,7 @@ def test_the_host_reads_once_every_eight_tokens(small: Any) -> None:
 
 def test_a_step_on_a_gpu_reads_nothing(untrained: DynamicWhisper) -> None:
     """On a pretended CUDA device, where a read of a value raises."""
-    model, width = copy.deepcopy(untrained), untrained.config.d_model
+    model, width = copy.deepcopy(untrained).eval(), untrained.config.d_model
     with FakeTensorMode(), torch.inference_mode():
         for module in model.modules():
             for name, weight in module.named_parameters(recurse=False):
