@@ -217,26 +217,22 @@ class ModelEvaluator:
 
     def _decode_batches(self, batches: Iterable[Any], *, desc: str, total: int | None = None) -> _Measured:
         parts: list[_Measured] = []
-        config, silence_sec = self._model.config, self._config.inference.trailing_silence_sec
         with evaluation_mode(self._model), torch.inference_mode():
             for batch in ProgressBar(batches, desc=desc, total=total, leave=False, disable=not is_main_process()):
-                # a clip is padded as it would be alone
-                groups = padding_groups(batch["audio_lengths"].tolist(), silence_sec, get_audio_context(config))
-                of_batch = [
-                    part
-                    for rows, sec in groups
-                    for part in self._fitting.run(
-                        partial(self._decode_rows, {key: _rows(values, rows) for key, values in batch.items()}, sec),
-                        _rows(batch["ids"], rows),
-                    )
-                ]
-                joined = _Measured.joined(of_batch)
-                place = {clip: at for at, clip in enumerate(batch["ids"])}
+                of_batch: list[_Measured] = []
+                for places, _ in self._groups(batch):  # each clip is padded as it would be alone
+                    group = {key: _rows(values, places) for key, values in batch.items()}
+                    of_batch += self._fitting.run(partial(self._decode_rows, group), group["ids"])
+                joined, place = _Measured.joined(of_batch), {clip: at for at, clip in enumerate(batch["ids"])}
                 parts.append(replace(joined, rows=sorted(joined.rows, key=lambda row: place[row["id"]])))
         release_graphs(self._model)
         return _Measured.joined(parts)
 
-    def _decode_rows(self, whole: Mapping[str, Any], silence_sec: float, first: int, last: int) -> _Measured:
+    def _groups(self, batch: Mapping[str, Any]) -> list[tuple[list[int], float]]:
+        silence_sec, context = self._config.inference.trailing_silence_sec, get_audio_context(self._model.config)
+        return padding_groups(batch["audio_lengths"].tolist(), silence_sec, context)
+
+    def _decode_rows(self, whole: Mapping[str, Any], first: int, last: int) -> _Measured:
         batch = {key: values[first:last] for key, values in whole.items()}
         audios, lengths, languages = batch["audio"], batch["audio_lengths"].tolist(), batch["languages"]
         options = DecodingOptions.from_config(self._config)
@@ -245,6 +241,7 @@ class ModelEvaluator:
         wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
         wait()
         began = time.perf_counter()
+        ((_, silence_sec),) = self._groups(batch)
         encoded = encode(self._model, audios, silence_sec, lengths=lengths)
         decoded = decode(
             self._model, self._processor, audios, options,
