@@ -114,6 +114,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="under a minute: a small stand-in, nothing recorded")
     parser.add_argument("--part", type=path_argument, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.threads = int(os.environ.get("OMP_NUM_THREADS") or arguments.threads)
     arguments.record = not (arguments.quick or arguments.no_record)
     arguments.full_context_prob = 0.0
     return arguments
