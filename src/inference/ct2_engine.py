@@ -104,7 +104,8 @@ class CTranslate2Engine(Engine):
         rows = []
         for i, (row, cap) in enumerate(zip(generated, caps, strict=True)):
             tokens = row.sequences_ids[0]  # the forced ones too
-            if len(tokens) > forced + cap:  # its score must not count what a neighbour's cap lets it say
+            # its score must not count what a neighbour's cap lets it say
+            if len(given) > 1 and len(tokens) > forced + cap:
                 rows += self._generate(_row(encoded, i), given[i : i + 1], prefix, [cap], options)
                 continue
             # the score is divided by all of these; the end token is in the sum, but not in the number
