@@ -121,6 +121,9 @@ def test_a_step_on_a_gpu_reads_nothing(untrained: DynamicWhisper) -> None:
         hidden = torch.zeros(4, 25, width, dtype=torch.float16, device="cuda")
         ids = torch.zeros(4, 2, dtype=torch.long, device="cuda")
         decoder = StaticDecoder(model, 50256, 8, 25, 64, hidden)
+        for cache in (decoder.cache.self_attention_cache, decoder.cache.cross_attention_cache):
+            for layer in cache.layers:  # a constant would be sent to a device that is not there
+                layer.cumulative_length = torch.zeros((), dtype=torch.long, device="cuda")
         states = decoder.begin(hidden, ids, [20] * 4, has_forced=False)
         for _ in range(3):
             decoder.step()
