@@ -135,7 +135,7 @@ class CTranslate2Engine(Engine):
             )
             no_speech = found.no_speech_prob if no_speech is None else no_speech
             for likeliest, view in zip([*found.sequences_ids[0][forced:], end], found.logits[0][forced:], strict=False):
-                logits = np.array(_on_cpu(view)).ravel()
+                logits = np.array(_on_cpu(view)).ravel().clip(min=-1e30)  # what is suppressed has the lowest float32
                 scores = logits - logits.max()
                 scores -= np.log(np.exp(scores).sum())
                 noise = gumbel_noise(len(chosen), options.temperature, len(logits))
