@@ -19,8 +19,8 @@ import numpy as np
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import HOP_SAMPLES, POSITION_SEC, log_mel
 from src.data.labels import MAX_LABEL_TOKENS
-from src.inference.engine_base import Decoded, Engine, batch_samples, gumbel_noise
-from src.inference.options import DecodingOptions
+from src.inference.engine_base import Decoded, Engine, batch_samples
+from src.inference.options import DecodingOptions, gumbel_noise
 from src.inference.words import Vocabulary, Word, place_words
 from src.models.ct2_file import check_ct2_folder
 from src.models.folder import content_files, own_settings, read_settings

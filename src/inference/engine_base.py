@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import CONTEXT_SAMPLES, padded_samples
 from src.data.labels import MAX_LABEL_TOKENS, MIN_NEW_TOKENS
@@ -221,7 +218,8 @@ def transcribe(
     before = options.prompt or options.hotwords or options.prefix or options.prefix_tokens
     has_context = bool(before) and len(audios) > 1
     keys = engine.contexts(lengths, languages, options) if has_context else [None] * len(audios)
-    for rows, silence_sec in padding_groups(lengths, options.trailing_silence_sec, engine.audio_context, keys):
+    context = getattr(engine, "audio_context", "full")  # not every engine of others says it
+    for rows, silence_sec in padding_groups(lengths, options.trailing_silence_sec, context, keys):
         batch = [audios[i] for i in rows]
         spoken: dict[str, Any] = {} if languages is None else {"languages": [languages[i] for i in rows]}
         results |= zip(rows, engine.decode(engine.encode(batch, silence_sec), batch, options, **spoken), strict=True)
@@ -247,15 +245,6 @@ def padding_groups(
         (rows, (steps * step - max(lengths[i] for i in rows)) / SAMPLE_RATE if steps else trailing_silence_sec)
         for (steps, _), rows in groups.items()
     ]
-
-
-def gumbel_noise(step: int, temperature: float, size: int) -> NDArray[np.float32]:
-    """Return the noise whose sum with logits / temperature is highest at a token drawn from their softmax.
-
-    It is the same for every clip, in every batch and engine (Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030).
-    """
-    generator = np.random.default_rng([step, round(1000 * temperature)])
-    return generator.gumbel(size=size).astype(np.float32)
 
 
 def batch_samples(lengths: Sequence[int], trailing_silence_sec: float, audio_context: str) -> int:

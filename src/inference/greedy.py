@@ -19,8 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache, WhisperTimeStampLogitsProcessor
 
 from src.data.labels import MAX_LABEL_TOKENS
-from src.inference.engine_base import gumbel_noise
-from src.inference.options import DecodingOptions
+from src.inference.options import DecodingOptions, gumbel_noise
 from src.utils.errors import first_line
 
 logger = logging.getLogger(__name__)

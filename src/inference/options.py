@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from src.utils.config import Config, InferenceConfig
 from src.utils.errors import ModelError
 
@@ -47,3 +50,12 @@ class DecodingOptions:
             trailing_silence_sec=config.inference.trailing_silence_sec,
             max_tokens_per_sec=None if rate == "auto" else rate,
         )
+
+
+def gumbel_noise(step: int, temperature: float, size: int) -> NDArray[np.float32]:
+    """Return the noise whose sum with logits / temperature is highest at a token drawn from their softmax.
+
+    It is the same for every clip, in every batch and engine (Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030).
+    """
+    generator = np.random.default_rng([step, round(1000 * temperature)])
+    return generator.gumbel(size=size).astype(np.float32)

@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.inference import greedy
-from src.inference.engine_base import DecodingResult, gumbel_noise, transcribe
+from src.inference.engine_base import DecodingResult, transcribe
 from src.inference.greedy import Choice, Greedy, StaticDecoder, release_graphs
-from src.inference.options import DecodingOptions
+from src.inference.options import DecodingOptions, gumbel_noise
 from src.inference.torch_engine import TorchEngine
 from src.models.dynamic_context import DynamicWhisper
 
