@@ -579,7 +579,11 @@ class _Matcher:
         pieces = [(piece[0][0], piece[-1][1]) for piece in joined]
 
         def stays(piece: tuple[int, int]) -> bool:
-            return self._are_right(*piece) and (piece[1] - piece[0] >= KEPT_WORDS or len(pieces) == 1)
+            if len(pieces) == 1:
+                return self._are_right(*piece)
+            heard = sum(self._said[i].anchor is not None for i in self._active(*piece))
+            long = piece[1] - piece[0] >= KEPT_WORDS
+            return self._are_right(*piece) and long and heard * 2 >= piece[1] - piece[0]
 
         for _, group in itertools.groupby(pieces, stays):
             first, *_, stop = itertools.chain.from_iterable(group)

@@ -132,7 +132,7 @@ def test_what_the_recogniser_leaves_out_is_heard_again_between_silences() -> Non
                     yield Transcription("y", "two", 2.0, words=(Word("two", 0.25, 1.0),), language="en")
 
     speech = [(1.0, 2.0), (5.0, 6.0), (6.1, 7.0), (8.0, 9.0), (12.0, 13.0)]
-    words, language = hear(np.zeros(20 * SAMPLE_RATE, np.float32), speech, Recogniser(), None)  # type: ignore[arg-type]
+    words, language = hear(np.zeros(20 * SAMPLE_RATE, np.float32), speech, Recogniser().transcribe_iter, None)
     assert [(word.text, word.start_sec) for word in words] == [("one", 1.0), ("two", 5.0), ("two", 8.0)]
     assert language == "en"
     assert [samples / SAMPLE_RATE for samples, _ in asked] == [20.0, 2.5, 1.5]
