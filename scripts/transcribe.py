@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--audio-track", type=positive, metavar="N", help="of videos with several, counted from 1")
     parser.add_argument("--prompt", help="text that could stand before each recording: its style, its names")
-    parser.add_argument("--hotwords", help="words to expect")
+    parser.add_argument("--hotwords", help="names and terms to expect, with commas; or a .txt file")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="segments decoded at once")
     parser.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="of a bad recording")
     parser.add_argument("--retry-errors", action="store_true", help="try recordings again that failed before")

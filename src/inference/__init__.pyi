@@ -3,6 +3,7 @@ from .captions import CaptionOptions, LiveCaptionWriter, cues_of_segments, make_
 from .engines import load_engine
 from .files.recordings import with_clips
 from .files.transcribe import BatchInference, Transcription
+from .hotwords import rare_words
 from .options import DecodingOptions
 from .server.client import stream_to_server
 from .server.host import ServedModel, ServerLimits
@@ -32,6 +33,7 @@ __all__ = [
     "launch_recorder",
     "load_engine",
     "make_cues",
+    "rare_words",
     "stream_to_server",
     "with_clips",
     "write_alignment_heads",

@@ -99,6 +99,7 @@ class CTranslate2Engine(Engine):
             max_length=max(2 * new, len(given[0]) - forced + new),
             suppress_blank=not prefix,
             return_scores=True,
+            return_logits_vocab=bool(options.hotwords),
             return_no_speech_prob=options.no_speech,
         )
         rows = []
@@ -110,7 +111,10 @@ class CTranslate2Engine(Engine):
                 continue
             # the score is divided by all of these; the end token is in the sum, but not in the number
             logprob = row.scores[0] * len(tokens) / (len(tokens) - forced + (len(tokens) < new))
-            rows.append(Decoded(tokens[: forced + cap], logprob, row.no_speech_prob if options.no_speech else None))
+            silence = row.no_speech_prob if options.no_speech else None
+            steps = [np.array(_on_cpu(step)).ravel() for step in (row.logits or [()])[0][forced : forced + cap + 1]]
+            logits = np.stack(steps) if options.hotwords else None
+            rows.append(Decoded(tokens[: forced + cap], logprob, silence, logits=logits))
         return rows
 
     def _draw(self, encoded: Any, given: list[int], prefix: list[int], cap: int, options: DecodingOptions) -> Decoded:
@@ -145,6 +149,9 @@ class CTranslate2Engine(Engine):
                     break
         text = [token for token in chosen if token != end]
         return Decoded([*prefix, *text], logprob / len(chosen), no_speech if options.no_speech else None)
+
+    def _row(self, encoded: Any, index: int) -> Any:
+        return _row(encoded, index)
 
     def _place(
         self, encoded: Any, audios: Sequence[Waveform], starts: list[list[int]], rows: Sequence[Decoded]

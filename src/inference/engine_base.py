@@ -7,13 +7,17 @@ import zlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any, Literal
+
+import numpy as np
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import CONTEXT_SAMPLES, padded_samples
 from src.data.labels import MAX_LABEL_TOKENS, MIN_NEW_TOKENS
+from src.inference.hotwords import HotwordBias
 from src.inference.options import DecodingOptions
 from src.inference.words import BROKEN, Vocabulary, Word
 from src.utils.errors import ModelError
@@ -58,6 +62,13 @@ class Decoded:
     no_speech_prob: float | None = None
     probabilities: Sequence[float] = ()  # of the tokens among text tokens, where attention was recorded
     attention: Any = None  # tensor (heads, tokens from the start token on, positions)
+    logits: Any = None  # where hotwords are given: (new tokens and the one after them, vocabulary) float32
+
+
+@lru_cache(maxsize=8)  # a stream asks for each update
+def _bias(vocabulary: Vocabulary, terms: tuple[str, ...], strength: float, language: str | None) -> HotwordBias:
+    encode = partial(vocabulary.encode, language=language)
+    return HotwordBias(terms, encode, end=vocabulary.end, strength=strength)
 
 
 class Engine(ABC):
@@ -92,7 +103,7 @@ class Engine(ABC):
         """
         vocabulary, codes = self.vocabulary, self.languages(encoded, len(audios), options, given=languages)
 
-        # what the decoder is given: previous text and hotwords, special tokens, the forced beginning of the text
+        # what the decoder is given: previous text, special tokens, the forced beginning of the text
         starts = [vocabulary.start_sequence(code, options.task, timestamps=options.timestamps) for code in codes]
         pairs = zip(audios, codes, strict=True)
         caps = [max_tokens or self._token_cap(len(audio), code, options) for audio, code in pairs]
@@ -103,6 +114,13 @@ class Engine(ABC):
         given = [[*prompt, *start, *prefix] for start in starts]
         caps = [min(cap, MAX_LABEL_TOKENS - len(given[0])) for cap in caps]
         rows = self._generate(encoded, given, prefix, caps, options)
+        if options.hotwords and not options.temperature:
+            bias = _bias(vocabulary, options.hotwords, options.hotword_strength, text_language(style, options.task))
+            begun = [[*prompt, *start] for start in starts]
+            rows = [
+                self._with_hotwords(bias, encoded, i, begun[i], row, len(prefix) + caps[i], options)
+                for i, row in enumerate(rows)
+            ]
         words = self._place(encoded, audios, starts, rows) if options.word_timestamps else [None] * len(rows)
         # a limit may end a text within a character
         texts = [vocabulary.decode(row.tokens).rstrip(BROKEN).strip() for row in rows]
@@ -127,12 +145,40 @@ class Engine(ABC):
         return keys
 
     def _context(self, language: str | None, cap: int, options: DecodingOptions) -> tuple[list[int], list[int]]:
-        """Return the text before with hotwords, and the forced beginning, as far as a text of `cap` tokens has room."""
+        """Return the text before and the forced beginning, as far as a text of `cap` tokens has room."""
         style = text_language(language, options.task)
         room = MAX_LABEL_TOKENS - (4 if self.vocabulary.multilingual else 2) + options.timestamps
         prefix = [*(options.prefix_tokens or self.vocabulary.encode(options.prefix, language=style))][: room - 1]
         room -= len(prefix) + math.ceil(cap / CAP_FACTOR) + 1
-        return self.vocabulary.prompt_tokens(options.prompt, options.hotwords, language=style, room=room), prefix
+        return self.vocabulary.prompt_tokens(options.prompt, language=style, room=room), prefix
+
+    def _with_hotwords(
+        self,
+        bias: HotwordBias,
+        encoded: Any,
+        index: int,
+        start: list[int],
+        row: Decoded,
+        cap: int,
+        options: DecodingOptions,
+    ) -> Decoded:
+        """Decode a row again from each token that the bias changes; log-probabilities stay those of the model."""
+        settled = list[float]()  # log-probabilities of tokens that are no longer asked about
+        while change := bias.first_change(row.tokens, row.logits):
+            at, token = change
+            prefix = [*row.tokens[:at], token]
+            if len(prefix) >= cap:
+                break
+            first = len(row.tokens) + 1 - len(row.logits)
+            logs = row.logits[: at + 1 - first]
+            largest = logs.max(axis=1)
+            norms = largest + np.log(np.exp(logs - largest[:, None]).sum(axis=1))
+            settled += (logs[range(len(logs)), prefix[first:]] - norms).tolist()
+            given = [[*start, *prefix]]
+            (row,) = self._generate(self._row(encoded, index), given, prefix, [cap - len(prefix)], options)
+        scored = min(len(row.logits), cap - len(settled))
+        whole = (math.fsum(settled) + row.avg_logprob * scored) / (len(settled) + scored)
+        return replace(row, avg_logprob=whole)
 
     def align(
         self,
@@ -192,6 +238,10 @@ class Engine(ABC):
         """Continue each row of `given` tokens, which end with `prefix`, by at most as many new ones as its cap."""
 
     @abstractmethod
+    def _row(self, encoded: Any, index: int) -> Any:
+        """Return one row of what `encode` returned, as a batch of one."""
+
+    @abstractmethod
     def _place(
         self, encoded: Any, audios: Sequence[Waveform], starts: list[list[int]], rows: Sequence[Decoded]
     ) -> list[tuple[Word, ...]]:
@@ -215,7 +265,7 @@ def transcribe(
     tokens: a text does not depend on the neighbours of its clip. Many clips of one length are the fastest.
     """
     lengths, results = [len(audio) for audio in audios], dict[int, DecodingResult]()
-    before = options.prompt or options.hotwords or options.prefix or options.prefix_tokens
+    before = options.prompt or options.prefix or options.prefix_tokens
     has_context = bool(before) and len(audios) > 1
     keys = engine.contexts(lengths, languages, options) if has_context else [None] * len(audios)
     context = getattr(engine, "audio_context", "full")  # not every engine of others says it

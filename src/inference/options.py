@@ -31,7 +31,8 @@ class DecodingOptions:
     timestamps: bool = False  # let the model write segment times into its tokens
     no_speech: bool = False  # fill `DecodingResult.no_speech_prob`
     prompt: str = ""  # previous text, as conditioning only
-    hotwords: str = ""  # words to expect, as conditioning only
+    hotwords: tuple[str, ...] = ()  # terms to expect, which texts without a temperature are biased towards
+    hotword_strength: float = _DEFAULTS.hotword_strength  # nats per token
     prefix: str = ""  # the result begins with it
     prefix_tokens: tuple[int, ...] = ()  # its tokens, where they are not those of `Vocabulary.encode`
 
@@ -41,7 +42,7 @@ class DecodingOptions:
 
     @classmethod
     def from_config(cls, config: Config) -> DecodingOptions:
-        """Take language and task from the model section, the rest from the inference section."""
+        """Take language and task from the model section, the rest from the inference section, without its texts."""
         rate = config.inference.max_tokens_per_sec
         return cls(
             language=config.model.language,
@@ -49,6 +50,7 @@ class DecodingOptions:
             num_beams=config.inference.num_beams,
             trailing_silence_sec=config.inference.trailing_silence_sec,
             max_tokens_per_sec=None if rate == "auto" else rate,
+            hotword_strength=config.inference.hotword_strength,
         )
 
 

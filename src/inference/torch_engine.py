@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -152,7 +153,25 @@ class TorchEngine(Engine):
             until = ids.shape[1] - begin + len(text)  # a shorter text than its neighbours' was fed end tokens
             timing = (certainty_of_row[i][: forced + len(text)], attention[i, :, :until]) if heads else ()
             rows.append(Decoded([*prefix, *text], float(scores[i, :scored].sum()) / scored, no_speech[i], *timing))
-        return rows
+        return self._with_logits(hidden, given, prefix, rows) if options.hotwords else rows
+
+    def _with_logits(
+        self, hidden: Tensor, given: list[list[int]], prefix: list[int], rows: list[Decoded]
+    ) -> list[Decoded]:
+        """Run the decoder over the texts once more, for the scores of all tokens at each place."""
+        found = []
+        for i, row in enumerate(rows):
+            ids = torch.tensor([[*given[i], *row.tokens[len(prefix) :]]], device=hidden.device)
+            with evaluation_mode(self._model):
+                states = self._model.model.decoder(
+                    input_ids=ids, encoder_hidden_states=hidden[i : i + 1]
+                ).last_hidden_state
+            logits = self._model.proj_out(states[0, len(given[i]) - 1 :]).float().cpu().numpy()
+            found.append(replace(row, logits=logits))
+        return found
+
+    def _row(self, encoded: BaseModelOutput, index: int) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=encoded.last_hidden_state[index : index + 1])
 
     def _beam_search(
         self, hidden: Tensor, ids: Tensor, prefix: list[int], caps: list[int], options: DecodingOptions
@@ -174,9 +193,10 @@ class TorchEngine(Engine):
                 decoder_attention_mask=torch.ones_like(ids),
                 logits_processor=processors,
             )
-        rows = [row[: row.index(end)] if end in row else row for row in found.sequences[:, ids.shape[1] :].tolist()]
+        texts = [row[: row.index(end)] if end in row else row for row in found.sequences[:, ids.shape[1] :].tolist()]
         scores = found.sequences_scores.tolist()
-        return [Decoded([*prefix, *row[:cap]], score) for row, cap, score in zip(rows, caps, scores, strict=True)]
+        rows = [Decoded([*prefix, *row[:cap]], score) for row, cap, score in zip(texts, caps, scores, strict=True)]
+        return self._with_logits(hidden, ids.tolist(), prefix, rows) if options.hotwords else rows
 
     def _place(
         self, encoded: BaseModelOutput, audios: Sequence[Waveform], starts: list[list[int]], rows: Sequence[Decoded]

@@ -184,18 +184,11 @@ class Vocabulary:
             raise ModelError(f"unknown task {task!r}; known: transcribe, translate")
         return [self.start, self.languages[code], self._id(f"<|{task}|>"), *ending]
 
-    def prompt_tokens(
-        self, prompt: str, hotwords: str = "", *, language: str | None = None, room: int = MAX_PROMPT_TOKENS
-    ) -> list[int]:
-        """Return the tokens before the start of transcript: hotwords, then the newest of the text before.
-
-        Hotwords come first, as in faster-whisper, and take at most half of the room, which the token that starts the
-        prompt does not count in.
-        """
+    def prompt_tokens(self, prompt: str, *, language: str | None = None, room: int = MAX_PROMPT_TOKENS) -> list[int]:
+        """Return the tokens before the start of transcript: the newest of the text before, and what starts them."""
         room = max(0, min(room, MAX_PROMPT_TOKENS))
-        expected = self.encode(hotwords, language=language)[: room // 2]
-        before = self.encode(prompt, language=language, first=not expected)
-        tokens = [*expected, *before[max(0, len(before) + len(expected) - room) :]]
+        tokens = self.encode(prompt, language=language)
+        tokens = tokens[max(0, len(tokens) - room) :]
         return [self.previous, *tokens] if tokens else []
 
     def _id(self, name: str) -> int:

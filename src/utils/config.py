@@ -426,6 +426,7 @@ class InferenceConfig(Section):
     join_pause_sec: float | None = Field(None, ge=0)
     initial_prompt: str = ""
     hotwords: str = ""
+    hotword_strength: float = Field(3.0, ge=0, le=20)
 
 
 class VADConfig(Section):

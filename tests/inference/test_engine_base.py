@@ -100,15 +100,15 @@ def test_english_has_ten_tokens_per_second(tiny_en: Any) -> None:
         engine.detect([SECOND])
 
 
-def test_names_of_special_tokens_in_a_prompt_a_hotword_or_a_prefix_are_text(engine: Endless) -> None:
+def test_names_of_special_tokens_in_a_prompt_or_a_prefix_are_text(engine: Endless) -> None:
     spelled = "<|endoftext|> one<|0.00|> <|startoftranscript|>"
-    engine.transcribe("en", prompt=spelled, hotwords=spelled, prefix=spelled)
+    engine.transcribe("en", prompt=spelled, prefix=spelled)
     (given,) = engine.given
     special = [token for token in given if token >= engine.vocabulary.end]
     assert [engine.vocabulary._tokenizer.id_to_token(token) for token in special] == [
         "<|startofprev|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>",
     ]  # fmt: skip
-    assert engine.vocabulary.decode(given) == f" {spelled}" * 3
+    assert engine.vocabulary.decode(given) == f" {spelled}" * 2
 
 
 def test_given_tokens_are_given_as_they_are(engine: Endless) -> None:
@@ -129,7 +129,7 @@ def test_given_text_has_the_space_of_its_language_and_all_its_symbols(engine: En
     assert prefix("de", "OK") == prefix("zh", "OK", task="translate") == " OK"
     assert prefix("de", '"Na gut.') == ' "Na gut.'
     assert prefix("ja", "（笑）") == "（笑）"
-    assert prefix("ja", "天気", hotwords="東京", prompt="明日の") == "東京 明日の天気"
+    assert prefix("ja", "天気", prompt="明日の") == "明日の天気"
 
 
 def test_a_prefix_that_fills_the_decoder_is_cut_and_the_result_says_so(engine: Endless) -> None:

@@ -58,7 +58,7 @@ def engines(_tiny_en: Any, folder: Path) -> tuple[Engine, Engine]:
         DecodingOptions(word_timestamps=True, no_speech=True),
         DecodingOptions(timestamps=True),
         DecodingOptions(num_beams=3, word_timestamps=True),
-        DecodingOptions(prompt="He said.", hotwords="Americans", prefix="And so"),
+        DecodingOptions(prompt="He said.", hotwords=("Americans",), prefix="And so"),
         DecodingOptions(prefix="And so", prefix_tokens=(1052, 67, 523)),  # " An", "d", " so"
         DecodingOptions(max_tokens_per_sec=1.0),
     ],

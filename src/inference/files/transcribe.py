@@ -43,6 +43,7 @@ from src.inference.files.segmentation import (
     max_speech_sec,
     speech_of,
 )  # fmt: skip
+from src.inference.hotwords import read_hotwords
 from src.inference.options import DecodingOptions
 from src.inference.words import Word
 from src.utils.config import Config
@@ -194,9 +195,8 @@ class BatchInference:
         self._fitting = FittingSize()
         self._track = config.data.audio_track
         self._vad = vad or VoiceActivityDetector(config.vad)
-        self._options = replace(
-            DecodingOptions.from_config(config), prompt=self._settings.initial_prompt, hotwords=self._settings.hotwords
-        )
+        texts: Any = {"prompt": self._settings.initial_prompt, "hotwords": read_hotwords(self._settings.hotwords)}
+        self._options = replace(DecodingOptions.from_config(config), **texts)
 
     def transcribe_batch(self, sources: Sequence[Source], **options: Any) -> Transcriptions:
         """Transcribe recordings of any length: paths, (T,) float32 arrays at 16 kHz, or iterators over such blocks.

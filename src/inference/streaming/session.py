@@ -29,6 +29,7 @@ from src.data.vad import WINDOW_SAMPLES, SpeechTimeline, VADEvent, VoiceActivity
 from src.inference.coverage import ALIGN_SLACK_SEC, UNCOVERED_SEC
 from src.inference.engine_base import Engine
 from src.inference.engines import engine_of
+from src.inference.hotwords import read_hotwords
 from src.inference.options import DecodingOptions
 from src.inference.streaming.commit import CHUNK_OVERLAP_SEC, CommitPolicy, Event, find_loop, make_policy
 from src.inference.streaming.microphone import BrowserMicrophone, Microphone, in_real_time
@@ -119,7 +120,8 @@ class StreamingASR:
         engine, config = engine_of(model, processor, engine), config or Config()
         self._engine, self._vad, self._clock = engine, vad, clock
         self._settings = config.streaming
-        self._options = replace(DecodingOptions.from_config(config), num_beams=1, word_timestamps=True)
+        own: Any = {"num_beams": 1, "word_timestamps": True, "hotwords": read_hotwords(config.inference.hotwords)}
+        self._options = replace(DecodingOptions.from_config(config), **own)
         silence_sec = CONTEXT_SILENCE_SEC[engine.audio_context] if context_silence_sec is None else context_silence_sec
         self._context_silence_sec = silence_sec
         self._make_policy = policy or (lambda: make_policy(config.streaming))
