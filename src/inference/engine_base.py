@@ -164,7 +164,7 @@ class Engine(ABC):
     ) -> Decoded:
         """Decode a row again from each token that the bias changes; log-probabilities stay those of the model."""
         settled = list[float]()  # log-probabilities of tokens that are no longer asked about
-        while change := bias.first_change(row.tokens, row.logits):
+        while row.logits is not None and (change := bias.first_change(row.tokens, row.logits)):
             at, token = change
             prefix = [*row.tokens[:at], token]
             if len(prefix) >= cap:
@@ -176,6 +176,8 @@ class Engine(ABC):
             settled += (logs[range(len(logs)), prefix[first:]] - norms).tolist()
             given = [[*start, *prefix]]
             (row,) = self._generate(self._row(encoded, index), given, prefix, [cap - len(prefix)], options)
+        if not settled:
+            return row
         scored = min(len(row.logits), cap - len(settled))
         whole = (math.fsum(settled) + row.avg_logprob * scored) / (len(settled) + scored)
         return replace(row, avg_logprob=whole)
@@ -237,9 +239,9 @@ class Engine(ABC):
     ) -> list[Decoded]:
         """Continue each row of `given` tokens, which end with `prefix`, by at most as many new ones as its cap."""
 
-    @abstractmethod
     def _row(self, encoded: Any, index: int) -> Any:
         """Return one row of what `encode` returned, as a batch of one."""
+        return encoded[index : index + 1]
 
     @abstractmethod
     def _place(
