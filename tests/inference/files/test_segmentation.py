@@ -147,13 +147,13 @@ def test_memory_does_not_grow_with_the_recording() -> None:
     assert peak(30) < 1.2 * peak(3)
 
 
-@pytest.mark.parametrize(("language", "sec"), [("en", 63.3), ("de", 42.2), ("hi", 14.9), ("ta", 14.9), ("ka", 6.5)])
+@pytest.mark.parametrize(("language", "sec"), [("en", 59.1), ("de", 39.4), ("hi", 13.9), ("ta", 13.9), ("ka", 6.1)])
 def test_no_segment_holds_more_speech_than_the_decoder_has_room_for(language: str, sec: float) -> None:
     engine, options = Windows(), DecodingOptions()
     most = max_speech_sec(engine, language, options)  # type: ignore[arg-type]
     assert most == pytest.approx(sec, abs=0.1)
     translated = DecodingOptions(task="translate")  # the text is English
-    assert max_speech_sec(engine, language, translated) == pytest.approx(63.3, abs=0.1)  # type: ignore[arg-type]
+    assert max_speech_sec(engine, language, translated) == pytest.approx(59.1, abs=0.1)  # type: ignore[arg-type]
     engine.cap_rates = {language: 1.5 * 90.0}
     assert max_speech_sec(engine, language, options) == pytest.approx(0.8 * 443 / 90)  # type: ignore[arg-type]
 
