@@ -298,7 +298,7 @@ class TestInABrowser:
         self, page: Any, monkeypatch: pytest.MonkeyPatch, ending: str
     ) -> None:
         if ending == "abandoned":
-            monkeypatch.setattr(streaming, "ABANDONED_SEC", 0.2)
+            monkeypatch.setattr(streaming, "ABANDONED_SEC", 2.0)
         page.evaluate(LISTEN)
         blocks = BrowserMicrophone(60.0, eval_js=page.evaluate).blocks()
         next(blocks)
