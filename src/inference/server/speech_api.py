@@ -432,7 +432,7 @@ def _settings(model: ServedModel, form: _Form, task: str) -> Config:
     if form.prompt is not None:
         asked["initial_prompt"] = form.prompt
     if form.keywords:
-        asked["hotwords"] = ", ".join(form.keywords)
+        asked["hotwords"] = "\n".join([*form.keywords, ""])  # lines are terms: a client names no file of the server
     if form.temperature:
         higher = (each for each in own.temperatures if each > form.temperature)
         asked |= {"temperatures": (form.temperature, *higher), "num_beams": 1}

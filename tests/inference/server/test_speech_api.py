@@ -507,9 +507,9 @@ async def test_translations_are_english_and_languages_reach_the_model() -> None:
         return hear(audio, options)
 
     async with serving(note) as (_, client):
-        await post(client, language="German", prompt="p", **{"keywords[]": "k"})
+        await post(client, language="German", prompt="p", **{"keywords[]": "/srv/k.txt"})
         response = await post(
             client, "/v1/audio/translations", language="de", response_format="verbose_json", temperature="0.6"
         )
-    assert asked == [("transcribe", "de", "p", "k", 0.0), ("translate", "de", "", "", 0.6)]
+    assert asked == [("transcribe", "de", "p", ("/srv/k.txt",), 0.0), ("translate", "de", "", (), 0.6)]
     assert response.json()["task"] == "translate"
