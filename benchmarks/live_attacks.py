@@ -302,10 +302,10 @@ async def send_raw(url: str, request: bytes) -> bytes:
     return answer
 
 
-async def send_endless(url: str, begin: bytes, piece: bytes) -> bytes:
+async def send_endless(url: str, begin: bytes, piece: bytes, *, token: str = TOKEN) -> bytes:
     """Send a form that goes on with a piece again and again, in chunks; return the beginning of the answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port_of(url))
-    head = f"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+    head = f"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
     head += "Content-Type: multipart/form-data; boundary=x\r\nTransfer-Encoding: chunked\r\n\r\n"
     writer.write(head.encode())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import itertools
 import json
 import os
 import re
@@ -23,6 +22,7 @@ import pytest
 import soundfile as sf
 from openai import OpenAI
 
+from benchmarks.live_attacks import send_endless
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.sources.catalog import SAMPLE_CLIP, load_utterances
 from src.data.vad import VoiceActivityDetector
@@ -396,26 +396,6 @@ async def send_form(client: httpx.AsyncClient, body: bytes | AsyncIterator[bytes
     return await client.post(URL, content=body, headers=headers)
 
 
-async def send_endless(url: str, begin: bytes, piece: bytes) -> bytes:
-    """Send a form that goes on with a piece again and again; return the beginning of the answer."""
-    reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
-    writer.write(f"POST {URL} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nTransfer-Encoding: chunked\r\n"
-                 "Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode())  # fmt: skip
-
-    async def send() -> None:
-        with contextlib.suppress(ConnectionError):
-            for content in itertools.chain([begin] if begin else [], itertools.repeat(piece)):
-                writer.write(b"%x\r\n%b\r\n" % (len(content), content))
-                await writer.drain()
-                await asyncio.sleep(0)
-
-    sending = asyncio.create_task(send())
-    answer = await reader.read(1000)
-    sending.cancel()
-    writer.transport.abort()
-    return answer
-
-
 async def test_hostile_forms_are_refused_and_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
     model, file = part("model", b"m"), part("file", recording())
     nested = part("a", b"--y\r\n\r\n--y--", "Content-Type: multipart/mixed; boundary=y\r\n")
@@ -440,7 +420,7 @@ async def test_hostile_forms_are_refused_and_cost_little(monkeypatch: pytest.Mon
         for begin, piece, status in (
             (b"", b"a preamble\r\n", 408), (b"", part("a", b""), 400), (part("file", b"")[:-2], bytes(9999), 413),
         ):  # fmt: skip
-            answer = await send_endless(url, begin, piece)
+            answer = await send_endless(url, begin, piece, token=TOKEN)
             assert answer.startswith(f"HTTP/1.1 {status}".encode()), (piece[:20], answer)
         assert (await send_form(client, model + file, **{"Content-Encoding": "gzip"})).status_code == 415
         assert (await send_form(client, model, **{"Content-Type": "multipart/form-data"})).status_code == 400
