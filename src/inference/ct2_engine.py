@@ -20,7 +20,7 @@ from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import HOP_SAMPLES, POSITION_SEC, log_mel
 from src.data.labels import MAX_LABEL_TOKENS
 from src.inference.engine_base import Decoded, Engine, batch_samples
-from src.inference.options import DecodingOptions, gumbel_noise
+from src.inference.options import DecodingOptions, gumbel_noise, log_softmax
 from src.inference.words import Vocabulary, Word, place_words
 from src.models.ct2_file import check_ct2_folder
 from src.models.folder import content_files, own_settings, read_settings
@@ -89,7 +89,9 @@ class CTranslate2Engine(Engine):
     ) -> list[Decoded]:
         if options.temperature:
             texts = zip(given, caps, strict=True)
-            return [self._draw(_row(encoded, i), text, prefix, cap, options) for i, (text, cap) in enumerate(texts)]
+            return [
+                self._draw(self._row(encoded, i), text, prefix, cap, options) for i, (text, cap) in enumerate(texts)
+            ]
         forced, new = len(prefix), len(prefix) + max(caps)  # CTranslate2 counts the forced tokens, too
         generated = self._model.generate(
             encoded,
@@ -107,7 +109,7 @@ class CTranslate2Engine(Engine):
             tokens = row.sequences_ids[0]  # the forced ones too
             # its score must not count what a neighbour's cap lets it say
             if len(given) > 1 and len(tokens) > forced + cap:
-                rows += self._generate(_row(encoded, i), given[i : i + 1], prefix, [cap], options)
+                rows += self._generate(self._row(encoded, i), given[i : i + 1], prefix, [cap], options)
                 continue
             # the score is divided by all of these; the end token is in the sum, but not in the number
             logprob = row.scores[0] * len(tokens) / (len(tokens) - forced + (len(tokens) < new))
@@ -140,18 +142,16 @@ class CTranslate2Engine(Engine):
             no_speech = found.no_speech_prob if no_speech is None else no_speech
             for likeliest, view in zip([*found.sequences_ids[0][forced:], end], found.logits[0][forced:], strict=False):
                 logits = np.array(_on_cpu(view)).ravel().clip(min=-1e30)  # what is suppressed has the lowest float32
-                scores = logits - logits.max()
-                scores -= np.log(np.exp(scores).sum())
                 noise = gumbel_noise(len(chosen), options.temperature, len(logits))
                 chosen.append(int((logits / options.temperature + noise).argmax()))
-                logprob += float(scores[chosen[-1]])
+                logprob += float(log_softmax(logits)[chosen[-1]])
                 if chosen[-1] != likeliest or len(chosen) == cap:
                     break
         text = [token for token in chosen if token != end]
         return Decoded([*prefix, *text], logprob / len(chosen), no_speech if options.no_speech else None)
 
     def _row(self, encoded: Any, index: int) -> Any:
-        return _row(encoded, index)
+        return ctranslate2.StorageView.from_array(np.ascontiguousarray(np.array(_on_cpu(encoded))[index : index + 1]))
 
     def _place(
         self, encoded: Any, audios: Sequence[Waveform], starts: list[list[int]], rows: Sequence[Decoded]
@@ -186,11 +186,6 @@ class CTranslate2Engine(Engine):
 def _on_cpu(view: Any) -> Any:
     """Return a `StorageView` as NumPy takes it."""
     return view.to_device(ctranslate2.Device.cpu).to(ctranslate2.DataType.float32)
-
-
-def _row(encoded: Any, row: int) -> Any:
-    """Return one row of the encoder's output as a batch."""
-    return ctranslate2.StorageView.from_array(np.ascontiguousarray(np.array(_on_cpu(encoded))[row : row + 1]))
 
 
 def ct2_folder(source: str, *, quantization: str, cache_dir: Path) -> Path:

@@ -12,13 +12,11 @@ from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any, Literal
 
-import numpy as np
-
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.features import CONTEXT_SAMPLES, padded_samples
 from src.data.labels import MAX_LABEL_TOKENS, MIN_NEW_TOKENS
 from src.inference.hotwords import HotwordBias
-from src.inference.options import DecodingOptions
+from src.inference.options import DecodingOptions, log_softmax
 from src.inference.words import BROKEN, Vocabulary, Word
 from src.utils.errors import ModelError
 from src.utils.languages import CAP_FACTOR, max_tokens_per_sec, text_language
@@ -170,10 +168,8 @@ class Engine(ABC):
             if len(prefix) >= cap:
                 break
             first = len(row.tokens) + 1 - len(row.logits)
-            logs = row.logits[: at + 1 - first]
-            largest = logs.max(axis=1)
-            norms = largest + np.log(np.exp(logs - largest[:, None]).sum(axis=1))
-            settled += (logs[range(len(logs)), prefix[first:]] - norms).tolist()
+            logprobs = log_softmax(row.logits[: at + 1 - first])
+            settled += logprobs[range(len(logprobs)), prefix[first:]].tolist()
             given = [[*start, *prefix]]
             (row,) = self._generate(self._row(encoded, index), given, prefix, [cap - len(prefix)], options)
         if not settled:

@@ -163,7 +163,7 @@ class Greedy:
             self.taken += 1
 
     def feed_all(self) -> None:
-        """Run the decoder over all of the tokens again at once, for who records its attention."""
+        """Run the decoder over all of the tokens again at once, so that its attention can be recorded."""
         cache, rows = self._cache, len(self.choice.tokens)
         own, cache.self_attention_cache = cache.self_attention_cache, DynamicCache()
         ids = torch.cat([_filled(self._ids, rows), self.choice.tokens[:, : self.taken - 1]], dim=1)

@@ -61,3 +61,10 @@ def gumbel_noise(step: int, temperature: float, size: int) -> NDArray[np.float32
     """
     generator = np.random.default_rng([step, round(1000 * temperature)])
     return generator.gumbel(size=size).astype(np.float32)
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return natural-log probabilities over the last axis; torch has its own, which takes a second to import."""
+    shifted: NDArray[np.float32] = logits - logits.max(axis=-1, keepdims=True)
+    norms: NDArray[np.float32] = np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted - norms

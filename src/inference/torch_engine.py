@@ -97,8 +97,9 @@ class TorchEngine(Engine):
     name = "torch"
 
     def __init__(self, model: Any, processor: Any, *, capture: Capture | None = None) -> None:
-        is_whole = all(type(weight) is torch.nn.Parameter for weight in model.parameters())
-        self._capture = capture or (cuda_graph if model.device.type == "cuda" and is_whole else None)
+        if capture is None and model.device.type == "cuda":
+            capture = cuda_graph if all(type(weight) is torch.nn.Parameter for weight in model.parameters()) else None
+        self._capture = capture
         self._model, self._processor = model, processor
         self.vocabulary = Vocabulary.of(processor.tokenizer)
         self.device = str(model.device)
@@ -138,9 +139,7 @@ class TorchEngine(Engine):
             silence = rules.no_timestamps_token_id - 1  # <|nospeech|> stands before <|notimestamps|> everywhere
             no_speech = model.proj_out(states[:, begin]).float().softmax(dim=-1)[:, silence].tolist()
         if heads:
-            attention = torch.cat(list(recorded), dim=1)[
-                :, :, begin:
-            ]  # (B, heads, tokens from the start on, positions)
+            attention = torch.cat(list(recorded), dim=1)[:, :, begin:]  # (B, heads, tokens from the start, positions)
             certainty = choice.probabilities[: len(given), :count]
             if forced:
                 among_text = model.proj_out(states[:, -forced - 1 : -1])[..., :end].float().softmax(dim=-1)
