@@ -68,7 +68,10 @@ def log_mel(audio: NDArray[np.float32], num_mel_bins: int = 80) -> NDArray[np.fl
     frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT, axis=1)[:, ::HOP_SAMPLES]
     spectrum = np.fft.rfft(frames[:, : audio.shape[1] // HOP_SAMPLES] * window)  # (B, T // 160, 201)
     power = spectrum.real**2 + spectrum.imag**2
-    logs = np.log10(np.maximum(power @ mel_filters(num_mel_bins).T, 1e-10)).transpose(0, 2, 1)
+    # a frequency is in two filters at most; the threads of a matrix product wait for those of CTranslate2
+    frequencies, weights, starts = _sparse_filters(num_mel_bins)
+    mels = np.add.reduceat(power[..., frequencies] * weights, starts, axis=-1)
+    logs = np.log10(np.maximum(mels, 1e-10)).transpose(0, 2, 1)
     floor = logs.max(axis=(1, 2), keepdims=True) - 8.0
     scaled: NDArray[np.float32] = (np.maximum(logs, floor) + 4.0) / 4.0
     return scaled
@@ -90,6 +93,14 @@ def mel_filters(num_mel_bins: int) -> NDArray[np.float32]:
     triangles = np.maximum(0.0, np.minimum((hz - left) / (peak - left), (right - hz) / (right - peak)))
     filters: NDArray[np.float32] = (triangles * 2.0 / (right - left)).astype(np.float32)
     return filters
+
+
+@cache
+def _sparse_filters(num_mel_bins: int) -> tuple[NDArray[np.intp], NDArray[np.float32], NDArray[np.intp]]:
+    """Return frequency and weight of all entries that are not zero, and where each filter begins among them."""
+    filters = mel_filters(num_mel_bins)
+    mels, frequencies = np.nonzero(filters)
+    return frequencies, filters[mels, frequencies], np.searchsorted(mels, np.arange(num_mel_bins))
 
 
 @cache
