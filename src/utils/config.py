@@ -476,95 +476,6 @@ class Config(Section):
         return f"# profile: {self.profile}\n{yaml.safe_dump(tree, sort_keys=False)}"
 
 
-# Settings of the project before this one, and names that they have in other toolkits: where each is set today, or in
-# brackets why it is gone. Names without a dot hold in every section.
-FORMER_KEYS: dict[str, str] = {
-    "project.name": "tracking.project",
-    "project.version": "(a run records its git revision)",
-    "data.sampling_rate": "(recordings of any rate are resampled to 16,000 Hz)",
-    "data.sample_rate": "(recordings of any rate are resampled to 16,000 Hz)",
-    "data.chunk_size_sec": "streaming.min_chunk_sec",
-    "data.chunk_overlap_sec": "(a stream keeps streaming.buffer_sec of audio; nothing is cut in chunks)",
-    "data.datasets": "data.source, or data.mix for several",
-    "data.augmentation.enabled": "augmentation.enabled",
-    "model.variants": "model.variant, which takes a name or a folder",
-    "training.save_total_limit": "checkpoints.save_total_limit",
-    "evaluation.metrics": "(every rate is reported; the language decides which one is the headline)",
-    "evaluation.test_sets": "data.hub.test_split",
-    "evaluation.latency_benchmark_clips": "--clips of scripts/benchmark_latency.py",
-    "inference.streaming.enabled": "(scripts/serve.py and StreamingASR stream with every model)",
-    "streaming.enabled": "(scripts/serve.py and StreamingASR stream with every model)",
-    "mlops.versioning": "(data versions are in the run's folder, models in registry.json of paths.checkpoints_dir)",
-    "mlops.logging": "(a run keeps its log; setup_logging sets the level)",
-    # names alone
-    **dict.fromkeys(("audio_max_length_sec", "max_audio_length", "max_length_sec"), "data.max_duration_sec"),
-    **dict.fromkeys(("audio_min_length_sec", "min_audio_length", "min_length_sec"), "data.min_duration_sec"),
-    **dict.fromkeys(("vad_threshold", "speech_threshold"), "vad.threshold"),
-    **dict.fromkeys(("vad_enabled", "use_vad"), "(speech detection is always on; see vad.threshold)"),
-    **dict.fromkeys(("min_silence_duration_ms", "min_silence_ms"), "vad.min_silence_sec, in seconds"),
-    **dict.fromkeys(("min_speech_duration_ms", "min_speech_ms"), "vad.min_speech_sec, in seconds"),
-    **dict.fromkeys(("train_samples", "max_train_samples", "max_samples", "num_samples"), "data.max_train"),
-    **dict.fromkeys(("val_samples", "max_val_samples", "max_eval_samples"), "data.max_validation"),
-    **dict.fromkeys(("test_samples", "max_test_samples"), "data.max_test"),
-    **dict.fromkeys(("val_split", "validation_split_ratio", "val_ratio"), "data.validation_fraction"),
-    **dict.fromkeys(("dataset", "dataset_name"), "data.source"),
-    **dict.fromkeys(("data_dir", "dataset_path", "manifest_path"), "data.path"),
-    **dict.fromkeys(("speed_perturbation", "speed_perturb", "time_stretch"), "augmentation.speed_factors"),
-    **dict.fromkeys(("pitch_shift_semitones", "pitch_shift"), "augmentation.max_pitch_semitones"),
-    **dict.fromkeys(("pitch_shift_prob", "pitch_perturbation_prob"), "augmentation.pitch_prob"),
-    **dict.fromkeys(("background_noise_prob", "add_noise_prob"), "augmentation.noise_prob"),
-    **dict.fromkeys(("background_noise_dir", "background_noise_path", "noise_path"), "augmentation.noise_dir"),
-    **dict.fromkeys(
-        ("background_noise_snr_db", "noise_snr_db", "snr_db", "snr_range", "snr_range_db"),
-        "augmentation.min_snr_db and augmentation.max_snr_db",
-    ),
-    **dict.fromkeys(("gain_db", "volume_perturbation", "volume_perturb"), "augmentation.max_gain_db"),
-    **dict.fromkeys(("reverb_prob", "room_reverb_prob", "rir_prob"), "augmentation.room_prob"),
-    **dict.fromkeys(("specaugment", "spec_augmentation", "use_spec_augment"), "augmentation.spec_augment_prob"),
-    **dict.fromkeys(("time_mask", "num_time_masks", "time_mask_num"), "augmentation.spec_augment.time_masks"),
-    **dict.fromkeys(
-        ("freq_mask", "num_freq_masks", "freq_mask_num"), "augmentation.spec_augment.frequency_masks"
-    ),
-    **dict.fromkeys(("time_mask_param", "time_mask_width"), "augmentation.spec_augment.max_time_mask_fraction"),
-    **dict.fromkeys(("freq_mask_param", "freq_mask_width"), "augmentation.spec_augment.max_frequency_mask_bins"),
-    **dict.fromkeys(("default_variant", "model_variant", "model_name", "model_size", "pretrained"), "model.variant"),
-    "freeze_layers": "training.freeze_encoder, which takes a number of layers",
-    **dict.fromkeys(("num_epochs", "num_train_epochs", "max_epochs", "train_epochs"), "training.epochs"),
-    **dict.fromkeys(
-        ("train_batch_size", "per_device_train_batch_size", "micro_batch_size"), "training.batch_size"
-    ),
-    **dict.fromkeys(("eval_batch_size", "per_device_eval_batch_size"), "inference.batch_size"),
-    **dict.fromkeys(("accumulation_steps", "grad_accumulation_steps"), "training.gradient_accumulation_steps"),
-    "lr": "training.learning_rate",
-    **dict.fromkeys(("warmup_steps", "num_warmup_steps"), "training.warmup_ratio, a share of all updates"),
-    **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "scheduler"), "(the rate falls linearly after the warm-up)"),
-    **dict.fromkeys(("clip_grad_norm", "gradient_clipping", "grad_clip"), "training.max_grad_norm"),
-    **dict.fromkeys(("max_steps", "num_steps"), "training.epochs"),
-    **dict.fromkeys(("eval_steps", "evaluation_strategy", "eval_strategy"), "(each epoch is validated)"),
-    **dict.fromkeys(("logging_steps", "log_steps"), "(each update is logged)"),
-    **dict.fromkeys(("save_steps", "save_every", "save_strategy", "checkpoint_steps"), "checkpoints.save_minutes"),
-    **dict.fromkeys(("keep_checkpoints", "max_checkpoints"), "checkpoints.save_total_limit"),
-    **dict.fromkeys(("early_stopping_patience", "early_stopping"), "training.patience"),
-    **dict.fromkeys(("fp16", "bf16", "mixed_precision", "amp", "use_amp"), "precision"),
-    **dict.fromkeys(("lora_r", "lora_rank"), "training.lora.rank"),
-    "lora_alpha": "training.lora.alpha",
-    "lora_dropout": "training.lora.dropout",
-    "use_lora": "training.method: lora",
-    "gradient_checkpoint": "training.gradient_checkpointing",
-    **dict.fromkeys(("buffer_size_sec", "buffer_size", "buffer_length_sec"), "streaming.buffer_sec"),
-    **dict.fromkeys(("chunk_sec", "chunk_length_sec", "chunk_duration_sec", "step_sec"), "streaming.min_chunk_sec"),
-    "overlap_sec": "(a stream keeps streaming.buffer_sec of audio; nothing is cut in chunks)",
-    "temperature": "inference.temperatures, a list",
-    **dict.fromkeys(("beam_size", "beams"), "inference.num_beams"),
-    **dict.fromkeys(("prompt", "prompt_text"), "inference.initial_prompt"),
-    **dict.fromkeys(("backend", "tracker", "report_to"), "tracking.trackers, a list"),
-    **dict.fromkeys(("project_name", "wandb_project"), "tracking.project"),
-    **dict.fromkeys(("use_wandb", "use_mlflow", "use_tensorboard", "wandb", "mlflow"), "tracking.trackers, a list"),
-    **dict.fromkeys(("output_dir", "checkpoint_dir", "save_dir", "model_dir"), "paths.checkpoints_dir"),
-    **dict.fromkeys(("log_dir", "logs_dir", "logging_dir", "results_dir"), "paths.runs_dir"),
-}  # fmt: skip
-
-
 def load_config(
     path: str | Path | None = DEFAULT_CONFIG_PATH,
     *,
@@ -736,20 +647,28 @@ def _describe(error: dict[str, Any]) -> list[str]:
 def _describe_unknown(dotted: str, value: Any, siblings: list[str]) -> list[str]:
     """Say where an unknown key is set today, or its nearest sibling; of a whole section this for each of its keys."""
     name = dotted.rpartition(".")[2]
-    former, typo = FORMER_KEYS.get(dotted) or FORMER_KEYS.get(name), did_you_mean(name, siblings)
+    all_former, typo = former_keys(), did_you_mean(name, siblings)
+    former = all_former.get(dotted) or all_former.get(name)
     if former is None and not typo:
         if isinstance(value, Mapping) and value:
             below = [(f"{dotted}.{key}", each) for key, each in [*value.items()][:MAX_FORMER]]
             return [line for key, each in below for line in _describe_unknown(key, each, [])]
         keys = _keys_by_name()
-        near = [name] if name in keys else difflib.get_close_matches(name, [*keys, *FORMER_KEYS], 1, cutoff=0.75)
+        near = [name] if name in keys else difflib.get_close_matches(name, [*keys, *all_former], 1, cutoff=0.75)
         # where several sections have the name, the one whose name is in the key, too
         for each in near:
             shared = {key: len({*key.split(".")} & {*dotted.split(".")}) for key in keys.get(each, ())}
-            former = max(shared, key=shared.__getitem__) if shared else FORMER_KEYS[each]
+            former = max(shared, key=shared.__getitem__) if shared else all_former[each]
     if former is None:
         return [f"{dotted}: unknown key{typo}"]
     return [f"{dotted}: unknown key; " + (f"gone: {former[1:-1]}" if former.startswith("(") else f"today: {former}")]
+
+
+@functools.cache
+def former_keys() -> dict[str, str]:
+    """Return where settings of earlier versions and other toolkits are set today, or in brackets why they are gone."""
+    text = Path(__file__).with_name("former_settings.yaml").read_text(encoding="utf-8")
+    return {name: today for today, names in parse_yaml(text).items() for name in names.split()}
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from src.utils.config import FORMER_KEYS, Config, flatten, load_config, load_profiles
+from src.utils.config import Config, flatten, former_keys, load_config, load_profiles
 from src.utils.errors import ConfigError, DataError
 from src.utils.runtime import set_seed
 
@@ -329,6 +329,6 @@ def test_keys_of_the_project_before_are_refused_with_todays(tmp_path: Path) -> N
 
 def test_every_former_key_leads_to_a_setting() -> None:
     known = flatten(Config().model_dump())
-    for former, today in FORMER_KEYS.items():
+    for former, today in former_keys().items():
         if not today.startswith(("(", "--")):
             assert re.match(r"[\w.]+", today)[0] in known, former  # type: ignore[index]

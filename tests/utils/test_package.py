@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 USE = """
 import src
 from src.data.sources.catalog import SAMPLE_CLIP, SAMPLE_PARQUET
-from src.utils.config import load_config, load_profiles
+from src.utils.config import former_keys, load_config, load_profiles
 from src.utils.files import load_english_spelling, read_template
 from src.utils.validation import read_requirements
 from src.utils.versioning import get_git_revision
@@ -25,7 +25,7 @@ from src.utils.versioning import get_git_revision
 print(src.__file__)
 assert SAMPLE_CLIP.is_file() and SAMPLE_PARQUET.is_file()
 assert load_config(profile="demo").model.variant == "tiny.en"
-assert "production" in load_profiles()
+assert "production" in load_profiles() and former_keys()
 assert read_template("src.evaluation", "report.html") and read_template("src.inference", "record.js")
 assert load_english_spelling() and read_requirements("requirements.txt") and read_requirements("constraints.txt")
 assert get_git_revision() is None
