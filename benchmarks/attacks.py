@@ -232,7 +232,7 @@ def settings_files(folder: Path) -> None:
 def manifests_of_others(folder: Path) -> None:
     """List files that are pipes, deep JSON, endless numbers, names and texts that no file can have."""
     from src.data.audio import decode
-    from src.data.sources.folder import read_folder
+    from src.data.sources.catalog import read_folder
 
     os.mkfifo(folder / "pipe.wav")
     must_refuse(lambda: decode(folder / "pipe.wav"), "pipe.wav", what="a pipe")

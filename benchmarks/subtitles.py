@@ -33,7 +33,7 @@ from src.data import create_dataloaders, prepare_datasets
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.data.labels import source_text
 from src.data.preparation import DatasetSplits, RecordingChecker
-from src.data.sources.folder import read_folder
+from src.data.sources.catalog import read_folder
 from src.data.sources.subtitles import Passage
 from src.data.utterance import Utterance
 from src.data.vad import VoiceActivityDetector

@@ -73,12 +73,10 @@ def unpack(path: Path) -> Path:
                 with atomic_folder(folder) as partial:
                     partial.chmod(0o700)
                     _extract(path, partial)
-    except _DAMAGED as err:
-        raise _damaged(path, err) from err
-    except OSError as err:
-        if err.errno is None:  # of gzip and bz2: damaged
-            raise _damaged(path, err) from err
-        raise DataError(f"{path}: cannot be unpacked to {folder}: {err.strerror}; {MORE_SPACE}") from err
+    except (*_DAMAGED, OSError) as err:
+        if isinstance(err, OSError) and err.errno is not None:  # gzip and bz2 say without a number what is damaged
+            raise DataError(f"{path}: cannot be unpacked to {folder}: {err.strerror}; {MORE_SPACE}") from err
+        raise DataError(f"{path}: cannot be unpacked ({first_line(err)[:200]}); pack or upload it again") from err
     inside = [folder]
     while len(inside) == 1 and inside[0].is_dir():
         folder = inside[0]
@@ -146,11 +144,10 @@ class _Limits:
     """How much may come out of an archive."""
 
     def __init__(self, path: Path, folder: Path) -> None:
-        packed, free = path.stat().st_size, int(MAX_DISK_SHARE * shutil.disk_usage(folder).free)
-        self._path = path
+        packed, self._path, self._where = path.stat().st_size, path, folder.parent
         self._members = max(ALLOWED_MEMBERS, packed // MIN_MEMBER_BYTES)
-        self._size, self._by_ratio = free, max(ALLOWED_BYTES, MAX_RATIO * packed)
-        self._where = folder.parent
+        self._by_ratio = max(ALLOWED_BYTES, MAX_RATIO * packed)
+        self._size = int(MAX_DISK_SHARE * shutil.disk_usage(folder).free)
 
     def check(self, *, members: int = 0, size: int = 0) -> None:
         """Raise `DataError` if there are more files or bytes."""
@@ -200,10 +197,6 @@ def _neither(path: Path, name: str) -> DataError:
 
 def _shown(name: PurePosixPath | str) -> str:
     return repr(str(name) if len(str(name)) <= 120 else f"{str(name)[:60]}...{str(name)[-60:]}")
-
-
-def _damaged(path: Path, err: Exception) -> DataError:
-    return DataError(f"{path}: cannot be unpacked ({first_line(err)[:200]}); pack or upload it again")
 
 
 def _read_zip(path: Path, limits: _Limits) -> Iterator[_Member]:

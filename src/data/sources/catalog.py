@@ -5,19 +5,36 @@ Nothing is decoded here. An unavailable source raises; only `data.sources` names
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from src.data.audio import AUDIO_SUFFIXES
 from src.data.sources.archives import unpack
-from src.data.sources.folder import read_folder, utterances_from_rows
 from src.data.sources.hub import stream_hub
+from src.data.sources.manifest import (
+    AUDIO_COLUMNS,
+    TEXT_COLUMNS,
+    find_audio,
+    find_manifests,
+    is_manifest,
+    pick_column,
+    read_rows,
+)  # fmt: skip
 from src.data.sources.parquet import read_parquet
-from src.data.sources.parts import AudioPart
+from src.data.sources.parts import AudioPart, part_of_row
 from src.data.sources.subtitles import find_transcribed
-from src.data.utterance import AudioTrack, Utterance
+from src.data.utterance import (
+    SPLIT_NAMES,
+    AudioTrack,
+    Utterance,
+    split_of,
+    text_of,
+    utterance_from_row,
+    with_unique_ids,
+)  # fmt: skip
 from src.utils.config import DataConfig, SourceName, flatten
 from src.utils.errors import ConfigError, DataError, SourceUnavailableError
 from src.utils.languages import parse_language
@@ -31,12 +48,8 @@ CLIP_TEXT = "And so my fellow Americans ask not what your country can do for you
 Streams = dict[str, Iterator[Utterance]]
 
 
-MINDS14_SUBSETS = {  # by language; of English also en-GB and en-AU
-    subset[:2]: subset
-    for subset in (
-        "cs-CZ", "de-DE", "en-US", "es-ES", "fr-FR", "it-IT", "ko-KR", "nl-NL", "pl-PL", "pt-PT", "ru-RU", "zh-CN"
-    )
-}  # fmt: skip
+_MINDS14 = "cs-CZ de-DE en-US es-ES fr-FR it-IT ko-KR nl-NL pl-PL pt-PT ru-RU zh-CN"  # of English also en-GB and en-AU
+MINDS14_SUBSETS = {subset[:2]: subset for subset in _MINDS14.split()}  # by language
 
 
 def choose_data(
@@ -73,10 +86,8 @@ def choose_data(
         return {"source": "minds14", "sources": ["minds14", "sample"] if falls_back else [], "hub": options}
     if not path:
         return {"source": "sample" if choice == "auto" else choice, "hub": options}
-    found = next(
-        (each for each in (Path(path), MOUNT_POINT / "MyDrive" / path, MOUNT_POINT / path) if each.exists()), None
-    )
-    if found is None:
+    places = Path(path), MOUNT_POINT / "MyDrive" / path, MOUNT_POINT / path
+    if (found := next((place for place in places if place.exists()), None)) is None:
         on_drive = "" if MOUNT_POINT.exists() else "; for Google Drive tick USE_DRIVE and run the cell Start first"
         raise ConfigError(f"DATA_PATH {path!r}: no such file or folder here{on_drive}")
     return {"source": "folder" if choice == "auto" else choice, "path": str(found), "hub": options}
@@ -108,20 +119,17 @@ def open_source(config: DataConfig, source: SourceName) -> list[Utterance] | Str
     opened = SOURCES[source](config) if source in SOURCES else stream_hub(source, config.hub)
     if not opened:
         raise DataError(f"source {source!r} ({config.path or 'bundled'}) has no utterance")
-    if config.audio_track is None:
+    if (number := config.audio_track) is None:
         return opened
-    with_track = partial(_with_track, number=config.audio_track)
+
+    def with_track(utterance: Utterance) -> Utterance:
+        audio = utterance.audio
+        is_part = isinstance(audio, AudioPart)
+        return replace(utterance, audio=replace(audio, track=number) if is_part else AudioTrack(audio, number))
+
     if isinstance(opened, list):
         return [with_track(utterance) for utterance in opened]
     return {name: map(with_track, stream) for name, stream in opened.items()}
-
-
-def _with_track(utterance: Utterance, number: int) -> Utterance:
-    """Return an utterance whose recording is one track of its file."""
-    audio = utterance.audio
-    if isinstance(audio, AudioPart):
-        return replace(utterance, audio=replace(audio, track=number))
-    return replace(utterance, audio=AudioTrack(audio, number))
 
 
 def _load_common_voice(config: DataConfig) -> list[Utterance]:
@@ -148,6 +156,90 @@ def _load_folder(config: DataConfig) -> list[Utterance]:
             raise
         fix = "cut them first: config = with_clips(config), from src.inference, or scripts/prepare.py"
         raise DataError(f"{folder}: long recordings with transcripts are no clips yet; {fix}") from err
+
+
+def read_folder(path: Path) -> list[Utterance]:
+    """List the recordings of a folder's manifest (`metadata.csv` first), or of a manifest given itself.
+
+    Several manifests are one set where their names or folders say the splits (`train/metadata.csv`, `test.csv`), or
+    where each lies in a folder of its own.
+    """
+    if path.is_file():
+        if not is_manifest(path):
+            raise DataError(f"{path}: a manifest ends in .csv, .tsv, .jsonl, .jsonl.gz or .json, or is Kaldi's wav.scp")
+        return utterances_from_rows(path)
+    if not path.is_dir():
+        raise SourceUnavailableError(f"{path}: no such folder; set data.path to one with audio and a CSV, TSV or JSONL")
+    found = find_manifests(path)
+    if len(found) == 1:
+        return utterances_from_rows(found[0])
+    if found:
+        splits = {manifest: split_of(manifest.relative_to(path)) for manifest in found}
+        for manifest, split in splits.items():
+            beside = [m for m in found if m.parent == manifest.parent and (split is None or splits[m] == split)]
+            if len(beside) > 1:
+                names = ", ".join(m.name for m in beside)
+                raise DataError(f"{manifest.parent}: several manifests ({names}); set data.path to one of them")
+        listed: list[Utterance] = []
+        for manifest, split in splits.items():
+            prefix = "/".join([*manifest.parent.relative_to(path).parts, ""])
+            listed += utterances_from_rows(manifest, prefix=prefix, **({"split": split} if split else {}))
+        return list(with_unique_ids(listed))
+    if audio := sum(p.suffix.lower() in AUDIO_SUFFIXES for p in path.rglob("*")):
+        fix = "add metadata.csv (file_name,text), or their transcripts (talk.srt or talk.txt for talk.mp3)"
+        raise SourceUnavailableError(f"{path}: {audio} recording(s), no manifest; {fix}")
+    if any(path.rglob("*.parquet")):
+        raise SourceUnavailableError(f"{path}: no manifest, but Parquet files; set data.source: parquet")
+    raise SourceUnavailableError(f"{path}: no recording and no manifest; add audio and metadata.csv (file_name,text)")
+
+
+def utterances_from_rows(
+    manifest: Path, *, audio_dir: Path | None = None, quoted: bool = True, prefix: str = "", **meta: Any
+) -> list[Utterance]:
+    """Turn a manifest's rows into utterances, each with `meta`, unless a row says its split.
+
+    File names are relative to `audio_dir`, by default the manifest's folder. Where not `quoted`, quotation marks are
+    part of the text, as Common Voice writes them. `prefix` goes before the names that serve as ids.
+    """
+    rows = list(read_rows(manifest, quoted=quoted))
+    if not rows:
+        raise DataError(f"{manifest}: no rows; expected one row per recording, with a file and a text column")
+    columns = list(dict.fromkeys(key for _, row in rows for key in row))
+    audio_column = pick_column(columns, AUDIO_COLUMNS, "file", str(manifest))
+    text_column = pick_column(columns, TEXT_COLUMNS, "text", str(manifest))
+    lines: dict[str, int] = {}
+    utterances: list[Utterance] = []
+    folders: list[str | None] = []  # the split that the first folder of each name is called
+    for line, row in rows:
+        cell = row.pop(audio_column, None)
+        cell = cell.get("path") if isinstance(cell, dict) else cell  # as datasets writes it
+        row = {key: None if value != value else value for key, value in row.items()}
+        name, part, problem = "", None, None
+        try:
+            name = text_of(cell).strip()
+            problem = None if name else "the row names no recording; fill it in or remove the row"
+        except ValueError as err:
+            problem = f"the row's {audio_column} is {err}; write a path"
+        path = find_audio(audio_dir or manifest.parent, name)
+        try:
+            part = part_of_row(row, path)
+        except DataError as err:
+            problem = str(err)
+        shown = f"{name} {part.times}" if part else f"{name} line {line}".strip() if problem else name
+        row |= {"line": line, **({} if row.get("split") else meta)}
+        # an empty text is refused by name when the data set is checked
+        utterance = utterance_from_row(row, part or path, text_column=text_column, fallback_id=f"{prefix}{shown}")
+        if problem:
+            utterance = replace(utterance, problem=problem)
+        if lines.setdefault(utterance.id, line) != line:
+            twice = f"the id {utterance.id!r} occurs twice, first in line {lines[utterance.id]}"
+            raise DataError(f"{manifest}, line {line}: {twice}; remove one row, or add an `id` column")
+        utterances.append(utterance)
+        folders.append(SPLIT_NAMES.get(re.split(r"[/\\]", name)[0].lower()))
+    if "split" in {*columns, *meta} or None in folders or len(set(folders)) < 2:
+        return utterances
+    parts = zip(utterances, folders, strict=True)  # Hugging Face's AudioFolder with one list: train/a.wav, test/b.wav
+    return [replace(utterance, meta={**utterance.meta, "split": split}) for utterance, split in parts]
 
 
 def _path(config: DataConfig) -> Path:

@@ -317,7 +317,7 @@ def _read_kaldi(scp: Path) -> Iterator[tuple[int, Row]]:
     recordings, segments = tables["wav.scp"], tables["segments"]
     for utterance, (number, rest) in (segments or recordings).items():
         row: Row = {"id": utterance}
-        recording = utterance
+        recording, file = utterance, rest
         if segments:
             try:
                 recording, start, end = rest.split()[:3]
@@ -326,12 +326,9 @@ def _read_kaldi(scp: Path) -> Iterator[tuple[int, Row]]:
             except (KeyError, ValueError) as err:
                 what = "expected an utterance, a recording of wav.scp, its start and its end"
                 raise DataError(f"{scp.with_name('segments')}, line {number}: {what} ({err})") from err
-        else:
-            file = rest
         if file.endswith("|"):
-            fix = "run it yourself and write the recordings as files"
-            where = f"{scp}, line {recordings[recording][0]}"
-            raise DataError(f"{where}: {recording} is a command, which is not run; {fix}")
+            what = f"{recording} is a command, which is not run; run it yourself and write the recordings as files"
+            raise DataError(f"{scp}, line {recordings[recording][0]}: {what}")
         row |= {"file": _from_root(scp.parent, file), "text": tables["text"].get(utterance, (0, ""))[1]}
         row |= {"speaker": tables["utt2spk"].get(utterance, (0, None))[1]}
         yield number, row | {"language": tables["utt2lang"].get(utterance, (0, None))[1]}
@@ -354,33 +351,29 @@ def _without_lhotse(manifest: Path, rows: Iterator[tuple[int, Row]]) -> Iterator
         recordings = {str(row.get("id")): row for _, row in _read_json(path, read_text(path))}
     for line, row in held:
         try:
-            if is_cuts:
+            if is_cuts and row["supervisions"]:
                 spoken = [(row["recording"], each, row["start"] + each["start"]) for each in row["supervisions"]]
-                if not row["supervisions"]:
-                    spoken = [(row["recording"], {"id": row["id"], "duration": row["duration"]}, row["start"])]
+            elif is_cuts:
+                spoken = [(row["recording"], {"id": row["id"], "duration": row["duration"]}, row["start"])]
             elif is_recordings:
                 spoken = [(row, {"id": row["id"], "duration": row["duration"]}, 0.0)]
             else:
                 spoken = [(recordings[row["recording_id"]], row, row["start"])]
             for recording, supervision, start_sec in spoken:
-                yield line, _row_of_lhotse(manifest, recording, supervision, start_sec)
+                (source,) = recording["sources"]
+                if source["type"] != "file":
+                    raise ValueError(f"a source of type {source['type']!r}; only files are read")
+                if len(source.get("channels", (0,))) > 1:
+                    raise ValueError("several channels; write each as a recording")
+                found = {key: supervision.get(key) for key in ("id", "text", "speaker", "language", "gender")}
+                found["file"] = _from_root(manifest.parent, source["source"])
+                duration_sec = float(supervision["duration"])
+                if start_sec > 0.01 or start_sec + duration_sec < float(recording["duration"]) - 0.01:
+                    found |= {"offset": float(start_sec), "duration": duration_sec}
+                yield line, found
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as err:
             what = "not a recording, supervision or cut of lhotse that can be read"
             raise DataError(f"{manifest}, line {line}: {what} ({err!r})") from err
-
-
-def _row_of_lhotse(manifest: Path, recording: Row, supervision: Row, start_sec: float) -> Row:
-    (source,) = recording["sources"]
-    if source["type"] != "file":
-        raise ValueError(f"a source of type {source['type']!r}; only files are read")
-    if len(source.get("channels", (0,))) > 1:
-        raise ValueError("several channels; write each as a recording")
-    kept = {key: supervision.get(key) for key in ("id", "text", "speaker", "language", "gender")}
-    row = kept | {"file": _from_root(manifest.parent, source["source"])}
-    duration_sec = float(supervision["duration"])
-    if start_sec > 0.01 or start_sec + duration_sec < float(recording["duration"]) - 0.01:
-        row |= {"offset": float(start_sec), "duration": duration_sec}
-    return row
 
 
 def _from_root(folder: Path, name: str) -> str:

@@ -140,9 +140,12 @@ def read_transcript(path: Path) -> list[Passage]:
         DataError: it cannot be read, is none of its kind, or has no text.
     """
     suffix, content = path.suffix.lower(), read_any_encoding(path)
-    read = {".json": _read_json, ".textgrid": _read_textgrid, ".lrc": _read_lrc, ".txt": _read_lines}
+    read = {".json": _read_json, ".textgrid": _read_textgrid, ".lrc": _read_lrc}
     try:
-        passages = read[suffix](content) if suffix in read else _read_subtitles(content, suffix[1:])
+        if suffix == ".txt":
+            passages = [Passage(line) for line in content.split("\n")]
+        else:
+            passages = read[suffix](content) if suffix in read else _read_subtitles(content, suffix[1:])
     except (*_DAMAGED, DataError) as err:
         what = f"not a {suffix} transcript that can be read ({first_line(err)})"
         raise DataError(f"{path}: {what}; save it again as SRT") from err
@@ -196,10 +199,9 @@ def _read_json(content: str) -> list[Passage]:
             return float(segment["offsets"][of_cpp]) / 1000
         return math.nan if value is None else parse_seconds(value, name)
 
-    passages = [
-        Passage(text_of(s["text"]), seconds(s, "start", "from"), seconds(s, "end", "to"), s.get("speaker") or None)
-        for s in segments
-    ]
+    times = [(seconds(s, "start", "from"), seconds(s, "end", "to")) for s in segments]
+    rows = zip(segments, times, strict=True)
+    passages = [Passage(text_of(s["text"]), *span, s.get("speaker") or None) for s, span in rows]
     return passages or [Passage(text_of(found["text"]))]
 
 
@@ -216,11 +218,9 @@ def _read_lrc(content: str) -> list[Passage]:
 
 def _read_textgrid(content: str) -> list[Passage]:
     """Read the interval tiers of utterances, or of words; names of other tiers are taken as the speakers'."""
-    tokens = [
-        (m[1] is not None, (m[2] if m[1] is None else m[1]).replace('""', '"'))
-        for m in _TEXTGRID_TOKEN.finditer(content)
-    ]
-    if ("TextGrid" not in content[:200]) or not tokens:
+    found = _TEXTGRID_TOKEN.finditer(content)
+    tokens = [(m[1] is not None, (m[2] if m[1] is None else m[1]).replace('""', '"')) for m in found]
+    if "TextGrid" not in content[:200] or not tokens:
         raise ValueError("no TextGrid header")
     tiers: dict[str, list[Passage]] = {}
     at = 0
@@ -237,10 +237,6 @@ def _read_textgrid(content: str) -> list[Passage]:
     spoken = {name: rows for name, rows in tiers.items() if rows and not _OTHER_TIER.search(name)}
     whole = {name: rows for name, rows in spoken.items() if not _WORD_TIER.search(name)}
     return [passage for rows in (whole or spoken).values() for passage in rows]
-
-
-def _read_lines(content: str) -> list[Passage]:
-    return [Passage(line) for line in content.split("\n")]
 
 
 def clean_passages(passages: Sequence[Passage], *, is_prose: bool = False) -> list[Passage]:

@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from src.data.preparation import check_utterance, prepare_datasets
-from src.data.sources.catalog import SAMPLE_CLIP
-from src.data.sources.folder import read_folder
+from src.data.sources.catalog import SAMPLE_CLIP, read_folder
 from src.data.sources.manifest import find_audio, find_manifests, read_rows
 from src.data.sources.parquet import read_parquet
 from src.data.utterance import Utterance, text_of

@@ -16,8 +16,7 @@ import soundfile as sf
 
 from src.data.audio import decode, load_audio
 from src.data.preparation import check_utterance, prepare_datasets
-from src.data.sources.catalog import SAMPLE_CLIP
-from src.data.sources.folder import read_folder
+from src.data.sources.catalog import SAMPLE_CLIP, read_folder
 from src.data.sources.parts import AudioPart
 from src.utils.config import DataConfig, load_config
 from src.utils.errors import AudioError, DataError

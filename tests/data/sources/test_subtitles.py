@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from src.data.sources import subtitles
-from src.data.sources.catalog import SAMPLE_CLIP
-from src.data.sources.folder import read_folder
+from src.data.sources.catalog import SAMPLE_CLIP, read_folder
 from src.data.sources.subtitles import Passage, clean_passages, find_transcribed, read_transcript
 from src.utils.errors import DataError, SourceUnavailableError
 

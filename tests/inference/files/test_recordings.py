@@ -15,7 +15,7 @@ import soundfile as sf
 from src.data.audio import SAMPLE_RATE, load_audio
 from src.data.preparation import prepare_datasets
 from src.data.report.report import DataReport, build_data_report
-from src.data.sources.folder import read_folder
+from src.data.sources.catalog import read_folder
 from src.data.utterance import Utterance
 from src.inference.files import recordings
 from src.inference.files.matching import Excerpt, MatchedRecording

@@ -17,7 +17,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.preparation import prepare_datasets
-from src.data.sources.folder import read_folder
+from src.data.sources.catalog import read_folder
 from src.data.utterance import Utterance
 from src.data.vad import VoiceActivityDetector
 from src.inference.server import recorder as recorder_module
