@@ -7,7 +7,7 @@ import logging
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import regex
 
@@ -69,7 +69,8 @@ def parse_language(mark: str) -> str:
     """
     code = code_of_language(mark)
     if code is None:
-        near = did_you_mean(mark.strip().lower(), [*_names(), *WHISPER_LANGUAGES])
+        names = [language_name(code).lower() for code in WHISPER_LANGUAGES]
+        near = did_you_mean(mark.strip().lower(), [*names, *WHISPER_LANGUAGES])
         raise DataError(f"language {mark!r} is unknown to Whisper{near}; write a code such as 'de', or auto")
     return code
 
@@ -110,11 +111,6 @@ def _code_of_name(name: str) -> str:
     found = [find(name)] if find(name) else [tag for word in re.split(r"\W+", name) if (tag := find(word))]
     codes = {langcodes.Language.get(langcodes.standardize_tag(tag, macro=True)).language or "" for tag in found}
     return codes.pop() if len(codes) == 1 else ""
-
-
-@cache
-def _names() -> dict[str, str]:
-    return {language_name(code).lower(): code for code in WHISPER_LANGUAGES}
 
 
 def language_name(code: str) -> str:

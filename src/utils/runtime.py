@@ -329,16 +329,12 @@ def allow_tf32(device: torch.device) -> str:
 
 
 @cache
-def ctranslate2_cuda_problem() -> str | None:
+def ctranslate2_cuda_problem(device: str = "cuda", compute_type: str = "float16") -> str | None:
     """Return why CTranslate2 cannot compute on this machine's CUDA device, None if it can; tried once per process.
 
-    A child process encodes with a tiny random model in float16: a library that is absent shows at the first product
-    of matrices only, and may end the process.
+    A child process encodes with a tiny random model: a library that is absent shows at the first product of matrices
+    only, and may end the process.
     """
-    return _try_ctranslate2("cuda", "float16")
-
-
-def _try_ctranslate2(device: str, compute_type: str) -> str | None:
     command = [sys.executable, "-c", _CT2_PROBE, device, compute_type]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_CT2_PROBE_SEC, cwd=PROJECT_ROOT)

@@ -38,7 +38,6 @@ from src.utils.files import (
     jsonable,
     parse_json,
     read_plain,
-    write_bytes_atomic,
     write_text_atomic,
 )
 from src.utils.runtime import installed_version, public
@@ -84,20 +83,30 @@ class ExperimentLogger(AbstractContextManager["ExperimentLogger"]):
     """
 
     def __init__(self, config: Config, *, run_id: str | None = None) -> None:
-        self.run_id = check_run_id(run_id or _new_run_id(config.paths.runs_dir))
-        self.dir = config.paths.runs_dir / self.run_id
+        import torch  # reading a run's files needs no torch
+
+        runs_dir, now = config.paths.runs_dir, time.strftime("%Y%m%d-%H%M%S")
+        # the clock may have been set back, to when another run began
+        names = (now if number == 1 else f"{now}-{number}" for number in itertools.count(1))
+        self.run_id = check_run_id(run_id or next(name for name in names if not (runs_dir / name).exists()))
+        self.dir = runs_dir / self.run_id
         self.figures_dir = self.dir / "figures"
         self.metrics_path = self.dir / "metrics.jsonl"
         self.predictions_path = self.dir / "predictions.jsonl"
         self._subscribers: list[Callable[[Row], None]] = []
         self._trackers: dict[str, _Tracker] = {}
         self._last_step = 0
+        environment = {  # but no name, token or path of the user
+            "python": platform.python_version(), "platform": platform.platform(), "cpu_count": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "packages": {name: installed_version(name) for name in _PACKAGES}, "git_revision": get_git_revision(),
+        }  # fmt: skip
         fix = "set paths.runs_dir, or choose another run id"
         self._unlock = claim(self.dir / LOCK, self, what=self.dir, error=WhisperASRError, fix=fix)
         try:
             self.figures_dir.mkdir(parents=True, exist_ok=True)
             write_text_atomic(self.dir / "config.yaml", config.to_yaml())
-            write_text_atomic(self.dir / "env.json", json.dumps(_describe_environment(), indent=2))
+            write_text_atomic(self.dir / "env.json", json.dumps(environment, indent=2))
             self._file = _RowFile(self.metrics_path)
         except OSError as err:
             self._unlock()
@@ -212,27 +221,6 @@ def check_run_id(run_id: str) -> str:
     return run_id
 
 
-def _new_run_id(runs_dir: Path) -> str:
-    """Return the time, with a number if another run began then: the clock may have been set back."""
-    now = time.strftime("%Y%m%d-%H%M%S")
-    names = itertools.chain([now], (f"{now}-{number}" for number in itertools.count(2)))
-    return next(name for name in names if not (runs_dir / name).exists())
-
-
-def _describe_environment() -> dict[str, Any]:
-    """Return versions, machine and git revision, but no name, token or path of the user."""
-    import torch  # reading a run's files needs no torch
-
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "packages": {name: installed_version(name) for name in _PACKAGES},
-        "git_revision": get_git_revision(),
-    }
-
-
 class _RowFile:
     """Appends lines to a file without a buffer: what a full disk refuses is kept and tried again."""
 
@@ -241,8 +229,15 @@ class _RowFile:
         self._pending = b""  # starts with the rest of a line that was written in part
         self._failing = False
         self._lock = threading.Lock()
-        _repair_end(path)
+        # a last line without a newline is completed, or removed if it is not a row: readers refuse a broken line
+        content = read_plain(path) if path.exists() else b""
         self._file = path.open("ab", buffering=0)
+        last = content.rpartition(b"\n")[2]
+        if last and _parse(last):
+            self._file.write(b"\n")
+        elif last:
+            self._file.truncate(len(content) - len(last))
+            logger.warning("%s: a crash cut the last row, it is removed: %.60r", path, last)
 
     def append(self, line: bytes) -> None:
         if self._file.closed:
@@ -287,17 +282,6 @@ class _RowFile:
         self._failing = False
 
 
-def _repair_end(path: Path) -> None:
-    """Complete a last line without a newline, or remove it if it is not a row: readers refuse a broken line."""
-    content = read_plain(path) if path.exists() else b""
-    whole, last = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
-    if last and _parse(last):
-        write_bytes_atomic(path, content + b"\n")
-    elif last:
-        os.truncate(path, len(whole))
-        logger.warning("%s: a crash cut the last row, it is removed: %.60r", path, last)
-
-
 def _lines(text: str) -> list[str]:
     return [line for line in text.split("\n") if line.strip()]  # not splitlines: a text may hold U+2028
 
@@ -340,7 +324,11 @@ def point_of(row: Mapping[str, Any], last_step: int) -> tuple[Axis, int, dict[st
     These are `train/<field>` by update, `epoch/<field>` by epoch, and `evaluation/<name>/<rate>` at the last update.
     Rates have their own names: the headline of several languages is `mean_of_languages`, that of Chinese `zh_cer`.
     """
-    named = _named_rates(row)
+    named: dict[str, Any] = {}
+    if row.get("metric") == "mean":  # of one language, `wer` or `cer` is the headline
+        by_language = row.get("rates_by_language") or {}
+        named = {f"{prefix}mean_of_languages": row.get(f"{prefix}rate") for prefix in ("", "val_")}
+        named |= {f"{code}_{rate['metric'].lower()}": rate["rate"] for code, rate in by_language.items()}
     row = {**row, **named}
 
     def numbers(prefix: str, keys: Iterable[str]) -> dict[str, float]:
@@ -356,15 +344,6 @@ def point_of(row: Mapping[str, Any], last_step: int) -> tuple[Axis, int, dict[st
         case "evaluation":
             return "step", last_step, numbers(f"evaluation/{row['name']}", (*_EVALUATION_RATES, *named))
     return None
-
-
-def _named_rates(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rates of several languages under their own names; of one language `wer` or `cer` is the headline."""
-    if row.get("metric") != "mean":
-        return {}
-    rates = row.get("rates_by_language") or {}
-    mean = {f"{prefix}mean_of_languages": row.get(f"{prefix}rate") for prefix in ("", "val_") if f"{prefix}rate" in row}
-    return mean | {f"{code}_{rate['metric'].lower()}": rate["rate"] for code, rate in rates.items()}
 
 
 class _Tracker:

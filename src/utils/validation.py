@@ -120,8 +120,10 @@ def environment_report(config: Config | None = None) -> EnvironmentReport:
     Args:
         config: `paths` and the model's size decide what the disk must hold; without it the working folder is checked.
     """
+    python = f"{platform.python_version()} on {platform.platform()} (3.11 or newer is needed)"
+    is_new, fix = sys.version_info >= (3, 11), "make PYTHON=python3.13 setup"
     named: dict[str, Callable[[], Iterable[Check]]] = {
-        "Python": _check_python,
+        "Python": lambda: [_judge("Python", is_new, python, "error", fix)],
         "packages": _check_packages,
         "torch": lambda: _check_torch(config),
         "onnxruntime": _check_onnxruntime,
@@ -148,11 +150,6 @@ def run_check(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
 
 def _judge(name: str, is_ok: bool, found: str, otherwise: Status, fix: str) -> Check:
     return Check(name, "ok", found) if is_ok else Check(name, otherwise, found, fix)
-
-
-def _check_python() -> Iterator[Check]:
-    found = f"{platform.python_version()} on {platform.platform()} (3.11 or newer is needed)"
-    yield _judge("Python", sys.version_info >= (3, 11), found, "error", "make PYTHON=python3.13 setup")
 
 
 def _check_packages() -> Iterator[Check]:
@@ -208,7 +205,10 @@ def _check_torch(config: Config | None = None) -> Iterator[Check]:
     yield Check("torch", "ok", f"{found['torch']}, CUDA {found['cuda'] or 'is not in this build'}")
     yield _judge_torchaudio(found, problem)
     yield _judge_gpu(found)
-    yield from _judge_sixteen_bits(found, config)
+    if older := [gpu[0] for gpu in found["gpus"] if len(gpu) > 2 and gpu[2] < BFLOAT16_MAJOR]:
+        text = f"{', '.join(older)} has no bfloat16; training takes float16 and scales its losses"
+        asked = config is not None and config.precision == "bfloat16"
+        yield _judge("bfloat16", not asked, text, "error", "precision: auto")
     if found["gpus"] and installed_version("ctranslate2") is not None:
         lacking = ctranslate2_cuda_problem()
         text = f"needs CUDA 12 on a GPU, torch brings CUDA {found['cuda']}: {found.get('cublas', lacking)}"
@@ -235,14 +235,6 @@ def _judge_torchaudio(found: dict[str, Any], problem: str) -> Check:
     if in_colab():  # torch stays as it is
         return Check("torchaudio", "error", text, install if has_one else "pip uninstall -y torchaudio")
     return Check("torchaudio", "error", text, _torch_fix())
-
-
-def _judge_sixteen_bits(found: dict[str, Any], config: Config | None) -> Iterator[Check]:
-    older = [gpu[0] for gpu in found["gpus"] if len(gpu) > 2 and gpu[2] < BFLOAT16_MAJOR]
-    if older:
-        text = f"{', '.join(older)} has no bfloat16; training takes float16 and scales its losses"
-        asked = config is not None and config.precision == "bfloat16"
-        yield _judge("bfloat16", not asked, text, "error", "precision: auto")
 
 
 def _torch_fix() -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import FiniteFloat, TypeAdapter
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REGISTRY_FILE = "registry.json"  # in a folder
 _DIGEST_CHARS = 16  # hexadecimal, stored per clip: 64 bits distinguish two clips of one id
 _LISTED_IDS = 20  # of each kind, in an error
 
@@ -50,16 +49,6 @@ def get_git_revision(folder: Path = PROJECT_ROOT) -> str | None:
         return f"{revision}+changes" if git("status", "--porcelain", "--untracked-files=no") else revision
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
-
-
-class _Recorded(Protocol):
-    # one recording with its transcript, such as `src.data.Utterance`
-    @property
-    def id(self) -> str: ...
-    @property
-    def text(self) -> str: ...
-    @property
-    def audio(self) -> Any: ...  # a path, bytes, or with `read`
 
 
 @dataclass(frozen=True)
@@ -88,9 +77,11 @@ class DataVersionManager:
         self.path = Path(path)
 
     def log_dataset_version(
-        self, *, dataset_name: str, version: str, metadata: Mapping[str, Any], utterances: Iterable[_Recorded] = ()
+        self, *, dataset_name: str, version: str, metadata: Mapping[str, Any], utterances: Iterable[Any] = ()
     ) -> DatasetVersion:
-        """Log a version; reads all of its audio. Logging the same content again updates metadata, time and revision.
+        """Log a version of `Utterance`s; reads all of their audio.
+
+        Logging the same content again updates metadata, time and revision.
 
         Raises:
             DataError: if the version exists with other content (the ids are listed), the metadata are not JSON, a
@@ -140,7 +131,7 @@ def _load_version(file: Path) -> DatasetVersion:
     return read_json(file, parse, what="a data set version", fix="remove it, or fetch it again")
 
 
-def _checksums(utterances: Iterable[_Recorded]) -> tuple[str | None, dict[str, tuple[str, ...]]]:
+def _checksums(utterances: Iterable[Any]) -> tuple[str | None, dict[str, tuple[str, ...]]]:
     """Return one checksum over all clips (None without any) and the short digests by id.
 
     A clip's digest is SHA-256(SHA-256(audio) + SHA-256(text)). The checksum is over their sorted list, so the order
@@ -149,22 +140,19 @@ def _checksums(utterances: Iterable[_Recorded]) -> tuple[str | None, dict[str, t
     clips: list[str] = []
     by_id: defaultdict[str, list[str]] = defaultdict(list)
     for utterance in utterances:
-        text = hashlib.sha256(utterance.text.encode("utf-8")).digest()
-        clips.append(hashlib.sha256(_audio_sha256(utterance) + text).hexdigest())
+        audio = utterance.audio
+        try:
+            if isinstance(audio, Path):
+                sound = bytes.fromhex(sha256_of(audio))
+            else:
+                sound = hashlib.sha256(audio if isinstance(audio, bytes) else audio.read()).digest()
+        except OSError as err:
+            where = str(audio) if isinstance(audio, Path) else "embedded audio"
+            raise DataError(f"utterance {utterance.id} ({where}): cannot be read: {err.strerror}") from err
+        clips.append(hashlib.sha256(sound + hashlib.sha256(utterance.text.encode()).digest()).hexdigest())
         by_id[utterance.id].append(clips[-1][:_DIGEST_CHARS])
     checksum = hashlib.sha256("".join(sorted(clips)).encode()).hexdigest() if clips else None
     return checksum, {name: tuple(sorted(by_id[name])) for name in sorted(by_id)}
-
-
-def _audio_sha256(utterance: _Recorded) -> bytes:
-    audio = utterance.audio
-    try:
-        if isinstance(audio, Path):
-            return bytes.fromhex(sha256_of(audio))
-        return hashlib.sha256(audio if isinstance(audio, bytes) else audio.read()).digest()
-    except OSError as err:
-        where = str(audio) if isinstance(audio, Path) else "embedded audio"
-        raise DataError(f"utterance {utterance.id} ({where}): cannot be read: {err.strerror}") from err
 
 
 @dataclass(frozen=True)
@@ -200,7 +188,7 @@ class ModelRegistry:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.file = Path(path) if Path(path).suffix == ".json" else Path(path) / REGISTRY_FILE
+        self.file = Path(path) if Path(path).suffix == ".json" else Path(path, "registry.json")
 
     def register_model(
         self,
@@ -224,7 +212,15 @@ class ModelRegistry:
         """
         if not model_id.strip():
             raise ModelError("register_model: model_id is empty; give the model a name")
-        checked = {name: _finite(value, f"{model_id}: metric {name}") for name, value in metrics.items()}
+        checked: dict[str, float | None] = {}
+        for name, value in metrics.items():
+            try:
+                number = math.nan if value is None else float(value)
+            except (TypeError, ValueError) as err:
+                raise ModelError(f"{model_id}: metric {name} is {value!r}; expected one number") from err
+            checked[name] = number if math.isfinite(number) else None
+            if checked[name] is None:
+                logger.warning("%s: metric %s is %s; stored as missing", model_id, name, value)
         try:
             with locked(Path(f"{self.file}.lock")):
                 models = self.list_models()
@@ -274,17 +270,6 @@ class ModelRegistry:
             values = [m.metrics.get(metric) for m in models]
             frame[f"metrics.{metric}" if metric in columns else metric] = pd.Series(values, dtype="float64")
         return frame
-
-
-def _finite(value: float | None, name: str) -> float | None:
-    try:
-        number = math.nan if value is None else float(value)
-    except (TypeError, ValueError) as err:
-        raise ModelError(f"{name} is {value!r}; expected one number") from err
-    if math.isfinite(number):
-        return number
-    logger.warning("%s is %s; stored as missing", name, value)
-    return None
 
 
 def _now() -> str:

@@ -311,5 +311,5 @@ def test_ctranslate2_is_tried_on_the_gpu_in_a_child_once(
 
 
 def test_the_child_encodes_with_the_model_that_it_makes() -> None:
-    assert runtime._try_ctranslate2("cpu", "float32") is None
-    assert "int3" in str(runtime._try_ctranslate2("cpu", "int3"))
+    assert runtime.ctranslate2_cuda_problem("cpu", "float32") is None
+    assert "int3" in str(runtime.ctranslate2_cuda_problem("cpu", "int3"))
