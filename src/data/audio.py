@@ -100,14 +100,9 @@ class DecodedAudio:
 
 
 def load_audio(
-    source: AudioSource,
-    *,
-    name: str | None = None,
-    max_sec: float | None = None,
-    allow_silence: bool = False,
-    track: int | None = None,
-    strict: bool = False,
-) -> Waveform:
+    source: AudioSource, *, name: str | None = None, max_sec: float | None = None, allow_silence: bool = False,
+    track: int | None = None, strict: bool = False,
+) -> Waveform:  # fmt: skip
     """Decode a recording, mix it to mono and resample it, in little more memory than the result takes.
 
     Sound that begins after its picture follows silence, so that times are those of the video. A channel that cancels
@@ -133,14 +128,9 @@ def load_audio(
 
 
 def decode(
-    source: AudioSource,
-    *,
-    name: str | None = None,
-    max_sec: float | None = None,
-    allow_silence: bool = False,
-    track: int | None = None,
-    strict: bool = False,
-) -> DecodedAudio:
+    source: AudioSource, *, name: str | None = None, max_sec: float | None = None, allow_silence: bool = False,
+    track: int | None = None, strict: bool = False,
+) -> DecodedAudio:  # fmt: skip
     """Decode as `load_audio` does, and keep the rate and channels of the file."""
     asked = _Asked(_label(source, name), track or _track_of(source), strict)
     with _open(source, asked, max_sec) as recording:
@@ -149,13 +139,9 @@ def decode(
 
 
 def stream_audio(
-    source: AudioSource,
-    *,
-    name: str | None = None,
-    max_sec: float | None = None,
-    track: int | None = None,
+    source: AudioSource, *, name: str | None = None, max_sec: float | None = None, track: int | None = None,
     strict: bool = False,
-) -> Iterator[Waveform]:
+) -> Iterator[Waveform]:  # fmt: skip
     """Yield (n,) float32 at 16 kHz mono, in memory that does not grow with the recording; silence is allowed.
 
     Errors are those of `load_audio`; one in the middle of a file is raised after the blocks before it.
@@ -592,10 +578,9 @@ def _ffmpeg_blocks(
                 else:
                     asked.odd(f"its format changes at {total_sec:.1f} s")
                     pending += interleaved(None)
-                is_same = form[:2] == first[:2]
-                kind, resampler = form, av.AudioResampler(format="flt")  # keeps rate and channels, but interleaves
-                if not is_same:
-                    resampler = av.AudioResampler(format="flt", layout=layout, rate=first[0])
+                kind, is_same = form, form[:2] == first[:2]
+                # interleaves; rate and channels stay, or become those of the first frame
+                resampler = av.AudioResampler("flt", None if is_same else layout, None if is_same else first[0])
             gap_sec = 0.0 if frame.time is None or expected_sec is None else frame.time - expected_sec
             if gap_sec > _TOLERANCE_SEC and not (restarts and gap_sec > _JUMP_SEC):
                 asked.silent_sec += gap_sec * (total_sec > _PACKET_SEC)  # after its first packet: a late start

@@ -45,13 +45,10 @@ MAX_FIRST_TIME_SEC = 1.0  # as `max_initial_timestamp` in openai/whisper, transf
 LabelCase = Literal["auto", "keep", "lower", "sentence"]
 Group = tuple[str | None, str | None]  # of transcripts: source of a mix, language
 
-
 MAX_LATE_SEC = 0.5  # of a time after the end of its recording: many tools write whole seconds
 _TIME = re.compile(r"<\|(\d+(?:\.\d+)?)\|>")
-_OTHER_TOKENS = (
-    "endoftext startoftranscript startofprev startoflm transcribe translate nospeech nocaptions notimestamps"
-)
-_SPECIAL = re.compile(rf"<\|(?:{'|'.join([*_OTHER_TOKENS.split(), *WHISPER_LANGUAGES])})\|>")
+_TOKENS = "endoftext startoftranscript startofprev startoflm transcribe translate nospeech nocaptions notimestamps"
+_SPECIAL = re.compile(rf"<\|(?:{'|'.join([*_TOKENS.split(), *WHISPER_LANGUAGES])})\|>")
 CAPITAL_NOUNS = frozenset({"de", "lb"})  # written with capitals, which recasing cannot give back
 _CAPS_SHARE = 0.9  # of the cased letters; above it a corpus is written in capitals
 
@@ -308,18 +305,16 @@ def _capitalise(text: str, language: str | None) -> str:
 
 # what ends a sentence, by the script of most of its letters; others have a full stop, and Urdu its own
 _FULL_STOPS = {
-    "。": "CJK HIRAGANA KATAKANA",
-    "।": "DEVANAGARI BENGALI GURMUKHI ORIYA",
-    "։": "ARMENIAN",
-    "።": "ETHIOPIC",
-    "": "THAI LAO KHMER MYANMAR TIBETAN",
-}
-_STOP_OF = {script: stop for stop, scripts in _FULL_STOPS.items() for script in scripts.split()}
+    **dict.fromkeys(("CJK", "HIRAGANA", "KATAKANA"), "。"),
+    **dict.fromkeys(("DEVANAGARI", "BENGALI", "GURMUKHI", "ORIYA"), "।"),
+    **dict.fromkeys(("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"), ""),
+    "ARMENIAN": "։", "ETHIOPIC": "።",
+}  # fmt: skip
 
 
 def _full_stop(text: str, language: str | None) -> str:
     scripts = [unicodedata.name(c, "").split(" ")[0] for c in text if unicodedata.category(c)[0] in "LM"]
-    stops = [_STOP_OF.get(script, "۔" if (language, script) == ("ur", "ARABIC") else ".") for script in scripts]
+    stops = [_FULL_STOPS.get(script, "۔" if (language, script) == ("ur", "ARABIC") else ".") for script in scripts]
     return max(stops, key=stops.count, default=".")
 
 
@@ -353,14 +348,10 @@ def timed_parts(text: str, duration_sec: float) -> list[TimedText]:
     return [TimedText(part.strip(), *span) for part, span in zip(rest[1::2], spans, strict=True) if part.strip()]
 
 
-def without_times(text: str) -> str:
-    """Return a transcript without its times."""
-    return join_texts(part.strip() for part in _TIME.split(text)[::2]) if _TIME.search(text) else text
-
-
 def source_text(utterance: Utterance) -> str:
     """Return the transcript in its source's case, without its times."""
-    return without_times(str(utterance.meta.get("source_text", utterance.text)))
+    text, *rest = _TIME.split(str(utterance.meta.get("source_text", utterance.text)))
+    return join_texts(part.strip() for part in (text, *rest[1::2])) if rest else text
 
 
 def letters_of(text: str) -> str:

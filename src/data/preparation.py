@@ -38,15 +38,7 @@ from src.data.preprocessing import ClipStats, measure_clip
 from src.data.sources.catalog import CLIP_TEXT, in_mix, load_utterances, open_source
 from src.data.sources.hub import MIN_SPEAKERS, spread, stream_general
 from src.data.sources.parts import AudioPart
-from src.data.utterance import (
-    SPLIT_NAMES,
-    SPLITS,
-    AudioTrack,
-    SkippedUtterance,
-    Utterance,
-    hashed_choice,
-    stable_hash,
-)  # fmt: skip
+from src.data.utterance import SPLIT_NAMES, SPLITS, AudioTrack, SkippedUtterance, Utterance, hashed_choice, stable_hash
 from src.data.vad import VoiceActivityDetector
 from src.utils.config import MAX_AUDIO_SEC, REPLAY, Config, DataConfig, ModelConfig, SourceName
 from src.utils.errors import AudioError, DataError, SourceUnavailableError
@@ -124,11 +116,9 @@ def resolve_styles(
     parts: Parts, label_case: LabelCase, label_cases: Mapping[str, LabelCase]
 ) -> dict[Group, LabelStyle]:
     """Choose the case of each group as `resolve_case` does, by its training transcripts if there are any."""
-    everything = group_texts(chain(*parts.values()), label_cases)
-    texts = {**everything, **group_texts(parts["train"], label_cases)}
-    return {
-        group: LabelStyle(resolve_case(texts[group], case_in(group, label_case, label_cases))) for group in everything
-    }
+    texts = group_texts(chain(*parts.values()), label_cases) | group_texts(parts["train"], label_cases)
+    cases = {group: resolve_case(own, case_in(group, label_case, label_cases)) for group, own in texts.items()}
+    return {group: LabelStyle(case) for group, case in cases.items()}
 
 
 def prepare_datasets(config: Config, *, vad: VoiceActivityDetector | None = None) -> DatasetSplits:
@@ -182,8 +172,7 @@ def _prepare(
         parts["train"] += replayed
         checkers.append(checker)
     stats = {key: found for checker in checkers for key, found in checker.stats.items()}
-    surplus = [found.duration_sec for found in stats.values() if found.duration_sec > MAX_AUDIO_SEC]
-    if surplus:
+    if surplus := [found.duration_sec for found in stats.values() if found.duration_sec > MAX_AUDIO_SEC]:
         what = "%d clip(s) are up to %.2f s longer than %g s; what is beyond is left out"
         logger.warning(what, len(surplus), max(surplus) - MAX_AUDIO_SEC, MAX_AUDIO_SEC)
     for mark, count in sum((checker.tokenless for checker in checkers), Counter[str]()).items():
@@ -205,8 +194,8 @@ def _prepare(
         logger.info("%d of %d test transcripts also occur in training", splits.shared_texts, len(splits.test))
     for (source, language), style in resolve_styles(parts, data.label_case, data.label_cases).items():
         if style.case != "keep":
-            named = "transcripts" if language is None else f"{language_name(language)} transcripts"
-            named += "" if source is None else f" of {source}"
+            named = "" if language is None else f"{language_name(language)} "
+            named += "transcripts" if source is None else f"transcripts of {source}"
             is_written_so = text_language(language, config.model.task) in CAPITAL_NOUNS and style.case == "sentence"
             small = "; nouns stay in lower case" if is_written_so else ""
             logger.info("%s recased to %r%s", named, style.case, small)
@@ -321,7 +310,13 @@ def take_replay(parts: Parts, config: Config) -> tuple[list[Utterance], Recordin
     others = sum(weights.get(str(u.meta.get("source")), 1.0) for u in parts["train"])
     wanted = max(1, round(replay.share / (1 - replay.share) * others))
     measured = [*parts["validation"], *parts["test"]]
-    texts = {letters_of(source_text(u)) for u in measured} | {letters_of(text) for text in _guard_texts(config)}
+    texts = {letters_of(source_text(u)) for u in measured}
+    guard = config.guard  # of a guard set that is not made yet: of corpora it takes the test splits
+    if guard.source in ("folder", "parquet"):
+        listed = load_utterances(DataConfig(source=guard.source, path=guard.path))
+        texts |= {letters_of(source_text(u)) for u in hashed_choice(listed, guard.max_clips, config.seed)}
+    else:
+        texts.add(letters_of(CLIP_TEXT))
     trained = {letters_of(source_text(u)) for u in parts["train"]}
     speakers = {u.speaker for u in measured} - {None}
     languages = Counter(u.language for u in parts["train"] if u.language) or Counter([config.model.language or "en"])
@@ -383,15 +378,6 @@ def take_replay(parts: Parts, config: Config) -> tuple[list[Utterance], Recordin
     return taken, checker
 
 
-def _guard_texts(config: Config) -> list[str]:
-    """Return what is known of the texts of a guard set that is not made yet; of corpora it takes the test splits."""
-    guard = config.guard
-    if guard.source not in ("folder", "parquet"):
-        return [CLIP_TEXT]
-    listed = load_utterances(DataConfig(source=guard.source, path=guard.path))
-    return [source_text(utterance) for utterance in hashed_choice(listed, guard.max_clips, config.seed)]
-
-
 def cut_at_pauses(utterance: Utterance, max_sec: float) -> list[Utterance]:
     """Cut a longer recording at the longest pauses that the times of its transcript leave, into clips of `max_sec`.
 
@@ -426,10 +412,8 @@ def cut_at_pauses(utterance: Utterance, max_sec: float) -> list[Utterance]:
             end_sec = min(end_sec, whole.end_sec)
         known_sec = None if math.isinf(end_sec) else end_sec
         part = replace(whole, start_sec=whole.start_sec + begin_sec, end_sec=known_sec)
-        spoken = [
-            f"<|{t.start_sec - begin_sec:.2f}|>{t.text}<|{t.end_sec - begin_sec:.2f}|>" for t in timed[at : last + 1]
-        ]
-        text = "".join(spoken).removesuffix("<|inf|>")
+        spoken = [(t.start_sec - begin_sec, t.text, t.end_sec - begin_sec) for t in timed[at : last + 1]]
+        text = "".join(f"<|{start:.2f}|>{said}<|{end:.2f}|>" for start, said, end in spoken).removesuffix("<|inf|>")
         owner = utterance.speaker or utterance.id
         pieces.append(replace(utterance, id=f"{utterance.id} {part.times}", audio=part, text=text, speaker=owner))
         at = last + 1
@@ -445,12 +429,9 @@ def check_utterance(utterance: Utterance, config: DataConfig) -> Utterance:
 
 
 def inspect_utterance(
-    utterance: Utterance,
-    config: DataConfig,
-    *,
-    cache: AudioCache | None = None,
+    utterance: Utterance, config: DataConfig, *, cache: AudioCache | None = None,
     vad: VoiceActivityDetector | None = None,
-) -> tuple[Utterance, ClipStats]:
+) -> tuple[Utterance, ClipStats]:  # fmt: skip
     """Decode one recording, check it and measure it; return the utterance with its duration, and what was measured."""
     where = f"utterance {utterance.id}{_line(utterance)}"
     if utterance.problem is not None:
@@ -467,9 +448,8 @@ def inspect_utterance(
     except AudioError as err:
         raise AudioError(f"{where}: {err}") from err
     taken = decoded.samples[: round(MAX_AUDIO_SEC * SAMPLE_RATE)]
-    stats = replace(
-        measure_clip(replace(decoded, samples=taken), vad=vad), duration_sec=len(decoded.samples) / SAMPLE_RATE
-    )
+    stats = measure_clip(replace(decoded, samples=taken), vad=vad)
+    stats = replace(stats, duration_sec=len(decoded.samples) / SAMPLE_RATE)
     if not config.min_duration_sec <= stats.duration_sec <= longest_sec:
         allowed = f"{config.min_duration_sec} to {config.max_duration_sec} s (data.min_duration_sec, max_duration_sec)"
         raise DataError(f"{where}: {stats.duration_sec:.2f} s, allowed are {allowed}; cut it at a pause")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,7 +85,14 @@ class ClipStats:
 
 def measure_clip(decoded: DecodedAudio, *, vad: VoiceActivityDetector | None = None) -> ClipStats:
     """Measure one decoded recording, of at least one sample, and with `vad` where speech is in it."""
-    samples = decoded.samples
+    samples, duration_sec = decoded.samples, len(decoded.samples) / SAMPLE_RATE
+    speech = {}
+    if vad is not None:
+        segments = vad.speech_segments(samples)
+        speech["speech_fraction"] = sum(s.end_sec - s.start_sec for s in segments) / duration_sec
+        if segments:
+            speech["leading_silence_sec"] = segments[0].start_sec
+            speech["trailing_silence_sec"] = duration_sec - segments[-1].end_sec
     levels_dbfs = _frame_levels(samples)
     loudness_dbfs = _loudness(levels_dbfs)
     silent = levels_dbfs < max(SILENCE_DBFS, loudness_dbfs - SILENCE_BELOW_SPEECH_DB)
@@ -94,7 +100,7 @@ def measure_clip(decoded: DecodedAudio, *, vad: VoiceActivityDetector | None = N
     return ClipStats(
         sample_rate=decoded.sample_rate,
         channels=decoded.channels,
-        duration_sec=len(samples) / SAMPLE_RATE,
+        duration_sec=duration_sec,
         peak_dbfs=max(20 * math.log10(max(float(np.abs(samples).max()), 1e-9)), MIN_DBFS),
         clipped_fraction=measure_clipping(samples),
         loudness_dbfs=loudness_dbfs,
@@ -102,19 +108,8 @@ def measure_clip(decoded: DecodedAudio, *, vad: VoiceActivityDetector | None = N
         snr_db=min(max(loudness_dbfs - float(np.percentile(levels_dbfs, NOISE_PERCENTILE)), 0.0), MAX_SNR_DB),
         bandwidth_hz=measure_bandwidth(samples),
         audio_sha256=hashlib.sha256(pcm.tobytes()).hexdigest(),
-        **({} if vad is None else measure_speech(samples, vad)),
+        **speech,
     )
-
-
-def measure_speech(samples: Waveform, vad: VoiceActivityDetector) -> dict[str, Any]:
-    """Return the fields of `ClipStats` that say where speech is in (T,) samples at 16 kHz."""
-    duration_sec = len(samples) / SAMPLE_RATE
-    segments = vad.speech_segments(samples)
-    found = {"speech_fraction": sum(s.end_sec - s.start_sec for s in segments) / duration_sec}
-    if segments:
-        found["leading_silence_sec"] = segments[0].start_sec
-        found["trailing_silence_sec"] = duration_sec - segments[-1].end_sec
-    return found
 
 
 def measure_clipping(samples: Waveform) -> float:

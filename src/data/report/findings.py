@@ -67,16 +67,8 @@ def find_all(clips: pd.DataFrame, skipped: Sequence[SkippedUtterance], task: str
     by_language = list(clips.groupby(clips["language"].fillna(""), sort=False))
     alone = len(by_language) == 1
     texts = [found for code, part in by_language for found in _in_texts(part, str(code) or None, alone=alone)]
-    return sort_findings(
-        [
-            *left_out,
-            *_in_recordings(clips),
-            *_in_languages(clips, task),
-            *texts,
-            *_of_tokens(clips),
-            *_between_splits(clips),
-        ]
-    )
+    others = [*_of_tokens(clips), *_between_splits(clips)]
+    return sort_findings([*left_out, *_in_recordings(clips), *_in_languages(clips, task), *texts, *others])
 
 
 def sort_findings(findings: Sequence[Finding]) -> tuple[Finding, ...]:
@@ -223,11 +215,11 @@ def _in_languages(clips: pd.DataFrame, task: str) -> Iterator[Finding]:
         "their rates tell what was forgotten, not what was learned: add such clips to the training, or measure apart",
     )  # fmt: skip
     written = [text_language(language, task) for language in languages]
-    fits = [
-        language is None or fits_script(text, language) for text, language in zip(clips["text"], written, strict=True)
+    unlike = [
+        code is not None and not fits_script(text, code) for text, code in zip(clips["text"], written, strict=True)
     ]
     yield from _of(
-        clips[[not each for each in fits]], "warning", "script",
+        clips[unlike], "warning", "script",
         f"of {total:,} with a text that is not in the script of its language",
         "correct the mark or the transcript: the model is told the language, and writes it in its own script",
     )  # fmt: skip

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ OUTLIER_SCORE = 3.5
 MIN_CLIPS_FOR_OUTLIERS = 10
 _MIN_LOG_SPREAD = 0.1  # 10%: where all clips speak at one rate, not every small difference is an outlier
 
+_TABLES = ("label_styles", "hard_clips", "recordings", "rejected", "doubtful")  # of a report, each None if it has none
 REPORT_FILE = "data_report.json"
 CLIPS_FILE = "data_report_clips.csv"
 _SHOWN_SKIPPED = 20
@@ -176,27 +177,25 @@ class DataReport:
     def save(self, run_dir: str | Path) -> tuple[Path, Path]:
         """Write data_report.json and data_report_clips.csv, each whole or not at all; return both paths."""
         report, clips = Path(run_dir) / REPORT_FILE, Path(run_dir) / CLIPS_FILE
-        tables = {
-            "summary": self.summary(),
-            "languages": self.languages(),
-            "sources": self.sources(),
-            "label_styles": self.label_styles,
-            "hard_clips": self.hard_clips,
-            "recordings": self.recordings,
-            "rejected": self.rejected,
-            "doubtful": self.doubtful,
-        }
+        tables = {"summary": self.summary(), "languages": self.languages(), "sources": self.sources()}
+        tables |= {name: getattr(self, name) for name in _TABLES}
         if self.doubtful is not None and "audio" in self.doubtful:
             names = self.doubtful["audio"].map(lambda clip: Path(str(clip)).name)
             tables["doubtful"] = self.doubtful.assign(audio=names)
         content = {
-            "source": self.source,
-            "label_case": self.label_case,
+            "source": self.source, "label_case": self.label_case,
             "findings": [asdict(finding) for finding in self.findings],
             "skipped": [asdict(row) for row in self.skipped],
-            **{name: None if table is None else _records(table) for name, table in tables.items()},
-        }
-        quoted = self.clips.assign(**{name: self.clips[name].map(_quote_formula) for name in _TEXT_COLUMNS})
+            **{  # plain Python values, None for NA
+                name: None if table is None else json.loads(table.to_json(orient="records", double_precision=12))
+                for name, table in tables.items()
+            },
+        }  # fmt: skip
+
+        def quote(cell: Any) -> Any:  # a formula gets an apostrophe, by which spreadsheets take it for text
+            return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
+
+        quoted = self.clips.assign(**{name: self.clips[name].map(quote) for name in _TEXT_COLUMNS})
         write_text_atomic(clips, quoted.to_csv(index=False, lineterminator="\n"))
         write_json(report, content)
         return report, clips
@@ -210,17 +209,14 @@ class DataReport:
         """
 
         def parse(content: dict[str, Any]) -> DataReport:
-            tables = {name: content[name] for name in ("label_styles", "hard_clips")}
-            later = ("recordings", "rejected", "doubtful")  # older reports have none
-            tables |= {name: content.get(name) for name in later}
+            tables = {name: content.get(name) for name in _TABLES}  # older reports have fewer
             return cls(
-                source=content["source"],
-                label_case=content["label_case"],
+                source=content["source"], label_case=content["label_case"],
                 clips=_read_clips(Path(run_dir) / CLIPS_FILE),
                 findings=tuple(Finding(**{**row, "ids": tuple(row["ids"])}) for row in content["findings"]),
                 skipped=tuple(SkippedUtterance(**row) for row in content["skipped"]),
                 **{name: None if rows is None else pd.DataFrame(rows) for name, rows in tables.items()},
-            )
+            )  # fmt: skip
 
         return read_json(Path(run_dir) / REPORT_FILE, parse, what="a data report", fix="build it and save it again")
 
@@ -257,7 +253,7 @@ def build_data_report(splits: DatasetSplits, config: Config, *, tokenizer: Any |
     clips["duplicate_audio_of"] = first.astype(object).where(first != clips["id"], None)
     keys = text_keys(clips)
     clips["duplicate_text_count"] = keys.groupby(keys).transform("size")
-    clips["tokens"] = pd.array([None] * len(clips), dtype="Int64")
+    clips["tokens"] = pd.NA
     if tokenizer is not None:  # the decoder's positions, prefix and end token included
         encoder = LabelEncoder(tokenizer, language=config.model.language, task=config.model.task)
         special = 1 + len(encoder.prefix_for(config.model.language or "en"))  # as many in each language
@@ -266,8 +262,15 @@ def build_data_report(splits: DatasetSplits, config: Config, *, tokenizer: Any |
     skipped = tuple(
         SkippedUtterance(_without_places(row.id, places), _without_places(row.reason, places)) for row in splits.skipped
     )
-    tables = _tables_of_recordings(utterances, places)
-    findings = [*find_all(clips, skipped, config.model.task), *_of_recordings(tables)]
+    tables, findings = _tables_of_recordings(utterances, places), [*find_all(clips, skipped, config.model.task)]
+    if tables:
+        recordings, rejected = tables["recordings"], tables["rejected"]
+        share = float(recordings["covered_sec"].sum() / max(1e-9, recordings["speech_sec"].sum()))
+        message = (
+            f"{share:.0%} of the speech of {len(recordings)} is in the clips; {len(rejected)} passages were left out"
+        )
+        advice = "read the reasons, and whether transcripts and recordings belong together; a larger model hears more"
+        findings.append(Finding("warning" if share < LITTLE_COVERED else "info", "recordings", message, advice))
     return DataReport(splits.source, splits.label_case, clips, sort_findings(findings), skipped, **tables)
 
 
@@ -289,17 +292,6 @@ def _tables_of_recordings(utterances: Sequence[Utterance], places: Sequence[str]
         "rejected": pd.DataFrame([row | {"reason": _without_places(str(row["reason"]), places)} for row in rejected]),
         "doubtful": pd.DataFrame(doubtful),
     }
-
-
-def _of_recordings(tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
-    """Return how much of the speech of long recordings the clips have."""
-    if not tables:
-        return []
-    recordings, rejected = tables["recordings"], tables["rejected"]
-    share = float(recordings["covered_sec"].sum() / max(1e-9, recordings["speech_sec"].sum()))
-    message = f"{share:.0%} of the speech of {len(recordings)} is in the clips; {len(rejected)} passages were left out"
-    advice = "read the reasons, and whether transcripts and recordings belong together; a larger model hears more"
-    return [Finding("warning" if share < LITTLE_COVERED else "info", "recordings", message, advice)]
 
 
 def _private_places(config: Config) -> list[str]:
@@ -346,17 +338,6 @@ def _rounded(table: pd.DataFrame) -> pd.DataFrame:
     digits = dict.fromkeys(("median_sec", "p5_sec", "p95_sec", "chars_per_sec", "loudness_dbfs"), 1)
     rounded = table.round({**digits, "hours": 2, "clipped_share": 3, "no_speech_share": 3})
     return rounded.astype(object).where(rounded.notna(), "-")
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return rows of plain Python values, None for NA."""
-    records: list[dict[str, Any]] = json.loads(table.to_json(orient="records", double_precision=12))
-    return records
-
-
-def _quote_formula(cell: Any) -> Any:
-    """Return a cell that a spreadsheet takes for text: a formula gets an apostrophe, and so does one that has it."""
-    return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
 
 
 def _read_clips(path: Path) -> pd.DataFrame:
