@@ -36,7 +36,7 @@ from scripts.command_line import path_argument
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
 from src.evaluation.latency import LatencyResult, MeasuredEngine, check_clips, describe_engine, measure_engine
-from src.evaluation.metrics import counts_characters, error_rate, headline_normalizer, word_counts
+from src.evaluation.metrics import error_rate, headline_normalizer, metric_of, word_counts
 from src.inference.torch_engine import TorchEngine
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import Config, load_config
@@ -117,7 +117,7 @@ def measure_model(
         peer_engine(peer.to(model.device).eval(), processor, config.model.language),
     ]
     normalizer = headline_normalizer(config.model.language)
-    metric = "CER" if counts_characters(normalizer) else "WER"
+    metric = metric_of(normalizer)
     measured = []
     for size in arguments.batch_sizes:
         results: dict[str, list[LatencyResult]] = {engine.name: [] for engine in engines}

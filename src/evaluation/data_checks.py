@@ -102,14 +102,9 @@ def measure_languages(model: Any, processor: Any, utterances: Sequence[Utterance
 
 
 def add_model_checks(
-    report: DataReport,
-    model: Any,
-    processor: Any,
-    utterances: Sequence[Utterance],
-    config: Config,
-    *,
+    report: DataReport, model: Any, processor: Any, utterances: Sequence[Utterance], config: Config, *,
     max_hard_clips: int = 64,
-) -> DataReport:
+) -> DataReport:  # fmt: skip
     """Return the report with the findings of a model; older findings of a model are replaced.
 
     `utterances` are those of the report, checked, with their source's text in `meta["source_text"]` if they were
@@ -121,7 +116,7 @@ def add_model_checks(
     findings = [finding for finding in report.findings if finding.topic not in (_STYLE_TOPIC, _HARD_TOPIC)]
     groups = _groups(styles)
     for (source, language), table in groups.items():
-        current, best, gap_nats = _likeliest(table, _configured_case((source, language), config))
+        current, best, gap_nats = _likeliest(table, (source, language), config)
         name = "" if len(groups) < 2 else f"{', '.join(filter(None, (source, language_name(str(language)))))}: "
         costs = {_named(style): nats for style, nats in _costs(table).items()}
         listed = ", ".join(f"{style} {nats:.1f}" for style, nats in costs.items())
@@ -161,7 +156,7 @@ def choose_label_case(
         raise DataError("the report has no label styles; pass it through add_model_checks first")
     chosen: dict[Group, LabelStyle] = {}
     for group, table in _groups(report.label_styles).items():
-        current, best, gap_nats = _likeliest(table, _configured_case(group, config))
+        current, best, gap_nats = _likeliest(table, group, config)
         chosen[group] = best if gap_nats >= MIN_GAP_NATS else current
     if "source" in report.label_styles:
         return chosen
@@ -179,10 +174,6 @@ def _groups(styles: pd.DataFrame) -> dict[Group, pd.DataFrame]:
     return {group: styles[[each == group for each in groups]] for group in dict.fromkeys(groups)}
 
 
-def _configured_case(group: Group, config: Config) -> LabelCase:
-    return case_in(group, config.data.label_case, config.data.label_cases)
-
-
 def _costs(table: pd.DataFrame) -> dict[LabelStyle, float]:
     """Return the nats of each style of one language; the space that it has by default is None."""
     default = bool(table.loc[table["configured"], "space"].iloc[0])
@@ -190,18 +181,17 @@ def _costs(table: pd.DataFrame) -> dict[LabelStyle, float]:
     return {LabelStyle(r["style"], None if r["space"] == default else r["space"]): r["nats"] for r in rows}
 
 
-def _likeliest(table: pd.DataFrame, label_case: LabelCase) -> tuple[LabelStyle, LabelStyle, float]:
+def _likeliest(table: pd.DataFrame, group: Group, config: Config) -> tuple[LabelStyle, LabelStyle, float]:
     """Return the configured style, the cheapest allowed, and how many nats per transcript it saves; 0 if they tie."""
-    costs = _costs(table)
+    costs, is_free = _costs(table), case_in(group, config.data.label_case, config.data.label_cases) == "auto"
     current = LabelStyle(table.loc[table["configured"], "style"].iloc[0])
-    allowed = [style for style in costs if label_case == "auto" or style.case == current.case]
+    allowed = [style for style in costs if is_free or style.case == current.case]
     best = min(allowed, key=lambda style: (round(costs[style], 6), style != current, style.space is not None))
     return current, best, costs[current] - costs[best]
 
 
 def _named(style: LabelStyle) -> str:
-    space = {None: "", True: " with a space", False: " without a space"}[style.space]
-    return f"{style.case}{space}"
+    return style.case + {None: "", True: " with a space", False: " without a space"}[style.space]
 
 
 @torch.inference_mode()
@@ -220,8 +210,7 @@ def measure_label_styles(
         raise ModelError("the model is in training mode, whose dropout blurs the result; call model.eval() first")
     if not utterances:
         raise DataError("no utterance: there is nothing to measure")
-    sources = config.data.label_cases
-    groups: dict[Group, list[Utterance]] = {}
+    sources, groups = config.data.label_cases, dict[Group, list[Utterance]]()
     for utterance in utterances:
         source, language = group_of(utterance, sources)
         groups.setdefault((source, language or config.model.language), []).append(utterance)
@@ -230,7 +219,8 @@ def measure_label_styles(
     for (source, language), spoken in groups.items():
         written = text_language(language, config.model.task)
         usual = written not in UNSPACED
-        configured = resolve_case([source_text(u) for u in spoken], _configured_case((source, language), config))
+        wanted = case_in((source, language), config.data.label_case, sources)
+        configured = resolve_case([source_text(u) for u in spoken], wanted)
         chosen = hashed_choice(spoken, each, config.seed)
         nats = _measure_styles(model, processor, chosen, language, config)
         first = source_text(chosen[0])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -116,8 +116,7 @@ class ModelComparison:
     difference: PairedComparison
 
 
-@dataclass(frozen=True)
-class _Measured:
+class _Measured(NamedTuple):
     rows: list[dict[str, Any]]  # of `Prediction`, before its text is counted
     loss_sum: float  # over `tokens`, in nats
     tokens: int
@@ -126,9 +125,8 @@ class _Measured:
     @classmethod
     def joined(cls, parts: Sequence[_Measured]) -> _Measured:
         rows = [row for part in parts for row in part.rows]
-        return cls(
-            rows, *(sum(getattr(part, name) for part in parts) for name in ("loss_sum", "tokens", "compute_sec"))
-        )
+        loss_sum, tokens = sum(part.loss_sum for part in parts), sum(part.tokens for part in parts)
+        return cls(rows, loss_sum, tokens, sum(part.compute_sec for part in parts))
 
 
 class ModelEvaluator:
@@ -224,7 +222,7 @@ class ModelEvaluator:
                     group = {key: _rows(values, places) for key, values in batch.items()}
                     of_batch += self._fitting.run(partial(self._decode_rows, group), group["ids"])
                 joined, place = _Measured.joined(of_batch), {clip: at for at, clip in enumerate(batch["ids"])}
-                parts.append(replace(joined, rows=sorted(joined.rows, key=lambda row: place[row["id"]])))
+                parts.append(joined._replace(rows=sorted(joined.rows, key=lambda row: place[row["id"]])))
         release_graphs(self._model)
         return _Measured.joined(parts)
 

@@ -67,10 +67,8 @@ def prepare_guard_set(config: Config, *, exclude: Sequence[Utterance] = ()) -> G
     same_path = guard.path is not None and guard.path.resolve() in {d.path.resolve() for d in parts_of_data if d.path}
     is_librispeech = any("librispeech" in d.chosen_sources for d in parts_of_data)
     if same_path or (guard.source in ("auto", "librispeech") and is_librispeech):
-        logger.warning(
-            "guard set: %s is among the sources of the training data too; speech from there is not speech of "
-            "another kind", guard.path if same_path else "LibriSpeech",
-        )  # fmt: skip
+        what = "guard set: %s is among the sources of the training data too; speech from there is not of another kind"
+        logger.warning(what, guard.path if same_path else "LibriSpeech")
     wanted = Counter(u.language for u in exclude if u.language) or Counter(filter(None, [config.model.language]))
     known, missing = {_identity(u) for u in exclude}, dict[str, str]()
     parts: list[tuple[str, list[Utterance]]] = []
@@ -78,9 +76,17 @@ def prepare_guard_set(config: Config, *, exclude: Sequence[Utterance] = ()) -> G
         cap = math.ceil(guard.max_clips / max(1, len(wanted)))
         for language, _ in wanted.most_common() or [("en", 0)]:
             try:
-                parts.append(_in_language(language, config, known, cap))
+                source = "librispeech" if language == "en" else "fleurs"
+                parts.append(_take(source, config, known, cap, language=language))
             except SourceUnavailableError as err:
-                missing[language] = str(err)
+                if language != "en":
+                    missing[language] = str(err)
+                    continue
+                logger.warning(
+                    "guard set: the bundled public clip, which shows only a model that has lost everything; "
+                    "LibriSpeech is unavailable (%s). guard.source: folder or parquet takes speech of yours", err,
+                )  # fmt: skip
+                parts.append(_take("clip", config, known, cap))
     else:
         name, utterances = _take(guard.source, config, known, guard.max_clips)
         if len(wanted) == 1:
@@ -98,40 +104,20 @@ def prepare_guard_set(config: Config, *, exclude: Sequence[Utterance] = ()) -> G
     parts = [part for part in parts if part[1]]
     if not parts:
         return None
-    name = " + ".join(name for name, _ in parts)
-    recased = [u for _, utterances in parts for u in _recase(utterances)]
+    name, recased = " + ".join(name for name, _ in parts), list[Utterance]()
+    for _, utterances in parts:  # recase the clips of each language by themselves
+        texts: dict[str | None, list[str]] = {}
+        for u in utterances:
+            texts.setdefault(u.language, []).append(u.text)
+        cases = {language: resolve_case(own, "auto") for language, own in texts.items()}
+        recased += [replace(u, text=apply_case(u.text, cases[u.language], u.language)) for u in utterances]
     logger.info("guard set: %s, %d clip(s)", name, len(recased))
     return GuardSet(name, tuple(recased), missing)
-
-
-def _recase(utterances: Sequence[Utterance]) -> list[Utterance]:
-    """Recase the clips of each language by themselves."""
-    cases = {
-        language: resolve_case([u.text for u in utterances if u.language == language], "auto")
-        for language in {u.language for u in utterances}
-    }
-    return [replace(u, text=apply_case(u.text, cases[u.language], u.language)) for u in utterances]
 
 
 def _identity(utterance: Utterance) -> tuple[str, str]:
     """The id and the letters of the text: recasing keeps both, and two corpora may both have a clip 0001."""
     return utterance.id.removeprefix(f"{utterance.meta.get('source')}/"), letters_of(utterance.text)
-
-
-def _in_language(
-    language: str, config: Config, known: Container[tuple[str, str]], cap: int
-) -> tuple[str, list[Utterance]]:
-    """Take speech of one language from the Hub; if that does not answer, the bundled clip for English."""
-    try:
-        return _take("librispeech" if language == "en" else "fleurs", config, known, cap, language=language)
-    except SourceUnavailableError as err:
-        if language != "en":
-            raise
-        logger.warning(
-            "guard set: the bundled public clip, which shows only a model that has lost everything; LibriSpeech is "
-            "unavailable (%s). guard.source: folder or parquet takes speech of yours", err,
-        )  # fmt: skip
-        return _take("clip", config, known, cap)
 
 
 def _take(
@@ -176,29 +162,19 @@ def _take(
 
 
 def evaluate_guard(
-    models: Mapping[str, Any],
-    processor: Any,
-    guard: GuardSet,
-    config: Config,
-    *,
+    models: Mapping[str, Any], processor: Any, guard: GuardSet, config: Config, *,
     experiment: ExperimentLogger | None = None,
-) -> dict[str, EvaluationResult]:
-    """Measure models, by name ("stock", "tuned"), on a guard set, each in its own context.
-
-    Returns:
-        Results named "stock (guard)", "tuned (guard)", as `summarize_run` expects them in a run.
-    """
+) -> dict[str, EvaluationResult]:  # fmt: skip
+    """Measure models ("stock", "tuned"), each in its own context; results are "stock (guard)" and "tuned (guard)"."""
     if experiment is not None:
         speakers = len({u.speaker for u in guard.utterances if u.speaker is not None})
         missing = dict(guard.not_measured)
         experiment.log("guard", set=guard.name, clips=len(guard.utterances), speakers=speakers, not_measured=missing)
     loader = create_loader(guard.utterances, processor, config)
     results: dict[str, EvaluationResult] = {}
-    for model_name, model in models.items():
-        name = guard_name(model_name)
-        results[name] = ModelEvaluator(model, processor, config).evaluate_dataset(loader, name=name)
-        found = results[name]
+    for name, model in {guard_name(name): model for name, model in models.items()}.items():
+        found = results[name] = ModelEvaluator(model, processor, config).evaluate_dataset(loader, name=name)
         logger.info("%s: %s %.3f on %d clip(s) of %s", name, found.metric, found.rate, found.n, guard.name)
         if experiment is not None:
-            results[name].save(experiment)
+            found.save(experiment)
     return results

@@ -84,9 +84,7 @@ class LatencyResult:
     p50_sec: float | None = None  # percentiles need the calls of `MIN_CALLS`
     p95_sec: float | None = None
     p99_sec: float | None = None
-    first_token_sec: float | None = (
-        None  # median; None in batches and with beams, where no token is final before the end
-    )
+    first_token_sec: float | None = None  # median; None in batches and with beams: no token is final before the end
     peak_memory_mb: float | None = None  # of the GPU's tensors, otherwise of the whole process, during the warm-up
     reason: str | None = None  # why nothing was measured
     texts: tuple[str, ...] = field(default=(), repr=False)  # of the clips, in order; not saved
@@ -127,14 +125,9 @@ class LatencyBenchmark:
     """
 
     def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        config: Config | None = None,
-        *,
-        name: str = "model",
+        self, model: Any, processor: Any, config: Config | None = None, *, name: str = "model",
         experiment: ExperimentLogger | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._name, self._config = name, config or Config()
         self._experiment = experiment
         self._engine = describe_engine(TorchEngine(model, processor), self._config)
@@ -191,15 +184,9 @@ def check_clips(audios: Sequence[Any], sr: int = SAMPLE_RATE) -> list[Waveform]:
 
 
 def measure_engine(
-    engine: MeasuredEngine,
-    clips: Sequence[Waveform],
-    *,
-    batch_size: int = 1,
-    passes: int = 1,
-    name: str = "model",
-    languages: Sequence[str | None] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> LatencyResult:
+    engine: MeasuredEngine, clips: Sequence[Waveform], *, batch_size: int = 1, passes: int = 1, name: str = "model",
+    languages: Sequence[str | None] | None = None, clock: Callable[[], float] = time.perf_counter,
+) -> LatencyResult:  # fmt: skip
     """Measure an engine on clips from `check_clips`, each in its own language where `languages` has one.
 
     Where memory runs out, the result has a `reason` alone.

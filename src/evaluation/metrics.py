@@ -60,14 +60,12 @@ PLAIN_CHINESE = "plain-v2-zh"  # likewise, in simplified characters
 WHISPER_ENGLISH = "whisper-english-v1"
 WHISPER_BASIC = "whisper-basic-v1"
 WHISPER_UNSPACED = "whisper-basic-v1-unspaced"
-NORMALIZERS = (
-    PLAIN, PLAIN_TURKIC, PLAIN_UNSPACED, PLAIN_CHINESE, WHISPER_ENGLISH, WHISPER_BASIC, WHISPER_UNSPACED
-)  # fmt: skip
 _SECOND = {
     WHISPER_ENGLISH: PLAIN,
     **dict.fromkeys((PLAIN, PLAIN_TURKIC), WHISPER_BASIC),
     **dict.fromkeys((PLAIN_UNSPACED, PLAIN_CHINESE), WHISPER_UNSPACED),
 }
+NORMALIZERS = tuple(dict.fromkeys([*_SECOND, *_SECOND.values()]))
 _OF_CHARACTERS = frozenset({PLAIN_UNSPACED, PLAIN_CHINESE, WHISPER_UNSPACED})
 _OLD_NAMES = {"plain-v1": PLAIN}  # in the files of older runs
 UNKNOWN = "unknown"  # name of the language of rows that say none
@@ -75,6 +73,8 @@ _KEPT_TEXTS = 16_384  # per normaliser: words, characters, loops and alignments 
 _SLOWEST_WORD_SEC = 0.99 / CALM_PER_SEC  # no repetition that the reference lacks is a verse
 _CHUNK_CELLS = 5_000_000  # resampled cells held at once: 40 MB
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+Marks = Sequence[str | None] | None  # a speaker or a language of each row, where there is one
 Blocks = Literal["speaker", "clip"]
 Metric = Literal["WER", "CER", "mean"]
 Verdict = Literal["better", "no difference shown", "worse", "too few to tell"]
@@ -82,12 +82,7 @@ MIN_BLOCKS = 5  # for a verdict: four that agree do so by chance one time in eig
 
 
 def headline_normalizer(language: str | None, texts: Iterable[str] = ()) -> str:
-    """Return the name of the normaliser of the headline metric.
-
-    Args:
-        language: Whisper's code of the texts. None: the plain normaliser for the script of `texts`.
-        texts: references.
-    """
+    """Return the name of the headline's normaliser: by Whisper's code, else plain, for the script of the references."""
     if language == "en":
         return WHISPER_ENGLISH
     if language in ("zh", "yue"):
@@ -107,9 +102,9 @@ def counts_characters(normalizer: str) -> bool:
     return normalizer in _OF_CHARACTERS
 
 
-def loop_normalizer(normalizer: str) -> str:
-    """Return the name of the normaliser to look for loops under: one that keeps the words of other scripts apart."""
-    return PLAIN if counts_characters(normalizer) else normalizer
+def metric_of(normalizer: str) -> Literal["WER", "CER"]:
+    """Return what errors over the units of a normaliser are."""
+    return "CER" if counts_characters(normalizer) else "WER"
 
 
 @cache
@@ -134,9 +129,8 @@ def get_normalizer(name: str) -> Callable[[str], str]:
 
 def _normalize_unspaced(text: str, *, simplifier: Any) -> str:
     text = unicodedata.normalize("NFC", "".join(normalize_plain(text).split()))
-    if (
-        simplifier is not None
-    ):  # twice: the first time leaves characters of phrases (乾清宮) that simplified texts do not have
+    if simplifier is not None:
+        # twice: the first time leaves characters of phrases (乾清宮) that simplified texts do not have
         text = simplifier.convert(simplifier.convert(text)).replace("著", "着")  # one character in Taiwan
     return text
 
@@ -272,11 +266,7 @@ class Bootstrap:
         return cls(config.evaluation.bootstrap_samples, config.evaluation.confidence, config.seed)
 
     def interval(
-        self,
-        errors: FloatArray,
-        words: FloatArray,
-        block_ids: NDArray[np.int64],
-        strata: NDArray[np.int64] | None = None,
+        self, errors: FloatArray, words: FloatArray, block_ids: IntArray, strata: IntArray | None = None
     ) -> tuple[float, float]:
         """Return the interval of the mean over strata of sum(errors) / sum(words), drawing blocks with replacement.
 
@@ -291,10 +281,9 @@ class Bootstrap:
             out.
         """
         strata = np.zeros_like(block_ids) if strata is None else strata
-        each_stratum = range(int(strata.max()) + 1)
+        each_stratum, count = range(int(strata.max()) + 1), int(block_ids.max()) + 1
         if min(len(np.unique(block_ids[strata == each])) for each in each_stratum) < 2:
             return math.nan, math.nan
-        count = int(block_ids.max()) + 1
         homes = strata[np.unique(block_ids, return_index=True)[1]]  # (blocks,)
         members = [np.flatnonzero(homes == home) for home in np.unique(homes)]
         sums = [
@@ -319,28 +308,18 @@ class Bootstrap:
             [(each[0] - rate * each[1]) / total for each, (rate, total) in zip(sums, whole, strict=True)], axis=0
         )
         moved = [own for own in members if len(own) > 1]
-        return self.ends(
-            np.concatenate(rates),
-            float(np.mean([rate for rate, _ in whole])),
-            [len(own) for own in moved],
-            [len(own) * float(pulls[own].var(ddof=1)) for own in moved],
-        )
+        variances = [len(own) * float(pulls[own].var(ddof=1)) for own in moved]
+        estimate = float(np.mean([rate for rate, _ in whole]))
+        return self.ends(np.concatenate(rates), estimate, [len(own) for own in moved], variances)
 
     def ends(
-        self,
-        drawn: Sequence[float] | FloatArray,
-        estimate: float,
-        blocks: Sequence[int],
+        self, drawn: Sequence[float] | FloatArray, estimate: float, blocks: Sequence[int],
         variances: Sequence[float] = (1.0,),
-    ) -> tuple[float, float]:
-        """Return the ends of the interval, given resampled values; nan without any.
+    ) -> tuple[float, float]:  # fmt: skip
+        """Return the ends of the interval, given resampled values and the value of the whole; nan without any.
 
-        Args:
-            drawn: the values.
-            estimate: the value of the whole.
-            blocks: number of blocks in each stratum, at least two.
-            variances: what each stratum adds to that of the estimate, in any unit; they weigh the strata's degrees of
-                freedom (Satterthwaite).
+        Each stratum has `blocks` blocks, at least two; `variances`, what it adds to that of the estimate in any unit,
+        weigh the strata's degrees of freedom (Satterthwaite).
         """
         if not len(drawn):
             return math.nan, math.nan
@@ -376,12 +355,9 @@ class RateEstimate:
 
 
 def estimate_rate(
-    counts: Sequence[EditCounts],
-    groups: Sequence[str | None] | None = None,
-    bootstrap: Bootstrap | None = None,
-    *,
+    counts: Sequence[EditCounts], groups: Marks = None, bootstrap: Bootstrap | None = None, *,
     kinds: Sequence[Kind] | None = None,
-) -> RateEstimate:
+) -> RateEstimate:  # fmt: skip
     """Return the headline of rows with its interval.
 
     `groups` has the speaker of each row, or None; without `kinds` all rows count words in one language.
@@ -401,7 +377,7 @@ def estimate_rate(
     )
 
 
-def _mean_rate(errors: FloatArray, words: FloatArray, strata: NDArray[np.int64]) -> float:
+def _mean_rate(errors: FloatArray, words: FloatArray, strata: IntArray) -> float:
     return float(np.mean(np.bincount(strata, errors) / np.bincount(strata, words)))
 
 
@@ -419,13 +395,9 @@ class PairedComparison:
 
 
 def compare_counts(
-    first: Sequence[EditCounts],
-    second: Sequence[EditCounts],
-    groups: Sequence[str | None] | None = None,
-    bootstrap: Bootstrap | None = None,
-    *,
-    kinds: Sequence[Kind] | None = None,
-) -> PairedComparison:
+    first: Sequence[EditCounts], second: Sequence[EditCounts], groups: Marks = None,
+    bootstrap: Bootstrap | None = None, *, kinds: Sequence[Kind] | None = None,
+) -> PairedComparison:  # fmt: skip
     """Compare two systems by the counts of their rows, which must be of the same references in the same order."""
     if [a.reference_words for a in first] != [b.reference_words for b in second]:
         raise DataError("the two systems have other references; compare them on the same rows, in the same order")
@@ -443,9 +415,7 @@ def compare_counts(
     return PairedComparison(difference, low, high, verdict, blocks, num_blocks, metric)
 
 
-def _find_strata(
-    counts: Sequence[EditCounts], kinds: Sequence[Kind] | None
-) -> tuple[NDArray[np.int64], list[Kind], Metric]:
+def _find_strata(counts: Sequence[EditCounts], kinds: Sequence[Kind] | None) -> tuple[IntArray, list[Kind], Metric]:
     """Number the rows by language; those in a language without a unit join the largest."""
     kinds = [_POOLED] * len(counts) if kinds is None else kinds
     sizes: Counter[Kind] = Counter()
@@ -454,11 +424,11 @@ def _find_strata(
     largest = max(sizes, key=lambda kind: sizes[kind])
     ordered = sorted(kind for kind in sizes if sizes[kind] or kind == largest)
     strata = [ordered.index(kind if sizes[kind] else largest) for kind in kinds]
-    metric: Metric = "mean" if len(ordered) > 1 else "CER" if counts_characters(largest.normalizer) else "WER"
+    metric: Metric = "mean" if len(ordered) > 1 else metric_of(largest.normalizer)
     return np.array(strata, dtype=np.int64), ordered, metric
 
 
-def _find_blocks(groups: Sequence[str | None] | None, strata: NDArray[np.int64]) -> tuple[NDArray[np.int64], Blocks]:
+def _find_blocks(groups: Marks, strata: IntArray) -> tuple[IntArray, Blocks]:
     """Number the rows by what is resampled: a language's speakers if two are known, otherwise its clips."""
     if groups is not None and len(groups) != len(strata):
         raise DataError(f"{len(strata)} rows but {len(groups)} groups; every row needs one, or None")
@@ -552,7 +522,7 @@ class MetricsCalculator:
         """Take language and task from the model section, and the settings of intervals."""
         return cls(config.model.language, task=config.model.task, bootstrap=Bootstrap.from_config(config))
 
-    def kinds_of(self, references: Sequence[str], languages: Sequence[str | None] | None = None) -> list[Kind]:
+    def kinds_of(self, references: Sequence[str], languages: Marks = None) -> list[Kind]:
         """Return the language and the headline's normaliser of each row."""
         given = languages or [None] * len(references)
         codes = [(mark and (code_of_language(mark) or mark)) or self.language for mark in given]
@@ -578,16 +548,10 @@ class MetricsCalculator:
         return [found[i] for i in range(len(kinds))]
 
     def compute(
-        self,
-        references: Sequence[str],
-        hypotheses: Sequence[str],
-        groups: Sequence[str | None] | None = None,
-        *,
-        languages: Sequence[str | None] | None = None,
-        durations_sec: Sequence[float] | None = None,
-        num_tokens: Sequence[int | None] | None = None,
+        self, references: Sequence[str], hypotheses: Sequence[str], groups: Marks = None, *, languages: Marks = None,
+        durations_sec: Sequence[float] | None = None, num_tokens: Sequence[int | None] | None = None,
         truncated: int = 0,
-    ) -> ErrorRates:
+    ) -> ErrorRates:  # fmt: skip
         """Compute rates over rows of raw texts, which are normalised here.
 
         `groups` has the speaker of each row; rows without one are blocks of their own. With durations and numbers of
@@ -621,9 +585,9 @@ class MetricsCalculator:
         unknown = [None] * len(kinds)
         rows = zip(references, hypotheses, kinds, durations_sec or unknown, num_tokens or unknown, strict=True)
         loops = [
-            is_loop(*map(get_normalizer(loop_normalizer(kind.normalizer)), texts), duration_sec=sec, num_tokens=tokens,
+            is_loop(reference, hypothesis, kind.normalizer, duration_sec=sec, num_tokens=tokens,
                     language=None if kind.language == UNKNOWN else text_language(kind.language, self.task))
-            for *texts, kind, sec, tokens in rows
+            for reference, hypothesis, kind, sec, tokens in rows
         ]  # fmt: skip
         return ErrorRates(
             **vars(total), n=len(units), metric=headline.metric, rate=headline.rate, low=headline.low,
@@ -646,36 +610,26 @@ class MetricsCalculator:
         )  # fmt: skip
 
     def _by_language(
-        self,
-        units: Sequence[EditCounts],
-        kinds: Sequence[Kind],
-        groups: Sequence[str | None] | None,
-        headline: RateEstimate,
+        self, units: Sequence[EditCounts], kinds: Sequence[Kind], groups: Marks, headline: RateEstimate
     ) -> dict[str, LanguageRate]:
         strata, names, _ = _find_strata(units, kinds)
         found = {}
         for number, kind in enumerate(names):
             own = [i for i, stratum in enumerate(strata) if stratum == number]
-            counts = [units[i] for i in own]
-            speakers = None if groups is None else [groups[i] for i in own]
-            rate = headline
+            counts, rate = [units[i] for i in own], headline
             if len(names) > 1:
+                speakers = None if groups is None else [groups[i] for i in own]
                 rate = estimate_rate(counts, speakers, self.bootstrap, kinds=[kind] * len(own))
-            words = sum(count.reference_words for count in counts)
+            words = sum_counts(counts).reference_words
             found[kind.language] = LanguageRate(
                 **vars(rate), n=len(own), reference_words=words, normalizer=kind.normalizer
             )
         return found
 
     def compare(
-        self,
-        references: Sequence[str],
-        first: Sequence[str],
-        second: Sequence[str],
-        groups: Sequence[str | None] | None = None,
-        *,
-        languages: Sequence[str | None] | None = None,
-    ) -> PairedComparison:
+        self, references: Sequence[str], first: Sequence[str], second: Sequence[str], groups: Marks = None, *,
+        languages: Marks = None,
+    ) -> PairedComparison:  # fmt: skip
         """Compare two systems on the same rows by a paired bootstrap; errors are those of `compute`."""
         kinds = self.kinds_of(references, languages)
         before, after = (self.count(references, texts, kinds) for texts in (first, second))
@@ -687,21 +641,19 @@ def _join_names(kinds: Sequence[Kind]) -> str:
 
 
 def is_loop(
-    reference: str,
-    hypothesis: str,
-    *,
-    duration_sec: float | None = None,
-    num_tokens: int | None = None,
-    language: str | None = None,
-) -> bool:
+    reference: str, hypothesis: str, normalizer: str = PLAIN, *, duration_sec: float | None = None,
+    num_tokens: int | None = None, language: str | None = None,
+) -> bool:  # fmt: skip
     """Whether a hypothesis repeats itself as no speaker does, or has more tokens than fit into its audio.
 
     A repetition is what `find_loop` calls one, with the words spread evenly over the clip, unless the reference has one
     too: some people are recorded counting. More tokens than the fastest speech in `language` has are a loop too; where
     it is None, ASCII is taken for English, and other texts have their repetitions only. A corpus rate hides loops: one
-    such clip adds as many errors as a hundred that are slightly wrong. Both texts are normalised alike; the duration is
-    that of the clip without padding.
+    such clip adds as many errors as a hundred that are slightly wrong. The duration is without padding.
     """
+    # characters: under the one that keeps the words of other scripts apart
+    normalize = get_normalizer(PLAIN if counts_characters(normalizer) else normalizer)
+    reference, hypothesis = normalize(reference), normalize(hypothesis)
     is_known = language is not None or hypothesis.isascii()
     if duration_sec is not None and num_tokens is not None and is_known:
         fastest = MIN_NEW_TOKENS + max_tokens_per_sec(language, {}) * duration_sec

@@ -41,12 +41,9 @@ def slice_columns(rows: Sequence[Prediction], *, max_slices: int = 12) -> list[s
 
 
 def slice_rates(
-    rows: Sequence[Prediction],
-    column: str,
-    *,
-    edges: Sequence[float] | None = None,
+    rows: Sequence[Prediction], column: str, *, edges: Sequence[float] | None = None,
     bootstrap: Bootstrap | None = None,
-) -> list[Slice]:
+) -> list[Slice]:  # fmt: skip
     """Measure the slices of a column.
 
     Args:
@@ -54,7 +51,7 @@ def slice_rates(
         column: "language", "speaker", "duration_sec", or a key of the rows' `meta`.
         edges: ascending, for a column of numbers: a value at an edge belongs to the lower range, and values outside of
             all ranges count as unknown. Known columns have their own, see `EDGES`; others are cut into quarters.
-        bootstrap: how intervals are drawn.
+        bootstrap: of the intervals.
 
     Returns:
         Numbers in ascending order, texts by their size, the largest first; rows without a value come last.
@@ -78,7 +75,16 @@ def _group(rows: Sequence[Prediction], column: str, edges: Sequence[float] | Non
     known = values[values.notna() & (values != "")]
     if known.map(lambda value: isinstance(value, int | float) and not isinstance(value, bool)).all():
         numbers = known.astype(float)
-        named = _name_numbers(numbers, EDGES.get(column) if edges is None else edges)
+        edges = EDGES.get(column) if edges is None else edges
+        if edges is None and numbers.nunique() <= MAX_VALUES:
+            named = numbers.map("{:g}".format)
+        else:
+            if edges is None:
+                edges = sorted(set(np.quantile(numbers, [0.0, 0.25, 0.5, 0.75, 1.0]).tolist()))
+            names = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)]
+            index = np.searchsorted(edges, numbers).clip(1, len(names)) - 1  # at an edge: the lower range
+            named = pd.Series(np.take(names, index), numbers.index)
+            named = named.where(numbers.between(edges[0], edges[-1]), UNKNOWN)
         rank: Mapping[str, float] = numbers.groupby(named).min().to_dict()
     else:
         named = known.map(str)
@@ -86,13 +92,3 @@ def _group(rows: Sequence[Prediction], column: str, edges: Sequence[float] | Non
     labels = named.reindex(values.index, fill_value=UNKNOWN)
     ordered = sorted(labels.unique(), key=lambda label: (label == UNKNOWN, rank.get(label, 0), label))
     return {label: [rows[i] for i in np.flatnonzero(labels == label)] for label in ordered}
-
-
-def _name_numbers(numbers: pd.Series[float], edges: Sequence[float] | None) -> pd.Series[str]:
-    if edges is None and numbers.nunique() <= MAX_VALUES:
-        return numbers.map("{:g}".format)
-    if edges is None:
-        edges = sorted(set(np.quantile(numbers, [0.0, 0.25, 0.5, 0.75, 1.0]).tolist()))
-    names = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)]
-    index = np.searchsorted(edges, numbers).clip(1, len(names)) - 1  # at an edge: the lower range
-    return pd.Series(np.take(names, index), numbers.index).where(numbers.between(edges[0], edges[-1]), UNKNOWN)

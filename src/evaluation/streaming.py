@@ -28,17 +28,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.evaluation import metrics
 from src.evaluation.evaluator import EvaluationResult
 from src.evaluation.latency import MIN_CALLS
-from src.evaluation.metrics import Bootstrap, ErrorRates, MetricsCalculator
+from src.evaluation.metrics import Bootstrap, ErrorRates, FloatArray, IntArray, MetricsCalculator
 from src.evaluation.streams import SpeechStream, SpokenWord
 from src.inference.streaming.commit import Event, word_key
 from src.inference.streaming.microphone import BLOCK_SEC
@@ -61,8 +60,7 @@ class ReplayClock:
     """
 
     def __init__(self, timer: Callable[[], float] = time.perf_counter) -> None:
-        self._timer = timer
-        self.restart()
+        self._timer, self._origin = timer, timer()
 
     def __call__(self) -> float:
         """Return the time since the stream began."""
@@ -87,12 +85,10 @@ def replay(
     """
     session.reset()
     clock.restart()
-    events = []
-    block = round(block_sec * SAMPLE_RATE)
+    events, block = [], round(block_sec * SAMPLE_RATE)
     for at in range(0, len(audio), block):
-        heard = audio[at : at + block]
-        clock.wait_until((at + len(heard)) / SAMPLE_RATE)
-        events += session.feed(heard)
+        clock.wait_until(min(at + block, len(audio)) / SAMPLE_RATE)
+        events += session.feed(audio[at : at + block])
     events += session.flush()
     return session.result(events), clock()
 
@@ -129,13 +125,10 @@ class StreamingEvaluation:
 def log_streams(
     folder: Path, heard: Sequence[tuple[SpeechStream, StreamingResult]], *, characters: bool = False, live: bool = True
 ) -> None:
-    """Write `instances.log` and what else SimulEval and OmniSTEval read, see `src.inference.streaming.simuleval`.
+    """Write `instances.log` and what else SimulEval and OmniSTEval read, in place of older ones.
 
-    Args:
-        folder: made if absent; an older log is replaced.
-        heard: streams with what a session made of them.
-        characters: of scripts without spaces.
-        live: the events' clock is that of `replay`; else the audio came as fast as it was taken.
+    `characters` is for scripts without spaces; `live` if the events' clock is that of `replay`, else the audio came as
+    fast as it was taken.
     """
     instances = [
         log_instance(
@@ -165,13 +158,9 @@ def evaluate_stream(asr: StreamingASR, stream: SpeechStream, offline: Evaluation
 
 
 def measure_stream(
-    stream: SpeechStream,
-    result: StreamingResult,
-    *,
-    ended_at: float | None = None,
-    offline: Sequence[str] | None = None,
-    language: str | None = None,
-) -> dict[str, Any]:
+    stream: SpeechStream, result: StreamingResult, *, ended_at: float | None = None,
+    offline: Sequence[str] | None = None, language: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Measure a session on a stream whose words have times.
 
     Args:
@@ -200,10 +189,8 @@ def measure_stream(
     if not stream.words:
         raise DataError(f"stream {stream.name!r}: its words have no times; join clips that WordAligner has aligned")
     if offline is not None and len(offline) != len(stream.clips):
-        raise DataError(
-            f"stream {stream.name!r}: {len(offline)} offline texts for {len(stream.clips)} clips; decode each of "
-            "stream.clip_audios(), in order"
-        )
+        what = f"{len(offline)} offline texts for {len(stream.clips)} clips"
+        raise DataError(f"stream {stream.name!r}: {what}; decode each of stream.clip_audios(), in order")
     heard, erased = follow_words(result.events)
     words = [each.word for each in heard]
     match = match_stream(stream, words, language)
@@ -230,9 +217,7 @@ def measure_stream(
     offline_rates = dict.fromkeys(_RATES) if offline is None else _rates(stream, offline, calculator)
     computed = result.compute_sec > 0  # else computing took no time on its clock, which measures nothing
     row = {
-        "stream": stream.name,
-        "audio_sec": stream.duration_sec,
-        "clips": len(set(stream.ids)),
+        "stream": stream.name, "audio_sec": stream.duration_sec, "clips": len(set(stream.ids)),
         "repeats": stream.repeats,
         **_rates(stream, texts_by_clip(stream, words, match), calculator),
         **{f"offline_{key}": value for key, value in offline_rates.items()},
@@ -243,7 +228,7 @@ def measure_stream(
         "rtf": result.rtf if computed else None,
         "longest_update_sec": result.longest_update_sec if computed else None,
         "lag_sec": None if ended_at is None else ended_at - stream.duration_sec,
-    }
+    }  # fmt: skip
     return {key: None if value != value else value for key, value in row.items()}  # nan is not JSON
 
 
@@ -260,11 +245,9 @@ def _rates(stream: SpeechStream, texts: Sequence[str], calculator: MetricsCalcul
 def summarize_latency(
     values_sec: Sequence[float], clips: Sequence[str], bootstrap: Bootstrap
 ) -> dict[str, float | int | None]:
-    """Summarize latencies of words or turns, given the clip of each, which is what the intervals resample.
+    """Return n, mean_sec, p50_sec and p95_sec of the latencies of words or turns, with "_low" and "_high".
 
-    Returns:
-        n, and mean_sec, p50_sec and p95_sec with "_low" and "_high"; None if there are fewer than `MIN_CALLS`,
-        intervals nan with one clip only.
+    Intervals resample the clips, of which each has one; nan with one clip only. None with fewer than `MIN_CALLS`.
     """
     names = [f"{name}{end}_sec" for name in ("mean", "p50", "p95") for end in ("", "_low", "_high")]
     row: dict[str, float | int | None] = dict.fromkeys(["n", *names])
@@ -283,9 +266,7 @@ def summarize_latency(
     return row
 
 
-def _percentile_interval(
-    values: NDArray[np.float64], blocks: NDArray[np.int64], q: int, bootstrap: Bootstrap
-) -> tuple[float, float]:
+def _percentile_interval(values: FloatArray, blocks: IntArray, q: int, bootstrap: Bootstrap) -> tuple[float, float]:
     """Return the interval of a percentile when blocks are drawn with replacement, all values of a block together."""
     count = int(blocks.max()) + 1
     if count < 2:
@@ -319,18 +300,15 @@ class WordTiming:
 def time_words(stream: SpeechStream, events: Sequence[Event], *, on_clock: bool) -> tuple[WordTiming, ...]:
     """Return the words that were committed right, in order; `on_clock` if a `ReplayClock` stamped the events."""
     words, _ = follow_words(events)
-    match = match_stream(stream, [each.word for each in words])
     timings = []
-    for index, place in match.right.items():
-        said, heard = stream.words[index], words[place]
-        moments = (heard.committed, heard.stable, heard.shown)
+    for index, place in match_stream(stream, [each.word for each in words]).right.items():
+        said, (_, *moments) = stream.words[index], words[place]
         times = [sec for event in moments for sec in (event.audio_sec, event.emitted_at if on_clock else None)]
         timings.append(WordTiming(said.text, said.clip, said.start_sec, said.end_sec, *times))  # type: ignore[arg-type]
     return tuple(timings)
 
 
-@dataclass(frozen=True)
-class CommittedWord:
+class CommittedWord(NamedTuple):
     """A committed word, and the events that committed it, showed it unchanged from then on, and first showed it."""
 
     word: Word
@@ -378,8 +356,7 @@ def follow_words(events: Sequence[Event]) -> tuple[list[CommittedWord], int]:
     return followed, erased
 
 
-@dataclass(frozen=True)
-class WordMatch:
+class WordMatch(NamedTuple):
     """An alignment of a reference and a hypothesis, by word index."""
 
     right: Mapping[int, int]  # reference to hypothesis, where the whole word is the same

@@ -55,15 +55,12 @@ class AlignedClip:
 
 @dataclass(frozen=True)
 class SpokenWord:
-    """A word of the reference, or a character where its script has no spaces.
-
-    When it is said, in seconds of its stream, and the index of its clip.
-    """
+    """A word of the reference, or a character where its script has no spaces."""
 
     text: str
-    start_sec: float
+    start_sec: float  # of its stream
     end_sec: float
-    clip: int
+    clip: int  # index
 
 
 @dataclass(frozen=True)
@@ -128,9 +125,8 @@ def make_stream(utterances: Sequence[Utterance], *, num_clips: int, seed: int) -
     sizes = Counter(u.language for u in utterances)
     if len(sizes) > 1:
         language, count = sizes.most_common(1)[0]
-        logger.info(
-            "stream: of clips in %d languages, the %d in %r, since a session has one", len(sizes), count, language
-        )
+        what = "stream: of clips in %d languages, the %d in %r, since a session has one"
+        logger.info(what, len(sizes), count, language)
         utterances = [u for u in utterances if u.language == language]
     picks = np.linspace(0, len(utterances) - 1, min(num_clips, len(utterances))).round().astype(int)
     chosen = [utterances[i] for i in picks]
@@ -169,10 +165,8 @@ def join_clips(
         heard += sum(map(len, pieces[-2:]))
     stream = SpeechStream(name, np.concatenate(pieces), tuple(placed), tuple(words))
     if stream.repeats > 1:
-        logger.warning(
-            "stream %r: %d clips are too few for %.0f s; some are heard %d times",
-            name, len(clips), stream.duration_sec, stream.repeats,
-        )  # fmt: skip
+        what = "stream %r: %d clips are too few for %.0f s; some are heard %d times"
+        logger.warning(what, name, len(clips), stream.duration_sec, stream.repeats)
     return stream
 
 

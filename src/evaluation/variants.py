@@ -73,12 +73,9 @@ class VariantComparison:
 
 
 def compare_models(
-    config: Config,
-    utterances: Sequence[Utterance] = (),
-    *,
-    variants: Sequence[str] | None = None,
+    config: Config, utterances: Sequence[Utterance] = (), *, variants: Sequence[str] | None = None,
     engines: Sequence[str] = ENGINES,
-) -> VariantComparison:
+) -> VariantComparison:  # fmt: skip
     """Measure variants on the same clips, one after the other, so that one at a time is in memory.
 
     Args:
@@ -137,14 +134,11 @@ def _measure_variant(
         del described
     del model
     _release()
-    for engine in engines:
-        if engine == "torch":
-            continue
+    for engine in (name for name in engines if name != "torch"):
         row, quantization = replace(blank, engine=engine), engine.removeprefix("ctranslate2-")
         if parameters > MAX_EXPORT_PARAMETERS:
-            limit = f"{MAX_EXPORT_PARAMETERS / 1e6:.0f} M parameters"
-            reason = f"an export of more than {limit} takes minutes; export_ctranslate2 makes one"
-            rows[engine] = replace(row, reason=reason)
+            what = f"an export of more than {MAX_EXPORT_PARAMETERS / 1e6:.0f} M parameters takes minutes"
+            rows[engine] = replace(row, reason=f"{what}; export_ctranslate2 makes one")
             continue
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -161,12 +155,9 @@ def _measure_variant(
 
 
 def _measure(
-    row: VariantFigures,
-    engine: MeasuredEngine,
-    clips: Sequence[Waveform],
-    utterances: Sequence[Utterance],
+    row: VariantFigures, engine: MeasuredEngine, clips: Sequence[Waveform], utterances: Sequence[Utterance],
     config: Config,
-) -> VariantFigures:
+) -> VariantFigures:  # fmt: skip
     if not clips:
         return replace(row, device=engine.device, reason=NO_CLIPS)
     languages = [utterance.language for utterance in utterances]
@@ -177,11 +168,9 @@ def _measure(
         return replace(row, device=engine.device, reason=_one_line(err))
     measured = {**vars(result), "engine": row.engine, "n": len(clips)}
     if result.reason is None:
-        rates = MetricsCalculator.from_config(config).compute(
-            [u.text for u in utterances], result.texts, [u.speaker for u in utterances],
-            languages=languages,
-        )  # fmt: skip
-        measured |= vars(rates)
+        texts, speakers = [u.text for u in utterances], [u.speaker for u in utterances]
+        calculator = MetricsCalculator.from_config(config)
+        measured |= vars(calculator.compute(texts, result.texts, speakers, languages=languages))
     names = {f.name for f in fields(VariantFigures)}
     found: dict[str, Any] = {key: None if v != v else v for key, v in measured.items() if key in names}  # no nan
     return replace(row, **found)

@@ -21,14 +21,7 @@ from src.data.audio import SAMPLE_RATE, load_audio
 from src.data.dataset import decode_audio
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import Prediction
-from src.evaluation.metrics import (
-    WHISPER_ENGLISH,
-    align_words,
-    counts_characters,
-    get_normalizer,
-    is_loop,
-    loop_normalizer,
-)
+from src.evaluation.metrics import WHISPER_ENGLISH, align_words, is_loop, metric_of
 from src.evaluation.report.summary import counted, label_of, on_circle, render
 from src.utils.errors import DataError
 from src.utils.languages import graphemes
@@ -55,14 +48,9 @@ class AlignmentView:
     """
 
     def __init__(
-        self,
-        rows: Sequence[Prediction],
-        normalizer: str,
-        recordings: Iterable[Utterance] = (),
-        *,
-        beside: Sequence[Prediction] = (),
-        names: tuple[str, str] = ("tuned", "stock"),
-    ) -> None:
+        self, rows: Sequence[Prediction], normalizer: str, recordings: Iterable[Utterance] = (), *,
+        beside: Sequence[Prediction] = (), names: tuple[str, str] = ("tuned", "stock"),
+    ) -> None:  # fmt: skip
         others = {row.id: row for row in beside}
         missing = [row.id for row in rows if row.id not in others] if beside else []
         if not rows:
@@ -88,19 +76,15 @@ class AlignmentView:
                 said.append(other)
                 if other.errors != row.errors:
                     labels.append("worse" if row.errors > other.errors else "better")
-            clip = {
-                "id": public(row.id),
-                "speaker": row.speaker,
-                "sec": round(row.duration_sec, 2),
+            named = {"language": languages[row.language]} if len(languages) > 1 and row.language else {}
+            labels += [row.language] if named and row.language else []
+            clips.append({
+                "id": public(row.id), "speaker": row.speaker, "sec": round(row.duration_sec, 2),
                 "reference": row.reference,
-            }
-            # translations are English, whatever is spoken
-            clip["lang"] = "en" if row.normalizer == WHISPER_ENGLISH else row.language
-            if len(languages) > 1 and row.language:
-                clip["language"] = languages[row.language]
-                labels.append(row.language)
-            models = [_said(each, normalizer) for each in said]
-            clips.append(clip | {"kinds": labels, "said": models, "audio": audio.get(row.id)})
+                "lang": "en" if row.normalizer == WHISPER_ENGLISH else row.language,  # translations are English
+                **named, "kinds": labels, "said": [_said(each, normalizer) for each in said],
+                "audio": audio.get(row.id),
+            })  # fmt: skip
         compared = {kind: f"{names[0]} {kind} than {names[1]}" for kind in ("worse", "better")} if others else {}
         filters = [*_FILTERS.items(), *compared.items(), *(languages.items() if len(languages) > 1 else ())]
         shown_names = names if others else names[:1]
@@ -122,10 +106,7 @@ class AlignmentView:
 class Highlights:
     """The clip that tuning improved most and the tuned model's worst, to read and hear, as a notebook shows them.
 
-    Args:
-        stock: rows of the stock model.
-        tuned: rows of the tuned model on the same clips.
-        recordings: of the clips.
+    Made from both models' rows on the same clips, and the clips' recordings.
     """
 
     def __init__(
@@ -173,9 +154,8 @@ def _said(row: Prediction, normalizer: str) -> dict[str, Any]:
     normalizer = row.normalizer or normalizer
     metric = metric_of(normalizer)
     steps: list[list[str]] = []
-    for edit, group in itertools.groupby(
-        align_words(row.reference, row.hypothesis, normalizer), lambda unit: unit.edit
-    ):
+    aligned = align_words(row.reference, row.hypothesis, normalizer)
+    for edit, group in itertools.groupby(aligned, lambda unit: unit.edit):
         if edit == "equal":
             units = [str(unit.reference) for unit in group]
             steps.append(["=", on_circle(" ".join(graphemes("".join(units)) if metric == "CER" else units))])
@@ -185,23 +165,17 @@ def _said(row: Prediction, normalizer: str) -> dict[str, Any]:
     return {"hypothesis": row.hypothesis, "rate": None if math.isnan(row.rate) else row.rate, **counts, "steps": steps}
 
 
-def metric_of(normalizer: str) -> str:
-    """Return what errors over the units of a normaliser are: "WER" or "CER"."""
-    return "CER" if counts_characters(normalizer) else "WER"
-
-
 def clip_kinds(row: Prediction, normalizer: str) -> tuple[str, ...]:
     """Return what a clip counts as: "error", "substitution", ..., "loop", "empty", "invented", "perfect"."""
     name = row.normalizer or normalizer
-    normalize = get_normalizer(loop_normalizer(name))
     written = "en" if name == WHISPER_ENGLISH else row.language  # English if translated
-    texts = normalize(row.reference), normalize(row.hypothesis)
+    audio: dict[str, Any] = {"duration_sec": row.duration_sec, "num_tokens": row.num_tokens, "language": written}
     kinds = {
         "error": row.errors > 0,
         "substitution": row.substitutions > 0,
         "deletion": row.deletions > 0,
         "insertion": row.insertions > 0,
-        "loop": is_loop(*texts, duration_sec=row.duration_sec, num_tokens=row.num_tokens, language=written),
+        "loop": is_loop(row.reference, row.hypothesis, name, **audio),
         "empty": row.reference_words > 0 and row.hypothesis_words == 0,
         "invented": row.reference_words == 0 and row.insertions > 0,
         "truncated": row.truncated,

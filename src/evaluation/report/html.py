@@ -32,12 +32,9 @@ from src.utils.files import write_text_atomic
 
 
 def write_html_report(run_dir: str | Path, path: str | Path, *, audio: Iterable[Utterance] = ()) -> Path:
-    """Write a run as one HTML file; an older one is replaced as a whole.
+    """Write a run as one HTML file of about 1 kB per clip and 4 kB per second of sound, in place of an older one.
 
-    Args:
-        run_dir: of the run.
-        path: of the file. It has about 1 kB per clip and 4 kB per second of sound.
-        audio: recordings of the clips, so that the worst clips can be played.
+    With `audio`, recordings of the clips, the worst clips can be played.
 
     Raises:
         DataError: no metrics in the folder, a damaged file, or models measured on different clips.

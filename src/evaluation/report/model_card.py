@@ -37,7 +37,7 @@ _SECTIONS = ("model", "data", "composition", "augmentation", "training")  # of t
 def write_model_card(
     model_dir: str | Path, run_dir: str | Path, *, name: str | None = None, license_id: str | None = None
 ) -> Path:
-    """Write the card into the folder of an exported model; an older one is replaced as a whole.
+    """Write the card into the folder of an exported model, in place of an older one.
 
     Args:
         model_dir: written by `export_huggingface`.
@@ -78,7 +78,12 @@ def write_model_card(
         guard_set = str((summary.guard_set or {}).get("set", "guard set"))
         results += _eval_results(guard, guard_set, guard_set.lower().replace(" ", "-"), split=None)
     translates = model.get("task") == "translate"
-    languages = list(trained["code"]) if len(trained) else _assumed_languages(folder, result, model, str(base))
+    languages = list(trained["code"]) if len(trained) else []
+    if not languages:  # without a data report: of the checkpoint, of the test set, or of the settings
+        rates = None if translates else read_settings(folder / "config.json").get("tokens_per_sec")  # of transcripts
+        configured = model.get("language") or ("en" if str(base).endswith(".en") else None)
+        named = rates or result.get("rates_by_language") or {configured}
+        languages = [code for code in named if code in WHISPER_LANGUAGES]
     codes = [_HUB_CODES.get(code, code) for code in languages]
     card = ModelCardData(
         language=codes[0] if len(codes) == 1 else codes or None,
@@ -127,16 +132,6 @@ def write_model_card(
     )
     write_text_atomic(folder / CARD_FILE, text)
     return folder / CARD_FILE
-
-
-def _assumed_languages(folder: Path, result: Row, model: Row, base: str) -> list[str]:
-    """Return the languages of a run without a data report: of the checkpoint, of the test set, or of the settings."""
-    trained = read_settings(folder / "config.json").get("tokens_per_sec")
-    if model.get("task") == "translate":  # the rates are those of the transcripts, which are English
-        trained = None
-    configured = model.get("language") or ("en" if base.endswith(".en") else None)
-    named = trained or result.get("rates_by_language") or {configured}
-    return [code for code in named if code in WHISPER_LANGUAGES]
 
 
 def _eval_results(row: Row, set_name: str, set_type: str, *, split: str | None) -> list[EvalResult]:

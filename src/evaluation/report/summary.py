@@ -71,8 +71,9 @@ class Headline:
 
     @property
     def value(self) -> str:
-        """The rate with its interval."""
-        return with_interval(self.rate, self.low, self.high)
+        """The rate with its interval, if there is one."""
+        rate, interval = number(self.rate), f" [{number(self.low)}, {number(self.high)}]"
+        return rate if NOT_MEASURED in rate + interval else rate + interval
 
     def __str__(self) -> str:
         """As `CER 0.123 [0.101, 0.148]`."""
@@ -153,15 +154,11 @@ class RunSummary:
         parts.append(describe_guard_set(self.guard_set))
         if (row := self.streaming) is not None:
             streamed, offline = headline(row), headline(row, "offline_")
+            cut = f"; {counted(row['truncated'], 'update')} ended at a limit of tokens" if row.get("truncated") else ""
             parts.append(
                 f"streaming, {row['clips']} clips in {row['audio_sec']:.0f} s: {streamed.name} "
                 f"{number(streamed.rate)}, the same clips one by one {number(offline.rate)}; RTF "
-                f"{number(row['rtf'], 2)}, longest update {number(row['longest_update_sec'], 2)} s"
-                + (
-                    f"; {counted(row['truncated'], 'update')} ended at a limit of tokens"
-                    if row.get("truncated")
-                    else ""
-                )
+                f"{number(row['rtf'], 2)}, longest update {number(row['longest_update_sec'], 2)} s{cut}"
             )
         parts.append("\n".join(str(self.run_dir / place) for place in _PLACES if (self.run_dir / place).exists()))
         return "\n\n".join(filter(None, parts))
@@ -223,7 +220,7 @@ def comparison_table(results: Mapping[str, Row], predictions: PredictionsByModel
     rows: dict[str, dict[str, str]] = {}
     for name, found in rates.items():
         row = results[name]
-        rows[name] = {label: found.get(label, "") for label in labels} | {
+        rows[name] = {**dict.fromkeys(labels, ""), **found} | {
             "audio context": row.get("audio_context", NOT_MEASURED),
             "normaliser": row.get("normalizer", NOT_MEASURED),
             **({"second normaliser": row["second_normalizer"]} if "second" in second_label(row) else {}),
@@ -313,8 +310,7 @@ def describe_results(results: Mapping[str, Row], predictions: PredictionsByModel
         if (verdict, verdicts.get(guard_name(name))) == ("better", "worse")
     ]
     for name, row in results.items():
-        cut = [public(clip.id) for clip in _rows_of(name, row, predictions or {}) if clip.truncated]
-        if cut:
+        if cut := [public(clip.id) for clip in _rows_of(name, row, predictions or {}) if clip.truncated]:
             shown = ", ".join(cut[:MAX_NAMED]) + (", ..." if len(cut) > MAX_NAMED else "")
             said.append(
                 f"{name}: {counted(len(cut), 'text')} ended at a limit of tokens, not where the speech ends ({shown}): "
@@ -408,12 +404,6 @@ def slice_table(column: str, predictions: PredictionsByModel, evaluations: Mappi
     return table
 
 
-def with_interval(value: float | None, low: float | None, high: float | None) -> str:
-    """Return a rate for reading, with its interval if there is one."""
-    rate, interval = number(value), f" [{number(low)}, {number(high)}]"
-    return rate if NOT_MEASURED in rate + interval else rate + interval
-
-
 def number(value: float | None, digits: int = 3) -> str:
     """Return a number for reading; a missing one is never a zero."""
     if value is None or math.isnan(value):
@@ -461,13 +451,9 @@ def render(template: str, **values: object) -> str:
 @cache
 def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("src.evaluation"),
-        autoescape=jinja2.select_autoescape(["html"]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+        loader=jinja2.PackageLoader("src.evaluation"), autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
     environment.globals |= {"BLUE": BLUE, "ORANGE": ORANGE, "GREEN": GREEN, "STOCK": STOCK}
     environment.globals |= {"NOT_MEASURED": NOT_MEASURED, "FEW_BLOCKS": FEW_BLOCKS, "headline": headline}

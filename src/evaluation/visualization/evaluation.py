@@ -64,11 +64,7 @@ class EvaluationVisualizer:
         self._streaming = run_files.last_row(rows, "streaming")
 
     def comprehensive(self, column: str = "duration_sec") -> Figure:
-        """Draw all on one page: training, comparison, kinds of errors, slices, latency, three ways of inference.
-
-        Args:
-            column: of the slices.
-        """
+        """Draw all on one page: training, comparison, errors, slices of a column, latency, and ways of inference."""
         rows: list[list[tuple[str, Callable[..., Figure]]]] = [
             [("training", lambda on: TrainingVisualizer(self._run_dir).training_analysis(on=on))],
             [("comparison", self.stock_against_tuned), ("kinds of errors", self.error_types)],
@@ -98,9 +94,8 @@ class EvaluationVisualizer:
         if stock and tuned and {STOCK, TUNED} <= set(self._evaluations):  # intervals may overlap although one is better
             difference = compare_predictions(stock, tuned, run_files.bootstrap_of(self._evaluations[TUNED]))
             caption += f"\n{TUNED} against {STOCK}: {difference.verdict}; {describe_difference(difference)}"
-        rates = {
-            name: [_rate_of(headline(row)), _rate_of(second_headline(row))] for name, row in self._evaluations.items()
-        }
+        rated = self._evaluations.items()
+        rates = {name: [_rate_of(headline(row)), _rate_of(second_headline(row))] for name, row in rated}
         names = first["normalizer"], first.get("second_normalizer", PLAIN)
         with new_figure(8, 3.6, caption, on=on) as figure:
             axes = figure.subplots()
@@ -239,9 +234,8 @@ class EvaluationVisualizer:
         model = main_model(self._evaluations)
         found: dict[str, Counter[str]] = {kind: Counter() for kind in EDITS.values()}
         for row in self._predictions.get(model, ()):
-            for step in align_words(
-                row.reference, row.hypothesis, row.normalizer or self._evaluations[model]["normalizer"]
-            ):
+            normalizer = row.normalizer or self._evaluations[model]["normalizer"]
+            for step in align_words(row.reference, row.hypothesis, normalizer):
                 if step.edit != "equal":
                     words = filter(None, (step.reference, step.hypothesis))
                     found[EDITS[step.edit]][" → ".join(words)] += 1
@@ -336,8 +330,8 @@ class EvaluationVisualizer:
         model, stream = main_model(self._evaluations), self._streaming
         evaluation = self._evaluations[model]
         overall = headline(evaluation)
-        modes: list[tuple[str, Headline | None, float | None]]
-        modes = [(f"batch, {counted(evaluation['n'], 'clip')}", overall, evaluation.get("rtf"))]
+        clips = counted(evaluation["n"], "clip")
+        modes: list[tuple[str, Headline | None, float | None]] = [(f"batch, {clips}", overall, evaluation.get("rtf"))]
         if stream is None:
             modes.append(("streaming", None, None))
         else:

@@ -55,11 +55,7 @@ class ModelStyle:
 
 
 STOCK_STYLE = ModelStyle(GREY, "s", "--", "")
-OTHER_STYLES = (
-    ModelStyle(BLUE, "o", "-", "//"),
-    ModelStyle(ORANGE, "^", "-.", ".."),
-    ModelStyle(GREEN, "D", ":", "xx"),
-)
+OTHER_STYLES = ModelStyle(BLUE, "o", "-", "//"), ModelStyle(ORANGE, "^", "-.", ".."), ModelStyle(GREEN, "D", ":", "xx")
 
 
 def styles_of(names: Iterable[str]) -> dict[str, ModelStyle]:
@@ -73,15 +69,9 @@ def new_figure(
     width: float, height: float, caption: str = "", *, on: SubFigure | None = None, layout: Any = "constrained",
     **changes: Any,
 ) -> Iterator[NotebookFigure]:  # fmt: skip
-    """Give a figure of a size in inches, to draw in with `FIGURE_STYLE`, fonts of many scripts, and changes.
+    """Give a figure of a size in inches, to draw in with `FIGURE_STYLE`, fonts of many scripts, and changed settings.
 
-    Args:
-        width: inches.
-        height: inches.
-        caption: below the figure.
-        on: a part of a page to draw on instead, which has its own size.
-        layout: of the figure.
-        changes: of matplotlib's settings.
+    With `on`, a part of a page is drawn on instead, which has its own size. The caption is below.
     """
     with matplotlib.rc_context({**FIGURE_STYLE, "font.family": list(_fonts()), **changes}):
         figure = NotebookFigure(figsize=(width, height), layout=layout) if on is None else cast(NotebookFigure, on)

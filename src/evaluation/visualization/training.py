@@ -79,13 +79,8 @@ class TrainingVisualizer:
         axes.plot(epochs, train, color=BLUE, marker="o", label="train, mean of the epoch")
         axes.plot(epochs, validation, color=ORANGE, marker="s", linestyle="--", label="validation")
         if best is not None:
-            axes.axvline(
-                best["epoch"],
-                color=GREY,
-                linestyle=":",
-                zorder=0,
-                label=f"best epoch by {headline(best, 'val_').name}: {best['epoch']}",
-            )
+            label = f"best epoch by {headline(best, 'val_').name}: {best['epoch']}"
+            axes.axvline(best["epoch"], color=GREY, linestyle=":", zorder=0, label=label)
         axes.set(title="Loss", xlabel="epoch", ylabel="nats per token", xlim=(0, max([*epochs, *places]) + 0.1))
         axes.set_ylim(0, _top_of_loss(losses, train, validation))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -113,14 +108,12 @@ class TrainingVisualizer:
         cells: list[list[str]] = []
         heads = []
         first, stock, tuned = self._epochs[0], self._evaluations.get(STOCK), self._evaluations.get(TUNED)
-        compared = [
-            (["validation", f"epoch {first['epoch']}", f"epoch {best['epoch']}", "change"], first, best, "val_")
-        ]
+        compared = [(("validation", f"epoch {first['epoch']}", f"epoch {best['epoch']}"), first, best, "val_")]
         if stock and tuned:
-            compared.append((["test set", STOCK, TUNED, "change"], stock, tuned, ""))
+            compared.append((("test set", STOCK, TUNED), stock, tuned, ""))
         for head, before, after, prefix in compared:
             heads.append(len(cells))
-            cells.append(head)
+            cells.append([*head, "change"])
             name = headline(after, prefix).name
             rates = {name: tuple(headline(row, prefix).rate for row in (before, after))}
             for other, key in (("CER", "cer"), ("loss", "loss"))[: 2 if prefix else 1]:
@@ -131,13 +124,8 @@ class TrainingVisualizer:
         axes.axis("off")
         axes.set_title("Summary")
         height = 0.108 * len(cells)
-        table = axes.table(
-            cellText=cells,
-            cellLoc="center",
-            colWidths=[0.4, 0.2, 0.2, 0.2],
-            edges="horizontal",
-            bbox=Bbox.from_bounds(0, 0.98 - height, 1, height),
-        )
+        place = Bbox.from_bounds(0, 0.98 - height, 1, height)
+        table = axes.table(cells, cellLoc="center", colWidths=[0.4, 0.2, 0.2, 0.2], edges="horizontal", bbox=place)
         table.auto_set_font_size(False)
         table.set_fontsize(10)
         for (row, _), cell in table.get_celld().items():
@@ -168,13 +156,10 @@ class LivePlot:
     def __init__(
         self, experiment: ExperimentLogger, *, every_sec: float = 2.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._experiment = experiment
-        self._every_sec = every_sec
-        self._clock = clock
+        self._experiment, self._every_sec, self._clock = experiment, every_sec, clock
         self._rows: list[Row] = []
         self._display_id: str | None = None
-        self._next_sec = -math.inf
-        self._drawing = in_notebook()
+        self._next_sec, self._drawing = -math.inf, in_notebook()
         self._unsubscribe: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:

@@ -44,10 +44,8 @@ def draw_words(
     duration_sec = len(audio) / SAMPLE_RATE
     begin, end = between_sec or (0.0, duration_sec)
     if not 0 <= begin < end <= duration_sec or not N_FFT / SAMPLE_RATE <= end - begin <= MAX_SEC:
-        raise DataError(
-            f"draw_words: {begin:g} to {end:g} s of {duration_sec:.1f} s cannot be drawn; give at most {MAX_SEC:g} s "
-            "within the recording as between_sec"
-        )
+        what = f"draw_words: {begin:g} to {end:g} s of {duration_sec:.1f} s cannot be drawn"
+        raise DataError(f"{what}; give at most {MAX_SEC:g} s within the recording as between_sec")
     shown = [
         replace(word, start_sec=max(word.start_sec, begin), end_sec=min(word.end_sec, end))
         for word in words
