@@ -124,8 +124,8 @@ def open_source(config: DataConfig, source: SourceName) -> list[Utterance] | Str
 
     def with_track(utterance: Utterance) -> Utterance:
         audio = utterance.audio
-        is_part = isinstance(audio, AudioPart)
-        return replace(utterance, audio=replace(audio, track=number) if is_part else AudioTrack(audio, number))
+        track = replace(audio, track=number) if isinstance(audio, AudioPart) else AudioTrack(audio, number)
+        return replace(utterance, audio=track)
 
     if isinstance(opened, list):
         return [with_track(utterance) for utterance in opened]
@@ -182,8 +182,9 @@ def read_folder(path: Path) -> list[Utterance]:
                 raise DataError(f"{manifest.parent}: several manifests ({names}); set data.path to one of them")
         listed: list[Utterance] = []
         for manifest, split in splits.items():
+            meta: dict[str, Any] = {"split": split} if split else {}
             prefix = "/".join([*manifest.parent.relative_to(path).parts, ""])
-            listed += utterances_from_rows(manifest, prefix=prefix, **({"split": split} if split else {}))
+            listed += utterances_from_rows(manifest, prefix=prefix, **meta)
         return list(with_unique_ids(listed))
     if audio := sum(p.suffix.lower() in AUDIO_SUFFIXES for p in path.rglob("*")):
         fix = "add metadata.csv (file_name,text), or their transcripts (talk.srt or talk.txt for talk.mp3)"

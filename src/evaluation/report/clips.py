@@ -7,7 +7,6 @@ thousands of them stay quick. Edits differ in form as well as in colour. Texts o
 from __future__ import annotations
 
 import base64
-import html
 import io
 import itertools
 import math
@@ -129,21 +128,14 @@ class Highlights:
         self._audio = _encode_worst([*self.clips.values()], {clip.id: clip for clip in recordings})
 
     def _repr_html_(self) -> str:
-        parts = []
+        clips = []
         for title, row in self.clips.items():
-            source = self._audio.get(row.id)
             said = [("said", row.reference, "")]
             for name, each in (("stock", self._before[row.id]), ("tuned", row)):
                 unit = {"WER": "word", "CER": "character"}[metric_of(each.normalizer or WHISPER_ENGLISH)]
                 said.append((name, each.hypothesis, f"{each.errors} errors in {counted(each.reference_words, unit)}"))
-            lines = "".join(
-                f'<tr><td><b>{name}</b></td><td style="text-align:left" dir="auto">{html.escape(text)}</td>'
-                f"<td>{count}</td></tr>"
-                for name, text, count in said
-            )
-            player = f'<audio controls preload="none" src="{source}"></audio>' if source else "no recording"
-            parts.append(f"<p><b>{title}</b>: {html.escape(public(row.id))}<br>{player}</p><table>{lines}</table>")
-        return "".join(parts)
+            clips.append((title, public(row.id), self._audio.get(row.id), said))
+        return render("highlights.html", clips=clips)
 
 
 def _said(row: Prediction, normalizer: str) -> dict[str, Any]:
