@@ -6,12 +6,14 @@ import importlib
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
 from src.utils.config import Config, load_config, parse_yaml
-from src.utils.errors import ConfigError, ModelError
+from src.utils.errors import ConfigError, ModelError, WhisperASRError
 from src.utils.files import expand_path, project_file
+from src.utils.runtime import is_main_process
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
@@ -23,6 +25,31 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         print("stopped; nothing is left half-written, and the same command can be given again", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def reports_errors(main: Callable[..., int]) -> Callable[..., int]:
+    """Make of what a user can correct one line of the main process, and exit code 1."""
+
+    @wraps(main)
+    def reporting(*given: Any) -> int:
+        try:
+            return main(*given)
+        except WhisperASRError as err:
+            if is_main_process():
+                print(f"{type(err).__name__}: {err}", file=sys.stderr)
+            return 1
+
+    return reporting
+
+
+def print_result(work: Callable[[], object]) -> int:
+    """Print what work gives as the last line, or its error, files included, as one line; return the exit code."""
+    try:
+        print(work())
+    except (WhisperASRError, OSError) as err:
+        print(f"{type(err).__name__}: {' '.join(str(err).split())}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def run_command() -> NoReturn:

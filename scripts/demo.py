@@ -20,27 +20,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import add_settings, check_model_path, load_settings, model_argument, run_main
+from scripts.command_line import add_settings, check_model_path, load_settings, model_argument, reports_errors, run_main
 from src.inference.server.host import LOOPBACK, ServerLimits
-from src.inference.server.page import MAX_UPLOAD_SEC, Demo, launch_demo
+from src.inference.server.page import MAX_UPLOAD_SEC, launch_demo
 from src.inference.server.served import ServedPage
-from src.utils.errors import WhisperASRError
 from src.utils.logging_config import setup_logging
 
 
+@reports_errors
 def main(given: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(given)
-    setup_logging("INFO")
-    try:
-        demo = make_demo(arguments)
-    except WhisperASRError as err:
-        print(f"{type(err).__name__}: {err}", file=sys.stderr)
-        return 1
-    serve(demo)
-    return 0
-
-
-def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     limits = ServerLimits()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -61,14 +49,11 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         "--max-upload-sec", type=float, default=MAX_UPLOAD_SEC, metavar="SEC", help="of a file; default: %(default)g"
     )
     add_settings(parser, has_profiles=False)
-    return parser.parse_args(given)
-
-
-def make_demo(arguments: argparse.Namespace) -> Demo:
-    """Load the models, and serve the page."""
+    arguments = parser.parse_args(given)
+    setup_logging("INFO")
     for model in arguments.model:
         check_model_path(model)
-    return launch_demo(
+    page = launch_demo(
         models=named(arguments.model),
         stock=arguments.stock,
         config=load_settings(arguments),
@@ -78,6 +63,8 @@ def make_demo(arguments: argparse.Namespace) -> Demo:
         limits=ServerLimits(max_sessions=arguments.max_sessions),
         max_upload_sec=arguments.max_upload_sec,
     )
+    serve(page)
+    return 0
 
 
 def named(models: Sequence[str]) -> dict[str, str]:

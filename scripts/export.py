@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import add_model, check_model_path, path_argument, run_main
+from scripts.command_line import add_model, check_model_path, path_argument, print_result, run_main
 from src.models.export.adapter import export_peft
 from src.models.export.ctranslate2 import export_ctranslate2
 from src.models.export.ggml import export_ggml, require_whisper_cpp
@@ -29,7 +29,7 @@ from src.models.export.onnx import export_onnx, require_onnx
 from src.models.export.verify import load_clips
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import load_config
-from src.utils.errors import ModelError, WhisperASRError
+from src.utils.errors import ModelError
 from src.utils.files import expand_path
 from src.utils.logging_config import setup_logging
 
@@ -43,23 +43,13 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--quantization", help="ct2: int8 (default), float16, float32, ...; onnx: none (default), int8")
     arguments = parser.parse_args(given)
-    return report(lambda: export(arguments.model, arguments.format, arguments.quantization, arguments.output))
+    setup_logging("INFO")
+    return print_result(lambda: export(arguments.model, arguments.format, arguments.quantization, arguments.output))
 
 
 def add_model_and_output(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--output", required=True, type=path_argument, help="folder; an older export there is replaced")
-
-
-def report(work: Callable[[], Path]) -> int:
-    """Print the folder that was made, or the error as one line; return the exit code."""
-    setup_logging("INFO")
-    try:
-        print(work())
-    except (WhisperASRError, OSError) as err:
-        print(f"{type(err).__name__}: {' '.join(str(err).split())}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def export(model: str, target: str, quantization: str | None, output: Path) -> Path:

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.command_line import run_main
-from scripts.export import add_model_and_output, export, report
+from scripts.export import add_model_and_output
+from scripts.export import main as export
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -25,8 +26,8 @@ def main(given: Sequence[str] | None = None) -> int:
     add_model_and_output(parser)
     parser.add_argument("--int8", action="store_true", help="quantise the weights: a third of the size, or less")
     arguments = parser.parse_args(given)
-    quantization = "int8" if arguments.int8 else "none"
-    return report(lambda: export(arguments.model, "onnx", quantization, arguments.output))
+    given = ["--model", arguments.model, "--output", str(arguments.output), "--format", "onnx"]
+    return export([*given, "--quantization", "int8" if arguments.int8 else "none"])
 
 
 if __name__ == "__main__":

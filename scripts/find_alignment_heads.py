@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import add_model, check_model_path, path_argument, run_main
+from scripts.command_line import add_model, check_model_path, path_argument, print_result, run_main
 from scripts.evaluate import source_of
 from src.data.audio import load_audio
 from src.data.labels import apply_case, resolve_case
@@ -32,7 +32,7 @@ from src.inference.alignment_heads import DEFAULT_COUNT, HeadSearch, find_alignm
 from src.inference.files.recordings import with_clips
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import MAX_AUDIO_SEC, Config, load_config
-from src.utils.errors import ModelError, WhisperASRError
+from src.utils.errors import ModelError
 from src.utils.logging_config import setup_logging
 
 DEFAULT_CLIPS = 12  # three give the same heads of tiny.en and base (2026-11-28)
@@ -52,21 +52,11 @@ def main(given: Sequence[str] | None = None) -> int:
     if arguments.clips < 1 or arguments.count < 1:
         parser.error("--clips and --count: at least 1")
     setup_logging("INFO")
-    try:
-        found = run(arguments)
-    except (WhisperASRError, OSError) as err:
-        print(f"{type(err).__name__}: {' '.join(str(err).split())}", file=sys.stderr)
-        return 2
-    print(
-        json.dumps(
-            {"alignment_heads": found.heads, "score": round(max(found.scores.values()), 4), "words": found.words}
-        )
-    )
-    return 0
+    return print_result(lambda: run(arguments))
 
 
-def run(arguments: argparse.Namespace) -> HeadSearch:
-    """Find, print, and write if asked."""
+def run(arguments: argparse.Namespace) -> str:
+    """Find, print, and write if asked; return the figures of the last line as JSON."""
     check_model_path(arguments.model)
     overrides = {"device": arguments.device, "data.source": "sample", "data.sources": []}
     overrides["model.language"] = arguments.language
@@ -93,7 +83,8 @@ def run(arguments: argparse.Namespace) -> HeadSearch:
     print("\n".join(describe(found)))
     if arguments.write:
         print(f"written: {write_alignment_heads(folder, found.heads)}")
-    return found
+    score = round(max(found.scores.values()), 4)
+    return json.dumps({"alignment_heads": found.heads, "score": score, "words": found.words})
 
 
 def choose_clips(config: Config, count: int) -> list[Utterance]:

@@ -19,24 +19,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import add_settings, check_model_path, load_settings, model_argument, path_argument, run_main
+from scripts.command_line import (
+    add_settings,
+    check_model_path,
+    load_settings,
+    model_argument,
+    path_argument,
+    reports_errors,
+    run_main,
+)  # fmt: skip
 from src.inference.files.matching import MIN_SCORE
 from src.inference.files.recordings import prepare_recordings
-from src.utils.errors import WhisperASRError
 from src.utils.logging_config import setup_logging
 
 
+@reports_errors
 def main() -> int:
-    arguments = parse_arguments()
-    setup_logging("INFO")
-    try:
-        return run(arguments)
-    except WhisperASRError as err:
-        print(f"{type(err).__name__}: {err}", file=sys.stderr)
-        return 1
-
-
-def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recordings", type=path_argument, help="folder, or archive, of recordings with transcripts")
     parser.add_argument("--output", type=path_argument, required=True, help="new folder for the clips")
@@ -47,10 +45,8 @@ def parse_arguments() -> argparse.Namespace:
         help="of the least certain word of a clip, 0 at most; higher leaves out more (default: %(default)s)",
     )  # fmt: skip
     add_settings(parser)
-    return parser.parse_args()
-
-
-def run(arguments: argparse.Namespace) -> int:
+    arguments = parser.parse_args()
+    setup_logging("INFO")
     named = {"model.variant": arguments.model, "model.language": arguments.language}
     config = load_settings(arguments, {key: value for key, value in named.items() if value})
     check_model_path(config.model.variant)

@@ -17,14 +17,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import add_settings, parse_settings, path_argument, run_main
+from scripts.command_line import add_settings, load_settings, path_argument, reports_errors, run_main
 from scripts.demo import serve
 from src.inference.server.host import LOOPBACK
 from src.inference.server.recorder import launch_recorder
-from src.utils import load_config, setup_logging
-from src.utils.errors import WhisperASRError
+from src.utils.logging_config import setup_logging
 
 
+@reports_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=path_argument, help="for the recordings: new, or one recorded into before")
@@ -37,17 +37,11 @@ def main() -> int:
     add_settings(parser)
     given = parser.parse_args()
     setup_logging("INFO")
-    try:
-        overrides = parse_settings(given)
-        overrides |= {"model.language": given.language} if given.language else {}
-        config = load_config(given.config, profile=given.profile, overrides=overrides)
-        page = launch_recorder(
-            given.folder, given.sentences, config=config, speaker=given.speaker, share=given.share,
-            server_name=given.host, port=given.port,
-        )  # fmt: skip
-    except WhisperASRError as err:
-        print(f"{type(err).__name__}: {err}", file=sys.stderr)
-        return 1
+    config = load_settings(given, {"model.language": given.language} if given.language else {})
+    page = launch_recorder(
+        given.folder, given.sentences, config=config, speaker=given.speaker, share=given.share,
+        server_name=given.host, port=given.port,
+    )  # fmt: skip
     serve(page)
     return 0
 

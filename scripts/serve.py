@@ -20,25 +20,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import add_settings, check_model_path, load_settings, model_argument, run_main
+from scripts.command_line import add_settings, check_model_path, load_settings, model_argument, reports_errors, run_main
 from scripts.stream_client import read_token
 from src.data.vad import VoiceActivityDetector
 from src.inference.engines import load_engine
 from src.inference.server.host import LOOPBACK, ServedModel, ServerLimits
 from src.inference.server.server import DEFAULT_PORT, CaptionServer
 from src.utils import setup_logging
-from src.utils.errors import ConfigError, WhisperASRError
+from src.utils.errors import ConfigError
 
 
+@reports_errors
 def main() -> int:
     arguments = parse_arguments()
     setup_logging("INFO")
-    try:
-        server = make_server(arguments)
-        asyncio.run(serve(server, arguments.host, arguments.port))
-    except WhisperASRError as err:
-        print(f"{type(err).__name__}: {err}", file=sys.stderr)
-        return 1
+    asyncio.run(serve(make_server(arguments), arguments.host, arguments.port))
     return 0
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.command_line import path_argument, run_main
+from scripts.command_line import path_argument, reports_errors, run_main
 from src.data.audio import SAMPLE_RATE, Waveform, load_audio
 from src.inference.captions import LiveCaptionWriter
 from src.inference.server.client import stream_to_server
@@ -35,7 +35,7 @@ from src.inference.streaming.commit import Event
 from src.inference.streaming.microphone import Microphone, in_real_time
 from src.inference.streaming.simuleval import log_instance, write_log
 from src.inference.streaming.view import printable
-from src.utils.errors import ConfigError, WhisperASRError
+from src.utils.errors import ConfigError
 from src.utils.languages import is_unspaced_character
 from src.utils.logging_config import setup_logging
 
@@ -44,6 +44,7 @@ ROW_BELOW = "\x1bD\x1b[A"  # makes sure that there is one: the terminal scrolls 
 DIM_BELOW = "\x1b7\x1b[B\r\x1b[?7l\x1b[2m{}\x1b[0m\x1b[K\x1b[?7h\x1b8"  # on that row, cut off; the cursor returns
 
 
+@reports_errors
 def main() -> int:
     arguments = parse_arguments()
     setup_logging("INFO")
@@ -54,11 +55,7 @@ def main() -> int:
         interrupted.set()
 
     signal.signal(signal.SIGINT, interrupt)
-    try:
-        reason = asyncio.run(run(arguments, interrupted))
-    except WhisperASRError as err:
-        print(f"{type(err).__name__}: {err}", file=sys.stderr)
-        return 1
+    reason = asyncio.run(run(arguments, interrupted))
     if reason != "end":
         print(f"the server ended the session before the audio did ({reason}); stream the rest again", file=sys.stderr)
         return 1

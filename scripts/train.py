@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from accelerate import PartialState
 
-from scripts.command_line import add_settings, load_settings, run_main
+from scripts.command_line import add_settings, load_settings, reports_errors, run_main
 from src.data import create_dataloaders, prepare_datasets
 from src.evaluation import fill_languages
 from src.inference import with_clips
@@ -29,21 +29,15 @@ from src.models import WhisperModelManager
 from src.training import WhisperTrainer
 from src.utils import setup_logging
 from src.utils.config import Config
-from src.utils.errors import WhisperASRError
 from src.utils.runtime import is_main_process, world_size
 
 
+@reports_errors
 def main() -> int:
-    arguments = parse_arguments()
-    try:
-        return run(arguments)
-    except WhisperASRError as err:
-        if is_main_process():
-            print(f"{type(err).__name__}: {err}", file=sys.stderr)
-        return 1
-
-
-def run(arguments: argparse.Namespace) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_settings(parser)
+    parser.add_argument("--fresh", action="store_true", help="start from the beginning, although there is a checkpoint")
+    arguments = parser.parse_args()
     config = load_settings(arguments)
     PartialState(cpu=config.device == "cpu")  # joins the processes that the launcher has started
     setup_logging("INFO" if is_main_process() else "WARNING")
@@ -53,13 +47,6 @@ def run(arguments: argparse.Namespace) -> int:
     if is_main_process():
         print(json.dumps(figures))
     return 0
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_settings(parser)
-    parser.add_argument("--fresh", action="store_true", help="start from the beginning, although there is a checkpoint")
-    return parser.parse_args()
 
 
 def train(config: Config, *, fresh: bool) -> dict[str, Any]:

@@ -153,19 +153,36 @@ def run(arguments: argparse.Namespace) -> list[Failure]:
         return run_captions(recordings, arguments, config)
     if world_size() > 1:
         raise DataError("several processes need --output: FILE.jsonl, or a folder for captions")
-    failed = []
-    cut_off, gaps, heard = [], [], []
-    for each in transcribe(sources, languages, arguments, config):
-        if each.error is not None:
-            failed.append((each.source, each.error))
-            continue
+
+    def show(each: Transcription) -> None:
         text = visible(each.text)
         print(f"{visible(each.source)}\t{text}" if len(sources) > 1 else text, flush=True)
+
+    return write_each(transcribe(sources, languages, arguments, config), show, arguments)
+
+
+def write_each(
+    found: Iterable[Transcription], write: Callable[[Transcription], None], arguments: argparse.Namespace
+) -> list[Failure]:
+    """Write each text, say what is heard and lost, and return what failed, of all processes."""
+    failed, cut_off, gaps, heard = list[Failure](), list[str](), list[str](), list[str | None]()
+    for each in found:
+        try:
+            if each.error is not None:
+                raise AudioError(each.error)
+            write(each)
+        except AudioError as err:
+            failed.append((each.source, str(err)))
+            continue
         cut_off += [each.source] * each.truncated
         gaps += [each.source] * bool(each.uncovered)
         heard.append(each.language)
-    say_languages(heard, arguments)
-    warn_of_losses(cut_off, gaps)
+    failed, cut_off, gaps, heard = (
+        [each for part in gather_objects(mine) for each in part] for mine in (failed, cut_off, gaps, heard)
+    )
+    if is_main_process():
+        say_languages(heard, arguments)
+        warn_of_losses(cut_off, gaps)
     return failed
 
 
@@ -241,18 +258,13 @@ def own_device() -> str | None:
 
 
 def transcribe(
-    sources: Sequence[str],
-    languages: Mapping[str, str],
-    arguments: argparse.Namespace,
-    config: Config,
-    *,
-    words: bool | None = None,
+    sources: Sequence[str], languages: Mapping[str, str], arguments: argparse.Namespace, config: Config
 ) -> Iterator[Transcription]:
     """Load the model, unless there is nothing to do, and transcribe."""
     if sources:
         workers = arguments.workers or (1 if len(sources) == 1 else None)
         inference = load_inference(arguments.model, config, workers=workers)
-        yield from inference.transcribe_iter(sources, languages=languages, **iter_options(arguments, words=words))
+        yield from inference.transcribe_iter(sources, languages=languages, **iter_options(arguments))
 
 
 def load_inference(model: str, config: Config, *, workers: int | None) -> BatchInference:
@@ -263,10 +275,9 @@ def load_inference(model: str, config: Config, *, workers: int | None) -> BatchI
     return BatchInference(config=config, engine=load_engine(model, config, workers=workers))
 
 
-def iter_options(arguments: argparse.Namespace, *, words: bool | None = None) -> dict[str, Any]:
+def iter_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the options of `transcribe_iter`."""
-    words = arguments.words if words is None else words
-    return {"word_timestamps": words, "on_error": arguments.on_error, "mode": arguments.mode}
+    return {"word_timestamps": arguments.words, "on_error": arguments.on_error, "mode": arguments.mode}
 
 
 def run_rows(
@@ -299,29 +310,13 @@ def run_captions(recordings: Sequence[Recording], arguments: argparse.Namespace,
     if len(pending) < len(wanted) and is_main_process():
         print(f"{len(wanted) - len(pending)} have captions already; --overwrite writes them again", file=sys.stderr)
     mine = from_main(lambda: deal(pending, world_size()))[rank()]
-    words = arguments.words or (arguments.mode == "segments" and bool(TIMED_BY_WORDS & set(asked)))
-    failed, cut_off, gaps, heard = [], [], [], []
-    languages = languages_of(recordings)
-    for each in transcribe(mine, languages, arguments, config, words=words):
-        if each.error is not None:
-            failed.append((each.source, each.error))
-            continue
-        try:
-            for name, path in wanted[each.source].items():
-                write_caption(path, name, each, task=config.model.task)
-        except AudioError as err:  # its name; the others have their own
-            failed.append((each.source, str(err)))
-            continue
-        cut_off += [each.source] * each.truncated
-        gaps += [each.source] * bool(each.uncovered)
-        heard.append(each.language)
-    failed, cut_off, gaps, heard = (
-        [each for part in gather_objects(mine) for each in part] for mine in (failed, cut_off, gaps, heard)
-    )
-    if is_main_process():
-        say_languages(heard, arguments)
-        warn_of_losses(cut_off, gaps)
-    return failed
+    arguments.words |= arguments.mode == "segments" and bool(TIMED_BY_WORDS & set(asked))
+
+    def write(each: Transcription) -> None:
+        for name, path in wanted[each.source].items():
+            write_caption(path, name, each, task=config.model.task)
+
+    return write_each(transcribe(mine, languages_of(recordings), arguments, config), write, arguments)
 
 
 def wanted_captions(

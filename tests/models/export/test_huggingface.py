@@ -368,7 +368,7 @@ def test_the_scripts_export_a_checkpoint_and_say_errors_in_one_line(
 def test_the_short_onnx_script_is_the_long_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     record = Mock(return_value=tmp_path)
     monkeypatch.setattr(export_script, "setup_logging", lambda level: None)
-    monkeypatch.setattr(export_onnx_script, "export", record)
+    monkeypatch.setattr(export_script, "export", record)
     assert export_onnx_script.main(["--model", "tiny.en", "--output", str(tmp_path)]) == 0
     assert export_onnx_script.main(["--model", "tiny.en", "--output", str(tmp_path), "--int8"]) == 0
     assert record.call_args_list == [call("tiny.en", "onnx", each, tmp_path) for each in ("none", "int8")]
