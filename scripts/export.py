@@ -23,9 +23,9 @@ sys.path.insert(0, str(ROOT))
 from scripts.command_line import add_model, check_model_path, path_argument, print_result, run_main
 from src.models.export.adapter import export_peft
 from src.models.export.ctranslate2 import export_ctranslate2
-from src.models.export.ggml import export_ggml, require_whisper_cpp
-from src.models.export.huggingface import export_huggingface
-from src.models.export.onnx import export_onnx, require_onnx
+from src.models.export.ggml import GGML_PACKAGES, export_ggml
+from src.models.export.huggingface import export_huggingface, require_packages
+from src.models.export.onnx import ONNX_PACKAGES, export_onnx
 from src.models.export.verify import load_clips
 from src.models.whisper_model import WhisperModelManager
 from src.utils.config import load_config
@@ -60,10 +60,8 @@ def export(model: str, target: str, quantization: str | None, output: Path) -> P
     """
     if target not in QUANTISED and quantization not in (None, "none"):
         raise ModelError(f"--quantization {quantization}: {target} has one form of weights; leave it out, or take ct2")
-    if target == "onnx":
-        require_onnx()  # before minutes of download
-    if target == "ggml":
-        require_whisper_cpp()
+    if needed := {"onnx": ONNX_PACKAGES, "ggml": GGML_PACKAGES}.get(target):
+        require_packages(f"export to {target}", needed)  # before minutes of download
     check_model_path(model)
     config = load_config(None, overrides={"device": "cpu"})
     if target == "peft":

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from src.inference.words import Word, join_words
 from src.utils.errors import ConfigError, DataError, did_you_mean
@@ -63,22 +63,6 @@ _HEADERS = {".srt": "", ".vtt": "WEBVTT\n\n"}  # of live files
 _LINE_COLUMNS = {"zh": 32, "yue": 32, "ja": 26, "ko": 32}
 _COLUMNS_PER_SEC = {"en": 20.0, "zh": 18.0, "yue": 18.0, "ja": 8.0, "ko": 24.0}
 _OTHER_COLUMNS_PER_SEC = 17.0
-
-
-class TimedText(Protocol):
-    """A text with its place in a recording, such as a segment."""
-
-    @property
-    def text(self) -> str:
-        """The text, stripped of surrounding spaces."""
-
-    @property
-    def start_sec(self) -> float:
-        """From the start of the recording."""
-
-    @property
-    def end_sec(self) -> float:
-        """Likewise."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +122,11 @@ def make_cues(words: Sequence[Word], options: CaptionOptions = DEFAULT_OPTIONS) 
     return builder.add(words) + builder.finish()
 
 
-def cues_of_segments(segments: Sequence[TimedText], options: CaptionOptions = DEFAULT_OPTIONS) -> tuple[Cue, ...]:
-    """Lay out text without word times: each segment opens a cue; a long one is cut, its time shared by character."""
+def cues_of_segments(segments: Sequence[Any], options: CaptionOptions = DEFAULT_OPTIONS) -> tuple[Cue, ...]:
+    """Lay out text without word times: each segment opens a cue; a long one is cut, its time shared by character.
+
+    Segments have a `text` without spaces around it, `start_sec` and `end_sec` from the start of the recording.
+    """
     builder, words = CueBuilder(options, segments=True), []
     for before, segment in zip(["", *(segment.text for segment in segments)], segments, strict=False):
         space = bool(space_between(before, segment.text))
@@ -233,12 +220,10 @@ class CueBuilder:
         """Return the furthest end of a cue that begins at `start`, as lines, time and pauses allow."""
         line_start, lines = start, 1
         for at in range(start + 1, len(self._pieces)):
-            too_long = (
-                self._pieces[at].words[-1].end_sec - self._pieces[start].words[0].start_sec > self._options.max_cue_sec
-            )
+            sec = self._pieces[at].words[-1].end_sec - self._pieces[start].words[0].start_sec
             if self._width(line_start, at + 1) > self._options.max_line_chars:
                 line_start, lines = at, lines + 1
-            if self._is_closed(at) or too_long or lines > self._options.max_lines:
+            if self._is_closed(at) or sec > self._options.max_cue_sec or lines > self._options.max_lines:
                 return at
         return len(self._pieces)
 
@@ -285,13 +270,8 @@ class CueBuilder:
         reading_sec = max(options.min_cue_sec, self._width(start, stop) / options.max_chars_per_sec)
         end_sec = max(words[-1].end_sec, start_sec + min(reading_sec, options.max_cue_sec))
         end_sec = end_sec if next_sec - end_sec >= options.min_gap_sec else next_sec
-        return Cue(
-            start_sec,
-            round(max(end_sec, start_sec + 0.001), 3),
-            self._lines(start, stop),
-            words,
-            "".join(map(_spelt, words)),
-        )
+        end_sec = round(max(end_sec, start_sec + 0.001), 3)
+        return Cue(start_sec, end_sec, self._lines(start, stop), words, "".join(map(_spelt, words)))
 
     def _lines(self, start: int, stop: int) -> tuple[str, ...]:
         """Break a cue into as few lines as it needs, at the least cost."""

@@ -184,11 +184,9 @@ class Engine(ABC):
         audios: Sequence[Waveform],
         texts: Sequence[Sequence[int]],
         options: DecodingOptions,
-        *,
-        languages: Sequence[str | None] | None = None,
     ) -> list[tuple[Word, ...]]:
         """Return the words of known texts (their tokens) with their times in the clips."""
-        codes = self.languages(encoded, len(audios), options, given=languages)
+        codes = self.languages(encoded, len(audios), options)
         starts = [self.vocabulary.start_sequence(code, options.task, timestamps=False) for code in codes]
         return self._place(encoded, audios, starts, [Decoded(tokens) for tokens in texts])
 

@@ -125,10 +125,10 @@ class Vocabulary:
             logger.info("language %r: this model has no token for it, %r is used", code, known)
         return known
 
-    def encode(self, text: str, *, language: str | None = None, first: bool = True) -> list[int]:
+    def encode(self, text: str, *, language: str | None = None) -> list[int]:
         """Return the tokens of a text as `text_tokens`, with the space that the language has and with all symbols."""
         space = None if language is None else language not in UNSPACED
-        return list(text_tokens(self._tokenizer, text, space=space if first else True, first=first, whole=True))
+        return list(text_tokens(self._tokenizer, text, space=space, whole=True))
 
     def spell(self, words: Sequence[Word], *, language: str | None = None) -> list[int]:
         """Return the tokens of words as they were heard; words without theirs, as part of a token, get those of text.

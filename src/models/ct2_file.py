@@ -76,9 +76,16 @@ def check_ct2_folder(folder: Path, config: Mapping[str, Any]) -> tuple[int, int]
         for name, shape in expected.items():
             if variables[name].shape != shape:
                 raise ValueError(f"{name} has shape {variables[name].shape}, not {shape}")
-        if wrong := [name for name, values in variables.items() if not _is_finite(values)]:
+        floats = {name: values for name, values in variables.items() if values.dtype.kind == "f"}
+        if wrong := [n for n, v in floats.items() if not np.isfinite(np.add.reduce(v, axis=None, dtype=np.float32))]:
             raise ValueError(f"{len(wrong)} variables have nan or infinity, first {wrong[0]}")
-        _check_settings(config, tokens)
+        for key in ("suppress_ids", "suppress_ids_begin", "lang_ids"):
+            for token in config.get(key) or ():
+                if type(token) is not int or not 0 <= token < tokens:
+                    raise ValueError(f"config.json: {key} has {token!r}, which is no token")
+        for layer, head in config.get("alignment_heads") or ():
+            if not (type(layer) is type(head) is int and min(layer, head) >= 0):
+                raise ValueError(f"config.json: alignment_heads has {[layer, head]}, which is no layer and head")
         vocabulary = next((f for f in (folder / "vocabulary.json", folder / "vocabulary.txt") if f.exists()), None)
         if vocabulary is None:
             raise ValueError("no vocabulary.json or vocabulary.txt")
@@ -91,16 +98,6 @@ def check_ct2_folder(folder: Path, config: Mapping[str, Any]) -> tuple[int, int]
         raise ModelError(f"{folder}: not a whole Whisper of CTranslate2: {problem}; export the model again") from err
 
 
-def _check_settings(config: Mapping[str, Any], tokens: int) -> None:
-    for key in ("suppress_ids", "suppress_ids_begin", "lang_ids"):
-        for token in config.get(key) or ():
-            if type(token) is not int or not 0 <= token < tokens:
-                raise ValueError(f"config.json: {key} has {token!r}, which is no token")
-    for layer, head in config.get("alignment_heads") or ():
-        if not (type(layer) is type(head) is int and min(layer, head) >= 0):
-            raise ValueError(f"config.json: alignment_heads has {[layer, head]}, which is no layer and head")
-
-
 def count_heads(variables: Variables, side: str, width: int) -> int:
     """Return the heads of "encoder" or "decoder", which revisions 1 and 2 of the format do not store."""
     return int(np.ravel(variables.get(f"{side}/num_heads", width // _HEAD_DIM))[0])
@@ -110,10 +107,6 @@ def _lines(file: Path) -> list[str]:
     if not file.is_file():
         raise ValueError(f"{file.name} is not a plain file")
     return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-
-
-def _is_finite(values: NDArray[Any]) -> bool:
-    return values.dtype.kind != "f" or bool(np.isfinite(np.add.reduce(values, axis=None, dtype=np.float32)))
 
 
 def read_variables(path: Path) -> Variables:

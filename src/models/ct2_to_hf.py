@@ -10,9 +10,7 @@ openai/whisper-* on the Hub.
 from __future__ import annotations
 
 import re
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +24,8 @@ from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalG
 from src.models.ct2_file import Variables, count_heads, read_variables
 from src.models.dynamic_context import upper_half_heads
 from src.models.folder import own_settings
-from src.models.loading import check_finite, fitting_model
+from src.models.loading import check_finite, fitting_model, reading
 from src.models.processor import START_TOKEN, build_processor, generation_defaults, save_processor, token_rules
-from src.utils.errors import ModelError, first_line
 from src.utils.files import atomic_folder, load_json
 
 # CTranslate2's modules in the encoder, the decoder or a layer; those of Hugging Face, in the order of fused rows.
@@ -66,7 +63,10 @@ def convert_ct2_to_hf(source_dir: Path, output_dir: Path) -> Path:
         ModelError: a file is absent, damaged or not Whisper's.
         FileExistsError: output_dir is taken.
     """
-    with _reading(source_dir / "model.bin"):
+    what = "absent, damaged or not of a CTranslate2 Whisper"
+    fix = "the folder needs model.bin, config.json and tokenizer.json, fetch it again"
+    own = partial(reading, what=what, fix=fix)
+    with own(source_dir / "model.bin"):
         variables = read_variables(source_dir / "model.bin")
         state = _state_dict(variables)
         processor = build_processor(
@@ -75,7 +75,7 @@ def convert_ct2_to_hf(source_dir: Path, output_dir: Path) -> Path:
             vocab_size=state["model.decoder.embed_tokens.weight"].shape[0],
         )
         config = _model_config(variables, state, processor)
-    with _reading(source_dir / "config.json"):
+    with own(source_dir / "config.json"):
         ct2_config = load_json(source_dir / "config.json")
         generation_config = _generation_config(ct2_config, config, processor)
     config.audio_context, rates = own_settings(ct2_config, source_dir / "config.json")
@@ -90,17 +90,6 @@ def convert_ct2_to_hf(source_dir: Path, output_dir: Path) -> Path:
         generation_config.save_pretrained(folder)
         save_processor(processor, folder)
     return output_dir
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, struct.error, LookupError, TypeError, ValueError) as err:
-        raise ModelError(
-            f"{path}: absent, damaged or not of a CTranslate2 Whisper ({type(err).__name__}: {first_line(err)}); the "
-            "folder needs model.bin, config.json and tokenizer.json, fetch it again"
-        ) from err
 
 
 def _weight(variables: Variables, name: str) -> NDArray[np.float32]:

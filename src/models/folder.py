@@ -103,10 +103,6 @@ def own_settings(settings: Mapping[str, Any], file: Path) -> tuple[Literal["full
     context, rates = settings.get("audio_context", "full"), settings.get("tokens_per_sec") or {}
     if context not in ("full", "dynamic"):
         raise ModelError(f"{file}: audio_context is 'full' or 'dynamic', got {context!r}")
-    if not isinstance(rates, dict) or not all(_is_rate(rate) for rate in rates.values()):
+    if not isinstance(rates, dict) or not all(type(r) in (int, float) and 0 < r < math.inf for r in rates.values()):
         raise ModelError(f"{file}: tokens_per_sec maps languages to positive numbers, got {str(rates)[:80]}")
     return cast("Literal['full', 'dynamic']", context), rates
-
-
-def _is_rate(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

@@ -72,14 +72,15 @@ def load_checkpoint(folder: Path) -> tuple[DynamicWhisper, WhisperProcessor]:
     model = fitting_model(config, {name: tensor.shape for name, tensor in tensors.items()}, folder)
     processor = load_processor(folder, config)
     generation = _read_generation(folder, config, processor.tokenizer)
-    with _reading(folder, "the weights cannot be read", "fetch the folder again"):
+    with reading(folder, "the weights cannot be read", "fetch the folder again"):
         put_weights(model, {name: tensor.load() for name, tensor in tensors.items()}, folder)
     model.generation_config = generation
     return model.eval(), processor
 
 
 @contextmanager
-def _reading(place: Path, what: str, fix: str) -> Iterator[None]:
+def reading(place: Path, what: str, fix: str) -> Iterator[None]:
+    """Raise a `ModelError` that names the place, and says what is wrong and how to fix it, for any other error."""
     try:
         yield
     except ModelError:
@@ -93,7 +94,7 @@ def _read_config(folder: Path) -> WhisperConfig:
     file = folder / CONFIG_FILE
     settings = read_settings(file)
     context, rates = own_settings(settings, file)
-    with _reading(file, "not the configuration of a Whisper", "fetch it again"):
+    with reading(file, "not the configuration of a Whisper", "fetch it again"):
         config = WhisperConfig(**{key: value for key, value in settings.items() if key in _NETWORK})
     config.audio_context, config.dtype = context, torch.float32
     config.architectures, config.name_or_path = ["WhisperForConditionalGeneration"], str(folder)
@@ -120,7 +121,7 @@ def _open_weights(folder: Path) -> dict[str, _Tensor]:
 def _open_tensors(file: Path) -> dict[str, _Tensor]:
     """Return the tensors of a safetensors file; only its header is read at this point."""
     found: dict[str, _Tensor] = {}
-    with _reading(file, "damaged or no weights in safetensors", "fetch the file again"):
+    with reading(file, "damaged or no weights in safetensors", "fetch the file again"):
         opened = safe_open(file, framework="pt")
         for name in opened.keys():  # noqa: SIM118
             header = opened.get_slice(name)
@@ -140,7 +141,7 @@ def _load_tensor(opened: Any, name: str) -> Tensor:
 
 def fitting_model(config: WhisperConfig, shapes: Mapping[str, tuple[int, ...]], place: Path) -> DynamicWhisper:
     """Return a model without memory for its weights; `ModelError` if names or shapes do not fit it."""
-    with _reading(place, f"{CONFIG_FILE} does not describe a Whisper", "fetch the folder again"):
+    with reading(place, f"{CONFIG_FILE} does not describe a Whisper", "fetch the folder again"):
         if max(config.encoder_layers, config.decoder_layers) > max(len(shapes), MAX_LAYERS):
             layers = f"{config.encoder_layers} and {config.decoder_layers} layers"
             raise ModelError(f"{place}: {CONFIG_FILE} says {layers}, the weights have {len(shapes)} tensors in all")
@@ -201,7 +202,7 @@ def _listed(what: str, names: list[str]) -> str:
 def load_processor(folder: Path, config: WhisperConfig) -> WhisperProcessor:
     """Load the tokenizer of a folder that has one, and make the feature extractor that the model needs."""
     fix = "copy tokenizer.json of the model that was fine-tuned there"
-    with _reading(folder, "its tokenizer cannot be read", fix):
+    with reading(folder, "its tokenizer cannot be read", fix):
         tokenizer = WhisperTokenizer.from_pretrained(folder, **_added_tokens(folder))
         rules = token_rules(tokenizer)
     end, start = rules["eos_token_id"], rules["decoder_start_token_id"]
@@ -233,7 +234,7 @@ def _read_generation(folder: Path, config: WhisperConfig, tokenizer: Any) -> Gen
     file, rules = folder / GENERATION_FILE, token_rules(tokenizer)
     settings = read_settings(file) if file.exists() else {}
     settings.pop("forced_decoder_ids", None)  # of old checkpoints; contradicts language and task
-    with _reading(file, "not the settings of a Whisper", "fetch it again"):
+    with reading(file, "not the settings of a Whisper", "fetch it again"):
         generation = GenerationConfig.from_dict(settings)
         languages = settings.get("lang_to_id") or {}  # of added tokens, too
         kept = {name: at for name, at in languages.items() if tokenizer.convert_tokens_to_ids(name) == at}
@@ -280,7 +281,7 @@ def merge_adapter(folder: Path, base_dir: Path, target: Path) -> None:
     file = folder / ADAPTER_WEIGHTS
     tensors = {name: tensor.load() for name, tensor in _open_tensors(file).items()}
     check_finite(tensors, file)
-    with _reading(folder, f"does not fit {base_dir}", "name the base that it was trained on, or merge it with PEFT"):
+    with reading(folder, f"does not fit {base_dir}", "name the base that it was trained on, or merge it with PEFT"):
         settings = PeftConfig.from_pretrained(str(folder))
         if str(getattr(settings, "init_lora_weights", "")).startswith(_CHANGES_BASE):
             raise ValueError(f"init_lora_weights {settings.init_lora_weights!r} has changed the base model as well")

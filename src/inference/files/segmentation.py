@@ -226,18 +226,13 @@ def hear_language(engine: Engine, speech: Waveform, options: DecodingOptions, na
     return language
 
 
-def expected_tokens_per_sec(engine: Engine, language: str | None, task: str) -> float:
-    """Return the rate of tokens of fast speech, or the highest one that the checkpoint has seen."""
-    written = text_language(language or engine.language, task)
-    seen = engine.cap_rates.get(written or "en", 0.0) / RATE_MARGIN
-    return max(FAST_SPEECH * tokens_per_sec(written), seen)
-
-
 def max_speech_sec(engine: Engine, language: str | None, options: DecodingOptions) -> float:
-    """Return how much speech has room in the decoder; the text before it gives way."""
+    """Return how much fast speech, or what the checkpoint has seen, has room in the decoder; text before gives way."""
     prefix = options.prefix_tokens or engine.vocabulary.encode(options.prefix)
     room = MAX_LABEL_TOKENS - len(prefix) - SPECIAL_TOKENS
-    return USED_POSITIONS * room / expected_tokens_per_sec(engine, language, options.task)
+    written = text_language(language or engine.language, options.task)
+    seen = engine.cap_rates.get(written or "en", 0.0) / RATE_MARGIN
+    return USED_POSITIONS * room / max(FAST_SPEECH * tokens_per_sec(written), seen)
 
 
 def cut_to_fit(segment: Segment, max_sec: float, vad: VoiceActivityDetector | None) -> list[Segment]:

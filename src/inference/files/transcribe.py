@@ -16,7 +16,7 @@ import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -172,6 +172,8 @@ def _after(text: str, segment: TranscribedSegment) -> TranscribedSegment:
 
 
 _Item = tuple[_Recording, int, Segment]  # a segment, or a part of it, with its index in the recording
+_Readings = Iterable[AbstractContextManager[tuple[_Recording, Iterator[Waveform]]]]  # of `_reading`
+_Show = Callable[[_Recording], object]  # takes note of what is there of a recording
 
 
 class BatchInference:
@@ -239,8 +241,10 @@ class BatchInference:
         spoken = {source: parse_language(mark) for source, mark in marks.items() if mark is not None}
         total = len(sources) if isinstance(sources, Sequence) else None
         by_mode = self._one_by_one if mode == "sequential" else self._in_rounds
+        readings = (_reading(each, index, spoken, on_error, self._track) for index, each in enumerate(sources))
+        show = None if on_progress is None else lambda recording: on_progress(recording.joined(words=word_timestamps))
         with ProgressBar(total=total, desc="transcribing", unit="file", disable=total == 1) as bar:
-            for recording in by_mode(sources, spoken, options, on_error, on_progress):
+            for recording in by_mode(readings, options, show):
                 bar.update()
                 done = recording.joined(words=word_timestamps)
                 if done.truncated:
@@ -253,72 +257,56 @@ class BatchInference:
                     logger.warning("%s: speech has no text, or too little: %s", visible(done.source), gaps)
                 yield done
 
-    def _one_by_one(
-        self,
-        sources: Sources,
-        languages: Mapping[str, str],
-        options: DecodingOptions,
-        on_error: str,
-        on_progress: Callable[[Transcription], object] | None,
-    ) -> Iterator[_Recording]:
-        for index, source in enumerate(sources):
-            with _reading(source, index, languages, on_error, self._track) as (recording, blocks):
+    def _one_by_one(self, readings: _Readings, options: DecodingOptions, show: _Show | None) -> Iterator[_Recording]:
+        for reading in readings:
+            with reading as (recording, blocks):
                 own = replace(options, language=recording.language or options.language)
                 found = decode_windows(self._engine, blocks, own, self._settings, vad=self._vad, name=recording.source)
                 for number, segment in enumerate(found):
                     recording.decoded[float(number)] = (segment,)
-                    if on_progress is not None:
-                        on_progress(recording.joined(words=options.word_timestamps))
+                    if show is not None:
+                        show(recording)
             yield recording
 
-    def _in_rounds(
-        self,
-        sources: Sources,
-        languages: Mapping[str, str],
-        options: DecodingOptions,
-        on_error: str,
-        on_progress: Callable[[Transcription], object] | None,
-    ) -> Iterator[_Recording]:
+    def _in_rounds(self, readings: _Readings, options: DecodingOptions, show: _Show | None) -> Iterator[_Recording]:
         """Gather segments until there are enough of them, or of audio; decode them, and yield what is complete."""
-        batches = 1 if on_progress is not None else ROUND_BATCHES
-        max_segments = batches * self._settings.batch_size * self._engine.workers
+        max_segments = (ROUND_BATCHES if show is None else 1) * self._settings.batch_size * self._engine.workers
         max_sec, pause_sec = self._settings.max_segment_sec, self._settings.join_pause_sec
         pause_sec = JOIN_PAUSE_SEC[self._engine.audio_context] if pause_sec is None else pause_sec
         is_open = is_language_open(self._engine, options)
         waiting: deque[_Recording] = deque()
         round_: list[_Item] = []
 
+        def is_ready(recording: _Recording) -> bool:
+            """Whether enough of a recording was heard to know its language."""
+            enough = len(recording.speech) >= DETECTION_SEC * SAMPLE_RATE or recording.cut_sec >= DETECTION_LOOK_SEC
+            return not is_open or recording.language is not None or recording.is_read or enough
+
         def decode() -> Iterator[_Recording]:
-            ready = [item for item in round_ if not is_open or self._is_heard(item[0])]  # the others wait
-            round_[:] = [item for item in round_ if is_open and not self._is_heard(item[0])]
+            ready = [item for item in round_ if is_ready(item[0])]  # the others wait
+            round_[:] = [item for item in round_ if not is_ready(item[0])]
             self._decode_round(ready, options)
-            if on_progress is not None:
+            if show is not None:
                 for recording in {id(item[0]): item[0] for item in ready}.values():
-                    on_progress(recording.joined(words=options.word_timestamps))
+                    show(recording)
             while waiting and waiting[0].is_read and len(waiting[0].decoded) == waiting[0].cut:
                 yield waiting.popleft()
 
-        for index, source in enumerate(sources):
-            with _reading(source, index, languages, on_error, self._track) as (recording, blocks):
+        for reading in readings:
+            with reading as (recording, blocks):
                 waiting.append(recording)
                 for segment in cut_at_silences(blocks, self._vad, max_sec=max_sec, join_pause_sec=pause_sec):
                     round_.append((recording, recording.cut, segment))
                     recording.cut += 1
                     recording.cut_sec += segment.end_sec - segment.start_sec
-                    if is_open and not self._is_heard(recording):
+                    if not is_ready(recording):
                         recording.speech = np.concatenate([recording.speech, speech_of(segment.audio, self._vad)])
-                    ready = [segment for each, _, segment in round_ if not is_open or self._is_heard(each)]
+                    ready = [segment for each, _, segment in round_ if is_ready(each)]
                     held_sec = sum(segment.end_sec - segment.start_sec for segment in ready)
                     if len(ready) >= max_segments or held_sec >= ROUND_SEC:
                         yield from decode()
             recording.is_read = True
         yield from decode()
-
-    @staticmethod
-    def _is_heard(recording: _Recording) -> bool:
-        """Whether enough of a recording was heard to know its language."""
-        enough = len(recording.speech) >= DETECTION_SEC * SAMPLE_RATE or recording.cut_sec >= DETECTION_LOOK_SEC
-        return recording.language is not None or recording.is_read or enough
 
     def _decode_round(self, round_: Sequence[_Item], options: DecodingOptions) -> None:
         """Decode segments in batches from long to short, each batch in one language."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -97,6 +98,21 @@ class ServedModel:
         except DataError as err:
             raise ConfigError(str(err)) from err
         return StreamingASR(engine=self.engine, vad=self.vad, config=self.config.model_copy(update={"model": spoken}))
+
+
+class EngineInTurns:
+    """An engine whose calls of the model go to `run`, which waits for their turn in the host's worker."""
+
+    workers = 1
+
+    def __init__(self, engine: Engine, run: Callable[[Callable[[], Any]], Any]) -> None:
+        self._engine, self._run = engine, run
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._engine, name)
+        if name not in ("encode", "decode", "align", "detect"):
+            return value
+        return lambda *arguments, **options: self._run(partial(value, *arguments, **options))
 
 
 class LiveHost:

@@ -31,11 +31,12 @@ from src.inference.engine_base import Engine, transcribe
 from src.inference.engines import load_engine
 from src.inference.files.transcribe import BatchInference, Transcriptions
 from src.inference.options import DecodingOptions
-from src.inference.server.host import LOOPBACK, LiveHost, LiveSession, ServerLimits
+from src.inference.server.host import LOOPBACK, EngineInTurns, LiveHost, LiveSession, ServerLimits
 from src.inference.server.protocol import StreamError, read_samples
 from src.inference.server.served import AudioMessage, ServedPage, complaint
 from src.inference.streaming.commit import Event
 from src.inference.streaming.session import StreamingASR
+from src.inference.words import Word
 from src.utils.config import Config
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError, ModelError
 from src.utils.languages import language_name, text_language
@@ -116,6 +117,11 @@ class Backend:
 
     def __init__(self, engines: Mapping[str, Engine], config: Config, host: LiveHost, *, max_upload_sec: float) -> None:
         self._engines, self._config, self._max_upload_sec = engines, config, max_upload_sec
+
+        def in_turn(call: Callable[[], Any]) -> Any:  # a file must not keep live captions waiting
+            end_if_nobody_waits()
+            return host.worker.submit(call).result()
+
         self._vad = VoiceActivityDetector(config.vad)
         self.live = LiveTabs(host, self._make_session, task=config.model.task)
         self.about: dict[str, str] = {}  # how each model computes
@@ -125,7 +131,7 @@ class Backend:
             self.about[name] = f"{engine.name}, {engine.precision} on {engine.device}, {CONTEXTS[engine.audio_context]}"
             short = {"batch_size": CPU_BATCH} if engine.device == "cpu" else {}
             settings = config.model_copy(update={"inference": config.inference.model_copy(update=short)})
-            in_turns = cast(Engine, _InTurns(engine, host))
+            in_turns = cast(Engine, EngineInTurns(engine, in_turn))
             self._batches[name] = BatchInference(config=settings, engine=in_turns, vad=self._vad)
 
     def _make_session(self, model: str) -> StreamingASR:
@@ -143,26 +149,6 @@ class Backend:
             raise AudioError("no recording yet: upload one, or record it")
         audio = read_upload(Path(path), max_sec=self._max_upload_sec)
         return [self._batches[model].transcribe_batch([audio], word_timestamps=True) for model in models]
-
-
-class _InTurns:
-    """An engine whose calls wait for their turn in the host's worker: a file must not keep live captions waiting."""
-
-    workers = 1
-
-    def __init__(self, engine: Engine, host: LiveHost) -> None:
-        self._engine, self._host = engine, host
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._engine, name)
-        if not callable(value):
-            return value
-
-        def in_turn(*given: Any, **named: Any) -> Any:
-            end_if_nobody_waits()
-            return self._host.worker.submit(value, *given, **named).result()
-
-        return in_turn
 
 
 def end_if_nobody_waits() -> None:
@@ -268,13 +254,8 @@ class LiveTabs:
 
 def _on_page(events: Sequence[Event]) -> list[dict[str, Any]]:
     """Return events as they travel, words with the space before them."""
-    return [
-        {
-            "kind": event.kind,
-            "words": [
-                {"text": " " * word.space + word.text, "start": word.start_sec, "end": word.end_sec}
-                for word in event.words
-            ],
-        }
-        for event in events
-    ]
+
+    def on_page(word: Word) -> dict[str, Any]:
+        return {"text": " " * word.space + word.text, "start": word.start_sec, "end": word.end_sec}
+
+    return [{"kind": event.kind, "words": [on_page(word) for word in event.words]} for event in events]

@@ -38,7 +38,7 @@ from src.inference.server.host import (
     idle_error,
 )
 from src.inference.server.protocol import StreamError
-from src.inference.server.speech_api import DEFAULT_MODEL, ApiError, SpeechApi
+from src.inference.server.speech_api import DEFAULT_MODEL, ApiError, SpeechApi, wrong_token
 from src.utils.errors import ConfigError, first_line, visible
 
 logger = logging.getLogger(__name__)
@@ -144,8 +144,7 @@ class CaptionServer:
                 raise ApiError(403, "pages of this origin are not served; see --origin", code="origin_not_allowed")
             is_known = self._is_known(tokens)
             if tokens and not is_known:
-                wrong = "wrong token; send Authorization: Bearer TOKEN"
-                raise ApiError(401, wrong, code="invalid_api_key", WWW_Authenticate="Bearer")
+                raise wrong_token("wrong token")
             if is_known:
                 connection.admit(self._known, waits=upgrades)
             if upgrades:

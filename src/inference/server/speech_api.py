@@ -28,7 +28,7 @@ from src.data.audio import Waveform, stream_audio
 from src.inference.captions import to_srt, to_vtt
 from src.inference.engine_base import Engine
 from src.inference.files.transcribe import BatchInference, Transcription
-from src.inference.server.host import LiveHost, ServedModel
+from src.inference.server.host import EngineInTurns, LiveHost, ServedModel
 from src.utils.config import Config
 from src.utils.errors import AudioError, DeviceError, WhisperASRError, first_line, visible
 from src.utils.languages import language_name, space_between
@@ -77,6 +77,12 @@ class ApiError(WhisperASRError):
         """Return the answer to the request."""
         own = {name.replace("_", "-"): value for name, value in self.headers.items()}
         return web.json_response(self.content, status=self.status, headers={**headers, **own})
+
+
+def wrong_token(wrong: str) -> ApiError:
+    """Return why a client without the token, or with a wrong one, is refused."""
+    fix = "send Authorization: Bearer TOKEN"
+    return ApiError(401, f"{wrong}; {fix}", code="invalid_api_key", WWW_Authenticate="Bearer")
 
 
 class _Form(BaseModel):
@@ -156,12 +162,9 @@ class SpeechApi:
         if request.method == "OPTIONS" and headers:  # asked by a browser before a page may ask
             methods = {"Access-Control-Allow-Methods": allowed, "Access-Control-Allow-Headers": "*, Authorization"}
             return web.Response(status=204, headers={**headers, **methods, "Access-Control-Max-Age": "600"})
-        known_path = path in ("/health", "/v1/models", *AUDIO_PATHS) or path.startswith("/v1/models/")
         if path != "/health" and not is_known:
-            raise ApiError(
-                401, "no token; send Authorization: Bearer TOKEN", code="invalid_api_key", WWW_Authenticate="Bearer"
-            )
-        if not known_path:
+            raise wrong_token("no token")
+        if path not in ("/health", "/v1/models", *AUDIO_PATHS) and not path.startswith("/v1/models/"):
             raise ApiError(404, f"unknown address: {request.method} {visible(path)[:200]}", code="unknown_url")
         if request.method not in allowed.split(", "):
             raise ApiError(405, f"{path} takes {allowed}, not {request.method[:20]}", Allow=allowed)
@@ -171,10 +174,8 @@ class SpeechApi:
             if self._is_stopping:
                 raise _stopping()
             return web.json_response({"status": "ok"}, headers=headers)
-        names = list(dict.fromkeys([*self._models, DEFAULT_MODEL])) if self._models else []
-        models = {
-            name: {"id": name, "object": "model", "created": self._created, "owned_by": "whisper-asr"} for name in names
-        }
+        said = {"object": "model", "created": self._created, "owned_by": "whisper-asr"}
+        models = {name: {"id": name, **said} for name in ([*self._models, DEFAULT_MODEL] if self._models else [])}
         if path == "/v1/models":
             return web.json_response({"object": "list", "data": list(models.values())}, headers=headers)
         name = path.removeprefix("/v1/models/")
@@ -243,9 +244,8 @@ class SpeechApi:
         def work() -> Transcription:
             try:
                 job.check()
-                inference = BatchInference(
-                    config=config, engine=cast(Engine, _EngineBetweenTurns(model.engine, job)), vad=model.vad
-                )
+                between_turns = cast(Engine, EngineInTurns(model.engine, job.run))
+                inference = BatchInference(config=config, engine=between_turns, vad=model.vad)
                 options: dict[str, Any] = {"on_progress": send} if form.stream else {}
                 (found,) = inference.transcribe_iter([blocks()], word_timestamps=form.words, **options)
             except (ApiError, ConnectionError):
@@ -347,19 +347,6 @@ class _Job:
             raise
 
 
-class _EngineBetweenTurns:
-    """An engine whose calls wait for their turns."""
-
-    def __init__(self, engine: Engine, job: _Job) -> None:
-        self._engine, self._job = engine, job
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._engine, name)
-        if name not in ("encode", "decode", "align", "detect"):
-            return value
-        return lambda *arguments, **options: self._job.run(partial(value, *arguments, **options))
-
-
 def _stopping() -> ApiError:
     return ApiError(503, "the server stops; try again later", code="shutdown", Retry_After=str(RETRY_SEC))
 
@@ -446,17 +433,15 @@ def _usage(found: Transcription) -> dict[str, Any]:
 
 def _answer(found: Transcription, form: _Form, task: str, headers: Mapping[str, str]) -> web.Response:
     """Return the text in the format that was asked for."""
-    texts: dict[str, Callable[[], str]] = {
-        "text": lambda: f"{found.text}\n",
-        "srt": lambda: to_srt(found.cues(task=task)),
-        "vtt": lambda: to_vtt(found.cues(task=task)),
-    }
-    if form.response_format in texts:
-        return web.Response(text=texts[form.response_format](), headers=headers)
+    if form.response_format == "text":
+        return web.Response(text=f"{found.text}\n", headers=headers)
+    if (written := {"srt": to_srt, "vtt": to_vtt}.get(form.response_format)) is not None:
+        return web.Response(text=written(found.cues(task=task)), headers=headers)
     content: dict[str, Any] = {"text": found.text, "usage": _usage(found)}
     if form.response_format == "verbose_json":
         granularities = form.timestamp_granularities or ("segment",)
-        content |= {"task": task, "duration": round(found.duration_sec, 3), "language": _language(found)}
+        content |= {"task": task, "duration": round(found.duration_sec, 3)}
+        content["language"] = language_name(found.language or "en").lower()  # of an English-only model, and of silence
         if "segment" in granularities:
             content["segments"] = _segments(found)
         if "word" in granularities:
@@ -465,11 +450,6 @@ def _answer(found: Transcription, form: _Form, task: str, headers: Mapping[str, 
                 for word in found.words or ()
             ]
     return web.json_response(content, headers=headers, dumps=partial(json.dumps, ensure_ascii=False, allow_nan=False))
-
-
-def _language(found: Transcription) -> str:
-    """Return the language as OpenAI writes it; English for an English-only model, and for silence."""
-    return language_name(found.language or "en").lower()
 
 
 def _segments(found: Transcription) -> list[dict[str, Any]]:

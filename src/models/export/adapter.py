@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Linear
 
-from src.data.audio import Waveform
 from src.models.export.huggingface import ADAPTER_SETTINGS, ADAPTERS_FILE, loaded_source, new_export
-from src.models.export.verify import SpokenClip, load_clips, verify_transcripts
+from src.models.export.verify import Clips, verify_transcripts
 from src.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from src.models.loading import load_checkpoint
 from src.models.processor import save_processor
@@ -32,16 +31,12 @@ def export_peft(
     output_dir: str | Path,
     *,
     cache_dir: Path,
-    verify_clips: Sequence[Waveform | SpokenClip] | None = None,
+    verify_clips: Clips | None = None,
 ) -> Path:
     """Save the adapters of a LoRA training as PEFT does, and verify that they and their base model transcribe alike.
 
-    Args:
-        source: a Hugging Face folder that such a training wrote, `best_model_hf`.
-        output_dir: replaced if it is an older export; appears whole or not at all.
-        cache_dir: of `resolve_weights`, which finds the base model.
-        verify_clips: speech of up to 30 s, transcribed by both; by default that of the user's data which the folder
-            keeps, else five bundled English clips.
+    The source is a Hugging Face folder that such a training wrote, `best_model_hf`; `resolve_weights` finds the base
+    model with `cache_dir`. The other arguments are those of `export_ctranslate2`.
 
     Returns:
         output_dir, for `PeftModel.from_pretrained(base model, output_dir)`, and as a model's name for this library.
@@ -54,7 +49,8 @@ def export_peft(
     source, output_dir = Path(source), Path(output_dir)
     tensors, settings = read_adapters(source)
     base = resolve_base(settings, cache_dir=cache_dir)
-    with loaded_source(source, None) as (_, model, processor), new_export(output_dir, [ADAPTER_CONFIG]) as folder:
+    given = loaded_source(source, None, verify_clips)
+    with given as (model, processor, clips), new_export(output_dir, [ADAPTER_CONFIG]) as folder:
         settings["inference_mode"] = True
         (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         # as `PeftModel.save_pretrained` names them
@@ -65,8 +61,9 @@ def export_peft(
         save_processor(processor, folder)
         stock, _ = load_checkpoint(base.path)
         stock.audio_context, stock.generation_config = model.audio_context, model.generation_config
-        adapted = load_peft(stock, folder)
-        clips = (load_clips(source) or None) if verify_clips is None else verify_clips
+        config = PeftConfig.from_pretrained(str(folder))
+        config._register_custom_module({Linear: LoraLinear})  # else PEFT asks every quantisation library in turn
+        adapted: Any = PeftModel.from_pretrained(stock, str(folder), config=config).eval()
         name = f"{output_dir}: {settings['base_model_name_or_path']} with its adapters"
         verify_transcripts(model, processor, lambda batch: batch.generate(adapted), name=name, clips=clips)
     logger.info("saved %s (PEFT, adapters of %s)", output_dir, settings["base_model_name_or_path"])
@@ -88,10 +85,3 @@ def read_adapters(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(settings, dict):
         raise ModelError(f"{path}: says nothing of rank and base model, as before version 0.2; train once more")
     return tensors, settings
-
-
-def load_peft(base: nn.Module, folder: Path) -> Any:
-    """Return a model with the adapters of a folder of PEFT, in evaluation mode."""
-    config = PeftConfig.from_pretrained(str(folder))
-    config._register_custom_module({nn.Linear: LoraLinear})  # else PEFT asks every quantisation library in turn
-    return PeftModel.from_pretrained(base, str(folder), config=config).eval()

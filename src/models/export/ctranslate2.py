@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from ctranslate2.converters.transformers import WhisperLoader
 from ctranslate2.specs.model_spec import ACCEPTED_MODEL_TYPES
 from transformers import WhisperProcessor
 
-from src.data.audio import Waveform
 from src.models.dynamic_context import existing_heads, get_cap_rates, get_language
 from src.models.export.huggingface import loaded_source, new_export
-from src.models.export.verify import ClipBatch, SpokenClip, load_clips, verify_transcripts
+from src.models.export.verify import ClipBatch, Clips, verify_transcripts
 from src.utils.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -31,7 +29,7 @@ def export_ctranslate2(
     *,
     processor: WhisperProcessor | None = None,
     quantization: str = "int8",
-    verify_clips: Sequence[Waveform | SpokenClip] | None = None,
+    verify_clips: Clips | None = None,
 ) -> Path:
     """Convert for CTranslate2 and faster-whisper, and verify the export by transcribing.
 
@@ -54,7 +52,8 @@ def export_ctranslate2(
     if quantization not in ACCEPTED_MODEL_TYPES:
         raise ModelError(f"unknown quantization {quantization!r}; known: {', '.join(ACCEPTED_MODEL_TYPES)}")
     output_dir = Path(output_dir)
-    with loaded_source(source, processor) as (hf_dir, model, own), new_export(output_dir, ["model.bin"]) as folder:
+    given = loaded_source(source, processor, verify_clips)
+    with given as (model, own, clips), new_export(output_dir, ["model.bin"]) as folder:
         existing_heads(model)  # CTranslate2 copies the list as it is
         # what `TransformersConverter` does, with a copy of the model that is loaded and checked already
         with torch.no_grad():
@@ -65,7 +64,12 @@ def export_ctranslate2(
         own.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))  # these two for faster-whisper
         own.feature_extractor.save_pretrained(folder)
         config_file = folder / "config.json"
-        config = {**json.loads(config_file.read_text(encoding="utf-8")), **_own_settings(model)}
+        said = {
+            "language": get_language(model),
+            "tokens_per_sec": get_cap_rates(model.config),
+        }  # if the checkpoint does
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config |= {"audio_context": model.audio_context, **{key: value for key, value in said.items() if value}}
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         engine = ctranslate2.models.Whisper(
             str(folder), device="cpu", intra_threads=torch.get_num_threads(),
@@ -79,13 +83,6 @@ def export_ctranslate2(
             return [result.sequences_ids[0] for result in found]
 
         quantised, name = quantization not in ("float32", "float16"), f"{output_dir}: the {quantization} model"
-        clips = (load_clips(hf_dir) or None) if verify_clips is None else verify_clips
         mismatch = verify_transcripts(model, own, transcribe, name=name, quantised=quantised, clips=clips)
     logger.info("saved %s (CTranslate2 %s, %.0f%% of words differ)", output_dir, quantization, 100 * mismatch)
     return output_dir
-
-
-def _own_settings(model: Any) -> dict[str, Any]:
-    """Return what this library reads from config.json in addition; what the checkpoint does not say is left out."""
-    settings = {"language": get_language(model), "tokens_per_sec": get_cap_rates(model.config)}
-    return {"audio_context": model.audio_context, **{key: value for key, value in settings.items() if value}}

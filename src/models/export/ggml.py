@@ -11,7 +11,6 @@ vocabulary, and pads audio to 30 s unless it is called with `-ac`; the file cann
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import math
@@ -19,7 +18,7 @@ import re
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,15 +28,15 @@ from torch import Tensor
 from transformers import WhisperProcessor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from src.data.audio import Waveform
 from src.models.dynamic_context import get_language
-from src.models.export.huggingface import loaded_source, new_export
-from src.models.export.verify import TRAILING_SILENCE_SEC, ClipBatch, SpokenClip, load_clips, verify_transcripts
+from src.models.export.huggingface import loaded_source, new_export, require_packages
+from src.models.export.verify import TRAILING_SILENCE_SEC, ClipBatch, Clips, verify_transcripts
 from src.models.folder import GGML_FILE, GGML_USAGE
-from src.utils.errors import MissingDependencyError, ModelError
+from src.utils.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
+GGML_PACKAGES = ("pywhispercpp",)  # with which it is verified
 MAGIC = 0x67676D6C  # "ggml"
 # of English-only, multilingual, and large-v3's vocabulary, which has one language more
 VOCABULARIES = (51_864, 51_865, 51_866)
@@ -99,16 +98,11 @@ def export_ggml(
     output_dir: str | Path,
     *,
     processor: WhisperProcessor | None = None,
-    verify_clips: Sequence[Waveform | SpokenClip] | None = None,
+    verify_clips: Clips | None = None,
 ) -> Path:
     """Convert for whisper.cpp, and verify the export by transcribing with it.
 
-    Args:
-        source: a Hugging Face folder, or a model together with its `processor`.
-        output_dir: replaced if it is an older export; appears whole or not at all.
-        processor: of a model.
-        verify_clips: speech of up to 30 s, transcribed by both; by default that of the user's data which the folder
-            keeps, else five bundled English clips. A checkpoint of dynamic context hears it at its own length.
+    Arguments are those of `export_ctranslate2`. A checkpoint of dynamic context hears the clips at their own length.
 
     Returns:
         output_dir, with config.json, `ggml-model.bin`, of which whisper.cpp's `quantize` makes smaller files, and
@@ -120,24 +114,17 @@ def export_ggml(
             `verify_transcripts`.
         FileExistsError: output_dir contains something else.
     """
-    require_whisper_cpp()
-    output_dir = Path(output_dir)
-    with loaded_source(source, processor) as (hf_dir, model, own), new_export(output_dir, [GGML_FILE]) as folder:
+    require_packages("export for whisper.cpp", GGML_PACKAGES)
+    output_dir, given = Path(output_dir), loaded_source(source, processor, verify_clips)
+    with given as (model, own, clips), new_export(output_dir, [GGML_FILE]) as folder:
         with (folder / GGML_FILE).open("wb") as file:
             write_ggml(model, own, file)
         model.config.save_pretrained(folder)  # has `audio_context`
         (folder / GGML_USAGE).write_text(_usage(model), encoding="utf-8")
-        clips = (load_clips(hf_dir) or None) if verify_clips is None else verify_clips
         name = f"{output_dir}: the ggml model"
         verify_transcripts(model, own, whisper_cpp(folder / GGML_FILE), name=name, clips=clips)
     logger.info("saved %s (ggml)", output_dir)
     return output_dir
-
-
-def require_whisper_cpp() -> None:
-    """Raise `MissingDependencyError` unless pywhispercpp is installed."""
-    if importlib.util.find_spec("pywhispercpp") is None:
-        raise MissingDependencyError("export for whisper.cpp is verified with it: pip install pywhispercpp")
 
 
 def write_ggml(model: Any, processor: WhisperProcessor, file: BinaryIO) -> None:

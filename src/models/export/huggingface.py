@@ -6,6 +6,7 @@ export of the same name is replaced when the new one is complete; any other fold
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import tempfile
@@ -19,12 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-from src.data.audio import Waveform
 from src.models.dynamic_context import DynamicWhisper
-from src.models.export.verify import SpokenClip, keeps_length, save_clips, verify_transcripts
+from src.models.export.verify import Clips, keeps_length, load_clips, save_clips, verify_transcripts
 from src.models.loading import load_checkpoint
 from src.models.processor import save_processor
-from src.utils.errors import ModelError
+from src.utils.errors import MissingDependencyError, ModelError
 from src.utils.files import atomic_folder, load_json, recover_folder, writing
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def export_huggingface(
     provenance: Mapping[str, Any] | None = None,
     adapters: Mapping[str, Tensor] | None = None,
     adapter_settings: Mapping[str, Any] | None = None,
-    verify_clips: Sequence[Waveform | SpokenClip] = (),
+    verify_clips: Clips = (),
 ) -> Path:
     """Save a model and its processor, and verify that stock transformers loads the same weights and transcribes alike.
 
@@ -91,10 +91,13 @@ def new_export(output_dir: Path, marks: Sequence[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def loaded_source(source: str | Path | Any, processor: Any) -> Iterator[tuple[Path, DynamicWhisper, Any]]:
-    """Yield the source of an export as a Hugging Face folder, as a model in float32 on the CPU, and its processor.
+def loaded_source(
+    source: str | Path | Any, processor: Any, clips: Clips | None
+) -> Iterator[tuple[DynamicWhisper, Any, Clips | None]]:
+    """Yield the source of an export as a model in float32 on the CPU, its processor, and the clips to verify with.
 
-    The source is such a folder, or a model together with its processor, which are saved for the time of the block.
+    The source is a Hugging Face folder, or a model together with its processor, which are saved for the time of the
+    block. The clips are by default those that the folder keeps, if any.
     """
     with nullcontext(source) if isinstance(source, str | Path) else tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -103,7 +106,13 @@ def loaded_source(source: str | Path | Any, processor: Any) -> Iterator[tuple[Pa
                 raise ModelError("a model needs its processor: pass processor=, or a Hugging Face folder instead")
             with writing(folder):
                 _save(source, processor, folder)
-        yield folder, *load_checkpoint(folder)
+        yield *load_checkpoint(folder), (load_clips(folder) or None) if clips is None else clips
+
+
+def require_packages(what: str, names: Sequence[str]) -> None:
+    """Raise `MissingDependencyError` unless the optional packages of an export are installed."""
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise MissingDependencyError(f"{what} needs {', '.join(missing)}: pip install {' '.join(names)}")
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -123,9 +132,7 @@ def _save(model: Any, processor: WhisperProcessor, folder: Path) -> None:
     save_processor(processor, folder)
 
 
-def _verify_huggingface(
-    model: Any, processor: WhisperProcessor, folder: Path, clips: Sequence[Waveform | SpokenClip]
-) -> None:
+def _verify_huggingface(model: Any, processor: WhisperProcessor, folder: Path, clips: Clips) -> None:
     reloaded = WhisperForConditionalGeneration.from_pretrained(folder, dtype=model.dtype).to(model.device)
     saved, expected = reloaded.state_dict(), model.state_dict()
     wrong = sorted(saved.keys() ^ expected.keys())

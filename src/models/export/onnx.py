@@ -7,7 +7,6 @@ outputs, so word times are unavailable.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,16 +17,15 @@ import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig, WhisperProcessor
 
-from src.data.audio import Waveform
 from src.models.export import verify
-from src.models.export.huggingface import loaded_source, new_export
+from src.models.export.huggingface import loaded_source, new_export, require_packages
 from src.models.processor import save_processor
-from src.utils.errors import MissingDependencyError, ModelError
+from src.utils.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
 OnnxQuantization = Literal["none", "int8"]
-PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 ONNX_DIR = "onnx"  # in the folder of an export, as on the Hub
 ENCODER_FILES = ("onnx/encoder_model.onnx", "onnx/encoder_model_quantized.onnx")
 MAX_LOGIT_DIFFERENCE = 0.01  # measured 2026-11-28, tiny.en and base, one CPU core: 3e-5 to 7e-5
@@ -42,17 +40,12 @@ def export_onnx(
     *,
     processor: WhisperProcessor | None = None,
     quantization: OnnxQuantization = "none",
-    verify_clips: Sequence[Waveform | verify.SpokenClip] | None = None,
+    verify_clips: verify.Clips | None = None,
 ) -> Path:
     """Convert for ONNX Runtime, and verify the export by transcribing.
 
-    Args:
-        source: a Hugging Face folder, or a model together with its `processor`.
-        output_dir: replaced if it is an older export; appears whole or not at all.
-        processor: of a model.
-        quantization: "none" keeps float32; "int8" quantises the weights of the linear layers and the embedding.
-        verify_clips: speech of up to 30 s, transcribed by both; by default that of the user's data which the folder
-            keeps, else five bundled English clips.
+    Arguments are those of `export_ctranslate2`, but for the quantization: "none" keeps float32; "int8" quantises the
+    weights of the linear layers and the embedding.
 
     Returns:
         output_dir. The encoder takes 10 to 3,000 frames if the checkpoint has dynamic context, else 3,000.
@@ -65,11 +58,12 @@ def export_onnx(
     """
     if quantization not in get_args(OnnxQuantization):
         raise ModelError(f"unknown quantization {quantization!r}; known: {', '.join(get_args(OnnxQuantization))}")
-    require_onnx()
+    require_packages("export to ONNX", ONNX_PACKAGES)
     from src.models.export.onnx_graphs import write_onnx
 
     output_dir, exact = Path(output_dir), quantization == "none"
-    with loaded_source(source, processor) as (hf_dir, model, own), new_export(output_dir, ENCODER_FILES) as folder:
+    given = loaded_source(source, processor, verify_clips)
+    with given as (model, own, clips), new_export(output_dir, ENCODER_FILES) as folder:
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         save_processor(own, folder)
@@ -77,7 +71,6 @@ def export_onnx(
         write_onnx(model, folder / ONNX_DIR, int8=not exact)
         exported = OnnxWhisper(folder)
         name = f"{output_dir}: the ONNX model (quantization {quantization})"
-        clips = (verify.load_clips(hf_dir) or None) if verify_clips is None else verify_clips
         mismatch = verify.verify_transcripts(
             model, own, exported.transcribe, name=name, quantised=not exact, clips=clips
         )
@@ -91,13 +84,6 @@ def export_onnx(
             logger.info("logits of torch and ONNX Runtime differ by at most %.1e", difference)
     logger.info("saved %s (ONNX, quantization %s, %.0f%% of words differ)", output_dir, quantization, 100 * mismatch)
     return output_dir
-
-
-def require_onnx() -> None:
-    """Raise `MissingDependencyError` unless the optional packages are installed."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingDependencyError(f"export to ONNX needs {', '.join(missing)}: pip install {' '.join(PACKAGES)}")
 
 
 def _logit_difference(model: Any, processor: WhisperProcessor, exported: OnnxWhisper) -> float:

@@ -61,6 +61,9 @@ class SpokenClip:
     language: str | None = None  # Whisper's code; None is the checkpoint's own, else what the model hears
 
 
+Clips = Sequence[Waveform | SpokenClip]
+
+
 @dataclass(frozen=True)
 class ClipBatch:
     """Input of the source and of its export."""
@@ -96,7 +99,7 @@ def verify_transcripts(
     *,
     name: str,
     quantised: bool = False,
-    clips: Sequence[Waveform | SpokenClip] | None = None,
+    clips: Clips | None = None,
 ) -> float:
     """Transcribe clips with a model and with its export, and refuse an export that is not the model's.
 
@@ -158,7 +161,7 @@ def choose_clips(loader: Any, seed: int) -> tuple[SpokenClip, ...]:
     return tuple(SpokenClip(decode_audio(u)[:samples].numpy(), u.language) for u in chosen)
 
 
-def save_clips(clips: Sequence[Waveform | SpokenClip], folder: Path) -> None:
+def save_clips(clips: Clips, folder: Path) -> None:
     """Write clips into a checkpoint's folder, in 16 bits; nothing if there are none."""
     given = _spoken(clips)
     audios = {f"{at:03d}": torch.from_numpy(clip.audio) for at, clip in enumerate(given)}
@@ -202,7 +205,7 @@ def bundled_clips() -> tuple[Waveform, ...]:
     return tuple(load_audio(listed[name].audio) for name in VERIFY_IDS)
 
 
-def _spoken(clips: Sequence[Waveform | SpokenClip]) -> list[SpokenClip]:
+def _spoken(clips: Clips) -> list[SpokenClip]:
     return [clip if isinstance(clip, SpokenClip) else SpokenClip(clip) for clip in clips]
 
 
@@ -211,7 +214,7 @@ def keeps_length(model: Any) -> bool:
     return isinstance(model, DynamicWhisper) and model.audio_context == "dynamic"
 
 
-def prepare_batch(model: Any, tokenizer: Any, clips: Sequence[Waveform | SpokenClip]) -> ClipBatch:
+def prepare_batch(model: Any, tokenizer: Any, clips: Clips) -> ClipBatch:
     """Compute features at the model's own audio context, and find each clip's language, first tokens and limit.
 
     The language is the clip's, else that of the generation config, else it is detected.

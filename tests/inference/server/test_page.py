@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
 
@@ -27,8 +28,8 @@ from src.inference.engines import load_engine
 from src.inference.files.segmentation import TranscribedSegment
 from src.inference.files.transcribe import Transcription, Transcriptions
 from src.inference.options import DecodingOptions
-from src.inference.server.host import LiveHost, ServerLimits
-from src.inference.server.page import Demo, LiveTabs, _InTurns, launch_demo, read_upload
+from src.inference.server.host import EngineInTurns, LiveHost, ServerLimits
+from src.inference.server.page import Demo, LiveTabs, launch_demo, read_upload
 from src.inference.server.protocol import write_samples
 from src.inference.streaming.commit import Event
 from src.inference.words import Word, join_words
@@ -182,16 +183,17 @@ def test_a_recording_that_fails_or_changes_its_rate_is_freed_and_the_others_go_o
 
 def test_calls_of_an_engine_take_turns_in_the_order_in_which_they_came() -> None:
     host, done, may_end = LiveHost(), [], threading.Event()
-    engine: Any = _InTurns([0], host)  # type: ignore[arg-type]
+    wrapped = SimpleNamespace(device="cpu", encode=[0].count, decode=[0].index)
+    engine: Any = EngineInTurns(wrapped, lambda call: host.worker.submit(call).result())  # type: ignore[arg-type]
     first = host.worker.submit(may_end.wait)
     rest = [host.worker.submit(done.append, number) for number in range(20)]
     assert done == []
     may_end.set()
-    assert engine.count(0) == 1  # a call of what it wraps, after all others
+    assert (engine.device, engine.encode(0)) == ("cpu", 1)  # a call of what it wraps, after all others
     assert (first.result(), done) == (True, list(range(20)))
     assert all(each.done() for each in rest)
     with pytest.raises(ValueError, match="not in list"):
-        engine.index(1)
+        engine.decode(1)
     host.worker.shutdown()
 
 

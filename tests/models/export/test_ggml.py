@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import struct
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def test_what_whisper_cpp_has_no_place_for_is_refused(small_base: Any, tmp_path:
 def test_without_whisper_cpp_nothing_is_exported(
     small_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ggml.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="pip install pywhispercpp"):
         export_ggml(small_base[0], tmp_path / "out", processor=small_base[1])
     assert not list(tmp_path.iterdir())
