@@ -31,8 +31,8 @@ from scripts.command_line import (
     add_model,
     add_settings,
     check_model_path,
-    load_settings,
     model_argument,
+    parse_settings,
     path_argument,
     reports_errors,
     run_main,
@@ -50,7 +50,7 @@ from src.evaluation.report.summary import format_comparison, headline
 from src.inference import with_clips
 from src.models import WhisperModelManager
 from src.models.dynamic_context import get_language
-from src.utils import DataVersionManager, ExperimentLogger, setup_logging
+from src.utils import DataVersionManager, ExperimentLogger, load_config, setup_logging
 from src.utils.config import Config
 from src.utils.errors import DataError, ModelError
 from src.utils.languages import normalize_plain
@@ -113,7 +113,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, compare, report; return the figures of the last line."""
     check_model_path(arguments.model)
-    config = settings_of(arguments)
+    config = load_config(arguments.config, profile=arguments.profile, overrides=overrides_of(arguments))
     run_dir = arguments.run_dir or config.paths.runs_dir / time.strftime("evaluate-%Y%m%d-%H%M%S")
     if (run_dir / "metrics.jsonl").exists():  # its configuration would be replaced
         raise DataError(f"--run-dir {run_dir}: holds a run already; choose another folder, or remove that one")
@@ -141,14 +141,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return figures_of(results, arguments.report)
 
 
-def settings_of(arguments: argparse.Namespace) -> Config:
+def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that the options mean; `--set` has the last word."""
     overrides: dict[str, Any] = {"model.variant": arguments.model, "data.source": "sample", "data.sources": []}
     if arguments.data is not None:
         overrides |= {"data.source": source_of(arguments.data), "data.path": str(arguments.data)}
     overrides |= QUICK if arguments.quick else {}
     overrides |= {} if arguments.max_clips is None else {"data.max_test": arguments.max_clips}
-    return load_settings(arguments, overrides)
+    return overrides | parse_settings(arguments)
 
 
 def source_of(data: Path) -> str:

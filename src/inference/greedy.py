@@ -96,14 +96,10 @@ def _suppressing(tokens: Sequence[int] | None, vocabulary: int, device: torch.de
 
 
 class Greedy:
-    """One batch of texts in progress.
+    """One batch of texts in progress, of a `DynamicWhisper` in evaluation mode.
 
-    Args:
-        model: a `DynamicWhisper` in evaluation mode.
-        hidden: (B, positions, d_model), the encoder's output.
-        ids: (B, L), the tokens before the texts, of which the last `forced` begin the texts.
-        caps: of each text, in new tokens.
-        capture: makes a step of the decoder a captured graph; None runs the decoder as it is.
+    `hidden` (B, positions, d_model) is the encoder's output; `ids` (B, L) are the tokens before the texts, of which the
+    last `forced` begin the texts; `caps` are in new tokens. `capture` makes a step of the decoder a captured graph.
     """
 
     def __init__(

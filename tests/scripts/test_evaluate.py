@@ -49,8 +49,7 @@ def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
 
 def config_of(*given: object) -> Config:
     arguments = evaluate.parse_arguments(["--model", "tiny.en", *map(str, given)])
-    arguments.config = None
-    return evaluate.settings_of(arguments)
+    return evaluate.load_config(None, overrides=evaluate.overrides_of(arguments))
 
 
 def test_a_checkpoint_is_compared_with_the_stock_model_and_reported(

@@ -63,13 +63,9 @@ T = TypeVar("T")
 
 
 class StreamError(WhisperASRError):
-    """A live session was refused, or ended before its audio did.
+    """A live session was refused, or ended before its audio did, of which `audio_sec` was heard: None, if none began.
 
-    Args:
-        code: a key of `CLOSE_CODES`, or "unreachable", "refused" or "lost" of the client.
-        message: what happened.
-        fix: what to do about it.
-        audio_sec: audio heard until then; None where no session had begun.
+    `code` is a key of `CLOSE_CODES`, or "unreachable", "refused" or "lost" of the client.
     """
 
     def __init__(self, code: str, message: str, *, fix: str, audio_sec: float | None = None) -> None:

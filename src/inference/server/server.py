@@ -101,9 +101,10 @@ class CaptionServer:
         Port 0 takes a free one; a host or port that is unavailable is a ConfigError. Files are not transcribed to their
         end: their clients are told to send them again.
         """
-        made = _Server(self)
+        manager = web.Server(self.handle)
+        connect = partial(_Connection, self.strangers, manager)
         try:
-            server = await asyncio.get_running_loop().create_server(made, host, port)
+            server = await asyncio.get_running_loop().create_server(connect, host, port)
         except (OSError, OverflowError) as err:
             raise ConfigError(f"cannot listen on {host}:{port}: {err}; choose another port, or 0") from err
         if not all(ip_address(each.getsockname()[0]).is_loopback for each in server.sockets):
@@ -123,8 +124,8 @@ class CaptionServer:
             await asyncio.gather(*(each.dismiss() for each in (*self.strangers, *self._known)))
             if self._busy:
                 await asyncio.wait(self._busy)
-            made.pre_shutdown()
-            await made.shutdown(CLOSE_SEC)
+            manager.pre_shutdown()
+            await manager.shutdown(CLOSE_SEC)
             self._host.worker.shutdown()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -262,25 +263,6 @@ class CaptionServer:
             raise ConnectionAbortedError(f"took no event for {self._limits.send_sec:g} s") from err
 
 
-class _Server(web.Server):
-    """Makes connections."""
-
-    def __init__(self, captions: CaptionServer) -> None:
-        super().__init__(captions.handle)
-        self._captions = captions
-
-    def __call__(self) -> _Connection:
-        return _Connection(
-            self._captions.strangers,
-            self,
-            loop=self._loop,
-            access_log=None,
-            keepalive_timeout=KEEP_ALIVE_SEC,
-            lingering_time=CLOSE_SEC,  # what a refused client sends is read so long, or it would not see why
-            auto_decompress=False,
-        )
-
-
 class _Lobby(dict["_Connection", str]):
     """Connections without a session or request, the oldest first, and their addresses."""
 
@@ -303,8 +285,15 @@ class _Connection(web.RequestHandler):
     websocket: web.WebSocketResponse | None = None
     address = ""
 
-    def __init__(self, lobby: _Lobby, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(self, lobby: _Lobby, manager: web.Server) -> None:
+        super().__init__(
+            manager,
+            loop=asyncio.get_running_loop(),
+            access_log=None,
+            keepalive_timeout=KEEP_ALIVE_SEC,
+            lingering_time=CLOSE_SEC,  # what a refused client sends is read so long, or it would not see why
+            auto_decompress=False,
+        )
         self._lobby, self._wire = lobby, asyncio.Transport()
         self._timer: asyncio.TimerHandle | None = None
         self._fail: Callable[[Exception], object] | None = None

@@ -50,15 +50,7 @@ Serve = Callable[[Callable[[Exception], object] | None], None]
 
 
 class ApiError(WhisperASRError):
-    """A request that is refused, or failed.
-
-    Args:
-        status: of HTTP.
-        message: what is wrong, and what to do.
-        param: the field of the form that is wrong.
-        code: for programs.
-        headers: of the answer.
-    """
+    """A request that is refused, or failed: `param` is the field of the form that is wrong, `code` is for programs."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, **headers: str
@@ -355,9 +347,10 @@ async def _read_form(request: web.BaseRequest, path: Path, max_bytes: int) -> di
     """Read a multipart form: write its file to `path`, and return its other fields."""
     if request.content_type != "multipart/form-data" or "Content-Encoding" in request.headers:
         raise ApiError(415, "send a form: Content-Type: multipart/form-data; boundary=..., not compressed")
-    most = max_bytes + MAX_PARTS * MAX_FIELD_BYTES
-    if (request.content_length or 0) > most:
-        raise _too_big(max_bytes)
+    limit = f"a file has at most {max_bytes / (1 << 20):g} MB; cut it at a pause, or send it as mp3 or Opus"
+    too_big = ApiError(413, limit, param="file", code="file_too_large")
+    if (request.content_length or 0) > max_bytes + MAX_PARTS * MAX_FIELD_BYTES:
+        raise too_big
     if request.headers.get("Expect", "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     fields: dict[str, list[str]] = defaultdict(list)
@@ -389,7 +382,7 @@ async def _read_form(request: web.BaseRequest, path: Path, max_bytes: int) -> di
                     raise ApiError(400, "file is given twice; give it once", param="file")
                 else:
                     with path.open("wb") as file:
-                        async for chunk in chunks(part, max_bytes, _too_big(max_bytes)):
+                        async for chunk in chunks(part, max_bytes, too_big):
                             await asyncio.to_thread(file.write, chunk)
     except TimeoutError as err:
         raise ApiError(408, f"the form came slower than {BODY_BYTES_PER_SEC} bytes per second") from err
@@ -398,11 +391,6 @@ async def _read_form(request: web.BaseRequest, path: Path, max_bytes: int) -> di
     if not path.exists():
         raise ApiError(400, "you must provide a file parameter", param="file")
     return fields
-
-
-def _too_big(max_bytes: int) -> ApiError:
-    too_big = f"a file has at most {max_bytes / (1 << 20):g} MB; cut it at a pause, or send it as mp3 or Opus"
-    return ApiError(413, too_big, param="file", code="file_too_large")
 
 
 def _settings(model: ServedModel, form: _Form, task: str) -> Config:
