@@ -289,7 +289,7 @@ class _Connection(web.RequestHandler):
         super().__init__(
             manager,
             loop=asyncio.get_running_loop(),
-            access_log=None,
+            access_log=None,  # type: ignore[arg-type]
             keepalive_timeout=KEEP_ALIVE_SEC,
             lingering_time=CLOSE_SEC,  # what a refused client sends is read so long, or it would not see why
             auto_decompress=False,
