@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.data.audio import AUDIO_SUFFIXES
-from src.data.sources.manifest import AUDIO_COLUMNS, find_audio, is_manifest, pick_column, read_rows, read_text
+from src.data.sources.manifest import find_audio, is_manifest, pick_column, read_rows, read_text
 from src.data.utterance import language_of_row, text_of
 from src.utils.errors import DataError, visible
 from src.utils.languages import parse_language
@@ -119,7 +119,7 @@ def _listed(manifest: Path) -> Iterator[Recording]:
     else:
         rows = list(read_rows(manifest))
         columns = list(dict.fromkeys(key for _, row in rows for key in row))
-        column = pick_column(columns, (*AUDIO_COLUMNS, "source"), "file", str(manifest)) if rows else ""
+        column = pick_column(columns, "file", str(manifest), also=["source"]) if rows else ""
         for line, row in rows:
             cell = row.get(column)
             try:

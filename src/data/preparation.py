@@ -155,9 +155,15 @@ def _prepare(
     _split_by_speaker(opened, config)
     parts: Parts = {name: [] for name in SPLITS}
     for each in opened:
-        each.check()
-        for name, part in each.parts.items():
-            parts[name] += part
+        caps, checker = each.caps, each.checker
+        if each.is_checked:
+            checked = {name: part[: caps[name]] for name, part in each.parts.items()}
+        else:
+            checker.expect(sum(min(len(part), caps[name] or len(part)) for name, part in each.parts.items()))
+            checked = {name: checker.take(name, each.parts[name], caps[name]) for name in SPLITS}
+        seen = sum(map(len, checked.values())) + len(checker.skipped)
+        enforce_skip_policy(checker.skipped, seen, each.data.max_skip_fraction)
+        parts = {name: parts[name] + checked[name] for name in SPLITS}
     if data.mix:
         for name, cap in _caps(data).items():
             chosen = {u.id for u in hashed_choice(parts[name], cap, config.seed)}
@@ -211,16 +217,6 @@ class _Opened:
     caps: Mapping[str, int | None]
     checker: RecordingChecker
     is_checked: bool
-
-    def check(self) -> None:
-        """Check the recordings of all splits, up to their caps."""
-        if self.is_checked:
-            self.parts = {name: part[: self.caps[name]] for name, part in self.parts.items()}
-        else:
-            self.checker.expect(sum(min(len(part), self.caps[name] or len(part)) for name, part in self.parts.items()))
-            self.parts = {name: self.checker.take(name, self.parts[name], self.caps[name]) for name in SPLITS}
-        skipped = self.checker.skipped
-        enforce_skip_policy(skipped, sum(map(len, self.parts.values())) + len(skipped), self.data.max_skip_fraction)
 
 
 def _caps(data: DataConfig) -> dict[str, int | None]:

@@ -31,7 +31,7 @@ from src.data.labels import (
 )
 from src.data.loader import create_loader
 from src.data.preparation import DatasetSplits
-from src.data.report.findings import Finding, count_clips, fits_script, languages_of_script, sort_findings
+from src.data.report.findings import Finding, counted, fits_script, languages_of_script, sort_findings
 from src.data.report.report import DataReport
 from src.data.utterance import Utterance, hashed_choice
 from src.evaluation.evaluator import ModelEvaluator, sum_loss
@@ -74,7 +74,7 @@ def fill_languages(splits: DatasetSplits, model: Any, processor: Any, config: Co
         spoken = str(heard.sum().idxmax())
         each = zip(heard.idxmax(axis=1), chosen, strict=False)
         agreeing = sum(code == spoken and (translated or fits_script(u.text, spoken)) for code, u in each)
-        found = f"{count_clips(len(unmarked))} without a language: taken as {language_name(spoken)} ({spoken})"
+        found = f"{counted(len(unmarked))} without a language: taken as {language_name(spoken)} ({spoken})"
         found += f", which the model hears in {agreeing} of {len(chosen)}"
         if agreeing < MIN_AGREEMENT * len(chosen):
             logger.warning("%s; set model.language if that is wrong, or add a column `language`", found)
@@ -120,7 +120,7 @@ def add_model_checks(
         name = "" if len(groups) < 2 else f"{', '.join(filter(None, (source, language_name(str(language)))))}: "
         costs = {_named(style): nats for style, nats in _costs(table).items()}
         listed = ", ".join(f"{style} {nats:.1f}" for style, nats in costs.items())
-        message = f"{name}nats per transcript on {table['clips'].iloc[0]} of {count_clips(len(utterances))}: {listed}"
+        message = f"{name}nats per transcript on {table['clips'].iloc[0]} of {counted(len(utterances))}: {listed}"
         message += f"; configured: {_named(current)}"
         if text_language(str(language), config.model.task) in CAPITAL_NOUNS and "sentence" in (current.case, best.case):
             message += "; in sentence case nouns stay small"
@@ -131,7 +131,7 @@ def add_model_checks(
         findings.append(Finding("warning" if likelier else "info", _STYLE_TOPIC, message, advice if likelier else ""))
 
     decoded = min(max_hard_clips, len(utterances))
-    clips = count_clips(len(utterances))
+    clips = counted(len(utterances))
     message = f"{len(hard):,} decoded with more errors than words, of {decoded:,} of {clips}"
     advice = "listen to them: the transcript may be of another clip or language, or there is no clear speech"
     ids = tuple(hard["id"].head(5))

@@ -219,7 +219,10 @@ class ModelEvaluator:
             for batch in ProgressBar(batches, desc=desc, total=total, leave=False, disable=not is_main_process()):
                 of_batch: list[_Measured] = []
                 for places, _ in self._groups(batch):  # each clip is padded as it would be alone
-                    group = {key: _rows(values, places) for key, values in batch.items()}
+                    group = {
+                        key: values[places] if isinstance(values, Tensor) else [values[i] for i in places]
+                        for key, values in batch.items()
+                    }
                     of_batch += self._fitting.run(partial(self._decode_rows, group), group["ids"])
                 joined, place = _Measured.joined(of_batch), {clip: at for at, clip in enumerate(batch["ids"])}
                 parts.append(joined._replace(rows=sorted(joined.rows, key=lambda row: place[row["id"]])))
@@ -263,11 +266,6 @@ class ModelEvaluator:
             for i, result in enumerate(decoded)
         ]
         return _Measured(rows, loss_sum, int((batch["labels"] != IGNORE_INDEX).sum()), compute_sec)
-
-
-def _rows(values: Any, places: list[int]) -> Any:
-    """Return some rows of a tensor or list."""
-    return values[places] if isinstance(values, Tensor) else [values[i] for i in places]
 
 
 def sum_loss(model: Any, encoded: Any, decoder_input_ids: Tensor, labels: Tensor) -> float:

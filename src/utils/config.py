@@ -53,10 +53,9 @@ class Section(BaseModel):
             raise ValueError(str(err)) from err
 
 
-Variant = Literal[
+VARIANTS = (
     "tiny", "tiny.en", "base", "base.en", "small", "small.en", "medium", "medium.en", "distil", "large-v3-turbo"
-]
-VARIANTS: tuple[str, ...] = get_args(Variant)
+)  # fmt: skip
 
 
 class PathsConfig(Section):

@@ -31,15 +31,7 @@ from typing import Any, Literal
 
 from src.utils.config import Config, flatten
 from src.utils.errors import ConfigError, MissingDependencyError, WhisperASRError
-from src.utils.files import (
-    LOCK,
-    claim,
-    json_line,
-    jsonable,
-    parse_json,
-    read_plain,
-    write_text_atomic,
-)
+from src.utils.files import LOCK, claim, json_line, jsonable, parse_json, read_plain, write_text_atomic
 from src.utils.runtime import installed_version, public
 from src.utils.versioning import get_git_revision
 

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from src.data.report.findings import CLIPPED_FRACTION, LONG_SILENCE_SEC, NOT_MEASURED, count_clips
+from src.data.report.findings import CLIPPED_FRACTION, LONG_SILENCE_SEC, NOT_MEASURED, counted
 from src.data.report.report import DataReport
 from src.data.utterance import SPLITS
 from src.utils.figures import BLUE, FIGURE_STYLE, GREEN, GREY, ORANGE, NotebookFigure
@@ -33,7 +33,7 @@ def draw_data_report(report: DataReport) -> NotebookFigure:
         durations.set(title="Durations", xlabel="seconds", ylabel="clips", xlim=(0, None))
         durations.legend(fontsize=8)
         odd, clipped = clips["chars_per_sec_outlier"], clips["clipped_fraction"] > CLIPPED_FRACTION
-        _scatter(pace, clips, "duration_sec", "chars_per_sec", odd, f"{count_clips(odd.sum())} far off")
+        _scatter(pace, clips, "duration_sec", "chars_per_sec", odd, f"{counted(odd.sum())} far off")
         languages = clips["language"].fillna("")
         medians = clips.groupby(languages)["chars_per_sec"].median()[languages.value_counts().index[:MAX_LANGUAGES]]
         for index, median in enumerate(medians):
@@ -42,7 +42,7 @@ def draw_data_report(report: DataReport) -> NotebookFigure:
         if len(medians) > 1:
             pace.secondary_yaxis("right").set_yticks(medians, [code or "?" for code in medians.index], fontsize=8)
         pace.set(title="Pace", xlabel="seconds", ylabel="characters per second")
-        _scatter(levels, clips, "loudness_dbfs", "peak_dbfs", clipped, f"{count_clips(clipped.sum())} cut off")
+        _scatter(levels, clips, "loudness_dbfs", "peak_dbfs", clipped, f"{counted(clipped.sum())} cut off")
         levels.axhline(0, color=GREY, linestyle=":", label="full scale")
         levels.set(title="Levels", xlabel="loudness, dBFS", ylabel="peak, dBFS")
         for axes in (pace, levels):
@@ -70,7 +70,7 @@ def _draw_amount(axes: Axes, clips: pd.DataFrame) -> None:
     bars = axes.barh(SPLITS, found["sec"] / 60, color=list(SPLIT_COLORS.values()), height=0.5)
     axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
     rows = zip(SPLITS, found["n"], found["speakers"], strict=True)
-    labels = [f"{name}\n{count_clips(n)}\nspeakers: {speakers or 'unknown'}" for name, n, speakers in rows]
+    labels = [f"{name}\n{counted(n)}\nspeakers: {speakers or 'unknown'}" for name, n, speakers in rows]
     axes.set_yticks(range(len(SPLITS)), labels, fontsize=8)
     axes.set(title="Amount", xlabel="minutes")
     axes.margins(x=0.2)
@@ -99,7 +99,7 @@ def _draw_silence(axes: Axes, clips: pd.DataFrame) -> None:
         axes.hist(part, bins=bins, histtype="step", color=color, linestyle=style, linewidth=1.5, label=name)
     axes.axvline(LONG_SILENCE_SEC, color=GREY, linestyle=":", label="long")
     mute = int((heard["speech_fraction"] == 0).sum())
-    axes.legend(fontsize=8, title=f"{count_clips(len(heard))}, {mute:,} without speech", title_fontsize=8)
+    axes.legend(fontsize=8, title=f"{counted(len(heard))}, {mute:,} without speech", title_fontsize=8)
 
 
 def _draw_styles(axes: Axes, styles: pd.DataFrame) -> None:
@@ -111,6 +111,6 @@ def _draw_styles(axes: Axes, styles: pd.DataFrame) -> None:
     axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     axes.set_yticks(range(len(styles)), list(names), fontsize=8)
     axes.invert_yaxis()
-    axes.set(title="Label styles", xlabel=f"nats per transcript, {count_clips(styles['clips'].iloc[0])}")
+    axes.set(title="Label styles", xlabel=f"nats per transcript, {counted(styles['clips'].iloc[0])}")
     axes.margins(x=0.2)
     axes.grid(axis="y", visible=False)

@@ -76,9 +76,9 @@ def sort_findings(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(findings, key=lambda finding: LEVELS.index(finding.level)))
 
 
-def count_clips(n: int) -> str:
+def counted(count: int, noun: str = "clip") -> str:
     """Return "1 clip" or "2 clips"."""
-    return f"{n:,} clip{'' if n == 1 else 's'}"
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def text_key(text: str, language: str | None = None) -> str:
@@ -123,13 +123,13 @@ def _letters_of(language: str, rare: bool) -> regex.Pattern[str]:
 def _of(clips: pd.DataFrame, level: Level, topic: str, message: str, advice: str) -> list[Finding]:
     """Return one finding on these clips, with their number before the message; none where there are none."""
     examples = tuple(clips["id"].head(MAX_EXAMPLES))
-    return [Finding(level, topic, f"{count_clips(len(clips))} {message}", advice, examples)] if examples else []
+    return [Finding(level, topic, f"{counted(len(clips))} {message}", advice, examples)] if examples else []
 
 
 def _in_recordings(clips: pd.DataFrame) -> Iterator[Finding]:
     total, rates = len(clips), clips["sample_rate"]
     seconds = clips.groupby("split", sort=False)["duration_sec"].agg(["sum", "size"])
-    parts = [f"{name} {row['sum'] / 60:.1f} min in {count_clips(int(row['size']))}" for name, row in seconds.iterrows()]
+    parts = [f"{name} {row['sum'] / 60:.1f} min in {counted(int(row['size']))}" for name, row in seconds.iterrows()]
     little = float(clips.loc[clips["split"] == "train", "duration_sec"].sum()) < LITTLE_TRAINING_SEC
     advice = "under 10 minutes for training: record more, and trust only the comparison with the stock model"
     yield Finding("warning" if little else "info", "amount", ", ".join(parts), advice * little)
@@ -201,7 +201,7 @@ def _in_languages(clips: pd.DataFrame, task: str) -> Iterator[Finding]:
     languages, total = clips["language"], len(clips)
     sizes = languages.value_counts()
     if len(sizes) > 1:
-        listed = ", ".join(f"{language_name(str(code))} {count_clips(n)}" for code, n in sizes.items())
+        listed = ", ".join(f"{language_name(str(code))} {counted(n)}" for code, n in sizes.items())
         yield Finding("info", "languages", listed)
     yield from _of(
         clips[languages.isna()], "info", "language", f"of {total:,} without a mark of their language",
@@ -299,7 +299,7 @@ def _between_splits(clips: pd.DataFrame) -> Iterator[Finding]:
     if len(repeated):
         yield Finding(
             "warning" if flattering else "info", "same texts",
-            f"{count_clips(len(repeated))} with a text that occurs more than once; {len(shared):,} of "
+            f"{counted(len(repeated))} with a text that occurs more than once; {len(shared):,} of "
             f"{int(test.sum()):,} test texts are also in training",
             "the rates speak of known sentences: test on texts that are not in training" * flattering,
             tuple((shared if len(shared) else repeated)["id"].head(MAX_EXAMPLES)),
@@ -314,12 +314,12 @@ def _between_splits(clips: pd.DataFrame) -> Iterator[Finding]:
     common = named[named.groupby("speaker")["split"].transform("nunique") > 1]
     n = common["speaker"].nunique()
     yield from _of(
-        common, "warning", "shared speakers", f"of {n:,} speaker{'s' * (n != 1)} that are in more than one split",
+        common, "warning", "shared speakers", f"of {counted(n, 'speaker')} that are in more than one split",
         "right for a model of these voices only; else split by speaker",
     )  # fmt: skip
     n = named.loc[named["split"] == "test", "speaker"].nunique()
     if 0 < n < FEW_TEST_SPEAKERS:
         yield Finding(
-            "warning", "few test speakers", f"the test has {n} speaker{'s' * (n != 1)}: their intervals are wide",
+            "warning", "few test speakers", f"the test has {counted(n, 'speaker')}: their intervals are wide",
             f"take at least {FEW_TEST_SPEAKERS} speakers for the test",
         )  # fmt: skip

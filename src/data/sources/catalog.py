@@ -14,15 +14,7 @@ from typing import Any
 from src.data.audio import AUDIO_SUFFIXES
 from src.data.sources.archives import unpack
 from src.data.sources.hub import stream_hub
-from src.data.sources.manifest import (
-    AUDIO_COLUMNS,
-    TEXT_COLUMNS,
-    find_audio,
-    find_manifests,
-    is_manifest,
-    pick_column,
-    read_rows,
-)  # fmt: skip
+from src.data.sources.manifest import find_audio, find_manifests, is_manifest, pick_column, read_rows
 from src.data.sources.parquet import read_parquet
 from src.data.sources.parts import AudioPart, part_of_row
 from src.data.sources.subtitles import find_transcribed
@@ -206,8 +198,8 @@ def utterances_from_rows(
     if not rows:
         raise DataError(f"{manifest}: no rows; expected one row per recording, with a file and a text column")
     columns = list(dict.fromkeys(key for _, row in rows for key in row))
-    audio_column = pick_column(columns, AUDIO_COLUMNS, "file", str(manifest))
-    text_column = pick_column(columns, TEXT_COLUMNS, "text", str(manifest))
+    audio_column = pick_column(columns, "file", str(manifest))
+    text_column = pick_column(columns, "text", str(manifest))
     lines: dict[str, int] = {}
     utterances: list[Utterance] = []
     folders: list[str | None] = []  # the split that the first folder of each name is called

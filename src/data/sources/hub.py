@@ -19,7 +19,7 @@ import httpx
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from src.data.sources.manifest import AUDIO_COLUMNS, TEXT_COLUMNS, pick_column
+from src.data.sources.manifest import pick_column
 from src.data.utterance import SPLIT_NAMES, Utterance, utterance_from_row, with_unique_ids
 from src.utils.config import HubConfig
 from src.utils.errors import DataError, SourceUnavailableError, first_line
@@ -129,8 +129,8 @@ def _rows(stream: Any, split: str, spec: HubCorpus) -> Iterator[Utterance]:
         raise DataError(f"{spec.id}: it does not say its columns; download it and use data.source: folder or parquet")
     typed = [name for name, feature in features.items() if isinstance(feature, Audio)]
     audio_column = spec.audio_column or (typed[0] if len(typed) == 1 else "")
-    audio_column = audio_column or pick_column(typed or list(features), AUDIO_COLUMNS, "audio", spec.id)
-    text_column = spec.text_column or pick_column(list(features), TEXT_COLUMNS, "text", spec.id)
+    audio_column = audio_column or pick_column(typed or list(features), "audio", spec.id)
+    text_column = spec.text_column or pick_column(list(features), "text", spec.id)
     for column in (audio_column, text_column):
         if column not in features:
             raise DataError(f"{spec.id}: no column {column!r}; it has {', '.join(features)}")

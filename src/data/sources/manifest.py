@@ -128,8 +128,12 @@ def find_audio(folder: Path, name: str) -> Path:
     return next(there, written)
 
 
-def pick_column(columns: Sequence[str], known: Sequence[str], meaning: str, where: str) -> str:
-    """Return the first known name among columns, or raise `DataError` with those that exist and the nearest name."""
+def pick_column(columns: Sequence[str], meaning: str, where: str, *, also: Sequence[str] = ()) -> str:
+    """Return the column of "text", or else of recordings, by its usual names and `also`.
+
+    A `DataError` has those that exist and the nearest name.
+    """
+    known = (*(TEXT_COLUMNS if meaning == "text" else AUDIO_COLUMNS), *also)
     for name in known:
         if name in columns:
             return name

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from src.data.audio import open_regular
 from src.data.sources.archives import ALLOWED_BYTES, MAX_RATIO
-from src.data.sources.manifest import AUDIO_COLUMNS, TEXT_COLUMNS, find_audio, pick_column
+from src.data.sources.manifest import find_audio, pick_column
 from src.data.utterance import Utterance, split_of, utterance_from_row, with_unique_ids
 from src.utils.errors import AudioError, DataError, SourceUnavailableError
 from src.utils.files import parse_json
@@ -129,7 +129,7 @@ def _read_file(
             if audio_column not in schema.names:
                 raise DataError(f"{file}: no column {audio_column!r}; it has {', '.join(schema.names)}")
             plain = [f.name for f in schema if f.name != audio_column and _is_plain(f.type)]
-            text_column = text_column or pick_column(plain, TEXT_COLUMNS, "text", str(file))
+            text_column = text_column or pick_column(plain, "text", str(file))
             if text_column not in plain:
                 raise DataError(f"{file}: no column {text_column!r}; it has {', '.join(schema.names)}")
             is_struct = pa.types.is_struct(schema.field(audio_column).type)
@@ -177,4 +177,4 @@ def _find_audio_column(schema: pa.Schema, file: Path) -> str:
         raise DataError(f"{file}: no column with recordings among {', '.join(schema.names)}; {fix}")
     if len(found) == 1:
         return found[0]
-    return pick_column(found, AUDIO_COLUMNS, "audio", f"{file} ({len(found)} columns with recordings)")
+    return pick_column(found, "audio", f"{file} ({len(found)} columns with recordings)")

@@ -18,10 +18,11 @@ import soundfile as sf
 
 from src.data.audio import SAMPLE_RATE, load_audio
 from src.data.dataset import decode_audio
+from src.data.report.findings import counted
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import Prediction
 from src.evaluation.metrics import WHISPER_ENGLISH, align_words, is_loop, metric_of
-from src.evaluation.report.summary import counted, label_of, on_circle, render
+from src.evaluation.report.summary import label_of, on_circle, render
 from src.utils.errors import DataError
 from src.utils.languages import graphemes
 from src.utils.runtime import public

@@ -14,6 +14,7 @@ import pandas as pd
 import regex
 from markupsafe import Markup
 
+from src.data.report.findings import NOT_MEASURED, counted
 from src.evaluation.evaluator import Prediction, compare_predictions
 from src.evaluation.metrics import MIN_BLOCKS, PLAIN, PairedComparison
 from src.evaluation.report import run_files
@@ -24,7 +25,6 @@ from src.utils.figures import BLUE, GREEN, ORANGE
 from src.utils.languages import WHISPER_LANGUAGES, language_name
 from src.utils.runtime import public
 
-NOT_MEASURED = "not measured"
 MAX_NAMED = 5  # clips in a sentence
 FEW_BLOCKS = 10  # below it an interval is so wide that only large differences show
 _BARE_MARK = regex.compile(r"(?<!\S)(?=\p{M})")
@@ -86,23 +86,17 @@ def title_of(name: str) -> str:
 
 
 def headline(row: Row, prefix: str = "") -> Headline:
-    """Return the headline of a row or a result; rows of older runs have a WER only.
+    """Return the headline of a row or a result; rows of older runs have a WER only, the second under the plain one.
 
     `prefix` is "val_" in rows of epochs, "offline_" in rows of streams, and "second_" for the second normaliser's.
     """
-    if row.get("metric") is None:
-        return Headline("WER", *(row.get(f"{prefix}wer{end}") for end in ("", "_low", "_high")))
+    older = "wer_plain" if prefix == "second_" else f"{prefix}wer"
+    if row.get("metric") is None or (prefix == "second_" and "second_rate" not in row):
+        return Headline("WER", *(row.get(f"{older}{end}") for end in ("", "_low", "_high")))
     languages = len(row.get("rates_by_language") or ())
     mean = f"mean of {languages} languages" if languages else "mean of the languages"
     name = mean if row["metric"] == "mean" else str(row["metric"])
     return Headline(name, *(row.get(f"{prefix}{end}") for end in ("rate", "low", "high")))
-
-
-def second_headline(row: Row) -> Headline:
-    """Return the headline under the second normaliser, which is the plain one in older runs."""
-    if "second_rate" in row:
-        return headline(row, "second_")
-    return Headline("WER", *(row.get(f"wer_plain{end}") for end in ("", "_low", "_high")))
 
 
 def second_label(row: Row) -> str:
@@ -244,7 +238,7 @@ def _rates_of(row: Row) -> dict[str, str]:
         others["CER plain"] = number(row.get("cer_plain"))
     return {
         first.name: first.value,
-        second_label(row): second_headline(row).value,
+        second_label(row): headline(row, "second_").value,
         **({} if first.name == "CER" else others),
         "loss": number(row.get("loss")),
         "RTF": number(row.get("rtf")),
@@ -416,11 +410,6 @@ def relative_change(before: float | None, after: float | None) -> str:
     if NOT_MEASURED in (number(before), number(after)) or not before or after is None:
         return ""
     return f"{100 * (after - before) / before:+.1f} %"
-
-
-def counted(count: int, noun: str) -> str:
-    """Return "1 clip" or "2 clips"."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def on_circle(text: str) -> str:

@@ -14,21 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
+from src.data.report.findings import NOT_MEASURED, counted
 from src.evaluation.evaluator import compare_predictions
 from src.evaluation.metrics import PLAIN, UNKNOWN, align_words, sum_counts
 from src.evaluation.report import run_files
 from src.evaluation.report.run_files import STOCK, TUNED, Row
-from src.evaluation.report.summary import (
-    NOT_MEASURED,
-    Headline,
-    counted,
-    describe_difference,
-    headline,
-    label_of,
-    main_model,
-    number,
-    second_headline,
-)
+from src.evaluation.report.summary import Headline, describe_difference, headline, label_of, main_model, number
 from src.evaluation.slices import slice_rates
 from src.evaluation.visualization.style import annotate, drawable, gap, mark_powers, new_figure, show_note, styles_of
 from src.evaluation.visualization.training import TrainingVisualizer
@@ -95,7 +86,7 @@ class EvaluationVisualizer:
             difference = compare_predictions(stock, tuned, run_files.bootstrap_of(self._evaluations[TUNED]))
             caption += f"\n{TUNED} against {STOCK}: {difference.verdict}; {describe_difference(difference)}"
         rated = self._evaluations.items()
-        rates = {name: [_rate_of(headline(row)), _rate_of(second_headline(row))] for name, row in rated}
+        rates = {name: [_rate_of(headline(row)), _rate_of(headline(row, "second_"))] for name, row in rated}
         names = first["normalizer"], first.get("second_normalizer", PLAIN)
         with new_figure(8, 3.6, caption, on=on) as figure:
             axes = figure.subplots()

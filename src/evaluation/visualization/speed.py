@@ -10,8 +10,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from src.data.report.findings import NOT_MEASURED
 from src.evaluation.report.run_files import Row
-from src.evaluation.report.summary import NOT_MEASURED, headline
+from src.evaluation.report.summary import headline
 from src.evaluation.streaming import WordTiming
 from src.evaluation.visualization.style import drawable, gap, mark_powers, new_figure
 from src.utils.errors import DataError

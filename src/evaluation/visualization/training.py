@@ -19,19 +19,11 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
+from src.data.report.findings import NOT_MEASURED, counted
 from src.evaluation.metrics import FloatArray
 from src.evaluation.report import run_files
 from src.evaluation.report.run_files import STOCK, TUNED, Row
-from src.evaluation.report.summary import (
-    NOT_MEASURED,
-    counted,
-    headline,
-    number,
-    relative_change,
-    second_headline,
-    second_label,
-    title_of,
-)
+from src.evaluation.report.summary import headline, number, relative_change, second_label, title_of
 from src.evaluation.visualization.style import annotate, gap, new_figure, show_note
 from src.utils.errors import DataError
 from src.utils.figures import BLUE, FIGURE_STYLE, GREEN, GREY, ORANGE, NotebookFigure
@@ -119,7 +111,7 @@ class TrainingVisualizer:
             for other, key in (("CER", "cer"), ("loss", "loss"))[: 2 if prefix else 1]:
                 rates.setdefault(other, tuple(row.get(prefix + key) for row in (before, after)))
             if not prefix:
-                rates[second_label(after)] = tuple(second_headline(row).rate for row in (before, after))
+                rates[second_label(after)] = tuple(headline(row, "second_").rate for row in (before, after))
             cells += [[name, number(a), number(b), relative_change(a, b)] for name, (a, b) in rates.items()]
         axes.axis("off")
         axes.set_title("Summary")
