@@ -487,10 +487,12 @@ OTHERS = regex.compile(r"\p{Default_Ignorable_Code_Point}|[\u055B\u055C\u055Eʼ�
 @example("लड़की")
 @example("كِتَابٌ")
 @example("ที่นี่")
+@example("ทำ")
 @example("ക്ഷേത്രം")
 @example("İstanbul")
 def test_a_word_changes_by_its_case_only(word: str) -> None:
     plain = lower(unicodedata.normalize("NFKC", word))
+    plain = plain.replace("\u0e4d\u0e32", "\u0e33").replace("\u0ecd\u0eb2", "\u0eb3")  # the vowel am is one character
     if OTHERS.search(word + plain) is None and all(unicodedata.category(c)[0] in "LMN" for c in plain):
         assert metrics.get_normalizer(PLAIN)(word) == plain
         assert metrics.get_normalizer(metrics.PLAIN_UNSPACED)(word) == plain
