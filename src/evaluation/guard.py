@@ -44,16 +44,10 @@ class GuardSet:
 
 
 def prepare_guard_set(config: Config, *, exclude: Sequence[Utterance] = ()) -> GuardSet | None:
-    """Fetch and check the configured guard set.
+    """Fetch and check the configured guard set; None with `guard.source: none`, or if there is no such speech.
 
-    Args:
-        config: `guard`; `data` says what to do with unusable recordings of a folder or of Parquet files;
-            `model.language` is the language where `exclude` has none.
-        exclude: the training data, whose languages the set is in; clips that are part of it too (same id, same words)
-            are left out.
-
-    Returns:
-        None with `guard.source: none`, and if there is no such speech in the languages of the training data.
+    It is in the languages of `exclude`, the training data, else in `model.language`; clips that are part of these too
+    (same id, same words) are left out. `data` says what to do with unusable recordings of a folder or of Parquet files.
 
     Raises:
         SourceUnavailableError: the chosen source is unavailable. "auto" takes the bundled clip instead of LibriSpeech,

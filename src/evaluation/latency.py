@@ -133,12 +133,10 @@ class LatencyBenchmark:
         self._engine = describe_engine(TorchEngine(model, processor), self._config)
 
     def benchmark_single(self, audio: Any, sr: int = SAMPLE_RATE, *, repeats: int = 20) -> LatencyResult:
-        """Transcribe one clip repeatedly, as a user who waits for its text.
+        """Transcribe one clip repeatedly, as a user who waits for its text; p95 needs 20 repeats, p99 needs 100.
 
-        Args:
-            audio: (T,) or (T, channels) floats in [-1, 1], 0.1 to 30 s.
-            sr: samples per second; other rates than 16,000 are resampled before the clock runs.
-            repeats: calls; p95 needs 20, p99 needs 100.
+        The clip is (T,) or (T, channels) floats in [-1, 1], 0.1 to 30 s; other rates `sr` than 16,000 samples per
+        second are resampled before the clock runs.
         """
         return self._measure(check_clips([audio], sr), 1, repeats)
 

@@ -137,14 +137,11 @@ def make_stream(utterances: Sequence[Utterance], *, num_clips: int, seed: int) -
 def join_clips(
     clips: Sequence[AlignedClip], *, name: str, seed: int, duration_sec: float | None = None
 ) -> SpeechStream:
-    """Join clips with a pause of digital silence after each.
+    """Join clips, at least one, with a pause of digital silence after each.
 
-    Args:
-        clips: at least one.
-        name: of the stream.
-        seed: of the pauses' lengths, uniform in `PAUSE_SEC`, and of the order in which clips are repeated.
-        duration_sec: stop after the clip that reaches it; too few clips are repeated, shuffled each time, which is
-            logged. None takes each clip once.
+    The seed is of the pauses' lengths, uniform in `PAUSE_SEC`, and of the order in which clips are repeated. With
+    `duration_sec` the clip that reaches it is the last; too few clips are repeated, shuffled each time, which is
+    logged. Without, each clip is taken once.
     """
     if not clips:
         raise DataError(f"stream {name!r}: no clip given")

@@ -193,12 +193,8 @@ def clean_up(config: Config, *, dry_run: bool = True, checkpoints: Sequence[Path
 
     Only files that this project names are removed, only below the configured folders, and never through a link: the
     cache of decoded audio, which fills again when needed; what killed processes of this machine half wrote or half
-    removed; and the given checkpoints. A replaced folder whose successor is missing stays: the next save restores it.
-
-    Args:
-        config: `paths` is used.
-        dry_run: only list, with sizes.
-        checkpoints: for example `spare_checkpoints(config)` of `src.training`.
+    removed; and the given checkpoints, such as `spare_checkpoints(config)` of `src.training`. A replaced folder whose
+    successor is missing stays: the next save restores it.
 
     Raises:
         WhisperASRError: if a checkpoint is not below `paths.checkpoints_dir`, another process trains there, or

@@ -173,12 +173,8 @@ def upload_files(folder: str | Path = "uploads") -> Path:
 def download_results(run_dir: Path, *, model_dir: Path, mirror_dir: Path | None = None) -> Path:
     """Put a run's model, report, captions, tables and figures into one ZIP; in Colab, let the browser download it.
 
-    Checkpoints, exports and hidden files, such as the recordings that verify an export, stay out.
-
-    Args:
-        run_dir: of the run; the archive is written next to it.
-        model_dir: of the best model.
-        mirror_dir: folder on Drive, which gets the archive, too.
+    Checkpoints, exports and hidden files, such as the recordings that verify an export, stay out. The archive lies next
+    to the run's folder; `mirror_dir`, a folder on Drive, gets it, too.
 
     Raises:
         CheckpointError: there is no model yet.

@@ -115,10 +115,8 @@ def environment_report(config: Config | None = None) -> EnvironmentReport:
     """Check Python, packages, torch, GPU, audio, disk, memory, Drive and tokens.
 
     Takes as long as one import of torch. Nothing is changed; in Colab, the browser may ask whether the notebook may
-    read the secrets HF_TOKEN and WANDB_API_KEY.
-
-    Args:
-        config: `paths` and the model's size decide what the disk must hold; without it the working folder is checked.
+    read the secrets HF_TOKEN and WANDB_API_KEY. `paths` and the model's size in `config` decide what the disk must
+    hold; without it the working folder is checked.
     """
     python = f"{platform.python_version()} on {platform.platform()} (3.11 or newer is needed)"
     is_new, fix = sys.version_info >= (3, 11), "make PYTHON=python3.13 setup"

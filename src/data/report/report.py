@@ -222,12 +222,10 @@ class DataReport:
 
 
 def build_data_report(splits: DatasetSplits, config: Config, *, tokenizer: Any | None = None) -> DataReport:
-    """Look at prepared data.
+    """Look at data from `prepare_datasets`, which measured the recordings; with its `vad`, where speech is in them.
 
-    Args:
-        splits: from `prepare_datasets`, which measured the recordings; with its `vad`, where speech is in them.
-        config: `model.language` and `model.task` for the labels.
-        tokenizer: of the model to train; without one tokens are not counted.
+    The labels are in `model.language` and `model.task`; without the tokenizer of the model to train their tokens are
+    not counted.
 
     Raises:
         DataError: a clip without measurements, or a language unknown to the tokenizer.

@@ -39,12 +39,9 @@ _FILTERS = {"all": "all clips", "error": "any error", **_EDITS, **_TAGS, "perfec
 class AlignmentView:
     """Clips of one model, worst first, as an object that a notebook shows.
 
-    Args:
-        rows: of the model, from `load_predictions` or an `EvaluationResult`.
-        normalizer: of the evaluation, for rows of older runs, which do not name theirs.
-        recordings: of the clips; those without one have no player.
-        beside: rows of another model on the same clips, shown below; usually the stock model.
-        names: of the two models.
+    Its rows are from `load_predictions` or an `EvaluationResult`; `normalizer` is of the evaluation, for rows of older
+    runs, which do not name theirs. Clips without a recording have no player. The rows `beside`, shown below, are of
+    another model on the same clips, usually the stock model; `names` are of both.
     """
 
     def __init__(

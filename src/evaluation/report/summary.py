@@ -198,11 +198,8 @@ def main_model(names: Iterable[str]) -> str:
 def comparison_table(results: Mapping[str, Row], predictions: PredictionsByModel | None = None) -> pd.DataFrame:
     """Return one row per model for reading, the stock model first, the others with their change against it.
 
-    Results of the guard set come last, compared with the stock model on the guard set.
-
-    Args:
-        results: by name; `EvaluationResult`s or rows of metrics.jsonl.
-        predictions: by name, for the verdict; taken from the `EvaluationResult`s by default.
+    Results, by name, are `EvaluationResult`s or rows of metrics.jsonl, which need predictions for a verdict. Those of
+    the guard set come last, compared with the stock model on the guard set.
 
     Raises:
         DataError: no result, or results of different clips.

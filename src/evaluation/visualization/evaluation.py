@@ -107,11 +107,8 @@ class EvaluationVisualizer:
     def wer_by_slice(self, column: str, *, on: SubFigure | None = None) -> Figure:
         """Draw the headline with intervals for each slice of a column, for each model, below the rate over all clips.
 
-        Slices have the metrics of their languages, which their labels name if they differ.
-
-        Args:
-            column: one of `slice_columns`, or another one of the rows; of more than 12 slices the first are drawn.
-            on: a part of a page to draw on, as in the other figures.
+        Slices have the metrics of their languages, which their labels name if they differ. The column is one of
+        `slice_columns`, or another one of the rows; of more than 12 slices the first are drawn.
         """
         if not self._predictions:
             raise DataError(f"{self._run_dir}: no predictions; evaluate a model and save")

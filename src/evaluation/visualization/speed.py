@@ -25,10 +25,8 @@ _LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 9, "loc": "upper left",
 def draw_emission(systems: Mapping[str, Sequence[WordTiming]]) -> Figure:
     """Draw for each word how long after its end it was committed, and how long after it was first shown.
 
-    On the replay's clock if all systems have one, else in audio heard.
-
-    Args:
-        systems: words of each system on the same stream, from `time_words`.
+    The words of each system are those of `time_words` on one stream; on the replay's clock if all systems have one,
+    else in audio heard.
     """
     words = [word for timings in systems.values() for word in timings]
     if not words:
@@ -57,8 +55,7 @@ def draw_emission(systems: Mapping[str, Sequence[WordTiming]]) -> Figure:
 def draw_tradeoff(rows: Sequence[Row]) -> Figure:
     """Draw the headline against the median latency of commits, computing included, with intervals; good is below left.
 
-    Args:
-        rows: from `measure_stream`, with "name" for the label.
+    The rows are from `measure_stream`, with "name" for the label.
     """
     return _draw_points(rows, "commit_aware_p50{}_sec", "What a lower latency costs", "median latency of commits, s")
 
@@ -66,9 +63,8 @@ def draw_tradeoff(rows: Sequence[Row]) -> Figure:
 def variants_chart(rows: Sequence[Row]) -> Figure:
     """Draw the headline with its interval against speed, the area of a marker as the size; good is below and right.
 
-    Args:
-        rows: with "name", "rtfx" (seconds of audio per second of computing), "size_mb", and "metric", "rate", "low" and
-            "high", or "wer", "wer_low" and "wer_high". One without rtfx, rate or size is named below the figure.
+    The rows have "name", "rtfx" (seconds of audio per second of computing), "size_mb", and "metric", "rate", "low" and
+    "high", or "wer", "wer_low" and "wer_high". One without rtfx, rate or size is named below the figure.
     """
     return _draw_points(rows, "rtfx{}", "Variants", "speed, seconds of audio per second of computing", "size_mb")
 

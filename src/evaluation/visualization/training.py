@@ -137,12 +137,8 @@ class LivePlot:
             trainer.train()
 
     One figure is replaced in place, without a widget: `display_id` works in Jupyter and in Colab. Drawing takes at most
-    a twentieth of the time. An error in it ends the figure with a warning, never the training. Outside a notebook
-    nothing is drawn.
-
-    Args:
-        experiment: its rows are shown, those of a resumed training included.
-        every_sec: minimal time between two figures.
+    a twentieth of the time, and happens at most every `every_sec`. An error in it ends the figure with a warning, never
+    the training. Rows of a resumed training are included. Outside a notebook nothing is drawn.
     """
 
     def __init__(
