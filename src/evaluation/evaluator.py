@@ -219,7 +219,7 @@ class ModelEvaluator:
             for batch in ProgressBar(batches, desc=desc, total=total, leave=False, disable=not is_main_process()):
                 of_batch: list[_Measured] = []
                 for places, _ in self._groups(batch):  # each clip is padded as it would be alone
-                    group = {
+                    group: dict[str, Any] = {
                         key: values[places] if isinstance(values, Tensor) else [values[i] for i in places]
                         for key, values in batch.items()
                     }

@@ -133,7 +133,7 @@ def pick_column(columns: Sequence[str], meaning: str, where: str, *, also: Seque
 
     A `DataError` has those that exist and the nearest name.
     """
-    known = (*(TEXT_COLUMNS if meaning == "text" else AUDIO_COLUMNS), *also)
+    known: tuple[str, ...] = (*(TEXT_COLUMNS if meaning == "text" else AUDIO_COLUMNS), *also)
     for name in known:
         if name in columns:
             return name
