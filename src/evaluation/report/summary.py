@@ -442,7 +442,9 @@ def _templates() -> jinja2.Environment:
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
     environment.globals |= {"BLUE": BLUE, "ORANGE": ORANGE, "GREEN": GREEN, "STOCK": STOCK}
-    environment.globals |= {"NOT_MEASURED": NOT_MEASURED, "FEW_BLOCKS": FEW_BLOCKS, "headline": headline}
+    environment.globals |= {"NOT_MEASURED": NOT_MEASURED, "FEW_BLOCKS": FEW_BLOCKS}
+    functions = (headline, describe_comparison, describe_guard_set, describe_mix, language_table, more_rates)
+    environment.globals |= {function.__name__: function for function in functions}
     environment.filters |= {"number": number, "counted": counted, "table": _html_table}
     environment.filters |= {"md": escape_markdown, "md_table": markdown_table, "visible": visible}
     return environment
