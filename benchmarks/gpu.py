@@ -48,10 +48,11 @@ WARM_UPDATES = 10  # not counted: libraries choose kernels, allocators settle
 TRAINING_SHARE = 0.6  # of the time
 LAUNCH_SEC = 6e-6  # of an operator of torch on the host of a rented GPU: assumed where no GPU was measured
 ASSUMED_MFU = 0.35  # likewise, where the host does not limit
-GPUS = {"T4": 65.0, "L4": 121.0, "A100": 312.0}  # dense TFLOP/s in 16 bits, as training_measures.PEAK_TFLOPS
-PROFILES = {"demo": ("tiny.en", 2), "balanced": ("base", 3), "production": ("small", 5)}  # model, epochs
+GPUS = ("T4", "L4", "A100")
 PROFILE_CLIPS = 2_000
+REST_MINUTES = 5.0  # of the notebook: about 2 to set up and download, and 3, which all but training takes on two cores
 TINY = (384, 4, 4, 6, 80, 51_864)
+INPUT_OPERATORS = 900  # that make an update's inputs, augmented: log-mel features of audio at its own length
 
 
 def main() -> int:
@@ -396,37 +397,50 @@ def estimate_updates(
     training: Sequence[Figures], arguments: argparse.Namespace, sizes: Mapping[str, tuple[int, ...]]
 ) -> list[dict[str, str]]:
     """Return the estimated time of an update on other GPUs, by size, with what limits it."""
-    mfu = [row["mfu"] for row in training if row.get("mfu") is not None and row["side"] != SIDES["hf"]]
     rows = []
     for name, shape in {**sizes, **SIZES}.items():
         if name not in SIZES:
             continue
         line = {"size": name, "operators": str(count_operators(shape))}
-        for gpu, peak in GPUS.items():
-            work_sec = tflop_per_update(shape, 32, padded=False) / (peak * (max(mfu) if mfu else ASSUMED_MFU))
-            launch_sec = int(line["operators"]) * LAUNCH_SEC
-            limit = "host" if launch_sec > work_sec else "GPU"
-            line[gpu] = f"{1000 * max(work_sec, launch_sec):.0f} ms ({limit})"
+        host_sec = int(line["operators"]) * LAUNCH_SEC
+        for gpu in GPUS:
+            gpu_sec = tflop_per_update(shape, 32, padded=False) / tflops_reached(gpu, training)
+            line[gpu] = f"{1000 * max(gpu_sec, host_sec):.0f} ms ({'host' if host_sec > gpu_sec else 'GPU'})"
         rows.append(line)
     return rows
 
 
 def profile_minutes(training: Sequence[Figures] = ()) -> list[dict[str, str]]:
-    """Return the estimated minutes that the profiles of the notebook train, by GPU; evaluation is not in it.
+    """Return the estimated minutes that the profiles of config.yaml train on `PROFILE_CLIPS`, by GPU.
 
-    The demo profile is made for a CPU, where a run takes about five minutes with its 120 clips.
+    Batches at their own length and the share that is padded to 30 s count; validation does not. The notebook's first
+    cell and docs/training.md have the table.
     """
-    mfu = [row["mfu"] for row in training if row.get("mfu") is not None and row["side"] != SIDES["hf"]]
+    from src.utils import load_config
+
     rows = []
-    for profile, (size, epochs) in PROFILES.items():
-        shape = SIZES.get(size, TINY)
-        operators, updates = count_operators(shape), epochs * PROFILE_CLIPS / 32
-        line = {"profile": profile, "model": f"{size}, {epochs} epochs"}
-        for gpu, peak in GPUS.items():
-            work_sec = tflop_per_update(shape, 32, padded=False) / (peak * (max(mfu) if mfu else ASSUMED_MFU))
-            line[gpu] = f"{updates * max(work_sec, operators * LAUNCH_SEC) / 60:.1f}"
+    for profile in ("demo", "balanced", "production"):
+        config = load_config(ROOT / "config.yaml", profile=profile)
+        shape, plan = SIZES.get(config.model.variant, TINY), config.training
+        host_sec = (count_operators(shape) + INPUT_OPERATORS) * LAUNCH_SEC
+        line = {"profile": profile, "model": f"{config.model.variant}, {plan.epochs} epochs"}
+        for gpu in GPUS:
+            own_sec, padded_sec = (
+                max(host_sec, tflop_per_update(shape, plan.batch_size, padded=padded) / tflops_reached(gpu, training))
+                for padded in (False, True)
+            )
+            update_sec = (1 - plan.full_context_prob) * own_sec + plan.full_context_prob * padded_sec
+            line[gpu] = f"{plan.epochs * PROFILE_CLIPS / plan.batch_size * update_sec / 60:.1f}"
         rows.append(line)
     return rows
+
+
+def tflops_reached(gpu: str, training: Sequence[Figures]) -> float:
+    """Return the TFLOP/s that training reaches on a GPU, by the best utilisation that was measured, else by ours."""
+    from benchmarks.training_measures import PEAK_TFLOPS
+
+    mfu = [row["mfu"] for row in training if row.get("mfu") is not None and row["side"] != SIDES["hf"]]
+    return PEAK_TFLOPS[gpu] * max(mfu, default=ASSUMED_MFU)
 
 
 if __name__ == "__main__":

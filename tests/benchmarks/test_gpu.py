@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import time
+from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.gpu import SIDES, SIZES, speedups, tflop_per_update, training_row, waits_for_data
+from benchmarks.gpu import (
+    GPUS,
+    REST_MINUTES,
+    SIDES,
+    SIZES,
+    profile_minutes,
+    speedups,
+    tflop_per_update,
+    training_row,
+    waits_for_data,
+)
 
 MEASURED = {"updates": 100, "update_sec": 0.25, "mfu": 0.31, "wait_share": 0.02, "peak_mb": 1234.0}
 
@@ -48,3 +61,17 @@ def test_padding_to_30_seconds_multiplies_the_work_of_a_short_clip() -> None:
     for shape in SIZES.values():
         own, padded = (tflop_per_update(shape, 32, padded=padded) for padded in (False, True))
         assert padded / own == pytest.approx(7.3, abs=0.5)
+
+
+def test_the_notebook_says_before_it_starts_how_long_a_profile_trains() -> None:
+    notebook = Path(__file__).resolve().parents[2] / "whisper_asr_colab.ipynb"
+    first, *_ = nbformat.read(notebook, as_version=4).cells
+    assert re.findall(r"^\| profile .*$", first.source, re.M) == [f"| profile | model | {' | '.join(GPUS)} |"]
+    rows = profile_minutes()
+    for row in rows:
+        (shown,) = re.findall(rf"^\| {row['profile']} \| {row['model']} \|(.*)\|$", first.source, re.M)
+        minutes = [float(cell) for cell in shown.split("|")]
+        assert minutes == pytest.approx([float(row[gpu]) for gpu in GPUS], rel=0.25, abs=0.11), row
+    assert "on a T4 that takes about six minutes, five of them for" in first.source
+    by_default = float(next(row["T4"] for row in rows if row["profile"] == "balanced"))
+    assert REST_MINUTES + by_default == pytest.approx(6.0, abs=1.0)
