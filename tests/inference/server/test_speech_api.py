@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -226,6 +227,33 @@ def test_the_examples_of_the_documentation_work(address: str, tmp_path: Path) ->
     assert [answer.returncode for answer in answers] == [0] * 4, answers
     assert [answer.stdout.count("what you can do") for answer in answers] == [2, 1, 0, 2]
     assert "-->" in (tmp_path / "talk.srt").read_text()
+
+
+def test_the_image_of_the_documentation_has_what_the_server_reads_and_asks_for_its_health(
+    address: str, tmp_path: Path
+) -> None:
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"^```dockerfile\n(.*?)^```$", text, re.M | re.S)
+    for copied in re.findall(r"^COPY (.+) \S+$", lines, re.M):
+        for name in copied.split():
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+            copy(ROOT / name, tmp_path / name)
+    entry, default, health = (
+        json.loads(re.search(rf"^{name} (?:CMD )?(\[.*\])$", lines, re.M)[1])  # type: ignore[index]
+        for name in ("ENTRYPOINT", "CMD", "HEALTHCHECK")
+    )
+    served = [sys.executable, *entry[1:], *default, "--port", "0"]
+    environment = {**os.environ, "CAPTION_TOKEN": TOKEN}
+    done = subprocess.run(served, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE_SEC)
+    assert (done.returncode, "ModelError: " in done.stderr, "/model" in done.stderr) == (1, True, True), done.stderr
+    health = [sys.executable, *health[1:-1], health[-1].replace("http://127.0.0.1:8765", address)]
+    assert subprocess.run(health, timeout=PATIENCE_SEC).returncode == 0
+    (install,) = re.findall(r"^RUN (if .*?[^\\])$", lines, re.M | re.S)
+    torch = {"cpu": "--extra-index-url https://download.pytorch.org/whl/cpu", "cuda": "nvidia-cublas-cu12"}
+    for device, arguments in torch.items():
+        script = f'pip() {{ echo "$@"; }}\n{install}'
+        shell = subprocess.run(["sh", "-ec", script], env={"DEVICE": device}, capture_output=True, text=True)
+        assert shell.stdout == f"install --no-cache-dir -r requirements.txt -c constraints.txt {arguments}\n"
 
 
 # hostile clients
