@@ -542,6 +542,8 @@ class RecordingChecker:
         self.skipped += skipped
         if cap is not None and len(passed) < cap:
             logger.info("%s: %d asked for, %d exist; taking all of them", name, cap, len(passed))
+        elif cap is not None and cap < len(position):
+            logger.info("%s: %d of %d are taken, as data.max_%s says", name, cap, len(position), name)
         return passed if is_stream else sorted(passed, key=lambda u: position[u.id])
 
     def _detector_for(self, utterance: Utterance) -> VoiceActivityDetector | None:

@@ -55,6 +55,7 @@ def test_caps_take_the_same_clips_each_time_and_never_the_head(caplog: pytest.Lo
     assert len({u.speaker for u in first.train}) > 10
     assert len(first.test) == 100
     assert "10000 asked for, 100 exist" in caplog.text
+    assert "train: 20 of 360 are taken, as data.max_train says" in caplog.text
 
 
 def test_missing_splits_are_cut_by_speaker(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from src.data.utterance import (
     utterance_from_row,
     with_unique_ids,
 )  # fmt: skip
-from src.utils.config import DataConfig, SourceName, flatten
+from src.utils.config import PATH_SOURCES, DataConfig, SourceName, flatten
 from src.utils.errors import ConfigError, DataError, SourceUnavailableError
 from src.utils.languages import parse_language
 from src.utils.runtime import MOUNT_POINT, in_colab, upload_files
@@ -51,38 +51,46 @@ def choose_data(
     """Return settings of `data` for what a user of the notebook chose.
 
     Args:
-        choice: a source; "auto" is in Colab telephone speech of MInDS-14 in the language, for English with the bundled
-            sample where the Hub does not answer, and elsewhere the sample; "upload" asks for files.
+        choice: a source; "auto" takes a path or data set that is named, else in Colab telephone speech of MInDS-14 in
+            the language, for English with the bundled sample where the Hub does not answer, and elsewhere the sample;
+            "upload" asks for files.
         path: of a folder or archive, also one below "My Drive".
         language: of the speech, in any notation; None or "auto" takes English for MInDS-14.
         hub: more of `data.hub`.
         overrides: settings that go before; if they name a source, nothing is chosen.
 
     Raises:
-        ConfigError: MInDS-14 has no such language, or the path is nowhere.
+        ConfigError: MInDS-14 has no such language, or the path is nowhere, or its source takes none.
         DataError: the language is none.
         WhisperASRError: no file was uploaded.
     """
     if {"data.source", "data.sources", "data.mix"} & set(flatten(overrides or {})):
         return {}
     options = {key: value for key, value in hub.items() if value}
+    names_nothing = choice == "auto" and not path and "id" not in options
+    if choice == "auto":
+        choice = "folder" if path else "hub" if "id" in options else "minds14" if in_colab() else "sample"
+    if path and choice not in PATH_SOURCES:
+        raise ConfigError(
+            f"DATA_PATH {path!r}: {choice} takes no path; choose {', '.join(PATH_SOURCES)}, or empty DATA_PATH"
+        )
     if choice == "upload":
         return {"source": "folder", "path": str(upload_files())}
     spoken = parse_language(language) if language and language != "auto" else "en"
-    if choice == "minds14" or (choice == "auto" and in_colab()):
+    if choice == "minds14":
         if "config" not in options and spoken not in MINDS14_SUBSETS:
             known = ", ".join(MINDS14_SUBSETS)
             raise ConfigError(f"MInDS-14 has no language {language!r}, only {known}; choose another DATA_SOURCE")
         options = {"config": MINDS14_SUBSETS.get(spoken), **options}
-        falls_back = choice == "auto" and spoken == "en"
+        falls_back = names_nothing and spoken == "en"
         return {"source": "minds14", "sources": ["minds14", "sample"] if falls_back else [], "hub": options}
     if not path:
-        return {"source": "sample" if choice == "auto" else choice, "hub": options}
+        return {"source": choice, "hub": options}
     places = Path(path), MOUNT_POINT / "MyDrive" / path, MOUNT_POINT / path
     if (found := next((place for place in places if place.exists()), None)) is None:
         on_drive = "" if MOUNT_POINT.exists() else "; for Google Drive tick USE_DRIVE and run the cell Start first"
         raise ConfigError(f"DATA_PATH {path!r}: no such file or folder here{on_drive}")
-    return {"source": "folder" if choice == "auto" else choice, "path": str(found), "hub": options}
+    return {"source": choice, "path": str(found), "hub": options}
 
 
 def load_utterances(config: DataConfig) -> list[Utterance]:

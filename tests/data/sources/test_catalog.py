@@ -139,7 +139,12 @@ def test_what_a_user_of_the_notebook_chooses(tmp_path: Path, monkeypatch: pytest
     assert choose_data("minds14", "", "auto", hub={"config": "en-GB"})["hub"] == {"config": "en-GB"}
     with pytest.raises(ConfigError, match=r"MInDS-14 has no language 'hi', only cs, de, en"):
         choose_data("auto", "", "hi", hub={})
-    assert choose_data("folder", "talks", hub={})["path"] == str(drive / "MyDrive" / "talks")
+    talks = {"source": "folder", "path": str(drive / "MyDrive" / "talks"), "hub": {}}
+    assert choose_data("folder", "talks", hub={}) == choose_data("auto", "talks", hub={}) == talks
+    assert choose_data("auto", hub={"id": "google/fleurs"}) == {"source": "hub", "hub": {"id": "google/fleurs"}}
+    for takes_none in ("minds14", "upload", "sample", "hub"):  # else the path would be passed over
+        with pytest.raises(ConfigError, match=f"DATA_PATH 'talks': {takes_none} takes no path"):
+            choose_data(takes_none, "talks", hub={})
     with pytest.raises(ConfigError, match="no such file or folder"):
         choose_data("folder", "nowhere", hub={})
     monkeypatch.setattr(catalog, "upload_files", lambda: Path("uploads/a.zip"))
