@@ -2,7 +2,8 @@
 
 The folder holds a FLAC file per speaker and sentence, at the browser's rate, and metadata.csv. It alone says what is
 recorded: however a page or the process ended, the next one goes on with the sentences that a speaker has not read yet.
-A new take of a sentence replaces the older one.
+A new take of a sentence replaces the older one. What one or two people recorded is split by sentence, as a training
+needs a validation and a test.
 
 A page sends a take in several messages, and plays what it sent; the server sends no recording to anyone.
 Whoever reaches the page may record under any name, but only the sentences of the page, and `MAX_TAKES` in all.
@@ -34,7 +35,7 @@ from src.data.preprocessing import ClipStats, measure_clip, measure_clipping
 from src.data.report.findings import CLIPPED_FRACTION, LONG_SILENCE_SEC, QUIET_DBFS, SHORT_SEC, SILENT_FRACTION
 from src.data.sources.catalog import open_source
 from src.data.sources.manifest import Row, find_audio, find_manifests, read_rows, read_text, to_csv
-from src.data.utterance import NO_SPEAKER, Utterance, text_of
+from src.data.utterance import NO_SPEAKER, SPLITS, Utterance, text_of
 from src.data.vad import VoiceActivityDetector
 from src.inference.server.host import LOOPBACK
 from src.inference.server.protocol import FULL_SCALE, read_samples
@@ -131,7 +132,8 @@ def sentences_of_data(config: Config) -> tuple[list[str], str | None]:
 
     It is `model.language`, else the most frequent one.
     """
-    opened = open_source(config.data, config.data.chosen_sources[0])
+    first = next(iter(config.data.parts.values()))
+    opened = open_source(first, first.chosen_sources[0])
     listed = islice(opened if isinstance(opened, list) else chain(*opened.values()), MAX_LISTED)
     known = [utterance for utterance in listed if utterance.meta.get("split") in (None, "train")]
     heard = Counter(utterance.language for utterance in known if utterance.language).most_common(1)
@@ -187,11 +189,15 @@ class RecordingFolder:
         encoded = io.BytesIO()
         sf.write(encoded, samples, rate, format="FLAC", subtype="PCM_16")
         with _WRITING:
-            rows = [other for other in self._rows() if (other["speaker"], other["text"]) != (speaker, text)]
+            before = self._rows()
+            rows = [other for other in before if (other["speaker"], other["text"]) != (speaker, text)]
             if len(rows) >= MAX_TAKES:
                 raise DataError(f"{self.path}: has {len(rows):,} recordings, the most that a folder takes; use another")
             write_bytes_atomic(file, encoded.getvalue(), durable=True)
-            table = to_csv(dict.fromkeys([*COLUMNS, *chain(*rows)]), [*rows, row])
+            # splits that somebody else wrote stay
+            is_ours = not any(other.get("split") for other in before) or before == split_by_sentence(before)
+            rows = split_by_sentence([*rows, row]) if is_ours else [*rows, {**row, "split": "train"}]
+            table = to_csv(dict.fromkeys([*COLUMNS, *chain(*rows)]), rows)
             write_text_atomic(self.path / MANIFEST, table, durable=True)
         return file
 
@@ -201,6 +207,16 @@ class RecordingFolder:
         if any({"file_name", "text", "speaker"} - row.keys() for row in rows):
             raise DataError(f"{manifest}: not one that was recorded (file_name, text, speaker); choose another folder")
         return [{name: text_of(cell) for name, cell in row.items()} for row in rows]
+
+
+def split_by_sentence(rows: Sequence[Row]) -> list[Row]:
+    """Give each sentence a split while fewer than three people have recorded; of more, voices are kept apart later."""
+    texts = sorted({row["text"] for row in rows}, key=lambda text: hashlib.sha256(text.encode()).digest())
+    share = max(1, len(texts) // 10)
+    held = dict(zip(texts, ["test"] * share + ["validation"] * share, strict=False))
+    if len({row["speaker"] for row in rows}) < len(SPLITS) <= len(texts):
+        return [{**row, "split": held.get(row["text"], "train")} for row in rows]
+    return [{name: cell for name, cell in row.items() if name != "split"} for row in rows]
 
 
 # A take

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -115,6 +116,8 @@ class TestSentences:
     def test_they_are_of_the_training_part_of_the_data(self) -> None:
         sentences, language = sentences_of_data(load_config(None))
         assert (len(sentences), language) == (100, "en")
+        mix = [{"source": "sample"}, {"source": "minds14", "max_train": 5}]
+        assert sentences_of_data(load_config(None, overrides={"data.mix": mix}))[0] == sentences
         splits = prepare_datasets(load_config(None, overrides={"data": {"max_train": 1, "max_test": 5}}))
         assert not set(sentences) & {u.text for u in splits.test}
 
@@ -130,6 +133,26 @@ class TestFolder:
         ]  # fmt: skip
         assert read[0].meta["date"] == "2026-11-30T11:00:00+00:00"
         assert all(isinstance(u.audio, Path) and u.audio.parent == folder.path for u in read)
+
+    def test_one_voice_can_be_trained_on_and_three_are_kept_apart(self, tmp_path: Path, spoken: Waveform) -> None:
+        folder = RecordingFolder(tmp_path)
+
+        def splits(speaker: str, *texts: str) -> dict[str, str]:
+            for text in texts:
+                folder.keep(as_pcm(spoken), SAMPLE_RATE, text=text, speaker=speaker, language="en", date=DATE)
+            return {u.id: u.meta.get("split", "") for u in read_folder(tmp_path)}
+
+        assert set(splits("Ann", "one", "two").values()) == {""}  # too few sentences
+        of_twenty = Counter(splits("Ann", *map(str, range(18))).values())
+        assert of_twenty == {"train": 16, "validation": 2, "test": 2}
+        assert {"test", "train", "validation"} == set(splits("Bo", "one", "two", "3").values())
+        prepared = prepare_datasets(load_config(None, overrides={"data": {"source": "folder", "path": str(tmp_path)}}))
+        assert not {u.text for u in prepared.train} & {u.text for u in prepared.test}
+        assert set(splits("Cy", "one").values()) == {""}
+        table = tmp_path / "metadata.csv"
+        header, first, *_ = table.read_text().splitlines()
+        table.write_text(f"{header},split\n{first},test\n")  # by hand
+        assert sorted(splits("Ann", "b", "c", "d").values()) == ["test"] + ["train"] * 3
 
     def test_a_new_take_replaces_the_old_and_the_rest_stays(self, tmp_path: Path, spoken: Waveform) -> None:
         folder = RecordingFolder(tmp_path)
