@@ -33,7 +33,8 @@ def main() -> int:
     try:
         from src.utils.validation import CheckReport, environment_report, run_check
     except ModuleNotFoundError as err:
-        print(f"error: {err.name} is not installed\nfix: pip install -r requirements.txt -c constraints.txt")
+        fix = "pip install -r requirements.txt -c constraints.txt, or make setup"
+        print(f"error: {err.name} is not installed\nfix: {fix}")
         return 1
     from src.utils.files import project_file
 
