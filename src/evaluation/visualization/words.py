@@ -23,8 +23,9 @@ _LEFT, _RIGHT = 0.055, 0.985  # shares of the width
 
 
 def draw_words(
-    audio: Waveform, words: Sequence[Word], *, between_sec: tuple[float, float] | None = None, title: str = ""
-) -> NotebookFigure:
+    audio: Waveform, words: Sequence[Word], *, between_sec: tuple[float, float] | None = None, title: str = "",
+    all_words: bool = True,
+) -> NotebookFigure:  # fmt: skip
     """Draw the log-mel spectrogram, the words' boundaries in it, and their texts above without overlap.
 
     Args:
@@ -32,10 +33,13 @@ def draw_words(
         words: with times in this audio, from `DecodingResult.words`.
         between_sec: the part to draw, at most 30 s; all by default.
         title: above the figure.
+        all_words: False leaves out texts for which there is no room, as where a model repeats itself, and draws a
+            recording without words, too; the title says so.
 
     Raises:
         AudioError: no (T,) audio of at least 25 ms.
-        DataError: no words in this part, a part of over 30 s or outside of the recording, or more words than fit.
+        DataError: a part of over 30 s or outside of the recording; with `all_words` no words in this part, or more
+            than fit.
     """
     from librosa.display import specshow  # loads numba: seconds that only this figure needs
 
@@ -51,13 +55,14 @@ def draw_words(
         for word in words
         if word.start_sec < end and (word.end_sec > begin or word.start_sec >= begin)  # also one without length
     ]
-    if not shown:
+    if not shown and all_words:
         raise DataError("draw_words: no words in this part; decode with word_timestamps=True")
     style: dict[str, Any] = {"axes.grid": False, "font.size": 9, "axes.spines.left": False}
     with new_figure(_WIDTH, _MAX_HEIGHT, layout=None, **style) as figure:
         # centre each text on its word, in the lowest lane where it touches no other
         sec_per_inch = (end - begin) / (_WIDTH * (_RIGHT - _LEFT))
         free_from: list[float] = []  # of each lane
+        room = int((_MAX_HEIGHT - _BELOW - _MEL - _ABOVE) / _LANE) - 1  # lanes
         places = []  # lane, left end and width of each text
         for word in shown:
             text = figure.text(0, 0, drawable(word.text))
@@ -65,12 +70,17 @@ def draw_words(
             text.remove()
             left = max(begin, min((word.start_sec + word.end_sec - width) / 2, end - width))
             lane = next((i for i, free in enumerate(free_from) if free <= left), len(free_from))
-            free_from[lane:] = [left + width + _GAP * sec_per_inch, *free_from[lane + 1 :]]
+            if lane < room:
+                free_from[lane:] = [left + width + _GAP * sec_per_inch, *free_from[lane + 1 :]]
+            elif all_words:
+                raise DataError(
+                    f"draw_words: {len(shown)} words in {end - begin:.1f} s do not fit; give a shorter part"
+                )
             places.append((lane, left, width))
+        if missing := sum(lane >= room for lane, *_ in places) or not shown:
+            title += f"{', ' * bool(title)}{f'no room for {missing} of {len(shown)} words' if shown else 'no words'}"
         bottom, band_height = _BELOW + _MEL, (1 + len(free_from)) * _LANE
         height = bottom + band_height + _ABOVE
-        if height > _MAX_HEIGHT:
-            raise DataError(f"draw_words: {len(shown)} words in {end - begin:.1f} s do not fit; give a shorter part")
         figure.set_size_inches(_WIDTH, height)
         mel = figure.add_axes((_LEFT, _BELOW / height, _RIGHT - _LEFT, _MEL / height))
         band = figure.add_axes((_LEFT, bottom / height, _RIGHT - _LEFT, band_height / height), sharex=mel)
@@ -93,6 +103,8 @@ def draw_words(
             color = (BLUE, ORANGE)[index % 2]  # neighbours differ; a white edge parts them too
             length = max(word.end_sec - word.start_sec, POSITION_SEC)  # a word without length should be seen too
             band.broken_barh([(word.start_sec, length)], (0.15, 0.5), facecolor=color, edgecolor="white", clip_on=False)
+            if lane >= room:
+                continue
             middle = min(max((word.start_sec + word.end_sec) / 2, left), left + width)
             band.plot([middle, middle], [0.65, 1.1 + lane], color=GREY, linewidth=0.6, zorder=1)
             band.text(

@@ -75,3 +75,15 @@ def test_what_cannot_be_drawn_is_an_error(jfk: np.ndarray) -> None:
     ):
         with pytest.raises(error, match=said):
             draw_words(audio, given, between_sec=part)
+
+
+def test_a_model_that_repeats_itself_or_hears_nothing_is_drawn_as_far_as_there_is_room(jfk: np.ndarray) -> None:
+    looped = [Word("again", 10.0, 10.0, 0.9) for _ in range(43)]
+    figure = draw_words(jfk, [*words_every(1.0, 10.0), *looped], title="clip", all_words=False)
+    band = figure.axes[1]
+    assert len(band.collections) == 53
+    assert len(band.texts) < 53
+    assert band.get_title(loc="left") == f"clip, no room for {53 - len(band.texts)} of 53 words"
+    assert max(figure.get_size_inches() / [10, 4]) <= 1
+    alone = draw_words(jfk, [], all_words=False).axes[1]
+    assert (alone.get_title(loc="left"), len(alone.texts)) == ("no words", 0)
