@@ -193,7 +193,8 @@ def download_results(run_dir: Path, *, model_dir: Path, mirror_dir: Path | None 
     with atomic_file(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, path in sorted(members.items()):
             if not any(part.startswith(".") for part in Path(name).parts):
-                archive.write(path, name)
+                kind = zipfile.ZIP_STORED if path.suffix == ".safetensors" else None  # weights shrink by a tenth
+                archive.write(path, name, kind)
     logger.info("%s: %.0f MB", target.absolute(), target.stat().st_size / 1e6)
     if mirror_dir is not None:
         shutil.copyfile(target, mirror_dir / target.name)
