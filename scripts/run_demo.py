@@ -30,7 +30,7 @@ from src.utils.tracking import check_run_id
 
 NOTEBOOK = ROOT / "whisper_asr_colab.ipynb"
 QUICK = {
-    "data": {"max_train": 64, "max_validation": 8, "max_test": 16},
+    "data": {"max_train": 64, "max_validation": 4, "max_test": 6},
     "training": {"epochs": 1, "batch_size": 4},  # 16 updates: enough for the model to know when to stop
 }
 

@@ -9,11 +9,14 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 import soundfile
 from nbclient import NotebookClient
@@ -23,12 +26,15 @@ from src.data import create_dataloaders, prepare_datasets
 from src.data.audio import load_audio
 from src.data.sources.catalog import SAMPLE_PARQUET
 from src.data.utterance import Utterance
+from src.inference.server.recorder import RecordingFolder
 from src.utils import load_config
+from tests.data.hub_layout import write_librispeech, write_minds14
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS, DATA, TRAIN, TABLE = "cell-06b", "cell-09", "cell-22", "cell-25"
+NOTEBOOK = ROOT / "whisper_asr_colab.ipynb"
+START, SETTINGS, DATA, TRAIN, TABLE = "cell-02", "cell-06b", "cell-09", "cell-22", "cell-25"
 SETTINGS_OF_TESTS = {
-    "data.max_train": 16, "data.max_validation": 4, "data.max_test": 8, "training.epochs": 2, "training.batch_size": 4,
+    "data.max_train": 8, "data.max_validation": 4, "data.max_test": 8, "training.epochs": 2, "training.batch_size": 4,
     "checkpoints.save_minutes": None, "checkpoints.mirror_mb_per_sec": 1e6, "evaluation.bootstrap_samples": 200,
 }  # fmt: skip
 DRIVE = """
@@ -41,6 +47,8 @@ class MountPoint(PosixPath):
 
 runtime.MOUNT_POINT = MountPoint({point!r})  # where a test may write
 """
+# imports torch once more, in a process of its own
+NO_DOCTOR = "from src.utils import validation; validation._check_torch = lambda config=None: ()"
 Cells = list[Any]
 
 
@@ -49,7 +57,8 @@ class Runtime:
 
     def __init__(self, folder: Path, drive: Path) -> None:
         self.folder, self._drive = folder, drive
-        shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
+        # with its bytecode, but for what another process writes now
+        shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("*.pyc.*"))
         for name in ("config.yaml", "requirements.txt"):
             shutil.copy(ROOT / name, folder)
 
@@ -59,25 +68,23 @@ class Runtime:
         *,
         overrides: Mapping[str, Any] | None = None,
         kill_at: str | None = None,
-        until: str | None = None,
         when: Callable[[], bool] = lambda: True,
     ) -> Cells:
         """Run all cells, with what a user fills in and ticks.
 
         `overrides` are in place of what the form of the data gives. In the cell `kill_at` the kernel is killed as soon
-        as `when` is true; `until` is the last one. Returns the cells that were executed.
+        as `when` is true. Returns the cells that were executed.
         """
-        notebook = nbformat.read(ROOT / "whisper_asr_colab.ipynb", as_version=4)
-        cells = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
-        chosen = list(cells.values())
-        for name, value in form.items():
-            (place,) = (cell for cell in chosen if re.search(rf"^{name} = .*#@param", cell.source, re.MULTILINE))
-            place.source = re.sub(rf"^{name} = .*?(?=  #@param)", f"{name} = {value!r}", place.source, flags=re.M)
+        chosen = filled(form)
         if overrides is not None:
             made = nbformat.v4.new_code_cell(f"OVERRIDES = {dict(overrides)!r}")
-            chosen.insert(1 + chosen.index(cells[SETTINGS]), made)
+            chosen.insert(1 + [cell.id for cell in chosen].index(SETTINGS), made)
+        return self.execute(chosen, kill_at=kill_at, when=when)
+
+    def execute(self, cells: Cells, *, kill_at: str | None = None, when: Callable[[], bool] = lambda: True) -> Cells:
+        """Run cells in a kernel."""
         mount = nbformat.v4.new_code_cell(DRIVE.format(point=str(self.folder / "drive")))
-        notebook.cells = [mount, *chosen]
+        notebook = nbformat.v4.new_notebook(cells=[mount, *cells])
         environment = {
             **os.environ, "HF_HUB_OFFLINE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
             "PYTHONPATH": str(ROOT / "tests" / "fake_colab"), "FAKE_COLAB_DRIVE": str(self._drive),
@@ -88,8 +95,6 @@ class Runtime:
             for index, cell in enumerate(notebook.cells):
                 if cell.id != kill_at:
                     client.execute_cell(cell, index)
-                    if cell.id == until:
-                        break
                     continue
                 pid = client.km.provisioner.pid  # type: ignore[union-attr]
                 threading.Thread(target=_kill, args=(pid, when), daemon=True).start()
@@ -103,6 +108,20 @@ class Runtime:
         (metrics,) = self.folder.glob("runs/*/metrics.jsonl")
         found = map(json.loads, metrics.read_text().splitlines())
         return [row for row in found if row["event"] == event]
+
+
+def filled(form: Mapping[str, Any]) -> Cells:
+    """Return the code cells of the notebook, with what a user fills in and ticks."""
+    cells = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    for name, value in form.items():
+        (place,) = (cell for cell in cells if re.search(rf"^{name} = .*#@param", cell.source, re.MULTILINE))
+        place.source = re.sub(rf"^{name} = .*?(?=  #@param)", f"{name} = {value!r}", place.source, flags=re.M)
+    return cells
+
+
+def printed(cell: Any) -> str:
+    """Return what a cell printed and logged."""
+    return "".join(output.get("text", "") for output in cell.outputs)
 
 
 def _kill(pid: int, when: Callable[[], bool]) -> None:
@@ -129,7 +148,8 @@ def recordings(drive: Path, sample: list[Utterance]) -> Path:
     folder = drive / "MyDrive" / "recordings"
     folder.mkdir(parents=True)
     lines = ["file_name,text,speaker"]
-    for number, clip in enumerate(sample[::20]):
+    short = (clip for clip in sample[::8] if len(load_audio(clip.audio)) < 3.5 * 16_000)  # streamed in real time
+    for number, clip in enumerate(islice(short, 25)):
         soundfile.write(folder / f"{number}.wav", load_audio(clip.audio), 16_000)
         lines.append(f"{number}.wav,{clip.text},{clip.speaker}")
     (folder / "metadata.csv").write_text("\n".join(lines))
@@ -147,34 +167,67 @@ def test_three_kills_cost_nothing(drive: Path, recordings: Path, tmp_path: Path)
     session(Runtime(tmp_path / "2", drive), kill_at=TRAIN, when=lambda: any(kept.glob("*/checkpoint-*")))
 
     third = Runtime(tmp_path / "3", drive)
-    done = session(third, kill_at="cell-30")
-    assert [row["step"] for row in third.rows("train_step")] == list(range(1, 9))
+    done = session(third, kill_at="figures")
+    assert [row["step"] for row in third.rows("train_step")] == list(range(1, 5))
     assert [row["epoch"] for row in third.rows("epoch")] == [1, 2]
 
     fourth = Runtime(tmp_path / "4", drive)
     last = fourth.run({"USE_DRIVE": True, "QUICK_RESTART": True, "LAUNCH_PAGE": True})
     assert fourth.rows("train_step") == third.rows("train_step")  # none was made again
     assert table(last) == table(done)
-    printed = {cell.id: "".join(o.get("text", "") for o in cell.outputs) for cell in last}
-    assert all("done, from checkpoint" in printed[each] for each in (DATA, "cell-16", "cell-18", TRAIN))
-    (page,) = (cell for cell in last if cell.id == "page")
-    assert "Demo(http://127.0.0.1:" in "".join(output.get("text", "") for output in page.outputs)
+    said = {cell.id: printed(cell) for cell in last}
+    assert all("done, from checkpoint" in said[each] for each in (DATA, "cell-16", "cell-18", TRAIN))
+    assert "Demo(http://127.0.0.1:" in said["page"]
     assert (kept / "result" / "model.safetensors").stat().st_size > 0
     assert list((kept / "runs").glob("*/report.html"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["auto", "upload"])  # a folder on Drive is above
-def test_each_choice_of_data_is_loaded_in_colab(source: str, drive: Path, recordings: Path, tmp_path: Path) -> None:
-    """Without a network: the default falls back as it says, an upload is a ZIP."""
+def test_each_choice_of_data_is_loaded_in_colab(
+    drive: Path, recordings: Path, sample: list[Utterance], tmp_path: Path
+) -> None:
+    """In one session, one after the other, without a network: data sets of the Hub are folders laid out as there."""
+    colab, clips = Runtime(tmp_path / "colab", drive), sample[::20]
     (drive / "uploads").mkdir()
     shutil.make_archive(str(drive / "uploads" / "speech"), "zip", recordings)
-    form = {"PROFILE": "demo", "USE_DRIVE": True, "DATA_SOURCE": source, "TRAIN_SAMPLES": 8, "VAL_SAMPLES": 2}
-    cells = Runtime(tmp_path / "colab", drive).run({**form, "TEST_SAMPLES": 2}, until=DATA)
-    (cell,) = (cell for cell in cells if cell.id == DATA)
-    printed = "".join(output.get("text", "") for output in cell.outputs)
-    assert f"{'sample' if source == 'auto' else 'folder'} | checksum" in printed
-    assert ("minds14" in printed) == (source == "auto")  # the log says why it was not taken
+    shutil.make_archive(str(drive / "MyDrive" / "speech"), "zip", recordings)
+    own = RecordingFolder(colab.folder / "own")  # one person, in an earlier session
+    for clip in clips[:5]:
+        samples = np.rint(load_audio(clip.audio) * 32_767).astype(np.int16)
+        own.keep(samples, 16_000, text=clip.text, speaker="Ann", language="en", date=datetime.now(UTC))
+    own.give_back()
+    calls = write_minds14(tmp_path / "minds14", clips)
+    books = write_librispeech(
+        tmp_path / "books", {"train.100": clips[:9], "validation": clips[9:12], "test": clips[12:]}
+    )
+    spoken = _pack_common_voice(clips, tmp_path / "corpus" / "cv-corpus-23.0" / "en")
+    choices: dict[str, dict[str, Any]] = {
+        "sample": {"DATA_SOURCE": "auto"},  # the log says why
+        "folder": {"DATA_SOURCE": "folder", "DATA_PATH": "recordings"},
+        "folder, a ZIP": {"DATA_SOURCE": "auto", "DATA_PATH": "speech.zip"},
+        "folder, uploaded": {"DATA_SOURCE": "upload"},
+        "folder, recorded": {"DATA_SOURCE": "folder", "DATA_PATH": "own", "RECORD": True, "FOLDER": "own"},
+        "sample, chosen": {"DATA_SOURCE": "sample"},
+        "minds14": {"DATA_SOURCE": "minds14", "HUB_ID": str(calls)},
+        "librispeech": {"DATA_SOURCE": "librispeech", "HUB_ID": str(books)},
+        "hub": {"DATA_SOURCE": "auto", "HUB_ID": str(calls), "HUB_CONFIG": "en-US"},
+        "common_voice": {"DATA_SOURCE": "common_voice", "DATA_PATH": str(spoken)},
+        "parquet": {"DATA_SOURCE": "parquet", "DATA_PATH": str(SAMPLE_PARQUET)},
+    }
+    few = {"PROFILE": "demo", "USE_DRIVE": True, "TRAIN_SAMPLES": 8, "VAL_SAMPLES": 2, "TEST_SAMPLES": 2}
+    cells: Cells = [nbformat.v4.new_code_cell(NO_DOCTOR)]
+    for number, form in enumerate(choices.values()):
+        chosen = filled({**few, **form})
+        chosen = chosen[: 1 + [cell.id for cell in chosen].index(DATA)]
+        cells += [cell for cell in chosen if number == 0 or cell.id != START]
+    names = [cell.id for cell in cells]
+    done = colab.execute(cells)[1:]  # with other ids, where one was there twice
+    loaded = [printed(cell) for name, cell in zip(names, done, strict=True) if name == DATA]
+    for name, said in zip(choices, loaded, strict=True):
+        assert f"{name.partition(',')[0]} | checksum" in said, said
+    assert "source 'minds14' is unavailable" in loaded[0]
+    pages = [printed(cell) for name, cell in zip(names, done, strict=True) if name == "record"]
+    assert [("http://127.0.0.1:" in said) for said in pages] == ["RECORD" in form for form in choices.values()]
 
 
 def _pack_common_voice(clips: Sequence[Utterance], folder: Path) -> Path:
