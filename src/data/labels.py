@@ -284,8 +284,7 @@ def recase_parts(texts: Sequence[str], label_case: LabelCase, language: str | No
         if language in (None, "en"):
             words = ["I" + w[1:] if w == "i" or w.startswith(("i'", "i’")) else w for w in words]
         parts[at] = " ".join(words)
-    written = [at for at, part in enumerate(parts) if part]
-    if written:
+    if written := [at for at, part in enumerate(parts) if part]:
         parts[written[0]] = _capitalise(parts[written[0]], language)
         last = parts[written[-1]]
         if unicodedata.category(last[-1])[0] in "LMN":  # no punctuation
@@ -338,8 +337,7 @@ def timed_parts(text: str, duration_sec: float) -> list[TimedText]:
     if before.strip():
         raise DataError(f"the transcript begins before its first time: {before.strip()[:40]!r}; add <|0.00|> before it")
     times = [float(time) for time in rest[::2]]
-    falling = next((pair for pair in itertools.pairwise(times) if pair[1] < pair[0]), None)
-    if falling:
+    if falling := next((pair for pair in itertools.pairwise(times) if pair[1] < pair[0]), None):
         raise DataError(f"the transcript's times go back, from {falling[0]:.2f} to {falling[1]:.2f} s; sort its parts")
     if times[-1] > duration_sec + MAX_LATE_SEC:
         what = f"the transcript's last time is {times[-1]:.2f} s, the recording ends at {duration_sec:.2f} s"

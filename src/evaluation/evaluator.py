@@ -293,8 +293,7 @@ def compare_predictions(
         raise DataError(
             f"the models were counted by {' and '.join(sorted(map(str, other_names)))}; evaluate both again"
         )
-    changed = [a.id for a, b in zip(first, matched, strict=True) if a.reference != b.reference]
-    if changed:
+    if changed := [a.id for a, b in zip(first, matched, strict=True) if a.reference != b.reference]:
         raise DataError(
             f"the references of {len(changed)} clips differ (first: {changed[0]}); evaluate both models on one loader"
         )

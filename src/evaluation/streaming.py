@@ -148,8 +148,7 @@ def evaluate_stream(asr: StreamingASR, stream: SpeechStream, offline: Evaluation
     piece: in the units of the text's language, or of its script where clips have several.
     """
     rows = {row.id: row for row in offline.rows}
-    missing = [clip for clip in stream.ids if clip not in rows]
-    if missing:
+    if missing := [clip for clip in stream.ids if clip not in rows]:
         raise DataError(f"clips of the stream were not measured offline: {', '.join(missing[:5])}")
     result = asr.stream_audio(stream.audio)
     language = "en" if offline.normalizer == metrics.WHISPER_ENGLISH else stream.language  # translations are English

@@ -414,8 +414,7 @@ def _check_manifest(source: Path, copied: dict[str, tuple[int, str]]) -> None:
         expected = {str(file): (int(entry["size"]), str(entry["sha256"])) for file, entry in listed.items()}
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return  # none, or a manifest of another kind
-    wrong = sorted(file for file, proof in expected.items() if copied.get(file) != proof)
-    if wrong:
+    if wrong := sorted(file for file, proof in expected.items() if copied.get(file) != proof):
         raise _RefusedError(f"{source}: {wrong[0]} disagrees with manifest.json; it is damaged, save it again")
 
 

@@ -130,8 +130,7 @@ class ExperimentLogger(AbstractContextManager["ExperimentLogger"]):
             if not self._last_step or row["step"] <= self._last_step:  # an earlier session may have gone further
                 self._each_tracker(lambda tracker: tracker.rewind(row["step"]))
             self._last_step = row["step"]
-        point = point_of(row, self._last_step)
-        if point is not None:
+        if (point := point_of(row, self._last_step)) is not None:
             self._each_tracker(lambda tracker: tracker.write(*point))
         for callback in list(self._subscribers):
             try:

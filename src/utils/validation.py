@@ -341,8 +341,7 @@ def _check_kept(config: Config) -> Iterator[Check]:
     caches = sorted(path for path in config.paths.cache_dir.glob("*") if path.is_dir())
     sizes = ", ".join(f"{path.name} {size_mb(path):,.0f} MB" for path in caches)
     yield Check("caches", "ok", f"{config.paths.cache_dir}: {sizes or 'empty'}")
-    unfinished = find_unfinished(config)
-    if unfinished:
+    if unfinished := find_unfinished(config):
         found = f"{len(unfinished)} of killed processes, {sum(each.mb for each in unfinished):,.0f} MB"
         yield Check("unfinished files", "warning", found, CLEAN_UP_HINT)
 

@@ -231,8 +231,7 @@ def build_data_report(splits: DatasetSplits, config: Config, *, tokenizer: Any |
         DataError: a clip without measurements, or a language unknown to the tokenizer.
     """
     utterances = splits.utterances
-    unmeasured = next((u.id for u in utterances if u.id not in splits.stats), None)
-    if unmeasured is not None:
+    if (unmeasured := next((u.id for u in utterances if u.id not in splits.stats), None)) is not None:
         raise DataError(f"utterance {unmeasured}: it was not measured; take the splits from prepare_datasets")
     clips = pd.DataFrame([asdict(splits.stats[u.id]) for u in utterances])
     places = _private_places(config)

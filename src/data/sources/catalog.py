@@ -38,8 +38,6 @@ SAMPLE_CLIP = SAMPLES_DIR / "jfk.flac"
 CLIP_TEXT = "And so my fellow Americans ask not what your country can do for you, ask what you can do for your country."
 
 Streams = dict[str, Iterator[Utterance]]
-
-
 _MINDS14 = "cs-CZ de-DE en-US es-ES fr-FR it-IT ko-KR nl-NL pl-PL pt-PT ru-RU zh-CN"  # of English also en-GB and en-AU
 MINDS14_SUBSETS = {subset[:2]: subset for subset in _MINDS14.split()}  # by language
 

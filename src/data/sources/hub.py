@@ -35,8 +35,6 @@ _OFFLINE_CHOICES = (
 )
 # OSError has ConnectionError, FileNotFoundError (datasets' name for an unknown or unreachable data set) and time-outs
 UNREACHABLE = (OSError, httpx.HTTPError, HfHubHTTPError)
-
-
 ANSWER_SEC = 5.0  # for the Hub's first answer; its client itself waits forever
 MIN_SPEAKERS = 10  # of a streamed set: an interval over fewer shows large differences only
 _FLEURS = (  # subsets in languages of Whisper

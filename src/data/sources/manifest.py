@@ -242,8 +242,7 @@ def _read_csv(manifest: Path, text: str, quoted: bool) -> Iterator[tuple[int, Ro
     if not rows:
         return
     header = [_column(name) for name in rows[0][1]]
-    repeated = sorted({name for name in header if name and header.count(name) > 1})
-    if repeated:
+    if repeated := sorted({name for name in header if name and header.count(name) > 1}):
         raise DataError(f"{manifest}, line {rows[0][0]}: the column {repeated[0]!r} occurs twice; rename one")
     for line, cells in rows[1:]:
         while len(cells) > len(header) and not cells[-1].strip():  # spreadsheets pad rows
