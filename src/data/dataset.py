@@ -1,6 +1,6 @@
 """From utterances to padded batches: decoded audio with labels, joined and timed where the settings ask for it.
 
-Audio is padded to the longest clip of its batch only. Log-mel, silence and augmentation happen later, on the device.
+Audio is padded to the longest clip of its batch only. `training_batches` augments it; log-mel is made on the device.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NOISE_DBFS = (-70.0, -30.0)  # RMS: from a quiet microphone's own noise to a lou
 AudioLoader = Callable[..., Waveform]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are as many as rows
 class Example:
     """One training example."""
 

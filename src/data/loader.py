@@ -23,6 +23,7 @@ from src.data.audio import load_audio
 from src.data.dataset import DataCollator, Example, ExamplePlanner, WhisperDataset, make_no_speech
 from src.data.labels import LabelEncoder
 from src.data.preparation import DatasetSplits, audio_cache, enforce_skip_policy, source_weights
+from src.data.training_batches import TrainingBatches
 from src.data.utterance import Utterance
 from src.utils.config import MAX_AUDIO_SEC, CompositionConfig, Config
 from src.utils.errors import CheckpointError, DataError, WhisperASRError
@@ -93,7 +94,7 @@ def create_loader(
     keep_workers = shuffle and workers > 0  # evaluation is rare: its workers would hold memory between passes
     return SpeechLoader(
         dataset, DataCollator(encoder.end_token), batches, planner,
-        num_workers=workers, persistent_workers=keep_workers, pin_memory=on_cuda,
+        num_workers=workers, persistent_workers=keep_workers,
     )  # fmt: skip
 
 
@@ -122,19 +123,24 @@ class SpeechLoader:
         self.collate_fn = collate_fn
         self.batch_sampler = batch_sampler
         self._planner = planner
-        self._remaining: list[list[Example]] = []  # batches of the current epoch
+        self._workers = workers
+        self._remaining: list[_PlannedBatch] = []  # of the current epoch
+        self.prepare_with(None)
+        self._epoch = 0
+        self._handed_over = 0  # batches, not those that wait in a worker
+        self._start = 0  # first batch of the next iteration
+
+    def prepare_with(self, prepare: TrainingBatches | None) -> None:
+        """Let the processes that decode make training batches of what they decode, from the next epoch on."""
         self._decoded: DataLoader[Batch | WhisperASRError] = DataLoader(
-            _Batches(dataset, collate_fn),
+            _Batches(self.dataset, self.collate_fn, prepare, self.batch_sampler.seed),
             batch_size=None,  # batches come ready
             sampler=self._remaining,
             collate_fn=_as_it_is,  # torch's own would make tensors of NumPy's numbers in `meta`
             worker_init_fn=_leave_interrupts_to_the_parent,
             generator=torch.Generator(),  # otherwise each epoch would take a number from the global one
-            **workers,
+            **self._workers,
         )
-        self._epoch = 0
-        self._handed_over = 0  # batches, not those that wait in a worker
-        self._start = 0  # first batch of the next iteration
 
     def __len__(self) -> int:
         """Return the batches of the whole current epoch in this process."""
@@ -144,8 +150,11 @@ class SpeechLoader:
         """Yield batches; raise the `AudioError` of a recording that cannot be decoded, also in a worker."""
         examples = self._planner.plan(self._epoch)
         self._handed_over, self._start = self._start, 0
-        batches = self.batch_sampler.batches(self._epoch)[self._handed_over :]
-        self._remaining[:] = [[examples[index] for index in batch] for batch in batches]
+        batches = list(enumerate(self.batch_sampler.batches(self._epoch)))[self._handed_over :]
+        self._remaining[:] = [
+            _PlannedBatch([examples[index] for index in batch], self._epoch, self.batch_sampler.number(at))
+            for at, batch in batches
+        ]
         for batch in self._decoded:
             if isinstance(batch, WhisperASRError):
                 raise batch
@@ -210,16 +219,27 @@ class SpeechLoader:
         self._handed_over = self._start = batches
 
 
+class _PlannedBatch(NamedTuple):
+    examples: list[Example]
+    epoch: int
+    number: int  # over all processes
+
+
 @dataclass
 class _Batches(Dataset[Batch | WhisperASRError]):
     """Whole batches, or the error that stopped one: raised in a worker, it would arrive as the text of a traceback."""
 
     dataset: WhisperDataset
     collate_fn: DataCollator
+    prepare: TrainingBatches | None
+    seed: int
 
-    def __getitem__(self, examples: list[Example]) -> Batch | WhisperASRError:
+    def __getitem__(self, planned: _PlannedBatch) -> Batch | WhisperASRError:
         try:
-            return self.collate_fn([self.dataset[example] for example in examples])
+            batch = self.collate_fn([self.dataset[example] for example in planned.examples])
+            if self.prepare is None:
+                return batch
+            return self.prepare(batch, batch_generator(self.seed, planned.epoch, planned.number))
         except WhisperASRError as err:
             return err
 
@@ -281,6 +301,10 @@ class LengthBatchSampler(Sampler[list[int]]):
         if self._planned is None or self._planned[0] != epoch:
             self._planned = epoch, self._plan(epoch)
         return self._planned[1]
+
+    def number(self, at: int) -> int:
+        """Return the number over all processes of a batch of this one."""
+        return at * self.world_size + self.rank
 
     def _plan(self, epoch: int) -> Batches:
         durations = self.durations_sec(epoch) if callable(self.durations_sec) else self.durations_sec

@@ -250,7 +250,7 @@ def _measure_styles(
             labels = [encoder.label(encoder.tokenize(text, space=space)) for text in texts]
             inputs = pad([torch.tensor(label.decoder_input_ids) for label in labels])  # (B, L)
             targets = pad([torch.tensor(label.labels) for label in labels], padding_value=IGNORE_INDEX)  # (B, L)
-            sums[case, space] += sum_loss(model, encoded, inputs, targets)
+            sums[case, space] += float(sum_loss(model, encoded, inputs, targets))
     return sums
 
 

@@ -24,7 +24,7 @@ from src.inference.greedy import release_graphs
 from src.inference.options import DecodingOptions
 from src.inference.torch_engine import decode, encode
 from src.inference.words import Vocabulary
-from src.models.dynamic_context import evaluation_mode, get_audio_context
+from src.models.dynamic_context import decoder_states, evaluation_mode, get_audio_context
 from src.utils.config import Config
 from src.utils.errors import DataError
 from src.utils.files import json_line, read_run_rows, write_bytes_atomic
@@ -118,7 +118,7 @@ class ModelComparison:
 
 class _Measured(NamedTuple):
     rows: list[dict[str, Any]]  # of `Prediction`, before its text is counted
-    loss_sum: float  # over `tokens`, in nats
+    loss_sum: Any  # float or tensor, over `tokens`, in nats; on the device until all batches are decoded
     tokens: int
     compute_sec: float
 
@@ -172,7 +172,7 @@ class ModelEvaluator:
             num_tokens=[row.num_tokens for row in rows], truncated=sum(row.truncated for row in rows),
         )  # fmt: skip
         return EvaluationResult(
-            **vars(rates), name=name, loss=decoded.loss_sum / decoded.tokens, audio_sec=sum(durations_sec),
+            **vars(rates), name=name, loss=float(decoded.loss_sum) / decoded.tokens, audio_sec=sum(durations_sec),
             compute_sec=decoded.compute_sec, audio_context=get_audio_context(self._model.config), rows=tuple(rows),
         )  # fmt: skip
 
@@ -227,7 +227,8 @@ class ModelEvaluator:
                 joined, place = _Measured.joined(of_batch), {clip: at for at, clip in enumerate(batch["ids"])}
                 parts.append(joined._replace(rows=sorted(joined.rows, key=lambda row: place[row["id"]])))
         release_graphs(self._model)
-        return _Measured.joined(parts)
+        losses = torch.stack([torch.as_tensor(part.loss_sum) for part in parts]).tolist() if parts else []
+        return _Measured.joined([part._replace(loss_sum=loss) for part, loss in zip(parts, losses, strict=True)])
 
     def _groups(self, batch: Mapping[str, Any]) -> list[tuple[list[int], float]]:
         silence_sec, context = self._config.inference.trailing_silence_sec, get_audio_context(self._model.config)
@@ -265,16 +266,17 @@ class ModelEvaluator:
             }
             for i, result in enumerate(decoded)
         ]
-        return _Measured(rows, loss_sum, int((batch["labels"] != IGNORE_INDEX).sum()), compute_sec)
+        tokens = int(np.count_nonzero(batch["labels"].numpy() != IGNORE_INDEX))
+        return _Measured(rows, loss_sum, tokens, compute_sec)
 
 
-def sum_loss(model: Any, encoded: Any, decoder_input_ids: Tensor, labels: Tensor) -> float:
-    """Return the teacher-forced loss of (B, L) labels in nats, summed over text and end tokens."""
+def sum_loss(model: Any, encoded: Any, decoder_input_ids: Tensor, labels: Tensor) -> Tensor:
+    """Return the teacher-forced loss of (B, L) labels in nats, summed over text and end tokens; on the device."""
     inputs = decoder_input_ids.to(model.device)
-    logits = model(encoder_outputs=encoded, decoder_input_ids=inputs, use_cache=False).logits  # (B, L, vocabulary)
+    embedded = model.model.decoder.embed_tokens(inputs)
+    logits = model.proj_out(decoder_states(model, embedded, encoded.last_hidden_state))  # (B, L, vocabulary)
     targets = labels.to(model.device).flatten()
-    loss = functional.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    return float(loss)
+    return functional.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def compare_predictions(

@@ -107,6 +107,24 @@ class DynamicWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
         return super()._get_input_segment(**given)
 
 
+def decoder_states(model: Any, inputs_embeds: Tensor, audio: Tensor) -> Tensor:
+    """Return the (B, L, d_model) states of whole texts, from embedded tokens and the encoder's (B, T, d_model).
+
+    As the stock decoder computes them, which reads a value from the device in each pass, to look for packed sequences,
+    and a random number in each layer.
+    """
+    decoder = model.model.decoder
+    if decoder.config._attn_implementation != "sdpa" or (decoder.training and decoder.layerdrop):  # takes a causal mask
+        hidden: Tensor = decoder(inputs_embeds=inputs_embeds, encoder_hidden_states=audio, use_cache=False)[0]
+        return hidden
+    hidden = inputs_embeds + decoder.embed_positions(inputs_embeds)
+    hidden = nn.functional.dropout(hidden, p=decoder.dropout, training=decoder.training)
+    for layer in decoder.layers:
+        hidden = layer(hidden, None, audio, use_cache=False)
+    hidden = decoder.layer_norm(hidden)
+    return hidden  # noqa: RET504  of a type that mypy knows
+
+
 def get_audio_context(config: WhisperConfig) -> AudioContext:
     """Read a checkpoint's context; stock checkpoints do not have the key and are "full"."""
     return cast("AudioContext", getattr(config, "audio_context", "full"))

@@ -1,29 +1,24 @@
-"""Training inputs: batches of audio become features on the device, with augmentation, pauses, masks and cut clips.
-
-Cut clips are unfinished speech. A streaming model hears every sentence in the middle; one that has only seen whole
-sentences invents their ends: at own length, 29 of 52 errors of such a model were insertions (2026-11-24, a stream of
-102 s, tiny.en tuned for 100 updates). So some clips end at a word, and their labels end there too.
-"""
+"""Training inputs: prepared batches become features on the device, and words get the times that clips are cut at."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from src.data.audio import SAMPLE_RATE
-from src.data.augmentation.augmenter import AudioAugmenter, SpecAugment
+from src.data.augmentation.augmenter import SpecAugment
 from src.data.dataset import WhisperDataset
-from src.data.features import CONTEXT_SAMPLES, HOP_SAMPLES, LogMel, padded_samples
-from src.data.labels import IGNORE_INDEX
+from src.data.features import HOP_SAMPLES, LogMel
+from src.data.training_batches import TrainingBatches
 from src.inference.alignment import force_align
 from src.inference.torch_engine import encode
 from src.inference.words import Word
@@ -36,100 +31,66 @@ from src.utils.logging_config import ProgressBar
 
 logger = logging.getLogger(__name__)
 
-HALF_WORD_SHARE = 0.5  # of the cuts go through the middle of the next word, whose text is not expected
 _TRAILING_SILENCE_SEC = 0.5
 _ALIGNED_TOGETHER = 16  # clips of similar length
 
-WordTimes = Mapping[str, Sequence[Word]]  # by utterance id
+Batch = dict[str, Any]
 
 
 class TrainingInputs:
-    """Makes training features; everything random is drawn from the generator that each batch brings.
+    """Makes training features on the device of batches that the training loader has prepared.
 
-    With `words`, `training.prefix_prob` of the clips end at one of theirs, and so do their labels.
+    Batches of another loader are prepared first, with the generator that they bring.
     """
 
-    def __init__(self, config: Config, num_mel_bins: int, *, words: WordTimes | None = None) -> None:
-        self._config, self._num_mel_bins, self._words = config, num_mel_bins, words
-        self._augment = AudioAugmenter(config.augmentation)
-        self._mask = SpecAugment.from_config(config.augmentation)
+    def __init__(self, config: Config, num_mel_bins: int) -> None:
+        self._config, self._num_mel_bins = config, num_mel_bins
+        self._log_mel, self._mask = LogMel(num_mel_bins), SpecAugment.from_config(config.augmentation)
 
-    def cut(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
-        """Return the batch with some clips cut at a word if that is asked for; before anything else is drawn."""
-        if self._words is None:
-            return batch
-        return cut_at_words(batch, self._words, self._config.training.prefix_prob, generator)
+    @cached_property
+    def _prepare(self) -> TrainingBatches:  # only for other loaders' batches: recordings of noise take memory
+        return TrainingBatches(self._config, self._num_mel_bins)
 
-    def features(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        """Return (B, mels, frames) float32 on the batch's device; `generator` is on the CPU."""
-        audio, lengths = self.audio(batch, generator)
-        log_mel = LogMel(self._num_mel_bins)(audio)
-        frames = (lengths.cpu() / HOP_SAMPLES).ceil().long().clamp(max=log_mel.shape[2])
-        return self._mask(log_mel, frames, generator=generator)
+    def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Return a batch, on the CPU, as the training loader gives it."""
+        return batch if "masks" in batch else self._prepare(batch, generator)
 
-    def audio(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Augment; pad the longest clip by a random pause, or with `full_context_prob` the whole batch to 30 s.
+    def features(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
+        """Return (B, mels, frames) float32 on the batch's device; `generator` is for a batch that is not prepared."""
+        if "masks" not in batch:
+            assert generator is not None
+            batch = self._prepare(batch, generator)
+        features = self._log_mel(batch["audio"])
+        if batch["masks"] is None:
+            return features
+        frames = ((batch["audio_lengths"] + HOP_SAMPLES - 1) // HOP_SAMPLES).clamp(max=features.shape[2])
+        return self._mask.apply(features, frames, batch["masks"])
 
-        The other clips end in a pause anyway; a longer one of their own would only make the batch longer.
-
-        Returns:
-            (B, T) float32, T in whole encoder positions; and (B,) int64 samples of each clip without its pause.
-        """
-        training = self._config.training
-        pauses_sec = torch.rand(len(batch["ids"]), generator=generator) * training.max_trailing_silence_sec
-        pauses = (pauses_sec * SAMPLE_RATE).long().to(batch["audio_lengths"].device)
-        full = float(torch.rand(1, generator=generator)) < training.full_context_prob
-        audio, lengths, _ = self._augment(
-            batch["audio"],
-            batch["audio_lengths"],
-            generator=generator,
-            trailing_samples=pauses,  # background noise does not stop with the voice
-            keep_speed=batch["timed"],
-        )
-        samples = CONTEXT_SAMPLES
-        if not full and self._config.model.audio_context == "dynamic":
-            longest = lengths.argmax()
-            samples = padded_samples(int(lengths[longest] + pauses[longest]))
-        return functional.pad(audio, (0, samples - audio.shape[1])), lengths  # cuts where others' pauses are longer
+    def audio(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return (B, T) float32, T in whole encoder positions, and (B,) int64 samples of each clip without pause."""
+        prepared = self.prepare(batch, generator)
+        return prepared["audio"], prepared["audio_lengths"]
 
 
-def cut_at_words(batch: dict[str, Any], words: WordTimes, prob: float, generator: torch.Generator) -> dict[str, Any]:
-    """Return a copy of a batch of the collator in which a share of the clips end at, or half a word after, a word.
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move a batch's tensors: to a CUDA device in one copy from pinned memory, during which the host goes on."""
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    if device.type != "cuda":
+        return {**batch, **{key: value.to(device) for key, value in tensors.items()}}
+    # one buffer; the widest types first, so that each tensor begins at a multiple of its size
+    order = sorted(tensors, key=lambda key: -tensors[key].element_size())
+    packed = torch.empty(sum(tensors[key].nbytes for key in order), dtype=torch.uint8, pin_memory=True)
 
-    Clips without words or with one only, joined clips and clips with timestamps stay whole, and so does a prompt.
-    """
-    audio, lengths, durations = batch["audio"].clone(), batch["audio_lengths"].clone(), list(batch["durations"])
-    inputs, labels = batch["decoder_input_ids"].clone(), batch["labels"].clone()
-    draws = torch.rand(3, len(batch["ids"]), generator=generator).tolist()
-    for row, (chosen, where, half) in enumerate(zip(*draws, strict=True)):
-        timed = words.get(batch["ids"][row], ())
-        if chosen >= prob or len(timed) < 2 or batch["timed"][row]:
-            continue
-        # words, never all of them; one without tokens shares those of the next one
-        ends = [kept for kept in range(1, len(timed)) if timed[kept - 1].tokens > 0]
-        if not ends:
-            continue
-        kept = ends[int(where * len(ends))]
-        following, end_sec = timed[kept], timed[kept - 1].end_sec
-        if half < HALF_WORD_SHARE:
-            end_sec = (following.start_sec + following.end_sec) / 2
-        samples = max(1, min(int(lengths[row]), round(end_sec * SAMPLE_RATE)))
-        audio[row, samples:] = 0
-        lengths[row], durations[row] = samples, samples / SAMPLE_RATE
-        # the label keeps the words' tokens, then the end token; the collator pads inputs with it
-        due = torch.nonzero(labels[row] != IGNORE_INDEX)[:, 0].tolist()
-        end_at, end = due[0] + sum(word.tokens for word in timed[:kept]), labels[row, due[-1]].item()
-        labels[row, end_at] = end
-        labels[row, end_at + 1 :] = IGNORE_INDEX
-        inputs[row, end_at + 1 :] = end
-    return {
-        **batch,
-        "audio": audio[:, : int(lengths.max())],
-        "audio_lengths": lengths,
-        "durations": durations,
-        "decoder_input_ids": inputs,
-        "labels": labels,
-    }
+    def views(buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
+        at = 0
+        for key in order:
+            part = buffer[at : at + tensors[key].nbytes]
+            yield key, part.view(tensors[key].dtype).view(tensors[key].shape)
+            at += tensors[key].nbytes
+
+    for key, view in views(packed):
+        view.copy_(tensors[key])
+    return {**batch, **dict(views(packed.to(device, non_blocking=True)))}
 
 
 def load_or_time_words(

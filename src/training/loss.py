@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from src.data.labels import IGNORE_INDEX
-from src.models.dynamic_context import DynamicWhisper
+from src.models.dynamic_context import DynamicWhisper, decoder_states
+
+LOSS_ROWS = 1_024  # tokens whose logits exist at once: 210 MB in float32
 
 
 class TokenLoss(nn.Module):
@@ -19,16 +25,24 @@ class TokenLoss(nn.Module):
 
     def forward(self, input_features: Tensor, decoder_input_ids: Tensor, labels: Tensor) -> Tensor:
         """Return the loss in nats of (B, mels, frames) and (B, L) tokens; no loss is due where labels are -100."""
-        inner = self.model.model
-        audio = inner.encoder(input_features).last_hidden_state  # (B, frames // 2, d_model)
-        text = inner.decoder(
-            inputs_embeds=self._embed(decoder_input_ids), encoder_hidden_states=audio, use_cache=False
-        ).last_hidden_state  # (B, L, d_model)
-        due = labels != IGNORE_INDEX
-        # only where a loss is due: the vocabulary makes this the largest tensor of all
-        logits = self.model.proj_out(text[due])  # (tokens, vocabulary)
+        audio = self.model.model.encoder(input_features).last_hidden_state  # (B, frames // 2, d_model)
+        text = decoder_states(self.model, self._embed(decoder_input_ids), audio)  # (B, L, d_model)
+        text, labels = text.flatten(0, 1), labels.flatten()
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            # logits only where a loss is due; a GPU is better off with shapes that repeat
+            due = torch.from_numpy(np.flatnonzero(labels.numpy() != IGNORE_INDEX))
+            text, labels = text.index_select(0, due), labels.index_select(0, due)
+        parts = list(zip(text.split(LOSS_ROWS), labels.split(LOSS_ROWS), strict=True))
+        if len(parts) == 1:
+            return self._cross_entropy(*parts[0])
+        # the vocabulary makes logits the largest tensor of all: the backward pass makes those of each part again
+        again = partial(checkpoint, self._cross_entropy, use_reentrant=False, preserve_rng_state=False)
+        return torch.stack([again(*part) for part in parts]).sum()
+
+    def _cross_entropy(self, text: Tensor, labels: Tensor) -> Tensor:
+        logits = self.model.proj_out(text)  # (tokens, vocabulary)
         with torch.autocast(device_type=logits.device.type, enabled=False):
-            return functional.cross_entropy(logits.float(), labels[due], reduction="sum")
+            return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
     def _embed(self, ids: Tensor) -> Tensor:
         """Look up tokens: (B, L) to (B, L, d_model).

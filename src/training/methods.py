@@ -86,7 +86,8 @@ def prepare_model(model: DynamicWhisper, config: TrainingConfig) -> None:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.get_base_layer())
         del model.peft_config  # PEFT would take new adapters for a second set
-    model.float()  # master weights, whatever the checkpoint's type
+    if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        model.float()  # master weights, whatever the checkpoint's type
     model.requires_grad_(True)
     encoder.embed_positions.requires_grad_(False)  # sinusoids, of which short audio would train some rows only
     if method == "lora":
@@ -161,6 +162,43 @@ def merged_model(model: DynamicWhisper) -> DynamicWhisper:
     plain.generation_config = copy.deepcopy(model.generation_config)
     plain.to(model.device).train(model.training)
     return plain
+
+
+class HalfCopy:
+    """A copy of a model in 16 bits that computes, while the float32 weights of the model are trained.
+
+    The copy's configs are the model's own. Gradients are added up in float32 from pass to pass.
+    """
+
+    def __init__(self, model: DynamicWhisper, dtype: torch.dtype) -> None:
+        halves = [nn.Parameter(p.detach().to(dtype), p.requires_grad) for p in model.parameters()]
+        self.model = _copy_with(model, halves)
+        pairs = list(zip(model.parameters(), self.model.parameters(), strict=True))
+        self.weights = [weight for weight, _ in pairs if weight.requires_grad]  # float32
+        self._copies = [half for weight, half in pairs if weight.requires_grad]
+
+    def cast(self, features: Tensor) -> Tensor:
+        """Return features in the type of the copy."""
+        return features.to(self.model.dtype)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Add the gradients of a backward pass to those of the float32 weights."""
+        pairs = [(w, h.grad) for w, h in zip(self.weights, self._copies, strict=True) if h.grad is not None]
+        wide = [torch.empty_like(weight) for weight, _ in pairs]
+        torch._foreach_copy_(wide, [gradient for _, gradient in pairs])
+        later = [(weight.grad, new) for (weight, _), new in zip(pairs, wide, strict=True) if weight.grad is not None]
+        if later:
+            torch._foreach_add_([gradient for gradient, _ in later], [new for _, new in later])
+        for (weight, _), new in zip(pairs, wide, strict=True):
+            weight.grad = new if weight.grad is None else weight.grad
+        for half in self._copies:
+            half.grad = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Give the copy the weights of now."""
+        torch._foreach_copy_(self._copies, self.weights)
 
 
 class ShardedModel:

@@ -19,18 +19,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from src.data.audio import SAMPLE_RATE
 from src.data.features import CONTEXT_SAMPLES, FRAMES_PER_SEC, HOP_SAMPLES, LogMel, padded_samples
 from src.data.labels import IGNORE_INDEX, MAX_LABEL_TOKENS, resolve_case
-from src.data.loader import SpeechLoader, batch_generator, create_loader
+from src.data.loader import SpeechLoader, create_loader
 from src.data.preparation import DatasetSplits
-from src.models.dynamic_context import DynamicWhisper
-from src.training.inputs import TrainingInputs
+from src.data.training_batches import TrainingBatches
+from src.models.dynamic_context import DynamicWhisper, get_cap_rates
+from src.training.inputs import TrainingInputs, to_device
 from src.training.loss import TokenLoss
-from src.training.methods import has_adapters, prepare_model, trainable
+from src.training.methods import HalfCopy, has_adapters, prepare_model, trainable
 from src.training.state import random_state, restore_random_state
 from src.training.updates import CPU_FRAMES, OWN_LENGTH_SLACK, build_optimizer, count_updates, count_warmup
 from src.utils.config import MAX_AUDIO_SEC, Config
@@ -93,7 +93,8 @@ def preflight(
         # what it takes
         training, kept = config.training, config.checkpoints.save_total_limit
         total, trained = (sum(p.numel() for p in each) for each in (trial.parameters(), trainable(trial)))
-        memory_mb = run_memory_mb(total, trained=trained, optimizer=training.optimizer)
+        half = _compute_dtype(config, trial.device) != torch.float32
+        memory_mb = run_memory_mb(total, trained=trained, optimizer=training.optimizer, half_copy=half)
         disk_mb = run_disk_mb(total, trained=trained, kept=kept, optimizer=training.optimizer)
         batches = [loader.batches_in(epoch) for epoch in range(training.epochs)]
         updates = sum(count_updates(number, training.gradient_accumulation_steps) for number in batches)
@@ -139,28 +140,31 @@ def preflight(
 
 def _measure_batches(model: DynamicWhisper, loader: SpeechLoader, config: Config) -> float:
     """Return the seconds of forward and backward of a whole training, from those of some batches."""
-    training = config.training.model_copy(update={"full_context_prob": 0.0})  # added below
-    inputs = TrainingInputs(config.model_copy(update={"training": training}), model.config.num_mel_bins)
-    loss, dtype = TokenLoss(model).train(), _compute_dtype(config, model.device)
+    mels, training = model.config.num_mel_bins, config.training.model_copy(update={"full_context_prob": 0.0})
+    own_length = config.model_copy(update={"training": training})  # batches of 30 s are added below
+    loader.prepare_with(TrainingBatches(own_length, mels, durations_sec=loader.durations_sec(0)))
+    inputs = TrainingInputs(config, mels)
+    loss, half = _computing(model, config)
     compute_sec = padded_sec = recorded_sec = 0.0
     batches = list(itertools.islice(loader, MEASURED_BATCHES))
     if model.device.type == "cpu":  # as many rows as go through at once
         for batch in batches:
             rows = max(1, CPU_FRAMES * HOP_SAMPLES // batch["audio"].shape[1])
-            batch.update({key: value[:rows] for key, value in batch.items()})
+            batch.update({key: value if value is None else value[:rows] for key, value in batch.items()})
     for number, batch in enumerate([batches[0], *batches]):
         began = time.perf_counter()
-        batch = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        features = inputs.features(batch, batch_generator(config.seed, 0, number))  # (B, mels, frames)
-        with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            total = loss(features, batch["decoder_input_ids"], batch["labels"])
+        batch = to_device(batch, model.device)
+        features = inputs.features(batch)  # (B, mels, frames)
+        total = loss(features.to(loss.model.dtype), batch["decoder_input_ids"], batch["labels"])
         total.backward()
+        if half is not None:
+            half.collect()
         float(total.detach())  # waits for the device
         if number:  # the first one allocates
             compute_sec += time.perf_counter() - began
             padded_sec += features.shape[0] * features.shape[2] / FRAMES_PER_SEC
-            recorded_sec += sum(batch["durations"])
-    examples = [loader.durations_sec(epoch) for epoch in range(training.epochs)]
+            recorded_sec += float(batch["audio_lengths"].sum()) / SAMPLE_RATE
+    examples = [loader.durations_sec(epoch) for epoch in range(config.training.epochs)]
     own_sec = sum(map(sum, examples)) * padded_sec / recorded_sec
     full = 1.0 if config.model.audio_context == "full" else config.training.full_context_prob
     audio_sec = (1 - full) * own_sec + full * MAX_AUDIO_SEC * sum(map(len, examples))
@@ -232,15 +236,16 @@ def propose_batch_seconds(
         config: `precision` and `training` (optimizer, gradient checkpointing).
         clip_sec: length of the clips; the longest of the data is the careful choice.
         max_seconds: audio per batch at which the search ends.
-        label_tokens: length of the labels, such as `longest_label` of a loader; by default of ordinary speech in
-            `model.language`, in English where that is not set.
+        label_tokens: length of the labels, such as `longest_label` of a loader; by default at the highest rate of the
+            data that the model was prepared for, else of ordinary speech in `model.language`, or in English.
 
     Raises:
         DeviceError: not even one clip of this length fits.
     """
     try:
         written = text_language(config.model.language, config.model.task)
-        tokens = label_tokens or min(MAX_LABEL_TOKENS, math.ceil(clip_sec * tokens_per_sec(written)))
+        rate = max(get_cap_rates(model.config).values(), default=tokens_per_sec(written))  # of the data, if it is known
+        tokens = label_tokens or min(MAX_LABEL_TOKENS, math.ceil(clip_sec * rate))
         clips, limit = _search_batch(model, config, clip_sec, tokens, most=max(1, int(max_seconds // clip_sec)))
     finally:
         release_memory()
@@ -258,7 +263,7 @@ def _search_batch(model: DynamicWhisper, config: Config, clip_sec: float, tokens
     trial = copy.deepcopy(model)
     trial.audio_context = config.model.audio_context
     optimizer = build_optimizer(trial, learning_rate=0.0, weight_decay=0.0, kind=config.training.optimizer)
-    loss, dtype = TokenLoss(trial).train(), _compute_dtype(config, model.device)
+    loss, half = _computing(trial, config)
     own_length = trial.audio_context != "full"
 
     def fits(clips: int) -> bool:
@@ -267,7 +272,7 @@ def _search_batch(model: DynamicWhisper, config: Config, clip_sec: float, tokens
             batches.append((max(1, int(clips * clip_sec * OWN_LENGTH_SLACK / _CONTEXT_SEC)), _CONTEXT_SEC))
         try:
             for rows, seconds in batches:
-                in_memory(partial(_update_on_noise, loss, optimizer, rows, seconds, tokens, dtype))
+                in_memory(partial(_update_on_noise, loss, optimizer, rows, seconds, tokens, half))
             return True
         except OutOfMemoryError:
             return False
@@ -301,7 +306,7 @@ def largest_that_fits(fits: Callable[[int], bool], *, most: int) -> tuple[int, s
 
 
 def _update_on_noise(
-    loss: TokenLoss, optimizer: Optimizer, clips: int, clip_sec: float, num_tokens: int, dtype: torch.dtype
+    loss: TokenLoss, optimizer: Optimizer, clips: int, clip_sec: float, num_tokens: int, half: HalfCopy | None
 ) -> None:
     generator, device = torch.Generator().manual_seed(0), loss.model.device
     samples = padded_samples(round(clip_sec * SAMPLE_RATE))
@@ -312,11 +317,19 @@ def _update_on_noise(
     tokens = torch.randint(0, 1_000, (clips, num_tokens), generator=generator).to(device)
     labels = tokens.clone()
     labels[:, 0] = IGNORE_INDEX
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        total = loss(features, tokens, labels)
-    total.backward()
+    loss(features.to(loss.model.dtype), tokens, labels).backward()
+    if half is not None:
+        half.collect()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    loss.zero_grad(set_to_none=True)
+
+
+def _computing(model: DynamicWhisper, config: Config) -> tuple[TokenLoss, HalfCopy | None]:
+    """Return the loss of a model, and its copy in 16 bits where the training makes one."""
+    dtype = _compute_dtype(config, model.device)
+    half = None if dtype == torch.float32 else HalfCopy(model, dtype)
+    return TokenLoss(model if half is None else half.model).train(), half
 
 
 def _compute_dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -67,6 +67,7 @@ class RunSaver:
         self._holds_best = False  # instead of the last epoch's weights
         self._resumed: Path | None = None  # may exist only in the mirror
         self.best_model_dir: Path = config.paths.checkpoints_dir / BEST_MODEL_NAME
+        self.before_save: Callable[[], object] = lambda: None  # brings the progress up to date
         self._unlock: Callable[[], object] | None = None
         self._mirror: DriveMirror | None = None
         self._store: CheckpointStore | None = None
@@ -114,6 +115,7 @@ class RunSaver:
             return
         due = is_main_process() and time.monotonic() - self._saved_at_sec >= 60 * minutes
         if sum_over_processes([due], self._accelerator.device)[0]:
+            self.before_save()
             self.save(progress)
 
     def save(self, progress: Progress) -> None:

@@ -10,27 +10,35 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs
-from torch.optim.lr_scheduler import LambdaLR
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs
 
 from src.data.loader import SpeechLoader, batch_generator
+from src.data.training_batches import TrainingBatches
 from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
 from src.models.dynamic_context import DynamicWhisper
 from src.models.export.verify import choose_clips
 from src.training.checkpoint import ResumeReport, WholeCheckpoint
 from src.training.inputs import TrainingInputs, load_or_time_words
 from src.training.loss import TokenLoss
-from src.training.methods import has_adapters, merged_model, prepare_model, record_languages, shard_model
+from src.training.methods import HalfCopy, has_adapters, merged_model, prepare_model, record_languages, shard_model
 from src.training.saver import RunSaver
 from src.training.state import Progress
-from src.training.updates import Updater, build_optimizer, build_schedule, count_updates, default_learning_rate
+from src.training.updates import (
+    Updater,
+    UpdateReport,
+    build_optimizer,
+    count_updates,
+    default_learning_rate,
+    learning_rates,
+)
 from src.utils import runtime
 from src.utils.config import Config
 from src.utils.errors import DataError
@@ -42,6 +50,16 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _Made(NamedTuple):
+    """An update that is not logged yet."""
+
+    report: UpdateReport
+    step: int
+    host_sec: float  # until the host had given all its work to the device
+    waited_sec: float  # for its batches
 
 
 class WhisperTrainer:
@@ -79,17 +97,24 @@ class WhisperTrainer:
         record_languages(model, train_loader.dataset, config.model.task)
         runtime.set_seed(config.seed)
         self._accelerator = _make_accelerator(model, config)
-        words = None
+        words, mels = None, model.config.num_mel_bins
         if config.training.prefix_prob:  # with the initial weights, before adapters are added
             words = load_or_time_words(model, processor.tokenizer, train_loader.dataset, config.paths.cache_dir)
-        inputs = TrainingInputs(config, model.config.num_mel_bins, words=words)
+        durations_sec = train_loader.durations_sec(0)
+        train_loader.prepare_with(TrainingBatches(config, mels, durations_sec=durations_sec, words=words))
         prepare_model(model, config.training)
         default_rate = default_learning_rate(model.config.d_model, lora=has_adapters(model))
         self.learning_rate = config.training.learning_rate or default_rate
-        self._loss: Any = TokenLoss(model)
-        self._shards = shard_model(self._loss, config.training, mixed_precision=self._accelerator.mixed_precision)
+        # what computes: the model itself, or a copy in 16 bits; FSDP casts its shards by itself
+        precision = self._accelerator.mixed_precision
+        is_sharded = config.training.shard_model and runtime.world_size() > 1
+        self._half = None if precision == "no" or is_sharded else HalfCopy(model, _DTYPES[precision])
+        self._loss: Any = TokenLoss(model if self._half is None else self._half.model)
+        self._shards = shard_model(self._loss, config.training, mixed_precision=precision)
         if config.training.compile:
-            self._loss.compile(dynamic=True)
+            # a GPU replays captured kernels for each shape, where no gradient stays in their memory after a pass
+            captured = self._half is not None and runtime.world_size() == 1 and model.device.type == "cuda"
+            self._loss.compile(dynamic=True, mode="reduce-overhead" if captured else None)
             logger.info("torch.compile is on: the first batches of each length take minutes, the later ones are faster")
         optimizer = build_optimizer(
             model,
@@ -109,7 +134,10 @@ class WhisperTrainer:
             )
         self.experiment = (experiment or ExperimentLogger(config)) if runtime.is_main_process() else None
         self._progress = runtime.broadcast_object(Progress())  # its training_id is drawn: one for all processes
-        self._updater = Updater(self._loss, self._optimizer, self._accelerator, inputs, config.training)
+        self._updater = Updater(
+            self._loss, self._optimizer, self._accelerator, TrainingInputs(config, mels), config.training,
+            half=self._half,
+        )  # fmt: skip
         self._saver = RunSaver(
             config, model, processor, self._optimizer, self._updater, self._accelerator, train_loader,
             cache(partial(choose_clips, val_loader, config.seed)), self.experiment, self._whole_model,
@@ -174,12 +202,8 @@ class WhisperTrainer:
         # epochs of composed examples differ in their batches; one that cannot be planned fails here, not hours later
         batches = [self._train_loader.batches_in(epoch) for epoch in range(epochs)]
         total = sum(count_updates(number, training.gradient_accumulation_steps) for number in batches)
-        schedule = build_schedule(
-            self._optimizer.optimizer,
-            total_updates=total,
-            warmup_ratio=training.warmup_ratio,
-            done_updates=progress.applied,
-        )
+        rates = learning_rates(self.learning_rate, total_updates=total, warmup_ratio=training.warmup_ratio)
+        self._updater.start(rates, applied=progress.applied)
         logger.info(
             "training: %d epochs, %d updates (%d done), peak learning rate %.2e, context %r",
             epochs, total, progress.step, self.learning_rate, self.config.model.audio_context,
@@ -191,7 +215,7 @@ class WhisperTrainer:
             hidden = not runtime.is_main_process()
             with ProgressBar(total=total, initial=progress.step, desc="training", unit="update", disable=hidden) as bar:
                 while not self._has_ended(epochs):
-                    waiting = self._train_epoch(schedule, bar)
+                    waiting = self._train_epoch(rates, bar)
                     bar.set_postfix_str("validating")
                     self._finish_epoch(self._validate(), waiting)
             if progress.epochs_done < epochs:
@@ -221,49 +245,74 @@ class WhisperTrainer:
     def _whole_model(self) -> DynamicWhisper:
         return self.model if self._shards is None else self._shards.whole()
 
-    def _train_epoch(self, schedule: LambdaLR, bar: ProgressBar) -> float:
+    def _train_epoch(self, rates: Sequence[float], bar: ProgressBar) -> float:
         """Step the remaining batches of the epoch; return the share of time spent waiting for data."""
         progress, loader = self._progress, self._train_loader
         # each epoch has its own order; a resumed or interrupted one continues after its last update
         loader.load_state_dict({**loader.state_dict(), "epoch": progress.epochs_done, "batches": progress.next_batch})
         self._loss.train()
+        if self._half is not None:
+            self._half.refresh()  # weights may have been loaded
+        unnoted: list[_Made] = []
+        note = self._saver.before_save = partial(self._note, unnoted, rates, bar)
         batches, steps = iter(loader), self.config.training.gradient_accumulation_steps
         epoch_began, waited_sec = time.perf_counter(), 0.0
-        for window, window_waited_sec in with_waits(iter(lambda: list(itertools.islice(batches, steps)), [])):
-            began = time.perf_counter()
-            # a window has the batches of one update; each is numbered over all processes for its random generator
-            first, world = progress.next_batch * runtime.world_size() + runtime.rank(), runtime.world_size()
-            numbers = range(first, first + len(window) * world, world)
-            draws = [batch_generator(self.config.seed, progress.epochs_done, number) for number in numbers]
-            report = self._updater.update(window, draws)
-            progress.last_rate = float(schedule.get_last_lr()[0])
-            progress.step += 1
-            progress.next_batch += len(window)
+        try:
+            for window, window_waited_sec in with_waits(iter(lambda: list(itertools.islice(batches, steps)), [])):
+                began = time.perf_counter()
+                # a window has the batches of one update; each is numbered over all processes for its random generator
+                first = progress.next_batch
+                numbers = [loader.batch_sampler.number(first + at) for at in range(len(window))]
+                draws = [batch_generator(self.config.seed, progress.epochs_done, number) for number in numbers]
+                report = self._updater.update(window, draws)
+                progress.step += 1
+                progress.next_batch += len(window)
+                waited_sec += window_waited_sec
+                unnoted.append(_Made(report, progress.step, time.perf_counter() - began, window_waited_sec))
+                if report.measured is not None:
+                    note()
+                if report.measured is not None or self._accelerator.device.type != "cuda":  # processes agree on it
+                    self._saver.save_if_due(progress)
+        finally:  # also of an interrupted epoch
+            note()
+        return waited_sec / (time.perf_counter() - epoch_began)
+
+    def _note(self, made: list[_Made], rates: Sequence[float], bar: ProgressBar) -> None:
+        """Count and log updates when their values are read; their speed is that of all of them together."""
+        began = time.perf_counter()
+        self._updater.read()
+        progress, experiment, updates = self._progress, self.experiment, list(made)
+        made.clear()
+        update_sec = sum(each.host_sec for each in updates) + time.perf_counter() - began
+        speed, audio_speed = (
+            sum(getattr(each.report, name) for each in updates) / update_sec for name in ("clips", "audio_sec")
+        )
+        waits = sum(each.waited_sec for each in updates)
+        for report, step, *_ in updates:
+            progress.last_rate = rates[min(progress.applied, len(rates) - 1)]
             if report.applied:
-                schedule.step()
                 progress.applied += 1
                 progress.totals["loss_sum"] += report.loss_sum
                 progress.totals["tokens"] += report.tokens
-            # the log
-            update_sec = time.perf_counter() - began
-            waited_sec += window_waited_sec
-            speed, rate = report.clips / update_sec, progress.last_rate
-            bar.update()
-            bar.set_postfix(loss=f"{report.loss:.3f}", lr=f"{rate:.1e}", samples_per_sec=f"{speed:.1f}")
-            if self.experiment is not None:
-                self.experiment.log(
-                    "train_step", step=progress.step, epoch=progress.epochs_done + 1, loss=report.loss,
-                    learning_rate=rate, grad_norm=report.grad_norm, applied=report.applied, samples_per_sec=speed,
-                    audio_sec_per_sec=report.audio_sec / update_sec,
-                    data_wait_share=window_waited_sec / (window_waited_sec + update_sec),
-                    **measure_memory(self.experiment.dir, self._accelerator.device).fields(),
+            if experiment is not None:
+                experiment.log(
+                    "train_step", step=step, epoch=progress.epochs_done + 1, loss=report.loss,
+                    learning_rate=progress.last_rate, grad_norm=report.grad_norm, applied=report.applied,
+                    samples_per_sec=speed, audio_sec_per_sec=audio_speed, data_wait_share=waits / (waits + update_sec),
+                    **measure_memory(experiment.dir, self._accelerator.device).fields(),
                 )  # fmt: skip
-            self._saver.save_if_due(progress)
-        return waited_sec / (time.perf_counter() - epoch_began)
+        if updates:
+            bar.update(len(updates))
+            loss, rate = updates[-1].report.loss, progress.last_rate
+            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", samples_per_sec=f"{speed:.1f}")
 
     def _validate(self) -> EvaluationResult:
-        with self._accelerator.autocast():
-            evaluator = ModelEvaluator(self._whole_model(), self.processor, self.config)
+        model = self._whole_model()
+        if self._half is not None:
+            self._half.refresh()
+            model = self._half.model
+        with self._accelerator.autocast():  # of shards, which have no copy in 16 bits
+            evaluator = ModelEvaluator(model, self.processor, self.config)
             return evaluator.evaluate_dataset(self._val_loader, name="validation")
 
     def _finish_epoch(self, result: EvaluationResult, data_wait_share: float) -> None:
@@ -309,10 +358,12 @@ def _make_accelerator(model: DynamicWhisper, config: Config) -> Accelerator:
     scaler = GradScalerKwargs(
         init_scale=config.training.fp16_initial_scale, growth_interval=config.training.fp16_growth_interval
     )
+    # a model in 16 bits needs no casts; only the shards of FSDP are float32 when they compute
+    casts = AutocastKwargs(enabled=config.training.shard_model and runtime.world_size() > 1)
     return Accelerator(
         mixed_precision=_MIXED_PRECISION[choice.precision],
         cpu=model.device.type == "cpu",
-        kwargs_handlers=[scaler, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[scaler, casts, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 
 

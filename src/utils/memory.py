@@ -126,9 +126,13 @@ def _describe(now: MemoryUse, before: MemoryUse | None = None) -> str:
     return ", ".join(shown)
 
 
-def run_memory_mb(parameters: float, *, trained: float, optimizer: str = "adamw") -> float:
-    """Return what weights, gradients and optimizer state take in MB; arguments as in `run_disk_mb`."""
-    return (_WEIGHT_BYTES * (parameters + trained) + OPTIMIZER_BYTES[optimizer] * trained) / 1e6
+def run_memory_mb(parameters: float, *, trained: float, optimizer: str = "adamw", half_copy: bool = False) -> float:
+    """Return what weights, gradients and optimizer state take in MB; other arguments as in `run_disk_mb`.
+
+    With `half_copy` there is a copy of weights and gradients in 16 bits, too.
+    """
+    weight_bytes = _WEIGHT_BYTES * (1.5 if half_copy else 1)
+    return (weight_bytes * (parameters + trained) + OPTIMIZER_BYTES[optimizer] * trained) / 1e6
 
 
 def run_disk_mb(parameters: float, *, trained: float, kept: int, optimizer: str = "adamw") -> float:

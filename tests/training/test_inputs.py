@@ -8,14 +8,12 @@ import pytest
 import torch
 
 from src.data.features import LogMel
-from src.data.labels import IGNORE_INDEX
 from src.data.loader import SpeechLoader, batch_generator, create_loader
 from src.data.utterance import Utterance
 from src.inference.options import DecodingOptions
 from src.inference.torch_engine import decode
-from src.inference.words import Word
 from src.training import inputs as module
-from src.training.inputs import TrainingInputs, cut_at_words, load_or_time_words, time_dataset_words
+from src.training.inputs import TrainingInputs, load_or_time_words, time_dataset_words
 from src.utils.config import Config, load_config
 
 QUIET = {"enabled": False}
@@ -88,74 +86,6 @@ def test_a_clip_of_30_s_still_fits_with_its_pause_and_slower_speech(jfk: Any) ->
     inputs = TrainingInputs(make_config(augmentation={"speed_factors": [0.9], "spec_augment_prob": 1.0}), 80)
     for index in range(3):
         assert inputs.features(batch, batch_generator(0, 0, index)).shape == (1, 80, 3_000)
-
-
-# clips cut at a word
-
-END, START = 9, 1
-
-
-def make_words() -> dict[str, Any]:
-    """Two clips of 3 s and 2 s with the texts 11 12 13 and 21 22; the second has a prompt."""
-    return {
-        "ids": ["a", "b"],
-        "audio": torch.ones(2, 48_000),
-        "audio_lengths": torch.tensor([48_000, 32_000]),
-        "durations": [3.0, 2.0],
-        "decoder_input_ids": torch.tensor([[START, 2, 11, 12, 13, END, END], [5, 6, START, 2, 21, 22, END]]),
-        "labels": torch.tensor([[-100, 11, 12, 13, END, -100, -100], [-100, -100, -100, 21, 22, END, -100]]),
-        "timed": torch.tensor([False, False]),
-    }
-
-
-WORDS = {
-    "a": (Word("", 0.0, 1.0, tokens=1), Word("", 1.0, 2.0, tokens=1), Word("", 2.2, 3.0, tokens=1)),
-    "b": (Word("", 0.0, 0.5, tokens=1), Word("", 1.0, 2.0, tokens=1)),
-}
-
-
-def cut(prob: float = 1.0, number: int = 0, **changes: Any) -> dict[str, Any]:
-    return cut_at_words({**make_words(), **changes}, WORDS, prob, batch_generator(0, 0, number))
-
-
-def test_a_cut_clip_ends_with_a_word_and_expects_the_words_until_there() -> None:
-    seen = set()
-    for number in range(40):
-        given = make_words()
-        batch = cut_at_words(given, WORDS, 1.0, batch_generator(0, 0, number))
-        for row, words in enumerate(((11, 12, 13), (21, 22))):
-            text = [int(t) for t in batch["labels"][row] if t not in (IGNORE_INDEX, END)]
-            count, timed, end_sec = len(text), WORDS["ab"[row]], batch["durations"][row]
-            assert text == list(words[:count])
-            assert 1 <= count < len(words)
-            assert end_sec in (timed[count - 1].end_sec, (timed[count].start_sec + timed[count].end_sec) / 2)
-            samples = round(16_000 * end_sec)
-            assert batch["audio_lengths"][row] == samples
-            assert batch["audio"][row, :samples].all() and not batch["audio"][row, samples:].any()
-            begun = ([START, 2], [5, 6, START, 2])[row]  # the second with its prompt
-            inputs, rest = [*begun, *text], 7 - len(begun) - count
-            assert batch["decoder_input_ids"][row].tolist() == inputs + [END] * rest
-            assert batch["labels"][row].tolist() == [-100] * (len(begun) - 1) + [*text, END] + [-100] * rest
-            seen.add((row, count, end_sec))
-        assert batch["audio"].shape[1] == int(batch["audio_lengths"].max()) < 48_000
-    assert len(seen) == 6  # both cuts after each word but the last
-    assert str(given) == str(make_words())
-
-
-def test_a_cut_is_never_within_a_token_that_spells_several_words() -> None:
-    words = {"a": (Word("你", 0.0, 1.0), Word("好", 1.0, 2.0, tokens=1), Word("吗", 2.2, 3.0, tokens=2))}
-    for number in range(20):
-        batch = cut_at_words(make_words(), words, 1.0, batch_generator(0, 0, number))
-        assert batch["labels"][0].tolist()[:3] == [-100, 11, END]
-        assert batch["durations"][0] in (2.0, 2.6)
-
-
-def test_a_share_is_cut_and_what_cannot_be_cut_stays_whole() -> None:
-    assert cut(prob=0.0)["durations"] == [3.0, 2.0]
-    share = [cut(prob=0.3, number=number)["durations"][0] < 3.0 for number in range(300)]
-    assert 0.2 < sum(share) / 300 < 0.4
-    assert cut(ids=["a+c", "unknown"])["durations"] == [3.0, 2.0]  # joined, without times
-    assert cut(timed=torch.tensor([True, True]))["durations"] == [3.0, 2.0]
 
 
 @pytest.fixture

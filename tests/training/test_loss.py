@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from src.data.labels import IGNORE_INDEX
+from src.training import loss
 from src.training.loss import TokenLoss
 
 
@@ -20,16 +21,21 @@ def make_inputs(model: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return features, tokens, labels
 
 
-def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(model: Any, total: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    loss.backward()
+    total.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(("frozen", "pads"), [(False, True), (True, True), (False, False)])
-def test_loss_and_gradients_are_those_of_the_models_forward(small: tuple[Any, Any], frozen: bool, pads: bool) -> None:
-    """The embedding is the output's weight too, and its two gradients are added up."""
+@pytest.mark.parametrize(
+    ("frozen", "pads", "rows"), [(False, True, 99), (True, True, 99), (False, False, 99), (False, True, 4)]
+)
+def test_loss_and_gradients_are_those_of_the_models_forward(
+    small: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, frozen: bool, pads: bool, rows: int
+) -> None:
+    """The embedding is the output's weight too, and its two gradients are added up; logits are made in parts."""
     model, _ = small
+    monkeypatch.setattr(loss, "LOSS_ROWS", rows)
     model.audio_context = "dynamic"
     model.proj_out.weight.requires_grad_(not frozen)
     if not pads:
@@ -43,9 +49,9 @@ def test_loss_and_gradients_are_those_of_the_models_forward(small: tuple[Any, An
     )
     wanted = gradients(model, expected)
     module = TokenLoss(model)
-    loss = module(features, tokens, labels)
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    found = gradients(model, loss)
+    total = module(features, tokens, labels)
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
+    found = gradients(model, total)
     assert set(found) == set(wanted)
     assert ("model.decoder.embed_tokens.weight" in found) is not frozen
     for name, gradient in wanted.items():

@@ -15,6 +15,7 @@ from transformers import WhisperForConditionalGeneration
 from src.models.export.huggingface import export_huggingface
 from src.training.loss import TokenLoss
 from src.training.methods import (
+    HalfCopy,
     check_shardable,
     choose_method,
     has_adapters,
@@ -278,3 +279,22 @@ def test_a_checkpoint_names_languages_as_its_model_knows_them(small: Any) -> Non
         model.generation_config.lang_to_id = {f"<|{code}|>": 1 for code in known}
         record_languages(model, dataset, "transcribe")
         assert (model.generation_config.language, model.config.tokens_per_sec) == (language, rates)
+
+
+def test_a_half_copy_computes_with_the_weights_of_now_and_adds_up_gradients_in_float32(small: tuple[Any, Any]) -> None:
+    model = small[0].float()
+    model.requires_grad_(True)
+    half = HalfCopy(model, torch.bfloat16)
+    assert half.model.config is model.config
+    assert half.model.proj_out.weight is half.model.model.decoder.embed_tokens.weight  # ties hold
+    weight, copied = model.proj_out.weight, half.model.proj_out.weight
+    for value in (1.0, 2**-10):  # in 16 bits the second would be lost
+        copied.grad = torch.full_like(copied, value)
+        half.collect()
+        assert copied.grad is None
+    assert weight.grad is not None and weight.grad.dtype == torch.float32
+    assert torch.equal(weight.grad, torch.full_like(weight, 1 + 2**-10))
+    with torch.no_grad():
+        weight.fill_(3.0)
+    half.refresh()
+    assert torch.equal(copied, torch.full_like(copied, 3.0))

@@ -22,7 +22,7 @@ from src.models.export.verify import load_clips
 from src.training import saver as saving
 from src.training.checkpoint import TrainingState, list_checkpoints, verify_checkpoint
 from src.training.trainer import WhisperTrainer
-from src.training.updates import UpdateReport
+from src.training.updates import Measured, UpdateReport
 from src.utils.errors import CheckpointError, WhisperASRError
 from src.utils.memory import clean_up
 from tests.training.conftest import TrainerFactory, damage, run_folder, train_until
@@ -57,7 +57,7 @@ def test_checkpoints_come_by_the_clock_and_at_the_end_of_epochs(
     def update(*args: Any) -> UpdateReport:
         now[0] += 60.0  # an update takes a minute
         trainer._optimizer.step()
-        return UpdateReport(1.0, 1, 1.0, applied=True, clips=1, audio_sec=1.0, ids=())
+        return UpdateReport((), Measured(1.0, 1, 1.0, True, 1, 1.0))
 
     monkeypatch.setattr(trainer._updater, "update", update)
     trainer.train()

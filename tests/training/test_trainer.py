@@ -160,7 +160,8 @@ def test_16_bit_training_keeps_float32_weights_and_a_verified_export(
         if module.training:
             computed.add(output.dtype)
 
-    model.model.decoder.layers[0].fc1.register_forward_hook(keep)
+    assert trainer._half is not None
+    trainer._half.model.model.decoder.layers[0].fc1.register_forward_hook(keep)
     trainer.train(num_epochs=1)
     assert computed == {torch.bfloat16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}

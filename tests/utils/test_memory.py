@@ -135,5 +135,6 @@ def test_links_are_never_followed_and_the_folders_never_left(config: Config, tmp
 def test_a_run_of_known_size_takes_known_memory_and_disk() -> None:
     assert run_memory_mb(10e6, trained=10e6) == 160  # four copies in float32
     assert run_memory_mb(10e6, trained=1e6) == 52
+    assert run_memory_mb(10e6, trained=1e6, half_copy=True) == 74
     assert run_disk_mb(10e6, trained=10e6, kept=2) == 480  # three checkpoints of 120 MB, three models of 40 MB
     assert run_disk_mb(10e6, trained=1e6, kept=1, optimizer="adamw_8bit") == 132

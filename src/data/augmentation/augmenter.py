@@ -15,7 +15,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from src.data.audio import SILENCE_PEAK
-from src.data.augmentation.effects import CHAIN, Batch, Clip, Effect, limit_peak, pitch_ratios, torchaudio_functional
+from src.data.augmentation.effects import (
+    CHAIN,
+    Batch,
+    Clip,
+    Effect,
+    Speed,
+    limit_peak,
+    pitch_ratios,
+    torchaudio_functional,
+)
 from src.data.augmentation.noise import NoisePool
 from src.utils.config import AugmentationConfig, SpecAugmentConfig
 from src.utils.errors import AudioError, ConfigError, MissingDependencyError
@@ -70,6 +79,12 @@ class AudioAugmenter:
             logger.warning("%s: off, the other effects work: %s", names, err)
             self._off = needing
 
+    @property
+    def speeds(self) -> tuple[float, ...]:
+        """The factors that clips are played at, ascending."""
+        off = not self.config.enabled or Speed in self._off
+        return (1.0,) if off else tuple(sorted(self.config.speed_factors))
+
     def __call__(
         self,
         audio: Tensor,
@@ -78,6 +93,7 @@ class AudioAugmenter:
         generator: torch.Generator,
         trailing_samples: Tensor | None = None,
         keep_speed: Tensor | None = None,
+        speeds: Sequence[float] | None = None,
     ) -> AugmentedBatch:
         """Draw effects for each clip and apply them.
 
@@ -87,6 +103,7 @@ class AudioAugmenter:
             generator: on the CPU.
             trailing_samples: (B,) int64 samples of pause after each clip, through which its noise goes on.
             keep_speed: (B,) bool, clips whose labels hold times.
+            speeds: factor of each clip; drawn by default.
 
         Returns:
             The batch, zeros after each clip and its noise. A clip that would grow past 30 s keeps its speed; a silent
@@ -100,12 +117,18 @@ class AudioAugmenter:
         effects: Sequence[Effects] = [()] * len(audio)
         seed = 0
         if self.config.enabled:
-            effects = self.draw(audio, lengths, generator, keep_speed=keep_speed)
-            seed = int(torch.randint(2**62, (1,), generator=generator))
+            effects = self.draw(audio, lengths, generator, keep_speed=keep_speed, speeds=speeds)
+            (seed,) = torch.randint(2**62, (1,), generator=generator).tolist()
         return self.apply(audio, lengths, effects, seed=seed, trailing_samples=trailing_samples)
 
     def draw(
-        self, audio: Tensor, lengths: Tensor, generator: torch.Generator, *, keep_speed: Tensor | None = None
+        self,
+        audio: Tensor,
+        lengths: Tensor,
+        generator: torch.Generator,
+        *,
+        keep_speed: Tensor | None = None,
+        speeds: Sequence[float] | None = None,
     ) -> list[Effects]:
         """Draw the effects of each clip of (B, T) audio."""
         count = len(audio)
@@ -115,10 +138,12 @@ class AudioAugmenter:
         audible = [False] * count
         if self.config.noise_prob:
             audible = (audio.abs().amax(dim=1) >= SILENCE_PEAK).tolist()
-        drawn = []
+        drawn: list[Effects] = []
         for samples, keep, loud, *numbers in zip(lengths.tolist(), kept, audible, *columns, strict=True):
             clip = Clip(samples, keep, loud, has_voices=sum(audible) > MIN_BABBLE_VOICES)
             effects = [kind.draw(self.config, clip, *own) for kind, own in zip(CHAIN, numbers, strict=True)]
+            if speeds is not None:
+                effects[0] = Speed.of(clip, speeds[len(drawn)])
             drawn.append(tuple(effect for effect in effects if effect and type(effect) not in self._off))
         return drawn
 
@@ -136,7 +161,7 @@ class AudioAugmenter:
         device, applied = lengths.device, tuple(effects)
         lengths = lengths.cpu()
         trailing = torch.zeros_like(lengths) if trailing_samples is None else trailing_samples.cpu()
-        missing = int((lengths + trailing).max()) - audio.shape[1]
+        missing = max((lengths + trailing).tolist()) - audio.shape[1]
         changed = [row for row, own in enumerate(applied) if own]
         if not changed:
             return AugmentedBatch(functional.pad(audio, (0, max(missing, 0))), lengths.to(device), applied)
@@ -149,7 +174,7 @@ class AudioAugmenter:
                 kind.apply(batch, {row: e for row in changed for e in applied[row] if isinstance(e, kind)})
             # nothing that was changed in any way leaves with a peak above 1.0
             batch.audio[changed] = limit_peak(batch.audio[changed])
-        width = int((batch.lengths + trailing).max())  # less where all are faster
+        width = max((batch.lengths + trailing).tolist())  # less where all are faster
         return AugmentedBatch(batch.audio[:, :width], batch.lengths.to(device), applied)
 
 
@@ -188,29 +213,43 @@ class SpecAugment:
         """
         batch, mels, width = features.shape
         frames = torch.full((batch,), width) if frame_lengths is None else frame_lengths.cpu()
-        config, device = self.config, features.device
-        if not self.prob or not (config.time_masks or config.frequency_masks):
+        masks = self.draw(frames, mels, generator)
+        if masks is None:
             return features
-        chosen = torch.rand(batch, generator=generator) < self.prob
-        longest = (frames * config.max_time_mask_fraction).floor()
-        in_time = _spans(longest, frames, config.time_masks, width, generator, device)
-        highest = torch.full((batch,), float(min(config.max_frequency_mask_bins * mels // REFERENCE_MELS, mels)))
-        bins = torch.full((batch,), mels)
-        in_frequency = _spans(highest, bins, config.frequency_masks, mels, generator, device)
-        masked = (in_time[:, None] | in_frequency[:, :, None]) & chosen.to(device)[:, None, None]  # (B, mels, F)
-        own = frames.to(device)
-        real = (torch.arange(width, device=device) < own[:, None])[:, None]  # (B, 1, F)
-        mean = (features * real).sum(dim=(1, 2), dtype=torch.float32) / (own * mels)
+        return self.apply(features, frames.to(features.device), masks.to(features.device))
+
+    def draw(self, frames: Tensor, mels: int, generator: torch.Generator) -> Tensor | None:
+        """Draw masks for clips of (B,) frames, all on the CPU.
+
+        Returns:
+            (B, time masks + frequency masks, 2) int64: first frame or mel bin of each, and the one after its last;
+            empty masks for clips that get none, and None where no clip can have one.
+        """
+        config, count = self.config, len(frames)
+        if not self.prob or not (config.time_masks or config.frequency_masks):
+            return None
+        chosen = torch.rand(count, generator=generator) < self.prob
+        in_time = _spans((frames * config.max_time_mask_fraction).floor(), frames, config.time_masks, generator)
+        highest = torch.full((count,), float(min(config.max_frequency_mask_bins * mels // REFERENCE_MELS, mels)))
+        in_frequency = _spans(highest, torch.full((count,), mels), config.frequency_masks, generator)
+        return torch.cat([in_time, in_frequency], dim=1) * chosen[:, None, None]
+
+    @torch.no_grad()
+    def apply(self, features: Tensor, frames: Tensor, masks: Tensor) -> Tensor:
+        """Mask (B, mels, F) features of clips of (B,) frames with what `draw` gave; all on one device."""
+        _, mels, width = features.shape
+        numbers = torch.arange(max(width, mels), device=features.device)
+        covered = (numbers >= masks[..., :1]) & (numbers < masks[..., 1:])  # (B, masks, numbers)
+        in_time, in_frequency = covered.split([self.config.time_masks, self.config.frequency_masks], dim=1)
+        masked = in_time.any(dim=1)[:, None, :width] | in_frequency.any(dim=1)[:, :mels, None]  # (B, mels, F)
+        real = (numbers[:width] < frames[:, None])[:, None]  # (B, 1, F)
+        mean = (features * real).sum(dim=(1, 2), dtype=torch.float32) / (frames * mels)
         return torch.where(masked & real, mean.to(features.dtype)[:, None, None], features)
 
 
-def _spans(
-    longest: Tensor, room: Tensor, count: int, width: int, generator: torch.Generator, device: torch.device
-) -> Tensor:
-    """Draw spans for each clip, of 0..longest, anywhere in 0..room; return their union, (B, W)."""
+def _spans(longest: Tensor, room: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw spans for each clip, of 0..longest, anywhere in 0..room: (B, count, 2) int64."""
     draws = torch.rand(2, len(room), count, generator=generator, dtype=torch.float64)
     length = (draws[0] * (longest[:, None] + 1)).floor()
     start = (draws[1] * (room[:, None] - length + 1)).floor()
-    start, end = start.to(device, torch.long), (start + length).to(device, torch.long)
-    position = torch.arange(width, device=device)[:, None, None]
-    return ((position >= start) & (position < end)).any(dim=2).T
+    return torch.stack([start, start + length], dim=2).long()

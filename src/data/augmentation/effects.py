@@ -72,7 +72,7 @@ class Batch:
     def change(self, rows: list[int], lengths: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Replace rows by `change(part (K, W), lengths (K,))`; what it leaves after the clips is cut off."""
         own = lengths[rows]
-        width = int(own.max())
+        width = max(own.tolist())
         self.audio[rows, :width] = mask_padding(change(self.audio[rows, :width], own), own)
 
 
@@ -125,20 +125,24 @@ class Speed(Effect):
 
     @classmethod
     def _draw(cls, config: AugmentationConfig, clip: Clip, *uniform: float) -> Self | None:
-        factor = _pick(config.speed_factors, uniform[0])
+        return cls.of(clip, _pick(config.speed_factors, uniform[0]))
+
+    @classmethod
+    def of(cls, clip: Clip, factor: float) -> Self | None:
+        """Return the effect of a factor on a clip; None where the clip stays as it is."""
         too_long = clip.samples / factor > CONTEXT_SAMPLES
         return None if factor == 1 or clip.keep_speed or too_long else cls(factor)
 
     def _group(self) -> Fraction:
-        return Fraction(self.factor).limit_denominator(MAX_DENOMINATOR)
+        return speed_ratio(self.factor)
 
     @classmethod
     def _apply(cls, batch: Batch, rows: list[int], effects: Sequence[Self]) -> None:
-        ratio, before = effects[0]._group(), batch.lengths[rows]
-        own = (before.double() * ratio.denominator / ratio.numerator).round().long()
-        changed = resample_by(batch.audio[rows, : int(before.max())], ratio)[:, : int(own.max())]
+        factor, before = effects[0].factor, batch.lengths[rows].tolist()
+        own = torch.tensor([sped_up(samples, factor) for samples in before])
+        changed = resample_by(batch.audio[rows, : max(before)], speed_ratio(factor))[:, : max(own.tolist())]
         batch.lengths[rows] = batch.reach[rows] = own
-        missing = int((own + batch.trailing[rows]).max()) - batch.audio.shape[1]
+        missing = max((own + batch.trailing[rows]).tolist()) - batch.audio.shape[1]
         batch.audio = functional.pad(batch.audio, (0, max(missing, 0)))
         batch.audio[rows] = 0
         batch.audio[rows, : changed.shape[1]] = mask_padding(changed, own)
@@ -217,7 +221,7 @@ class Noise(Effect):
     def _apply(cls, batch: Batch, rows: list[int], effects: Sequence[Self]) -> None:
         kind, own = effects[0].kind, batch.lengths[rows]
         batch.reach[rows] = own + batch.trailing[rows]
-        width = int(batch.reach[rows].max())
+        width = max(batch.reach[rows].tolist())
         if kind == "recording":
             assert batch.pool is not None  # only a pool makes this kind
             added = batch.pool.crops(own, width, batch.generator)
@@ -293,6 +297,17 @@ def _between(limits: tuple[float, float], uniform: float) -> float:
     return low + uniform * (high - low)
 
 
+@cache
+def speed_ratio(factor: float) -> Fraction:
+    """Return a speed factor as the ratio that audio is resampled by."""
+    return Fraction(factor).limit_denominator(MAX_DENOMINATOR)
+
+
+def sped_up(samples: int, factor: float) -> int:
+    """Return the samples of a clip at another speed."""
+    return round(samples * speed_ratio(factor).denominator / speed_ratio(factor).numerator)
+
+
 def resample_by(audio: Tensor, ratio: Fraction) -> Tensor:
     """Play (B, T) audio faster, as a tape; above 1 is faster, higher and shorter: (B, ceil(T / ratio))."""
     resampled: Tensor = torchaudio_functional().resample(
@@ -356,7 +371,7 @@ def room_impulses(rt60_sec: Tensor, direct_db: Tensor, generator: torch.Generato
     salles", 1988; Lebart et al., "A New Method Based on Spectral Subtraction for Speech Dereverberation", 2001.
     `direct_db` (B,) is the power of the direct sound over that of everything after it.
     """
-    taps = int(float(rt60_sec.max()) * SAMPLE_RATE)
+    taps = int(max(rt60_sec.tolist()) * SAMPLE_RATE)
     time_sec = torch.arange(taps) / SAMPLE_RATE
     tail = torch.randn(len(rt60_sec), taps, generator=generator)
     tail = tail * torch.exp(-3 * math.log(10) * time_sec / rt60_sec[:, None])  # amplitudes: 60 dB are a factor 1000

@@ -34,7 +34,7 @@ def mix_at_snr(speech: Tensor, noise: Tensor, *, snr_db: float | Tensor, lengths
     """
     speech_energy, noise_energy = _energy(speech, lengths), _energy(noise, lengths)
     for name, energy in (("speech", speech_energy), ("noise", noise_energy)):
-        if bool((energy <= 0).any()):
+        if min(energy.flatten().tolist()) <= 0:
             raise AudioError(f"the {name} of a clip is silent and has no ratio; leave this clip without noise")
     ratio_db = torch.as_tensor(snr_db, dtype=torch.float32, device=speech.device)
     wanted = speech_energy / 10 ** (ratio_db[..., None] / 10)
@@ -71,7 +71,7 @@ def babble(
     # choose rows of other clips, (K, voices), and note which count, where there are too few
     score = torch.rand(len(targets), len(clips), generator=generator)
     score[torch.arange(len(targets)), targets] = -1.0
-    score[:, (peaks < SILENCE_PEAK).cpu()] = -1.0
+    score = score.masked_fill((peaks < SILENCE_PEAK).cpu(), -1.0)
     best, chosen = score.topk(min(BABBLE_VOICES, len(clips)), dim=1)
     place = (torch.rand(chosen.shape, generator=generator) * target_lengths.cpu()[:, None]).long()
     position = torch.arange(width, device=device)
@@ -124,8 +124,9 @@ class NoisePool:
         chosen = torch.randint(len(self._lengths), (count,), generator=generator)
         place = (torch.rand(count, generator=generator, dtype=torch.float64) * self._lengths[chosen]).long()
         crops = self._take(chosen, place, width)
-        silent = _energy(crops, lengths.cpu())[:, 0] <= 0  # a pause of the recording; its loudest place has a sound
-        if bool(silent.any()):
+        energy = _energy(crops, lengths.cpu())[:, 0].tolist()
+        silent = [row for row, each in enumerate(energy) if each <= 0]  # a pause; its loudest place has a sound
+        if silent:
             crops[silent] = self._take(chosen[silent], self._loudest[chosen[silent]], width)
         return crops
 
