@@ -105,14 +105,16 @@ class TrainingVisualizer:
             compared.append((("test set", STOCK, TUNED), stock, tuned, ""))
         for head, before, after, prefix in compared:
             heads.append(len(cells))
-            cells.append([*head, "change"])
             name = headline(after, prefix).name
             rates = {name: tuple(headline(row, prefix).rate for row in (before, after))}
             for other, key in (("CER", "cer"), ("loss", "loss"))[: 2 if prefix else 1]:
                 rates.setdefault(other, tuple(row.get(prefix + key) for row in (before, after)))
             if not prefix:
                 rates[second_label(after)] = tuple(headline(row, "second_").rate for row in (before, after))
-            cells += [[name, number(a), number(b), relative_change(a, b)] for name, (a, b) in rates.items()]
+            rows = [[*head, "change"]]
+            rows += [[name, number(a), number(b), relative_change(a, b)] for name, (a, b) in rates.items()]
+            is_one = prefix and best["epoch"] == first["epoch"]
+            cells += [[*row[:2], "", ""] for row in rows] if is_one else rows
         axes.axis("off")
         axes.set_title("Summary")
         height = 0.108 * len(cells)

@@ -58,6 +58,14 @@ def test_the_analysis_draws_whatever_is_there_and_saves(tmp_path: Path, rows: li
     assert [path.read_bytes() for path in files] == [path.read_bytes() for path in again]
 
 
+def test_a_best_epoch_that_is_the_first_is_not_compared_with_itself(tmp_path: Path) -> None:
+    for rates, head in (((0.33, 0.27), ["epoch 1", "epoch 2", "change"]), ((0.27, 0.33), ["epoch 1", "", ""])):
+        rows = [*steps(6), *(epoch(i, rate, rate < 0.3) for i, rate in enumerate(rates, start=1)), *BOTH]
+        figure = TrainingVisualizer(write(tmp_path / "run", rows)).training_analysis()
+        (table,) = figure.axes[3].tables
+        assert [table[0, column].get_text().get_text() for column in (1, 2, 3)] == head
+
+
 def test_a_spike_of_the_loss_does_not_flatten_the_rest(tmp_path: Path) -> None:
     rows = steps(200)
     rows[50]["loss"] = 400.0
