@@ -58,7 +58,7 @@ def choose_data(
         overrides: settings that go before; if they name a source, nothing is chosen.
 
     Raises:
-        ConfigError: MInDS-14 has no such language, or the path is nowhere, or its source takes none.
+        ConfigError: MInDS-14 has no such language, or the path is nowhere, or the source needs one or takes none.
         DataError: the language is none.
         WhisperASRError: no file was uploaded.
     """
@@ -82,6 +82,8 @@ def choose_data(
         options = {"config": MINDS14_SUBSETS.get(spoken), **options}
         falls_back = names_nothing and spoken == "en"
         return {"source": "minds14", "sources": ["minds14", "sample"] if falls_back else [], "hub": options}
+    if not path and choice in PATH_SOURCES and "data.path" not in flatten(overrides or {}):
+        raise ConfigError(f"DATA_SOURCE {choice!r} needs DATA_PATH: {PATH_SOURCES[choice]}, here or below My Drive")
     if not path:
         return {"source": choice, "hub": options}
     places = Path(path), MOUNT_POINT / "MyDrive" / path, MOUNT_POINT / path

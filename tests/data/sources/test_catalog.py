@@ -142,6 +142,10 @@ def test_what_a_user_of_the_notebook_chooses(tmp_path: Path, monkeypatch: pytest
     talks = {"source": "folder", "path": str(drive / "MyDrive" / "talks"), "hub": {}}
     assert choose_data("folder", "talks", hub={}) == choose_data("auto", "talks", hub={}) == talks
     assert choose_data("auto", hub={"id": "google/fleurs"}) == {"source": "hub", "hub": {"id": "google/fleurs"}}
+    for needs_one in ("folder", "parquet"):
+        with pytest.raises(ConfigError, match=f"DATA_SOURCE '{needs_one}' needs DATA_PATH: a"):
+            choose_data(needs_one, hub={})
+    assert choose_data("folder", hub={}, overrides={"data.path": "talks"}) == {"source": "folder", "hub": {}}
     for takes_none in ("minds14", "upload", "sample", "hub"):  # else the path would be passed over
         with pytest.raises(ConfigError, match=f"DATA_PATH 'talks': {takes_none} takes no path"):
             choose_data(takes_none, "talks", hub={})
