@@ -33,10 +33,8 @@ class Uncovered(NamedTuple):
 def uncovered_speech(words: Sequence[Word], speech: Sequence[SpeechSegment], *, tokens_per_sec: float) -> Uncovered:
     """Find speech that the tokens of its words do not explain, and speech after the last word.
 
-    Args:
-        words: of a text, in order, with numbers of tokens.
-        speech: without padding, in order, on the same time axis.
-        tokens_per_sec: of ordinary speech in the language of the text.
+    Words have numbers of tokens, of which the language has `tokens_per_sec` in ordinary speech; the speech is without
+    padding. Both are in order, on the same time axis.
     """
 
     def speech_sec(start_sec: float, end_sec: float) -> float:

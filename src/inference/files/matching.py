@@ -139,15 +139,11 @@ def match_transcript(
     language: str | None = None,
     min_score: float = MIN_SCORE,
 ) -> MatchedRecording:
-    """Find a transcript in its recording.
+    """Find a transcript, its passages in order, in its recording, (T,) float32 at 16 kHz of any length.
 
-    Args:
-        audio: (T,) float32, 16 kHz, of any length.
-        passages: of the transcript, in order.
-        engine: transcribes and aligns.
-        config: `inference` and `vad`, for the transcription; clips have at most `inference.max_segment_sec`.
-        language: of the recording; by default that of the settings or the checkpoint, else what the model hears.
-        min_score: see `Excerpt.score`; a word below it is taken for wrong.
+    The settings are `inference`, of which clips have at most `max_segment_sec`, and `vad`. The language is by default
+    that of the settings or the checkpoint, else what the model hears. A word below `min_score` is taken for wrong, see
+    `Excerpt.score`.
     """
     detector = VoiceActivityDetector(config.vad.model_copy(update={"min_silence_sec": MIN_GAP_SEC, "pad_sec": 0.0}))
     speech = [(span.start_sec, span.end_sec) for span in detector.speech_segments(audio)]

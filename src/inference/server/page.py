@@ -190,12 +190,10 @@ class LiveTabs:
         self._heard: set[str] = set()  # tabs whose message is not answered yet
 
     async def answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Hear a message.
+        """Hear a message; the answer is `error` alone if the recording is over by it.
 
-        Returns:
-            `events`, `audio_sec` heard, and the name of the `language` of the newest ones if it is known; at the end of
-            the recording `srt`, `vtt`, and a `note` if a limit ended it.
-            Or `error` alone, and the recording is over.
+        Else it has the `events`, the `audio_sec` heard, and the name of the `language` of the newest if it is known; at
+        the end of the recording `srt`, `vtt`, and a `note` if a limit ended it.
         """
         try:
             valid = LiveMessage.read(message)

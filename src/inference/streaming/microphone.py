@@ -147,13 +147,9 @@ class Microphone(_Recorder):
 class BrowserMicrophone(_Recorder):
     """Records from the microphone of the browser that shows the notebook; a button in the cell's output ends it sooner.
 
-    Its `sample_rate` is 16 kHz, except in browsers that do not resample; it is final at the first block.
-
-    Args:
-        duration_sec: how much audio to record.
-        eval_js: evaluates JavaScript in the page and returns its value, that of a promise once it is settled; raises
-            `AudioError` where the page does not answer. By default that of Colab.
-        clock: seconds, monotone.
+    Its `sample_rate` is 16 kHz, except in browsers that do not resample; it is final at the first block. `eval_js`
+    evaluates JavaScript in the page and returns its value, that of a promise once it is settled, or raises `AudioError`
+    where the page does not answer; by default it is Colab's.
     """
 
     def __init__(

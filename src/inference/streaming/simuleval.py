@@ -33,18 +33,12 @@ def log_instance(
     computed_sec: float | None = None,
     index: int = 0,
 ) -> dict[str, Any]:
-    """Return one line of `instances.log`.
+    """Return one line of `instances.log`: of a recording's events, its name and length, and what was said in it.
 
-    Args:
-        events: of the session.
-        name: of the recording.
-        audio_sec: its length.
-        reference: what was said.
-        characters: give times to characters, not to words: `--char_level`, `--eval-latency-unit char`.
-        computed_sec: None where the events' clock is a listener's, 0 when the audio begins. Else the audio was fed as
-            fast as it was taken, and the clock advanced so far until the last event; `elapsed` is then the audio heard
-            plus the computing until then, as SimulEval itself has it (`--fix_simuleval_emission_ca` of OmniSTEval).
-        index: of the recording in the log.
+    With `characters` these have times, not words: `--char_level`, `--eval-latency-unit char`. `computed_sec` is None
+    where the events' clock is a listener's, 0 when the audio begins. Else the audio was fed as fast as it was taken,
+    and the clock advanced so far until the last event; `elapsed` is then the audio heard plus the computing until then,
+    as SimulEval itself has it (`--fix_simuleval_emission_ca` of OmniSTEval).
     """
     commits = [event for event in events if event.kind == "commit"]
     began_at = 0.0 if computed_sec is None else max((event.emitted_at for event in events), default=0.0) - computed_sec

@@ -101,21 +101,11 @@ def verify_transcripts(
     quantised: bool = False,
     clips: Clips | None = None,
 ) -> float:
-    """Transcribe clips with a model and with its export, and refuse an export that is not the model's.
+    """Transcribe clips with a model and with its export, and return the `word_mismatch`; `ModelError` if they differ.
 
-    Args:
-        model: the source.
-        processor: of the model.
-        transcribe: the export, greedy: tokens of each clip, with or without special tokens.
-        name: of the export, for the message.
-        quantised: allow a fifth of the words to differ, and close calls that tip beyond that; else no word.
-        clips: at least one, of up to 30 s; `bundled_clips` by default.
-
-    Returns:
-        The `word_mismatch`.
-
-    Raises:
-        ModelError: the export says something else.
+    `transcribe` is the export, greedy: tokens of each clip, with or without special tokens; `name` is its name in the
+    message. If it is quantised, a fifth of the words may differ, and close calls may tip beyond that; else no word.
+    There must be at least one clip, of up to 30 s; by default they are `bundled_clips`.
     """
     given = _spoken(bundled_clips() if clips is None else clips)
     if not given or max(len(clip.audio) for clip in given) > CONTEXT_SAMPLES:
