@@ -101,7 +101,7 @@ class CTranslate2Engine(Engine):
             max_length=max(2 * new, len(given[0]) - forced + new),
             suppress_blank=not prefix,
             return_scores=True,
-            return_logits_vocab=bool(options.hotwords),
+            return_logits_vocab=bool(options.hotwords) and options.num_beams == 1,  # beams give none
             return_no_speech_prob=options.no_speech,
         )
         rows = []
@@ -114,10 +114,21 @@ class CTranslate2Engine(Engine):
             # the score is divided by all of these; the end token is in the sum, but not in the number
             logprob = row.scores[0] * len(tokens) / (len(tokens) - forced + (len(tokens) < new))
             silence = row.no_speech_prob if options.no_speech else None
-            steps = [np.array(_on_cpu(step)).ravel() for step in (row.logits or [()])[0][forced : forced + cap + 1]]
-            logits = np.stack(steps) if options.hotwords else None
-            rows.append(Decoded(tokens[: forced + cap], logprob, silence, logits=logits))
+            text, logits = tokens[forced : forced + cap], None
+            if options.hotwords:
+                steps = row.logits[0] if row.logits else self._forced_logits(encoded, i, [*given[i], *text])
+                views = steps[forced : forced + len(text) + 1]
+                logits = np.stack([np.array(_on_cpu(view)).ravel() for view in views])
+                logits = np.pad(logits, ((0, len(text) + 1 - len(views)), (0, 0)))  # none after a text that is cut off
+            rows.append(Decoded([*prefix, *text], logprob, silence, logits=logits))
         return rows
+
+    def _forced_logits(self, encoded: Any, index: int, tokens: list[int]) -> Any:
+        """Return the logits at each place of a text that is given, and after it."""
+        (found,) = self._model.generate(
+            self._row(encoded, index), [tokens], beam_size=1, max_length=2 * len(tokens), return_logits_vocab=True
+        )
+        return found.logits[0]
 
     def _draw(self, encoded: Any, given: list[int], prefix: list[int], cap: int, options: DecodingOptions) -> Decoded:
         """Draw one text as the torch engine does: what CTranslate2 itself draws depends on what it drew before.

@@ -174,7 +174,7 @@ class Engine(ABC):
             (row,) = self._generate(self._row(encoded, index), given, prefix, [cap - len(prefix)], options)
         if not settled:
             return row
-        scored = min(len(row.logits), cap - len(settled))
+        scored = min(len(row.logits), cap - (len(row.tokens) + 1 - len(row.logits)))
         whole = (math.fsum(settled) + row.avg_logprob * scored) / (len(settled) + scored)
         return replace(row, avg_logprob=whole)
 

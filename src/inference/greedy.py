@@ -125,7 +125,8 @@ class Greedy:
         self.choice = Choice(self._model, self._end, rows, steps, device)
         self.choice.begin(self._caps)
         rules, vocabulary = self._model.generation_config, self._model.config.vocab_size
-        times = WhisperTimeStampLogitsProcessor(rules, begin_index=self._ids.shape[1]) if options.timestamps else None
+        begin = self._ids.shape[1] - self._forced
+        times = WhisperTimeStampLogitsProcessor(rules, begin_index=begin) if options.timestamps else None
         self._cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
         def step(tokens: Tensor | None = None) -> None:

@@ -51,13 +51,15 @@ class HotwordBias:
         """
         first, active = len(tokens) + 1 - len(logits), list[_Node]()
         for at in range(len(tokens) + 1):
-            if at >= first:
+            taken = tokens[at] if at < len(tokens) else self._end
+            # times are above the end token: they stay, and so does the end after one
+            is_free = taken <= self._end and not (taken == self._end and at and tokens[at - 1] > taken)
+            if at >= first and is_free:
                 raised = dict.fromkeys(self._root, self._strength * BEGIN_SHARE)
                 for node in active:
                     raised |= dict.fromkeys(node, self._strength)
                 scores = logits[at - first, list(raised)] + np.fromiter(raised.values(), dtype=np.float32)
                 best = list(raised)[int(scores.argmax())]
-                taken = tokens[at] if at < len(tokens) else self._end
                 if scores.max() > logits[at - first, taken] + raised.get(taken, 0.0):
                     return at, best
             if at < len(tokens):

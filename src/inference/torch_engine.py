@@ -157,16 +157,19 @@ class TorchEngine(Engine):
     def _with_logits(
         self, hidden: Tensor, given: list[list[int]], prefix: list[int], rows: list[Decoded]
     ) -> list[Decoded]:
-        """Run the decoder over the texts once more, for the scores of all tokens at each place."""
-        found = []
+        """Run the decoder over the texts once more, for the scores at each place of all tokens that may be there."""
+        rules, found = self._model.generation_config, []
         for i, row in enumerate(rows):
             ids = torch.tensor([[*given[i], *row.tokens[len(prefix) :]]], device=hidden.device)
             with evaluation_mode(self._model):
                 states = self._model.model.decoder(
                     input_ids=ids, encoder_hidden_states=hidden[i : i + 1]
                 ).last_hidden_state
-            logits = self._model.proj_out(states[0, len(given[i]) - 1 :]).float().cpu().numpy()
-            found.append(replace(row, logits=logits))
+            logits = self._model.proj_out(states[0, len(given[i]) - 1 :]).float()
+            logits[:, rules.suppress_tokens or []] = -torch.inf
+            if not prefix:
+                logits[0, rules.begin_suppress_tokens or []] = -torch.inf
+            found.append(replace(row, logits=logits.cpu().numpy()))
         return found
 
     def _row(self, encoded: BaseModelOutput, index: int) -> BaseModelOutput:
@@ -181,7 +184,8 @@ class TorchEngine(Engine):
         rules.num_beams, rules.return_dict_in_generate, rules.output_scores = options.num_beams, True, True
         if prefix:
             rules.begin_suppress_tokens = None
-        processors = [WhisperTimeStampLogitsProcessor(rules, ids.shape[1])] if options.timestamps else None
+        begin = ids.shape[1] - len(prefix)
+        processors = [WhisperTimeStampLogitsProcessor(rules, begin)] if options.timestamps else None
         with evaluation_mode(model):
             found = GenerationMixin.generate(
                 model,

@@ -105,6 +105,17 @@ def test_terms_are_heard_in_both_engines_and_in_streams(_tiny_en: Any, sample: l
         assert [r.text for r in transcribe(engine, audios, replace(biased, hotword_strength=0.0))] == [
             r.text for r in without
         ]
+        encoded = engine.encode(audios[:1], plain.trailing_silence_sec)
+        spoken = replace(biased, hotwords=("look", "mouth"), word_timestamps=False)
+        for beams in (1, 2):  # a text that is cut off
+            (short,) = engine.decode(encoded, audios[:1], replace(spoken, num_beams=beams), max_tokens=3)
+            assert (short.text, short.truncated) == ("Look at my", True)
+        for beams in (1, 2):  # a term takes the place of no time, and no text begins at a term
+            (result,) = transcribe(engine, audios[:1], replace(spoken, timestamps=True, num_beams=beams))
+            assert result.text == "Look at my mouth."
+            assert [token >= engine.vocabulary.timestamp_begin for token in result.tokens] == [
+                True, *[False] * (len(result.tokens) - 2), True,
+            ]  # fmt: skip
     overrides = {"inference": {"hotwords": "mouth, buttress", "hotword_strength": 6}}
     config = load_config(None, overrides=overrides)
     assert BatchInference(engine=engine, config=config).transcribe_batch(audios[:1])[0].text == "Look at my mouth."
