@@ -75,6 +75,7 @@ class WhisperDataset(Dataset[dict[str, Any]]):
         self.token_counts: list[int] = []  # of the text in any label: also after another one, or timed
         self._encoder = encoder
         self._load = load
+        known: dict[int, int] = {}  # one object per token of the vocabulary, not per place: rows come by the million
         for utterance in utterances:
             if not (utterance.duration_sec or 0.0) > 0:  # None, 0 or NaN
                 raise DataError(f"utterance {utterance.id}: its duration is unknown; check_utterance measures it")
@@ -91,7 +92,7 @@ class WhisperDataset(Dataset[dict[str, Any]]):
                 self.skipped.append(SkippedUtterance(utterance.id, str(err)))
             else:
                 self.utterances.append(utterance)
-                self.tokens.append(tokens)
+                self.tokens.append(tuple(known.setdefault(token, token) for token in tokens))
                 self.token_counts.append(longest)
 
     def __len__(self) -> int:

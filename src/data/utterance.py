@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -24,6 +25,7 @@ SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 NO_SPEAKER = frozenset({"nan", "NaN", "None", "null", "NULL", "N/A", "<NA>"})
 LANGUAGE_COLUMNS = ("language", "lang", "locale", "language_code", "lang_id")
 NO_LANGUAGE = frozenset({"auto", "und", "mul", "mis", "zxx", "nan", "none", "null", "n/a", "unknown", "other"})
+_TAKEN = frozenset({"id", "path", "file", *SPEAKER_COLUMNS, *LANGUAGE_COLUMNS})  # the other columns are `meta`
 _LINE_END = re.compile(r"\s*[\n\r\t\v\f\x1c-\x1f\x85\u2028\u2029]\s*")
 
 
@@ -62,7 +64,7 @@ class TimedText:
     end_sec: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are as many as rows
 class Utterance:
     """One recording with its transcript."""
 
@@ -113,20 +115,26 @@ def utterance_from_row(
         except ValueError as err:
             what = "transcript" if name == text_column else name
             problem = f"the {what} is wrong: {err}; write a text"
-    text = _LINE_END.sub(" ", cells[text_column])
+    text = cells[text_column]
+    if not text.isprintable():
+        text = _LINE_END.sub(" ", text)
     if visible(text) != text:
         strange = next(visible(char) for char in text if visible(char) != char)
         problem = f"the transcript has the character {strange}, which is no text; remove it"
-    speaker = re.sub(r"^(\d+)\.0+$", r"\1", cells["speaker"])  # a column of numbers that pandas made floats
-    taken = {text_column, "id", "path", "file", *SPEAKER_COLUMNS, *LANGUAGE_COLUMNS}
-    meta = {key: visible(value.strip()) if isinstance(value, str) else value for key, value in row.items()}
+    speaker = cells["speaker"]
+    if speaker.endswith("0"):  # a column of numbers that pandas made floats
+        speaker = re.sub(r"^(\d+)\.0+$", r"\1", speaker)
     return Utterance(
         id=visible(cells["id"] or fallback_id),
         audio=audio,
         text=text,
-        speaker=visible(speaker) if speaker and speaker not in NO_SPEAKER else None,
+        speaker=sys.intern(visible(speaker)) if speaker and speaker not in NO_SPEAKER else None,  # many rows have one
         language=language_of_row(row) or language,
-        meta={key: value for key, value in meta.items() if key not in taken and _is_plain(value)},
+        meta={
+            key: visible(value.strip()) if isinstance(value, str) else value
+            for key, value in row.items()
+            if key not in _TAKEN and key != text_column and _is_plain(value)
+        },
         problem=problem,
     )
 
@@ -137,7 +145,7 @@ def _is_plain(value: object) -> bool:
 
 def language_of_row(row: Mapping[str, Any]) -> str | None:
     """Return Whisper's code for a row's language, its own mark where Whisper has none, None where it has no mark."""
-    marks = [visible(row[c].strip()) for c in LANGUAGE_COLUMNS if isinstance(row.get(c), str)]
+    marks = [visible(cell.strip()) for c in LANGUAGE_COLUMNS if isinstance(cell := row.get(c), str)]
     marks = [mark for mark in marks if mark.lower() not in NO_LANGUAGE and any(map(str.isalpha, mark))]
     return next(filter(None, map(code_of_language, marks)), marks[0] if marks else None)
 

@@ -64,7 +64,10 @@ _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 def visible(text: object) -> str:
     r"""Return a name or text with control characters, line ends and lone surrogates as escapes, such as `\n`."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    text = str(text)
+    if text.isprintable():  # nearly all are, and rows come by the million
+        return text
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class WriteError(WhisperASRError, OSError):

@@ -118,14 +118,14 @@ def find_audio(folder: Path, name: str) -> Path:
     """
     if name.startswith("file:/"):
         name = unquote(re.sub("^file:(//(localhost)?)?", "", name))
-    written = folder / name
-    if name and os.path.exists(written):  # noqa: PTH110  a name of 5,000 letters or with a zero byte is not there
-        return written
+    # a name of 5,000 letters or with a zero byte is not there; of those that are, a path keeps no text of its own
+    if name and os.path.exists(os.path.join(folder, name)):  # noqa: PTH110, PTH118
+        return folder / name
     bare = name.strip().strip(_STRAY).strip()
     spellings = [name.strip(), bare, bare.replace("\\", "/"), os.path.expanduser(bare)]  # noqa: PTH111
     spellings += [unicodedata.normalize(form, spelling) for form in ("NFC", "NFD") for spelling in spellings]
     there = (folder / s for s in dict.fromkeys(spellings) if s and os.path.exists(folder / s))  # noqa: PTH110
-    return next(there, written)
+    return next(there, folder / name)
 
 
 def pick_column(columns: Sequence[str], meaning: str, where: str, *, also: Sequence[str] = ()) -> str:

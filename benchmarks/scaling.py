@@ -1,0 +1,180 @@
+"""Measure how the work before and around training grows with the rows of a data set, without decoding the recordings.
+
+    python benchmarks/scaling.py [--rows 10000 100000 1000000] [--quick]
+
+The bundled clips are listed many times, with a speaker for every 20 rows, in a manifest of one folder. Each size runs
+in a process of its own, whose memory is read after each step: listing, checking (rows and measured values, as the
+checker keeps them, without decoding), splitting by speaker, the loader with its first batch, the plan of the next
+epoch, resuming in its middle, and the data report. The last line is one JSON object. `--quick` takes 1,000 and 4,000
+rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import psutil
+
+from src.data.loader import create_loader
+from src.data.preparation import DatasetSplits, cut_missing, find_shared_speakers, inspect_utterance, load_utterances
+from src.data.report.report import build_data_report
+from src.data.sources.catalog import read_folder
+from src.models.loading import load_checkpoint
+from src.models.weights import resolve_weights
+from src.utils.config import Config, DataConfig, load_config
+from src.utils.memory import return_freed_memory
+
+T = TypeVar("T")
+CLIPS = 200  # bundled ones that are listed again and again
+ROWS_PER_SPEAKER = 20
+MAX_KB_PER_ROW, MAX_STEP_SEC = 1.0, 600.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--quick", action="store_true", help="1,000 and 4,000 rows")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.one)))
+        return 0
+    found: dict[str, dict[str, Any]] = {}
+    for rows in [1_000, 4_000] if arguments.quick else arguments.rows:
+        done = subprocess.run([sys.executable, __file__, "--one", str(rows)], stdout=subprocess.PIPE, check=True)
+        found[str(rows)] = json.loads(done.stdout.splitlines()[-1])
+    steps = list(next(iter(found.values()))["seconds"])
+    print(f"| rows | {' | '.join(f'{name}, s' for name in steps)} | kB per row |\n|---|" + "---:|" * (len(steps) + 1))
+    for rows, each in found.items():
+        cells = [f"{each['seconds'][name]:.2f}" for name in steps]
+        print(f"| {int(rows):,} | {' | '.join(cells)} | {each['kb_per_row']:.2f} |")
+    sizes = sorted(map(int, found))
+    growth = {}
+    if len(sizes) > 1:  # exponents: 1 is linear
+        few, many = (found[str(size)]["seconds"] for size in (sizes[-2], sizes[-1]))
+        ratio = math.log(sizes[-1] / sizes[-2])
+        growth = {name: round(math.log(max(many[name], 1e-3) / max(few[name], 1e-3)) / ratio, 2) for name in steps}
+    largest = found[str(sizes[-1])]
+    kept = largest["kb_per_row"] <= MAX_KB_PER_ROW and max(largest["seconds"].values()) <= MAX_STEP_SEC
+    print(json.dumps({"rows": found, "growth": growth, "within_limits": kept}))
+    return 0
+
+
+def measure(rows: int) -> dict[str, Any]:
+    """Return the seconds of each step, and the memory that all of them keep."""
+    config = load_config(
+        None,
+        overrides={
+            "device": "cpu",
+            "data.num_workers": 0,
+            "data.source": "folder",
+            "data.path": ".",
+            "model.variant": "tiny.en",
+        },
+    )
+    processor = load_checkpoint(resolve_weights("tiny.en", cache_dir=config.paths.cache_dir).path)[1]
+    seconds: dict[str, float] = {}
+    memory_kb: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        result = work()
+        seconds[name] = time.perf_counter() - began
+        gc.collect()
+        return_freed_memory()
+        memory_kb[name] = psutil.Process().memory_info().rss / 1e3
+        return result
+
+    with tempfile.TemporaryDirectory() as place:
+        clips = write_set(Path(place), rows, config)
+        load_batch(list(clips.values())[:32], processor, config)  # what is imported and cached once
+        gc.collect()
+        return_freed_memory()
+        before_kb = psutil.Process().memory_info().rss / 1e3
+        listed = timed("listing", lambda: read_folder(Path(place)))
+
+        def check() -> tuple[list[Any], dict[str, Any]]:
+            stats, checked = {}, []
+            for utterance in listed:
+                path: Any = utterance.audio
+                clip, found = clips[path.stem]
+                stats[utterance.id] = replace(found)
+                meta = {**utterance.meta, "snr_db": found.snr_db}
+                checked.append(replace(utterance, duration_sec=clip.duration_sec, meta=meta))
+            return checked, stats
+
+        listed, stats = timed("checking", check)
+        parts = timed(
+            "splitting", lambda: cut_missing({"train": listed, "validation": [], "test": []}, config.data, config.seed)
+        )
+        splits = DatasetSplits(
+            parts["train"], parts["validation"], parts["test"], label_case="keep", stats=stats,
+            shared_speakers=find_shared_speakers(parts.values()),
+        )  # fmt: skip
+
+        def first_batch() -> Any:
+            made = create_loader(splits.train, processor, config, shuffle=True)
+            next(iter(made))
+            return made
+
+        loader = timed("first batch", first_batch)
+        timed("an epoch's plan", lambda: loader.batches_in(1))
+
+        def resume() -> None:
+            loader.load_state_dict({**loader.state_dict(), "epoch": 1, "batches": loader.batches_in(1) // 2})
+            next(iter(loader))
+
+        timed("resume", resume)
+        timed("report", lambda: build_data_report(splits, config, tokenizer=processor.tokenizer))
+    kept_kb = max(memory_kb[name] for name in ("splitting", "first batch", "an epoch's plan", "resume")) - before_kb
+    return {
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "kb_per_row": round(kept_kb / rows, 3),
+        "kb_per_row_after": {name: round((value - before_kb) / rows, 3) for name, value in memory_kb.items()},
+    }
+
+
+def write_set(folder: Path, rows: int, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Write the clips, and a manifest of so many rows; return each clip as it is checked, with its measures."""
+    bundled = [u for u in load_utterances(DataConfig()) if u.meta["split"] == "train"][:CLIPS]
+    clips = {}
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["id", "file_name", "text", "speaker", "language"])
+        (folder / "clips").mkdir()
+        for utterance in bundled:
+            audio: Any = utterance.audio
+            (folder / "clips" / f"{utterance.id}.ogg").write_bytes(audio.read())
+            clips[utterance.id] = inspect_utterance(utterance, config.data)
+        for number, utterance in zip(range(rows), itertools.cycle(bundled)):
+            name, text = f"row-{number:07d}", f"{utterance.text.lower()} {number}"
+            speaker = f"s{number // ROWS_PER_SPEAKER}"
+            table.writerow([name, f"clips/{utterance.id}.ogg", text, speaker, "en"])
+    return clips
+
+
+def load_batch(clips: list[tuple[Any, Any]], processor: Any, config: Config) -> None:
+    """Take one batch of a few clips."""
+    next(iter(create_loader([clip for clip, _ in clips], processor, config, shuffle=True)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
