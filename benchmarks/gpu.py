@@ -52,7 +52,9 @@ GPUS = ("T4", "L4", "A100")
 PROFILE_CLIPS = 2_000
 REST_MINUTES = 5.0  # of the notebook: about 2 to set up and download, and 3, which all but training takes on two cores
 TINY = (384, 4, 4, 6, 80, 51_864)
-INPUT_OPERATORS = 900  # that make an update's inputs, augmented: log-mel features of audio at its own length
+INPUT_OPERATORS = 57  # features of an update, and its optimizer and copies (benchmarks/launches.py)
+CLIP_HOST_SEC = 0.0125  # to decode and augment a clip on a core (AMD EPYC, 2026-11-30); two workers share it
+WORKERS = 2  # as Colab has cores
 
 
 def main() -> int:
@@ -422,7 +424,8 @@ def profile_minutes(training: Sequence[Figures] = ()) -> list[dict[str, str]]:
     for profile in ("demo", "balanced", "production"):
         config = load_config(ROOT / "config.yaml", profile=profile)
         shape, plan = SIZES.get(config.model.variant, TINY), config.training
-        host_sec = (count_operators(shape) + INPUT_OPERATORS) * LAUNCH_SEC
+        launch_sec = (count_operators(shape) + INPUT_OPERATORS) * LAUNCH_SEC
+        host_sec = max(launch_sec, plan.batch_size * CLIP_HOST_SEC / WORKERS)
         line = {"profile": profile, "model": f"{config.model.variant}, {plan.epochs} epochs"}
         for gpu in GPUS:
             own_sec, padded_sec = (
