@@ -1,1 +1,5 @@
 """Live captions for other programs and for a web page."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
