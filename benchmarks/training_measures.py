@@ -5,6 +5,7 @@ Imports nothing of this library: the peer's process measures itself with it.
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 import statistics
@@ -107,8 +108,9 @@ def side_figures(job: Any, rows: Sequence[Mapping[str, Any]], flops: FlopCounter
 def update_rows(events: Sequence[Mapping[str, Any]], *, batch_size: int) -> list[dict[str, Any]]:
     """Return the seconds of each update, from the end of the one before, from the rows of a run's metrics.jsonl.
 
-    Loading of data is included. An update that follows another event than `begin`, such as an evaluation, counts with
-    its own speed, without that event.
+    Updates whose values were read together have one speed, and share their time evenly. Loading of data is included.
+    Updates that follow another event than `begin`, such as an evaluation, count with their own speed, without that
+    event.
 
     Args:
         events: rows of metrics.jsonl in order; `begin` is logged when training begins or resumes.
@@ -116,11 +118,12 @@ def update_rows(events: Sequence[Mapping[str, Any]], *, batch_size: int) -> list
     """
     by_step: dict[int, dict[str, Any]] = {}  # of an update that was done again after a stop, the last counts
     before: float | None = None
-    for event in events:
-        if event["event"] == "train_step":
-            sec = batch_size / event["samples_per_sec"] if before is None else event["time"] - before
-            by_step[event["step"]] = {"step": event["step"], "sec": sec}
-        before = event["time"] if event["event"] in ("train_step", "begin") else None
+    for speed, group in itertools.groupby(events, key=lambda event: event.get("samples_per_sec")):
+        read = list(group)
+        if speed is not None:
+            sec = batch_size / speed if before is None else (read[-1]["time"] - before) / len(read)
+            by_step |= {event["step"]: {"step": event["step"], "sec": sec} for event in read}
+        before = read[-1]["time"] if speed is not None or read[-1]["event"] == "begin" else None
     return [by_step[step] for step in sorted(by_step)]
 
 

@@ -26,16 +26,21 @@ def test_speed_is_clips_over_seconds_without_the_first_two_updates() -> None:
     assert speed.cpu_sec_per_clip is None
 
 
-def step(time: float, number: int) -> dict[str, Any]:
-    return {"event": "train_step", "time": time, "step": number, "samples_per_sec": 8.0}
+def step(time: float, number: int, speed: float = 8.0) -> dict[str, Any]:
+    return {"event": "train_step", "time": time, "step": number, "samples_per_sec": speed}
 
 
 def test_an_update_after_an_evaluation_counts_without_it_and_one_done_again_once() -> None:
     begin, epoch = {"event": "begin", "time": 10.0}, {"event": "epoch", "time": 50.0}
-    events = [begin, step(12.0, 1), epoch, step(52.0, 2), step(55.0, 3)]
+    events = [begin, step(12.0, 1), epoch, step(52.0, 2), step(55.0, 3, 2.5)]
     assert [row["sec"] for row in update_rows(events, batch_size=8)] == [2.0, 1.0, 3.0]
     stopped = [begin, step(12.0, 1), {"event": "begin", "time": 900.0}, step(901.0, 1)]
     assert update_rows(stopped, batch_size=8) == [{"step": 1, "sec": 1.0}]
+
+
+def test_updates_whose_values_were_read_together_share_their_time() -> None:
+    events = [{"event": "begin", "time": 10.0}, step(15.9, 1), step(16.0, 2), step(17.0, 3, 9.0)]
+    assert [row["sec"] for row in update_rows(events, batch_size=8)] == [3.0, 3.0, 1.0]
 
 
 def test_flops_agree_with_those_that_torch_counts() -> None:
