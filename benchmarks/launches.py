@@ -95,7 +95,7 @@ def count(variant: str, batch: int) -> dict[str, int]:
         half = HalfCopy(model, torch.bfloat16)
         inputs, loss = TrainingInputs(config, 80), TokenLoss(half.model)
         log_mel, found["features_and_augmentation"] = counted(lambda: inputs.features(prepared))
-        passes = half.cast(log_mel), prepared["decoder_input_ids"], prepared["labels"]
+        passes = log_mel.to(half.model.dtype), prepared["decoder_input_ids"], prepared["labels"]
         with as_on_gpu:
             total, forward = counted(lambda: loss(*passes))
         found["forward_backward"] = forward + counted(total.backward)[1]

@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from src.data.audio import SAMPLE_RATE
 from src.data.augmentation.augmenter import SpecAugment
 from src.data.dataset import WhisperDataset
 from src.data.features import HOP_SAMPLES, LogMel
-from src.data.training_batches import TrainingBatches
 from src.inference.alignment import force_align
 from src.inference.torch_engine import encode
 from src.inference.words import Word
@@ -38,38 +36,18 @@ Batch = dict[str, Any]
 
 
 class TrainingInputs:
-    """Makes training features on the device of batches that the training loader has prepared.
-
-    Batches of another loader are prepared first, with the generator that they bring.
-    """
+    """Makes training features, on the device, of batches that `TrainingBatches` has prepared."""
 
     def __init__(self, config: Config, num_mel_bins: int) -> None:
-        self._config, self._num_mel_bins = config, num_mel_bins
         self._log_mel, self._mask = LogMel(num_mel_bins), SpecAugment.from_config(config.augmentation)
 
-    @cached_property
-    def _prepare(self) -> TrainingBatches:  # only for other loaders' batches: recordings of noise take memory
-        return TrainingBatches(self._config, self._num_mel_bins)
-
-    def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """Return a batch, on the CPU, as the training loader gives it."""
-        return batch if "masks" in batch else self._prepare(batch, generator)
-
-    def features(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
-        """Return (B, mels, frames) float32 on the batch's device; `generator` is for a batch that is not prepared."""
-        if "masks" not in batch:
-            assert generator is not None
-            batch = self._prepare(batch, generator)
+    def features(self, batch: Batch) -> Tensor:
+        """Return (B, mels, frames) float32 on the batch's device, masked."""
         features = self._log_mel(batch["audio"])
         if batch["masks"] is None:
             return features
         frames = ((batch["audio_lengths"] + HOP_SAMPLES - 1) // HOP_SAMPLES).clamp(max=features.shape[2])
         return self._mask.apply(features, frames, batch["masks"])
-
-    def audio(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return (B, T) float32, T in whole encoder positions, and (B,) int64 samples of each clip without pause."""
-        prepared = self.prepare(batch, generator)
-        return prepared["audio"], prepared["audio_lengths"]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -177,10 +177,6 @@ class HalfCopy:
         self.weights = [weight for weight, _ in pairs if weight.requires_grad]  # float32
         self._copies = [half for weight, half in pairs if weight.requires_grad]
 
-    def cast(self, features: Tensor) -> Tensor:
-        """Return features in the type of the copy."""
-        return features.to(self.model.dtype)
-
     @torch.no_grad()
     def collect(self) -> None:
         """Add the gradients of a backward pass to those of the float32 weights."""

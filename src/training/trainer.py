@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs
 
-from src.data.loader import SpeechLoader, batch_generator
+from src.data.loader import SpeechLoader
 from src.data.training_batches import TrainingBatches
 from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
 from src.models.dynamic_context import DynamicWhisper
@@ -260,11 +260,7 @@ class WhisperTrainer:
         try:
             for window, window_waited_sec in with_waits(iter(lambda: list(itertools.islice(batches, steps)), [])):
                 began = time.perf_counter()
-                # a window has the batches of one update; each is numbered over all processes for its random generator
-                first = progress.next_batch
-                numbers = [loader.batch_sampler.number(first + at) for at in range(len(window))]
-                draws = [batch_generator(self.config.seed, progress.epochs_done, number) for number in numbers]
-                report = self._updater.update(window, draws)
+                report = self._updater.update(window)  # the batches of one update
                 progress.step += 1
                 progress.next_batch += len(window)
                 waited_sec += window_waited_sec

@@ -187,12 +187,11 @@ class Updater:
         self._rates = torch.tensor([*rates, 0.0], dtype=dtype, device=device)
         self._applied = torch.tensor([min(applied, len(rates))], device=device)
 
-    def update(self, window: Sequence[Batch], generators: Sequence[torch.Generator]) -> UpdateReport:
+    def update(self, window: Sequence[Batch]) -> UpdateReport:
         """Accumulate gradients over a window of batches and step.
 
         Args:
-            window: batches from the loader, on the CPU.
-            generators: one per batch; everything random about a batch that is not prepared yet is drawn from it.
+            window: batches on the CPU, as `TrainingBatches` prepares them.
 
         Raises:
             DataError: `max_nonfinite_steps` updates in a row had to be skipped; all their clips are named.
@@ -200,7 +199,6 @@ class Updater:
         """
         device = self._accelerator.device
         self._forget_gradients()  # an interrupted update may have left some
-        window = [self._inputs.prepare(batch, draws) for batch, draws in zip(window, generators, strict=True)]
         tokens = sum(int(np.count_nonzero(batch["labels"].numpy() != IGNORE_INDEX)) for batch in window)
         audio_sec = sum(sum(batch["durations"]) for batch in window)
         counts = torch.tensor([tokens, sum(len(batch["ids"]) for batch in window), audio_sec], device=device)
@@ -341,7 +339,7 @@ class Updater:
                 with nullcontext() if alone else self._accelerator.no_sync(self._loss), self._watched(part):
                     if self._config.compile:
                         torch.compiler.cudagraph_mark_step_begin()
-                    loss = self._loss(part if self._half is None else self._half.cast(part), inputs, labels)
+                    loss = self._loss(part if self._half is None else part.to(self._half.model.dtype), inputs, labels)
                     self._accelerator.backward(loss * per_token)
                 if self._half is not None and alone:
                     self._half.collect()

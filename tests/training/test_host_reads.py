@@ -97,7 +97,7 @@ def test_an_update_on_a_gpu_is_read_every_10_updates_and_nowhere_else(
     updater._skips_on_device = True
     updater.start(learning_rates(1e-4, total_updates=30, warmup_ratio=0.1), applied=0)
     for number in range(2 * READ_EVERY):
-        report = updater.update([batches[number % len(batches)]], [torch.Generator()])
+        report = updater.update([batches[number % len(batches)]])
         assert report.measured is None
     features._constants.cache_clear()  # has constants of the pretended device
     assert reads == [READ_EVERY, READ_EVERY]
@@ -118,7 +118,7 @@ def test_reading_and_the_decision_to_skip_leave_no_read_on_a_cpu_either(
     )
     updater.start(learning_rates(1e-4, total_updates=30, warmup_ratio=0.1), applied=0)
     with Reads() as mode:
-        reports = [updater.update([batches[n % len(batches)]], [torch.Generator()]) for n in range(READ_EVERY)]
+        reports = [updater.update([batches[n % len(batches)]]) for n in range(READ_EVERY)]
     assert sum(mode.found.values()) <= 2, mode.found
     assert all(report.measured is not None and report.applied for report in reports)
 

@@ -9,6 +9,7 @@ import torch
 
 from src.data.features import LogMel
 from src.data.loader import SpeechLoader, batch_generator, create_loader
+from src.data.training_batches import TrainingBatches
 from src.data.utterance import Utterance
 from src.inference.options import DecodingOptions
 from src.inference.torch_engine import decode
@@ -33,20 +34,26 @@ def make_batch(jfk: Any, seconds: tuple[float, ...] = (2.0, 3.0)) -> dict[str, A
     return {"audio": audio, "audio_lengths": torch.tensor(lengths), "timed": timed, "ids": list("ab"[: len(lengths)])}
 
 
-def draws(inputs: TrainingInputs, batch: dict[str, Any], count: int = 20) -> list[torch.Tensor]:
-    return [inputs.audio(batch, batch_generator(0, 0, index))[0] for index in range(count)]
+def draws(config: Config, batch: dict[str, Any], count: int = 20) -> list[torch.Tensor]:
+    prepare = TrainingBatches(config, 80)
+    return [prepare(batch, batch_generator(0, 0, index))["audio"] for index in range(count)]
+
+
+def features(config: Config, batch: dict[str, Any], *numbers: int) -> torch.Tensor:
+    """Make the features of a batch of a seed, an epoch and a number."""
+    return TrainingInputs(config, 80).features(TrainingBatches(config, 80)(batch, batch_generator(*numbers)))
 
 
 def test_clips_get_pauses_of_random_length_and_30_s_when_asked(jfk: Any) -> None:
     batch = make_batch(jfk)
-    widths = {audio.shape[1] for audio in draws(TrainingInputs(make_config(), 80), batch)}
+    widths = {audio.shape[1] for audio in draws(make_config(), batch)}
     longest = batch["audio"].shape[1]
     assert len(widths) > 5
     assert all(longest <= n <= longest + 16_000 + 320 and n % 320 == 0 for n in widths)
     full_model = load_config(None, overrides={"model.audio_context": "full", "augmentation": QUIET})
     for config in (make_config(training={"full_context_prob": 1.0}), full_model):
-        assert {audio.shape[1] for audio in draws(TrainingInputs(config, 80), batch, 5)} == {480_000}
-    mixed = draws(TrainingInputs(make_config(training={"full_context_prob": 0.3}), 80), batch, 200)
+        assert {audio.shape[1] for audio in draws(config, batch, 5)} == {480_000}
+    mixed = draws(make_config(training={"full_context_prob": 0.3}), batch, 200)
     assert 0.2 < sum(audio.shape[1] == 480_000 for audio in mixed) / 200 < 0.4
 
 
@@ -54,27 +61,27 @@ def test_features_are_the_log_mel_of_padded_clips_and_augmentation_repeats_for_t
     jfk: Any,
 ) -> None:
     batch = make_batch(jfk)
-    plain = TrainingInputs(make_config(training={"max_trailing_silence_sec": 0.0}), 80)
-    assert torch.equal(plain.features(batch, batch_generator(0, 0, 0)), LogMel(80)(batch["audio"]))
+    plain = make_config(training={"max_trailing_silence_sec": 0.0})
+    assert torch.equal(features(plain, batch, 0, 0, 0), LogMel(80)(batch["audio"]))
     everything = {"pitch_prob": 1.0, "noise_prob": 1.0, "room_prob": 1.0, "codec_prob": 1.0, "spec_augment_prob": 1.0}
-    inputs = TrainingInputs(make_config(augmentation=everything), 80)
-    first, again, other = (inputs.features(batch, batch_generator(3, epoch, 5)) for epoch in (1, 1, 2))
+    config = make_config(augmentation=everything)
+    first, again, other = (features(config, batch, 3, epoch, 5) for epoch in (1, 1, 2))
     assert torch.equal(first, again)
     assert first.shape != other.shape or not torch.equal(first, other)
     assert torch.isfinite(first).all()
 
 
 def test_timed_clips_keep_their_speed(jfk: Any) -> None:
-    inputs = TrainingInputs(make_config(augmentation={"speed_factors": [0.9]}), 80)
+    prepare = TrainingBatches(make_config(augmentation={"speed_factors": [0.9]}), 80)
     batch = make_batch(jfk)
     batch["timed"] = torch.tensor([True, False])
-    _, lengths = inputs.audio(batch, batch_generator(0, 0, 0))
+    lengths = prepare(batch, batch_generator(0, 0, 0))["audio_lengths"]
     assert lengths.tolist() == [32_000, round(48_000 / 0.9)]
 
 
 def test_background_noise_goes_on_through_the_pause(jfk: Any) -> None:
     noisy = {"speed_factors": [1.0], "pitch_prob": 0.0, "noise_prob": 1.0, "min_snr_db": 5, "max_snr_db": 5}
-    for audio in draws(TrainingInputs(make_config(augmentation=noisy), 80), make_batch(jfk, (2.0,)), 5):
+    for audio in draws(make_config(augmentation=noisy), make_batch(jfk, (2.0,)), 5):
         heard = audio[0, 32_000:-320]  # the last position may be padding
         assert len(heard) < 320 or float(heard.abs().max()) > 1e-4
 
@@ -83,9 +90,9 @@ def test_a_clip_of_30_s_still_fits_with_its_pause_and_slower_speech(jfk: Any) ->
     batch = make_batch(jfk, (2.0,))
     batch["audio"] = torch.nn.functional.pad(batch["audio"], (0, 480_000 - 32_000)) + 1e-3
     batch["audio_lengths"] = torch.tensor([480_000])
-    inputs = TrainingInputs(make_config(augmentation={"speed_factors": [0.9], "spec_augment_prob": 1.0}), 80)
+    config = make_config(augmentation={"speed_factors": [0.9], "spec_augment_prob": 1.0})
     for index in range(3):
-        assert inputs.features(batch, batch_generator(0, 0, index)).shape == (1, 80, 3_000)
+        assert features(config, batch, 0, 0, index).shape == (1, 80, 3_000)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from src.data.loader import batch_generator, create_loader
+from src.data.training_batches import TrainingBatches
 from src.data.utterance import Utterance
 from src.training import updates
 from src.training.inputs import TrainingInputs
@@ -60,6 +61,7 @@ class Bench:
         optimizer = build_optimizer(model, learning_rate=1e-4, weight_decay=0.1)
         self.loss, self.optimizer = accelerator.prepare(WatchedLoss(model), optimizer)
         self.loss.change = change
+        self.prepare = TrainingBatches(config, 80)
         self.updater = Updater(self.loss, self.optimizer, accelerator, TrainingInputs(config, 80), config.training)
         self.gradients: list[Tensor] = []
         optimizer.register_step_pre_hook(self._keep)
@@ -70,7 +72,8 @@ class Bench:
 
     def update(self, *window: Batch) -> UpdateReport:
         self.calls += 1
-        return self.updater.update(window, [batch_generator(1, 0, self.calls * 10 + i) for i in range(len(window))])
+        numbered = enumerate(window, start=self.calls * 10)
+        return self.updater.update([self.prepare(batch, batch_generator(1, 0, number)) for number, batch in numbered])
 
     def state(self) -> list[Tensor]:
         """Weights and moments."""

@@ -20,7 +20,7 @@ from typing import Any
 from src.inference.streaming.commit import Event
 
 LOG_FILE, SEGMENTS_FILE, REFERENCES_FILE = "instances.log", "segments.yaml", "references.txt"
-SPEECH_TO_TEXT = "source_type: speech\ntarget_type: text\n"  # config.yaml, which SimulEval expects beside the log
+SPEECH_TO_TEXT = "source_type: speech\ntarget_type: text\n"  # config.yaml, which SimulEval expects next to the log
 
 
 def log_instance(
