@@ -66,7 +66,7 @@ def main() -> int:
         seconds: dict[str, float] = {}
         for name, config in configs.items():
             began = time.perf_counter()
-            tuned = train(config, prepared[name])
+            tuned = str(train(config, prepared[name]).best_model_dir)
             seconds[name] = time.perf_counter() - began
             shares = arguments.mixes if name == "0" else ()
             for share in (*shares, 1.0):
@@ -144,14 +144,14 @@ def settings(arguments: argparse.Namespace, share: float, folder: Path) -> Confi
     )  # fmt: skip
 
 
-def train(config: Config, splits: DatasetSplits) -> str:
-    """Tune a model and return the folder of the best one."""
+def train(config: Config, splits: DatasetSplits) -> WhisperTrainer:
+    """Tune a model; the trainer has the folder of the best one."""
     set_seed(config.seed)
     model, processor = WhisperModelManager(config).initialize_model()
     loaders = create_dataloaders(fill_languages(splits, model, processor, config), processor, config)
     trainer = WhisperTrainer(model, processor, loaders.train, loaders.validation, config)
     trainer.train()
-    return str(trainer.best_model_dir)
+    return trainer
 
 
 def measure(

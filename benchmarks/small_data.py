@@ -29,16 +29,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.recipe import PROMPTS, guard_clips
-from benchmarks.replay import Results, measure
+from benchmarks.replay import Results, measure, train
 from scripts.benchmarking import load_clips, percent, points, recased, show, strided
 from scripts.command_line import path_argument
-from src.data import Utterance, create_dataloaders, prepare_datasets
+from src.data import Utterance, prepare_datasets
 from src.data.preparation import DatasetSplits
 from src.evaluation.evaluator import compare_predictions
 from src.evaluation.visualization.style import new_figure
-from src.models import WhisperModelManager
-from src.training import WhisperTrainer
-from src.utils import Config, load_config, set_seed
+from src.utils import Config, load_config
 from src.utils.figures import save_figure
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -108,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="under a minute: few clips, nothing recorded")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.minutes, arguments.methods, arguments.epochs = [0.5, 1.0], ["full", "LoRA"], 1
+        arguments.minutes, arguments.methods, arguments.epochs = [0.5], ["full", "LoRA"], 1
         arguments.test_clips, arguments.guard_clips = 8, 4
     return arguments
 
@@ -141,17 +139,13 @@ def run(
     config: Config, splits: DatasetSplits, stock: Results, test: Sequence[Utterance], guard: Sequence[Utterance]
 ) -> dict[str, Any]:
     """Tune one model and measure it, and its mean with stock."""
-    set_seed(config.seed)
-    model, processor = WhisperModelManager(config).initialize_model()
-    loaders = create_dataloaders(splits, processor, config)
-    trainer = WhisperTrainer(model, processor, loaders.train, loaders.validation, config)
     began = time.perf_counter()
-    history = trainer.train()
+    trainer = train(config, splits)
     seconds = time.perf_counter() - began
     tuned, mixed = (measure(str(trainer.best_model_dir), share, test, guard, config) for share in (1.0, 0.5))
     against = compare_predictions(stock["test"].rows, tuned["test"].rows)
     return {
-        "clips": len(splits.train), "best_epoch": trainer.best_epoch, "val_rates": history["val_rate"],
+        "clips": len(splits.train), "best_epoch": trainer.best_epoch, "val_rates": trainer.history["val_rate"],
         "wer": tuned["test"].rate, "guard": tuned["guard"].rate, "against_stock": points(against),
         "mixed_wer": mixed["test"].rate, "mixed_guard": mixed["guard"].rate, "training_sec": seconds,
     }  # fmt: skip
