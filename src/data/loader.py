@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import signal
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple
@@ -76,17 +77,17 @@ def create_loader(
         weights=source_weights(dataset.utterances, config.data) if shuffle else {},
     )  # fmt: skip
     size = config.training.batch_size if shuffle else config.inference.batch_size
-    seconds = config.training.batch_seconds if shuffle else None
-    if seconds is not None and config.model.audio_context == "full":  # every clip is padded to 30 s
-        size, seconds = max(1, int(seconds // MAX_AUDIO_SEC)), None
+    budget, seconds = config.training.batch_seconds if shuffle else None, None
+    if config.model.audio_context == "full":  # every clip is padded to 30 s
+        size = max(1, int(budget // MAX_AUDIO_SEC)) if isinstance(budget, float) else size
+    elif budget == "auto" and len(dataset):
+        seconds = round(size * statistics.fmean(planner.durations_sec(0)), 1)
+        logger.info("a batch has up to %s s: %d clips of mean length (training.batch_seconds: auto)", seconds, size)
+    elif budget != "auto":
+        seconds = budget
     batches = LengthBatchSampler(
         planner.durations_sec, None if seconds else size, batch_seconds=seconds, shuffle=shuffle, seed=config.seed
     )
-    if seconds is not None and config.training.full_context_prob:
-        padded_sec = MAX_AUDIO_SEC * max(map(len, batches), default=0)
-        if padded_sec > seconds:
-            excess = "training.full_context_prob pads some batches to %.0f s, more than training.batch_seconds (%.0f)"
-            logger.warning(excess, padded_sec, seconds)
     on_cuda = torch.cuda.is_available() and config.device != "cpu"
     workers, reason = choose_workers(config.data.num_workers, on_cuda=on_cuda)
     if shuffle:  # once is enough: the other loaders choose alike

@@ -200,7 +200,7 @@ def _try_largest_batch(trial: DynamicWhisper, loader: SpeechLoader, config: Conf
         longest_sec = max(clip.duration_sec or 0.0 for clip in loader.dataset.utterances)
         clip_sec = min(MAX_AUDIO_SEC, longest_sec + config.training.max_trailing_silence_sec)
     rows = max(map(len, loader.batch_sampler.batches(0)))
-    largest_sec = max(clip_sec, min(rows * clip_sec, config.training.batch_seconds or math.inf))
+    largest_sec = max(clip_sec, min(rows * clip_sec, loader.batch_sampler.batch_seconds or math.inf))
     try:
         proposal = propose_batch_seconds(
             trial, config, clip_sec=clip_sec, max_seconds=largest_sec, label_tokens=loader.longest_label

@@ -90,14 +90,20 @@ def test_evaluation_batches_are_never_composed(clips: list[Utterance]) -> None:
 
 
 def test_a_budget_counts_30_s_a_clip_where_every_clip_is_padded_to_it(
-    clips: list[Utterance], caplog: pytest.LogCaptureFixture
+    clips: list[Utterance],
 ) -> None:
-    budget: dict[str, Any] = {"training.batch_seconds": 95, "training.full_context_prob": 0.0}
+    budget: dict[str, Any] = {"training.batch_seconds": 95}
     assert max(map(len, in_training(clips, **{"model.audio_context": "full"}, **budget).batch_sampler)) == 3
     assert max(map(len, in_training(clips, **budget).batch_sampler)) > 10
-    assert "full_context_prob" not in caplog.text
-    in_training(clips, **{**budget, "training.full_context_prob": 0.1})  # some batches exceed it
-    assert "full_context_prob" in caplog.text
+
+
+def test_a_budget_is_that_of_so_many_clips_of_mean_length(clips: list[Utterance]) -> None:
+    asked: dict[str, Any] = {"training.batch_size": 4, "training.batch_seconds": "auto"}
+    mean_sec = sum(clip.duration_sec or 0.0 for clip in clips) / len(clips)
+    sampler = in_training(clips, **asked).batch_sampler
+    assert (sampler.batch_size, sampler.batch_seconds) == (None, pytest.approx(4 * mean_sec, abs=0.1))
+    padded = in_training(clips, **asked, **{"model.audio_context": "full"}).batch_sampler  # all clips take as long
+    assert (padded.batch_size, padded.batch_seconds) == (4, None)
 
 
 @pytest.mark.slow
