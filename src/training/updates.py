@@ -4,7 +4,7 @@ An update is weighted by tokens over all batches and processes, repeated in smal
 skipped, with the names of its clips, when a loss or gradient is not finite.
 
 The host gives work to the device and does not wait for it: whether an update is skipped, and its learning rate, is
-decided on the device, and what it computed is read every `READ_EVERY` updates.
+decided on the device, and what it computed is read every `READ_EVERY` updates; on a CPU, where it is there, after each.
 """
 
 from __future__ import annotations
@@ -225,7 +225,8 @@ class Updater:
         self._unread.append(_Unread(report, ids, torch.cat([counts, found])))
         # processes read together; one alone also after some time, so that the progress of slow updates is seen
         late = world_size() == 1 and time.monotonic() - self._read_at_sec > READ_SEC
-        if late or len(self._unread) >= min(READ_EVERY, self._config.max_nonfinite_steps - len(self._skipped_in_row)):
+        most = 1 if device.type == "cpu" else READ_EVERY  # a CPU has computed already
+        if late or len(self._unread) >= min(most, self._config.max_nonfinite_steps - len(self._skipped_in_row)):
             self.read()
         return report
 

@@ -340,7 +340,7 @@ class TrainingConfig(Section):
 
     epochs: int = Field(3, ge=1)
     batch_size: int = Field(16, ge=1)
-    batch_seconds: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
+    batch_seconds: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None
     gradient_accumulation_steps: int = Field(1, ge=1)
     method: Literal["auto", "full", "lora"] = "auto"
     lora: LoRAConfig = LoRAConfig()

@@ -98,23 +98,28 @@ def bundled_clips() -> list[Utterance]:
 
 
 @pytest.mark.parametrize(
-    ("size", "full_share", "speeds", "p90_sec"),
+    ("size", "seconds", "full_share", "speeds", "p90_sec"),
     [
-        (8, 0.0, (0.9, 1.0, 1.1), 1.0),
-        (16, 0.1, (0.9, 1.0, 1.1), 1.0),
-        (32, 0.1, (0.9, 1.0, 1.1), 1.9),
-        (16, 0.1, (1.0,), 1.4),
+        (8, None, 0.0, (0.9, 1.0, 1.1), 1.0),
+        (16, None, 0.1, (0.9, 1.0, 1.1), 1.0),
+        (16, "auto", 0.1, (0.9, 1.0, 1.1), 1.0),
+        (32, None, 0.1, (0.9, 1.0, 1.1), 1.9),
+        (16, None, 0.1, (1.0,), 1.4),
     ],
 )
 def test_shapes_of_training_repeat_and_padding_is_a_small_share(
-    size: int, full_share: float, speeds: tuple[float, ...], p90_sec: float
+    size: int, seconds: str | None, full_share: float, speeds: tuple[float, ...], p90_sec: float
 ) -> None:
     """At most 12 shapes of the encoder and 30 with labels in 3 epochs, and 15 % of padding at own length.
+
+    Batches by seconds have as few lengths, and more numbers of rows.
 
     A clip is not silent for longer than a pause, but for few, mostly in the longest rows; with 32 clips in a batch the
     360 clips make 11 batches, whose clips differ by more.
     """
-    clips, given = bundled_clips(), {"batch_size": size, "full_context_prob": full_share}
+    clips = bundled_clips()
+    given: dict[str, Any] = {"batch_size": size, "batch_seconds": seconds}
+    given["full_context_prob"] = full_share
     config = load_config(
         None, overrides={"device": "cpu", "training": given, "augmentation.speed_factors": list(speeds)}
     )
@@ -131,7 +136,7 @@ def test_shapes_of_training_repeat_and_padding_is_a_small_share(
             lone = {"audio_lengths": lengths, "timed": torch.zeros(len(batch), dtype=torch.bool)}
             full = bool(number % 10 == 0) and full_share > 0
             samples, chosen = made._fit(lone, [0] * len(batch), batch_generator(0, epoch, number), full=full)
-            shapes[len(batch), samples] += 1
+            shapes[size if seconds else len(batch), samples] += 1
             tokens = max(loader.dataset.token_counts[index] + 3 for index in batch)
             pairs.add((samples, -(-tokens // LABEL_STEP)))
             if samples < 480_000:
