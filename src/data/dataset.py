@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +38,7 @@ from src.utils.languages import join_texts
 
 MIN_GAP_SEC, MAX_GAP_SEC = 0.2, 0.8  # pauses between sentences that are read aloud
 TIMESTAMPS_PER_PART = 2
+_NONE = -1  # instead of an index
 MIN_PROMPT_TOKENS = 2  # the token that starts the previous text, and one of its own
 SILENCE_SHARE = 0.25  # of the recordings without speech; the others are noise
 NOISE_DBFS = (-70.0, -30.0)  # RMS: from a quiet microphone's own noise to a loud street behind a closed window
@@ -44,7 +46,29 @@ NOISE_DBFS = (-70.0, -30.0)  # RMS: from a quiet microphone's own noise to a lou
 AudioLoader = Callable[..., Waveform]
 
 
-@dataclass(frozen=True, slots=True)  # there are as many as rows
+class PackedRows:
+    """Sequences of whole numbers of any lengths, in one array: a tuple of a few takes three times as much."""
+
+    def __init__(self) -> None:
+        self._values, self._ends = array("i"), array("q", [0])
+
+    def append(self, row: Iterable[int]) -> None:
+        """Add a row at the end."""
+        self._values.extend(row)
+        self._ends.append(len(self._values))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> tuple[int, ...]:
+        at = range(len(self))[index]  # IndexError beyond the last
+        return tuple(self._values[self._ends[at] : self._ends[at + 1]])
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        return map(self.__getitem__, range(len(self)))
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """One training example."""
 
@@ -53,6 +77,33 @@ class Example:
     timestamps: bool = False  # its label carries times
     previous: int | None = None  # index of the clip whose text is its prompt
     duration_sec: float = 0.0  # of the clips and the pauses
+
+
+class Examples:
+    """The examples of an epoch, in arrays: there are as many as rows."""
+
+    def __init__(self, examples: Iterable[Example] = ()) -> None:
+        self._indices, self._timestamps, self._previous = PackedRows(), array("b"), array("i")
+        self._gaps_sec: dict[int, tuple[float, ...]] = {}  # of joined ones
+        self.durations_sec = array("d")
+        for example in examples:
+            if example.gaps_sec:
+                self._gaps_sec[len(self)] = example.gaps_sec
+            self._indices.append(example.indices)
+            self._timestamps.append(example.timestamps)
+            self._previous.append(_NONE if example.previous is None else example.previous)
+            self.durations_sec.append(example.duration_sec)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Example:
+        previous = None if self._previous[index] == _NONE else self._previous[index]
+        timestamps, duration_sec = bool(self._timestamps[index]), self.durations_sec[index]
+        return Example(self._indices[index], self._gaps_sec.get(index, ()), timestamps, previous, duration_sec)
+
+    def __iter__(self) -> Iterator[Example]:
+        return map(self.__getitem__, range(len(self)))
 
 
 class WhisperDataset(Dataset[dict[str, Any]]):
@@ -71,11 +122,10 @@ class WhisperDataset(Dataset[dict[str, Any]]):
     ) -> None:  # fmt: skip
         self.utterances: list[Utterance] = []
         self.skipped: list[SkippedUtterance] = []
-        self.tokens: list[tuple[int, ...]] = []  # made once, since a tokenizer's threads do not survive a worker's fork
-        self.token_counts: list[int] = []  # of the text in any label: also after another one, or timed
+        self.tokens = PackedRows()  # made once, since a tokenizer's threads do not survive a worker's fork
+        self.token_counts = array("i")  # of the text in any label: also after another one, or timed
         self._encoder = encoder
         self._load = load
-        known: dict[int, int] = {}  # one object per token of the vocabulary, not per place: rows come by the million
         for utterance in utterances:
             if not (utterance.duration_sec or 0.0) > 0:  # None, 0 or NaN
                 raise DataError(f"utterance {utterance.id}: its duration is unknown; check_utterance measures it")
@@ -92,7 +142,7 @@ class WhisperDataset(Dataset[dict[str, Any]]):
                 self.skipped.append(SkippedUtterance(utterance.id, str(err)))
             else:
                 self.utterances.append(utterance)
-                self.tokens.append(tuple(known.setdefault(token, token) for token in tokens))
+                self.tokens.append(tokens)
                 self.token_counts.append(longest)
 
     def __len__(self) -> int:
@@ -190,7 +240,7 @@ class DataCollator:
 
     Returns a dict: `audio` (B, T) float32, `audio_lengths` (B,) int64 samples, `decoder_input_ids` and `labels` (B, L)
     int64 (-100 where no loss is due), `timed` (B,) bool (the label holds times, so the speed must stay), and lists
-    `ids`, `texts`, `languages`, `speakers`, `durations` (s), `meta` (other columns of the source; a dict each).
+    `ids`, `texts`, `languages`, `speakers`, `durations` (s), `meta` (other columns of the source, `snr_db`, `line`).
     """
 
     end_token: int
@@ -213,7 +263,7 @@ class DataCollator:
             "languages": [utterance.language for utterance in utterances],
             "speakers": [utterance.speaker for utterance in utterances],
             "durations": [len(audio) / SAMPLE_RATE for audio in audios],
-            "meta": [dict(utterance.meta) for utterance in utterances],
+            "meta": [utterance.columns for utterance in utterances],
         }
 
 
@@ -246,18 +296,21 @@ class ExamplePlanner:
             )
             for name in self.weights
         }
-        self._durations = [utterance.duration_sec or 0.0 for utterance in utterances]
+        self._durations = array("d", (utterance.duration_sec or 0.0 for utterance in utterances))
         self._counts = token_counts
-        self._times = [TIMESTAMPS_PER_PART * max(1, len(utterance.parts)) for utterance in utterances]
+        self._times = array("i", (TIMESTAMPS_PER_PART * max(1, len(utterance.parts)) for utterance in utterances))
         self._room = MAX_LABEL_TOKENS - prefix_tokens - 1  # 1: the end token
         self._seed = seed
-        groups: dict[tuple[str | None, str | None], list[int]] = {}
+        groups: dict[tuple[str | None, str | None], array[int]] = {}
         for index, utterance in enumerate(utterances):
             if token_counts[index]:
-                groups.setdefault((utterance.speaker, utterance.language), []).append(index)
+                groups.setdefault((utterance.speaker, utterance.language), array("i")).append(index)
         self._groups = list(groups.values())
-        self._before = {b: a for group in self._groups for a, b in itertools.pairwise(group)}
-        self._planned: tuple[int, list[Example]] | None = None  # the last epoch asked for
+        self._before = array("i", [_NONE]) * len(utterances)
+        for group in self._groups:
+            for before, index in itertools.pairwise(group):
+                self._before[index] = before
+        self._planned: tuple[int, Examples] | None = None  # the last epoch asked for
 
     def longest_label(self, epoch: int) -> int:
         """Return the tokens of an epoch's longest label, special tokens and prompt included."""
@@ -268,11 +321,11 @@ class ExamplePlanner:
             longest = max(longest, MAX_LABEL_TOKENS - self._room + text + prompt)
         return min(longest, MAX_LABEL_TOKENS)
 
-    def durations_sec(self, epoch: int) -> list[float]:
+    def durations_sec(self, epoch: int) -> Sequence[float]:
         """Return the seconds of an epoch's examples, pauses included."""
-        return [example.duration_sec for example in self.plan(epoch)]
+        return self.plan(epoch).durations_sec
 
-    def plan(self, epoch: int) -> list[Example]:
+    def plan(self, epoch: int) -> Examples:
         """Return an epoch's examples, in the order of their first clips."""
         if self._planned is None or self._planned[0] != epoch:
             self._planned = epoch, self._compose(epoch)
@@ -290,14 +343,14 @@ class ExamplePlanner:
                 times[order[(epoch * extra + place) % len(order)]] += 1
         return times
 
-    def _compose(self, epoch: int) -> list[Example]:
+    def _compose(self, epoch: int) -> Examples:
         times = self._times_heard(epoch)
         examples = [
             example
             for number in range(max(times, default=0))
             for example in self._compose_once(epoch, number, [count > number for count in times])
         ]
-        return sorted(examples, key=lambda example: example.indices)
+        return Examples(sorted(examples, key=lambda example: example.indices))
 
     def _compose_once(self, epoch: int, number: int, heard: Sequence[bool]) -> Iterator[Example]:
         """Yield the examples of the clips that are heard in one of the passes of an epoch."""
@@ -341,7 +394,8 @@ class ExamplePlanner:
         with_times = tokens + sum(self._times[index] for index in run)
         timestamps = timed < self.config.timestamp_prob and with_times <= self._room
         fits = (with_times if timestamps else tokens) + MIN_PROMPT_TOKENS <= self._room
-        previous = self._before.get(run[0]) if fits and prompted < self.config.previous_text_prob else None
+        has_prompt = fits and prompted < self.config.previous_text_prob and self._before[run[0]] != _NONE
+        previous = self._before[run[0]] if has_prompt else None
         seconds = sum(self._durations[index] for index in run) + sum(pauses)
         return Example(tuple(run), pauses, timestamps, previous, seconds)
 

@@ -390,10 +390,12 @@ def restyle(utterance: Utterance, style: LabelStyle, task: str = "transcribe") -
     parts = timed_parts(source, utterance.duration_sec or math.inf)
     texts = recase_parts([part.text for part in parts] or [source], style.case, text_language(utterance.language, task))
     text = join_texts(texts) if parts else texts[0]
-    restyled = replace(
-        utterance, text=text, label_space=style.space,
-        parts=tuple(replace(part, text=text) for part, text in zip(parts, texts, strict=False)),
-    )  # fmt: skip
+    styled: dict[str, Any] = {
+        "text": text,
+        "label_space": style.space,
+        "parts": tuple(replace(part, text=text) for part, text in zip(parts, texts, strict=False)),
+    }
     if text != source:
-        restyled = replace(restyled, meta={**utterance.meta, "source_text": source})
-    return restyled if restyled != utterance else utterance
+        styled["meta"] = {**utterance.meta, "source_text": source}
+    is_styled = all(getattr(utterance, name) == value for name, value in styled.items())
+    return utterance if is_styled else replace(utterance, **styled)

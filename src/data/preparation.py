@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice, pairwise
@@ -34,7 +34,7 @@ from src.data.labels import (
     special_token,
     timed_parts,
 )
-from src.data.preprocessing import ClipStats, measure_clip
+from src.data.preprocessing import ClipStats, PackedStats, measure_clip
 from src.data.sources.catalog import CLIP_TEXT, in_mix, load_utterances, open_source
 from src.data.sources.hub import MIN_SPEAKERS, spread, stream_general
 from src.data.sources.parts import AudioPart
@@ -160,7 +160,7 @@ def _prepare(
             checked = {name: part[: caps[name]] for name, part in each.parts.items()}
         else:
             checker.expect(sum(min(len(part), caps[name] or len(part)) for name, part in each.parts.items()))
-            checked = {name: checker.take(name, each.parts[name], caps[name]) for name in SPLITS}
+            checked = {name: checker.take(name, each.parts.pop(name), caps[name]) for name in SPLITS}
         seen = sum(map(len, checked.values())) + len(checker.skipped)
         enforce_skip_policy(checker.skipped, seen, each.data.max_skip_fraction)
         parts = {name: parts[name] + checked[name] for name in SPLITS}
@@ -177,7 +177,7 @@ def _prepare(
         replayed, checker = take_replay(parts, config)
         parts["train"] += replayed
         checkers.append(checker)
-    stats = {key: found for checker in checkers for key, found in checker.stats.items()}
+    stats = PackedStats(*(checker.stats for checker in checkers))
     if surplus := [found.duration_sec for found in stats.values() if found.duration_sec > MAX_AUDIO_SEC]:
         what = "%d clip(s) are up to %.2f s longer than %g s; what is beyond is left out"
         logger.warning(what, len(surplus), max(surplus) - MAX_AUDIO_SEC, MAX_AUDIO_SEC)
@@ -449,8 +449,7 @@ def inspect_utterance(
     if not config.min_duration_sec <= stats.duration_sec <= longest_sec:
         allowed = f"{config.min_duration_sec} to {config.max_duration_sec} s (data.min_duration_sec, max_duration_sec)"
         raise DataError(f"{where}: {stats.duration_sec:.2f} s, allowed are {allowed}; cut it at a pause")
-    meta = {"snr_db": round(stats.snr_db, 1), **utterance.meta}  # what the source knows is better than an estimate
-    checked = replace(utterance, duration_sec=len(taken) / SAMPLE_RATE, meta=meta)
+    checked = replace(utterance, duration_sec=len(taken) / SAMPLE_RATE, snr_db=round(stats.snr_db, 1))
     try:
         return restyle(checked, LabelStyle("keep")), stats  # takes the times out of its transcript
     except DataError as err:
@@ -478,7 +477,7 @@ def with_language(utterance: Utterance, config: ModelConfig) -> Utterance:
 
 
 def _line(utterance: Utterance) -> str:
-    return f" (line {utterance.meta['line']} of the manifest)" if "line" in utterance.meta else ""
+    return "" if utterance.line is None else f" (line {utterance.line} of the manifest)"
 
 
 class RecordingChecker:
@@ -488,7 +487,7 @@ class RecordingChecker:
     """
 
     def __init__(self, config: Config, *, vad: VoiceActivityDetector | None = None) -> None:
-        self.stats: dict[str, ClipStats] = {}
+        self.stats = PackedStats()
         self.skipped: list[SkippedUtterance] = []
         self.tokenless: Counter[str] = Counter()  # utterances by a mark of a language without a token in Whisper
         self._config = config
@@ -503,19 +502,23 @@ class RecordingChecker:
 
     def take(self, name: str, part: Sequence[Utterance] | Iterator[Utterance], cap: int | None) -> list[Utterance]:
         """Check a list in hashed order, or a stream in its own, until `cap` have passed; return them as they came."""
-        data, queue, position = self._config.data, part, {}
-        is_stream, chunk_size = not isinstance(part, Sequence), _STREAM_CHUNK
+        data, position = self._config.data, dict[str, int]()
+        is_stream, chunk_size, waiting = not isinstance(part, Sequence), _STREAM_CHUNK, iter(part)
+        total = cap
         if isinstance(part, Sequence):
-            chunk_size, position = _CHUNK, {u.id: index for index, u in enumerate(part)}
+            chunk_size, total = _CHUNK, len(part) if cap is None else min(cap, len(part))
+            queue = deque(part)
             if cap is not None:
-                queue = hashed_choice(part, None, self._config.seed)
+                position = {u.id: index for index, u in enumerate(part)}
+                queue = deque(hashed_choice(part, None, self._config.seed))
+            waiting = (queue.popleft() for _ in range(len(queue)))  # each is freed when it has been checked
         elif cap is None:
             logger.warning("%s: data.max_%s is not set, so the whole stream is downloaded", name, name)
+        del part
         free_bytes = MAX_MEMORY_SHARE * psutil.virtual_memory().available
         passed: list[Utterance] = []
         skipped: list[SkippedUtterance] = []
-        held_bytes, waiting = 0, iter(queue)
-        total = cap if is_stream else min(len(position), len(position) if cap is None else cap)
+        held_bytes = 0
         with thread_pool(os.cpu_count()) as pool, ProgressBar(total=total, desc=f"checking {name}", leave=False) as bar:
             while chunk := list(islice(waiting, chunk_size if cap is None else min(chunk_size, cap - len(passed)))):
                 outcomes = pool.map(self._inspect_or_skip, chunk, [self._detector_for(u) for u in chunk])
@@ -544,7 +547,7 @@ class RecordingChecker:
             logger.info("%s: %d asked for, %d exist; taking all of them", name, cap, len(passed))
         elif cap is not None and cap < len(position):
             logger.info("%s: %d of %d are taken, as data.max_%s says", name, cap, len(position), name)
-        return passed if is_stream else sorted(passed, key=lambda u: position[u.id])
+        return sorted(passed, key=lambda u: position[u.id]) if position else passed
 
     def _detector_for(self, utterance: Utterance) -> VoiceActivityDetector | None:
         place = int(stable_hash(self._config.seed, utterance.id)[:8], 16) / 16**8

@@ -26,6 +26,7 @@ NO_SPEAKER = frozenset({"nan", "NaN", "None", "null", "NULL", "N/A", "<NA>"})
 LANGUAGE_COLUMNS = ("language", "lang", "locale", "language_code", "lang_id")
 NO_LANGUAGE = frozenset({"auto", "und", "mul", "mis", "zxx", "nan", "none", "null", "n/a", "unknown", "other"})
 _TAKEN = frozenset({"id", "path", "file", *SPEAKER_COLUMNS, *LANGUAGE_COLUMNS})  # the other columns are `meta`
+NO_META: Mapping[str, Any] = {}  # one for all rows without other columns
 _LINE_END = re.compile(r"\s*[\n\r\t\v\f\x1c-\x1f\x85\u2028\u2029]\s*")
 
 
@@ -38,7 +39,7 @@ class EncodedAudio(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AudioTrack:
     """One of several audio tracks of a recording."""
 
@@ -76,8 +77,16 @@ class Utterance:
     duration_sec: float | None = None  # after decoding; None until the recording has been checked
     parts: tuple[TimedText, ...] = ()  # of a transcript that its source gives with times; their texts joined are `text`
     label_space: bool | None = None  # whether labels begin with a space; None is by language
-    meta: Mapping[str, Any] = field(default_factory=dict)  # other columns of the source (split, age, gender, ...)
+    meta: Mapping[str, Any] = field(default_factory=lambda: NO_META)  # other columns of the source (split, age, ...)
     problem: str | None = None  # why its row cannot be used; raised when it is checked
+    line: int | None = None  # of its row in a manifest
+    snr_db: float | None = None  # as measured; None until the recording has been checked
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """`meta` with `line` and `snr_db`, for evaluation; a source's own `snr_db` is better than an estimate."""
+        measured = {} if self.snr_db is None else {"snr_db": self.snr_db}
+        return {**measured, **self.meta, **({} if self.line is None else {"line": self.line})}
 
     @property
     def audio_name(self) -> str:
@@ -90,6 +99,22 @@ class Utterance:
         return SPLIT_NAMES.get(str(self.meta.get("split") or "train").lower())
 
 
+def _path_as_text(slot: Any) -> property:
+    """Keep the paths of a slot as texts, of 100 bytes instead of 350: there are as many as rows."""
+
+    def get(owner: Utterance) -> Any:
+        kept = slot.__get__(owner)
+        return Path(kept) if isinstance(kept, str) else kept
+
+    def set_text(owner: Utterance, value: Any) -> None:
+        slot.__set__(owner, str(value) if isinstance(value, Path) else value)
+
+    return property(get, set_text)
+
+
+Utterance.audio = _path_as_text(Utterance.audio)  # type: ignore[assignment,method-assign,misc]
+
+
 @dataclass(frozen=True)
 class SkippedUtterance:
     """A row that was left out, and why."""
@@ -100,7 +125,7 @@ class SkippedUtterance:
 
 def utterance_from_row(
     row: Mapping[str, Any], audio: Path | bytes | EncodedAudio, *, text_column: str, fallback_id: str,
-    language: str | None = None,
+    language: str | None = None, line: int | None = None,
 ) -> Utterance:  # fmt: skip
     """Build an utterance from a row's plain columns; `fallback_id` and `language` are for rows without their own.
 
@@ -134,8 +159,10 @@ def utterance_from_row(
             key: visible(value.strip()) if isinstance(value, str) else value
             for key, value in row.items()
             if key not in _TAKEN and key != text_column and _is_plain(value)
-        },
+        }
+        or NO_META,
         problem=problem,
+        line=line,
     )
 
 

@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 from scipy.signal import welch
 
 from src.data.audio import SAMPLE_RATE, load_audio
-from src.data.dataset import DataCollator, Example, ExamplePlanner, NoSpeechAudio, WhisperDataset, make_no_speech
+from src.data.dataset import (
+    DataCollator,
+    Example,
+    ExamplePlanner,
+    Examples,
+    NoSpeechAudio,
+    PackedRows,
+    WhisperDataset,
+    make_no_speech,
+)  # fmt: skip
 from src.data.labels import IGNORE_INDEX, MAX_LABEL_TOKENS, EncodedLabel, LabelEncoder, LabelStyle, restyle
 from src.data.loader import create_loader
 from src.data.preparation import check_utterance
@@ -41,12 +50,31 @@ def plan(
 ) -> list[Example]:
     config = CompositionConfig(**shares)
     counts = counts or [10] * len(utterances)
-    return ExamplePlanner(utterances, counts, prefix_tokens=2, config=config, seed=seed).plan(epoch)
+    return list(ExamplePlanner(utterances, counts, prefix_tokens=2, config=config, seed=seed).plan(epoch))
 
 
 def test_nothing_asked_for_gives_each_clip_by_itself_in_order() -> None:
     utterances = speech(20)
     assert plan(utterances) == [Example((i,), duration_sec=u.duration_sec or 0) for i, u in enumerate(utterances)]
+
+
+def test_packed_examples_and_rows_are_the_same() -> None:
+    examples = [
+        Example((2,), duration_sec=0.1),
+        Example((0, 3, 1), (0.2, 1 / 3), True, 0, 9.0),
+        Example((4,), (), True),
+    ]
+    packed = Examples(examples)
+    assert list(packed) == examples
+    assert packed[1] == examples[1]
+    assert list(packed.durations_sec) == [0.1, 9.0, 0.0]
+    rows = PackedRows()
+    for row in ([5, 6], [], [51_865]):
+        rows.append(row)
+    assert list(rows) == [(5, 6), (), (51_865,)]
+    assert rows[-1] == (51_865,)
+    with pytest.raises(IndexError):
+        rows[3]
 
 
 @settings(max_examples=80, deadline=None)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import pickle
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from src.data.dataset import decode_audio
 from src.data.loader import create_dataloaders
 from src.data.preparation import prepare_datasets
 from src.data.report.report import build_data_report
+from src.data.sources.catalog import read_folder
 from src.data.utterance import TimedText
 from src.data.vad import VoiceActivityDetector
 from src.utils.config import Config, load_config
@@ -127,6 +130,29 @@ def test_recasing_starts_from_the_source_and_can_be_changed() -> None:
     assert kept.train[0].text == text.upper().rstrip(".")
     assert kept.with_label_case("sentence").train[0].text == text
     assert all(splits.stats[u.id].duration_sec == u.duration_sec for u in splits.utterances)
+
+
+def test_a_signal_to_noise_ratio_of_the_source_is_better_than_the_measured_one(tmp_path: Path) -> None:
+    rows = [(f"{speaker}.wav", "x", f"{speaker},{snr}") for speaker, snr in (("a", "12.5"), ("b", "7"), ("c", "3"))]
+    given = prepare_datasets(folder_config(write_folder(tmp_path, rows, header="file_name,text,speaker,snr_db")))
+    assert {u.id: u.columns for u in given.utterances} == {
+        "a.wav": {"snr_db": "12.5", "line": 2}, "b.wav": {"snr_db": "7", "line": 3}, "c.wav": {"snr_db": "3", "line": 4}
+    }  # fmt: skip
+    write_folder(tmp_path, [(name, text, rest.split(",")[0]) for name, text, rest in rows])
+    splits = prepare_datasets(folder_config(tmp_path))
+    for number, utterance in enumerate(sorted(splits.utterances, key=lambda u: u.id)):
+        measured_db = round(splits.stats[utterance.id].snr_db, 1)
+        assert utterance.columns == {"snr_db": measured_db, "line": 2 + number}
+
+
+def test_rows_keep_their_paths_and_share_what_they_lack(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "d", [(f"{name}.wav", "x", name) for name in "abc"])
+    first, second, _ = read_folder(folder)
+    assert first.audio == folder / "a.wav"
+    assert first.meta is second.meta
+    copied = pickle.loads(pickle.dumps(replace(first, audio=folder / "b.wav")))
+    assert (copied.audio, copied.audio_name, copied.line) == (folder / "b.wav", str(folder / "b.wav"), 2)
+    assert replace(first, audio=b"RIFF").audio == b"RIFF"
 
 
 def test_a_recording_longer_than_allowed_is_refused_before_it_is_decoded(tmp_path: Path) -> None:

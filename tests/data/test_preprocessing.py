@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from scipy.stats import spearmanr
 
 from src.data.audio import SAMPLE_RATE, DecodedAudio, Waveform, decode
-from src.data.preprocessing import MAX_SNR_DB, AudioPreprocessor, ClipStats, measure_clip
+from src.data.preprocessing import MAX_SNR_DB, AudioPreprocessor, ClipStats, PackedStats, measure_clip
 from src.data.utterance import Utterance
 from src.data.vad import VoiceActivityDetector
 from src.utils.errors import AudioError
@@ -144,3 +145,15 @@ def test_silence_and_short_signals_have_finite_values(samples: Waveform) -> None
     assert {name for name, value in numbers.items() if not math.isfinite(value)} == not_looked_for
     assert 0 <= stats.silent_fraction <= 1
     assert stats.peak_dbfs >= -120
+
+
+def test_packed_measures_are_exact() -> None:
+    first, second = measure(tone(0.5)), replace(measure(tone(0.1)), speech_fraction=0.25, leading_silence_sec=1 / 3)
+    packed, other = PackedStats(), PackedStats()
+    packed["a"], other["b"] = first, second
+    both = PackedStats(packed, other)
+    assert list(both) == ["a", "b"]
+    assert len(packed) == 1
+    for key, stats in {"a": first, "b": second}.items():
+        assert repr(both[key]) == repr(stats)  # nan equals nan
+    assert "c" not in both

@@ -169,7 +169,7 @@ def splits(subject: Subject) -> Section:
         clips: list[Utterance] = getattr(prepared, name)
         loader = data.create_loader(clips, processor, config, shuffle=name == "train")
         batches = [loader.batch_sampler.batches(epoch) for epoch in (0, 1)]
-        described = [(c.id, c.text, c.speaker, c.language, c.duration_sec, dict(c.meta)) for c in clips]
+        described = [(c.id, c.text, c.speaker, c.language, c.duration_sec, c.columns) for c in clips]
         section[name] = {
             "ids": " ".join(clip.id for clip in clips),
             "described": digest(described),

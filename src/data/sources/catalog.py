@@ -202,10 +202,10 @@ def utterances_from_rows(
     File names are relative to `audio_dir`, by default the manifest's folder. Where not `quoted`, quotation marks are
     part of the text, as Common Voice writes them. `prefix` goes before the names that serve as ids.
     """
-    rows = list(read_rows(manifest, quoted=quoted))
-    if not rows:
-        raise DataError(f"{manifest}: no rows; expected one row per recording, with a file and a text column")
+    rows = read_rows(manifest, quoted=quoted)
     columns = list(dict.fromkeys(key for _, row in rows for key in row))
+    if not columns:
+        raise DataError(f"{manifest}: no rows; expected one row per recording, with a file and a text column")
     audio_column = pick_column(columns, "file", str(manifest))
     text_column = pick_column(columns, "text", str(manifest))
     lines: dict[str, int] = {}
@@ -227,9 +227,11 @@ def utterances_from_rows(
         except DataError as err:
             problem = str(err)
         shown = f"{name} {part.times}" if part else f"{name} line {line}".strip() if problem else name
-        row |= {"line": line, **({} if row.get("split") else meta)}
+        row |= {} if row.get("split") else meta
         # an empty text is refused by name when the data set is checked
-        utterance = utterance_from_row(row, part or path, text_column=text_column, fallback_id=f"{prefix}{shown}")
+        utterance = utterance_from_row(
+            row, part or path, text_column=text_column, fallback_id=f"{prefix}{shown}", line=line
+        )
         if problem:
             utterance = replace(utterance, problem=problem)
         if lines.setdefault(utterance.id, line) != line:

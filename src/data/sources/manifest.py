@@ -16,7 +16,9 @@ import os
 import re
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
@@ -45,6 +47,16 @@ _UTF8 = re.compile(rb"[\xc2-\xf4][\x80-\xbf]")
 _STRAY = "\"'\ufeff\u200b\u200e\u200f\u202a\u202c"  # around names that were copied from somewhere
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ManifestRows:
+    """(line number, row) of each recording, parsed in each iteration: a list of a million rows takes 700 MB."""
+
+    parse: Callable[[], Iterator[tuple[int, Row]]]
+
+    def __iter__(self) -> Iterator[tuple[int, Row]]:
+        return self.parse()
 
 
 def is_manifest(path: Path) -> bool:
@@ -82,22 +94,22 @@ def _is_listing(path: Path) -> bool:
         return False
 
 
-def read_rows(manifest: Path, *, quoted: bool = True) -> Iterator[tuple[int, Row]]:
-    """Yield (line number, row) with column names in lower case and without spaces; cells of CSV and TSV stay text.
+def read_rows(manifest: Path, *, quoted: bool = True) -> ManifestRows:
+    """Return the rows of a manifest, with column names in lower case and without spaces.
 
-    Rows of Kaldi (a folder's `wav.scp`) and lhotse (recordings with supervisions, or cuts) have the columns `id`,
-    `file`, `text`, `speaker` and `language`, and for a part of a recording `offset` and `duration` in seconds. LJSpeech
-    (`|`, no header) has `id`, `file` and `text`. NeMo's are JSON lines like others.
+    Cells of CSV and TSV stay text. Rows of Kaldi (a folder's `wav.scp`) and lhotse (recordings with supervisions, or
+    cuts) have the columns `id`, `file`, `text`, `speaker` and `language`, and for a part of a recording `offset` and
+    `duration` in seconds. LJSpeech (`|`, no header) has `id`, `file` and `text`. NeMo's are JSON lines like others.
     """
     name = manifest.name.lower()
     if name == "wav.scp":
-        return _read_kaldi(manifest)
+        return ManifestRows(lambda: _read_kaldi(manifest))
     if name.endswith(".parquet"):
-        return _read_parquet(manifest)
+        return ManifestRows(lambda: _read_parquet(manifest))
     text = read_text(manifest)
     if name.endswith((".csv", ".tsv")):
-        return _read_csv(manifest, text, quoted)
-    return _without_lhotse(manifest, _read_json(manifest, text))
+        return ManifestRows(lambda: _read_csv(manifest, text, quoted))
+    return ManifestRows(lambda: _without_lhotse(manifest, _read_json(manifest, text)))
 
 
 def to_csv(columns: Iterable[str], rows: Iterable[Mapping[str, object]]) -> str:
@@ -239,12 +251,11 @@ def _read_csv(manifest: Path, text: str, quoted: bool) -> Iterator[tuple[int, Ro
         return
     delimiter = (fit or delimiters)[0]
     rows = _cells_of(manifest, text, delimiter, quoted)
-    if not rows:
-        return
-    header = [_column(name) for name in rows[0][1]]
+    line, names = next(rows, (0, []))
+    header = [_column(name) for name in names]
     if repeated := sorted({name for name in header if name and header.count(name) > 1}):
-        raise DataError(f"{manifest}, line {rows[0][0]}: the column {repeated[0]!r} occurs twice; rename one")
-    for line, cells in rows[1:]:
+        raise DataError(f"{manifest}, line {line}: the column {repeated[0]!r} occurs twice; rename one")
+    for line, cells in rows:
         while len(cells) > len(header) and not cells[-1].strip():  # spreadsheets pad rows
             cells.pop()
         if len(cells) != len(header):
@@ -258,15 +269,15 @@ def _column(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip().strip("\ufeff").lower())
 
 
-def _cells_of(manifest: Path, text: str, delimiter: str, quoted: bool) -> list[tuple[int, list[str]]]:
+def _cells_of(manifest: Path, text: str, delimiter: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:
     """Return the cells of each row that is not blank, with the number of its last line."""
 
-    def parse(text: str, *, quoted: bool) -> list[tuple[int, list[str]]]:
+    def parse(text: str, *, quoted: bool) -> Iterator[tuple[int, list[str]]]:
         quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         lines = io.StringIO(text, newline="")
         reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=quoted, skipinitialspace=quoted)
         try:
-            return [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+            yield from ((reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells))
         except csv.Error as err:
             raise DataError(f"{manifest}, line {reader.line_num}: {err}") from err
 
@@ -274,6 +285,7 @@ def _cells_of(manifest: Path, text: str, delimiter: str, quoted: bool) -> list[t
         return parse(text, quoted=False)
     mark = re.escape(delimiter)
     try:
+        deque(parse(text, quoted=True), maxlen=0)  # to its end: another way of reading is for the whole
         return parse(text, quoted=True)
     except DataError:
         tidied = re.sub(rf'((?:^|{mark}) *"(?:[^"]|"")*") +(?={mark}|\r?$)', r"\1", text, flags=re.MULTILINE)
@@ -339,12 +351,13 @@ def _read_kaldi(scp: Path) -> Iterator[tuple[int, Row]]:
 
 def _without_lhotse(manifest: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
     """Turn lhotse's recordings, supervisions and cuts into rows; others pass."""
-    held = list(rows)
-    first = held[0][1] if held else {}
+    if (head := next(rows, None)) is None:
+        return
+    first, rows = head[1], itertools.chain([head], rows)
     is_recordings, is_cuts = isinstance(first.get("sources"), list), isinstance(first.get("supervisions"), list)
     is_supervisions = "recording_id" in first and not is_cuts and not set(AUDIO_COLUMNS) & first.keys()
     if not (is_recordings or is_cuts or is_supervisions):
-        yield from held
+        yield from rows
         return
     recordings: dict[str, Row] = {}
     if is_supervisions:
@@ -352,7 +365,7 @@ def _without_lhotse(manifest: Path, rows: Iterator[tuple[int, Row]]) -> Iterator
         if path == manifest or not path.is_file():
             raise DataError(f"{manifest}: lhotse's recordings of these supervisions are not next to it ({path.name})")
         recordings = {str(row.get("id")): row for _, row in _read_json(path, read_text(path))}
-    for line, row in held:
+    for line, row in rows:
         try:
             if is_cuts and row["supervisions"]:
                 spoken = [(row["recording"], each, row["start"] + each["start"]) for each in row["supervisions"]]

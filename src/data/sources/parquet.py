@@ -30,7 +30,7 @@ _kept: OrderedDict[tuple[Path, int, str], pa.ChunkedArray] = OrderedDict()  # th
 _lock = threading.Lock()  # the threads of a process share them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are as many as rows
 class ParquetCell:
     """The recording in one row of a Parquet file."""
 

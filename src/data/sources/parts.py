@@ -26,7 +26,7 @@ DURATION_COLUMNS = ("duration", "duration_sec")
 TOLERANCE_SEC = 0.1  # times are rounded; a file that is as long as its part is that part, cut already
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AudioPart:
     """A part of a recording, which is decoded once, as a whole, below the system's folder for temporary files."""
 

@@ -186,7 +186,8 @@ def test_deep_json_and_long_numbers_are_refused_by_line(tmp_path: Path, text: st
 def test_other_columns_keep_what_json_can_hold(tmp_path: Path) -> None:
     row = {"file": "a", "text": "x", "age": math.nan, "place": "a\nb\ud83d", "list": [1], "up": True, "n": 3}
     (utterance,) = read_folder(write(tmp_path, {"m.jsonl": lines(row)}))
-    assert utterance.meta == {"age": None, "place": r"a\nb\ud83d", "up": True, "n": 3, "line": 1}
+    assert utterance.meta == {"age": None, "place": r"a\nb\ud83d", "up": True, "n": 3}
+    assert utterance.columns == {**utterance.meta, "line": 1}
 
 
 @pytest.mark.parametrize(
