@@ -113,10 +113,11 @@ class Engine(ABC):
         caps = [min(cap, MAX_LABEL_TOKENS - len(given[0])) for cap in caps]
         rows = self._generate(encoded, given, prefix, caps, options)
         if options.hotwords and not options.temperature:
-            bias = _bias(vocabulary, options.hotwords, options.hotword_strength, text_language(style, options.task))
+            bias = partial(_bias, vocabulary, options.hotwords, options.hotword_strength)
+            spoken = [text_language(code, options.task) for code in codes]
             begun = [[*prompt, *start] for start in starts]
             rows = [
-                self._with_hotwords(bias, encoded, i, begun[i], row, len(prefix) + caps[i], options)
+                self._with_hotwords(bias(spoken[i]), encoded, i, begun[i], row, len(prefix) + caps[i], options)
                 for i, row in enumerate(rows)
             ]
         words = self._place(encoded, audios, starts, rows) if options.word_timestamps else [None] * len(rows)

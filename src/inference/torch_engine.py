@@ -149,7 +149,7 @@ class TorchEngine(Engine):
         for i, row in enumerate(chosen[: len(given)]):
             text = row[: row.index(end)] if end in row else row[: caps[i]]
             scored = min(len(text) + 1, caps[i])
-            until = ids.shape[1] - begin + len(text)  # a shorter text than its neighbours' was fed end tokens
+            until = ids.shape[1] - begin + scored - 1  # a shorter text than its neighbours' was fed more tokens
             timing = (certainty_of_row[i][: forced + len(text)], attention[i, :, :until]) if heads else ()
             rows.append(Decoded([*prefix, *text], float(scores[i, :scored].sum()) / scored, no_speech[i], *timing))
         return self._with_logits(hidden, given, prefix, rows) if options.hotwords else rows
