@@ -19,10 +19,10 @@ from torch.nn import functional
 from src.data.labels import IGNORE_INDEX
 from src.evaluation import metrics
 from src.evaluation.metrics import Bootstrap, EditCounts, ErrorRates, Kind, MetricsCalculator, PairedComparison
-from src.inference.engine_base import padding_groups
+from src.inference.engine_base import DecodingResult, encoded_batches
 from src.inference.greedy import release_graphs
 from src.inference.options import DecodingOptions
-from src.inference.torch_engine import decode, encode
+from src.inference.torch_engine import Encoded, TorchEngine, encode
 from src.inference.words import Vocabulary
 from src.models.dynamic_context import decoder_states, evaluation_mode, get_audio_context
 from src.utils.config import Config
@@ -217,42 +217,33 @@ class ModelEvaluator:
         parts: list[_Measured] = []
         with evaluation_mode(self._model), torch.inference_mode():
             for batch in ProgressBar(batches, desc=desc, total=total, leave=False, disable=not is_main_process()):
-                of_batch: list[_Measured] = []
-                for places, _ in self._groups(batch):  # each clip is padded as it would be alone
-                    group: dict[str, Any] = {
-                        key: values[places] if isinstance(values, Tensor) else [values[i] for i in places]
-                        for key, values in batch.items()
-                    }
-                    of_batch += self._fitting.run(partial(self._decode_rows, group), group["ids"])
-                joined, place = _Measured.joined(of_batch), {clip: at for at, clip in enumerate(batch["ids"])}
-                parts.append(joined._replace(rows=sorted(joined.rows, key=lambda row: place[row["id"]])))
+                parts += self._fitting.run(partial(self._decode_rows, batch), batch["ids"])
         release_graphs(self._model)
         losses = torch.stack([torch.as_tensor(part.loss_sum) for part in parts]).tolist() if parts else []
         return _Measured.joined([part._replace(loss_sum=loss) for part, loss in zip(parts, losses, strict=True)])
-
-    def _groups(self, batch: Mapping[str, Any]) -> list[tuple[list[int], float]]:
-        silence_sec, context = self._config.inference.trailing_silence_sec, get_audio_context(self._model.config)
-        return padding_groups(batch["audio_lengths"].tolist(), silence_sec, context)
 
     def _decode_rows(self, whole: Mapping[str, Any], first: int, last: int) -> _Measured:
         batch = {key: values[first:last] for key, values in whole.items()}
         audios, lengths, languages = batch["audio"], batch["audio_lengths"].tolist(), batch["languages"]
         options = DecodingOptions.from_config(self._config)
+        engine, device = TorchEngine(self._model, self._processor), self._model.device
 
-        device = self._model.device
+        def encode_rows(places: list[int], silence_sec: float) -> Encoded:
+            return encode(self._model, audios[places], silence_sec, lengths=[lengths[i] for i in places])
+
         wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
         wait()
         began = time.perf_counter()
-        ((_, silence_sec),) = self._groups(batch)
-        encoded = encode(self._model, audios, silence_sec, lengths=lengths)
-        decoded = decode(
-            self._model, self._processor, audios, options,
-            languages=languages, lengths=lengths, encoder_outputs=encoded,
-        )  # fmt: skip
+        encoded = list(encoded_batches(engine, encode_rows, lengths, options))
+        decoded: dict[int, DecodingResult] = {}
+        for places, part in encoded:
+            clips, spoken = [audios[i, : lengths[i]] for i in places], [languages[i] for i in places]
+            decoded |= zip(places, engine.decode(part, clips, options, languages=spoken), strict=True)
         wait()
         compute_sec = time.perf_counter() - began
 
-        loss_sum = sum_loss(self._model, encoded, batch["decoder_input_ids"], batch["labels"])
+        inputs, labels = batch["decoder_input_ids"], batch["labels"]
+        loss_sum = sum(sum_loss(self._model, part, inputs[places], labels[places]) for places, part in encoded)
         keys = {"id": "ids", "speaker": "speakers", "duration_sec": "durations", "reference": "texts", "meta": "meta"}
         rows = [
             {name: batch[key][i] for name, key in keys.items()}
@@ -264,17 +255,18 @@ class ModelEvaluator:
                 "language": languages[i] or self._language,
                 "truncated": result.truncated,
             }
-            for i, result in enumerate(decoded)
+            for i, result in sorted(decoded.items())
         ]
         tokens = int(np.count_nonzero(batch["labels"].numpy() != IGNORE_INDEX))
         return _Measured(rows, loss_sum, tokens, compute_sec)
 
 
-def sum_loss(model: Any, encoded: Any, decoder_input_ids: Tensor, labels: Tensor) -> Tensor:
+def sum_loss(model: Any, encoded: Encoded, decoder_input_ids: Tensor, labels: Tensor) -> Tensor:
     """Return the teacher-forced loss of (B, L) labels in nats, summed over text and end tokens; on the device."""
     inputs = decoder_input_ids.to(model.device)
     embedded = model.model.decoder.embed_tokens(inputs)
-    logits = model.proj_out(decoder_states(model, embedded, encoded.last_hidden_state))  # (B, L, vocabulary)
+    states = decoder_states(model, embedded, encoded.last_hidden_state, audio_mask=encoded.mask)
+    logits = model.proj_out(states)  # (B, L, vocabulary)
     targets = labels.to(model.device).flatten()
     return functional.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 

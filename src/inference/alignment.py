@@ -76,6 +76,8 @@ class _AttentionHook:
             self._audio, self._key = audio, split(module.k_proj(audio))
         query = split(module.q_proj(hidden) * module.scaling)
         scores = torch.einsum("blhd,bphd->bhlp", query, self._key)
+        if (mask := kwargs.get("attention_mask")) is not None:  # of the audio
+            scores = scores + mask
         self._recorded.append(scores.float().softmax(dim=-1))
 
 

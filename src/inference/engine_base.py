@@ -6,7 +6,7 @@ import math
 import zlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from types import MappingProxyType
@@ -80,6 +80,8 @@ class Engine(ABC):
     workers: int = 1  # threads that may call it at once and gain speed
     language: str | None = None  # the checkpoint's own
     cap_rates: Mapping[str, float] = MappingProxyType({})  # tokens per second at most, by language: the checkpoint's
+    # makes one batch of several that `encode` gave, whose decoder sees each row's own positions alone; None: it cannot
+    join: Callable[[Sequence[Any]], Any] | None = None
 
     @abstractmethod
     def encode(self, audios: Sequence[Waveform], trailing_silence_sec: float) -> Any:
@@ -258,19 +260,51 @@ def transcribe(
 ) -> list[DecodingResult]:
     """Encode and decode clips of at most 30 s: one result per clip, in order; `languages` as in `Engine.decode`.
 
-    There is no padding mask, so clips share a batch only if each is padded as it would be alone, and follows the same
-    tokens: a text does not depend on the neighbours of its clip. Many clips of one length are the fastest.
+    A text does not depend on the neighbours of its clip: each is padded as it would be alone, and clips share a batch
+    of the decoder only if they follow the same tokens, and if they are padded alike or the engine can `join` them.
     """
     lengths, results = [len(audio) for audio in audios], dict[int, DecodingResult]()
     before = options.prompt or options.prefix or options.prefix_tokens
     has_context = bool(before) and len(audios) > 1
     keys = engine.contexts(lengths, languages, options) if has_context else [None] * len(audios)
-    context = getattr(engine, "audio_context", "full")  # not every engine of others says it
-    for rows, silence_sec in padding_groups(lengths, options.trailing_silence_sec, context, keys):
-        batch = [audios[i] for i in rows]
+
+    def encode(rows: list[int], silence_sec: float) -> Any:
+        return engine.encode([audios[i] for i in rows], silence_sec)
+
+    for rows, encoded in encoded_batches(engine, encode, lengths, options, keys):
         spoken: dict[str, Any] = {} if languages is None else {"languages": [languages[i] for i in rows]}
-        results |= zip(rows, engine.decode(engine.encode(batch, silence_sec), batch, options, **spoken), strict=True)
+        results |= zip(rows, engine.decode(encoded, [audios[i] for i in rows], options, **spoken), strict=True)
     return [results[i] for i in range(len(audios))]
+
+
+def encoded_batches(
+    engine: Engine,
+    encode: Callable[[list[int], float], Any],
+    lengths: Sequence[int],
+    options: DecodingOptions,
+    keys: Sequence[object] | None = None,
+) -> Iterator[tuple[list[int], Any]]:
+    """Encode clips, each padded as it would be alone: the batches for the decoder, with the places of their clips.
+
+    `encode` takes places and silence of a group; groups and keys are those of `padding_groups`.
+    """
+    context = getattr(engine, "audio_context", "full")  # not every engine of others says it
+    groups = padding_groups(lengths, options.trailing_silence_sec, context, keys)
+    parts = ((rows, encode(rows, silence_sec)) for rows, silence_sec in groups)
+    join = joining(engine, options)
+    if join is None:
+        yield from parts
+        return
+    by_key: dict[object, list[tuple[list[int], Any]]] = defaultdict(list)
+    for rows, encoded in parts:
+        by_key[keys[rows[0]] if keys else None].append((rows, encoded))
+    for same in by_key.values():
+        yield [i for rows, _ in same for i in rows], join([encoded for _, encoded in same])
+
+
+def joining(engine: Engine, options: DecodingOptions) -> Callable[[Sequence[Any]], Any] | None:
+    """Return the engine's `join`, if clips of any lengths may share a batch: beam search takes no mask."""
+    return getattr(engine, "join", None) if options.num_beams == 1 else None
 
 
 def padding_groups(

@@ -2,8 +2,8 @@
 
 The host only counts steps. It reads whether all rows have ended every `READ_EVERY` tokens on a GPU, where a read waits
 for all work that was queued; on a CPU after every token. In a captured graph every tensor keeps its place: keys and
-values lie in caches of fixed size, and the shapes of a graph are multiples (rows, positions, tokens), so that few are
-captured.
+values lie in caches of fixed size, and the shapes of a graph are multiples (rows, tokens, masked positions), so that
+few are captured.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache, Whisper
 
 from src.data.labels import MAX_LABEL_TOKENS
 from src.inference.options import DecodingOptions, gumbel_noise
+from src.models.dynamic_context import decoder_states
 from src.utils.errors import first_line
 
 logger = logging.getLogger(__name__)
 
 READ_EVERY = 8  # tokens
-ROWS_STEP, LENGTH_STEP = 8, 64  # batches and token caches of captured graphs are multiples
+# batches, token caches and masked positions of captured graphs are multiples
+ROWS_STEP, LENGTH_STEP, POSITIONS_STEP = 8, 64, 128
 MAX_GRAPHS = 8  # of one model: each holds keys and values of its shape
 WARM_STEPS = 2  # before a capture: libraries choose their kernels; and compared after it
 
@@ -99,14 +101,15 @@ class Greedy:
     """One batch of texts in progress, of a `DynamicWhisper` in evaluation mode.
 
     `hidden` (B, positions, d_model) is the encoder's output; `ids` (B, L) are the tokens before the texts, of which the
-    last `forced` begin the texts; `caps` are in new tokens. `capture` makes a step of the decoder a captured graph.
+    last `forced` begin the texts; `caps` are in new tokens. `mask` (B, 1, 1, positions) hides positions that are not a
+    row's own. `capture` makes a step of the decoder a captured graph.
     """
 
     def __init__(
         self, model: Any, end: int, hidden: Tensor, ids: Tensor, caps: Sequence[int], *, forced: int,
-        capture: Capture | None = None,
+        mask: Tensor | None = None, capture: Capture | None = None,
     ) -> None:  # fmt: skip
-        self._model, self._end, self._hidden, self._ids = model, end, hidden, ids
+        self._model, self._end, self._hidden, self._mask, self._ids = model, end, hidden, mask, ids
         self._caps, self._forced, self._capture = caps, forced, capture
         self._read_every = 1 if hidden.device.type == "cpu" and capture is None else READ_EVERY
         self.taken = 0  # tokens
@@ -116,9 +119,12 @@ class Greedy:
         steps = max(self._caps)
         # rules for times read the tokens on the host, and drawn tokens need noise from it
         if self._capture is not None and options.temperature == 0 and not options.timestamps:
-            static = static_decoder(self._model, self._end, self._hidden, self._ids.shape[1] + steps, self._capture)
+            length = self._ids.shape[1] + steps
+            static = static_decoder(self._model, self._end, self._hidden, self._mask, length, self._capture)
             self.choice, self._cache = static.choice, static.cache
-            self.given_states = static.begin(self._hidden, self._ids, self._caps, has_forced=self._forced > 0)
+            has_forced = self._forced > 0
+            self.given_states = static.begin(self._hidden, self._mask, self._ids, self._caps, has_forced=has_forced)
+            self._hidden, self._mask = static.hidden, static.mask
             self._advance(steps, static.step)
             return
         rows, device = len(self._ids), self._hidden.device
@@ -130,18 +136,13 @@ class Greedy:
         self._cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
         def step(tokens: Tensor | None = None) -> None:
-            output = self._model.model.decoder(
-                input_ids=self.choice.newest if tokens is None else tokens,
-                encoder_hidden_states=self._hidden,
-                past_key_values=self._cache,
-                use_cache=True,
-            )
+            states = self._decode(self.choice.newest if tokens is None else tokens)
             if tokens is not None:
-                self.given_states = output.last_hidden_state
+                self.given_states = states
             written = None if times is None else torch.cat([self._ids, self.choice.tokens[:, : self.taken]], dim=1)
             noise = gumbel_noise(self.taken, options.temperature, vocabulary) if options.temperature else None
             self.choice.take(
-                self._model.proj_out(output.last_hidden_state[:, -1]),
+                self._model.proj_out(states[:, -1]),
                 is_first=tokens is not None and not self._forced,
                 timestamps=None if times is None else lambda logits: times(written, logits),
                 temperature=options.temperature,
@@ -164,32 +165,43 @@ class Greedy:
         cache, rows = self._cache, len(self.choice.tokens)
         own, cache.self_attention_cache = cache.self_attention_cache, DynamicCache()
         ids = torch.cat([_filled(self._ids, rows), self.choice.tokens[:, : self.taken - 1]], dim=1)
-        self._model.model.decoder(
-            input_ids=ids, encoder_hidden_states=_filled(self._hidden, rows), past_key_values=cache, use_cache=True
-        )
+        self._decode(ids)
         cache.self_attention_cache = own
+
+    def _decode(self, ids: Tensor) -> Tensor:
+        """Feed (B, n) tokens after those in the cache."""
+        embedded = self._model.model.decoder.embed_tokens(ids)
+        return decoder_states(self._model, embedded, self._hidden, audio_mask=self._mask, cache=self._cache)
 
 
 class StaticDecoder:
     """Decodes batches of one shape with tensors that keep their places; `step` chooses the next tokens."""
 
-    def __init__(self, model: Any, end: int, rows: int, positions: int, length: int, hidden: Tensor) -> None:
+    def __init__(
+        self, model: Any, end: int, rows: int, positions: int, length: int, is_masked: bool, hidden: Tensor
+    ) -> None:
         self._model, self._rows, device = model, rows, hidden.device
         self.cache = EncoderDecoderCache(
             StaticCache(config=model.config, max_cache_len=length),
             StaticCache(config=model.config, max_cache_len=positions),
         )
         self.choice = Choice(model, end, rows, length, device)
-        self._hidden = torch.zeros(rows, positions, hidden.shape[2], dtype=hidden.dtype, device=device)
+        self.hidden = hidden.new_zeros(rows, positions, hidden.shape[2])
+        self.mask = hidden.new_zeros(rows, 1, 1, positions) if is_masked else None
         self._places = torch.arange(length, device=device)
         self._position = torch.zeros(1, dtype=torch.long, device=device)
         self.step: Step = self._eager_step
 
-    def begin(self, hidden: Tensor, ids: Tensor, caps: Sequence[int], *, has_forced: bool) -> Tensor:
+    def begin(
+        self, hidden: Tensor, mask: Tensor | None, ids: Tensor, caps: Sequence[int], *, has_forced: bool
+    ) -> Tensor:
         """Feed the tokens before the texts, and choose the first ones; return the states (B, L, d_model)."""
         self.cache.reset()
         self.choice.begin(caps)
-        self._hidden.copy_(_filled(hidden, self._rows))
+        self.hidden[:, : hidden.shape[1]].copy_(_filled(hidden, self._rows))
+        if self.mask is not None and mask is not None:
+            self.mask.fill_(torch.finfo(self.mask.dtype).min)
+            self.mask[..., : mask.shape[-1]].copy_(_filled(mask, self._rows))
         tokens = ids.shape[1]
         self._position.zero_()
         states = self._decode(_filled(ids, self._rows), self._places[:tokens])
@@ -204,25 +216,20 @@ class StaticDecoder:
 
     def _decode(self, tokens: Tensor, places: Tensor) -> Tensor:
         """Feed (B, n) tokens at n places; each sees those up to its own."""
-        dtype = self._hidden.dtype
+        dtype = self.hidden.dtype
         hides = self._places > places[:, None]  # (n, length)
         mask = torch.zeros(hides.shape, dtype=dtype, device=hides.device).masked_fill(hides, torch.finfo(dtype).min)
-        states: Tensor = self._model.model.decoder(
-            input_ids=tokens,
-            attention_mask=mask[None, None],
-            encoder_hidden_states=self._hidden,
-            past_key_values=self.cache,
-            position_ids=places.clamp(max=MAX_LABEL_TOKENS - 1)[None],
-            use_cache=True,
-        ).last_hidden_state
-        return states
+        return decoder_states(
+            self._model, self._model.model.decoder.embed_tokens(tokens), self.hidden, audio_mask=self.mask,
+            cache=self.cache, positions=places.clamp(max=MAX_LABEL_TOKENS - 1)[None], mask=mask[None, None],
+        )  # fmt: skip
 
-    def capture(self, capture: Capture, hidden: Tensor, ids: Tensor) -> None:
+    def capture(self, capture: Capture, hidden: Tensor, audio_mask: Tensor | None, ids: Tensor) -> None:
         """Capture a step, and compare it with the steps before it; without success they go on one by one."""
         caps = [WARM_STEPS + 1] * len(ids)
 
         def first_tokens() -> Tensor:
-            self.begin(hidden, ids, caps, has_forced=False)
+            self.begin(hidden, audio_mask, ids, caps, has_forced=False)
             for _ in range(WARM_STEPS):
                 self.step()
             return self.choice.tokens[:, : WARM_STEPS + 1].clone()
@@ -240,7 +247,9 @@ class StaticDecoder:
 _decoders: WeakKeyDictionary[Any, tuple[list[int], OrderedDict[tuple[int, ...], StaticDecoder]]] = WeakKeyDictionary()
 
 
-def static_decoder(model: Any, end: int, hidden: Tensor, length: int, capture: Capture) -> StaticDecoder:
+def static_decoder(
+    model: Any, end: int, hidden: Tensor, mask: Tensor | None, length: int, capture: Capture
+) -> StaticDecoder:
     """Return the decoder of a model for a shape, captured once; of its shapes the last `MAX_GRAPHS` are kept.
 
     A graph reads the weights where they lay: weights that have moved since make all graphs void.
@@ -250,11 +259,12 @@ def static_decoder(model: Any, end: int, hidden: Tensor, length: int, capture: C
     if kept is None or kept[0] != places:
         kept = _decoders[model] = (places, OrderedDict())
     rows = len(hidden) if len(hidden) <= 2 else _multiple(len(hidden), ROWS_STEP)
-    shape = rows, hidden.shape[1], _multiple(length, LENGTH_STEP)
+    positions = hidden.shape[1] if mask is None else _multiple(hidden.shape[1], POSITIONS_STEP)
+    shape = rows, positions, _multiple(length, LENGTH_STEP), mask is not None
     if shape not in kept[1]:
         decoder = StaticDecoder(model, end, *shape, hidden)
         start = torch.full((len(hidden), 1), end, device=hidden.device)
-        decoder.capture(capture, hidden, start)
+        decoder.capture(capture, hidden, mask, start)
         kept[1][shape] = decoder
         if len(kept[1]) > MAX_GRAPHS:
             kept[1].popitem(last=False)

@@ -107,22 +107,49 @@ class DynamicWhisper(WhisperForConditionalGeneration):  # type: ignore[misc]
         return super()._get_input_segment(**given)
 
 
-def decoder_states(model: Any, inputs_embeds: Tensor, audio: Tensor) -> Tensor:
-    """Return the (B, L, d_model) states of whole texts, from embedded tokens and the encoder's (B, T, d_model).
+def decoder_states(
+    model: Any,
+    inputs_embeds: Tensor,
+    audio: Tensor,
+    *,
+    audio_mask: Tensor | None = None,
+    cache: Any = None,
+    positions: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Return the (B, L, d_model) states of texts, from embedded tokens and the encoder's (B, T, d_model).
 
     As the stock decoder computes them, which reads a value from the device in each pass, to look for packed sequences,
-    and a random number in each layer.
+    and a random number in each layer; and which takes no mask for the audio.
+
+    Args:
+        model: a `DynamicWhisper`.
+        inputs_embeds: (B, L, d_model).
+        audio: (B, T, d_model).
+        audio_mask: (B, 1, 1, T), added to the scores of the attention to the audio; with sdpa attention only.
+        cache: an `EncoderDecoderCache` of the tokens before these.
+        positions: (1, L) those of the tokens; by default they follow the cache.
+        mask: (1, 1, L, tokens of the cache), added to the scores of self-attention; causal by default.
     """
     decoder = model.model.decoder
-    if decoder.config._attn_implementation != "sdpa" or (decoder.training and decoder.layerdrop):  # takes a causal mask
-        hidden: Tensor = decoder(inputs_embeds=inputs_embeds, encoder_hidden_states=audio, use_cache=False)[0]
+    if not takes_audio_mask(model) or (decoder.training and decoder.layerdrop):
+        hidden: Tensor = decoder(
+            inputs_embeds=inputs_embeds, attention_mask=mask, encoder_hidden_states=audio, past_key_values=cache,
+            position_ids=positions, use_cache=cache is not None,
+        )[0]  # fmt: skip
         return hidden
-    hidden = inputs_embeds + decoder.embed_positions(inputs_embeds)
+    before = cache.get_seq_length() if cache is not None and positions is None else 0
+    hidden = inputs_embeds + decoder.embed_positions(inputs_embeds, before, positions)
     hidden = nn.functional.dropout(hidden, p=decoder.dropout, training=decoder.training)
     for layer in decoder.layers:
-        hidden = layer(hidden, None, audio, use_cache=False)
+        hidden = layer(hidden, mask, audio, audio_mask, past_key_values=cache, use_cache=cache is not None)
     hidden = decoder.layer_norm(hidden)
     return hidden  # noqa: RET504  of a type that mypy knows
+
+
+def takes_audio_mask(model: Any) -> bool:
+    """Whether `decoder_states` takes an `audio_mask`: attention other than sdpa needs other masks."""
+    return bool(model.config._attn_implementation == "sdpa")
 
 
 def get_audio_context(config: WhisperConfig) -> AudioContext:

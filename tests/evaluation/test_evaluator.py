@@ -77,6 +77,22 @@ def test_loss_is_the_token_weighted_mean_of_single_clips(
     assert result.loss == pytest.approx(total / tokens, rel=1e-4)
 
 
+def test_clips_of_all_lengths_are_measured_as_each_alone(small: tuple[Any, Any], clips: list[Utterance]) -> None:
+    model, processor = small
+    model.audio_context = "dynamic"
+    single = load_config(None, overrides={"device": "cpu", "inference": {"batch_size": 1, "max_tokens_per_sec": 1.0}})
+    alone, together = (
+        ModelEvaluator(model, processor, config).evaluate_dataset(create_loader(clips, processor, config))
+        for config in (single, CONFIG)
+    )
+    expected = {row.id: row for row in alone.rows}
+    assert {row.id: row.hypothesis for row in together.rows} == {key: row.hypothesis for key, row in expected.items()}
+    assert [row.avg_logprob for row in together.rows] == pytest.approx(
+        [expected[row.id].avg_logprob for row in together.rows], abs=1e-5
+    )
+    assert together.loss == pytest.approx(alone.loss, rel=1e-6)
+
+
 def test_a_failing_model_is_an_error_and_keeps_its_modes(
     small: tuple[Any, Any], clips: list[Utterance], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +110,7 @@ def test_a_failing_model_is_an_error_and_keeps_its_modes(
     def fail(*args: Any, **options: Any) -> Any:
         raise RuntimeError("CUDA error")
 
-    monkeypatch.setattr(model.model.decoder, "forward", fail)
+    monkeypatch.setattr(model.model.decoder.layer_norm, "forward", fail)
     with pytest.raises(RuntimeError, match="CUDA error"):
         ModelEvaluator(model, processor, CONFIG).evaluate_dataset(loader)
     assert [module.training for module in model.modules()] == before
@@ -175,11 +191,11 @@ def test_each_row_is_decoded_and_counted_in_its_own_language(
     spoken = [dataclasses.replace(c, language=code, text=texts[code][0]) for c, code in zip(clips, texts, strict=False)]
     asked: list[Any] = []
 
-    def decode(*args: Any, languages: Sequence[str | None], **options: Any) -> list[DecodingResult]:
+    def decode(*args: Any, languages: Sequence[str | None]) -> list[DecodingResult]:
         asked.extend(languages)
         return [DecodingResult(texts[str(code)][1], (1,), -0.1, truncated=code == "zh") for code in languages]
 
-    monkeypatch.setattr("src.evaluation.evaluator.decode", decode)
+    monkeypatch.setattr("src.evaluation.evaluator.TorchEngine.decode", decode)
     monkeypatch.setattr("src.evaluation.evaluator.encode", lambda *args, **options: None)
     monkeypatch.setattr("src.evaluation.evaluator.sum_loss", lambda *args: 1.0)
     result = ModelEvaluator(*base, CONFIG).evaluate_dataset(create_loader(spoken, base[1], CONFIG), name="stock")

@@ -217,6 +217,10 @@ def test_the_text_before_gives_way_to_the_text_that_is_expected(reciters: tuple[
         assert list(rest.tokens) == tokens[224:]
 
 
+def times(result: DecodingResult) -> list[tuple[str, float, float]]:
+    return [(word.text, word.start_sec, word.end_sec) for word in result.words or ()]
+
+
 @slow
 def test_a_text_does_not_depend_on_its_neighbours(
     _tiny_en: Any, sample: list[Any], jfk: Waveform, tmp_path: Path
@@ -231,14 +235,38 @@ def test_a_text_does_not_depend_on_its_neighbours(
     drawn: list[list[str]] = []
     for engine in (TorchEngine(model, processor), ct2):
         for temperature, hotwords in ((0.0, ""), (0.6, "Americans")):
-            options = DecodingOptions(max_tokens_per_sec=2, temperature=temperature, hotwords=hotwords)
+            options = DecodingOptions(
+                max_tokens_per_sec=2, temperature=temperature, hotwords=hotwords, word_timestamps=True
+            )
             alone = [transcribe(engine, [clip], options)[0] for clip in clips]
             together = transcribe(engine, [clips[i] for i in shuffled], options)
             for i, found in zip(shuffled, together, strict=True):
                 assert found.tokens == alone[i].tokens
                 assert found.avg_logprob == pytest.approx(alone[i].avg_logprob, abs=1e-3)
+                assert times(found) == times(alone[i])
         drawn.append([result.text for result in alone])
     assert drawn[0] == drawn[1]  # the engines draw alike
+
+
+@slow
+def test_clips_of_all_lengths_and_languages_get_what_each_gets_alone(base: Any, sample: list[Any]) -> None:
+    model = copy.deepcopy(base[0])
+    model.audio_context = "dynamic"
+    engine = TorchEngine(model, base[1])
+    clips = [load_audio(u.audio) for u in sample[400:428:7]]
+    assert len({len(encoded.last_hidden_state[0]) for encoded in (engine.encode([clip], 0.5) for clip in clips)}) > 2
+    languages = [None, "de", "ja", None]
+    for extra in ({}, {"hotwords": ("Amerika", "アメリカ")}, {"timestamps": True}, {"prompt": "So it is."}):
+        options = DecodingOptions(max_tokens_per_sec=2, word_timestamps=True, no_speech=True, **extra)
+        alone = [
+            transcribe(engine, [clip], options, languages=[code])[0]
+            for clip, code in zip(clips, languages, strict=True)
+        ]
+        for found, expected in zip(transcribe(engine, clips, options, languages=languages), alone, strict=True):
+            assert (found.tokens, found.language) == (expected.tokens, expected.language)
+            assert found.avg_logprob == pytest.approx(expected.avg_logprob, abs=1e-3)
+            assert found.no_speech_prob == pytest.approx(expected.no_speech_prob, abs=1e-4)
+            assert times(found) == times(expected)
 
 
 def test_clips_are_padded_by_their_own_length_alone() -> None:

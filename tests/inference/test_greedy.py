@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,9 +62,39 @@ def test_captured_steps_give_the_same_texts_words_and_certainty_in_any_shape(sma
         for found, expected in zip(*(transcribe(e, clips, options) for e in (static, plain)), strict=True):
             close(found, expected)
     kept = greedy._decoders[model][1]
-    assert list(kept) == [(8, 125, 64), (1, 125, 64), (8, 75, 64)]  # rows, positions, tokens
+    shapes = [(8, 125, 64, False), (1, 125, 64, False), (8, 75, 64, False)]  # rows, positions, tokens, is masked
+    assert list(kept) == shapes
     release_graphs(model)
     assert model not in greedy._decoders
+
+
+@pytest.mark.parametrize("capture", [None, as_it_is])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_clips_of_all_lengths_share_the_steps_of_the_decoder_and_get_what_each_gets_alone(
+    small: Any, capture: Any, attention: str
+) -> None:
+    model, processor = small
+    model.audio_context = "dynamic"
+    model.set_attn_implementation(attention)
+    for layer in model.model.decoder.layers:  # what is heard decides the text, and words have places
+        for projection in (layer.encoder_attn.v_proj, layer.encoder_attn.q_proj, layer.encoder_attn.k_proj):
+            projection.weight.data *= 30
+    engine, steps = TorchEngine(model, processor, capture=capture), list[int]()
+    model.model.decoder.layers[0].register_forward_pre_hook(lambda _, args: steps.append(len(args[0])))
+    clips = [noise[:samples] for noise, samples in zip(NOISE, (9_000, 32_000, 20_000, 5_000, 20_000), strict=True)]
+    alone = [transcribe(engine, [clip], OPTIONS)[0] for clip in clips]
+    assert len({result.tokens[:3] for result in alone}) > 1
+    release_graphs(model)
+    steps.clear()
+    for found, expected in zip(transcribe(engine, clips, OPTIONS), alone, strict=True):
+        close(found, expected)
+    beams = replace(OPTIONS, num_beams=2, no_speech=False)
+    one_by_one = [transcribe(engine, [clip], beams)[0] for clip in clips]
+    assert [found.tokens for found in transcribe(engine, clips, beams)] == [found.tokens for found in one_by_one]
+    if attention == "sdpa":
+        assert steps[0] == (8 if capture else 5)
+    if attention == "sdpa" and capture:
+        assert list(greedy._decoders[model][1]) == [(8, 128, 64, True)]
 
 
 def test_graphs_of_weights_that_have_moved_are_void(small: Any) -> None:
@@ -111,7 +142,7 @@ def test_the_host_reads_once_every_eight_tokens(small: Any) -> None:
 
 
 def test_a_step_on_a_gpu_reads_nothing(untrained: DynamicWhisper) -> None:
-    """On a pretended CUDA device, where a read of a value raises."""
+    """On a pretended CUDA device, where a read of a value raises; with clips of all lengths."""
     model, width = copy.deepcopy(untrained).eval(), untrained.config.d_model
     with FakeTensorMode(), torch.inference_mode():
         for module in model.modules():
@@ -120,11 +151,12 @@ def test_a_step_on_a_gpu_reads_nothing(untrained: DynamicWhisper) -> None:
                 module.register_parameter(name, torch.nn.Parameter(pretended, requires_grad=False))
         hidden = torch.zeros(4, 25, width, dtype=torch.float16, device="cuda")
         ids = torch.zeros(4, 2, dtype=torch.long, device="cuda")
-        decoder = StaticDecoder(model, 50256, 8, 25, 64, hidden)
+        mask = torch.zeros(4, 1, 1, 25, dtype=torch.float16, device="cuda")
+        decoder = StaticDecoder(model, 50256, 8, 32, 64, True, hidden)
         for cache in (decoder.cache.self_attention_cache, decoder.cache.cross_attention_cache):
             for layer in cache.layers:  # a constant would be sent to a device that is not there
                 layer.cumulative_length = torch.zeros((), dtype=torch.long, device="cuda")
-        states = decoder.begin(hidden, ids, [20] * 4, has_forced=False)
+        states = decoder.begin(hidden, mask, ids, [20] * 4, has_forced=False)
         for _ in range(3):
             decoder.step()
         assert (states.device.type, decoder.choice.tokens.device.type) == ("cuda", "cuda")

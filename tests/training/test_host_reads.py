@@ -18,6 +18,7 @@ from src.data.loader import create_loader
 from src.data.training_batches import TrainingBatches
 from src.data.utterance import Utterance
 from src.evaluation.evaluator import sum_loss
+from src.inference.torch_engine import Encoded
 from src.models.dynamic_context import DynamicWhisper
 from src.training import updates
 from src.training.inputs import TrainingInputs
@@ -128,7 +129,7 @@ def test_the_loss_of_a_validation_batch_is_read_once(small: tuple[Any, Any], bat
     model.audio_context = "dynamic"
     batch = min(batches, key=lambda batch: batch["audio"].shape[1])
     with torch.inference_mode():
-        encoded = model.get_encoder()(features.LogMel(80)(batch["audio"]))
+        encoded = Encoded(model.get_encoder()(features.LogMel(80)(batch["audio"])).last_hidden_state)
         with Reads() as mode:
             loss = sum_loss(model, encoded, batch["decoder_input_ids"], batch["labels"])
     assert not mode.found

@@ -39,9 +39,7 @@ def test_training_feeds_the_decoder_what_generation_feeds_it(
     audio = torch.nn.functional.pad(torch.from_numpy(jfk), (0, CONTEXT_SAMPLES - len(jfk)))
     spoken = {} if language is None else {"language": language, "task": "transcribe"}
     fed: list[list[int]] = []
-    hook = model.model.decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: fed.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
-    )
+    hook = model.model.decoder.embed_tokens.register_forward_pre_hook(lambda _, args: fed.append(args[0][0].tolist()))
     model.generate(LogMel(80)(audio[None]), max_new_tokens=1, **spoken)
     assert fed[0] == prefix
     fed.clear()
