@@ -34,7 +34,7 @@ import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
 from transformers import logging as transformers_logging
 
-from scripts.benchmarking import add_data, load_clips, number, show
+from scripts.benchmarking import add_data, load_clips, number, require_peer, show
 from scripts.command_line import path_argument
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
@@ -137,8 +137,7 @@ def measure_systems(
 
     Raises: ImportError: faster-whisper is absent.
     """
-    if importlib.util.find_spec("faster_whisper") is None:
-        raise ImportError("the peers are not installed: pip install -r requirements-bench.txt -c constraints.txt")
+    require_peer()
     folder = ct2_folder(model, quantization="int8", cache_dir=config.paths.cache_dir)
     joined, spoken = join_all(clips, references, long_sec)
     audio_sec, joined_sec = sum(map(len, clips)) / SAMPLE_RATE, len(joined) / SAMPLE_RATE

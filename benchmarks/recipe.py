@@ -39,7 +39,17 @@ import soundfile as sf
 
 from benchmarks.real_speech import fetch, read_g722
 from benchmarks.streaming import Measured, measure
-from scripts.benchmarking import load_clips, number, percent, percent_interval, points, recased, show, strided
+from scripts.benchmarking import (
+    load_clips,
+    number,
+    percent,
+    percent_interval,
+    points,
+    recased,
+    require_peer,
+    show,
+    strided,
+)
 from scripts.command_line import parse_settings, path_argument
 from src.data import Utterance, create_dataloaders, prepare_datasets
 from src.data.audio import SAMPLE_RATE
@@ -98,6 +108,7 @@ class Figures:
 
 def main() -> int:
     arguments = parse_arguments()
+    require_peer()
     logging.basicConfig(level=logging.WARNING)
     config = load_config(None, overrides={"model": {"variant": arguments.variant, "language": arguments.language}})
     set_seed(config.seed)
@@ -177,7 +188,7 @@ def train(arguments: argparse.Namespace, folder: Path, trained_sec: dict[str, fl
         data = {"data.source": "parquet", "data.path": str(arguments.train_data)}
     common = data | {
         "model.variant": arguments.variant, "model.language": arguments.language,
-        "data.num_workers": 0, "training.batch_size": 8, "checkpoints.save_minutes": None,
+        "data.max_validation": 100, "data.num_workers": 0, "training.batch_size": 8, "checkpoints.save_minutes": None,
     }  # fmt: skip
     folders: dict[str, str] = {}
     updates = 0

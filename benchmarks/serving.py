@@ -34,7 +34,7 @@ import httpx
 import numpy as np
 import soundfile
 
-from scripts.benchmarking import add_data, load_clips, number, show
+from scripts.benchmarking import add_data, load_clips, number, require_peer, show
 from scripts.command_line import model_argument
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
@@ -66,6 +66,7 @@ def main() -> int:
     if arguments.peer:
         serve_peer(arguments.peer)
         return 0
+    require_peer()
     if arguments.quick:
         arguments.streams, arguments.stream_sec, arguments.files, arguments.rounds = [1, 2], 6.0, 4, 1
     config = load_config(None, overrides={"device": "cpu"})

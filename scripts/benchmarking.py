@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import math
 import os
 import platform
@@ -68,6 +69,12 @@ def recased(clip: Utterance, data: DataConfig) -> Utterance:
 
     known = check_utterance(clip, data)
     return dataclasses.replace(known, text=apply_case(known.text, resolve_case([known.text], "auto")))
+
+
+def require_peer(module: str = "faster_whisper") -> None:
+    """Raise an ImportError that says how to install a peer, before anything is measured without it."""
+    if importlib.util.find_spec(module) is None:
+        raise ImportError(f"{module} is not installed: pip install -r requirements-bench.txt -c constraints.txt")
 
 
 def median_sec(action: Callable[[], object], repeats: int) -> float:
