@@ -432,7 +432,7 @@ class VADConfig(Section):
     """silero-vad."""
 
     threshold: float = Field(0.5, gt=0, lt=1)
-    min_silence_sec: float = Field(0.5, gt=0)
+    min_silence_sec: float = Field(0.3, gt=0)
     min_speech_sec: float = Field(0.1, ge=0)
     pad_sec: float = Field(0.1, ge=0)
 

@@ -19,8 +19,16 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_shipped_file_states_the_defaults_except_for_its_profile() -> None:
     shipped, default = (flatten(config.model_dump()) for config in (load_config(ROOT / "config.yaml"), Config()))
     differing = {key: value for key, value in shipped.items() if value != default[key]}
-    assert differing == {"profile": "balanced", "training.batch_seconds": "auto"}  # profiles are in the file alone
-    assert set(load_profiles(ROOT / "config.yaml")) == {"demo", "balanced", "production"}  # each is valid
+    profiles = load_profiles(ROOT / "config.yaml")  # in the file alone
+    assert set(profiles) == {"demo", "balanced", "production"}  # each is valid
+    assert differing == {"profile": "balanced", **flatten(profiles["balanced"])}
+
+
+def test_every_profile_has_the_recipe() -> None:
+    profiles = [load_config(ROOT / "config.yaml", profile=name) for name in ("demo", "balanced", "production")]
+    shares = [(config.composition, config.training.prefix_prob) for config in profiles]
+    assert shares == shares[:1] * 3
+    assert shares[0][0].timestamp_prob > 0
 
 
 @pytest.mark.parametrize(
