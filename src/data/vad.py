@@ -84,9 +84,10 @@ class VoiceActivityDetector:
         """Find all speech in many recordings at 16 kHz, one after another."""
         return [self.speech_segments(audio) for audio in audios]
 
-    def stream(self) -> VADStream:
-        """Start a stream with a state of its own."""
-        return VADStream(self._network, self.config)
+    def stream(self, min_silence_sec: float | None = None) -> VADStream:
+        """Start a stream with a state of its own; speech ends after so much silence, by default as `config` says."""
+        own = {} if min_silence_sec is None else {"min_silence_sec": min_silence_sec}
+        return VADStream(self._network, self.config.model_copy(update=own))
 
 
 def speech_edges(audio: Waveform) -> tuple[float, float]:
@@ -176,11 +177,14 @@ class VADStream:
 
 
 class SpeechTimeline:
-    """Which parts of a live stream are speech, in absolute time; everything, where the caller wants no detector."""
+    """Which parts of a live stream are speech, in absolute time; everything, where the caller wants no detector.
 
-    def __init__(self, detector: VoiceActivityDetector | None) -> None:
-        self._detector = detector
-        self._stream = detector.stream() if detector is not None else None
+    Speech ends after `min_silence_sec`.
+    """
+
+    def __init__(self, detector: VoiceActivityDetector | None, min_silence_sec: float) -> None:
+        self._detector, self._min_silence_sec = detector, min_silence_sec
+        self._stream = detector.stream(min_silence_sec) if detector is not None else None
         self._stream_from_sec = 0.0
         self._heard = 0  # samples
         self._spans: list[tuple[float, float]] = []  # the last one has no end while speech goes on
@@ -200,7 +204,7 @@ class SpeechTimeline:
         if self._detector is None or self._stream is None:
             return self._note([VADEvent("end", now_sec, now_sec)] if self._is_open() else [])
         events = self._note(self._stream.finish())
-        self._stream, self._stream_from_sec = self._detector.stream(), now_sec
+        self._stream, self._stream_from_sec = self._detector.stream(self._min_silence_sec), now_sec
         return events
 
     def touches(self, start_sec: float, end_sec: float, *, slack_sec: float) -> bool:

@@ -432,7 +432,7 @@ class VADConfig(Section):
     """silero-vad."""
 
     threshold: float = Field(0.5, gt=0, lt=1)
-    min_silence_sec: float = Field(0.3, gt=0)
+    min_silence_sec: float = Field(0.5, gt=0)
     min_speech_sec: float = Field(0.1, ge=0)
     pad_sec: float = Field(0.1, ge=0)
 
@@ -443,6 +443,7 @@ class StreamingConfig(Section):
     policy: Literal["alignatt", "local_agreement", "chunk_merge"] = "alignatt"
     guard_sec: float = Field(0.55, ge=0, le=3)
     display_guard_sec: float = Field(0.2, ge=0, le=3)
+    end_of_turn_sec: float = Field(0.3, gt=0, le=3)
     min_chunk_sec: float = Field(0.3, ge=0.1, le=5)
     buffer_sec: float = Field(12.0, ge=2, le=MAX_AUDIO_SEC - 1)
     max_prompt_tokens: int = Field(0, ge=0, le=223)

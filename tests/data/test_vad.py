@@ -112,6 +112,16 @@ def fresh() -> Iterator[None]:
     load_network.cache_clear()
 
 
+def test_a_live_stream_may_end_speech_sooner_than_files_are_cut(detector: VoiceActivityDetector, jfk: Waveform) -> None:
+    audio = np.concatenate([jfk[: 2 * SAMPLE_RATE], np.zeros(SAMPLE_RATE, np.float32)])
+    (live, at_once), (filed, later) = (
+        next((event.time_sec, event.detected_sec) for event in stream.feed(audio) if event.kind == "end")
+        for stream in (detector.stream(0.3), detector.stream())
+    )
+    assert live == filed
+    assert (at_once - live, later - filed) == pytest.approx((0.3, 0.5), abs=0.07)
+
+
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize(("module", "package"), [("silero_vad", "silero-vad"), ("onnxruntime", "onnxruntime")])
 def test_absent_package_is_an_error_with_the_line_that_installs_it(

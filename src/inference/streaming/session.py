@@ -135,7 +135,7 @@ class StreamingASR:
         self._audio: Waveform = np.zeros(0, dtype=np.float32)  # held, then what has not been heard yet
         self._start = self._heard = 0  # samples of the stream before those held, and heard
         self._policy = self._make_policy()
-        self._timeline = SpeechTimeline(self._vad)
+        self._timeline = SpeechTimeline(self._vad, self._settings.end_of_turn_sec)
         self._resampler: soxr.ResampleStream | None = None
         self._rate: int | None = None
         self._state: Literal["idle", "speech", "ending", "pause"] = "idle"

@@ -70,17 +70,17 @@ class ScriptedDetector:
 
     config = VADConfig()
 
-    def __init__(self, *speech: tuple[float, float]) -> None:
-        self._speech, self._now, self._open = speech, 0.0, False
+    def __init__(self, *speech: tuple[float, float], silence_sec: float = 0.5) -> None:
+        self._speech, self._silence_sec, self._now, self._open = speech, silence_sec, 0.0, False
 
-    def stream(self) -> ScriptedDetector:
-        return ScriptedDetector(*self._speech)
+    def stream(self, min_silence_sec: float) -> ScriptedDetector:
+        return ScriptedDetector(*self._speech, silence_sec=min_silence_sec)
 
     def feed(self, samples: Waveform) -> list[VADEvent]:
         before, self._now = self._now, self._now + len(samples) / SAMPLE_RATE
         events = []
         for begin, end in self._speech:
-            for kind, at, delay in (("start", begin, 0.15), ("end", end, 0.5)):
+            for kind, at, delay in (("start", begin, 0.15), ("end", end, self._silence_sec)):
                 if before < at + delay <= self._now:
                     self._open = kind == "start"
                     events.append(VADEvent(kind, at, self._now))
@@ -94,7 +94,13 @@ def session(
     hear: Callable[..., Any], *, vad: Any = None, context: Any = "full", given: Any = None, engine: Any = None,
     **streaming: Any,
 ) -> StreamingASR:  # fmt: skip
-    chosen = {"policy": "local_agreement", "min_chunk_sec": 0.8, "display_guard_sec": 0.0, **streaming}
+    chosen: dict[str, Any] = {
+        "policy": "local_agreement",
+        "min_chunk_sec": 0.8,
+        "display_guard_sec": 0.0,
+        "end_of_turn_sec": 0.5,
+    }
+    chosen |= streaming
     engine = ScriptedEngine(hear, audio_context=context, **(engine or {}))
     config = load_config(None, overrides={"streaming": chosen})
     return StreamingASR(engine=engine, vad=vad, config=config, **({"clock": lambda: 0.0} | (given or {})))
