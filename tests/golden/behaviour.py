@@ -64,8 +64,10 @@ class Subject:
         self.folder = folder  # for runs, checkpoints and exports
 
     def config(self, **overrides: Any) -> utils.Config:
-        """Load the demo profile with overrides, whose keys have "__" for the dot."""
-        fixed = {"device": "cpu", "precision": "float32"}
+        """Load the demo profile, without composed and cut clips, with overrides, whose keys have "__" for the dot."""
+        fixed: dict[str, Any] = {"device": "cpu", "precision": "float32", "training.prefix_prob": 0.0}
+        fixed |= {f"composition.{name}": default for name, default in utils.config.CompositionConfig()}
+        fixed["streaming.end_of_turn_sec"] = 0.5
         fixed |= {f"paths.{name}_dir": str(self.folder / name) for name in ("runs", "checkpoints")}
         chosen = fixed | {key.replace("__", "."): value for key, value in overrides.items()}
         return utils.load_config(Path(src.__path__[0]).parent / "config.yaml", profile="demo", overrides=chosen)
