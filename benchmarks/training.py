@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from scripts.benchmarking import append_table
+from scripts.benchmarking import append_table, percent_interval
 from scripts.command_line import path_argument
 
 EPOCHS = 3  # of the real run
@@ -152,13 +152,25 @@ def run_short(arguments: argparse.Namespace, folder: Path) -> Figures:
         if job.evaluate:
             extra["stock"] = run_job(replace(job, side="stock"))
         extra["augmented"] = run_job(replace(job, side="ours", augment=True, evaluate=False))
+    compared = compare_texts(job) if job.evaluate else None
     report(
-        short_table(ours, hf, **extra),
+        short_table(ours, hf, compared, **extra),
         f"Training {Path(arguments.variant).name}: {job.stop_after} updates",
         job,
         arguments,
     )
-    return summary(ours, hf, arguments)
+    points = [100 * value for value in compared] if compared else None
+    return {**summary(ours, hf, arguments), "wer_full_minus_hf_points": points}
+
+
+def compare_texts(job: Job) -> tuple[float, float, float]:
+    """Return by how much our word error rate exceeds the peer's, both padded to 30 s, with its paired interval."""
+    from src.evaluation.evaluator import compare_predictions
+    from src.evaluation.report.run_files import load_predictions
+
+    texts = load_predictions(job.folder)
+    found = compare_predictions(texts["hf full"], texts["ours full"])
+    return found.difference, found.low, found.high
 
 
 def run_real(arguments: argparse.Namespace) -> Figures:
@@ -252,7 +264,11 @@ def run_side(job: Job) -> None:
 
 
 def short_table(
-    ours: Figures, hf: Figures, stock: Figures | None = None, augmented: Figures | None = None
+    ours: Figures,
+    hf: Figures,
+    compared: tuple[float, float, float] | None,
+    stock: Figures | None = None,
+    augmented: Figures | None = None,
 ) -> list[dict[str, str]]:
     """Return the figures side by side."""
 
@@ -275,6 +291,9 @@ def short_table(
         row("WER, at own length", "wer_own", "{:.1f} %", 100),
         row("WER, padded to 30 s", "wer_full", "{:.1f} %", 100),
     ]
+    if compared is not None:
+        rows.append({"what": "the latter, in points more than the peer", "ours": percent_interval(*compared, sign="+")})
+        rows[-1]["Seq2SeqTrainer"] = "-"
     if stock is not None:
         rows.append({"what": "WER before, padded to 30 s", "ours": f"{100 * stock['wer_full']:.1f} %"})
         rows[-1]["Seq2SeqTrainer"] = rows[-1]["ours"]

@@ -184,7 +184,7 @@ class FlopCounter:
         self._is_padded = False
         self._shape = (0, 0, 0)  # clips, positions, tokens
         model.model.encoder.register_forward_hook(self._see_encoder)
-        model.model.decoder.register_forward_hook(self._see_decoder)
+        model.model.decoder.layer_norm.register_forward_hook(self._see_decoder)  # not every path calls the decoder
         model.proj_out.register_forward_hook(self._see_logits)
         register_optimizer_step_post_hook(self._see_update)
 
@@ -200,7 +200,7 @@ class FlopCounter:
 
     def _see_decoder(self, module: Any, _: Any, output: Any) -> None:
         if module.training:
-            self._shape = (*self._shape[:2], output[0].shape[1])
+            self._shape = (*self._shape[:2], output.shape[1])
 
     def _see_logits(self, module: Any, _: Any, output: Any) -> None:
         if module.training:
