@@ -116,11 +116,12 @@ def settings(arguments: argparse.Namespace, own: dict[str, Any], seed: int, fold
     if arguments.train is not None:
         data = {"data.source": "parquet", "data.path": str(arguments.train)}
     return load_config(
-        None,
+        ROOT / "config.yaml",
+        profile="demo",  # the recipe, in batches of 8
         overrides={
             **data, "seed": seed, "model.variant": arguments.variant, "model.language": arguments.language,
-            "data.max_validation": 4 if arguments.quick else 60, "data.num_workers": 0, "training.batch_size": 8,
-            "training.epochs": arguments.epochs, "checkpoints.save_minutes": None,
+            "data.max_validation": 4 if arguments.quick else 60, "training.epochs": arguments.epochs,
+            "checkpoints.save_minutes": None,
             **{f"paths.{key}": str(folder / key) for key in ("runs_dir", "checkpoints_dir")}, **own,
         },
     )  # fmt: skip
