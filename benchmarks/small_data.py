@@ -43,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"training.method": "full"},
     "encoder frozen": {"training.method": "full", "training.freeze_encoder": True},
     "LoRA": {"training.method": "lora"},
+    "full, padded to 30 s": {"training.method": "full", "model.audio_context": "full"},
     "full, not augmented": {"training.method": "full", "augmentation.enabled": False},
 }
 STOCK = "stock"

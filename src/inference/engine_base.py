@@ -302,6 +302,13 @@ def encoded_batches(
         yield [i for rows, _ in same for i in rows], join([encoded for _, encoded in same])
 
 
+def batchable(engine: Engine, lengths: Sequence[int], options: DecodingOptions) -> list[list[int]]:
+    """Part clips into those that may share a batch, by place."""
+    if joining(engine, options) is not None:
+        return [list(range(len(lengths)))]
+    return [rows for rows, _ in padding_groups(lengths, options.trailing_silence_sec, engine.audio_context)]
+
+
 def joining(engine: Engine, options: DecodingOptions) -> Callable[[Sequence[Any]], Any] | None:
     """Return the engine's `join`, if clips of any lengths may share a batch: beam search takes no mask."""
     return getattr(engine, "join", None) if options.num_beams == 1 else None

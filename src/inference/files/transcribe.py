@@ -27,7 +27,7 @@ from src.data.audio import SAMPLE_RATE, Waveform, stream_audio, to_mono_16k
 from src.data.utterance import language_of_row
 from src.data.vad import SpeechSegment, VoiceActivityDetector
 from src.inference.captions import CaptionOptions, Cue, cues_of_segments, make_cues
-from src.inference.engine_base import Engine, joining, padding_groups
+from src.inference.engine_base import Engine, batchable
 from src.inference.engines import engine_of
 from src.inference.files.segmentation import (
     DETECTION_LOOK_SEC,
@@ -334,16 +334,13 @@ class BatchInference:
             by_language: dict[str | None, list[_Item]] = defaultdict(list)
             for item in sorted(items, key=lambda item: len(item[2].audio), reverse=True):
                 by_language[item[0].language or options.language].append(item)
-            size, context = self._settings.batch_size, self._engine.audio_context
+            size = self._settings.batch_size
             batches = list[tuple[list[_Item], DecodingOptions]]()
             for language, alike in by_language.items():
                 own, lengths = replace(options, language=language), [len(segment.audio) for *_, segment in alike]
-                groups = [(list(range(len(alike))), 0.0)]
-                if joining(self._engine, own) is None:
-                    groups = padding_groups(lengths, own.trailing_silence_sec, context)
                 batches += [
                     ([alike[i] for i in rows[at : at + size]], own)
-                    for rows, _ in groups
+                    for rows in batchable(self._engine, lengths, own)
                     for at in range(0, len(rows), size)
                 ]
             list(pool.map(lambda batch: self._decode_batch(*batch), batches))
