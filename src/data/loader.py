@@ -15,7 +15,7 @@ import statistics
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -35,6 +35,7 @@ from src.utils.runtime import usable_cores
 logger = logging.getLogger(__name__)
 
 BUCKET_BATCHES = 32  # batches sorted together: enough to cut padding, few enough to keep batches mixed
+OWN_LENGTH_SEC = 900.0  # 5 min did not teach it, 15 did (tiny.en, 3 epochs in batches of 8, benchmarks/small_data.py)
 MAX_AUTO_WORKERS = 8  # more decode faster than any one GPU trains
 
 Batch = dict[str, Any]
@@ -81,7 +82,7 @@ def create_loader(
     )  # fmt: skip
     size = config.training.batch_size if shuffle else config.inference.batch_size
     budget, seconds = config.training.batch_seconds if shuffle else None, None
-    if config.model.audio_context == "full":  # every clip is padded to 30 s
+    if settle_audio_context(config, dataset.utterances)[1] == "full":  # every clip is padded to 30 s
         size = max(1, int(budget // MAX_AUDIO_SEC)) if isinstance(budget, float) else size
     elif budget == "auto" and len(dataset):
         seconds = round(size * statistics.fmean(planner.durations_sec(0)), 1)
@@ -100,6 +101,26 @@ def create_loader(
         dataset, DataCollator(encoder.end_token), batches, planner,
         num_workers=workers, persistent_workers=keep_workers,
     )  # fmt: skip
+
+
+def settle_audio_context(
+    config: Config, clips: Sequence[Utterance], known: Literal["dynamic", "full"] = "full"
+) -> tuple[Config, Literal["dynamic", "full"]]:
+    """Resolve `model.audio_context: auto` by the amount of speech that is trained on; return the context, too.
+
+    A model that works at the audio's own length already (`known`) goes on with that.
+    """
+    if config.model.audio_context != "auto":
+        return config, config.model.audio_context
+    is_own = known == "dynamic" or teaches_own_length(clips)
+    context: Literal["dynamic", "full"] = "dynamic" if is_own else "full"
+    model = config.model.model_copy(update={"audio_context": context})
+    return config.model_copy(update={"model": model}), context
+
+
+def teaches_own_length(clips: Sequence[Utterance]) -> bool:
+    """Whether there is enough speech to teach a stock model to work at the audio's own length."""
+    return any(sec >= OWN_LENGTH_SEC for sec in accumulate(clip.duration_sec or 0.0 for clip in clips))
 
 
 def choose_workers(setting: int | Literal["auto"], *, on_cuda: bool) -> tuple[int, str]:

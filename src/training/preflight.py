@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from src.data.audio import SAMPLE_RATE
 from src.data.features import CONTEXT_SAMPLES, FRAMES_PER_SEC, HOP_SAMPLES, LogMel, padded_samples
 from src.data.labels import IGNORE_INDEX, MAX_LABEL_TOKENS, resolve_case
-from src.data.loader import SpeechLoader, create_loader
+from src.data.loader import OWN_LENGTH_SEC, SpeechLoader, create_loader, settle_audio_context, teaches_own_length
 from src.data.preparation import DatasetSplits
 from src.data.training_batches import TrainingBatches
 from src.models.dynamic_context import DynamicWhisper, get_cap_rates
@@ -87,7 +87,9 @@ def preflight(
         serial = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
         loader = create_loader(splits.train, processor, serial, shuffle=True)
         trial = copy.deepcopy(model)
-        trial.audio_context = config.model.audio_context
+        clips = loader.dataset.utterances
+        config, trial.audio_context = settle_audio_context(config, clips, model.audio_context)
+        is_taught = model.audio_context == "dynamic" or teaches_own_length(clips)
         if not has_adapters(trial):
             prepare_model(trial, config.training)
         # what it takes
@@ -120,6 +122,13 @@ def preflight(
                 f"{updates} in {training.epochs} epoch(s), {warmup} of them warm-up; {len(loader.dataset)} clips in "
                 f"{batches[0]} batches",
                 "raise training.epochs, or lower training.batch_size",
+            ),
+            _judge(
+                "audio context",
+                is_taught or trial.audio_context == "full",
+                "the audio's own length" if trial.audio_context == "dynamic" else "clips are padded to 30 s",
+                f"less than {OWN_LENGTH_SEC / 60:g} min of speech do not teach a stock model its own length, and it "
+                "would end longer audio early: model.audio_context: auto, or ADAPT_CONTEXT of the notebook",
             ),
             _judge(
                 "memory",
@@ -261,7 +270,8 @@ def propose_batch_seconds(
 
 def _search_batch(model: DynamicWhisper, config: Config, clip_sec: float, tokens: int, *, most: int) -> tuple[int, str]:
     trial = copy.deepcopy(model)
-    trial.audio_context = config.model.audio_context
+    if config.model.audio_context != "auto":
+        trial.audio_context = config.model.audio_context
     optimizer = build_optimizer(trial, learning_rate=0.0, weight_decay=0.0, kind=config.training.optimizer)
     loss, half = _computing(trial, config)
     own_length = trial.audio_context != "full"

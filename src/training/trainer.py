@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs
 
-from src.data.loader import SpeechLoader
+from src.data.loader import OWN_LENGTH_SEC, SpeechLoader, settle_audio_context
 from src.data.training_batches import TrainingBatches
 from src.evaluation.evaluator import EvaluationResult, ModelEvaluator
 from src.models.dynamic_context import DynamicWhisper
@@ -91,9 +91,16 @@ class WhisperTrainer:
     ) -> None:
         if not len(train_loader):
             raise DataError("the training loader is empty")
+        is_auto = config.model.audio_context == "auto"
+        clips = train_loader.dataset.utterances
+        config, model.audio_context = settle_audio_context(config, clips, model.audio_context)
         self.config, self.processor, self.model = config, processor, model
         self._train_loader, self._val_loader = train_loader, val_loader
-        model.audio_context = config.model.audio_context
+        if is_auto:
+            logger.info(
+                "audio context %r (model.audio_context: auto, dynamic from %g minutes of training speech on)",
+                model.audio_context, OWN_LENGTH_SEC / 60,
+            )  # fmt: skip
         record_languages(model, train_loader.dataset, config.model.task)
         runtime.set_seed(config.seed)
         self._accelerator = _make_accelerator(model, config)

@@ -72,7 +72,7 @@ class ModelConfig(Section):
     variant: str = "base"
     language: str | None = None  # Whisper's code; None ("auto") is what rows say, else what the model hears
     task: Literal["transcribe", "translate"] = "transcribe"
-    audio_context: Literal["dynamic", "full"] = "dynamic"
+    audio_context: Literal["auto", "dynamic", "full"] = "dynamic"
 
     @field_validator("variant")
     @classmethod

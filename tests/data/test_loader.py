@@ -15,7 +15,7 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from src.data import LengthBatchSampler, SpeechLoader, create_loader
-from src.data.loader import batch_generator, choose_workers, current_shard
+from src.data.loader import batch_generator, choose_workers, current_shard, settle_audio_context
 from src.data.preparation import check_utterance
 from src.data.utterance import Utterance
 from src.utils.config import Config, load_config
@@ -104,6 +104,16 @@ def test_a_budget_is_that_of_so_many_clips_of_mean_length(clips: list[Utterance]
     assert (sampler.batch_size, sampler.batch_seconds) == (None, pytest.approx(4 * mean_sec, abs=0.1))
     padded = in_training(clips, **asked, **{"model.audio_context": "full"}).batch_sampler  # all clips take as long
     assert (padded.batch_size, padded.batch_seconds) == (4, None)
+
+
+def test_little_speech_is_padded_to_30_s_but_for_a_model_that_knows_its_own_length(clips: list[Utterance]) -> None:
+    config = settings(**{"model.audio_context": "auto"})
+    much = [replace(clips[0], duration_sec=30.0)] * 30
+    found = [settle_audio_context(config, *given) for given in ((much,), (much[1:],), (much[1:], "dynamic"))]
+    assert [context for _, context in found] == ["dynamic", "full", "dynamic"]
+    assert [each.model.audio_context for each, _ in found] == ["dynamic", "full", "dynamic"]
+    asked = settings(**{"model.audio_context": "dynamic"})
+    assert settle_audio_context(asked, much[1:]) == (asked, "dynamic")
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def test_a_report_has_the_environments_errors_alone_and_warns(
     shouted = [replace(u, text=u.text.upper()) for u in splits.train]
     report = preflight(configure(), DatasetSplits(shouted, shouted[:1], shouted[:1], "keep"), *small)
     checks = by_name(report)
-    assert list(checks) == ["jiwer", "labels", "updates", "memory", "disk", "time"]
+    assert list(checks) == ["jiwer", "labels", "updates", "audio context", "memory", "disk", "time"]
     assert not report.ok
     assert (checks["labels"].status, checks["updates"].status, report.updates) == ("warning", "warning", 6)
     assert "sentence" in checks["labels"].fix
@@ -140,6 +140,21 @@ def test_time_is_unknown_where_memory_runs_out_and_other_errors_pass(
     monkeypatch.setattr(TokenLoss, "forward", Mock(side_effect=RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
         look()
+
+
+@pytest.mark.parametrize(
+    ("known", "asked", "status", "found"),
+    [
+        ("full", "dynamic", "warning", "own length"), ("full", "auto", "ok", "30 s"), ("full", "full", "ok", "30 s"),
+        ("dynamic", "auto", "ok", "own length"), ("dynamic", "dynamic", "ok", "own length"),
+    ],
+)  # fmt: skip
+def test_a_few_clips_do_not_teach_a_stock_model_its_own_length(
+    small: tuple[Any, Any], look: Callable[..., Preflight], known: Any, asked: str, status: str, found: str
+) -> None:
+    small[0].audio_context = known
+    check = by_name(look(model__audio_context=asked))["audio context"]
+    assert (check.status, found in check.found, "auto" in check.fix) == (status, True, status == "warning")
 
 
 def test_too_little_memory_and_disk_show(look: Callable[..., Preflight], monkeypatch: pytest.MonkeyPatch) -> None:

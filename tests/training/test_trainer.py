@@ -85,6 +85,11 @@ def test_fine_tuning_learns_saves_the_best_and_reloads_the_same(
     assert stock_class.generation_config.suppress_tokens == trainer.model.generation_config.suppress_tokens
 
 
+def test_little_speech_keeps_a_stock_model_at_30_s(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer(model__audio_context="auto")
+    assert (trainer.model.audio_context, trainer.config.model.audio_context) == ("full", "full")
+
+
 # the loop
 
 
