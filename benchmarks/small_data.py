@@ -1,13 +1,13 @@
 """Measure what to expect from how much data: 5 to 60 minutes of speech, by method of training.
 
     python benchmarks/small_data.py [--train FILE.parquet --test FILE.parquet] [--minutes 5 15 30 60] [--seeds 1 2 3]
-        [--methods full "encoder frozen"] [--state FILE.jsonl] [--quick]
+        [--methods full "encoder frozen"] [--state FILE.jsonl [--report]] [--quick]
 
 Each model is tuned (`--variant`, tiny.en) on as many minutes, taken at a stride over the training clips, with the
-settings of one method and the defaults for the rest, for `--epochs`. The best epoch by validation is measured on the
-test set and on general speech (`--guard prompts`: Debian's telephone exchange), as is the mean of its weights and the
-stock ones. What is in `--state` is not measured again, so that an interrupted run goes on. The last line printed is one
-JSON object; the table is appended to docs/BENCHMARKS.md, the figure is docs/images/small_data.png.
+settings of one method and those of the profile `demo` for the rest, for `--epochs`. The best epoch by validation is
+measured on the test set and on general speech (`--guard prompts`: Debian's telephone exchange), as is the mean of its
+weights and the stock ones. What is in `--state` is not measured again, so that an interrupted run goes on. The last
+line printed is one JSON object; the table is appended to docs/BENCHMARKS.md, the figure is docs/images/small_data.png.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> int:
         splits = prepare_datasets(config)
         stock = measure(arguments.variant, None, test, guard, config)
         for seed, minutes, method in itertools.product(arguments.seeds, arguments.minutes, arguments.methods):
-            if (method, minutes, seed) not in done:
+            if not arguments.report and (method, minutes, seed) not in done:
                 config = settings(arguments, METHODS[method], seed, Path(folder) / f"{len(found)}")
                 row = run(config, part_of(splits, minutes), stock, test, guard)
                 found.append({"method": method, "minutes": minutes, "seed": seed, **row})
@@ -103,6 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--variant", default="tiny.en")
     parser.add_argument("--language", default="en")
     parser.add_argument("--state", type=path_argument, metavar="FILE", help="of what is measured; default: not kept")
+    parser.add_argument("--report", action="store_true", help="train nothing more, lay out what --state has")
     parser.add_argument("--no-record", action="store_true", help="append no table")
     parser.add_argument("--quick", action="store_true", help="under a minute: few clips, nothing recorded")
     arguments = parser.parse_args()
