@@ -30,8 +30,8 @@ from src.utils.tracking import check_run_id
 
 NOTEBOOK = ROOT / "whisper_asr_colab.ipynb"
 QUICK = {
-    "data": {"max_train": 64, "max_validation": 4, "max_test": 6},
-    "training": {"epochs": 1, "batch_size": 4},  # 16 updates: enough for the model to know when to stop
+    "data": {"max_train": 48, "max_validation": 4, "max_test": 6},
+    "training": {"epochs": 1, "batch_size": 3},  # 16 updates: enough for the model to know when to stop
 }
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "command", [["full_disk", "--steps", "3"], ["interrupts", "--moments", "2", "--only", "save,convert"]]
+    "command", [["full_disk", "--steps", "3"], ["interrupts", "--moments", "1", "--only", "save,convert"]]
 )
 def test_nothing_is_lost_or_left_behind(command: list[str]) -> None:
     name, *options = command
