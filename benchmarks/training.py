@@ -24,14 +24,17 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from scripts.benchmarking import append_table, percent_interval
+from scripts.benchmarking import append_table, points
 from scripts.command_line import path_argument
+
+if TYPE_CHECKING:
+    from src.evaluation.metrics import PairedComparison
 
 EPOCHS = 3  # of the real run
 WARMUP_RATIO = 0.1
@@ -159,18 +162,17 @@ def run_short(arguments: argparse.Namespace, folder: Path) -> Figures:
         job,
         arguments,
     )
-    points = [100 * value for value in compared] if compared else None
-    return {**summary(ours, hf, arguments), "wer_full_minus_hf_points": points}
+    interval = compared and [100 * value for value in (compared.difference, compared.low, compared.high)]
+    return {**summary(ours, hf, arguments), "wer_full_minus_hf_points": interval}
 
 
-def compare_texts(job: Job) -> tuple[float, float, float]:
-    """Return by how much our word error rate exceeds the peer's, both padded to 30 s, with its paired interval."""
+def compare_texts(job: Job) -> PairedComparison:
+    """Compare our texts with the peer's, both padded to 30 s."""
     from src.evaluation.evaluator import compare_predictions
     from src.evaluation.report.run_files import load_predictions
 
     texts = load_predictions(job.folder)
-    found = compare_predictions(texts["hf full"], texts["ours full"])
-    return found.difference, found.low, found.high
+    return compare_predictions(texts["hf full"], texts["ours full"])
 
 
 def run_real(arguments: argparse.Namespace) -> Figures:
@@ -266,7 +268,7 @@ def run_side(job: Job) -> None:
 def short_table(
     ours: Figures,
     hf: Figures,
-    compared: tuple[float, float, float] | None,
+    compared: PairedComparison | None,
     stock: Figures | None = None,
     augmented: Figures | None = None,
 ) -> list[dict[str, str]]:
@@ -292,8 +294,9 @@ def short_table(
         row("WER, padded to 30 s", "wer_full", "{:.1f} %", 100),
     ]
     if compared is not None:
-        rows.append({"what": "the latter, in points more than the peer", "ours": percent_interval(*compared, sign="+")})
-        rows[-1]["Seq2SeqTrainer"] = "-"
+        rows.append(
+            {"what": "the latter, in points more than the peer", "ours": points(compared), "Seq2SeqTrainer": "-"}
+        )
     if stock is not None:
         rows.append({"what": "WER before, padded to 30 s", "ours": f"{100 * stock['wer_full']:.1f} %"})
         rows[-1]["Seq2SeqTrainer"] = rows[-1]["ours"]

@@ -63,4 +63,4 @@ def measure_tuned(folder: Path, processor: Any, job: Any) -> dict[str, float]:
     config = training_sides.job_config(job)
     tuned = DynamicWhisper.from_pretrained(folder, dtype=torch.float32).to(job.device).eval()
     loader = create_loader(training_sides.read_clips(job.dev, config), processor, config)
-    return training_sides.word_error_rates(tuned, processor, loader, config, job, ("full",))
+    return training_sides.word_error_rates(tuned, processor, loader, job, ("full",))

@@ -52,7 +52,7 @@ def train_ours(job: Any) -> Figures:
     )
     flops = FlopCounter(model)
     if job.resumable:
-        _watch_epochs(experiment, model, processor, evaluated, config, job)
+        _watch_epochs(experiment, model, processor, evaluated, job)
         trainer.resume("auto")
     cpu_sec: list[float] = []
     experiment.subscribe(lambda row: cpu_sec.append(time.process_time()) if row["event"] in _TIMED else None)
@@ -69,7 +69,7 @@ def train_ours(job: Any) -> Figures:
     if job.resumable:
         figures["by_epoch"] = _epochs(events, figures["update_sec"], job)
     elif job.evaluate:
-        figures |= word_error_rates(model, processor, evaluated, config, job, ("dynamic", "full"))
+        figures |= word_error_rates(model, processor, evaluated, job, ("dynamic", "full"))
     return figures
 
 
@@ -78,7 +78,7 @@ def measure_stock(job: Any) -> Figures:
     config = job_config(job)
     model, processor = WhisperModelManager(config).initialize_model()
     loader = create_loader(read_clips(job.dev, config), processor, config)
-    return word_error_rates(model, processor, loader, config, job, ("full",))
+    return word_error_rates(model, processor, loader, job, ("full",))
 
 
 def job_config(job: Any) -> Config:
@@ -150,17 +150,17 @@ def read_clips(path: str, config: Config) -> list[Utterance]:
 
 
 def word_error_rates(
-    model: Any, processor: Any, loader: SpeechLoader, config: Config, job: Any, contexts: Sequence[str]
+    model: Any, processor: Any, loader: SpeechLoader, job: Any, contexts: Sequence[str]
 ) -> dict[str, float]:
     """Return `wer_own` and `wer_full`, with their intervals, by the contexts asked for.
 
     The texts are written to the job's predictions.jsonl, by the name of the side and the context.
     """
-    before = model.audio_context
+    evaluator, before = ModelEvaluator(model, processor, job_config(job)), model.audio_context
     found: dict[str, float] = {}
     for context in contexts:
         model.audio_context = context
-        result = ModelEvaluator(model, processor, config).evaluate_dataset(loader, name=f"{job.name} {context}")
+        result = evaluator.evaluate_dataset(loader, name=f"{job.name} {context}")
         result.write_predictions(Path(job.folder, "predictions.jsonl"))
         key = "wer_own" if context == "dynamic" else "wer_full"
         found |= {key: result.wer, f"{key}_low": result.wer_low, f"{key}_high": result.wer_high}
@@ -168,14 +168,12 @@ def word_error_rates(
     return found
 
 
-def _watch_epochs(
-    experiment: ExperimentLogger, model: Any, processor: Any, loader: SpeechLoader, config: Config, job: Any
-) -> None:
+def _watch_epochs(experiment: ExperimentLogger, model: Any, processor: Any, loader: SpeechLoader, job: Any) -> None:
     """After each epoch, whose validation is at own length, measure at full context too, into the run's metrics."""
 
     def measure(row: Mapping[str, Any]) -> None:
         if row["event"] == "epoch":
-            rates = word_error_rates(model, processor, loader, config, job, ("full",))
+            rates = word_error_rates(model, processor, loader, job, ("full",))
             experiment.log("epoch_full_context", epoch=row["epoch"], **rates)
 
     experiment.subscribe(measure)

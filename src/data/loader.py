@@ -112,15 +112,16 @@ def settle_audio_context(
     """
     if config.model.audio_context != "auto":
         return config, config.model.audio_context
-    is_own = known == "dynamic" or teaches_own_length(clips)
-    context: Literal["dynamic", "full"] = "dynamic" if is_own else "full"
+    context: Literal["dynamic", "full"] = "dynamic" if learns_own_length(clips, known) else "full"
     model = config.model.model_copy(update={"audio_context": context})
     return config.model_copy(update={"model": model}), context
 
 
-def teaches_own_length(clips: Sequence[Utterance]) -> bool:
-    """Whether there is enough speech to teach a stock model to work at the audio's own length."""
-    return any(sec >= OWN_LENGTH_SEC for sec in accumulate(clip.duration_sec or 0.0 for clip in clips))
+def learns_own_length(clips: Sequence[Utterance], known: Literal["dynamic", "full"]) -> bool:
+    """Whether a model of this context knows the audio's own length, or there is enough speech to teach it."""
+    return known == "dynamic" or any(
+        sec >= OWN_LENGTH_SEC for sec in accumulate(clip.duration_sec or 0.0 for clip in clips)
+    )
 
 
 def choose_workers(setting: int | Literal["auto"], *, on_cuda: bool) -> tuple[int, str]:

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from src.data.audio import SAMPLE_RATE
 from src.data.features import CONTEXT_SAMPLES, FRAMES_PER_SEC, HOP_SAMPLES, LogMel, padded_samples
 from src.data.labels import IGNORE_INDEX, MAX_LABEL_TOKENS, resolve_case
-from src.data.loader import OWN_LENGTH_SEC, SpeechLoader, create_loader, settle_audio_context, teaches_own_length
+from src.data.loader import OWN_LENGTH_SEC, SpeechLoader, create_loader, learns_own_length, settle_audio_context
 from src.data.preparation import DatasetSplits
 from src.data.training_batches import TrainingBatches
 from src.models.dynamic_context import DynamicWhisper, get_cap_rates
@@ -89,7 +89,6 @@ def preflight(
         trial = copy.deepcopy(model)
         clips = loader.dataset.utterances
         config, trial.audio_context = settle_audio_context(config, clips, model.audio_context)
-        is_taught = model.audio_context == "dynamic" or teaches_own_length(clips)
         if not has_adapters(trial):
             prepare_model(trial, config.training)
         # what it takes
@@ -125,7 +124,7 @@ def preflight(
             ),
             _judge(
                 "audio context",
-                is_taught or trial.audio_context == "full",
+                trial.audio_context == "full" or learns_own_length(clips, model.audio_context),
                 "the audio's own length" if trial.audio_context == "dynamic" else "clips are padded to 30 s",
                 f"less than {OWN_LENGTH_SEC / 60:g} min of speech do not teach a stock model its own length, and it "
                 "would end longer audio early: model.audio_context: auto, or ADAPT_CONTEXT of the notebook",
