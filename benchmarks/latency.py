@@ -2,9 +2,10 @@
 
     python benchmarks/latency.py --model FOLDER [--data FILE.parquet] [--clips 200] [--hours 3] [--quick]
 
-Each system is what its user would call, features included, on the CPU. The rounds go through all systems in turn, so
-that other work on the machine affects each of them; a ratio is the median of the rounds' ratios. The peers are in
-requirements-bench.txt. The last line printed is one JSON object; tables are appended to docs/BENCHMARKS.md.
+Each system is what its user would call, features included, on the CPU, in a process of its own (see
+transcription_systems.py). The rounds go through all systems in turn, so that other work on the machine affects each of
+them; a ratio is the median of the rounds' ratios. The last line printed is one JSON object; tables are appended to
+docs/BENCHMARKS.md.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,32 +29,33 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ENVIRONMENT = dict(os.environ)  # of other processes; src adds to it
 
 import numpy as np
 import soundfile
-import torch
-from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
-from transformers import logging as transformers_logging
 
-from scripts.benchmarking import add_data, load_clips, number, require_peer, show
+from benchmarks import transcription_systems
+from benchmarks.transcription_systems import GREEDY, SYSTEMS, own_config
+from scripts.benchmarking import add_data, load_clips, number, points, require_peer, show
 from scripts.command_line import path_argument
 from src.data.audio import SAMPLE_RATE, Waveform
 from src.data.dataset import decode_audio
 from src.data.sources.catalog import SAMPLE_CLIP
-from src.evaluation.metrics import WHISPER_ENGLISH, error_rate, word_counts
+from src.evaluation.metrics import WHISPER_ENGLISH, EditCounts, compare_counts, error_rate, word_counts
 from src.evaluation.streams import AlignedClip, join_clips
-from src.inference.ct2_engine import CTranslate2Engine, ct2_folder
-from src.inference.engine_base import Engine, transcribe
+from src.inference.ct2_engine import ct2_folder
+from src.inference.engine_base import Engine
 from src.inference.engines import load_engine
 from src.inference.files.transcribe import BatchInference
-from src.inference.options import DecodingOptions
 from src.models.weights import resolve_weights
-from src.utils.config import Config, load_config
+from src.utils.config import Config
 from src.utils.runtime import ctranslate2_cuda_problem, get_device, usable_cores
 
-GREEDY = {"language": "en", "beam_size": 1, "temperature": 0.0, "without_timestamps": True}  # of faster-whisper
+WAITING = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "300000"}  # as src sets it
+WAITS_AS_HERE = "faster-whisper int8, waiting as here"
 RATIOS = {  # figure: (peer, ours)
     "single_vs_faster_whisper": ("faster-whisper int8", "CTranslate2 int8"),
+    "single_vs_faster_whisper_waiting": (WAITS_AS_HERE, "CTranslate2 int8"),
     "batched_vs_faster_whisper": ("faster-whisper int8", "CTranslate2 int8, batches"),
     "torch_vs_hf_pipeline": ("transformers pipeline", "torch, batches"),
     "long_vs_batched_pipeline": ("faster-whisper batched, long", "CTranslate2 int8, long"),
@@ -79,16 +82,15 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.clips, arguments.rounds, arguments.long_minutes, arguments.hours = 4, 1, 0.5, 0.0
-    transformers_logging.set_verbosity_error()  # else `generate` warns of its own defaults at each call
     folder, record = str(arguments.model), not (arguments.quick or arguments.no_record)
-    config = load_config(None, overrides={"model": {"variant": folder, "language": "en"}, "device": "cpu"})
+    config = own_config(folder)
     utterances = load_clips(arguments.data, arguments.clips)
     clips, references = [decode_audio(u).numpy() for u in utterances], [u.text for u in utterances]
     seconds = 60 * arguments.long_minutes
     systems = measure_systems(folder, config, clips, references, rounds=arguments.rounds, long_sec=seconds)
     audio_sec = sum(map(len, clips)) / SAMPLE_RATE
     note = f"{len(clips)} clips of {audio_sec / len(clips):.1f} s on average; medians of {arguments.rounds} rounds."
-    show("Systems on the same weights", [system.row() for system in systems], note, record=record)
+    show("Systems on the same weights", [*map(System.row, systems)], f"{note} {compared(systems)}", record=record)
     processes = measure_processes(folder, config, clips, references, arguments.hours)
     show("Processes", [{name: number(value) for name, value in processes.items()}], note, record=record)
     print(json.dumps(figures(systems) | processes))
@@ -113,9 +115,14 @@ class System:
         self.seconds.append(time.perf_counter() - began)
 
     @property
+    def counts(self) -> list[EditCounts]:
+        """Word errors of the last round's texts."""
+        return word_counts(self.references, self.texts, WHISPER_ENGLISH)
+
+    @property
     def wer(self) -> float | None:
         """Word error rate of the last round's texts."""
-        return error_rate(word_counts(self.references, self.texts, WHISPER_ENGLISH))
+        return error_rate(self.counts)
 
     def row(self) -> dict[str, str]:
         """Lay it out."""
@@ -141,66 +148,38 @@ def measure_systems(
     folder = ct2_folder(model, quantization="int8", cache_dir=config.paths.cache_dir)
     joined, spoken = join_all(clips, references, long_sec)
     audio_sec, joined_sec = sum(map(len, clips)) / SAMPLE_RATE, len(joined) / SAMPLE_RATE
-    runs = {**our_systems(model, folder, config, clips, joined), **peer_systems(model, folder, config, clips, joined)}
-    systems = [
-        System(name, run, [spoken], joined_sec) if "long" in name else System(name, run, references, audio_sec)
-        for name, run in runs.items()
-    ]
-    for _ in range(rounds):
-        for system in systems:
-            system.measure()
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        np.savez(Path(scratch) / "clips.npz", *clips)
+        np.savez(Path(scratch) / "long.npz", joined)
+        systems, processes = list[System](), list[subprocess.Popen[str]]()
+        for name in SYSTEMS:
+            is_long = name.endswith("long")
+            command = [
+                sys.executable, transcription_systems.__file__, name, "--model", model, "--ct2", str(folder),
+                "--clips", f"{scratch}/{'long' if is_long else 'clips'}.npz", "--threads", str(usable_cores()),
+            ]  # fmt: skip
+            process = stack.enter_context(subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+                env={**ENVIRONMENT, **(WAITING if name == WAITS_AS_HERE else {})},
+            ))  # fmt: skip
+            said, sec = ([spoken], joined_sec) if is_long else (references, audio_sec)
+            systems.append(System(name, partial(ask, process, "run"), said, sec))
+            processes.append(process)
+        for process in processes:
+            ask(process, "are you ready")
+        for _ in range(rounds):
+            for system in systems:
+                system.measure()
     return systems
 
 
-def our_systems(
-    model: str, folder: Path, config: Config, clips: Sequence[Waveform], joined: Waveform
-) -> dict[str, Callable[[], list[str]]]:
-    """Return this project's systems; each has been warmed up."""
-    single = CTranslate2Engine(folder, device="cpu")
-    batched = BatchInference(engine=CTranslate2Engine(folder, device="cpu", workers=usable_cores()), config=config)
-    on_torch = BatchInference(engine=load_engine(model, config, engine="torch"), config=config)
-    options = DecodingOptions.from_config(config)
-    for inference in (batched, on_torch):
-        inference.transcribe_batch(clips[:2])
-    transcribe(single, clips[:1], options)
-    return {
-        "CTranslate2 int8": lambda: [transcribe(single, [clip], options)[0].text for clip in clips],
-        "CTranslate2 int8, batches": lambda: [item.text or "" for item in batched.transcribe_batch(clips)],
-        "torch, batches": lambda: [item.text or "" for item in on_torch.transcribe_batch(clips)],
-        "CTranslate2 int8, long": lambda: [batched.transcribe_batch([joined])[0].text or ""],
-    }
-
-
-def peer_systems(
-    model: str, folder: Path, config: Config, clips: Sequence[Waveform], joined: Waveform
-) -> dict[str, Callable[[], list[str]]]:
-    """Return the peers, greedy and in English; each has been warmed up."""
-    from faster_whisper import BatchedInferencePipeline, WhisperModel
-
-    whisper = WhisperModel(str(folder), device="cpu", compute_type="int8", cpu_threads=usable_cores())
-    batched = BatchedInferencePipeline(whisper)
-    stock = WhisperForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
-    processor = WhisperProcessor.from_pretrained(model)
-    hf: Any = pipeline(
-        "automatic-speech-recognition",
-        model=stock,
-        tokenizer=processor.tokenizer,
-        feature_extractor=processor.feature_extractor,
-    )
-
-    def text_of(found: tuple[Any, Any]) -> str:
-        return " ".join(segment.text.strip() for segment in found[0])
-
-    def one(clip: Waveform) -> str:
-        return text_of(whisper.transcribe(clip, condition_on_previous_text=False, **GREEDY))
-
-    one(clips[0])
-    hf(clips[0].copy())
-    return {
-        "faster-whisper int8": lambda: [one(clip) for clip in clips],
-        "transformers pipeline": lambda: [hf(clip.copy())["text"] for clip in clips],
-        "faster-whisper batched, long": lambda: [text_of(batched.transcribe(joined, batch_size=16, **GREEDY))],
-    }
+def ask(process: subprocess.Popen[str], question: str) -> list[str]:
+    """Write a line to a system's process; return its answer, once there is one."""
+    assert process.stdin is not None and process.stdout is not None
+    print(question, file=process.stdin)
+    if not (line := process.stdout.readline()):
+        raise RuntimeError(f"{process.args} ended; its error is above")
+    return list(json.loads(line))
 
 
 def gpu_systems(
@@ -210,6 +189,9 @@ def gpu_systems(
 
     Each has been warmed up with as many clips as it takes at once.
     """
+    import torch
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
+
     device, precision = get_device(config.device).type, "float16" if config.device == "cuda" else "float32"
     half = torch.float16 if device == "cuda" else torch.float32
     weights = str(resolve_weights(model, cache_dir=config.paths.cache_dir).path)
@@ -294,6 +276,18 @@ def figures(systems: Sequence[System]) -> dict[str, float | None]:
         for name, (peer, own) in RATIOS.items()
     }
     return found | {f"wer {system.name}": system.wer for system in systems}
+
+
+def compared(systems: Sequence[System]) -> str:
+    """Compare ours with their peers: the ranges of the rounds' ratios, and WER paired by clip."""
+    by_name, found = {system.name: system for system in systems}, []
+    for peer, own in RATIOS.values():
+        theirs, ours = by_name[peer], by_name[own]
+        ratios = [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
+        difference = points(compare_counts(theirs.counts, ours.counts)) if len(ours.references) > 1 else None
+        wer = "" if difference is None else f", WER {difference} points"
+        found.append(f"{own} against {peer}: {min(ratios):.1f} to {max(ratios):.1f} times as fast{wer}")
+    return "; ".join(found) + "."
 
 
 def cold_process(folder: Path, recording: Path) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from src.utils import runtime
 from src.utils.errors import CheckpointError, DeviceError, OutOfMemoryError, WhisperASRError
 from src.utils.runtime import public
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def test_the_seed_reaches_every_library() -> None:
     drawn = []
@@ -27,6 +30,22 @@ def test_the_seed_reaches_every_library() -> None:
         runtime.set_seed(7)
         drawn.append((random.random(), float(np.random.rand()), float(torch.rand(1))))
     assert drawn[0] == drawn[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is in the wheels for Linux")
+@pytest.mark.parametrize(("asked", "waiting"), [({}, ("ACTIVE", "300000")), ({"OMP_WAIT_POLICY": "passive"}, ("PASSIVE", "0"))])
+def test_threads_of_ctranslate2_wait_for_the_next_step_unless_told_otherwise(
+    asked: dict[str, str], waiting: tuple[str, str]
+) -> None:
+    ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | asked
+    command = [sys.executable, "-c", "import src.inference.ct2_engine"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**environment, "OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True, check=True
+    )
+    policy, rounds = waiting
+    assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
+    assert f"GOMP_SPINCOUNT = '{rounds}'" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
