@@ -5,8 +5,8 @@
 The bundled clips are listed many times, with a name, a text and measured values of its own for each row, and a speaker
 for every 20 rows, in a manifest of one folder. Each size runs in a process of its own, whose memory is read after each
 step: listing, preparing (splitting by speaker and checking, without decoding), the loader with its first batch, the
-plan of the next epoch, resuming in its middle, and the data report. The last line is one JSON object. `--quick` takes
-1,000 and 4,000 rows.
+plan of the next epoch, resuming in its middle, and the data report. The last line is one JSON object; the table is
+appended to docs/BENCHMARKS.md. `--quick` takes 1,000 and 4,000 rows and records nothing.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import psutil
 
+from scripts.benchmarking import show
 from src.data.audio import DecodedAudio, decode
 from src.data.loader import create_loader
 from src.data.preparation import check_utterance, prepare_datasets
@@ -55,21 +56,25 @@ MAX_KB_PER_ROW, MAX_STEP_SEC = 1.0, 600.0
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--quick", action="store_true", help="1,000 and 4,000 rows")
+    parser.add_argument("--quick", action="store_true", help="1,000 and 4,000 rows, nothing recorded")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments.one)))
         return 0
     found: dict[str, dict[str, Any]] = {}
-    for rows in [1_000, 4_000] if arguments.quick else arguments.rows:
-        done = subprocess.run([sys.executable, __file__, "--one", str(rows)], stdout=subprocess.PIPE, check=True)
-        found[str(rows)] = json.loads(done.stdout.splitlines()[-1])
+    for size in [1_000, 4_000] if arguments.quick else arguments.rows:
+        done = subprocess.run([sys.executable, __file__, "--one", str(size)], stdout=subprocess.PIPE, check=True)
+        found[str(size)] = json.loads(done.stdout.splitlines()[-1])
     steps = list(next(iter(found.values()))["seconds"])
-    print(f"| rows | {' | '.join(f'{name}, s' for name in steps)} | kB per row |\n|---|" + "---:|" * (len(steps) + 1))
-    for rows, each in found.items():
-        cells = [f"{each['seconds'][name]:.2f}" for name in steps]
-        print(f"| {int(rows):,} | {' | '.join(cells)} | {each['kb_per_row']:.2f} |")
+    rows = [
+        {"rows": f"{int(size):,}"}
+        | {f"{name}, s": f"{each['seconds'][name]:.2f}" for name in steps}
+        | {"kB per row": f"{each['kb_per_row']:.2f}"}
+        for size, each in found.items()
+    ]
+    note = "Bundled clips listed again and again; nothing is decoded but the first batch."
+    show("Growth with the rows of a data set", rows, note, record=not arguments.quick)
     sizes = sorted(map(int, found))
     growth = {}
     if len(sizes) > 1:  # exponents: 1 is linear
