@@ -33,9 +33,11 @@ def test_the_seed_reaches_every_library() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp is in the wheels for Linux")
-@pytest.mark.parametrize(("asked", "waiting"), [({}, ("ACTIVE", "300000")), ({"OMP_WAIT_POLICY": "passive"}, ("PASSIVE", "0"))])
+@pytest.mark.parametrize(
+    ("asked", "policy", "rounds"), [({}, "ACTIVE", 300_000), ({"OMP_WAIT_POLICY": "passive"}, "PASSIVE", 0)]
+)
 def test_threads_of_ctranslate2_wait_for_the_next_step_unless_told_otherwise(
-    asked: dict[str, str], waiting: tuple[str, str]
+    asked: dict[str, str], policy: str, rounds: int
 ) -> None:
     ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     environment = {name: value for name, value in os.environ.items() if name not in ours} | asked
@@ -43,7 +45,6 @@ def test_threads_of_ctranslate2_wait_for_the_next_step_unless_told_otherwise(
     done = subprocess.run(
         command, cwd=ROOT, env={**environment, "OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True, check=True
     )
-    policy, rounds = waiting
     assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
     assert f"GOMP_SPINCOUNT = '{rounds}'" in done.stderr
 

@@ -126,27 +126,24 @@ def test_ctranslate2_export_is_complete(tiny_en: Any, tmp_path: Path, quantizati
     assert json.loads((out / "config.json").read_text())["audio_context"] == "full"
 
 
-SENTENCES = {
-    "zh": ["我哥哥昨天晚上在市场上买了三公斤苹果。", "我们的老师今天早上在北京的商店里买了一本新书。"],
-    "ka": ["ჩემმა ძმამ გუშინ საღამოს სამი კილო ვაშლი იყიდა.", "ბიჭმა გასულ კვირას ძველი ველოსიპედი ნახა."],
-}
+SENTENCES = ["ჩემმა ძმამ გუშინ საღამოს სამი კილო ვაშლი იყიდა.", "ბიჭმა გასულ კვირას ძველი ველოსიპედი ნახა."]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng makes the speech")
-@pytest.mark.parametrize("language", SENTENCES)
 def test_exports_of_a_model_tuned_to_another_language_are_saved_and_broken_ones_refused(
-    base: Any, tmp_path: Path, language: str, monkeypatch: pytest.MonkeyPatch
+    base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    language = "ka"  # test_languages exports others
     model, processor = copy.deepcopy(base[0]), base[1]
     clips = []
-    for at, text in enumerate(SENTENCES[language]):
-        spoken = ["espeak-ng", "-v", "cmn" if language == "zh" else language, "-w", str(tmp_path / f"{at}.wav"), text]
+    for at, text in enumerate(SENTENCES):
+        spoken = ["espeak-ng", "-v", language, "-w", str(tmp_path / f"{at}.wav"), text]
         subprocess.run(spoken, check=True)
         clips.append(export_check.SpokenClip(load_audio(tmp_path / f"{at}.wav"), language))
     batch = export_check.prepare_batch(model, processor.tokenizer, clips)
     encoder = LabelEncoder(processor.tokenizer, language=language)
-    labels = [encoder.encode(text) for text in SENTENCES[language]]
+    labels = [encoder.encode(text) for text in SENTENCES]
     optimizer = torch.optim.AdamW(model.model.decoder.parameters(), lr=2e-5)
     with torch.no_grad():
         heard = model.get_encoder()(batch.features).last_hidden_state
