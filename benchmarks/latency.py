@@ -155,8 +155,8 @@ def measure_systems(
         for name in SYSTEMS:
             is_long = name.endswith("long")
             command = [
-                sys.executable, transcription_systems.__file__, name, "--model", model, "--ct2", str(folder),
-                "--clips", f"{scratch}/{'long' if is_long else 'clips'}.npz", "--threads", str(usable_cores()),
+                sys.executable, transcription_systems.__file__, name, model, str(folder),
+                f"{scratch}/{'long' if is_long else 'clips'}.npz", str(usable_cores()),
             ]  # fmt: skip
             process = stack.enter_context(subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
@@ -266,27 +266,28 @@ def join_all(clips: Sequence[Waveform], references: Sequence[str], seconds: floa
     return stream.audio, stream.text
 
 
+def ratios(peer: System, own: System) -> list[float]:
+    """Return how many times as fast ours was, by round."""
+    return [theirs / ours for theirs, ours in zip(peer.seconds, own.seconds, strict=True)]
+
+
 def figures(systems: Sequence[System]) -> dict[str, float | None]:
     """Return the ratios, and the WER of each system."""
     by_name = {system.name: system for system in systems}
     found: dict[str, float | None] = {
-        name: statistics.median(
-            theirs / ours for theirs, ours in zip(by_name[peer].seconds, by_name[own].seconds, strict=True)
-        )
-        for name, (peer, own) in RATIOS.items()
+        name: statistics.median(ratios(by_name[peer], by_name[own])) for name, (peer, own) in RATIOS.items()
     }
     return found | {f"wer {system.name}": system.wer for system in systems}
 
 
 def compared(systems: Sequence[System]) -> str:
-    """Compare ours with their peers: the ranges of the rounds' ratios, and WER paired by clip."""
+    """Compare ours with their peers in words: the range of the rounds' ratios, and WER paired by clip."""
     by_name, found = {system.name: system for system in systems}, []
-    for peer, own in RATIOS.values():
-        theirs, ours = by_name[peer], by_name[own]
-        ratios = [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
-        difference = points(compare_counts(theirs.counts, ours.counts)) if len(ours.references) > 1 else None
-        wer = "" if difference is None else f", WER {difference} points"
-        found.append(f"{own} against {peer}: {min(ratios):.1f} to {max(ratios):.1f} times as fast{wer}")
+    for peer, own in ((by_name[peer], by_name[own]) for peer, own in RATIOS.values()):
+        by_round = ratios(peer, own)
+        found.append(f"{own.name} against {peer.name}: {min(by_round):.1f} to {max(by_round):.1f} times as fast")
+        if len(own.references) > 1:
+            found[-1] += f", WER {points(compare_counts(peer.counts, own.counts))} points"
     return "; ".join(found) + "."
 
 

@@ -1,6 +1,6 @@
 """The systems of benchmarks/latency.py, as their users call them, each in a process of its own.
 
-    python benchmarks/transcription_systems.py NAME --model FOLDER --ct2 FOLDER --clips FILE.npz --threads 2
+    python benchmarks/transcription_systems.py NAME FOLDER CT2_FOLDER CLIPS.npz THREADS
 
 For each line "run" on standard input the clips are transcribed once; a line of JSON has their texts. A peer's process
 imports nothing of this library, which sets how OpenMP's threads wait.
@@ -29,10 +29,10 @@ Run = Callable[[], list[str]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=sorted(SYSTEMS))
-    parser.add_argument("--model", required=True, help="Hugging Face folder")
-    parser.add_argument("--ct2", required=True, help="CTranslate2 folder")
-    parser.add_argument("--clips", type=Path, required=True, help="those to transcribe")
-    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("model", help="Hugging Face folder")
+    parser.add_argument("ct2", help="CTranslate2 folder")
+    parser.add_argument("clips", help="those to transcribe, as numpy.savez writes them")
+    parser.add_argument("threads", type=int)
     arguments = parser.parse_args()
     with np.load(arguments.clips) as file:
         clips = [file[name] for name in file.files]

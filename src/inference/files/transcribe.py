@@ -311,6 +311,8 @@ class BatchInference:
     def _decode_round(self, round_: Sequence[_Item], options: DecodingOptions) -> None:
         """Decode segments in batches from long to short, each batch in one language."""
         with thread_pool(self._engine.workers) as pool:
+            # torch has its threads where the model was loaded: in another thread of Python it makes as many again
+            run: Any = pool.map if self._engine.workers > 1 else map
             if is_language_open(self._engine, options):
                 # a clip that is a recording by itself is detected while it is decoded, unless little of it is speech
                 open_ones = {id(item[0]): item for item in reversed(round_) if item[0].language is None}
@@ -322,7 +324,7 @@ class BatchInference:
                         speech = speech if len(speech) else segment.audio
                         recording.language = hear_language(self._engine, speech, options, recording.source)
 
-                list(pool.map(lambda item: hear(*item), open_ones.values()))  # raises what a thread raised
+                list(run(lambda item: hear(*item), open_ones.values()))  # raises what a thread raised
 
             items: list[_Item] = []
             for recording, index, segment in round_:
@@ -343,7 +345,7 @@ class BatchInference:
                     for rows in batchable(self._engine, lengths, own)
                     for at in range(0, len(rows), size)
                 ]
-            list(pool.map(lambda batch: self._decode_batch(*batch), batches))
+            list(run(lambda batch: self._decode_batch(*batch), batches))
 
     def _decode_batch(self, items: Sequence[_Item], options: DecodingOptions) -> None:
         def decode(first: int, last: int) -> list[tuple[TranscribedSegment, ...]]:
