@@ -35,7 +35,7 @@ import numpy as np
 import soundfile
 
 from benchmarks import transcription_systems
-from benchmarks.transcription_systems import GREEDY, SYSTEMS, own_config
+from benchmarks.transcription_systems import GREEDY, SYSTEMS, WAITS_AS_HERE, own_config, text_of
 from scripts.benchmarking import add_data, load_clips, number, points, require_peer, show
 from scripts.command_line import path_argument
 from src.data.audio import SAMPLE_RATE, Waveform
@@ -51,8 +51,6 @@ from src.models.weights import resolve_weights
 from src.utils.config import Config
 from src.utils.runtime import ctranslate2_cuda_problem, get_device, usable_cores
 
-WAITING = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "300000"}  # as src sets it
-WAITS_AS_HERE = "faster-whisper int8, waiting as here"
 RATIOS = {  # figure: (peer, ours)
     "single_vs_faster_whisper": ("faster-whisper int8", "CTranslate2 int8"),
     "single_vs_faster_whisper_waiting": (WAITS_AS_HERE, "CTranslate2 int8"),
@@ -160,7 +158,7 @@ def measure_systems(
             ]  # fmt: skip
             process = stack.enter_context(subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-                env={**ENVIRONMENT, **(WAITING if name == WAITS_AS_HERE else {})},
+                env=os.environ if name == WAITS_AS_HERE else ENVIRONMENT,
             ))  # fmt: skip
             said, sec = ([spoken], joined_sec) if is_long else (references, audio_sec)
             systems.append(System(name, partial(ask, process, "run"), said, sec))
@@ -235,8 +233,7 @@ def gpu_systems(
 
         def long() -> list[str]:
             marks = None if sec > 30 else [{"start": 0.0, "end": sec}]
-            found, _ = batched.transcribe(joined, batch_size=batches[-1], clip_timestamps=marks, **GREEDY)
-            return [" ".join(segment.text.strip() for segment in found)]
+            return [text_of(batched.transcribe(joined, batch_size=batches[-1], clip_timestamps=marks, **GREEDY))]
 
         for size in batches:
             at_once(size)

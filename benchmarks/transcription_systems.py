@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 GREEDY = {"language": "en", "beam_size": 1, "temperature": 0.0, "without_timestamps": True}  # of faster-whisper
+WAITS_AS_HERE = "faster-whisper int8, waiting as here"  # with what `src` sets in the environment
 Clip = np.ndarray[Any, np.dtype[np.float32]]
 Run = Callable[[], list[str]]
 
@@ -125,7 +126,7 @@ SYSTEMS: dict[str, Callable[[str, str, Sequence[Clip], int], Run]] = {
     "CTranslate2 int8, long": in_batches,
     "faster-whisper int8": faster_whisper,
     "faster-whisper batched, long": faster_whisper_batched,
-    "faster-whisper int8, waiting as here": faster_whisper,  # with OMP_WAIT_POLICY and GOMP_SPINCOUNT of `src`
+    WAITS_AS_HERE: faster_whisper,
     "transformers pipeline": transformers_pipeline,
 }
 

@@ -110,12 +110,11 @@ class Subject:
 
     @cached_property
     def ctranslate2_dir(self) -> Path:
-        return self.exported(models.export_ctranslate2, "ctranslate2", quantization="float32")
-
-    def exported(self, export: Callable[..., Path], name: str, **options: Any) -> Path:
         model, processor = self.stock
         clip = load_audio(SAMPLE_CLIP)[: round(VERIFY_SEC * SAMPLE_RATE)]
-        return export(model, self.folder / name, processor=processor, verify_clips=[clip], **options)
+        return models.export_ctranslate2(
+            model, self.folder / "ctranslate2", processor=processor, quantization="float32", verify_clips=[clip]
+        )
 
     @cached_property
     def engine(self) -> Any:
